@@ -1,0 +1,13 @@
+"""attn: the attention mechanisms of the long-sequence literature, side by side.
+
+Every attention is a frozen dataclass in a file of its own name and has the same three
+methods: `__call__(q, k, v)` for all tokens at once, `init_state` for an empty memory
+and `step` for the next tokens. Import one by `from attn.landmark import Landmark`.
+
+Mechanisms            softmax, tiles, linear, blocks, cache
+Exact attention       softmax
+Linear attention      lightning, based
+Sparse, retrieval     landmark
+Cache compression     snapkv
+Around them           masks, positions, segments, layers, baseconv, sharding, dispatch
+"""

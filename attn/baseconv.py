@@ -1,0 +1,190 @@
+"""BaseConv (Arora et al., 2024) arXiv:2402.18668: a short convolution with a gate.
+
+Most tokens depend on their neighbours in fixed patterns, for which attention is too
+dear: a filter over the last few tokens of each channel, multiplied by a projection of
+the token itself, does that work in the layers between the attentions of a Based model.
+
+    y_t = sum_w weight_w x_(t-kernel+1+w),    w = 0..kernel-1, channel by channel
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from attn.layers import Layer
+from attn.segments import place
+
+VARIANTS = ("lm", "zoology")
+
+
+class ConvState(NamedTuple):
+    """last [B,kernel-1,C]: what the filter last saw of the present sequence, zeros
+    before its beginning; end [B] int32 the next token's position; segment [B] int32 the
+    last token's segment, -1 before the first."""
+
+    last: jax.Array
+    end: jax.Array
+    segment: jax.Array
+
+
+def shortconv(
+    x: jax.Array,
+    weight: jax.Array,
+    bias: jax.Array | None = None,
+    *,
+    state: jax.Array | None = None,
+    run: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """A causal convolution of each channel -> the next state, y [B,T,C].
+
+    x [B,T,C]; weight [W,C], its last row meets the token itself; bias [C]; state
+    [B,W-1,C] the tokens before these, None for zeros. run [B,T] as in `attn.segments`:
+    a token sees its own run, the state is of run 1, padding is passed over and gets 0.
+    """
+    _check(x, weight, bias, state, run)
+    b, t, c = x.shape
+    w = weight.shape[0]
+    if state is None:
+        state = jnp.zeros((b, w - 1, c), x.dtype)
+    if run is None:
+        row = jnp.concatenate([state, x], 1)
+        return row[:, t:], _filtered(row, weight, bias, None, t)
+    # padding goes to the end of the row, so that neighbours lie side by side
+    order = jnp.argsort(run == 0, axis=1, stable=True)
+    row = jnp.concatenate([state, jnp.take_along_axis(x, order[..., None], 1)], 1)
+    runs = jnp.concatenate(
+        [jnp.ones((b, w - 1), run.dtype), jnp.take_along_axis(run, order, 1)], 1
+    )
+    y = _filtered(row, weight, bias, runs, t)
+    y = jnp.take_along_axis(y, jnp.argsort(order, axis=1)[..., None], 1)
+    newest = (run > 0).sum(1, keepdims=True) + jnp.arange(w - 1)[None]
+    present = jnp.maximum(run.max(1, keepdims=True), 1)
+    same = jnp.take_along_axis(runs, newest, 1) == present
+    last = jnp.take_along_axis(row, newest[..., None], 1)
+    return jnp.where(same[..., None], last, 0), y
+
+
+def _filtered(row, weight, bias, runs, t: int) -> jax.Array:
+    """The sums over the taps, for the last t tokens of row [B,W-1+T,C]."""
+    w, c = weight.shape
+    y = jnp.zeros((row.shape[0], t, c), row.dtype)
+    for n in range(w):
+        x = row[:, n:n + t]
+        if runs is not None:
+            x = jnp.where((runs[:, n:n + t] == runs[:, w - 1:])[..., None], x, 0)
+        y = y + x * weight[n].astype(row.dtype).reshape(1, 1, c)
+    if bias is not None:
+        y = y + bias.astype(row.dtype).reshape(1, 1, c)
+    return y if runs is None else jnp.where((runs[:, w - 1:] > 0)[..., None], y, 0)
+
+
+def _check(x, weight, bias, state, run) -> None:
+    if x.ndim != 3 or 0 in x.shape:
+        raise ValueError(f"x has shape {x.shape}: expected [B,T,C], none of them 0")
+    b, t, c = x.shape
+    if weight.ndim != 2 or weight.shape[0] < 1 or weight.shape[1] != c:
+        raise ValueError(f"weight has shape {weight.shape}: expected [W,C={c}], W >= 1")
+    before = (b, weight.shape[0] - 1, c)
+    for name, a, shape in (
+        ("bias", bias, (c,)), ("state", state, before), ("run", run, (b, t))
+    ):
+        if a is not None and a.shape != shape:
+            raise ValueError(f"{name} has shape {a.shape}: expected {shape}")
+
+
+class BaseConv(Layer):
+    """BaseConv (Arora et al., 2024) arXiv:2402.18668: a gated short convolution.
+
+    variant "lm", of the trained models: (silu(conv(x A)) * x B) C, where A and B map E
+    to expand E / 2 channels, all with bias but the filter. "zoology", of the paper's
+    experiments on recall: conv(x) * (x P) + x, all with bias, no activation, and the
+    sum with x beside that of the model. kernel: tokens that the filter sees. dtype: of
+    the computation; parameters are float32. Order is all it knows: `pos` has no effect.
+    """
+
+    variant: str = "lm"
+    kernel: int = 3
+    expand: int = 4
+    dtype: Any = jnp.float32
+
+    def __post_init__(self):
+        if self.variant not in VARIANTS:
+            raise ValueError(
+                f"BaseConv: variant={self.variant!r}: expected one of {VARIANTS}"
+            )
+        for name, least in (("kernel", 1), ("expand", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(
+                    f"BaseConv: {name}={getattr(self, name)}: expected {least} or more"
+                )
+        super().__post_init__()
+
+    @nn.compact
+    def __call__(self, x, state=None, *, context=None, pos=None, segments=None):
+        """x [B,T,E] -> [B,T,E]; with a state: the next tokens -> (state, [B,T,E]).
+
+        segments [B,T]: packed sequences, 0 is padding, whose output is 0.
+        """
+        if context is not None:
+            raise NotImplementedError("BaseConv reads its own tokens, not a context")
+        width = self._width(x)
+        end, segment = (None, None) if state is None else (state.end, state.segment)
+        now = place(segments, x.shape[0], x.shape[1], end, segment)
+        run = None if segments is None else now.run
+        x = x.astype(self.dtype)
+        gate, mixed = self._project(x)
+        fans = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+        weight = self.param("conv", fans, (self.kernel, width), jnp.float32)
+        bias = None
+        if self.variant == "zoology":
+            bias = self.param("conv_bias", nn.initializers.zeros, (width,), jnp.float32)
+        last = None if state is None else state.last
+        last, mixed = shortconv(mixed, weight, bias, state=last, run=run)
+        y = self._combine(x, gate, mixed, run)
+        return y if state is None else (ConvState(last, now.end, now.last), y)
+
+    def init_state(self, size: int, x: Any) -> ConvState:
+        """An empty memory for `size` tokens, which does not grow; x [B,T,E] gives its
+        shape."""
+        if size < 1:
+            raise ValueError(f"size: a memory for {size} tokens, expected 1 or more")
+        b = x.shape[0]
+        return ConvState(
+            jnp.zeros((b, self.kernel - 1, self._width(x)), self.dtype),
+            jnp.zeros((b,), jnp.int32),
+            jnp.full((b,), -1, jnp.int32),
+        )
+
+    def _width(self, x) -> int:
+        e = x.shape[-1]
+        if self.variant == "zoology":
+            return e
+        if e * self.expand % 2:
+            raise ValueError(f"E={e}, expand={self.expand}: expected an even product")
+        return e * self.expand // 2
+
+    def _dense(self, width: int, name: str) -> nn.Dense:
+        make = functools.partial(nn.Dense, dtype=self.dtype, kernel_init=_INIT)
+        return make(width, name=name)
+
+    def _project(self, x) -> tuple[jax.Array, jax.Array]:
+        """The gate, and what the filter sees."""
+        if self.variant == "zoology":
+            return self._dense(x.shape[-1], "gate")(x), x
+        mixed, gate = jnp.split(self._dense(2 * self._width(x), "in")(x), 2, -1)
+        return gate, mixed
+
+    def _combine(self, x, gate, mixed, run) -> jax.Array:
+        if self.variant == "zoology":
+            y = mixed * gate + x
+        else:
+            y = self._dense(x.shape[-1], "out")(nn.silu(mixed) * gate)
+        return y if run is None else jnp.where((run > 0)[..., None], y, 0)
+
+
+_INIT = nn.initializers.normal(0.02)

@@ -1,0 +1,205 @@
+"""Based (Arora et al., 2024) arXiv:2402.18668: softmax's exponential to second order.
+
+Linear attention recalls badly when its weights are too blunt. Here the weight of a key
+is the Taylor expansion of exp to the second order, which a state of fixed size can
+still hold: every product of two channels of k becomes a feature of its own.
+
+    w_tj = 1 + s + s^2/2 = phi(q_t).phi(k_j),    s = q_t.k_j / sqrt(D)
+    o_t = sum_j w_tj v_j / (sum_j w_tj + eps),    j <= t
+
+w is at least 1/2 whatever s is, so the sum below is never near zero. A column of ones
+beside v makes both sums at once. Models mix it with windows of softmax attention,
+`Softmax(mask=Causal() & Window(64))`, and with short convolutions, `BaseConv()`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from attn.chunks import Runs, chunked, filled, only, prefix, runs_of, unchunked
+from attn.dispatch import pick
+from attn.linear import LinearState, by_run, check_state, empty, one
+from attn.segments import place
+from attn.shapes import check
+from attn.sharding import gather, over_mesh, spread_heads
+
+
+def features(x: jax.Array, compact: bool = False) -> jax.Array:
+    """phi(x) of x [...,D]: 1, x / D^(1/4), x_a x_b / sqrt(2D) for all a, b in row-major
+    order: [..., 1+D+D^2]. `compact` has each pair once, 1+D+D(D+1)/2, and the same
+    inner products."""
+    d = x.shape[-1]
+    if compact:
+        a, b = np.triu_indices(d)
+        # (x_a x_b)^2 / 2 stands twice in s^2/2 unless a = b
+        weight = jnp.asarray(np.where(a == b, (2 * d) ** -0.5, d**-0.5), x.dtype)
+        second = x[..., a] * x[..., b] * weight.reshape((1,) * (x.ndim - 1) + (-1,))
+    else:
+        second = (x[..., :, None] * x[..., None, :]) * (2 * d) ** -0.5
+        second = second.reshape(*x.shape[:-1], d * d)
+    return jnp.concatenate([jnp.ones_like(x[..., :1]), x * d**-0.25, second], -1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Based:
+    """Based (Arora et al., 2024) arXiv:2402.18668: a Taylor expansion of softmax.
+
+    sum_j w_tj v_j / (sum_j w_tj + eps), w = 1 + s + s^2/2, s = q.k / sqrt(D). It is
+    made for narrow q and k: `feature_dim` is the width D that `MultiHead` projects them
+    to (None: E/H); a call takes any D. compact: the state holds each product of two
+    channels once. normalize=False leaves the division out. causal=False drops the order
+    of tokens, for self and cross attention.
+
+    chunk: tokens of a block; it changes the time, not the result.
+    """
+
+    feature_dim: int | None = 16
+    eps: float = 1e-12
+    compact: bool = False
+    normalize: bool = True
+    causal: bool = True
+    chunk: int = 128
+    axis: str | None = None
+    implementation: str | None = None
+
+    def __post_init__(self):
+        for name in ("feature_dim", "chunk"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"Based: {name}={value}: expected 1 or more")
+        if self.eps < 0:
+            raise ValueError(f"Based: eps={self.eps}: expected 0 or more")
+
+    def __call__(self, q, k, v, *, x=None, segments=None):
+        """All tokens at once. q [B,T,H,D], k [B,S,K,D], v [B,S,K,V] -> [B,T,H,V]."""
+        check(q, k, v, segments=segments, aligned=self.causal)
+        q_run, kv_run = self._runs(q, segments)
+        k, v = (spread_heads(a, q.shape[2], self.axis) for a in (k, v))
+        letters = "BTHD BSKD BSKV BT BS -> BTHV"
+        o = over_mesh(self._local, letters, self.axis)(q, k, v, q_run, kv_run)
+        return o.astype(v.dtype)
+
+    def init_state(self, size, q, k, v, *, x=None) -> LinearState:
+        """An empty memory for `size` tokens [B,H,P,V+1]: sums of phi(k) v, and in the
+        last column of phi(k), for P features. q, k, v give shapes."""
+        self._check_stream()
+        return empty(size, *self._memory(q, v.shape[-1] + self.normalize))
+
+    def step(self, state, q, k, v, *, x=None, segments=None):
+        """The next T tokens -> state, [B,T,H,V]; the state does not grow."""
+        self._check_stream()
+        check(q, k, v, segments=segments, aligned=True)
+        check_state(state, self._memory(q, v.shape[-1] + self.normalize))
+        now = place(segments, q.shape[0], q.shape[1], state.end, state.segment)
+        run = None if segments is None else now.run
+        xla = lambda: self._recur(q, k, self._summed(v), run, state.memory)
+        memory, o = pick(self.implementation, xla=xla)
+        return LinearState(memory, now.end, now.last), self._divided(o).astype(v.dtype)
+
+    def _check_stream(self) -> None:
+        if not self.causal:
+            raise NotImplementedError(
+                "step: causal=False lets tokens see later ones: no stream"
+            )
+
+    def _memory(self, q, width: int) -> tuple[int, int, int, int]:
+        b, _, h, d = q.shape
+        return b, h, 1 + d + (d * (d + 1) // 2 if self.compact else d * d), width
+
+    def _runs(self, q, segments):
+        if segments is None:
+            return None, None
+        if isinstance(segments, tuple):
+            if self.causal:
+                raise NotImplementedError(
+                    "a pair of segments: queries and keys are read in step, one array"
+                )
+            return tuple(a.astype(jnp.int32) for a in segments)
+        run = place(segments, q.shape[0], q.shape[1]).run
+        return run, run
+
+    def _summed(self, v: jax.Array) -> jax.Array:
+        """v as float32, with a column of ones behind it for the sum of weights."""
+        v = v.astype(jnp.float32)
+        ones = jnp.ones_like(v[..., :1])
+        return jnp.concatenate([v, ones], -1) if self.normalize else v
+
+    def _divided(self, o: jax.Array) -> jax.Array:
+        if not self.normalize:
+            return o
+        total = o[..., -1:]
+        return o[..., :-1] / jnp.where(total > 0, total + self.eps, 1)
+
+    def _local(self, q, k, v, q_run, kv_run) -> jax.Array:
+        def xla():
+            summed = self._summed(v)
+            if self.causal:
+                return self._recur(q, k, summed, q_run)[1]
+            if kv_run is None:
+                return self._whole(q, k, summed)
+            keys, values, runs = (gather(a, self.axis) for a in (k, summed, kv_run))
+            here = dataclasses.replace(self, axis=None)
+            return by_run(
+                lambda *a: here._recur(*a)[1], q, keys, values, q_run, runs
+            )
+
+        return self._divided(pick(self.implementation, xla=xla))
+
+    def _map(self, x: jax.Array) -> jax.Array:
+        return features(x.astype(jnp.float32), self.compact)
+
+    def _recur(self, q, k, v, run, state=None) -> tuple[jax.Array, jax.Array]:
+        """The sums over j <= t -> state [B,H,P,V], o [B,T,H,V]; features are made for a
+        chunk at a time. With an axis the state before this shard comes from the mesh.
+        """
+        b, t, h, _ = q.shape
+        if state is None:
+            state = jnp.zeros(self._memory(q, v.shape[-1]), jnp.float32)
+        if t == 1 and self.axis is None:
+            return one(state, self._map(q), self._map(k), v, run=run)
+        c = min(self.chunk, t)
+        row = filled(run, t, c)
+        q, k, v = chunked(q, c), chunked(k, c, h), chunked(v, c, h)
+        carried: jax.Array | int = 1
+        if self.axis is not None:
+            final = self._scan(state, None, k, v, runs_of(row, c, 0))[0]
+            last = None if run is None else run.max(1)
+            state, carried = prefix(final, None, last, self.axis)
+        state, o = self._scan(state, q, k, v, runs_of(row, c, carried))
+        return state, unchunked(o, t)
+
+    def _scan(self, state, q, k, v, runs: Runs):
+        """The state after all chunks, and o [N,B,H,c,V] unless q is None."""
+        alike = runs.keeps is None  # one mask serves all chunks
+        shared = jax.tree.map(lambda a: a[0], runs)
+
+        def pass_on(state, chunk):
+            q, k, v, own = chunk
+            here = shared if alike else own
+            o = None if q is None else self._seen(state, q, k, v, here)
+            added = jnp.einsum("bhjp,bhjv->bhpv", only(here.stays, self._map(k)), v)
+            return only(here.keeps, state) + added, o
+
+        scanned = None if alike else runs
+        return jax.lax.scan(jax.checkpoint(pass_on), state, (q, k, v, scanned))
+
+    def _seen(self, state, q, k, v, here: Runs) -> jax.Array:
+        s = jnp.einsum("bhid,bhjd->bhij", q, k) * q.shape[-1] ** -0.5
+        o = jnp.einsum("bhij,bhjv->bhiv", only(here.seen, 1 + s + s * s / 2), v)
+        q = only(here.enters, self._map(q))
+        return o + jnp.einsum("bhip,bhpv->bhiv", q, state)
+
+    def _whole(self, q, k, v) -> jax.Array:
+        """The sums over all keys, for all queries [B,T,H,V]."""
+        t, h = q.shape[1:3]
+        state = jnp.zeros(self._memory(q, v.shape[-1]), jnp.float32)
+        c, full = min(self.chunk, k.shape[1]), Runs(None, None, None, None)
+        state, _ = self._scan(state, None, chunked(k, c, h), chunked(v, c, h), full)
+        state = state if self.axis is None else jax.lax.psum(state, self.axis)
+        read = lambda q: jnp.einsum("bhip,bhpv->bhiv", self._map(q), state)
+        o = jax.lax.map(jax.checkpoint(read), chunked(q, min(self.chunk, t)))
+        return unchunked(o, t)

@@ -1,0 +1,181 @@
+"""Cache: the keys and values that softmax attention remembers, in static shapes.
+
+A slot knows the position of the token that it holds, -1 if it is empty, so that the
+mask decides what is seen however slots are ordered, and a policy may keep different
+tokens for different heads. The cache holds the row's present sequence: when another
+segment begins, what came before can no longer be seen and is dropped.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from attn.masks import FOREVER, Mask
+from attn.segments import Place
+from attn.shapes import concrete
+
+
+class Cache(NamedTuple):
+    """k [B,C,K,D], v [B,C,K,V] in their own dtype; pos [B,C,K], or [B,C,1] if all heads
+    hold the same tokens, int32, -1 for an empty slot; end [B] int32 the next token's
+    position; segment [B] int32 the last token's segment, -1 before the first."""
+
+    k: jax.Array
+    v: jax.Array
+    pos: jax.Array
+    end: jax.Array
+    segment: jax.Array
+
+
+def empty(k, v, slots: int, *, per_head: bool = False) -> Cache:
+    """A cache of `slots` slots for keys and values like k [B,.,K,D] and v [B,.,K,V]."""
+    if slots < 1:
+        raise ValueError(f"size: a memory for {slots} tokens, expected 1 or more")
+    b, _, heads, d = k.shape
+    return Cache(
+        jnp.zeros((b, slots, heads, d), k.dtype),
+        jnp.zeros((b, slots, heads, v.shape[-1]), v.dtype),
+        jnp.full((b, slots, heads if per_head else 1), -1, jnp.int32),
+        jnp.zeros((b,), jnp.int32),
+        jnp.full((b,), -1, jnp.int32),
+    )
+
+
+def current(place: Place) -> jax.Array:
+    """Which of the new tokens [B,T] belong to the sequence that goes on afterwards."""
+    return (place.run == place.run.max(1, keepdims=True)) & (place.run > 0)
+
+
+def append(cache: Cache, k, v, place: Place, slot: jax.Array) -> Cache:
+    """The cache with new tokens k [B,T,K,D], v [B,T,K,V] written to `slot` [B,T].
+
+    A slot outside the cache drops its token. Tokens of a sequence that has ended are
+    not stored, and a row in which a new sequence began forgets the old one.
+    """
+    slots = cache.k.shape[1]
+    stored = current(place)
+    began = (place.run > 1).any(1)
+    slot = jnp.where(stored & (slot >= 0), slot, slots)
+    row = jnp.arange(k.shape[0])[:, None]
+    pos = jnp.where(began[:, None, None], -1, cache.pos)
+    new_pos = jnp.broadcast_to(place.pos[..., None], (*slot.shape, pos.shape[2]))
+    return Cache(
+        cache.k.at[row, slot].set(k.astype(cache.k.dtype), mode="drop"),
+        cache.v.at[row, slot].set(v.astype(cache.v.dtype), mode="drop"),
+        pos.at[row, slot].set(new_pos, mode="drop"),
+        place.end,
+        place.last,
+    )
+
+
+def joined(cache: Cache, k, v, place: Place) -> tuple[Cache, jax.Array]:
+    """The cache with T more slots for the new tokens, and the run [B,C+T] of each slot:
+    what a piece of several tokens attends to before some of it is forgotten."""
+    b, t = k.shape[:2]
+    own = jnp.where(place.run > 0, place.pos, -1)[..., None]
+    own = jnp.broadcast_to(own, (b, t, cache.pos.shape[2]))
+    runs = jnp.concatenate([jnp.ones(cache.k.shape[:2], jnp.int32), place.run], 1)
+    both = cache._replace(
+        k=jnp.concatenate([cache.k, k.astype(cache.k.dtype)], 1),
+        v=jnp.concatenate([cache.v, v.astype(cache.v.dtype)], 1),
+        pos=jnp.concatenate([cache.pos, own], 1),
+        end=place.end,
+        segment=place.last,
+    )
+    return both, runs
+
+
+def only_current(cache: Cache, runs: jax.Array) -> Cache:
+    """The same slots without the tokens of sequences that have ended. runs [B,C]."""
+    now = runs == runs.max(1, keepdims=True)
+    return cache._replace(pos=jnp.where(now[..., None], cache.pos, -1))
+
+
+class Ring(NamedTuple):
+    """How a mask lets slots be used again: the first `first` tokens stay where they
+    are, the others share the rest as a ring. `endless`: no visible token is lost."""
+
+    slots: int
+    first: int
+    endless: bool
+
+    def slot(self, place: Place) -> jax.Array:
+        """The slot [B,T] of each token; -1 if a later token of the call takes it."""
+        if not self.endless:
+            return place.pos
+        around = self.slots - self.first
+        later = self.first + (place.pos - self.first) % around
+        stays = place.pos >= place.end[:, None] - around
+        return jnp.where(
+            place.pos < self.first, place.pos, jnp.where(stays, later, -1)
+        )
+
+
+def ring(mask: Mask, slots: int) -> Ring:
+    """The ring that `mask` needs, in at most `slots` slots."""
+    left, first = mask.reach()
+    need = first + left + 1 if 0 <= left < FOREVER else FOREVER
+    return Ring(min(slots, need), first, need <= slots)
+
+
+def keep(cache: Cache, score: jax.Array, size: int) -> Cache:
+    """The `size` tokens of each head with the highest score, in order of position.
+
+    score [B,S,K]: one a slot and key head; empty slots are kept last. Every head then
+    has slots of its own: pos becomes [B,size,K].
+    """
+    pos = jnp.broadcast_to(cache.pos, score.shape)
+    score = jnp.where(pos >= 0, score.astype(jnp.float32), -jnp.inf)
+    _, chosen = jax.lax.top_k(jnp.moveaxis(score, 1, 2), size)
+    at = jnp.moveaxis(chosen, 1, 2)
+    late = jnp.where(pos >= 0, pos, FOREVER)
+    order = jnp.argsort(jnp.take_along_axis(late, at, 1), axis=1)
+    at = jnp.take_along_axis(at, order, 1)
+    return cache._replace(
+        k=jnp.take_along_axis(cache.k, at[..., None], 1),
+        v=jnp.take_along_axis(cache.v, at[..., None], 1),
+        pos=jnp.take_along_axis(pos, at, 1),
+    )
+
+
+def grown(cache: Cache, slots: int) -> Cache:
+    """The cache with empty slots added behind, `slots` in all."""
+    more = slots - cache.k.shape[1]
+    widen = lambda a, value: jnp.pad(
+        a, [(0, 0), (0, more)] + [(0, 0)] * (a.ndim - 2), constant_values=value
+    )
+    return cache._replace(
+        k=widen(cache.k, 0), v=widen(cache.v, 0), pos=widen(cache.pos, -1)
+    )
+
+
+def check_fits(cache: Cache, k, v) -> None:
+    """Raises ValueError unless k and v are tokens for this cache."""
+    if not isinstance(cache, Cache):
+        raise ValueError(f"state is a {type(cache).__name__}: expected a Cache")
+    for name, held, new in (("k", cache.k, k), ("v", cache.v, v)):
+        if (held.shape[0], *held.shape[2:]) != (new.shape[0], *new.shape[2:]):
+            raise ValueError(
+                f"{name} has shape {new.shape}, the state holds {held.shape}: "
+                "expected the same B, K and width"
+            )
+
+
+def check_room(end: jax.Array, size: int) -> None:
+    """Raises ValueError if a row has reached past `size` tokens, where values can be
+    read (not inside a trace)."""
+    if concrete(end) and int(end.max()) > size:
+        raise ValueError(
+            f"step: {int(end.max())} tokens for a memory of {size}: "
+            "expected init_state with a larger size"
+        )
+
+
+def spoil(o: jax.Array, end: jax.Array, size: int) -> jax.Array:
+    """o [B,...] with NaN in the rows that have reached past `size` tokens: inside a
+    trace nothing can be raised, and a wrong number must not pass for a right one."""
+    over = (end > size).reshape((-1,) + (1,) * (o.ndim - 1))
+    return jnp.where(over, jnp.nan, o).astype(o.dtype)

@@ -1,0 +1,172 @@
+"""Chunks: how the tokens of a recurrence are cut, and what the pieces give each other.
+
+A row of T tokens becomes N chunks of c tokens, [N,B,H,c,X]. The masks of `Runs` say
+which tokens of a chunk belong together and to the state that passes through it; `pairs`
+are the weights between the tokens of one chunk, `prefix` the state between shards.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+class Runs(NamedTuple):
+    """Which tokens of a chunk see what; None means all do. seen [N,B,1,c,c]: token j by
+    token i; enters [N,B,1,c,1]: the token sees the state the chunk begins with; stays
+    [N,B,1,c,1]: it belongs to the run the chunk ends in; keeps [N,B,1,1,1]: the chunk
+    ends in the run that it begins in."""
+
+    seen: jax.Array | None
+    enters: jax.Array | None
+    stays: jax.Array | None
+    keeps: jax.Array | None
+
+
+def runs_of(run: jax.Array | None, c: int, carried: Any = 1) -> Runs:
+    """Runs of chunks of c tokens. run [B|1,T] with T a multiple of c, 0 is padding;
+    carried: the run [B], or one for all, of the state that comes in."""
+    order = jnp.tril(jnp.ones((1, 1, 1, c, c), bool))
+    if run is None:
+        return Runs(order, None, None, None)
+    carried = jnp.broadcast_to(jnp.asarray(carried, run.dtype), run.shape[:1])
+    present = jax.lax.cummax(jnp.concatenate([carried[:, None], run], 1), axis=1)
+    r = run.reshape(run.shape[0], -1, c).swapaxes(0, 1)[:, :, None]
+    first, last = (
+        a.T[..., None, None] for a in (present[:, :-1:c], present[:, c::c])
+    )
+    real = r > 0
+    return Runs(
+        order & (r[..., None] == r[..., None, :]) & real[..., None],
+        ((r == first) & real)[..., None],
+        ((r == last) & real)[..., None],
+        (first == last)[..., None],
+    )
+
+
+def only(where: jax.Array | None, a: jax.Array) -> jax.Array:
+    """`a`, zero outside of `where`."""
+    return a if where is None else jnp.where(where, a, 0)
+
+
+def filled(run: jax.Array | None, t: int, c: int) -> jax.Array | None:
+    """run [B,T] with padding behind it up to a multiple of c tokens; [1,T] if there
+    were no runs, and None if no padding is needed either."""
+    if run is None and t % c == 0:
+        return None
+    run = jnp.ones((1, t), jnp.int32) if run is None else run
+    return jnp.pad(run, ((0, 0), (0, -t % c)))
+
+
+def chunked(a: jax.Array, c: int, heads: int | None = None) -> jax.Array:
+    """a [B,T,H,X] as float32 chunks [N,B,H,c,X], zeros behind the last token; with
+    `heads`, key heads are repeated to so many."""
+    b, t, h, x = a.shape
+    if heads not in (None, h):
+        a, h = jnp.repeat(a, heads // h, 2), heads
+    a = jnp.pad(a.astype(jnp.float32), ((0, 0), (0, -t % c), (0, 0), (0, 0)))
+    return a.reshape(b, -1, c, h, x).transpose(1, 0, 3, 2, 4)
+
+
+def unchunked(o: jax.Array, t: int) -> jax.Array:
+    """The inverse of `chunked`: [N,B,H,c,V] -> [B,T,H,V]."""
+    n, b, h, c, v = o.shape
+    return o.transpose(1, 0, 3, 2, 4).reshape(b, n * c, h, v)[:, :t]
+
+
+def prefix(
+    final: jax.Array,
+    total: jax.Array | None,
+    last: jax.Array | None,
+    axis: str,
+    *,
+    reverse: bool = False,
+    alike: bool = True,
+) -> tuple[jax.Array, jax.Array | int]:
+    """The state that a shard begins with, and its run: P' = exp(total) P + final over
+    the shards before this one, or behind it if `reverse`.
+
+    final [B,H,D,V]: a shard's state at its end without the others; total [B|1,H,1|D]:
+    its log decay, `alike` on all shards or not; last [B]: its last run, 0 if it has
+    none. Exact where the run goes on; a run that began in between drops the state.
+    """
+    mine = final, None if alike else total, last
+    parts = jax.lax.all_gather(mine, axis)
+    shards, me = jax.lax.axis_size(axis), jax.lax.axis_index(axis)
+    order = jnp.arange(shards)
+    if reverse:
+        parts, me = jax.tree.map(lambda a: jnp.flip(a, 0), parts), shards - 1 - me
+
+    def pass_on(carry, part):
+        state, present = carry
+        n, (added, own, newest) = part
+        own = total if alike else own
+        after = state if own is None else state * jnp.exp(own)[..., None]
+        now = present if newest is None else jnp.maximum(present, newest)
+        after = only((now == present)[:, None, None, None], after) + added
+        present = jnp.where(n < me, now, present)
+        return (jnp.where(n < me, after, state), present), None
+
+    first = jnp.zeros_like(final), jnp.ones(final.shape[:1], jnp.int32)
+    (state, present), _ = jax.lax.scan(pass_on, first, (order, parts))
+    return state, 1 if last is None else present
+
+
+def pairs(q: jax.Array, k: jax.Array, g: jax.Array | None) -> jax.Array:
+    """q_i.k_j exp(decay from j to i) [N,B,H,c,c], for j <= i; g [...,c,1] or None."""
+    s = jnp.einsum("nbhid,nbhjd->nbhij", q, k)
+    return s if g is None else s * jnp.exp(_between(*_clock(g)))[..., 0]
+
+
+def pairs_by_channel(q, k, g: jax.Array, block: int) -> jax.Array:
+    """sum_d q_id k_jd exp(decay of d from j to i) [N,B,H,c,c], for j <= i; g [...,c,D].
+
+    Both factors of a pair of blocks are measured from the beginning of the later block,
+    so that neither exponent is positive; inside a block [block,block,D] are summed.
+    """
+    *lead, c, d = q.shape
+    n = c // block
+    blocks = lambda a: a.reshape(*a.shape[:3], n, block, a.shape[-1])
+    begin = lambda a: jnp.pad(
+        blocks(a)[..., :-1, -1:, :], [(0, 0)] * 3 + [(1, 0), (0, 0), (0, 0)]
+    )
+    apart = lambda a, b: sum(x - y for x, y in zip(a, b))
+    clock = _clock(g)
+    first, inside = (tuple(f(a) for a in clock) for f in (begin, blocks))
+    near = blocks(q) * jnp.exp(apart(inside, first))
+    earlier = (jnp.arange(c) // block)[None] < jnp.arange(n)[:, None]
+    earlier = earlier.reshape(1, 1, 1, n, c, 1)
+    since = apart(first, tuple(a[:, :, :, None] for a in clock))
+    far = only(earlier, k[:, :, :, None] * jnp.exp(only(earlier, since)))
+    s = jnp.einsum("nbhmid,nbhmjd->nbhmij", near, far)
+    own = _in_block(blocks(q), blocks(k), *inside)
+    eye = jnp.eye(n, dtype=bool).reshape(1, 1, 1, n, 1, n, 1)
+    s = s.reshape(*lead, n, block, n, block) + only(eye, own[..., None, :])
+    return s.reshape(*lead, c, c)
+
+
+def _in_block(q, k, coarse, fine) -> jax.Array:
+    """The pairs [...,i,j] inside blocks [...,block,D], channel by channel."""
+    # a product of matrices, not one fused sum, whose exponentials would be scalar code
+    k = k[..., None, :, :] * jnp.exp(_between(coarse, fine))
+    return jnp.einsum("...id,...ijd->...ij", q, k)
+
+
+def _clock(g: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Cumulated log decays in two parts: multiples of 1/256, whose sums and differences
+    are exact in float32 for chunks of up to 512 tokens, and the small rest. The decay
+    between two neighbours then stays exact behind a token that decays strongly."""
+    coarse = jax.lax.stop_gradient(jnp.round(g * 256) / 256)
+    return jnp.cumsum(coarse, 3), jnp.cumsum(g - coarse, 3)
+
+
+def _between(coarse: jax.Array, fine: jax.Array) -> jax.Array:
+    """Log decay from j to i [...,i,j,X] (0 for j >= i) of clocks [...,c,X]."""
+    c = coarse.shape[-2]
+    after = jnp.tril(jnp.ones((c, c), bool), -1)
+    after = after.reshape((1,) * (coarse.ndim - 2) + (c, c, 1))
+    apart = lambda a: a[..., :, None, :] - a[..., None, :, :]
+    # a token does not decay against itself, and must get no gradient from that
+    return only(after, apart(coarse) + apart(fine))

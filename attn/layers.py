@@ -1,0 +1,170 @@
+"""Layers: a tensor of tokens goes in, one of the same shape comes out.
+
+`MultiHead` is the only place with parameters for q, k, v and out: it projects, rotates,
+attends and projects back, whatever the attention between is. Other mixers of tokens
+that have no q, k and v (a short convolution) are a `Layer` too, so that a model can
+hold either.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from attn.positions import RoPE
+from attn.segments import Place, place
+
+
+class Layer(nn.Module):
+    """What models stack: `__call__(x, state=None, *, segments=None)` -> y, or (state,
+    y) if a state is given; `init_state(size, x)`, the state of an empty stream."""
+
+    def init_state(self, size: int, x: Any) -> Any:
+        """An empty memory for `size` tokens; x [B,T,E] gives shapes and dtype only."""
+        raise NotImplementedError(f"{type(self).__name__} cannot be streamed")
+
+
+class MultiHead(Layer):
+    """An attention with its projections (Vaswani et al., 2017) arXiv:1706.03762.
+
+    attention: any attention of this library; if it learns something, its parameters are
+    under `attention`. heads H, kv_heads K (H is a multiple), head_dim D (by default
+    what the attention asks for as `feature_dim`, else E/H), value_dim V (E/H).
+    position: `RoPE()` or None; an attention with a field `rope` keeps keys as they were
+    before the rotation and gets the position handed over instead. qk_norm: RMSNorm over
+    D with a learned scale. sinks: a learned logit without value a head, for `Softmax`.
+    dtype: of the computation; parameters are float32.
+    """
+
+    attention: Any
+    heads: int
+    kv_heads: int | None = None
+    head_dim: int | None = None
+    value_dim: int | None = None
+    position: RoPE | None = RoPE()
+    qk_norm: bool = False
+    sinks: bool = False
+    use_bias: bool = False
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, x, state=None, *, context=None, pos=None, segments=None
+    ):
+        """x [B,T,E] -> [B,T,E]; with a state: the next tokens -> (state, [B,T,E]).
+
+        context [B,S,E']: the tokens that keys and values come from (cross attention).
+        pos [B,T], or a pair for x and context: positions other than 0, 1, ...
+        segments [B,T], or a pair: packed sequences, 0 is padding.
+        """
+        self._check(x, state, context)
+        attention, source = self._bound(), x if context is None else context
+        q_pos, kv_pos = self._positions(x, source, state, pos, segments)
+        q, k, v = self._project(x, source, q_pos, kv_pos)
+        options: dict[str, Any] = {"x": x, "segments": segments}
+        if self.sinks:
+            zeros = nn.initializers.zeros_init()
+            options["sink"] = self.param("sink", zeros, (self.heads,), jnp.float32)
+        if state is not None:
+            state, o = attention.step(state, q, k, v, **options)
+        else:
+            if getattr(attention, "dropout", 0) and self.has_rng("dropout"):
+                options["key"] = self.make_rng("dropout")
+            o = attention(q, k, v, **options)
+        y = nn.DenseGeneral(
+            x.shape[-1], axis=(-2, -1), use_bias=self.use_bias, dtype=self.dtype,
+            kernel_init=_INIT, name="out",
+        )(o)
+        return y if state is None else (state, y)
+
+    def init_state(self, size: int, x: Any) -> Any:
+        """An empty memory for `size` tokens; x [B,T,E] gives shapes and dtype only."""
+        b, t, e = x.shape
+        d, v = self._widths(e)
+        like = lambda h, w: jax.ShapeDtypeStruct((b, t, h, w), self.dtype)
+        keys = self.kv_heads or self.heads
+        if not hasattr(self.attention, "init_state"):
+            raise NotImplementedError(
+                f"{type(self.attention).__name__} has no causal order: no stream"
+            )
+        return self.attention.init_state(
+            size, like(self.heads, d), like(keys, d), like(keys, v), x=x
+        )
+
+    def _check(self, x, state, context) -> None:
+        if x.ndim != 3:
+            raise ValueError(f"x has shape {x.shape}: expected [B,T,E]")
+        if self.heads % (self.kv_heads or self.heads):
+            raise ValueError(
+                f"heads={self.heads}: expected a multiple of kv_heads={self.kv_heads}"
+            )
+        if state is not None and context is not None:
+            raise NotImplementedError(
+                "a state together with a context: keys of a context are not streamed"
+            )
+        if state is not None and not hasattr(self.attention, "step"):
+            raise NotImplementedError(
+                f"{type(self.attention).__name__} has no causal order: no stream"
+            )
+
+    def _bound(self):
+        """The attention as this layer uses it: a learned one becomes a child."""
+        attention = self.attention
+        if isinstance(attention, nn.Module):
+            attention = attention.clone(parent=self, name="attention")
+        if self._hands_over():
+            attention = dataclasses.replace(attention, rope=self.position)
+        return attention
+
+    def _hands_over(self) -> bool:
+        fields = getattr(self.attention, "__dataclass_fields__", {})
+        return "rope" in fields and self.position is not None
+
+    def _widths(self, e: int) -> tuple[int, int]:
+        asked = self.head_dim or getattr(self.attention, "feature_dim", None)
+        if e % self.heads and not (asked and self.value_dim):
+            raise ValueError(f"E={e}: expected a multiple of heads={self.heads}")
+        return asked or e // self.heads, self.value_dim or (
+            self.head_dim or e // self.heads
+        )
+
+    def _positions(self, x, source, state, pos, segments):
+        if pos is not None:
+            return pos if isinstance(pos, tuple) else (pos, pos)
+        pair = segments if isinstance(segments, tuple) else (segments, segments)
+        if state is None:
+            q_at, kv_at = (_count(s, a) for s, a in zip(pair, (x, source)))
+        else:
+            q_at = kv_at = place(
+                pair[0], x.shape[0], x.shape[1], state.end, state.segment
+            )
+        return q_at.pos, kv_at.pos
+
+    def _project(self, x, source, q_pos, kv_pos):
+        d, v_dim = self._widths(x.shape[-1])
+        keys = self.kv_heads or self.heads
+        dense = functools.partial(
+            nn.DenseGeneral, use_bias=self.use_bias, dtype=self.dtype, kernel_init=_INIT
+        )
+        q = dense((self.heads, d), name="q")(x)
+        k = dense((keys, d), name="k")(source)
+        v = dense((keys, v_dim), name="v")(source)
+        if self.qk_norm:
+            q = nn.RMSNorm(dtype=self.dtype, name="q_norm")(q)
+            k = nn.RMSNorm(dtype=self.dtype, name="k_norm")(k)
+        if self.position is not None and not self._hands_over():
+            q = self.position.rotate(q, q_pos)
+            k = self.position.rotate(k, kv_pos)
+        return q, k, v
+
+
+_INIT = nn.initializers.normal(0.02)
+
+
+def _count(segments, x) -> Place:
+    return place(segments, x.shape[0], x.shape[1])

@@ -1,0 +1,188 @@
+"""Lightning (Qin et al., 2024) arXiv:2401.04658: linear attention that fades with age.
+
+A token's influence falls by a fixed factor with every step, faster in some heads than
+in others, and there is no softmax, so a state of D x V numbers says all that a head
+remembers. Tokens of a block meet directly, blocks meet through the state.
+
+    S_t = exp(-s_h) S_{t-1} + k_t^T v_t,    o_t = scale q_t S_t
+
+Source: Lightning Attention-2, and the model around it, "Various Lengths, Constant
+Speed" (Qin et al., 2024, arXiv:2405.17381), which `models/transnormer.py` builds.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from attn.dispatch import pick
+from attn.linear import LinearState, across, check_state, empty, recur, whole
+from attn.segments import place
+from attn.shapes import check
+from attn.sharding import over_mesh, spread_heads
+
+RULES = ("code", "paper", "fla", "none")
+
+
+def slopes(
+    heads: int, rule: str = "code", layer: int = 0, layers: int | None = None
+) -> np.ndarray:
+    """s_h >= 0 [H] of layer `layer` of `layers`, for the rules of `Lightning`, as
+    float64 numbers; without `layers` there is no factor of the layer."""
+    h = np.arange(1, heads + 1)
+    if rule == "none":
+        return np.zeros(heads)
+    if rule == "code":
+        base = _geometric(heads)
+    else:
+        base = 8 * (h if rule == "paper" else h - 1) / heads
+    if layers is None:
+        return base
+    factor = 1 - layer / (layers - 1) + 1e-5 if rule == "code" else 1 - layer / layers
+    return base * factor
+
+
+def _geometric(heads: int) -> np.ndarray:
+    """2^(-8h/H), h = 1..H, for H a power of two; else those of the power below and then
+    every second one of the power above."""
+    power = 2 ** int(math.log2(heads))
+    own = 2.0 ** (-8 * np.arange(1, power + 1) / power)
+    if power == heads:
+        return own
+    return np.concatenate([own, _geometric(2 * power)[::2][: heads - power]])
+
+
+@dataclasses.dataclass(frozen=True)
+class Lightning:
+    """Lightning (Qin et al., 2024) arXiv:2401.04658: decaying causal linear attention.
+
+    slopes: the decay of head h, of H, in layer l = `layer` of L = `layers`:
+    "code", what released models were trained with: the geometric slopes of ALiBi times
+    1 - l/(L-1) + 1e-5; "paper", equation 10: 8h/H (1 - l/L), h = 1..H; "fla", of the
+    library flash-linear-attention: the same with h = 0..H-1, so that head 0 does not
+    decay (there q is also multiplied by D^-0.5: set `scale`); "none". Without `layers`
+    the factor of the layer is left out.
+
+    causal=False drops the order of tokens: without decay o = q (K^T V), for self and
+    cross attention. With a decay, exp(-s |t - j|) to both sides, self attention only:
+    that form is proposed here, the papers have none.
+
+    chunk: tokens of a block; it changes the time, not the result.
+    """
+
+    slopes: str = "code"
+    layer: int = 0
+    layers: int | None = None
+    scale: float = 1.0
+    causal: bool = True
+    chunk: int = 64
+    axis: str | None = None
+    implementation: str | None = None
+
+    def __post_init__(self):
+        if self.slopes not in RULES:
+            raise ValueError(
+                f"Lightning: slopes={self.slopes!r}: expected one of {RULES}"
+            )
+        if self.chunk < 1:
+            raise ValueError(f"Lightning: chunk={self.chunk}: expected 1 or more")
+        if self.layers is None and self.layer:
+            raise ValueError(
+                f"Lightning: layer={self.layer} without layers: expected their number"
+            )
+        if self.layers is None:
+            return
+        if not 0 <= self.layer < self.layers:
+            raise ValueError(
+                f"Lightning: layer={self.layer}: expected 0 to layers-1={self.layers-1}"
+            )
+        if self.slopes == "code" and self.layers == 1:
+            raise ValueError(
+                "Lightning: layers=1: the factor 1 - l/(L-1) of slopes='code' divides "
+                "by zero, expected 2 or more, or None for no factor"
+            )
+
+    def __call__(self, q, k, v, *, x=None, segments=None):
+        """All tokens at once. q [B,T,H,D], k [B,S,K,D], v [B,S,K,V] -> [B,T,H,V]."""
+        ordered = self.causal or self.slopes != "none"
+        check(q, k, v, segments=segments, aligned=ordered)
+        q_run, kv_run = self._runs(q, k, segments, ordered)
+        k, v = (spread_heads(a, q.shape[2], self.axis) for a in (k, v))
+        letters = "BTHD BSKD BSKV H BT BS -> BTHV"
+        o = over_mesh(self._local, letters, self.axis)(
+            q, k, v, self._log_decay(q), q_run, kv_run
+        )
+        return (o * self.scale).astype(v.dtype)
+
+    def init_state(self, size, q, k, v, *, x=None) -> LinearState:
+        """An empty memory for `size` tokens; q, k, v give shapes."""
+        self._check_stream()
+        b, _, h, d = q.shape
+        return empty(size, b, h, d, v.shape[-1])
+
+    def step(self, state, q, k, v, *, x=None, segments=None):
+        """The next T tokens -> state, [B,T,H,V]; the state does not grow."""
+        self._check_stream()
+        check(q, k, v, segments=segments, aligned=True)
+        check_state(state, (q.shape[0], q.shape[2], q.shape[3], v.shape[3]))
+        now = place(segments, q.shape[0], q.shape[1], state.end, state.segment)
+        run = None if segments is None else now.run
+        xla = lambda: recur(
+            q, k, v, self._log_decay(q), state=state.memory, run=run, chunk=self.chunk
+        )
+        memory, o = pick(self.implementation, xla=xla)
+        after = LinearState(memory, now.end, now.last)
+        return after, (o * self.scale).astype(v.dtype)
+
+    def _check_stream(self) -> None:
+        if not self.causal:
+            raise NotImplementedError(
+                "step: causal=False lets tokens see later ones: no stream"
+            )
+
+    def _log_decay(self, q) -> jax.Array | None:
+        if self.slopes == "none":
+            return None
+        s = slopes(q.shape[2], self.slopes, self.layer, self.layers)
+        return jnp.asarray(-s, jnp.float32)
+
+    def _runs(self, q, k, segments, ordered: bool):
+        if segments is None:
+            return None, None
+        if isinstance(segments, tuple):
+            if ordered:
+                raise NotImplementedError(
+                    "a pair of segments: queries and keys are read in step, one array"
+                )
+            return tuple(a.astype(jnp.int32) for a in segments)
+        run = place(segments, q.shape[0], q.shape[1]).run
+        return run, run
+
+    def _local(self, q, k, v, log_decay, q_run, kv_run) -> jax.Array:
+        xla = lambda: self._xla(q, k, v, log_decay, q_run, kv_run)
+        return pick(self.implementation, xla=xla)
+
+    def _xla(self, q, k, v, log_decay, q_run, kv_run) -> jax.Array:
+        if not self.causal and log_decay is None:
+            return whole(q, k, v, q_run=q_run, kv_run=kv_run, axis=self.axis)
+        one_way = lambda reverse: across(
+            q, k, v, log_decay, run=q_run, chunk=self.chunk, axis=self.axis,
+            reverse=reverse,
+        )
+        if self.causal:
+            return one_way(False)
+        return one_way(False) + one_way(True) - _own(q, k, v, q_run)
+
+
+def _own(q, k, v, run) -> jax.Array:
+    """(q_t.k_t) v_t [B,T,H,V] float32, which both directions contain."""
+    q, k, v = (
+        jnp.repeat(a.astype(jnp.float32), q.shape[2] // a.shape[2], 2)
+        for a in (q, k, v)
+    )
+    o = (q * k).sum(-1, keepdims=True) * v
+    return o if run is None else jnp.where(run[..., None, None] > 0, o, 0)

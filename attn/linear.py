@@ -1,0 +1,273 @@
+"""Linear attention: the recurrence with decay that every linear mechanism rests on.
+
+    S_t = exp(g_t) S_{t-1} + k_t^T v_t,    o_t = q_t S_t,    S [D,V] in float32
+
+Inside a chunk of tokens the recurrence is written out as a small masked matrix of q.k,
+for all chunks at once; between chunks only the state travels, by a scan. Time and
+memory are linear in T, and the result does not depend on the chunk's size.
+
+The log decay g <= 0 is absent, a constant of each head, one number a token and head, or
+one a token, head and channel. Only exponents <= 0 are ever computed, as sums of the
+decays that lie between two tokens, so that any decay, however strong, is safe.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Callable, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from attn.chunks import (
+    Runs, chunked, filled, only, pairs, pairs_by_channel, prefix, runs_of, unchunked,
+)
+from attn.shapes import check
+from attn.sharding import gather
+
+# exp of it is 0 in float32, so a log decay below it says nothing more
+FLOOR = -128.0
+# decays by channel are paired within blocks of so many tokens
+BLOCK = 8
+
+
+class LinearState(NamedTuple):
+    """memory [B,H,D,V] float32, the state after the last token; end [B] int32 the next
+    token's position; segment [B] int32 the last token's segment, -1 before the first.
+    """
+
+    memory: jax.Array
+    end: jax.Array
+    segment: jax.Array
+
+
+def empty(size: int, batch: int, *shape: int) -> LinearState:
+    """The state before the first token, memory [B,*shape]. It does not grow with
+    `size`, the number of tokens to come."""
+    if size < 1:
+        raise ValueError(f"size: a memory for {size} tokens, expected 1 or more")
+    return LinearState(
+        jnp.zeros((batch, *shape), jnp.float32),
+        jnp.zeros((batch,), jnp.int32),
+        jnp.full((batch,), -1, jnp.int32),
+    )
+
+
+def check_state(state: LinearState, shape: tuple) -> None:
+    """Raises ValueError unless the memory of `state` has this shape."""
+    if not isinstance(state, LinearState):
+        raise ValueError(f"state is a {type(state).__name__}: expected a LinearState")
+    if state.memory.shape != shape:
+        raise ValueError(f"state holds {state.memory.shape}: expected {shape}")
+
+
+def recur(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    log_decay: jax.Array | None = None,
+    *,
+    state: jax.Array | None = None,
+    run: jax.Array | None = None,
+    chunk: int = 64,
+) -> tuple[jax.Array, jax.Array]:
+    """The recurrence over T tokens -> state [B,H,D,V], o [B,T,H,V], both float32.
+
+    q [B,T,H,D], k [B,T,K,D], v [B,T,K,V]; log_decay [H], [B,T,H] or [B,T,H,D], at most
+    0; state [B,H,D,V] is seen by tokens of run 1. run [B,T] as in `attn.segments`:
+    padding writes nothing, does not decay, and its output is 0.
+    """
+    _check(q, k, v, log_decay, state, run, chunk)
+    if state is None:
+        b, _, h, d = q.shape
+        state = jnp.zeros((b, h, d, v.shape[-1]), jnp.float32)
+    if q.shape[1] == 1:
+        return one(state, q, k, v, log_decay, run=run)
+    return _recur(q, k, v, log_decay, run, chunk, lambda local, g, runs: (state, 1))
+
+
+def one(
+    state: jax.Array,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    log_decay: jax.Array | None = None,
+    *,
+    run: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """`recur` for T = 1, as in decoding: no chunk is made."""
+    h = q.shape[2]
+    q, k, v = (
+        jnp.repeat(a[:, 0].astype(jnp.float32), h // a.shape[2], 1) for a in (q, k, v)
+    )
+    new, old = jnp.einsum("bhd,bhv->bhdv", k, v), state
+    if log_decay is not None:
+        g = jnp.maximum(log_decay.astype(jnp.float32), FLOOR)
+        g = g[None] if g.ndim == 1 else g[:, 0]
+        old = old * jnp.exp(g if g.ndim == 3 else g[..., None])[..., None]
+    after = old + new
+    if run is not None:
+        r = run[:, :, None, None]
+        after = jnp.where(r == 1, after, jnp.where(r > 1, new, state))
+        q = only(r[..., 0] > 0, q)
+    return after, jnp.einsum("bhd,bhdv->bhv", q, after)[:, None]
+
+
+def across(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    log_decay: jax.Array | None = None,
+    *,
+    run: jax.Array | None = None,
+    chunk: int = 64,
+    axis: str | None = None,
+    reverse: bool = False,
+) -> jax.Array:
+    """o [B,T,H,V] float32 of `recur` where T is split over mesh axis `axis`, inside
+    `shard_map` (LASP-2, Sun et al., 2025, arXiv:2502.07563): every shard gathers one
+    state of each, whatever T is. Runs are numbered in the global view. `reverse` reads
+    from the last token to the first. Without an axis it is `recur` without a state.
+    """
+    _check(q, k, v, log_decay, None, run, chunk)
+    flip = lambda a: jnp.flip(a, 1) if reverse else a
+    q, k, v = flip(q), flip(k), flip(v)
+    if log_decay is not None and log_decay.ndim > 1:
+        log_decay = flip(log_decay)
+    if reverse and run is not None:
+        run = flip(only(run > 0, 2**30 - run))  # runs have to rise, read this way too
+    if axis is None:
+        return flip(recur(q, k, v, log_decay, run=run, chunk=chunk)[1])
+
+    def before(local, g, runs):
+        final, _ = _travel(jnp.zeros_like(local[0]), local, g, runs)
+        total = None if g is None else g.sum(3).sum(0) * (len(local) / len(g))
+        alike = run is None and (log_decay is None or log_decay.ndim == 1)
+        last = None if run is None else run.max(1)
+        return prefix(final, total, last, axis, reverse=reverse, alike=alike)
+
+    return flip(_recur(q, k, v, log_decay, run, chunk, before)[1])
+
+
+def whole(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    q_run: jax.Array | None = None,
+    kv_run: jax.Array | None = None,
+    axis: str | None = None,
+) -> jax.Array:
+    """o = q (K^T V) [B,T,H,V] float32: every query sees every key of its run, whatever
+    their order. q [B,T,H,D], k [B,S,K,D], v [B,S,K,V], runs [B,T] and [B,S], 0 is
+    padding. With `axis`, T and S are split over that mesh axis: one state is summed,
+    or, with runs, the keys and values are gathered."""
+    if kv_run is not None:
+        keys, values, runs = (gather(a, axis) for a in (k, v, kv_run))
+        sums = lambda q, k, v, run: recur(q, k, v, run=run)[1]
+        return by_run(sums, q, keys, values, q_run, runs)
+    b, t, h, d = q.shape
+    q, k, v = (a.astype(jnp.float32) for a in (q, k, v))
+    state = jnp.einsum("bskd,bskv->bkdv", k, v)
+    state = state if axis is None else jax.lax.psum(state, axis)
+    q = q.reshape(b, t, k.shape[2], -1, d)
+    return jnp.einsum("btkgd,bkdv->btkgv", q, state).reshape(b, t, h, -1)
+
+
+def by_run(recurrence: Callable, q, k, v, q_run, kv_run) -> jax.Array:
+    """What a causal recurrence(q, k, v, run) -> o [B,T,H,V] gives without an order:
+    keys and queries are sorted by run, the keys of each in front of its queries."""
+    s = k.shape[1]
+    runs = jnp.concatenate([kv_run, q_run], 1)
+    order = jnp.argsort(runs, axis=1, stable=True)
+    back = jnp.argsort(order, axis=1)[:, s:]
+    take = lambda a, at: jnp.take_along_axis(
+        a, at.reshape(at.shape + (1,) * (a.ndim - 2)), 1
+    )
+    widen = lambda a, before, after: jnp.pad(
+        a, ((0, 0), (before, after), (0, 0), (0, 0))
+    )
+    q, k, v = widen(q, s, 0), widen(k, 0, q_run.shape[1]), widen(v, 0, q_run.shape[1])
+    o = recurrence(*(take(a, order) for a in (q, k, v)), take(runs, order))
+    return take(o, back)
+
+
+def _recur(q, k, v, log_decay, run, chunk: int, begin: Callable):
+    """`begin(local, g, runs)` gives the state before the first chunk, and its run."""
+    t, h = q.shape[1:3]
+    block = min(BLOCK, t) if log_decay is not None and log_decay.ndim == 4 else 1
+    c = -(-min(chunk, t) // block) * block
+    row = filled(run, t, c)
+    g = _decay(log_decay, row, t, c)
+    q, k, v = chunked(q, c), chunked(k, c, h), chunked(v, c, h)
+    runs = runs_of(row, c, 0)
+    # the backward pass computes a chunk again, and keeps no more of it than q, k and v
+    o, local = jax.checkpoint(functools.partial(_inside, block=block))(q, k, v, g, runs)
+    state, carried = begin(local, g, runs)
+    runs = runs_of(row, c, carried)
+    after, states = _travel(state, local, g, runs)
+    return after, unchunked(o + jax.checkpoint(_outside)(q, g, runs, states), t)
+
+
+def _decay(log_decay, row, t: int, c: int) -> jax.Array | None:
+    """Log decays as [N|1,B|1,H,c,1|D], 0 at padding."""
+    if log_decay is None:
+        return None
+    g = jnp.maximum(log_decay.astype(jnp.float32), FLOOR)
+    if g.ndim == 1:
+        length = c if row is None else t  # without padding all chunks are alike
+        g = jnp.broadcast_to(g[None, None], (1, length, *g.shape))
+    g = chunked(g if g.ndim == 4 else g[..., None], c)
+    if row is None:
+        return g
+    real = (row > 0).reshape(row.shape[0], -1, 1, c, 1).swapaxes(0, 1)
+    return only(real, g)
+
+
+def _inside(q, k, v, g, runs: Runs, block: int) -> tuple[jax.Array, jax.Array]:
+    """What a chunk's tokens give each other [N,B,H,c,V], and what they leave in the
+    state [N,B,H,D,V]."""
+    s = pairs(q, k, g) if block == 1 else pairs_by_channel(q, k, g, block)
+    o = jnp.einsum("nbhij,nbhjv->nbhiv", only(runs.seen, s), v)
+    if g is not None:
+        later = jnp.concatenate([g[..., 1:, :], jnp.zeros_like(g[..., :1, :])], 3)
+        k = k * jnp.exp(jax.lax.cumsum(later, 3, reverse=True))
+    return o, jnp.einsum("nbhjd,nbhjv->nbhdv", only(runs.stays, k), v)
+
+
+def _outside(q, g, runs: Runs, states) -> jax.Array:
+    """What the states [N,B,H,D,V] that chunks begin with give their tokens."""
+    if g is not None:
+        q = q * jnp.exp(jnp.cumsum(g, 3))
+    return jnp.einsum("nbhid,nbhdv->nbhiv", only(runs.enters, q), states)
+
+
+def _travel(state, local, g, runs: Runs) -> tuple[jax.Array, jax.Array]:
+    """The last state [B,H,D,V] and those that chunks begin with [N,B,H,D,V]."""
+    factor = jnp.ones((1,) * 5) if g is None else jnp.exp(g.sum(3))[..., None]
+    factor = only(runs.keeps, factor)
+    factor = jnp.broadcast_to(factor, (local.shape[0], *factor.shape[1:]))
+
+    def pass_on(state, chunk):
+        factor, added = chunk
+        return factor * state + added, state
+
+    return jax.lax.scan(pass_on, state, (factor, local))
+
+
+def _check(q, k, v, log_decay, state, run, chunk: int) -> None:
+    check(q, k, v, aligned=True)
+    (b, t, h, d), width = q.shape, v.shape[-1]
+    if chunk < 1:
+        raise ValueError(f"chunk={chunk}: expected 1 or more tokens")
+    if log_decay is not None and log_decay.shape not in ((h,), (b, t, h), (b, t, h, d)):
+        raise ValueError(
+            f"log_decay has shape {log_decay.shape}: expected {(h,)}, {(b, t, h)} or "
+            f"{(b, t, h, d)}"
+        )
+    if state is not None and state.shape != (b, h, d, width):
+        raise ValueError(
+            f"state has shape {state.shape}: expected {(b, h, d, width)}"
+        )
+    if run is not None and run.shape != (b, t):
+        raise ValueError(f"run has shape {run.shape}: expected {(b, t)}")

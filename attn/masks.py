@@ -1,0 +1,227 @@
+"""Masks: who may look at whom, as predicates on (head, query position, key position).
+
+A mask is a frozen dataclass. Called with integer arrays that broadcast against each
+other it answers, elementwise, whether a query at position `i` of head `h` may look at
+a key at position `j`. The same predicate is evaluated by the XLA path on positions, by
+a kernel on the positions of its tile, by a cache on the positions that it kept and by
+a shard on positions with an offset. Masks compose: `Causal() & Window(256) | Sink(4)`.
+
+Two questions need no array. `mask.bounds(i, j)` says of a whole tile, given the ranges
+of its positions, whether some pair in it may be visible and whether every pair is: the
+tiles that a kernel skips, and those that need no mask arithmetic. `mask.reach()` says
+how far back a token can still be seen: how much a cache has to keep.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import numpy as np
+
+Array = Any  # anything that broadcasts: numpy, jax or Python integers
+FOREVER = 2**30
+
+
+class Reach(NamedTuple):
+    """A key `j` can be seen by a later query `i` only if `i - j <= left` or
+    `j < first`."""
+
+    left: int
+    first: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Mask:
+    """What every mask can say. A mask that says only `__call__` is correct, if slow."""
+
+    def __call__(self, h: Array, i: Array, j: Array) -> Array:
+        """Whether head `h` at query position `i` may look at key position `j`."""
+        raise NotImplementedError(f"{type(self).__name__} has no predicate")
+
+    def bounds(self, i: tuple[Array, Array], j: tuple[Array, Array]) -> tuple:
+        """(some, every): may a pair of the tile be visible; are all pairs visible.
+
+        `i` and `j` are (first, last) positions, both inclusive. A wrong `some=True` or
+        `every=False` costs time; the opposite would be an error: hence this default.
+        """
+        some = (i[0] == i[0]) & (j[0] == j[0])
+        return some, ~some
+
+    def reach(self) -> Reach:
+        """How far back, and how many first tokens, a later query can see."""
+        return Reach(FOREVER, 0)
+
+    @property
+    def causal(self) -> bool:
+        """Whether no query can see a later key."""
+        zero = np.zeros((), np.int64)
+        return not self.bounds((zero, zero), (zero + 1, zero + FOREVER))[0].any()
+
+    @property
+    def relative(self) -> bool:
+        """Whether only the difference of positions counts."""
+        return False
+
+    def __and__(self, other: Mask) -> Mask:
+        return And(self, other)
+
+    def __or__(self, other: Mask) -> Mask:
+        return Or(self, other)
+
+    def __invert__(self) -> Mask:
+        return Not(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class Full(Mask):
+    """Everything is visible."""
+
+    def __call__(self, h, i, j):
+        return (i == i) & (j == j)
+
+    def bounds(self, i, j):
+        every = (i[0] == i[0]) & (j[0] == j[0])
+        return every, every
+
+    @property
+    def relative(self):
+        return True
+
+
+@dataclasses.dataclass(frozen=True)
+class Causal(Mask):
+    """A token sees itself and what came before."""
+
+    def __call__(self, h, i, j):
+        return j <= i
+
+    def bounds(self, i, j):
+        return j[0] <= i[1], j[1] <= i[0]
+
+    @property
+    def relative(self):
+        return True
+
+
+@dataclasses.dataclass(frozen=True)
+class Window(Mask):
+    """A token sees at most `left` tokens back and `right` ahead, itself included.
+
+    `right=None` sets no limit ahead: leave that to `Causal()`.
+    """
+
+    left: int
+    right: int | None = None
+
+    def __post_init__(self):
+        for name, value in (("left", self.left), ("right", self.right or 0)):
+            if value < 0:
+                raise ValueError(f"Window: {name}={value}: expected 0 or more tokens")
+
+    def __call__(self, h, i, j):
+        seen = i - j <= self.left
+        return seen if self.right is None else seen & (j - i <= self.right)
+
+    def bounds(self, i, j):
+        some, every = i[0] - j[1] <= self.left, i[1] - j[0] <= self.left
+        if self.right is not None:
+            some = some & (j[0] - i[1] <= self.right)
+            every = every & (j[1] - i[0] <= self.right)
+        return some, every
+
+    def reach(self):
+        return Reach(self.left, 0)
+
+    @property
+    def relative(self):
+        return True
+
+
+@dataclasses.dataclass(frozen=True)
+class Sink(Mask):
+    """The first `n` tokens of the sequence are visible, to earlier tokens too: write
+    `Causal() & (Window(256) | Sink(4))` for attention sinks in a causal model."""
+
+    n: int
+
+    def __post_init__(self):
+        if self.n < 0:
+            raise ValueError(f"Sink: n={self.n}: expected 0 or more tokens")
+
+    def __call__(self, h, i, j):
+        return (j < self.n) & (i == i)
+
+    def bounds(self, i, j):
+        return (j[0] < self.n) & (i[0] == i[0]), (j[1] < self.n) & (i[0] == i[0])
+
+    def reach(self):
+        return Reach(-1, self.n)
+
+
+@dataclasses.dataclass(frozen=True)
+class And(Mask):
+    """Visible in both."""
+
+    a: Mask
+    b: Mask
+
+    def __call__(self, h, i, j):
+        return self.a(h, i, j) & self.b(h, i, j)
+
+    def bounds(self, i, j):
+        a, b = self.a.bounds(i, j), self.b.bounds(i, j)
+        return a[0] & b[0], a[1] & b[1]
+
+    def reach(self):
+        a, b = self.a.reach(), self.b.reach()
+        return Reach(min(a.left, b.left), max(a.first, b.first))
+
+    @property
+    def relative(self):
+        return self.a.relative and self.b.relative
+
+
+@dataclasses.dataclass(frozen=True)
+class Or(And):
+    """Visible in one of the two."""
+
+    def __call__(self, h, i, j):
+        return self.a(h, i, j) | self.b(h, i, j)
+
+    def bounds(self, i, j):
+        a, b = self.a.bounds(i, j), self.b.bounds(i, j)
+        return a[0] | b[0], a[1] | b[1]
+
+    def reach(self):
+        a, b = self.a.reach(), self.b.reach()
+        return Reach(max(a.left, b.left), max(a.first, b.first))
+
+
+@dataclasses.dataclass(frozen=True)
+class Not(Mask):
+    """Visible where `a` is not."""
+
+    a: Mask
+
+    def __call__(self, h, i, j):
+        return ~self.a(h, i, j)
+
+    def bounds(self, i, j):
+        some, every = self.a.bounds(i, j)
+        return ~every, ~some
+
+    @property
+    def relative(self):
+        return self.a.relative
+
+
+def tiles(mask: Mask, i: tuple[Array, Array], j: tuple[Array, Array]) -> np.ndarray:
+    """The tiles that a kernel has to visit, as rows (query tile, key tile), in order.
+
+    `i` and `j` hold the first and last positions of each query tile and each key tile.
+    """
+    i0, i1 = (np.asarray(x)[:, None] for x in i)
+    j0, j1 = (np.asarray(x)[None, :] for x in j)
+    some, _ = mask.bounds((i0, i1), (j0, j1))
+    return np.argwhere(np.broadcast_to(some, (i0.shape[0], j0.shape[1])))

@@ -1,0 +1,99 @@
+"""Sharding: sequence parallelism is a mesh axis.
+
+A mesh has the axes `data` (batch), `seq` (tokens) and `model` (heads). Everything that
+a shard must know about its place, head numbers, decays, positions and runs, is made in
+the global view and handed in by letters, so that no code asks where it is.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Callable
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+HOME = {"B": "data", "H": "model", "K": "model"}
+
+
+def mesh_of(axis: str):
+    """The mesh in force. ValueError if there is none or it lacks `axis`."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh is None or mesh.empty:
+        raise ValueError(
+            f"axis={axis!r} but there is no mesh: expected `with jax.set_mesh(mesh):`"
+        )
+    if axis not in mesh.axis_names:
+        raise ValueError(f"axis={axis!r}: expected one of the mesh's {mesh.axis_names}")
+    return mesh
+
+
+def spec(letters: str, axis: str) -> PartitionSpec:
+    """How an array lies on the mesh: "BTHD" -> (data, axis, model, None)."""
+    names = mesh_of(axis).axis_names
+    homes = {c: a for c, a in HOME.items() if a in names} | {"T": axis, "S": axis}
+    return PartitionSpec(*(homes.get(c) for c in letters))
+
+
+def over_mesh(f: Callable, letters: str, axis: str | None) -> Callable:
+    """`f` on the shards of its arguments; `f` itself when `axis` is None.
+
+    letters: "BTHD BSKD -> BTHV": one word an argument (None arguments and pytrees of
+    one form are allowed), `.` for an axis that every device holds whole; several
+    results are several words behind the arrow. ValueError if a length is not divisible.
+    """
+    if axis is None:
+        return f
+    mesh = mesh_of(axis)
+    ins, outs = (side.split() for side in letters.split(" -> "))
+    out_specs = tuple(spec(word, axis) for word in outs)
+
+    def sharded(*arrays: Any):
+        for word, array in zip(ins, arrays, strict=True):
+            _check_divisible(word, array, axis, mesh)
+        return jax.shard_map(
+            f,
+            in_specs=tuple(spec(word, axis) for word in ins),
+            out_specs=out_specs if len(outs) > 1 else out_specs[0],
+            check_vma=False,
+        )(*arrays)
+
+    return sharded
+
+
+def _check_divisible(word: str, array: Any, axis: str, mesh: Any) -> None:
+    for leaf in jax.tree.leaves(array):
+        for letter, size, name in zip(word, leaf.shape, spec(word, axis)):
+            if name is not None and size % mesh.shape[name]:
+                raise ValueError(
+                    f"{letter}={size} cannot be split over the {mesh.shape[name]} "
+                    f"devices of mesh axis {name!r}: expected a multiple"
+                )
+
+
+def gather(a: jax.Array | None, axis: str | None, dim: int = 1) -> jax.Array | None:
+    """Every shard's part of `a` along `dim`, in order; `a` itself without an axis."""
+    if axis is None or a is None:
+        return a
+    return jax.lax.all_gather(a, axis, axis=dim, tiled=True)
+
+
+def spread_heads(a: jax.Array, heads: int, axis: str | None) -> jax.Array:
+    """k or v [B,S,K,.] repeated, if K is too small for the `model` axis of the mesh, to
+    as few heads as that axis can split; `heads` is H."""
+    if axis is None:
+        return a
+    devices = mesh_of(axis).shape.get("model", 1)
+    if a.shape[2] % devices == 0:
+        return a
+    repeat = next(
+        (r for r in range(1, heads // a.shape[2] + 1)
+         if heads % (a.shape[2] * r) == 0 and (a.shape[2] * r) % devices == 0),
+        None,
+    )
+    if repeat is None:
+        raise ValueError(
+            f"H={heads} heads cannot be split over the {devices} devices of mesh axis "
+            "'model': expected a multiple"
+        )
+    return jnp.repeat(a, repeat, axis=2)

@@ -1,0 +1,147 @@
+"""SnapKV (Li et al., 2024) arXiv:2404.14469: the end of a prompt votes for its keys.
+
+What the last tokens of a prompt look at is what the answer will look at. So when the
+prompt has been read, its last `window` queries vote: each key's weights are added up
+over them, the votes are pooled along the sequence so that neighbours of a chosen token
+come with it, and every head keeps the `capacity - window` keys with the most votes and
+the window itself. The prompt's own attention is exact; only what is stored shrinks, and
+tokens generated afterwards are added and never dropped. Nothing is learned.
+
+    c_j = sum_(i in window) softmax_j(q_i k_j / sqrt D),   kept = top_(C-W) pool_P(c)
+
+As computed here a piece of several tokens is taken for (a part of) a prompt, so a
+prompt read in pieces is compressed after each one, which is proposed, not published;
+read in one piece it is the authors' algorithm.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from attn import cache as caches
+from attn.cache import Cache
+from attn.masks import FOREVER
+from attn.segments import Place, place
+from attn.shapes import check
+from attn.softmax import Softmax, allowed, logits, weights
+
+POOLS = ("avg", "max")
+
+
+@dataclasses.dataclass(frozen=True)
+class SnapKV(Softmax):
+    """SnapKV (Li et al., 2024) arXiv:2404.14469: keep the prompt keys that its end
+    votes for.
+
+    capacity C: tokens of the prompt that each head keeps, `window` W of them the last
+    ones; kernel P: odd width of the pooling, "avg" or "max". share_group: the query
+    heads of a group vote together and the cache stays [B,C,K,D]; otherwise each query
+    head keeps its own, as in the authors' code, and the cache grows to H heads. The
+    other fields are those of `Softmax`.
+    """
+
+    capacity: int = 320
+    window: int = 64
+    kernel: int = 5
+    pool: str = "avg"
+    share_group: bool = True
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not 0 < self.window < self.capacity:
+            raise ValueError(
+                f"SnapKV: window={self.window}, capacity={self.capacity}: "
+                "expected 0 < window < capacity"
+            )
+        if self.kernel < 1 or self.kernel % 2 == 0:
+            raise ValueError(f"SnapKV: kernel={self.kernel}: expected an odd width")
+        if self.pool not in POOLS:
+            raise ValueError(f"SnapKV: pool={self.pool!r}: expected one of {POOLS}")
+
+    def init_state(self, size, q, k, v, *, x=None):
+        """An empty memory for a prompt as long as q and the rest of `size` tokens."""
+        prompt = min(q.shape[1], size)
+        slots = min(prompt, self.capacity) + size - prompt
+        k, v = (self._per_head(a, q.shape[2]) for a in (k, v))
+        return caches.empty(k, v, slots, per_head=True)
+
+    def step(self, state, q, k, v, *, x=None, segments=None, bias=None, sink=None):
+        """The next T tokens -> state, [B,T,H,V]: one token is appended, a piece is
+        attended to exactly and then compressed to `capacity`."""
+        check(q, k, v, segments=segments, aligned=True)
+        self._check_stream(bias)
+        b, t, h, _ = q.shape
+        k, v = (a if self.share_group else _repeat(a, h) for a in (k, v))
+        caches.check_fits(state, k, v)
+        slots = state.k.shape[1]
+        now = place(segments, b, t, state.end, state.segment)
+        both, runs = caches.joined(state, k, v, now)
+        if t == 1:
+            used = jnp.where(now.run.max(1) > 1, 0, (state.pos[..., 0] >= 0).sum(1))
+            after = caches.append(state, k, v, now, used[:, None])
+            o = self.read(both, runs, q, now, sink=sink)
+            full = used + (now.run[:, 0] > 0)
+            caches.check_room(full, slots)
+            return after, caches.spoil(o, full, slots)
+        o = self.read(both, runs, q, now, sink=sink)
+        mine = caches.only_current(both, runs)
+        after = caches.keep(mine, self.worth(q, mine, now), self._kept(mine, slots))
+        return caches.grown(after, slots), o
+
+    def worth(self, q: jax.Array, cache: Cache, now: Place) -> jax.Array:
+        """The worth [B,C,K] of each slot of a cache that holds the whole prompt: the
+        pooled votes, and infinity for the window. q [B,T,H,D] at `now`."""
+        order = jnp.argsort(jnp.where(cache.pos < 0, FOREVER, cache.pos), axis=1)
+        pos = jnp.take_along_axis(cache.pos, order, 1)
+        k = jnp.take_along_axis(cache.k, order[..., None], 1)
+        vote = self.votes(q, k, pos, now)
+        early = (pos >= 0) & (pos < now.end[:, None, None] - self.window)
+        heads = q.shape[2] // pos.shape[2]
+        pooled = self.pooled(vote, jnp.repeat(jnp.moveaxis(early, 1, 2), heads, 1))
+        pooled = pooled.reshape(*pooled.shape[:1], pos.shape[2], heads, -1).mean(2)
+        worth = jnp.where(early, jnp.moveaxis(pooled, 1, 2), jnp.inf)
+        return jnp.take_along_axis(worth, jnp.argsort(order, axis=1), 1)
+
+    def votes(self, q, k, pos, now: Place) -> jax.Array:
+        """What each key gets from the last `window` real queries: [B,H,S].
+
+        q [B,T,H,D] at `now`, k [B,S,K,D] at positions pos [B,S,K].
+        """
+        b, t, h, _ = q.shape
+        w = min(self.window, t)
+        mine = caches.current(now)
+        last, index = jax.lax.top_k(jnp.where(mine, jnp.arange(t), -1), w)
+        asked = jnp.take_along_axis(q, index[..., None, None], 1)
+        q_pos = jnp.take_along_axis(now.pos, index, 1)
+        kv_pos = jnp.repeat(pos, h // pos.shape[2], 2)
+        seen = allowed(self.mask, q_pos, kv_pos, head=jnp.arange(h))
+        p = weights(logits(asked, k, self.scale), seen).astype(q.dtype)
+        return (p * (last >= 0)[:, None, :, None]).sum(2, dtype=jnp.float32)
+
+    def pooled(self, vote: jax.Array, early: jax.Array) -> jax.Array:
+        """Votes [B,H,S] pooled along the sequence, of the tokens before the window
+        (early [B,H,S]) only. The average counts what lies outside as zero votes."""
+        if self.pool == "avg":
+            start, add, over = 0.0, jax.lax.add, self.kernel
+        else:
+            start, add, over = -jnp.inf, jax.lax.max, 1
+        return jax.lax.reduce_window(
+            jnp.where(early, vote, start), start, add,
+            (1, 1, self.kernel), (1, 1, 1), "SAME",
+        ) / over
+
+    def _kept(self, cache: Cache, slots: int) -> int:
+        return min(self.capacity, slots, cache.k.shape[1])
+
+    def _per_head(self, a, heads: int):
+        if self.share_group:
+            return a
+        b, t, _, width = a.shape
+        return jax.ShapeDtypeStruct((b, t, heads, width), a.dtype)
+
+
+def _repeat(a: jax.Array, heads: int) -> jax.Array:
+    return jnp.repeat(a, heads // a.shape[2], 2)

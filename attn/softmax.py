@@ -1,0 +1,220 @@
+"""FlashAttention (Dao et al., 2022) arXiv:2205.14135: exact attention, tile by tile.
+
+Softmax attention looks at all pairs of tokens, but the T x S matrix never exists: tiles
+of keys pass by while each row keeps a running maximum, sum and weighted value, and the
+backward pass computes the tiles again. Tiles that the mask hides are never visited.
+
+`Softmax` is the attention, `attend` the mechanism under it (`attn/tiles.py`), and
+`logits`, `weights`, `values` the same in three steps for ideas that need the matrix.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Callable
+
+import jax
+import jax.numpy as jnp
+
+from attn import cache as caches
+from attn.dispatch import pick
+from attn.masks import Causal, Full, Mask
+from attn.segments import place
+from attn.shapes import check
+from attn.sharding import gather, over_mesh, spread_heads
+from attn.tiles import NEVER, attend
+
+__all__ = ["Softmax", "allowed", "attend", "logits", "values", "weights"]
+
+
+def logits(q: jax.Array, k: jax.Array, scale: float | None = None) -> jax.Array:
+    """scale * q.k as float32 [B,H,T,S]; query head h reads key head h // (H/K)."""
+    b, t, h, d = q.shape
+    grouped = q.reshape(b, t, k.shape[2], -1, d)
+    s = jnp.einsum("btkgd,bskd->bkgts", grouped, k, preferred_element_type=jnp.float32)
+    return (s * (d**-0.5 if scale is None else scale)).reshape(b, h, t, -1)
+
+
+def weights(s: jax.Array, seen: jax.Array | None = None) -> jax.Array:
+    """Softmax of logits [...,S] over the keys that are `seen`; all zero if none is."""
+    s = s if seen is None else jnp.where(seen, s, NEVER)
+    top = jax.lax.stop_gradient(s.max(-1, keepdims=True, initial=NEVER))
+    p = jnp.exp(s - jnp.where(jnp.isfinite(top), top, 0))
+    total = p.sum(-1, keepdims=True)
+    return p / jnp.where(total > 0, total, 1)
+
+
+def values(p: jax.Array, v: jax.Array) -> jax.Array:
+    """Weights p [B,H,T,S] times v [B,S,K,V] -> [B,T,H,V] in v's dtype."""
+    b, h, t, s = p.shape
+    grouped = p.astype(v.dtype).reshape(b, v.shape[2], -1, t, s)
+    o = jnp.einsum(
+        "bkgts,bskv->btkgv", grouped, v, preferred_element_type=jnp.float32
+    )
+    return o.reshape(b, t, h, -1).astype(v.dtype)
+
+
+def allowed(
+    mask: Mask,
+    q_pos: jax.Array,
+    kv_pos: jax.Array,
+    q_run: jax.Array | None = None,
+    kv_run: jax.Array | None = None,
+    head: jax.Array | None = None,
+) -> jax.Array:
+    """The mask at given positions, as booleans that broadcast to [B,H,T,S].
+
+    q_pos [B|1,T]; kv_pos [B|1,S] or, per head, [B,S,H]; -1 is an empty slot. Runs as
+    in `attn.segments`: a token sees its own run, and padding is run 0. head [H].
+    """
+    i = q_pos[:, None, :, None]
+    per_head = kv_pos.ndim == 3
+    j = jnp.moveaxis(kv_pos, 2, 1)[:, :, None] if per_head else kv_pos[:, None, None]
+    h = None if head is None else head[None, :, None, None]
+    seen = mask(h, i, j) & (j >= 0)
+    if q_run is not None:
+        q_r, k_r = q_run[:, None, :, None], kv_run[:, None, None, :]
+        seen = seen & (q_r == k_r) & (k_r > 0)
+    return seen
+
+
+@dataclasses.dataclass(frozen=True)
+class Softmax:
+    """FlashAttention (Dao et al., 2022) arXiv:2205.14135: exact softmax attention.
+
+    softmax(scale q.k + score(h, i, j)) v over the keys that `mask` lets a query see,
+    with `attend`'s tiles. Its memory is a `Cache`: of every token, or, where the mask
+    forgets (a window, a window with sinks), a ring of just those that can be seen.
+
+    `score` is a function of positions such as `ALiBi(heads)`; `dropout` acts when the
+    call is given a `key`. With `axis`, every shard gathers k and v (LASP-2H, Sun et
+    al., 2025, arXiv:2502.07563).
+    """
+
+    mask: Mask = Causal()
+    scale: float | None = None
+    softcap: float | None = None
+    score: Callable | None = None
+    dropout: float = 0.0
+    axis: str | None = None
+    implementation: str | None = None
+
+    def __post_init__(self):
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"Softmax: dropout={self.dropout}: expected in [0, 1)")
+        if self.softcap is not None and self.softcap <= 0:
+            raise ValueError(f"Softmax: softcap={self.softcap}: expected above 0")
+
+    def __call__(
+        self, q, k, v, *, x=None, segments=None, bias=None, sink=None, key=None
+    ):
+        """All tokens at once. q [B,T,H,D], k [B,S,K,D], v [B,S,K,V] -> [B,T,H,V].
+
+        bias [B|1,H|1,T|1,S|1] is added to the logits, sink [H] is a logit without
+        value, key a PRNG key for dropout. T != S aligns the last tokens.
+        """
+        check(q, k, v, segments=segments)
+        where = self._places(q, k, segments)
+        return self._attend(q, k, v, *where, bias, sink, key)
+
+    def init_state(self, size, q, k, v, *, x=None):
+        """An empty memory for `size` tokens; q, k, v give shapes and dtypes."""
+        need = caches.ring(self.mask, max(size, 1)).slots
+        return caches.empty(k, v, need if size > 0 else size)
+
+    def step(self, state, q, k, v, *, x=None, segments=None, bias=None, sink=None):
+        """The next T tokens -> state, [B,T,H,V]. Past the state's size: ValueError, and
+        NaN inside a trace, unless the mask is a window."""
+        check(q, k, v, segments=segments, aligned=True)
+        self._check_stream(bias)
+        caches.check_fits(state, k, v)
+        b, t = q.shape[:2]
+        slots = state.k.shape[1]
+        now = place(segments, b, t, state.end, state.segment)
+        ring = caches.ring(self.mask, slots)
+        if not ring.endless:
+            caches.check_room(now.end, slots)
+        after = caches.append(state, k, v, now, ring.slot(now))
+        if t == 1 or (segments is None and not ring.endless):
+            # the token's own sequence is all that is left in the cache
+            read = after, jnp.broadcast_to(now.run.max(1, keepdims=True), (b, slots))
+        else:
+            read = caches.joined(state, k, v, now)
+        o = self.read(*read, q, now, sink=sink)
+        return after, o if ring.endless else caches.spoil(o, now.end, slots)
+
+    def _check_stream(self, bias) -> None:
+        if not self.mask.causal:
+            raise NotImplementedError(
+                f"step: {self.mask} lets tokens see later ones: no stream"
+            )
+        if bias is not None:
+            raise NotImplementedError("step: a bias array has no place in a stream")
+
+    def read(self, cache, runs, q, now, *, sink=None):
+        """q [B,T,H,D] at `now` over a cache with runs [B,C] of slots -> [B,T,H,V]."""
+        streamed = dataclasses.replace(self, axis=None)
+        return streamed._attend(
+            q, cache.k, cache.v, now.pos, cache.pos, now.run, runs, None, sink, None
+        )
+
+    def _places(self, q, k, segments):
+        """q_pos, kv_pos, q_run, kv_run; None where positions simply count."""
+        b, t, s = q.shape[0], q.shape[1], k.shape[1]
+        count = lambda n, start: jnp.broadcast_to(
+            jnp.arange(start, start + n, dtype=jnp.int32), (b, n)
+        )
+        if segments is None:
+            if self.axis is None:
+                return None, None, None, None
+            ones = lambda n: jnp.ones((b, n), jnp.int32)
+            return count(t, s - t), count(s, 0), ones(t), ones(s)
+        if not isinstance(segments, tuple):
+            here = place(segments, b, t)
+            return here.pos, here.pos, here.run, here.run
+        q_seg, kv_seg = (a.astype(jnp.int32) for a in segments)
+        q_pos, kv_pos = place(q_seg, b, t).pos, place(kv_seg, b, s).pos
+        if t != s or not self.mask.relative or self.mask != Full():
+            # aligned at the last token of each sequence, of its true lengths
+            q_pos = q_pos + _count(kv_seg, q_seg) - _count(q_seg, q_seg)
+        return q_pos, kv_pos, q_seg, kv_seg
+
+    def _attend(self, q, k, v, q_pos, kv_pos, q_run, kv_run, bias, sink, key):
+        heads = jnp.arange(q.shape[2], dtype=jnp.int32)
+        rows = jnp.arange(q.shape[0], dtype=jnp.int32)
+        if self.axis is not None and key is not None and self.dropout:
+            raise NotImplementedError("dropout over a mesh axis is not there yet")
+        k, v = (spread_heads(a, q.shape[2], self.axis) for a in (k, v))
+        letters = "BTHD BSKD BSKV H B BT BS BT BS " + _letters(bias) + " H . -> BTHV"
+        return over_mesh(self._local, letters, self.axis)(
+            q, k, v, heads, rows, q_pos, kv_pos, q_run, kv_run, bias, sink, key
+        )
+
+    def _local(
+        self, q, k, v, head, batch, q_pos, kv_pos, q_run, kv_run, bias, sink, key
+    ):
+        k, v, kv_pos, kv_run = (gather(a, self.axis) for a in (k, v, kv_pos, kv_run))
+        xla = lambda: attend(
+            q, k, v, mask=self.mask, head=head, q_pos=q_pos, kv_pos=kv_pos,
+            q_run=q_run, kv_run=kv_run, scale=self.scale, softcap=self.softcap,
+            score=self.score, bias=bias, sink=sink, dropout=self.dropout, key=key,
+            batch=batch,
+        )[0]
+        return pick(self.implementation, xla=xla)
+
+
+def _letters(bias) -> str:
+    """The letters of a bias array: axes of 1 are whole, and so are the keys."""
+    if bias is None:
+        return "."
+    return "".join("." if n == 1 else c for c, n in zip("BHT.", bias.shape))
+
+
+def _count(keys: jax.Array, ids: jax.Array) -> jax.Array:
+    """How often each of ids [B,T] stands in keys [B,S], in memory linear in T and S."""
+    ordered = jnp.sort(keys, axis=1)
+    find = lambda side: jax.vmap(
+        functools.partial(jnp.searchsorted, side=side)
+    )(ordered, ids)
+    return (find("right") - find("left")).astype(jnp.int32)

@@ -1,0 +1,399 @@
+"""Exact softmax attention by tiles, in memory linear in T: the XLA form.
+
+The queries and keys are cut into tiles and the pairs of tiles that the mask leaves are
+visited one after the other. While key tiles pass by, a row keeps its running maximum m,
+the sum l of its exponentials and the weighted sum a of values:
+
+    m' = max(m, max_j s_j);  l = exp(m - m') l + sum_j exp(s_j - m')
+    a  = exp(m - m') a + sum_j exp(s_j - m') v_j;   o = a / l, lse = m + log l at last
+
+The backward pass makes each tile again from q, k and lse:
+
+    p = exp(s - lse);  ds = p (do.v - delta),  delta = sum(do * o) - d(lse)
+
+Source: Dao et al., 2022, arXiv:2205.14135.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any, Callable, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from attn.masks import FOREVER, Full, Mask, tiles
+
+NEVER = -jnp.inf
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What is known of one call before it runs: the tiles and the form of a logit."""
+
+    mask: Mask
+    scale: float
+    softcap: float | None
+    score: Callable | None
+    dropout: float
+    tile: tuple[int, int]
+    offset: int | None  # position of query 0 if positions simply count, else None
+    pairs: tuple[tuple[int, int], ...]
+
+
+class Side(NamedTuple):
+    """Arrays of one call that have no gradient; None for what it does not use.
+
+    q_pos [B,T], kv_pos [B,S,K|1], q_run [B,T], kv_run [B,S], head [K,G], keep
+    [B,K,G,T,S] bool, seed [2] uint32 and batch [B] number the rows for dropout; busy
+    [pairs] bool: which tiles hold a visible pair, where that depends on the data.
+    """
+
+    q_pos: Any = None
+    kv_pos: Any = None
+    q_run: Any = None
+    kv_run: Any = None
+    head: Any = None
+    keep: Any = None
+    seed: Any = None
+    batch: Any = None
+    busy: Any = None
+
+
+def attend(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    mask: Mask = Full(),
+    head: jax.Array | None = None,
+    q_pos: jax.Array | None = None,
+    kv_pos: jax.Array | None = None,
+    q_run: jax.Array | None = None,
+    kv_run: jax.Array | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    score: Callable | None = None,
+    bias: jax.Array | None = None,
+    sink: jax.Array | None = None,
+    keep: jax.Array | None = None,
+    dropout: float = 0.0,
+    key: jax.Array | None = None,
+    batch: jax.Array | None = None,
+    tile: tuple[int, int] | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Exact attention in memory linear in T: o [B,T,H,V] and lse [B,H,T] float32.
+
+    q [B,T,H,D], k [B,S,K,D], v [B,S,K,V]. A logit is scale * q.k (scale: D^-0.5), then
+    softcap * tanh(s / softcap), plus `score(h, i, j)` (a function of positions, as
+    `ALiBi`), plus `bias` [B|1,H|1,T|1,S|1]; then the mask. `sink` [H]: a logit without
+    value that takes part in every row's sum. A row that sees nothing gives o = 0 and
+    lse = -inf (with a sink: o = 0, lse = sink).
+
+    Positions count from 0, aligned at the last token when T != S, unless q_pos [B,T]
+    and kv_pos [B,S] or [B,S,K|1] are given (-1: an empty slot). q_run, kv_run: see
+    `attn.segments`. head [H]: the global head numbers, for masks that read them.
+    dropout: the share of weights set to 0, if `key` is given; the choice is a hash of
+    (key, batch row, head, query index, key index), so no tile or pass can disagree on
+    it. keep [B,H,T,S] bool gives the choice instead. Source: see the module.
+    """
+    b, t, h, d = q.shape
+    s, heads = k.shape[1], k.shape[2]
+    bq, bk = tile or tile_for(t, s)
+    tp, sp = -(-t // bq) * bq, -(-s // bk) * bk
+    counted = q_pos is None and kv_pos is None
+    offset = s - t if counted else None
+    if not counted and (q_pos is None or kv_pos is None):
+        raise ValueError("q_pos and kv_pos go together: expected both or neither")
+    plan = Plan(
+        mask, d**-0.5 if scale is None else scale, softcap, score, dropout, (bq, bk),
+        offset, _pairs(mask, t, s, bq, bk, offset),
+    )
+    if kv_pos is not None and kv_pos.ndim == 2:
+        kv_pos = kv_pos[..., None]
+    if counted and (tp, sp) != (t, s) and q_run is None:
+        # the tail of the last tile is nobody's key
+        kv_run = jnp.ones((1, s), jnp.int32)
+        q_run = jnp.ones((1, t), jnp.int32)
+    head = jnp.arange(h, dtype=jnp.int32) if head is None else head
+    random = dropout > 0 and key is not None
+    if random and batch is None:
+        batch = jnp.arange(b, dtype=jnp.int32)
+    side = Side(
+        q_pos=_pad(q_pos, 1, tp), kv_pos=_pad(kv_pos, 1, sp, -1),
+        q_run=_pad(q_run, 1, tp), kv_run=_pad(kv_run, 1, sp),
+        head=head.reshape(heads, h // heads),
+        keep=_pad(_pad(_grouped(keep, heads), 3, tp), 4, sp),
+        seed=jax.random.key_data(key).astype(jnp.uint32)[-2:] if random else None,
+        batch=batch if random else None,
+    )
+    side = side._replace(busy=_busy(plan, side))
+    grouped = q.reshape(b, t, heads, h // heads, d).transpose(0, 2, 3, 1, 4)
+    grouped = _pad(grouped, 3, tp)
+    keys, vals = (_pad(a.transpose(0, 2, 1, 3), 2, sp) for a in (k, v))
+    bias = _grouped(bias, heads)
+    if bias is not None:
+        bias = bias if bias.shape[3] == 1 else _pad(bias, 3, tp)
+        bias = bias if bias.shape[4] == 1 else _pad(bias, 4, sp)
+    if sink is not None:
+        sink = sink.astype(jnp.float32).reshape(heads, h // heads)
+    o, lse = _tiled(plan, side, grouped, keys, vals, bias, sink)
+    o = o.transpose(0, 3, 1, 2, 4).reshape(b, tp, h, -1)[:, :t]
+    return o.astype(v.dtype), lse.reshape(b, h, tp)[:, :, :t]
+
+
+def tile_for(t: int, s: int) -> tuple[int, int]:
+    """Tile (queries, keys) of the XLA path: its logits fit in a core's cache."""
+    return min(t, 256), min(s, 512)
+
+
+def _pairs(mask, t, s, bq, bk, offset) -> tuple[tuple[int, int], ...]:
+    """The (query tile, key tile) pairs that the mask leaves, in order."""
+    nq, nk = -(-t // bq), -(-s // bk)
+    if offset is None:
+        return tuple((i, j) for i in range(nq) for j in range(nk))
+    first_q, first_k = np.arange(nq) * bq, np.arange(nk) * bk
+    last_q, last_k = np.minimum(first_q + bq, t) - 1, np.minimum(first_k + bk, s) - 1
+    found = tiles(mask, (first_q + offset, last_q + offset), (first_k, last_k))
+    return tuple((int(i), int(j)) for i, j in found)
+
+
+def _pad(a, axis: int, size: int, value=0):
+    """`a` filled up with `value` to `size` along `axis`; None stays None."""
+    if a is None or a.shape[axis] == size:
+        return a
+    widths = [(0, size - a.shape[axis] if n == axis else 0) for n in range(a.ndim)]
+    return jnp.pad(a, widths, constant_values=value)
+
+
+def _grouped(a, heads: int):
+    """[B|1,H|1,T,S] -> [B|1,K|1,G|1,T,S]."""
+    if a is None:
+        return None
+    b, h, t, s = a.shape
+    return a.reshape(b, 1, 1, t, s) if h == 1 else a.reshape(b, heads, -1, t, s)
+
+
+def _cut(a, axis: int, n, size: int):
+    """Tile `n` of `a` along `axis`; an axis of 1 and None stay whole."""
+    if a is None or a.shape[axis] == 1 or a.shape[axis] == size:
+        return a
+    return jax.lax.dynamic_slice_in_dim(a, n * size, size, axis)
+
+
+def _put(a, part, axis: int, n, size: int):
+    if a.shape[axis] == part.shape[axis]:
+        return part
+    return jax.lax.dynamic_update_slice_in_dim(a, part, n * size, axis)
+
+
+def _seen(plan: Plan, side: Side, i, j):
+    """The mask and its positions on tile (i, j): (bool or None, h, q_pos, kv_pos)."""
+    bq, bk = plan.tile
+    if plan.offset is None:
+        q_pos = _cut(side.q_pos, 1, i, bq)[:, None, None, :, None]
+        kv_pos = jnp.moveaxis(_cut(side.kv_pos, 1, j, bk), 2, 1)[:, :, None, None, :]
+    else:
+        q_pos = (i * bq + plan.offset + jnp.arange(bq))[None, None, None, :, None]
+        kv_pos = (j * bk + jnp.arange(bk))[None, None, None, None, :]
+    h = side.head[None, :, :, None, None]
+    seen = None if plan.mask == Full() else plan.mask(h, q_pos, kv_pos)
+    tests = [] if seen is None else [seen]
+    if plan.offset is None:
+        tests.append(kv_pos >= 0)
+    if side.q_run is not None:
+        q_run = _cut(side.q_run, 1, i, bq)[:, None, None, :, None]
+        kv_run = _cut(side.kv_run, 1, j, bk)[:, None, None, None, :]
+        tests.append((q_run == kv_run) & (kv_run > 0))
+    seen = functools.reduce(lambda a, b: a & b, tests) if tests else None
+    return seen, h, q_pos, kv_pos
+
+
+def _tile_logits(plan: Plan, side: Side, q, k, bias, i, j):
+    """Logits of tile (i, j) [B,K,G,bq,bk], -inf where hidden; and d(capped)/d(raw)."""
+    bq, bk = plan.tile
+    s = jnp.einsum("bkgid,bkjd->bkgij", q, k, preferred_element_type=jnp.float32)
+    s = s * plan.scale
+    slope = None
+    if plan.softcap is not None:
+        capped = jnp.tanh(s / plan.softcap)
+        s, slope = plan.softcap * capped, 1 - capped**2
+    seen, h, q_pos, kv_pos = _seen(plan, side, i, j)
+    if plan.score is not None:
+        s = s + plan.score(h, q_pos, kv_pos)
+    if bias is not None:
+        s = s + _cut(_cut(bias, 3, i, bq), 4, j, bk)
+    return (s if seen is None else jnp.where(seen, s, NEVER)), slope
+
+
+def _tile_keep(plan: Plan, side: Side, i, j):
+    """What dropout multiplies the weights of tile (i, j) with; None for nothing."""
+    bq, bk = plan.tile
+    if side.keep is not None:
+        kept = _cut(_cut(side.keep, 3, i, bq), 4, j, bk)
+    elif side.seed is not None:
+        heads = side.head.astype(jnp.uint32)[None, :, :, None, None]
+        rows = side.batch.astype(jnp.uint32)[:, None, None, None, None]
+        at = lambda n, size: (n * size + jnp.arange(size)).astype(jnp.uint32)
+        q_i = at(i, bq)[None, None, None, :, None]
+        k_j = at(j, bk)[None, None, None, None, :]
+        word = _mix(_mix(side.seed[0] ^ rows) ^ heads)
+        word = _mix(_mix(word ^ side.seed[1] ^ q_i) ^ k_j)
+        kept = word >= jnp.uint32(round(plan.dropout * 2**32))
+    else:
+        return None
+    return kept.astype(jnp.float32) / (1 - plan.dropout)
+
+
+def _mix(x):
+    """A 32-bit integer hash with full avalanche: the finaliser of MurmurHash3."""
+    x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
+    x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
+    return x ^ (x >> 16)
+
+
+def _over_tiles(plan: Plan, side: Side, body: Callable, carry):
+    """Runs `body(carry, i, j)` over the plan's tiles, one after the other."""
+    if len(plan.pairs) == 1:
+        return body(carry, *plan.pairs[0])
+    pairs = jnp.asarray(plan.pairs, jnp.int32).reshape(-1, 2)
+
+    def step(carry, at):
+        pair, busy = at
+        i, j = pair[0], pair[1]
+        if busy is None:
+            return body(carry, i, j), None
+        visit = lambda c: body(c, i, j)
+        return jax.lax.cond(busy, visit, lambda c: c, carry), None
+
+    return jax.lax.scan(step, carry, (pairs, side.busy))[0]
+
+
+def _busy(plan: Plan, side: Side):
+    """Which of the plan's tiles may hold a visible pair, given positions and runs."""
+    if len(plan.pairs) == 1 or (plan.offset is not None and side.q_run is None):
+        return None
+    bq, bk = plan.tile
+    i, j = np.asarray(plan.pairs).reshape(-1, 2).T
+
+    def extent(a, real, size, at):
+        # first and last value among the real tokens of each tile, over batch and heads
+        a, real = (jnp.moveaxis(x, 1, 0).reshape(x.shape[1] // size, -1)
+                   for x in jnp.broadcast_arrays(a, real))
+        low = jnp.where(real, a, FOREVER // 2).min(1)
+        high = jnp.where(real, a, -FOREVER // 2).max(1)
+        return low[at], high[at]
+
+    some = jnp.ones(len(i), bool)
+    if plan.offset is None:
+        q_real = True if side.q_run is None else side.q_run > 0
+        q_at = extent(side.q_pos, q_real, bq, i)
+        kv_at = extent(side.kv_pos, side.kv_pos >= 0, bk, j)
+        some = plan.mask.bounds(q_at, kv_at)[0] & (kv_at[1] >= kv_at[0])
+    if side.q_run is not None:
+        q_at = extent(side.q_run, side.q_run > 0, bq, i)
+        kv_at = extent(side.kv_run, side.kv_run > 0, bk, j)
+        some = some & (q_at[0] <= kv_at[1]) & (kv_at[0] <= q_at[1])
+    return some
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _tiled(plan: Plan, side: Side, q, k, v, bias, sink):
+    """q [B,K,G,T,D], k [B,K,S,D], v [B,K,S,V], all multiples of a tile; bias
+    [B|1,K|1,G|1,T|1,S|1], sink [K,G] -> o [B,K,G,T,V] float32, lse [B,K,G,T]."""
+    return _forward(plan, side, q, k, v, bias, sink)[0]
+
+
+def _forward(plan, side, q, k, v, bias, sink):
+    bq, bk = plan.tile
+    rows = q.shape[:4]
+    m = jnp.full(rows, NEVER, jnp.float32)
+    total = jnp.zeros(rows, jnp.float32)
+    if sink is not None:
+        m, total = jnp.broadcast_to(sink[None, :, :, None], rows), jnp.ones_like(total)
+    o = jnp.zeros((*rows, v.shape[-1]), jnp.float32)
+
+    def body(carry, i, j):
+        o, m, total = carry
+        q_i, k_j, v_j = _cut(q, 3, i, bq), _cut(k, 2, j, bk), _cut(v, 2, j, bk)
+        s, _ = _tile_logits(plan, side, q_i, k_j, bias, i, j)
+        old = _cut(m, 3, i, bq)
+        new = jnp.maximum(old, s.max(-1))
+        base = jnp.where(jnp.isfinite(new), new, 0)
+        p = jnp.exp(s - base[..., None])
+        fade = jnp.exp(old - base)
+        now = _cut(total, 3, i, bq) * fade + p.sum(-1)
+        drop = _tile_keep(plan, side, i, j)
+        p = (p if drop is None else p * drop).astype(v.dtype)
+        part = jnp.einsum("bkgij,bkjv->bkgiv", p, v_j,
+                          preferred_element_type=jnp.float32)
+        acc = _cut(o, 3, i, bq) * fade[..., None] + part
+        return (_put(o, acc, 3, i, bq), _put(m, new, 3, i, bq),
+                _put(total, now, 3, i, bq))
+
+    o, m, total = _over_tiles(plan, side, body, (o, m, total))
+    some = total > 0
+    safe = jnp.where(some, total, 1)
+    o = o / safe[..., None]
+    lse = jnp.where(some, m + jnp.log(safe), NEVER)
+    return (o, lse), (side, q, k, v, bias, sink, o, lse)
+
+
+def _backward(plan, saved, cotangents):
+    side, q, k, v, bias, sink, o, lse = saved
+    do, dlse = cotangents
+    bq, bk = plan.tile
+    # d(lse) enters exactly where delta leaves
+    delta = (do * o).sum(-1) - dlse
+    base = jnp.where(jnp.isfinite(lse), lse, 0)
+    do_low = do.astype(v.dtype)
+    zeros = lambda a: None if a is None else jnp.zeros(a.shape, jnp.float32)
+
+    def body(carry, i, j):
+        dq, dk, dv, dbias = carry
+        q_i, k_j, v_j = _cut(q, 3, i, bq), _cut(k, 2, j, bk), _cut(v, 2, j, bk)
+        s, slope = _tile_logits(plan, side, q_i, k_j, bias, i, j)
+        p = jnp.exp(s - _cut(base, 3, i, bq)[..., None])
+        do_i = _cut(do_low, 3, i, bq)
+        dp = jnp.einsum("bkgiv,bkjv->bkgij", do_i, v_j,
+                        preferred_element_type=jnp.float32)
+        drop = _tile_keep(plan, side, i, j)
+        dropped = p if drop is None else p * drop
+        dp = dp if drop is None else dp * drop
+        ds = p * (dp - _cut(delta, 3, i, bq)[..., None])
+        dv_j = jnp.einsum("bkgij,bkgiv->bkjv", dropped.astype(v.dtype), do_i,
+                          preferred_element_type=jnp.float32)
+        if dbias is not None:
+            dbias = _add_bias(dbias, ds, plan.tile, i, j)
+        ds = ((ds if slope is None else ds * slope) * plan.scale).astype(q.dtype)
+        dq_i = jnp.einsum("bkgij,bkjd->bkgid", ds, k_j,
+                          preferred_element_type=jnp.float32)
+        dk_j = jnp.einsum("bkgij,bkgid->bkjd", ds, q_i,
+                          preferred_element_type=jnp.float32)
+        dq = _put(dq, _cut(dq, 3, i, bq) + dq_i, 3, i, bq)
+        dk = _put(dk, _cut(dk, 2, j, bk) + dk_j, 2, j, bk)
+        dv = _put(dv, _cut(dv, 2, j, bk) + dv_j, 2, j, bk)
+        return dq, dk, dv, dbias
+
+    start = zeros(q), zeros(k), zeros(v), zeros(bias)
+    dq, dk, dv, dbias = _over_tiles(plan, side, body, start)
+    dsink = None
+    if sink is not None:
+        share = jnp.exp(sink[None, :, :, None] - base)
+        dsink = -(share * delta).sum((0, 3))
+    low = lambda d, a: None if a is None else d.astype(a.dtype)
+    return (None, low(dq, q), low(dk, k), low(dv, v), low(dbias, bias), dsink)
+
+
+def _add_bias(dbias, ds, tile, i, j):
+    """Adds ds of one tile to the bias gradient, summed where the bias broadcasts."""
+    axes = tuple(n for n in range(5) if dbias.shape[n] == 1 and ds.shape[n] > 1)
+    part = ds.sum(axes, keepdims=True)
+    row = _cut(dbias, 3, i, tile[0])
+    row = _put(row, _cut(row, 4, j, tile[1]) + part, 4, j, tile[1])
+    return _put(dbias, row, 3, i, tile[0])
+
+
+_tiled.defvjp(_forward, _backward)

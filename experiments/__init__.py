@@ -1,0 +1,1 @@
+"""Experiments: one file a claim, run with `python -m experiments.NAME`."""

@@ -1,0 +1,47 @@
+"""`python -m experiments`: the experiments, each with the first line of its docstring.
+
+`python -m experiments NAME --field=value` runs one.
+"""
+
+from __future__ import annotations
+
+import ast
+import pathlib
+import runpy
+import sys
+
+from experiments.fields import unknown
+
+HERE = pathlib.Path(__file__).resolve().parent
+
+
+def experiments() -> dict[str, str]:
+    """Name -> first docstring line of each file with a Config and a run, unimported."""
+    found = {}
+    for path in sorted(HERE.glob("*.py")):
+        tree = ast.parse(path.read_text(encoding="utf-8"), str(path))
+        kinds = (ast.ClassDef, ast.FunctionDef)
+        defined = {node.name for node in tree.body if isinstance(node, kinds)}
+        if {"Config", "run"} <= defined:
+            found[path.stem] = (ast.get_docstring(tree) or "").partition("\n")[0]
+    return found
+
+
+def main(argv: list[str]) -> None:
+    """Lists the experiments, or runs the one named first in `argv`."""
+    found = experiments()
+    if not argv or argv[0] in ("-h", "--help"):
+        width = max(map(len, found), default=0)
+        print("python -m experiments.NAME [--help] [--field=value ...]\n")
+        print("\n".join(f"{name:<{width}}  {line}" for name, line in found.items()))
+        return
+    name = argv[0].removeprefix("experiments.").removesuffix(".py")
+    if name not in found:
+        print(unknown("experiment", name, found), file=sys.stderr)
+        raise SystemExit(2)
+    sys.argv = argv
+    runpy.run_module(f"experiments.{name}", run_name="__main__", alter_sys=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,230 @@
+"""Config: a frozen dataclass whose printed form is its command line.
+
+`command(config)` gives `python -m experiments.recall --steps=500`, and `main` reads
+that line back, so that a row of a results table can be pasted to run it again.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import dataclasses
+import linecache
+import pathlib
+import shlex
+import sys
+import traceback
+import types
+import typing
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from experiments.fields import construct, default, fit, hints, required, spelled
+from experiments.fields import unknown
+from experiments.notation import ROOT, parse
+from experiments.show import same, show
+
+__all__ = ["command", "knob", "main", "parse", "read", "show"]
+OURS = ("attn", "experiments", "models", "pallas_kernels", "tests")
+OPTIONS = {
+    "help": "print this text",
+    "tiny": "start from the TINY config, which runs in seconds",
+    "traceback": "print where an error comes from",
+}
+
+
+def knob(default: Any = dataclasses.MISSING, doc: str = "") -> Any:
+    """A field of a Config with its default (none: it must be given) and its help."""
+    return dataclasses.field(default=default, metadata={"doc": doc})
+
+
+def command(config: Any) -> str:
+    """The shell command that runs `config` again. Defaults are left out."""
+    cls = type(config)
+    words = ["python", "-m", _title(cls)]
+    for field in dataclasses.fields(cls):
+        value = getattr(config, field.name)
+        if field.init and (required(field) or not same(value, default(field))):
+            text = _written(value, hints(cls).get(field.name, Any))
+            words.append(f"--{field.name}={shlex.quote(text)}")
+    return " ".join(words)
+
+
+def read(cls: type, argv: Sequence[str], start: Any = None) -> Any:
+    """The config of class `cls` that the words `--field=value` describe.
+
+    Fields that are not given come from `start`, or are the defaults. Raises ValueError.
+    """
+    known = hints(cls)
+    names = [f.name for f in dataclasses.fields(cls) if f.init]
+    given: dict[str, Any] = {}
+    for name, text in _pairs(argv, known):
+        if name not in names:
+            options = [f"--{n}" for n in (*names, *OPTIONS)]
+            raise ValueError(unknown("option", f"--{name}", options))
+        if name in given:
+            raise ValueError(f"--{name} is given twice")
+        given[name] = _typed(name, text, known.get(name, Any), _module(cls))
+    if start is not None:
+        given = {n: getattr(start, n) for n in names} | given
+    return construct(cls, [], given)
+
+
+def main(
+    run: Callable[[Any], dict],
+    Config: type,
+    doc: str | None = None,
+    argv: Sequence[str] | None = None,
+) -> dict:
+    """The command line of an experiment: read the config, run it, print the numbers.
+
+    An error ends with one sentence on stderr and exit code 2, Ctrl-C with exit code
+    130. What other libraries raise inside `run` keeps its traceback.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    words = ["--help" if word == "-h" else word for word in argv]
+    options = {name for name in OPTIONS if f"--{name}" in words}
+    words = [w for w in words if w[:2] != "--" or w[2:] not in OPTIONS]
+    if "help" in options:
+        print(usage(Config, doc))
+        raise SystemExit(0)
+    with _one_sentence(Config, lambda error: "traceback" not in options):
+        config = read(Config, words, _tiny(Config) if "tiny" in options else None)
+        print(command(config), flush=True)
+    with _one_sentence(
+        Config, lambda error: "traceback" not in options and _is_ours(error)
+    ):
+        result = run(config)
+    width = max((len(str(name)) for name in result), default=0)
+    for name, value in result.items():
+        text = f"{value:.6g}" if isinstance(value, float) else str(value)
+        print(f"{name!s:<{width}}  {text}")
+    return result
+
+
+def usage(cls: type, doc: str | None = None) -> str:
+    """The help of an experiment: its docstring, then each field and its default."""
+    rows = []
+    for field in dataclasses.fields(cls):
+        kind = spelled(hints(cls).get(field.name, Any))
+        value = "required" if required(field) else show(default(field))
+        rows.append((f"--{field.name}={kind}", value, field.metadata.get("doc", "")))
+    rows += [(f"--{name}", "", text) for name, text in OPTIONS.items()]
+    wide = [min(max(len(row[i]) for row in rows), 30) for i in (0, 1)]
+    lines = [f"  {a:<{wide[0]}}  {b:<{wide[1]}}  {c}".rstrip() for a, b, c in rows]
+    call = f"python -m {_title(cls)} [--field=value ...]"
+    return "\n".join([(doc or "").strip(), "", call, "", *lines]).lstrip()
+
+
+@contextlib.contextmanager
+def _one_sentence(cls: type, short: Callable[[Exception], bool]) -> Iterator[None]:
+    """Ends the program with the error's own words where `short(error)`."""
+    try:
+        yield
+    except (ValueError, NotImplementedError) as error:
+        if not short(error):
+            raise
+        message, code = str(error), 2
+    except KeyboardInterrupt:
+        message, code = "stopped by Ctrl-C", 130
+    else:
+        return
+    print(f"{_title(cls)}: {message}", file=sys.stderr)
+    raise SystemExit(code)
+
+
+def _is_ours(error: Exception) -> bool:
+    """Whether a `raise` of this repository made the error: it is meant for readers.
+
+    jax takes its own frames out of tracebacks, so the last line is looked at as well.
+    """
+    *_, (frame, line) = traceback.walk_tb(error.__traceback__)
+    path = pathlib.Path(frame.f_code.co_filename).resolve()
+    if not path.is_relative_to(ROOT) or path.relative_to(ROOT).parts[0] not in OURS:
+        return False
+    return linecache.getline(str(path), line).strip().startswith("raise ")
+
+
+def _pairs(argv: Sequence[str], known: dict) -> Iterator[tuple[str, str]]:
+    """(field, text) of `--field=text`, `--field text` and, for a bool, `--field`."""
+    words = list(argv)
+    while words:
+        word = words.pop(0)
+        if not word.startswith("--") or len(word) == 2:
+            raise ValueError(f"cannot read {word!r}: expected --field=value")
+        name, equals, text = word[2:].partition("=")
+        name = name.replace("-", "_")
+        if not equals and words and not words[0].startswith("--"):
+            text = words.pop(0)
+        elif not equals and known.get(name) is bool:
+            text = "True"
+        elif not equals and name in known:
+            raise ValueError(f"--{name} has no value: expected --{name}=value")
+        yield name, text
+
+
+def _typed(name: str, text: str, hint: Any, module: types.ModuleType | None) -> Any:
+    """The text of a field as its annotation has it."""
+    if _is_words(hint):
+        return fit(_word(text, hint), hint, f"--{name}", text)
+    try:
+        value = parse(text, module)
+    except ValueError as error:
+        if {*_options(hint)} <= {bool, int, float, type(None)}:
+            raise ValueError(f"--{name}={text}: expected {spelled(hint)}") from None
+        raise ValueError(f"--{name}: {error}") from error
+    return fit(value, hint, f"--{name}", text)
+
+
+def _options(hint: Any) -> tuple:
+    union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+    return typing.get_args(hint) if union else (hint,)
+
+
+def _is_words(hint: Any) -> bool:
+    """Whether a field takes its text as it stands: it is a string, a path or None."""
+    options = {*_options(hint)} - {type(None)}
+    return bool(options) and all(
+        o in (str, pathlib.Path)
+        or typing.get_origin(o) is typing.Literal
+        and all(isinstance(a, str) for a in typing.get_args(o))
+        for o in options
+    )
+
+
+def _word(text: str, hint: Any) -> str | None:
+    """The text, without its quotes if it has them; None where the field can be None."""
+    if text == "None" and type(None) in _options(hint):
+        return None
+    if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"":
+        with contextlib.suppress(SyntaxError, ValueError):
+            return str(ast.literal_eval(text))
+    return text
+
+
+def _written(value: Any, hint: Any) -> str:
+    """The text of a field's value, without quotes where the field needs none."""
+    if value is None or not _is_words(hint) or _word(str(value), hint) != str(value):
+        return show(value)
+    return str(value)
+
+
+def _module(cls: type) -> types.ModuleType | None:
+    return sys.modules.get(cls.__module__)
+
+
+def _title(cls: type) -> str:
+    """The name of the experiment for `python -m`."""
+    if cls.__module__ != "__main__":
+        return cls.__module__
+    main = sys.modules["__main__"]
+    spec = getattr(main, "__spec__", None)
+    own = pathlib.Path(getattr(main, "__file__", None) or "experiment").stem
+    return spec.name if spec else f"experiments.{own}"
+
+
+def _tiny(cls: type) -> Any:
+    tiny = getattr(_module(cls), "TINY", None)
+    if tiny is None:
+        raise ValueError(f"--tiny: {_title(cls)} has no TINY config")
+    return tiny

@@ -1,0 +1,15 @@
+"""Data: every source of batches under one roof.
+
+`source.batch(step, size)` is a dict of numpy arrays: tokens [B,T] and targets [B,T]
+int32 (-1: no loss) and, where sequences are packed, segments [B,T] int32. It depends on
+the source's fields, the step and the size alone.
+"""
+
+from experiments.puzzles import Copy, Needles, Recall, mqar
+from experiments.source import Batch, Source
+from experiments.text import Corpus, HuggingFace, Text
+
+__all__ = [
+    "Batch", "Copy", "Corpus", "HuggingFace", "Needles", "Recall", "Source", "Text",
+    "mqar",
+]

@@ -1,0 +1,1 @@
+"""Models: networks made of the attentions, as pure functions of their parameters."""

@@ -1,0 +1,269 @@
+"""LM: a decoder-only language model with one attention per layer.
+
+The pattern of layers is data: `LM(attention=(Lightning(),) * 3 + (Softmax(),))` is a
+hybrid, and `model.clone(attention=...)` the same network with other attentions; one
+that learns nothing adds no parameters, so checkpoints stay valid. State in, state out:
+the same call reads a whole text, a piece of one, or one token.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from attn.landmark import Landmark, interleave
+from attn.layers import Layer, MultiHead
+from attn.positions import RoPE
+from attn.softmax import Softmax
+
+_INIT = nn.initializers.normal(0.02)
+
+
+class SwiGLU(nn.Module):
+    """SwiGLU (Shazeer, 2020) arXiv:2002.05202: (silu(x W) * x U) O, without bias."""
+
+    hidden: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x):
+        """x [B,T,E] -> [B,T,E]."""
+        dense = functools.partial(
+            nn.Dense, use_bias=False, dtype=self.dtype, kernel_init=_INIT
+        )
+        gate = nn.silu(dense(self.hidden, name="gate")(x))
+        return dense(x.shape[-1], name="out")(gate * dense(self.hidden, name="up")(x))
+
+
+class Block(nn.Module):
+    """x + mixer(norm(x)), then x + SwiGLU(norm(x)); RMSNorm in float32."""
+
+    mixer: Layer
+    hidden: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x, state=None, segments=None):
+        """x [B,T,E] -> (state, x); the state stays None if none was given."""
+        y = nn.RMSNorm(dtype=self.dtype, name="mixer_norm")(x)
+        y = self.mixer(y, state, segments=segments)
+        state, y = (None, y) if state is None else y
+        x = x + y
+        if self.hidden:
+            y = nn.RMSNorm(dtype=self.dtype, name="mlp_norm")(x)
+            x = x + SwiGLU(self.hidden, self.dtype, name="mlp")(y)
+        return state, x
+
+
+@dataclasses.dataclass(frozen=True)
+class Pattern:
+    """The blocks of a stack as plain data, which flax neither binds nor names."""
+
+    blocks: tuple[Block, ...]
+
+    @property
+    def period(self) -> int:
+        """The shortest p such that the pattern is its first p entries, repeated."""
+        n = len(self.blocks)
+        return next(
+            p for p in range(1, n + 1)
+            if n % p == 0 and self.blocks == self.blocks[:p] * (n // p)
+        )
+
+
+class Layers(nn.Module):
+    """A stack of blocks, stored as `layer_0`, `layer_1`, ...
+
+    `scan` compiles one period of a repeating pattern and loops over it, `remat` keeps
+    only the input of each layer for the backward pass; neither changes the parameters.
+    """
+
+    pattern: Pattern
+    scan: bool = False
+    remat: bool = False
+
+    @nn.compact
+    def __call__(self, x, states=None, segments=None):
+        """x [B,T,E] -> (states, x)."""
+        blocks, period = self.pattern.blocks, self.pattern.period
+        repeats = len(blocks) // period
+        if self.scan and repeats > 1 and states is None and not self.is_initializing():
+            return None, self._scanned(x, segments, period)
+        cls = nn.remat(Block) if self.remat and states is None else Block
+        after = []
+        for n, block in enumerate(blocks):
+            bound = cls(block.mixer, block.hidden, block.dtype, name=f"layer_{n}")
+            state, x = bound(x, None if states is None else states[n], segments)
+            after.append(state)
+        return (None if states is None else tuple(after)), x
+
+    def _scanned(self, x, segments, period):
+        blocks = self.pattern.blocks
+        one = Layers(Pattern(blocks[:period]), remat=self.remat, parent=None)
+        params = stack(self.variables["params"], period)
+        repeats = len(blocks) // period
+        keys = None
+        if self.has_rng("dropout"):
+            keys = jax.random.split(self.make_rng("dropout"), repeats)
+
+        def body(x, at):
+            params, key = at
+            rngs = {} if key is None else {"dropout": key}
+            return one.apply({"params": params}, x, None, segments, rngs=rngs)[1], None
+
+        return jax.lax.scan(body, x, (params, keys))[0]
+
+
+def unbound(module: Any) -> Any:
+    """A module as it was written down, without the parent and name flax gave it."""
+    if not isinstance(module, nn.Module):
+        return module
+    fields = {
+        f.name: unbound(getattr(module, f.name))
+        for f in dataclasses.fields(module)
+        if f.init and f.name not in ("parent", "name")
+    }
+    return type(module)(**fields, parent=None)
+
+
+def stack(params: Any, period: int) -> Any:
+    """{layer_0 .. layer_n} -> {layer_0 .. layer_p}, leaves with a leading n/p axis."""
+    repeats = len(params) // period
+    return {
+        f"layer_{i}": jax.tree.map(
+            lambda *leaves: jnp.stack(leaves),
+            *(params[f"layer_{r * period + i}"] for r in range(repeats)),
+        )
+        for i in range(period)
+    }
+
+
+def unstack(params: Any) -> Any:
+    """The inverse of `stack`."""
+    period = len(params)
+    repeats = jax.tree.leaves(params)[0].shape[0]
+    return {
+        f"layer_{r * period + i}": jax.tree.map(lambda a: a[r], params[f"layer_{i}"])
+        for r in range(repeats) for i in range(period)
+    }
+
+
+class LM(nn.Module):
+    """A language model: tokens [B,T] -> logits [B,T,vocab], float32.
+
+    attention: one per layer; an entry may also be a `Layer` of its own, such as
+    `BaseConv()`. width E, heads H, kv_heads K, head_dim D, hidden: width of the SwiGLU
+    (by default 8/3 E up to a multiple of 16; 0 for none). tied: the head is the
+    embedding. dtype: of the computation, parameters are float32. With `Landmark` layers
+    a landmark token goes in after every block of text tokens and its outputs are left
+    out, so that the model stays a function of the text.
+    """
+
+    vocab: int = 256
+    width: int = 128
+    attention: tuple = (Softmax(),)
+    heads: int = 4
+    kv_heads: int | None = None
+    head_dim: int | None = None
+    hidden: int | None = None
+    position: RoPE | None = RoPE()
+    qk_norm: bool = False
+    tied: bool = True
+    scan: bool = False
+    remat: bool = False
+    dtype: Any = jnp.float32
+
+    def setup(self):
+        if not self.attention:
+            raise ValueError("LM: attention=(): expected one entry per layer")
+        if self.width % self.heads:
+            raise ValueError(
+                f"LM: width={self.width}: expected a multiple of heads={self.heads}"
+            )
+        more = 1 if self.landmark_block else 0
+        self.embed = nn.Embed(
+            self.vocab + more, self.width, dtype=self.dtype, embedding_init=_INIT
+        )
+        self.layers = Layers(Pattern(self.blocks()), self.scan, self.remat)
+        self.norm = nn.RMSNorm(dtype=self.dtype)
+        if not self.tied:
+            self.head = nn.Dense(
+                self.vocab, use_bias=False, dtype=self.dtype, kernel_init=_INIT
+            )
+
+    @property
+    def landmark_block(self) -> int | None:
+        """How many text tokens a landmark follows; None without `Landmark` layers."""
+        found = {a.block for a in self.attention if isinstance(a, Landmark)}
+        if len(found) > 1:
+            raise ValueError(f"LM: Landmark blocks {sorted(found)}: expected one size")
+        return found.pop() if found else None
+
+    def blocks(self) -> tuple[Block, ...]:
+        """The layers, unbound."""
+        hidden = -(-8 * self.width // 48) * 16 if self.hidden is None else self.hidden
+        return tuple(
+            Block(
+                a if isinstance(a, Layer) else MultiHead(
+                    a, self.heads, self.kv_heads, self.head_dim,
+                    position=self.position, qk_norm=self.qk_norm, dtype=self.dtype,
+                    parent=None,
+                ),
+                hidden, self.dtype, parent=None,
+            )
+            for a in map(unbound, self.attention)
+        )
+
+    def __call__(self, tokens, state=None, *, segments=None, at=None):
+        """tokens [B,T] int -> logits [B,T,vocab]; with a state: (state, logits).
+
+        segments [B,T]: packed sequences, 0 is padding. at [B]: only the logits of the
+        token with this index, [B,vocab].
+        """
+        if tokens.ndim != 2 or 0 in tokens.shape:
+            raise ValueError(f"tokens have shape {tokens.shape}: expected [B,T], T > 0")
+        index = None
+        if self.landmark_block:
+            clock = (None, None) if state is None else (state[0].end, state[0].segment)
+            tokens, segments, index = interleave(
+                tokens, segments, *clock, block=self.landmark_block, landmark=self.vocab
+            )
+        after, x = self.layers(self.embed(tokens), state, segments)
+        if index is not None:
+            x = jnp.take_along_axis(x, index[..., None], 1)
+        if at is not None:
+            x = jnp.take_along_axis(x, at[:, None, None], 1)[:, 0]
+        x = self.norm(x)
+        logits = self.embed.attend(x)[..., : self.vocab] if self.tied else self.head(x)
+        logits = logits.astype(jnp.float32)
+        return logits if state is None else (after, logits)
+
+    def init_state(self, size: int, tokens: Any) -> tuple:
+        """Empty memories for `size` tokens, one per layer. tokens [B,T]: the coming
+        ones (the prompt), shapes only. Needs no parameters."""
+        b, t = tokens.shape
+        if self.landmark_block:
+            size, t = (n + n // self.landmark_block + 1 for n in (size, t))
+        x = jax.ShapeDtypeStruct((b, t, self.width), self.dtype)
+        return tuple(block.mixer.init_state(size, x) for block in self.blocks())
+
+
+def state_bytes(model: Any, size: int) -> int:
+    """Bytes of memory per sequence after `size` tokens, of all layers."""
+    tokens = jax.ShapeDtypeStruct((1, size), jnp.int32)
+    state = jax.eval_shape(lambda: model.init_state(size, tokens))
+    return sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(state))
+
+
+def loss(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Cross entropy in nats: (sum, count) over targets [B,T] >= 0, from logits
+    [B,T,vocab]; -1 has no loss."""
+    real = targets >= 0
+    log_p = jax.nn.log_softmax(logits.astype(jnp.float32))
+    own = jnp.take_along_axis(log_p, jnp.maximum(targets, 0)[..., None], -1)[..., 0]
+    return -jnp.where(real, own, 0).sum(), real.sum()

@@ -1,0 +1,77 @@
+"""What a function costs: flops by walking its jaxpr, memory by compiling it.
+
+XLA's own analysis counts the body of a loop once, whatever its length, so flops are
+counted here: scan lengths, kernel grids and shards are multiplied, the dearest branch
+of a conditional is taken, and a loop without a static length is an error.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Callable
+
+import jax
+import numpy as np
+
+REDUCTIONS = ("reduce_sum", "reduce_max", "reduce_min", "argmax", "cumsum", "cummax",
+              "reduce_window_sum", "reduce_window_max", "reduce_prod", "cumlogsumexp")
+FREE = ("reshape", "broadcast_in_dim", "transpose", "squeeze", "slice", "concatenate",
+        "convert_element_type", "iota", "copy", "pad", "gather", "dynamic_slice",
+        "dynamic_update_slice", "stop_gradient", "rev", "all_gather", "axis_index")
+
+
+def flops(f: Callable, *args: Any) -> float:
+    """Floating point operations of f(*args); args may be ShapeDtypeStructs."""
+    return _of(jax.make_jaxpr(f)(*args).jaxpr)
+
+
+def _of(jaxpr: Any) -> float:
+    return sum(_equation(e) for e in jaxpr.eqns)
+
+
+def _equation(e: Any) -> float:
+    name, p = e.primitive.name, e.params
+    if name == "dot_general":
+        (contract, _), _ = p["dimension_numbers"]
+        inner = math.prod(e.invars[0].aval.shape[n] for n in contract)
+        return 2 * inner * _size(e.outvars[0])
+    if name == "scan":
+        return p["length"] * _of(p["jaxpr"].jaxpr)
+    if name == "while":
+        raise ValueError("a loop without a static length has no cost")
+    if name == "cond":
+        return max(_of(b.jaxpr) for b in p["branches"])
+    if name == "pallas_call":
+        return math.prod(p["grid_mapping"].grid) * _of(p["jaxpr"])
+    if name == "shard_map":
+        return p["mesh"].size * _of(p["jaxpr"])
+    if name == "sort" or name == "top_k":
+        n = e.invars[0].aval.shape[-1]
+        return _size(e.invars[0]) * max(math.log2(max(n, 2)), 1)
+    inner = [v for v in p.values() if hasattr(v, "jaxpr") or hasattr(v, "eqns")]
+    if inner and name not in REDUCTIONS and not name.startswith("scatter"):
+        return sum(_of(getattr(v, "jaxpr", v)) for v in inner[:1])
+    if name in FREE:
+        return 0
+    if name in REDUCTIONS:
+        return _size(e.invars[0])
+    if name.startswith("scatter"):
+        return _size(e.invars[2])
+    return sum(_size(v) for v in e.outvars)
+
+
+def _size(v: Any) -> int:
+    return math.prod(v.aval.shape)
+
+
+def memory(f: Callable, *args: Any) -> int:
+    """Bytes that the compiled f(*args) needs beside its arguments and results."""
+    return jax.jit(f).lower(*args).compile().memory_analysis().temp_size_in_bytes
+
+
+def slope(costs: list[float]) -> float:
+    """The exponent of T in costs at T, 2T and 4T; constants do not hide it."""
+    one, two, four = costs
+    if four - two <= 0 or two - one <= 0:
+        return 0.0
+    return float(np.log2((four - two) / (two - one)))

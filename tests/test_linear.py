@@ -1,0 +1,247 @@
+"""The linear recurrence against the float64 recurrence, token by token."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from attn.linear import across, one, recur, whole
+from attn.sharding import over_mesh
+from tests import cost
+
+B, H, K, D, V = 2, 4, 2, 8, 12
+FORWARD, GRADIENT = 2e-6, 1.5e-5
+DECAYS = ("none", "head", "token", "channel", "strong", "mixed", "mixed channel")
+RUNS = {
+    37: [[1] * 9 + [0] * 3 + [1] * 4 + [17] * 20 + [0], [0] * 4 + [5] * 9 + [14] * 24],
+    16: [[1] * 5 + [6] * 8 + [0] * 3, [0] * 2 + [1] * 6 + [7] * 8],
+    1: [[1], [0]],
+}
+
+
+def recurrence(q, k, v, g, state, run, d_o, d_state):
+    """(state, o) and the gradients of sum(o d_o) + sum(state d_state), in float64."""
+    q, k, v, g, d_o = (np.asarray(a, np.float64) for a in (q, k, v, g, d_o))
+    (b, t, h, _), copies = q.shape, q.shape[2] // k.shape[2]
+    k, v = (np.repeat(a, copies, 2) for a in (k, v))
+    state, grad = (np.asarray(a, np.float64).copy() for a in (state, d_state))
+    after, o, old = np.zeros((t, *state.shape)), np.zeros_like(d_o), {}
+    present = np.ones(b, int)
+    begins = np.zeros((b, t), bool)
+    for i in range(t):
+        real = run[:, i] > 0
+        begins[:, i] = real & (run[:, i] != present)
+        present = np.where(real, run[:, i], present)
+        kept = np.where(begins[:, i, None, None, None], 0, state)
+        old[i] = kept * np.exp(g[:, i])[..., None]
+        new = old[i] + k[:, i, ..., None] * v[:, i, :, None]
+        state = np.where(real[:, None, None, None], new, state)
+        after[i] = state
+        o[:, i] = np.einsum("bhd,bhdv->bhv", q[:, i], state) * real[:, None, None]
+    dq, dk, dv, dg = (np.zeros_like(a) for a in (q, k, v, g))
+    for i in reversed(range(t)):
+        real = (run[:, i] > 0)[:, None, None]
+        d = grad + q[:, i, ..., None] * d_o[:, i, :, None]
+        dq[:, i] = np.einsum("bhdv,bhv->bhd", after[i], d_o[:, i]) * real
+        dk[:, i] = np.einsum("bhdv,bhv->bhd", d, v[:, i]) * real
+        dv[:, i] = np.einsum("bhdv,bhd->bhv", d, k[:, i]) * real
+        dg[:, i] = (old[i] * d).sum(-1) * real
+        passed = np.where(begins[:, i, None, None, None], 0, d)
+        grad = np.where(real[..., None], passed * np.exp(g[:, i])[..., None], grad)
+    share = lambda a: a.reshape(b, t, h // copies, copies, -1).sum(3)
+    return (state, o), (dq, share(dk), share(dv), dg, grad)
+
+
+def inputs(t, kind="none", seed=0, dtype=np.float32):
+    """q, k, v, log_decay, state, d_o, d_state."""
+    rng = np.random.default_rng(seed)
+    normal = lambda *shape: rng.normal(size=shape).astype(dtype)
+    shape = {"head": (H,), "channel": (B, t, H, D), "mixed channel": (B, t, H, D)}
+    uniform = rng.uniform(size=shape.get(kind, (B, t, H))).astype(np.float32)
+    g = None if kind == "none" else -uniform
+    if kind == "strong":
+        g = np.full_like(uniform, -30)
+    if kind.startswith("mixed"):
+        # next to tokens that forget all, others that forget next to nothing
+        g = np.where(uniform < 0.2, -1e9, np.where(uniform < 0.4, -30, -uniform / 99))
+    return (normal(B, t, H, D), normal(B, t, K, D), normal(B, t, K, V),
+            None if g is None else g.astype(np.float32),
+            normal(B, H, D, V), normal(B, t, H, V), normal(B, H, D, V))
+
+
+def per_channel(g, t):
+    """log_decay of any form as [B,T,H,D]."""
+    if g is None:
+        return np.zeros((B, t, H, D))
+    g = g if g.ndim > 1 else g[None, None]
+    return np.broadcast_to(g if g.ndim == 4 else g[..., None], (B, t, H, D))
+
+
+def like(dg, g):
+    """The gradient [B,T,H,D] of `per_channel`, of g itself."""
+    dg = dg if g.ndim == 4 else dg.sum(-1)
+    return dg if g.ndim > 1 else dg.sum((0, 1))
+
+
+def close(a, b, bound=FORWARD):
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    assert a.shape == b.shape and np.isfinite(a).all()
+    error = np.linalg.norm(a - b) / max(np.linalg.norm(b), 1e-30)
+    assert error <= bound, f"{error:.2e}"
+
+
+@pytest.mark.parametrize("t", [1, 37])
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("kind", DECAYS)
+def test_it_is_the_recurrence(kind, packed, t):
+    q, k, v, g, state, d_o, d_state = inputs(t, kind)
+    run = np.array(RUNS[t] if packed else np.ones((B, t)), np.int32)
+    want, grads = recurrence(q, k, v, per_channel(g, t), state, run, d_o, d_state)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def both(chunk, *args):
+        f = lambda q, k, v, g, state: recur(
+            q, k, v, g, state=state, run=run if packed else None, chunk=chunk
+        )
+        out, back = jax.vjp(f, *args)
+        return out, back((d_state, d_o))
+
+    for chunk in (16, 64) if t > 1 else (64,):
+        have, back = both(chunk, q, k, v, g, state)
+        close(have[0], want[0]), close(have[1], want[1])
+        for name, a, b in zip("qkvgs", back, grads):
+            if name == "g":
+                if g is None:
+                    continue
+                b = like(b, g)
+            close(a, b, GRADIENT)
+
+
+@pytest.mark.parametrize("kind", ["head", "mixed channel"])
+def test_the_chunk_is_only_a_tile(kind):
+    q, k, v, g, state, *_ = inputs(37, kind)
+    want = recur(q, k, v, g, state=state)
+    for chunk in (1, 7, 1000):
+        for a, b in zip(recur(q, k, v, g, state=state, chunk=chunk), want):
+            close(a, b)
+
+
+def test_one_token_is_a_chunk_of_one():
+    q, k, v, g, state, *_ = inputs(2, "channel")
+    for run in (None, np.array([[1, 0], [1, 5]], np.int32)):
+        want, rows = recur(q, k, v, g, state=state, run=run)
+        for t in range(2):
+            now = None if run is None else np.minimum(run[:, t:t + 1], t + 1)
+            part = (a[:, t:t + 1] for a in (q, k, v, g))
+            state, o = one(state, *part, run=now)
+            close(o, rows[:, t:t + 1])
+        close(state, want)
+        state = inputs(2, "channel")[4]
+
+
+def test_low_precision_keeps_a_float32_state():
+    q, k, v, *_ = inputs(37)
+    low = [jnp.asarray(a, jnp.bfloat16) for a in (q, k, v)]
+    with jax.numpy_dtype_promotion("strict"):
+        state, o = recur(*low)
+    assert state.dtype == o.dtype == jnp.float32
+    want = recur(*(a.astype(jnp.float32) for a in low))
+    close(state, want[0]), close(o, want[1])
+
+
+def test_without_order_every_key_of_the_run_is_seen():
+    rng = np.random.default_rng(0)
+    q = rng.normal(size=(B, 5, H, D))
+    k, v = rng.normal(size=(B, 9, K, D)), rng.normal(size=(B, 9, K, V))
+    q_run = np.array([[7, 7, 2, 0, 3], [1, 1, 1, 1, 1]])
+    kv_run = np.array([[2] * 3 + [0] * 2 + [7] * 4, [1] * 4 + [0] * 5])
+    pairs = np.einsum("bthd,bshd->bhts", q, np.repeat(k, H // K, 2))
+    weigh = lambda seen: np.einsum(
+        "bhts,bshv->bthv", pairs * seen[:, None], np.repeat(v, H // K, 2)
+    )
+    seen = (q_run[..., None] == kv_run[:, None]) & (kv_run[:, None] > 0)
+    args = [jnp.asarray(a, jnp.float32) for a in (q, k, v)]
+    close(whole(*args), weigh(np.ones_like(seen)))
+    runs = (jnp.asarray(a, jnp.int32) for a in (q_run, kv_run))
+    close(whole(*args, **dict(zip(("q_run", "kv_run"), runs))), weigh(seen))
+
+
+@pytest.mark.parametrize("kind", ["none", "channel"])
+def test_memory_is_linear(kind):
+    def f(q, k, v, g):
+        return (recur(q, k, v, g)[1] ** 2).sum()
+
+    wanted = (0, 1, 2) if kind == "none" else (0, 1, 2, 3)
+    sizes = [
+        cost.memory(jax.grad(f, wanted), *inputs(t, kind)[:4])
+        for t in (1024, 2048, 4096)
+    ]
+    assert cost.slope(sizes) < 1.05, sizes
+
+
+def split(q, k, v, g, run, reverse=False):
+    """`across` over the mesh in force."""
+    form = {None: ".", 1: "H", 3: "BTH", 4: "BTHD"}[None if g is None else g.ndim]
+    return over_mesh(
+        lambda *a: across(*a[:4], run=a[4], chunk=4, axis="seq", reverse=reverse),
+        f"BTHD BTKD BTKV {form} BT -> BTHV", "seq",
+    )(q, k, v, g, run)
+
+
+@pytest.mark.parametrize("sizes,kind,packed,reverse", [
+    ((1, 4, 2), "channel", True, False), ((1, 4, 2), "head", False, True),
+    ((2, 4, 1), "token", True, True), ((2, 4, 1), "none", False, False),
+    ((1, 2, 4), "head", True, False), ((1, 2, 4), "mixed channel", False, False),
+])
+def test_sharding_changes_nothing(sizes, kind, packed, reverse):
+    t = 16
+    q, k, v, g, _, d_o, _ = inputs(t, kind)
+    k, v = (np.repeat(a, H // K, 2) for a in (k, v))
+    run = jnp.array(RUNS[t], jnp.int32) if packed else None
+    args = (q, k, v) if g is None else (q, k, v, g)
+
+    def gradients(f):
+        def both(*args):
+            g = args[3] if len(args) == 4 else None
+            out, back = jax.vjp(lambda *a: f(*a[:3], g if len(a) < 4 else a[3]), *args)
+            return out, back(d_o)
+        return jax.jit(both)(*args)
+
+    want = gradients(lambda *a: across(*a, run=run, reverse=reverse))
+    mesh = jax.make_mesh(
+        sizes, ("data", "seq", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 3
+    )
+    with jax.set_mesh(mesh):
+        have = gradients(lambda *a: split(*a, run, reverse))
+    close(have[0], want[0])
+    for a, b in zip(have[1], want[1]):
+        close(a, b, GRADIENT)
+
+
+def test_a_constant_decay_takes_one_gather():
+    mesh = jax.make_mesh(
+        (1, 4, 2), ("data", "seq", "model"),
+        axis_types=(jax.sharding.AxisType.Auto,) * 3,
+    )
+    with jax.set_mesh(mesh):
+        for t in (16, 64):
+            q, k, v, g, *_ = inputs(t, "head")
+            text = jax.jit(lambda *a: split(*a, None)).lower(q, k, v, g).compile()
+            lines = [s for s in text.as_text().splitlines() if " all-gather(" in s]
+            assert len(lines) == 1 and f"f32[4,{B},{H // 2},{D},{V}]" in lines[0], lines
+
+
+def test_wrong_calls_say_what_was_expected():
+    q, k, v, g, state, *_ = inputs(5, "token")
+    with pytest.raises(ValueError, match=r"log_decay .*\(2, 5\): expected \(4,\)"):
+        recur(q, k, v, g[..., 0])
+    with pytest.raises(ValueError, match="state .*expected"):
+        recur(q, k, v, g, state=state[:1])
+    with pytest.raises(ValueError, match="run .*expected"):
+        recur(q, k, v, g, run=jnp.ones((B, 4), jnp.int32))
+    with pytest.raises(ValueError, match="chunk=0: expected"):
+        recur(q, k, v, g, chunk=0)
+    with pytest.raises(ValueError, match="T must be S"):
+        recur(q, k[:, :4], v[:, :4])

@@ -1,0 +1,338 @@
+"""The laws: one table of tests that every attention passes.
+
+To add an attention, add an entry to `ENTRIES`. What only one attention claims stands in
+its own test file.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from attn.based import Based
+from attn.layers import MultiHead
+from attn.lightning import Lightning
+from attn.masks import Causal, Sink, Window
+from attn.positions import ALiBi, RoPE
+from attn.snapkv import SnapKV
+from attn.softmax import Softmax
+from tests import cost
+
+# relative errors; never loosened in a test of one attention
+TOLERANCE = {"float32": 1e-5, "gradient": 2e-5, "low": 2.0}
+B, T, H, K, D, V = 2, 16, 4, 2, 8, 12
+MESHES = ((1, 4, 2), (2, 4, 1), (1, 2, 4))
+SEGMENTS = np.array([[1] * 5 + [2] * 8 + [0] * 3, [0] * 2 + [1] * 6 + [3] * 8])
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """An attention and what it claims.
+
+    limit: an attention with the setting of the limit that the paper names, and the one
+    that it then equals. flops: the exponent of T. decode: the exponent of the size of
+    a full memory in the flops of one more token, None if it cannot be streamed.
+    """
+
+    attention: Any
+    limit: tuple[Any, Any] | None = None
+    flops: float = 2.0
+    decode: float = 1.0
+    grouped: bool = True
+
+    def __str__(self) -> str:
+        return type(self.attention).__name__.lower()
+
+
+SINKS = Causal() & (Window(5) | Sink(2))
+ENTRIES = {
+    "softmax": Entry(Softmax(), (Softmax(mask=Causal() & Window(99)), Softmax())),
+    "window": Entry(Softmax(SINKS, softcap=5.0, score=ALiBi(4)), flops=1, decode=0),
+    "lightning": Entry(
+        Lightning(), (Lightning(slopes="none"), Lightning(slopes="none", chunk=4)),
+        flops=1, decode=0,
+    ),
+    "based": Entry(Based(), (Based(compact=True), Based()), flops=1, decode=0),
+    "snapkv": Entry(SnapKV(capacity=2 * T, window=4), (SnapKV(), Softmax()), decode=0),
+}
+LAW = pytest.mark.parametrize("name", ENTRIES)
+
+
+def inputs(seed=0, t=T, b=B, dtype=jnp.float32, d=D, v=V):
+    """q [B,T,H,D], k [B,T,K,D], v [B,T,K,V]."""
+    keys = jax.random.split(jax.random.key(seed), 3)
+    shapes = (b, t, H, d), (b, t, K, d), (b, t, K, v)
+    return tuple(
+        jax.random.normal(key, shape).astype(dtype) for key, shape in zip(keys, shapes)
+    )
+
+
+def close(a, b, kind="float32"):
+    """Relative error in the norm within the kind's bound."""
+    a, b = (np.asarray(x, np.float64) for x in (a, b))
+    assert a.shape == b.shape, (a.shape, b.shape)
+    assert np.isfinite(a).all()
+    error = np.linalg.norm(a - b) / max(np.linalg.norm(b), 1e-6)
+    assert error <= TOLERANCE[kind], f"{error:.2e}"
+
+
+@functools.cache
+def call(name: str, packed: bool = False):
+    """The compiled attention, as f(q, k, v)."""
+    attention = ENTRIES[name].attention
+    segments = jnp.asarray(SEGMENTS) if packed else None
+    return jax.jit(lambda q, k, v: attention(q, k, v, segments=segments))
+
+
+def gradients(f, *args):
+    """Gradients of a fixed random projection of f(*args)."""
+    def scalar(*args):
+        o = f(*args)
+        w = jax.random.normal(jax.random.key(9), o.shape)
+        return (w * o.astype(jnp.float32)).sum()
+
+    return jax.jit(jax.grad(scalar, tuple(range(len(args)))))(*args)
+
+
+def stream(attention, q, k, v, size, piece, segments=None):
+    """o [B,T,H,V] by steps of `piece` tokens, and the last state."""
+    step = jax.jit(lambda s, q, k, v, seg: attention.step(s, q, k, v, segments=seg))
+    state, outs = attention.init_state(size, q[:, :piece], k, v), []
+    for at in range(0, q.shape[1], piece):
+        part = slice(at, at + piece)
+        seg = None if segments is None else segments[:, part]
+        state, o = step(state, q[:, part], k[:, part], v[:, part], seg)
+        outs.append(o)
+    return jnp.concatenate(outs, 1), state
+
+
+@LAW
+@pytest.mark.parametrize("t", [1, 7])
+def test_shape_dtype_and_finite(name, t):
+    q, k, v = inputs(t=t)
+    for scale in (1.0, 100.0):
+        args = (q * scale, k, v)
+        o = jax.jit(ENTRIES[name].attention)(*args)
+        chex.assert_shape(o, (B, t, H, V))
+        chex.assert_type(o, jnp.float32)
+        chex.assert_tree_all_finite((o, gradients(ENTRIES[name].attention, *args)))
+
+
+@LAW
+def test_padding_gives_nothing_and_takes_nothing(name):
+    q, k, v = inputs()
+    attention = ENTRIES[name].attention
+    for segments in (np.zeros((B, T), np.int32), SEGMENTS):
+        seg = jnp.asarray(segments)
+        f = lambda q, k, v: attention(q, k, v, segments=seg)
+        o, grads = f(q, k, v), gradients(f, q, k, v)
+        chex.assert_tree_all_finite((o, grads))
+        for a in (o, *grads):
+            assert (np.asarray(a)[segments == 0] == 0).all()
+
+
+@LAW
+def test_low_precision_is_as_good_as_plain_jnp(name):
+    low = inputs(dtype=jnp.bfloat16)
+    exact = tuple(a.astype(jnp.float32) for a in low)
+    attention = ENTRIES[name].attention
+    with jax.numpy_dtype_promotion("strict"):
+        o = jax.jit(attention)(*low)
+    assert o.dtype == jnp.bfloat16
+    plain = lambda a: jax.nn.dot_product_attention(*a, is_causal=True)
+    error = lambda a, b: float(
+        jnp.linalg.norm(a.astype(jnp.float32) - b) / jnp.linalg.norm(b)
+    )
+    bound = TOLERANCE["low"] * error(plain(low), plain(exact))
+    assert error(o, jax.jit(attention)(*exact)) <= bound
+
+
+@LAW
+def test_no_token_sees_the_future(name):
+    q, k, v = inputs()
+    f = call(name)
+    for i in (0, 6, 11):
+        seen = jnp.arange(T)[None, :, None, None] <= i
+        g = lambda k, v: jnp.where(seen, f(q, k, v), 0).sum()
+        for grad in jax.grad(g, (0, 1))(k, v):
+            assert (np.asarray(grad)[:, i + 1:] == 0).all()
+            assert np.abs(np.asarray(grad)[:, : i + 1]).max() > 0
+
+
+@LAW
+@pytest.mark.parametrize("piece", [1, 4, T])
+def test_stepping_is_attending(name, piece):
+    q, k, v = inputs()
+    o, state = stream(ENTRIES[name].attention, q, k, v, 2 * T, piece)
+    close(o, call(name)(q, k, v))
+    assert state.end.shape == (B,)
+
+
+@LAW
+@pytest.mark.parametrize("piece", [1, 4])
+def test_stepping_through_packed_segments(name, piece):
+    q, k, v = inputs()
+    segments = jnp.asarray(SEGMENTS)
+    o, state = stream(ENTRIES[name].attention, q, k, v, 2 * T, piece, segments)
+    close(o, call(name, packed=True)(q, k, v))
+    assert state.end.tolist() == [8, 8]
+
+
+@LAW
+def test_packing_changes_nothing(name):
+    q, k, v = inputs()
+    packed = call(name, packed=True)(q, k, v)
+    attention = ENTRIES[name].attention
+    for row in range(B):
+        for segment in set(SEGMENTS[row].tolist()) - {0}:
+            at = np.nonzero(SEGMENTS[row] == segment)[0]
+            alone = attention(*(a[row:row + 1, at] for a in (q, k, v)))
+            close(packed[row:row + 1, at], alone)
+
+
+@LAW
+def test_one_trace(name):
+    q, k, v = inputs()
+    attention = ENTRIES[name].attention
+    chex.clear_trace_counter()
+    step = jax.jit(chex.assert_max_traces(attention.step, n=1))
+    state = attention.init_state(T, q[:, :1], k, v)
+    for t in range(3):
+        state, _ = step(state, *(a[:, t:t + 1] for a in (q, k, v)))
+
+
+@LAW
+def test_the_limit(name):
+    if ENTRIES[name].limit is None:
+        pytest.skip("a variant: its limit is that of the plain form")
+    one, other = ENTRIES[name].limit
+    q, k, v = inputs()
+    close(jax.jit(one)(q, k, v), jax.jit(other)(q, k, v))
+
+
+@LAW
+@pytest.mark.parametrize("sizes", MESHES)
+def test_sharding_changes_nothing(name, sizes):
+    q, k, v = inputs()
+    attention = ENTRIES[name].attention
+    # grouped heads and packed segments take turns on the meshes
+    segments = jnp.asarray(SEGMENTS) if sizes == MESHES[0] else None
+    if sizes != MESHES[1]:
+        k, v = (jnp.repeat(a, H // K, 2) for a in (k, v))
+    whole = lambda q, k, v: attention(q, k, v, segments=segments)
+    split = lambda q, k, v: dataclasses.replace(attention, axis="seq")(
+        q, k, v, segments=segments
+    )
+    want = jax.jit(whole)(q, k, v), gradients(whole, q, k, v)
+    mesh = jax.make_mesh(
+        sizes, ("data", "seq", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 3
+    )
+    with jax.set_mesh(mesh):
+        have = jax.jit(split)(q, k, v), gradients(split, q, k, v)
+    close(have[0], want[0])
+    for a, b in zip(have[1], want[1]):
+        close(a, b, "gradient")
+
+
+@LAW
+def test_an_axis_without_a_mesh_is_refused(name):
+    with pytest.raises(ValueError, match="axis='seq'.*mesh"):
+        dataclasses.replace(ENTRIES[name].attention, axis="seq")(*inputs())
+
+
+@LAW
+def test_the_kernel_is_the_function(name):
+    q, k, v = inputs()
+    kernel = dataclasses.replace(ENTRIES[name].attention, implementation="pallas")
+    try:
+        have = kernel(q, k, v), gradients(kernel, q, k, v)
+    except NotImplementedError as error:
+        assert "kernel" in str(error)
+        return
+    want = call(name)(q, k, v), gradients(call(name), q, k, v)
+    again = kernel(q, k, v), gradients(kernel, q, k, v)
+    close(have[0], want[0])
+    for a, b in zip(have[1], want[1]):
+        close(a, b, "gradient")
+    chex.assert_trees_all_equal(have, again)
+
+
+@LAW
+def test_the_cost_is_the_claim(name):
+    entry, lengths = ENTRIES[name], (1024, 2048, 4096)
+    shapes = [jax.eval_shape(lambda t=t: inputs(t=t, b=1)) for t in lengths]
+    f = lambda q, k, v: (entry.attention(q, k, v) ** 2).sum()
+    both = jax.grad(f, (0, 1, 2))
+    work = cost.slope([cost.flops(both, *s) for s in shapes])
+    assert abs(work - entry.flops) < 0.15, work
+    space = cost.slope([cost.memory(both, *s) for s in shapes])
+    assert space < 1.1, space
+
+
+@LAW
+def test_the_cost_of_one_more_token(name):
+    attention = ENTRIES[name].attention
+    one = jax.eval_shape(lambda: inputs(t=1, b=1))
+    work, space = [], []
+    for size in (1024, 2048, 4096):
+        prompt = jax.eval_shape(lambda size=size: inputs(t=size, b=1))
+        state = jax.eval_shape(lambda p=prompt: attention.init_state(p[0].shape[1], *p))
+        work.append(cost.flops(attention.step, state, *one))
+        space.append(sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(state)))
+    claim = ENTRIES[name].decode
+    for found in (cost.slope(work), cost.slope(space)):
+        assert abs(found - claim) < 0.15, (work, space)
+
+
+@LAW
+def test_training_free_adds_no_parameters(name):
+    x = jnp.zeros((1, T, 16))
+    tree = lambda a: jax.eval_shape(
+        MultiHead(a, heads=H, head_dim=D).init, jax.random.key(0), x
+    )
+    chex.assert_trees_all_equal_shapes(tree(ENTRIES[name].attention), tree(Softmax()))
+
+
+@LAW
+def test_wrong_calls_say_what_was_expected(name):
+    attention = ENTRIES[name].attention
+    q, k, v = inputs()
+    wrong = {
+        "H=4": (q, *(jnp.concatenate([a, a[:, :, :1]], 2) for a in (k, v))),
+        "D=": (q, k[..., :4], v),
+        "batch": (q, k[:1], v[:1]),
+        "k .* v ": (q, k, v[:, :5]),
+        "float16": (q, k.astype(jnp.float16), v),
+        "empty": (q[:, :0], k[:, :0], v[:, :0]),
+        r"\[B,T,H,D\]": (q[0], k, v),
+    }
+    for message, args in wrong.items():
+        with pytest.raises(ValueError, match=message):
+            attention(*args)
+    with pytest.raises(ValueError, match="segments.*expected"):
+        attention(q, k, v, segments=jnp.ones((B, T + 1), jnp.int32))
+    with pytest.raises(ValueError, match="implementation='cuda'"):
+        dataclasses.replace(attention, implementation="cuda")(q, k, v)
+    with pytest.raises(ValueError, match="size|memory"):
+        attention.init_state(0, q, k, v)
+
+
+@LAW
+def test_a_step_past_the_memory_is_never_silent(name):
+    q, k, v = inputs()
+    attention = ENTRIES[name].attention
+    if ENTRIES[name].decode == 0 and name != "snapkv":
+        pytest.skip("its memory has no end")
+    state = attention.init_state(4, q[:, :1], k, v)
+    with pytest.raises(ValueError, match="memory of 4"):
+        for t in range(5):
+            state, _ = attention.step(state, *(a[:, t:t + 1] for a in (q, k, v)))
+    o, _ = stream(attention, q[:, :6], k, v, 4, 1)
+    assert np.isfinite(o[:, :4]).all() and np.isnan(o[:, 4:]).all()

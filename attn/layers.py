@@ -73,7 +73,8 @@ class MultiHead(Layer):
         if state is not None:
             state, o = attention.step(state, q, k, v, **options)
         else:
-            if getattr(attention, "dropout", 0) and self.has_rng("dropout"):
+            noisy = getattr(attention, "dropout", 0) or getattr(attention, "jump", 0)
+            if noisy and self.has_rng("dropout"):
                 options["key"] = self.make_rng("dropout")
             o = attention(q, k, v, **options)
         y = nn.DenseGeneral(

@@ -1,0 +1,75 @@
+"""Block cache: a cache whose tokens lie in blocks of one size, as a ring of blocks.
+
+Methods that retrieve blocks remember the last complete ones and the one that is being
+filled. Blocks are numbered by age; the slots of a `Cache` are used again block by block.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from attn.cache import Cache
+from attn.segments import Place
+
+
+class Tail(NamedTuple):
+    """The tokens of the block that is not complete: run [B,size] is 1, 0 where none is;
+    pos [B,size]; k [B,size,K,D]; v [B,size,K,V]."""
+
+    run: jax.Array
+    pos: jax.Array
+    k: jax.Array
+    v: jax.Array
+
+
+class Blocks:
+    """The blocks of a cache: complete ones by age, 0 the oldest, and the present one.
+
+    many: how many fit; cached [B]: how many there are; crowded [B]: `top_k` or more
+    have been; shift [B]: how far stingy positions lie behind the true ones.
+    """
+
+    def __init__(self, cache: Cache, size: int, top_k: int):
+        self.cache, self.size, self.top_k = cache, size, top_k
+        self.many = cache.k.shape[1] // size - 1
+        self.total = cache.end // size
+        self.cached = jnp.minimum(self.total, self.many)
+        self.crowded = self.total >= top_k
+        self.shift = (self.total - jnp.minimum(self.total, top_k + 1)) * size
+
+    def home(self, age: jax.Array) -> jax.Array:
+        """Which block of the cache's slots holds the block of this age [B,...]."""
+        lead = (-1,) + (1,) * (age.ndim - 1)
+        number = (self.total - self.cached).reshape(lead) + age
+        return number % (self.many + 1)
+
+    def place(self) -> jax.Array:
+        """The place [B,many] in the virtual sequence at which landmarks are compared:
+        1..top_k for the youngest, 0 for all others; true ones until there are top_k."""
+        age = jnp.arange(self.many)[None]
+        young = jnp.maximum(age - (self.cached - self.top_k)[:, None] + 1, 0)
+        return jnp.where(self.crowded[:, None], young, age)
+
+    def landmarks(self) -> jax.Array:
+        """The keys [B,many,K,D] of landmarks by age."""
+        ages = jnp.broadcast_to(jnp.arange(self.many)[None], (len(self.total), self.many))
+        slot = self.home(ages) * self.size + self.size - 1
+        return jnp.take_along_axis(self.cache.k, slot[..., None, None], 1)
+
+    def slot(self, now: Place) -> jax.Array:
+        """Where new tokens go [B,T]; -1 for those that later ones of the call replace."""
+        slots = (self.many + 1) * self.size
+        return jnp.where(now.pos >= now.end[:, None] - slots, now.pos % slots, -1)
+
+    def tail(self) -> Tail:
+        """The tokens of the block that is not complete."""
+        inside = jnp.arange(self.size)[None]
+        first = self.total[:, None] % (self.many + 1) * self.size
+        run = (inside < (self.cache.end % self.size)[:, None]).astype(jnp.int32)
+        at = (first + inside)[..., None, None]
+        take = lambda a: jnp.take_along_axis(a, at, 1)
+        pos = self.total[:, None] * self.size + inside
+        return Tail(run, pos, take(self.cache.k), take(self.cache.v))

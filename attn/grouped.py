@@ -1,0 +1,218 @@
+"""Grouped softmax: the weight of one key in a group multiplies those of its others.
+
+A row of keys is cut into groups, each closed by a landmark. A query takes one softmax
+over the text of its own group and the landmarks of earlier ones, and another inside
+each earlier group; the landmark's share of the first is dealt out by the second:
+
+    w_ij = p_ij                       j in the own group
+    w_ij = p_ij|group * p_i,m(group)  j in an earlier group with landmark m; w_im = 0
+
+The rows of queries are taken by tiles, so that memory is linear in T.
+Source: Mohtashami and Jaggi, 2023, arXiv:2305.16300.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, Callable, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+NEVER = -jnp.inf
+TILE = 128  # queries at once
+STEPS = 4  # of the staircase that leaves out keys which lie behind all queries of a tile
+
+
+class Row(NamedTuple):
+    """What is known of the tokens of a row, [B,T] each.
+
+    run, pos: as in `attn.segments`. group: number of the token's group. mark: it is a
+    landmark. late: its group began in an earlier window of `size` keys; None if every
+    group fills a window of its own.
+    """
+
+    run: jax.Array
+    pos: jax.Array
+    group: jax.Array
+    mark: jax.Array
+    late: jax.Array | None = None
+
+
+class Far(NamedTuple):
+    """Groups fetched for each query: logits [B,K,G,q,n,size], the landmark's last, -inf
+    where there is none, and values [B,K,G,q,n,size,V]."""
+
+    logits: jax.Array
+    values: jax.Array
+
+
+def regular(run: jax.Array, pos: jax.Array, size: int, *, packed: bool = True) -> Row:
+    """The row in which every `size`-th token of a sequence is a landmark. packed: its
+    groups begin anywhere, in order and without gaps."""
+    late = None
+    if packed:
+        index = jnp.arange(run.shape[1])[None]
+        late = index // size != (index - pos % size) // size
+    return Row(run, pos, pos // size, (pos % size == size - 1) & (run > 0), late)
+
+
+def irregular(run: jax.Array, pos: jax.Array, mark: jax.Array) -> Row:
+    """The row in which landmarks stand anywhere: where mark [B,T]."""
+    mark = mark & (run > 0)
+    return Row(run, pos, jnp.cumsum(mark, axis=1) - mark, mark)
+
+
+def compact(run: jax.Array, *others: jax.Array) -> tuple[jax.Array, ...]:
+    """run [B,S] and other arrays [B,S,...] with padding (run 0) moved to the end."""
+    order = jnp.argsort(run == 0, axis=1, stable=True)
+    take = lambda a: jnp.take_along_axis(
+        a, order.reshape(order.shape + (1,) * (a.ndim - 2)), 1
+    )
+    return tuple(take(a) for a in (run, *others))
+
+
+def grouped(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    queries: Row,
+    keys: Row,
+    *,
+    size: int | None,
+    scale: float,
+    ordered: bool = False,
+    far: Callable[[Any], Far] | None = None,
+    drop: float = 0.0,
+    key: jax.Array | None = None,
+) -> jax.Array:
+    """Attention by grouped softmax, q [B,T,H,D], k [B,S,K,D], v [B,S,K,V] -> [B,T,H,V].
+
+    size: tokens of a group, its landmark included; None if they vary. ordered: query t
+    sees no key behind t. far: the groups fetched for the queries with given indices,
+    as `Far`. drop: the share of gates that a PRNG `key` sets to zero.
+    """
+    b, t, h, _ = q.shape
+    heads = k.shape[2]
+    tile = min(TILE, t)
+    count = -(-t // tile)
+    pad = lambda a, n: jnp.pad(a, [(0, 0), (0, n)] + [(0, 0)] * (a.ndim - 2))
+    grown = lambda a: pad(a, count * tile - t)
+    q = grown(q).reshape(b, count, tile, heads, h // heads, -1)
+    rows = jax.tree.map(lambda a: grown(a).reshape(b, count, tile), queries[:4])
+    if size is not None:
+        keys = jax.tree.map(lambda a: pad(a, -a.shape[1] % size), keys)
+        k, v = (pad(a, -a.shape[1] % size) for a in (k, v))
+    s = k.shape[1]
+
+    @functools.partial(jax.checkpoint, static_argnums=(1,))
+    def one(n, end):
+        cut = lambda a: a[:, :end]
+        at = tuple(jax.lax.dynamic_index_in_dim(a, n, 1, False) for a in rows)
+        fetched = None
+        if far is not None:
+            fetched = far(jnp.minimum(n * tile + jnp.arange(tile), t - 1))
+        noise = None if key is None or not drop else (jax.random.fold_in(key, n), drop)
+        mine = jax.lax.dynamic_index_in_dim(q, n, 1, False)
+        return _tile(mine, cut(k), cut(v), Row(*at), jax.tree.map(cut, keys),
+                     size, scale, fetched, noise)
+
+    outs = []
+    for first, last in _stairs(count if ordered else 1, count):
+        end = min(-(-last * tile // (size or 1)) * (size or 1), s) if ordered else s
+        if last - first == 1:
+            outs.append(one(first, end)[None])
+        else:
+            body = lambda n, end=end: one(n, end)
+            outs.append(jax.lax.map(body, jnp.arange(first, last)))
+    o = jnp.concatenate(outs)  # [N,B,tile,H,V]
+    return o.swapaxes(0, 1).reshape(b, count * tile, h, -1)[:, :t]
+
+
+def _stairs(parts: int, count: int) -> list[tuple[int, int]]:
+    """The query tiles 0..count in at most STEPS stretches (first, last)."""
+    steps = min(STEPS, parts)
+    edges = [round(n * count / steps) for n in range(steps + 1)]
+    return list(zip(edges, edges[1:]))
+
+
+def _tile(q, k, v, at: Row, keys: Row, size, scale, far: Far | None, noise):
+    """One tile of queries q [B,q,K,G,D] -> [B,q,H,V]."""
+    s = jnp.einsum("bikgd,bjkd->bkgij", q, k, preferred_element_type=jnp.float32)
+    s = s * scale
+    wide = lambda a: a[:, None, None, None, :]
+    mine = lambda a: a[:, None, None, :, None]
+    seen = (mine(at.run) == wide(keys.run)) & wide(keys.run > 0)
+    seen = seen & (wide(keys.pos) <= mine(at.pos))
+    own, mark = mine(at.group) == wide(keys.group), wide(keys.mark)
+    outer = jnp.where(seen & (own ^ mark), s, NEVER)
+    n = s.shape[-1]
+    if far is not None:
+        outer = jnp.concatenate([outer, far.logits[..., -1]], -1)
+    p = _softmax(outer, outer.max(-1, keepdims=True), lambda e: e.sum(-1, keepdims=True))
+    first, gates = jnp.where(own, p[..., :n], 0), jnp.where(own, 0, p[..., :n])
+    distant = p[..., n:]
+    if noise is not None:
+        gates, distant = (_dropped(a, *noise, m) for m, a in enumerate((gates, distant)))
+    peak, total = _reducers(keys, size)
+    inside = jnp.where(seen & ~own & ~mark, s, NEVER)
+    inner = _softmax(inside, peak(inside), total)
+    w = first + inner * total(gates)
+    o = jnp.einsum("bkgij,bjkv->bikgv", w.astype(v.dtype), v,
+                   preferred_element_type=jnp.float32)
+    if far is not None:
+        text = far.logits[..., :-1]
+        inner = _softmax(text, text.max(-1, keepdims=True, initial=NEVER),
+                         lambda e: e.sum(-1, keepdims=True))
+        w = (inner * distant[..., None]).astype(v.dtype)
+        o = o + jnp.einsum("bkginj,bkginjv->bikgv", w, far.values[..., :-1, :],
+                           preferred_element_type=jnp.float32)
+    return o.reshape(*o.shape[:2], -1, o.shape[-1]).astype(v.dtype)
+
+
+def _softmax(s, peak, total: Callable) -> jax.Array:
+    """exp(s) over its total, 0 where there is nothing; `peak` is the group's maximum."""
+    peak = jax.lax.stop_gradient(jnp.where(jnp.isfinite(peak), peak, 0))
+    e = jnp.exp(s - peak)
+    z = total(e)
+    return e / jnp.where(z > 0, z, 1)
+
+
+def _dropped(gates, key, share: float, salt: int):
+    kept = jax.random.bernoulli(jax.random.fold_in(key, salt), 1 - share, gates.shape)
+    return jnp.where(kept, gates / (1 - share), 0)
+
+
+def _reducers(keys: Row, size: int | None) -> tuple[Callable, Callable]:
+    """(max, sum) over each key's group, of arrays [B,K,G,q,S], for every key of it."""
+    if size is None:
+        return _scattered(keys, jax.ops.segment_max), _scattered(keys, jax.ops.segment_sum)
+    late = None
+    if keys.late is not None:
+        late = keys.late.reshape(keys.late.shape[0], 1, 1, 1, -1, size)
+
+    def reducer(reduce: Callable, join: Callable, nothing: float):
+        def over(x):
+            cut = x.reshape(*x.shape[:-1], -1, size)
+            if late is None:
+                each = jnp.broadcast_to(reduce(cut, axis=-1, keepdims=True), cut.shape)
+                return each.reshape(x.shape)
+            # a group lies in the window in which it begins and in the one after that
+            part = lambda where: reduce(jnp.where(where, cut, nothing), axis=-1)
+            edge = [(0, 0)] * (x.ndim - 1)
+            behind = jnp.pad(part(late)[..., 1:], [*edge, (0, 1)],
+                             constant_values=nothing)
+            each = join(part(~late), behind)
+            before = jnp.pad(each[..., :-1], [*edge, (1, 0)], constant_values=nothing)
+            return jnp.where(late, before[..., None], each[..., None]).reshape(x.shape)
+        return over
+
+    return reducer(jnp.max, jnp.maximum, NEVER), reducer(jnp.sum, jnp.add, 0.0)
+
+
+def _scattered(keys: Row, reduce: Callable) -> Callable:
+    """The same for groups of any lengths."""
+    def over(x):
+        row = lambda x, ids: reduce(jnp.moveaxis(x, -1, 0), ids, ids.shape[0])[ids]
+        return jnp.moveaxis(jax.vmap(row)(x, keys.group), 1, -1)
+    return over

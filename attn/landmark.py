@@ -1,0 +1,279 @@
+"""Landmark Attention (Mohtashami and Jaggi, 2023) arXiv:2305.16300: a token per block
+stands for it, and attending to that token is retrieving the block.
+
+After every `block` tokens of text the sequence holds a landmark. A query gives weight
+to the text of its own block and to the landmarks of earlier ones; what a landmark gets
+is dealt out among its block's tokens (`attn/grouped.py`). So the model learns to point
+at blocks while it learns to read, and at inference it needs only the `top_k` blocks
+whose landmarks a query likes best, at positions that stay small however long the text.
+
+`interleave` puts the landmarks into a text; `models.lm.LM` does that by itself.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from attn import blocks
+from attn import cache as caches
+from attn.blockcache import Blocks
+from attn.dispatch import pick
+from attn.grouped import Far, Row, compact, grouped, irregular, regular
+from attn.positions import RoPE
+from attn.segments import Place, place
+from attn.shapes import check
+from attn.sharding import gather, over_mesh, spread_heads
+
+SELECTIONS = ("per_token_and_head", "max_over_heads", "max_over_tokens")
+
+
+@dataclasses.dataclass(frozen=True)
+class Landmark:
+    """Landmark Attention (Mohtashami and Jaggi, 2023) arXiv:2305.16300: landmark tokens
+    gate their blocks.
+
+    block: tokens of text before each landmark, so that token t of a sequence is a
+    landmark where t % (block + 1) == block. top_k: blocks that a query retrieves in
+    `step`; None attends to all of them, which equals `__call__`. cache_blocks: how many
+    complete blocks are remembered (None: all). selection: whether every query and head
+    retrieves its own blocks, all heads the same, or all tokens of a piece the same.
+
+    rope: the rotation, which `MultiHead` hands over: with `top_k`, keys are cached
+    unrotated and given positions in a short virtual sequence: slot 0 for all far blocks
+    (whose landmarks are compared there), the next `top_k` for the retrieved ones, then
+    the text at hand. dropout: of the block gates, when called with a `key`; jump: each
+    landmark moves later positions on by a random number below it, with a `key`.
+
+    As proposed here, not published: fewer than `top_k` cached blocks stand at their
+    true positions; packed segments; grouped heads retrieve a query head each.
+    """
+
+    block: int = 50
+    top_k: int | None = None
+    cache_blocks: int | None = None
+    selection: str = "per_token_and_head"
+    rope: RoPE | None = None
+    scale: float | None = None
+    dropout: float = 0.0
+    jump: int = 0
+    axis: str | None = None
+    implementation: str | None = None
+
+    def __post_init__(self):
+        for name, least in (("block", 1), ("top_k", 0), ("cache_blocks", 1), ("jump", 0)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"Landmark: {name}={value}: expected {least} or more")
+        most = 2**30 if self.top_k is None else self.top_k
+        if self.cache_blocks is not None and self.cache_blocks < most:
+            raise ValueError(
+                f"Landmark: cache_blocks={self.cache_blocks}, top_k={self.top_k}: "
+                "expected top_k of at most cache_blocks"
+            )
+        if self.selection not in SELECTIONS:
+            raise ValueError(
+                f"Landmark: selection={self.selection!r}: expected one of {SELECTIONS}"
+            )
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"Landmark: dropout={self.dropout}: expected in [0, 1)")
+
+    @property
+    def size(self) -> int:
+        """Tokens of a block with its landmark."""
+        return self.block + 1
+
+    def __call__(self, q, k, v, *, x=None, segments=None, landmark=None, key=None):
+        """All tokens at once. q [B,T,H,D], k [B,T,K,D], v [B,T,K,V] -> [B,T,H,V].
+
+        landmark [B,T] bool: where landmarks are, if not after every `block` tokens.
+        key: a PRNG key, for dropout and jumps.
+        """
+        check(q, k, v, segments=segments, aligned=True)
+        if isinstance(segments, tuple):
+            raise NotImplementedError(
+                "a pair of segments: queries and keys are read in step, one array"
+            )
+        now = place(segments, *q.shape[:2])
+        queries = keys = self._row(now, segments is not None, landmark)
+        hops, gates = (None, None) if key is None else jax.random.split(key)
+        q, k = self._rotated(q, k, self._jumped(now.pos, queries.mark, hops))
+        if landmark is None and segments is not None:
+            run, pos, k, v = compact(now.run, now.pos, k, v)
+            keys = regular(run, pos, self.size)
+        k, v = (spread_heads(a, q.shape[2], self.axis) for a in (k, v))
+        size = self.size if landmark is None else None
+        run = lambda *args: self._local(*args, size=size, key=gates)
+        letters = "BTHD BSKD BSKV BT BS -> BTHV"
+        return over_mesh(run, letters, self.axis)(q, k, v, queries, keys)
+
+    def _local(self, q, k, v, queries: Row, keys: Row, *, size, key=None):
+        if self.axis is not None and key is not None and self.dropout:
+            raise NotImplementedError("dropout over a mesh axis is not there yet")
+        k, v, keys = jax.tree.map(lambda a: gather(a, self.axis), (k, v, keys))
+        xla = lambda: grouped(
+            q, k, v, queries, keys, size=size, scale=self._scale(q),
+            ordered=self.axis is None, drop=self.dropout, key=key,
+        )
+        return pick(self.implementation, xla=xla)
+
+    def init_state(self, size, q, k, v, *, x=None):
+        """An empty memory for `size` tokens, landmarks included, rounded up to blocks:
+        a `Cache` in whose slots the blocks follow each other as a ring."""
+        if size < 1 or self.top_k is None:
+            return caches.empty(k, v, size)
+        held = -(-size // self.size)
+        held = held if self.cache_blocks is None else min(held, self.cache_blocks)
+        return caches.empty(k, v, (held + 1) * self.size)
+
+    def step(self, state, q, k, v, *, x=None, segments=None):
+        """The next T tokens, landmarks included -> state, [B,T,H,V]."""
+        check(q, k, v, segments=segments, aligned=True)
+        caches.check_fits(state, k, v)
+        now = place(segments, *q.shape[:2], state.end, state.segment)
+        step = self._exact if self.top_k is None else self._retrieving
+        return pick(self.implementation, xla=lambda: step(state, q, k, v, now))
+
+    def _exact(self, state, q, k, v, now: Place):
+        """The cache holds all tokens, rotated, and a query sees every block."""
+        slots = state.k.shape[1]
+        caches.check_room(now.end, slots)
+        q, k = self._rotated(q, k, now.pos)
+        after = caches.append(state, k, v, now, now.pos)
+        both, runs = caches.joined(state, k, v, now)
+        if q.shape[1] == 1:
+            # the token's own sequence is all that is left in the cache
+            both, runs = after, jnp.broadcast_to(now.run, (q.shape[0], slots))
+        pos = both.pos[..., 0]
+        row = jnp.where(pos >= 0, runs, 0), pos, both.k, both.v
+        o = self._read(q, *(row if q.shape[1] == 1 else compact(*row)), now)
+        return after, caches.spoil(o, now.end, slots)
+
+    def _read(self, q, run, pos, k, v, now: Place, far=None):
+        """Attention of q at `now` to a row of keys without gaps in front."""
+        return grouped(
+            q, k, v, self._row(now), regular(run, pos, self.size), size=self.size,
+            scale=self._scale(q), far=far,
+        )
+
+    def _retrieving(self, state, q, k, v, now: Place):
+        """The own block, the piece itself, and `top_k` blocks of the cache a query."""
+        ring = Blocks(state, self.size, self.top_k or 0)
+        if ring.many != self.cache_blocks:
+            caches.check_room(now.end, state.k.shape[1])
+        shift = jnp.where(now.run == 1, ring.shift[:, None], 0)
+        after = caches.append(state, k, v, now, ring.slot(now))
+        tail = ring.tail()
+        join = lambda a, b: jnp.concatenate([a, b.astype(a.dtype)], 1)
+        at = join(tail.pos - ring.shift[:, None], now.pos - shift)
+        keys = join(tail.k, k)
+        q, keys = self._turned(q, now.pos - shift), self._turned(keys, at)
+        row = compact(
+            join(tail.run, now.run), join(tail.pos, now.pos), keys, join(tail.v, v)
+        )
+        far = None
+        if self.top_k:
+            chosen = self._chosen(q, ring, now)
+            far = lambda index: self._fetched(q, chosen, ring, index)
+        o = self._read(q, *row, now, far=far)
+        full = jnp.zeros_like(now.end) if ring.many == self.cache_blocks else now.end
+        return after, caches.spoil(o, full, state.k.shape[1])
+
+    def _chosen(self, q, ring: Blocks, now: Place) -> jax.Array:
+        """The cached blocks that each query retrieves, as ages [B,H,T,n] in order, -1
+        for none behind them."""
+        k = self._turned(ring.landmarks(), ring.place() * self.size + self.block)
+        q = q.reshape(*q.shape[:2], k.shape[2], -1, q.shape[-1])
+        s = jnp.einsum("btkgd,bnkd->bkgtn", q, k, preferred_element_type=jnp.float32)
+        s = s.reshape(s.shape[0], -1, *s.shape[3:]) * self._scale(q)
+        there = (jnp.arange(ring.many)[None] < ring.cached[:, None])[:, None, None]
+        asks = (now.run == 1)[:, None, :, None]
+        p = jax.nn.softmax(jnp.where(there, s, -1e30))
+        if self.selection == "max_over_heads":
+            p = jnp.broadcast_to(p.max(1, keepdims=True), p.shape)
+        if self.selection == "max_over_tokens":
+            best = jnp.where(asks, p, 0).max(2, keepdims=True)
+            p = jnp.broadcast_to(best, p.shape)
+        _, chosen = jax.lax.top_k(jnp.where(there, p, -1), min(ring.top_k, ring.many))
+        chosen = jnp.sort(chosen, -1)
+        known = (chosen < ring.cached[:, None, None, None]) & asks
+        return jnp.where(known, chosen, -1)
+
+    def _fetched(self, q, chosen, ring: Blocks, index) -> Far:
+        """The blocks that the queries with these indices retrieve."""
+        b, _, h, d = q.shape
+        chosen, q = chosen[:, :, index], q[:, index]
+        where = jnp.where(chosen < 0, -1, ring.home(chosen))
+        k, v = (blocks.gather(a, where, self.size) for a in (ring.cache.k, ring.cache.v))
+        near = jnp.take_along_axis(ring.place(), chosen.reshape(b, -1), 1) > 0
+        near = (near & ring.crowded[:, None]).reshape(chosen.shape)
+        slot = jnp.arange(chosen.shape[3])[None, None, None] + near
+        pos = slot[..., None] * self.size + jnp.arange(self.size).reshape(1, 1, 1, 1, -1)
+        rows = k.reshape(b, -1, 1, d)
+        k = self._turned(rows, pos.reshape(b, -1)).reshape(k.shape)
+        s = jnp.einsum("bthd,bhtnjd->bhtnj", q, k, preferred_element_type=jnp.float32)
+        s = jnp.where((chosen >= 0)[..., None], s * self._scale(q), -jnp.inf)
+        split = lambda a: a.reshape(b, ring.cache.k.shape[2], -1, *a.shape[2:])
+        return Far(split(s), split(v))
+
+    def _row(self, now: Place, packed: bool = True, landmark=None) -> Row:
+        if landmark is None:
+            return regular(now.run, now.pos, self.size, packed=packed)
+        if landmark.shape != now.run.shape:
+            raise ValueError(
+                f"landmark has shape {landmark.shape}: expected {now.run.shape}"
+            )
+        return irregular(now.run, now.pos, landmark)
+
+    def _jumped(self, pos, mark, key):
+        """Positions, moved on behind each landmark by what the key says."""
+        if key is None or not self.jump:
+            return pos
+        steps = jax.random.randint(key, pos.shape, 0, self.jump)
+        steps = jnp.where(mark, steps, 0)
+        return pos + jnp.cumsum(steps, 1) - steps
+
+    def _scale(self, q) -> float:
+        return q.shape[-1] ** -0.5 if self.scale is None else self.scale
+
+    def _turned(self, a, pos):
+        return a if self.rope is None else self.rope.rotate(a, pos)
+
+    def _rotated(self, q, k, pos):
+        return self._turned(q, pos), self._turned(k, pos)
+
+
+def interleave(
+    tokens: jax.Array,
+    segments: jax.Array | None = None,
+    end: jax.Array | None = None,
+    last: jax.Array | None = None,
+    *,
+    block: int,
+    landmark: int,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """A text with its landmarks -> tokens, segments [B,T + T // block + 1], index [B,T].
+
+    tokens [B,T] and segments as in `attn.segments`; end, last [B]: the clock of the
+    state that they follow, landmarks counted. A token with id `landmark` stands behind
+    every `block` tokens of a sequence, what is left of the row is padding, and index
+    says where each token of the text went.
+    """
+    b, t = tokens.shape
+    length = t + t // block + 1
+    text = None if end is None else end - end // (block + 1)
+    now = place(segments, b, t, text, last)
+    if segments is None:
+        before = jnp.ones((b,), jnp.int32) if last is None else jnp.maximum(last, 1)
+        segments = jnp.broadcast_to(before[:, None], (b, t))
+    closes = (now.run > 0) & (now.pos % block == block - 1)
+    index = jnp.arange(t)[None] + jnp.cumsum(closes, 1) - closes
+    row = jnp.arange(b)[:, None]
+    put = lambda at, a, into: into.at[row, at].set(a, mode="drop")
+    marks = jnp.where(closes, index + 1, length)
+    empty = jnp.zeros((b, length), jnp.int32)
+    tokens = put(marks, landmark, put(index, tokens.astype(jnp.int32), empty))
+    segments = put(marks, segments, put(index, segments.astype(jnp.int32), empty))
+    return tokens, segments, index

@@ -1,0 +1,113 @@
+"""Adapter for flashattention.npz: every option of exact attention, and chosen blocks."""
+
+from __future__ import annotations
+
+from typing import Any, Callable, Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from attn import blocks
+from attn.masks import Causal, Full, Mask, Window
+from attn.softmax import Softmax
+from attn.tiles import attend
+
+OPTIONS = {"layout", "softmax_scale", "causal", "causal_alignment", "window", "softcap",
+           "dropout_p", "kind", "block"}
+
+
+def run(case: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """What the arrays of the case ask for."""
+    config = case["config"]
+    if unknown := set(config) - OPTIONS:
+        raise ValueError(f"config has {sorted(unknown)}: expected {sorted(OPTIONS)}")
+    f = _blocks(case) if "block_mask" in case else _exact(case)
+    names = [name for name in ("q", "k", "v", "sink", "bias") if name in case]
+    args = [jnp.asarray(case[name]) for name in names]
+    with jax.default_matmul_precision("highest"):
+        (o, lse), back = jax.vjp(lambda *a: f(dict(zip(names, a))), *args)
+        grads = back((jnp.asarray(case["cotangent"]), jnp.zeros_like(lse)))
+        out = {"out": o} | {f"d{name}": grad for name, grad in zip(names, grads)}
+        if "lse_BHT" in case:
+            out["lse_BHT"] = lse
+        if "block_mask" not in case:
+            _agrees_with_softmax(case, o)
+    return {name: np.asarray(a) for name, a in out.items()}
+
+
+def _mask(config: Mapping[str, Any]) -> Mask:
+    mask: Mask = Full()
+    if config.get("causal", "causal" in config.get("kind", "")):
+        mask = Causal()
+    left, right = config.get("window", (None, None))
+    if left is not None:
+        mask = mask & Window(left, right)
+    elif right is not None:
+        mask = mask & Window(2**29, right)
+    return mask
+
+
+def _scale(config: Mapping[str, Any]) -> float | None:
+    scale = config.get("softmax_scale", "D**-0.5")
+    return None if scale == "D**-0.5" else float(scale)
+
+
+def _exact(case) -> Callable:
+    """f(arrays by name) -> o, lse, by the tiles alone, and by tiles of odd sizes."""
+    config = case["config"]
+    (b, t), s = case["q"].shape[:2], case["k"].shape[1]
+    extra: dict[str, Any] = {}
+    if "k_lengths" in case:
+        real = np.arange(s)[None] < case["k_lengths"][:, None]
+        extra["kv_run"] = jnp.asarray(real.astype(np.int32))
+        extra["q_run"] = jnp.ones((b, t), jnp.int32)
+    if "segment_ids" in case:
+        extra["q_run"] = extra["kv_run"] = jnp.asarray(case["segment_ids"], jnp.int32)
+    if "keep_mask_BHTS" in case:
+        extra |= {"keep": jnp.asarray(case["keep_mask_BHTS"]),
+                  "dropout": config["dropout_p"]}
+    return lambda a: attend(
+        a["q"], a["k"], a["v"], sink=a.get("sink"), bias=a.get("bias"),
+        mask=_mask(config), scale=_scale(config), softcap=config.get("softcap") or None,
+        tile=(16, 24), **extra,
+    )
+
+
+def _agrees_with_softmax(case, o) -> None:
+    """The attention itself, with segments where the case has lengths or segments."""
+    config = case["config"]
+    if "keep_mask_BHTS" in case or "bias" in case:
+        return
+    (b, t), s = case["q"].shape[:2], case["k"].shape[1]
+    segments: Any = None
+    if "k_lengths" in case:
+        real = np.arange(s)[None] < case["k_lengths"][:, None]
+        segments = jnp.ones((b, t), jnp.int32), jnp.asarray(real.astype(np.int32))
+    if "segment_ids" in case:
+        segments = jnp.asarray(case["segment_ids"], jnp.int32)
+    attention = Softmax(_mask(config), _scale(config), config.get("softcap") or None)
+    q, k, v = (jnp.asarray(case[name]) for name in "qkv")
+    sink = jnp.asarray(case["sink"]) if "sink" in case else None
+    again = attention(q, k, v, segments=segments, sink=sink)
+    np.testing.assert_allclose(again, o, rtol=1e-4, atol=1e-5)
+
+
+def _blocks(case) -> Callable:
+    """f(arrays by name) -> o, lse, over the blocks that block_mask [H,N,M] allows."""
+    allowed, block = np.asarray(case["block_mask"]), case["config"]["block"]
+    many = max(int(allowed.sum(-1).max()), 1)
+    order = np.argsort(~allowed, axis=-1, kind="stable")[..., :many]
+    chosen = np.where(np.take_along_axis(allowed, order, -1), order, -1)
+    b, t = case["q"].shape[:2]
+    n = chosen.shape[1]
+    chosen = jnp.broadcast_to(jnp.asarray(chosen, jnp.int32)[None], (b, *chosen.shape))
+    fill = n * block - t  # the last block of queries may be short
+
+    def f(a):
+        q = jnp.pad(a["q"], ((0, 0), (0, fill), (0, 0), (0, 0)))
+        o, lse = blocks.attend(q, a["k"], a["v"], chosen, _mask(case["config"]),
+                               block=block, scale=_scale(case["config"]))
+        return o[:, :t], lse[..., :t]
+
+    return f

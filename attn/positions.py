@@ -118,6 +118,7 @@ class ALiBi:
     def slopes(self, h: jax.Array) -> jax.Array:
         """m_h of the global head numbers h (from 0), any shape."""
         power = 2 ** int(math.log2(self.heads))
+        h = jnp.asarray(h, jnp.float32)
         own = 2.0 ** (-8.0 * (h + 1) / power)
         between = 2.0 ** (-4.0 * (2 * (h - power) + 1) / power)
         return jnp.where(h < power, own, between)

@@ -187,4 +187,5 @@ class BaseConv(Layer):
         return y if run is None else jnp.where((run > 0)[..., None], y, 0)
 
 
-_INIT = nn.initializers.normal(0.02)
+# unit variance in, unit variance out, whatever the width
+_INIT = nn.initializers.variance_scaling(1.0, "fan_in", "normal")

@@ -164,7 +164,8 @@ class MultiHead(Layer):
         return q, k, v
 
 
-_INIT = nn.initializers.normal(0.02)
+# unit variance in, unit variance out, whatever the width
+_INIT = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
 
 
 def _count(segments, x) -> Place:

@@ -6,10 +6,10 @@ the source's fields, the step and the size alone.
 """
 
 from experiments.puzzles import Copy, Needles, Recall, mqar
-from experiments.source import Batch, Source
+from experiments.source import Batch, Cycle, Source
 from experiments.text import Corpus, HuggingFace, Text
 
 __all__ = [
-    "Batch", "Copy", "Corpus", "HuggingFace", "Needles", "Recall", "Source", "Text",
+    "Batch", "Copy", "Corpus", "Cycle", "HuggingFace", "Needles", "Recall", "Source", "Text",
     "mqar",
 ]

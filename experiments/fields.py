@@ -62,6 +62,8 @@ def _fit(value: Any, hint: Any) -> Any:
         return _fit(value, args[0])
     if origin is tuple or hint is tuple:
         return _fit_tuple(value, args)
+    if hint is Any:
+        return value
     if hint is None:
         return _keep(value, value is None)
     if hint is float and type(value) is int:
@@ -72,7 +74,7 @@ def _fit(value: Any, hint: Any) -> Any:
         return _keep(value, callable(value))
     cls = hint if origin is None else origin
     if not isinstance(cls, type) or getattr(cls, "_is_protocol", False):
-        return value  # Any, a type variable, a protocol: nothing to check against
+        return value  # a type variable, a protocol: nothing to check against
     if isinstance(value, bool) and cls in (int, float):
         raise Unfit
     return _keep(value, isinstance(value, cls))

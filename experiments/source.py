@@ -52,6 +52,27 @@ class Source:
         raise NotImplementedError(f"{type(self).__name__} draws no batches")
 
 
+@dataclasses.dataclass(frozen=True)
+class Cycle:
+    """Sources in turn: batch n is that of source n mod their number. They share their
+    shapes, so that a model compiles once."""
+
+    sources: tuple[Source, ...]
+
+    def __post_init__(self):
+        if len({source.length for source in self.sources}) != 1:
+            raise ValueError("Cycle: expected one or more sources of one length")
+
+    @property
+    def length(self) -> int:
+        """Tokens of a row."""
+        return self.sources[0].length
+
+    def batch(self, step: int, size: int) -> Batch:
+        """The batch of the source whose turn it is."""
+        return self.sources[step % len(self.sources)].batch(step, size)
+
+
 def row(sequence: np.ndarray, answers: np.ndarray) -> Batch:
     """tokens and targets [B,T] of sequences [B,T+1], where `answers` [B,T+1] marks the
     tokens that have to be predicted."""

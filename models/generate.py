@@ -87,6 +87,22 @@ def generate(
     return [row[:n].tolist() for row, n in zip(drawn, counts)]
 
 
+@functools.partial(jax.jit, static_argnums=(0, 3))
+def stream(model: Any, params: Any, tokens: jax.Array, prompt: int) -> jax.Array:
+    """The logits [B,T,vocab] of a text that comes as a stream: its first `prompt` tokens
+    in one piece, the others one by one. tokens [B,T]."""
+    tokens = jnp.asarray(tokens)
+    state = model.init_state(tokens.shape[1], tokens[:, :prompt])
+    state, first = model.apply(params, tokens[:, :prompt], state)
+
+    def step(state, token):
+        state, logits = model.apply(params, token[:, None], state)
+        return state, logits[:, 0]
+
+    _, rest = jax.lax.scan(step, state, tokens[:, prompt:].T)
+    return jnp.concatenate([first, rest.swapaxes(0, 1)], 1)
+
+
 def bucket(n: int, least: int = 16) -> int:
     """`n` rounded up to a power of two."""
     return max(least, 1 << (n - 1).bit_length())

@@ -21,7 +21,8 @@ from attn.layers import Layer, MultiHead
 from attn.positions import RoPE
 from attn.softmax import Softmax
 
-_INIT = nn.initializers.normal(0.02)
+_INIT = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
+_EMBED = nn.initializers.normal(0.02)
 
 
 class SwiGLU(nn.Module):
@@ -187,7 +188,7 @@ class LM(nn.Module):
             )
         more = 1 if self.landmark_block else 0
         self.embed = nn.Embed(
-            self.vocab + more, self.width, dtype=self.dtype, embedding_init=_INIT
+            self.vocab + more, self.width, dtype=self.dtype, embedding_init=_EMBED
         )
         self.layers = Layers(Pattern(self.blocks()), self.scan, self.remat)
         self.norm = nn.RMSNorm(dtype=self.dtype)
@@ -253,9 +254,10 @@ class LM(nn.Module):
         return tuple(block.mixer.init_state(size, x) for block in self.blocks())
 
 
-def state_bytes(model: Any, size: int) -> int:
-    """Bytes of memory per sequence after `size` tokens, of all layers."""
-    tokens = jax.ShapeDtypeStruct((1, size), jnp.int32)
+def state_bytes(model: Any, size: int, prompt: int | None = None) -> int:
+    """Bytes of memory per sequence for `size` tokens, of all layers, of which the first
+    `prompt` (by default all) come as one piece."""
+    tokens = jax.ShapeDtypeStruct((1, size if prompt is None else prompt), jnp.int32)
     state = jax.eval_shape(lambda: model.init_state(size, tokens))
     return sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(state))
 

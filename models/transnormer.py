@@ -26,7 +26,8 @@ from attn.lightning import Lightning
 from attn.linear import LinearState
 from attn.segments import place
 
-_INIT = nn.initializers.normal(0.02)
+_INIT = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
+_EMBED = nn.initializers.normal(0.02)
 VARIANTS, WHERE = ("paper", "example"), ("first", "rest", None)
 
 
@@ -174,7 +175,7 @@ class TransNormer(nn.Module):
 
     def setup(self):
         self.embed = nn.Embed(
-            self.vocab, self.width, dtype=self.dtype, embedding_init=_INIT
+            self.vocab, self.width, dtype=self.dtype, embedding_init=_EMBED
         )
         self.mixers = self.layers()
         hidden = 2 * self.width if self.hidden is None else self.hidden

@@ -1,0 +1,177 @@
+"""The main job: which attention remembers what, and at what cost.
+
+Every attention in the list gets the same budget twice: a small network is trained on
+associative recall (`experiments.recall`), another on text (`experiments.lm`). Both are
+then read as streams, with the memory that each attention really keeps. An attention
+that only compresses the memory (SnapKV) is not trained: it takes over the network of
+the exact attention that it belongs to.
+
+    python -m experiments.compare
+
+takes about 6 minutes on 2 cores and leaves a table, compare.json, two pictures and
+report.html in a new folder under results/. Expect exact attention to recall nearly
+everything, Based to come close with a third of the memory or less, Lightning's decay
+and the window to lose most of it, and all to be near each other on short text.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from typing import Any
+
+import jax
+from rich.console import Console
+from rich.table import Table
+
+from attn.based import Based
+from attn.landmark import Landmark
+from attn.lightning import Lightning
+from attn.masks import Causal, Window
+from attn.snapkv import SnapKV
+from attn.softmax import Softmax
+from experiments import config, lm, recall, report
+from experiments.config import knob
+from experiments.data import Corpus, Text
+from experiments.runs import open_folder
+
+COLUMNS = {
+    "attention": ("attention", "{}"),
+    "recall": ("recall", "{:.1%}"),
+    "recall_state": ("recall state, bytes", "{:,}"),
+    "bits_per_byte": ("text, bits/byte", "{:.3f}"),
+    "text_state": ("text state, bytes", "{:,}"),
+    "train_tokens_per_second": ("training, tokens/s", "{:,.0f}"),
+    "decode_ms": ("decoding, ms/token", "{:.2f}"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """What is compared, and the budget of each."""
+
+    attentions: tuple = knob(
+        (
+            Softmax(),
+            Softmax(mask=Causal() & Window(31)),
+            SnapKV(capacity=24, window=8),
+            Landmark(block=15, top_k=2),
+            Lightning(),
+            Based(feature_dim=4),
+            Based(feature_dim=8),
+        ),
+        "the list; an entry may be a tuple with one attention per layer",
+    )
+    pairs: int = knob(16, "keys with values of the recall task")
+    recall_steps: int = knob(800, "training steps on recall")
+    text: Corpus = knob(Text(length=256), "the text, and the tokens of a row")
+    layers: int = knob(2, "layers of the language model")
+    width: int = knob(128, "width of the language model")
+    text_steps: int = knob(200, "training steps on text")
+    seed: int = knob(0, "of data and parameters")
+    quiet: bool = knob(False, "no progress bars")
+    folder: str | None = knob(None, "where results go; None makes a new folder")
+
+    def __post_init__(self):
+        if not self.attentions:
+            raise ValueError("attentions=(): expected one or more")
+
+    def recall(self, attention: Any) -> recall.Config:
+        """The recall run of one attention."""
+        return recall.Config(
+            attention=attention, pairs=self.pairs, steps=self.recall_steps,
+            seed=self.seed, quiet=self.quiet,
+        )
+
+    def lm(self, attention: Any) -> lm.Config:
+        """The text run of one attention."""
+        layers = attention
+        if not isinstance(attention, tuple):
+            layers = (attention,) * self.layers
+        return lm.Config(
+            attention=layers, text=self.text, width=self.width, steps=self.text_steps,
+            seed=self.seed, quiet=self.quiet,
+        )
+
+
+TINY = Config(
+    attentions=(Softmax(), SnapKV(capacity=6, window=2)), pairs=2, recall_steps=2,
+    text=Text(length=32), layers=1, width=16, text_steps=2, quiet=True,
+)
+
+
+def run(config_: Config) -> dict[str, Any]:
+    """Trains and compares -> {"rows": one dict an attention, "folder": ...}."""
+    folder = open_folder("compare", config_.folder, config.command(config_))
+    console, fits, rows = Console(stderr=True, quiet=config_.quiet), {}, []
+    for n, attention in enumerate(config_.attentions, 1):
+        console.print(f"[bold]{n}/{len(config_.attentions)} {config.show(attention)}")
+        rows.append(row(config_, attention, fits))
+    devices = f"{jax.devices()[0].device_kind}, {jax.device_count()} device(s)"
+    found = {
+        "command": config.command(config_), "jax": jax.__version__, "device": devices,
+        "rows": rows,
+    }
+    (folder / "compare.json").write_text(json.dumps(found, indent=1) + "\n")
+    report.recall_picture(rows, folder / "recall.png")
+    report.loss_picture(rows, folder / "loss.png")
+    report.page(found, COLUMNS, folder)
+    Console().print(table(rows))
+    return {"rows": len(rows), "folder": str(folder)}
+
+
+def row(config_: Config, attention: Any, fits: dict) -> dict[str, Any]:
+    """The numbers of one attention. fits: networks that are trained already."""
+    source = jax.tree.map(trained_as, attention, is_leaf=lambda a: not _is_tuple(a))
+    if source not in fits:
+        of_recall, of_text = config_.recall(source), config_.lm(source)
+        fits[source] = recall.trained(of_recall), lm.trained(of_text)
+    recalled, text = fits[source]
+    of_recall, of_text = config_.recall(attention), config_.lm(attention)
+    remembered = recall.scores(of_recall, of_recall.model(), recalled)
+    model = of_text.model()
+    read = lm.scores(of_text, model, text)
+    rows = config_.text.length * of_text.batch
+    return {
+        "attention": config.show(attention),
+        "trained_as": config.show(source),
+        "recall": remembered["recall"],
+        "chance": remembered["chance"],
+        "recall_state": remembered["state_bytes"],
+        "bits_per_byte": lm.streamed_bits(of_text, model, text),
+        "text_state": read["state_bytes"],
+        "train_tokens_per_second": read["tokens_per_second"],
+        "decode_ms": read["decode_ms"],
+        "parameters": read["parameters"],
+        "losses": [[r["step"] * rows, r["loss"]] for r in text.rows],
+        "commands": [config.command(of_recall), config.command(of_text)],
+    }
+
+
+def trained_as(attention: Any) -> Any:
+    """The attention that a network is trained with: a policy for the cache of exact
+    attention learns nothing and does nothing before there is a cache."""
+    if not isinstance(attention, Softmax):
+        return attention
+    own = {f.name: getattr(attention, f.name) for f in dataclasses.fields(Softmax)}
+    return Softmax(**own)
+
+
+def _is_tuple(a: Any) -> bool:
+    return isinstance(a, tuple)
+
+
+def table(rows: list[dict[str, Any]]) -> Table:
+    """The rows as a table for the terminal."""
+    found = Table()
+    for name, (title, _) in COLUMNS.items():
+        left = name == "attention"
+        found.add_column(title, justify="left" if left else "right", overflow="fold")
+    for one in rows:
+        found.add_row(*(text.format(one[name]) for name, (_, text) in COLUMNS.items()))
+    return found
+
+
+if __name__ == "__main__":
+    config.main(run, Config, __doc__, sys.argv[1:])

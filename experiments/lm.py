@@ -1,0 +1,166 @@
+"""A language model of any attentions: trained on text, measured in bits per byte, sampled.
+
+The text is by default the source of the running Python's standard library, which every
+machine has; `--text='Text(path="folder")'` takes files of your own and
+`--text='HuggingFace(name="wikitext", subset="wikitext-2-raw-v1")'` a data set.
+
+    python -m experiments.lm --attention='(Lightning(),) * 3 + (Softmax(),)' --steps=200
+
+takes about two minutes on 2 cores and ends near 3 bits per byte; a uniform guess is 8.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import sys
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from attn.softmax import Softmax
+from experiments import config
+from experiments.config import knob
+from experiments.data import Corpus, Text
+from experiments.runs import open_folder
+from experiments.train import Fit, Plan, evaluate, fit
+from models.generate import generate, stream
+from models.lm import LM, loss, state_bytes
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """One network on one text."""
+
+    attention: tuple = knob((Softmax(),) * 4, "one entry per layer")
+    text: Corpus = knob(Text(length=256), "where the text comes from, and its rows")
+    width: int = knob(128, "model width E")
+    heads: int = knob(4, "heads H")
+    kv_heads: int | None = knob(None, "key heads K (None: H)")
+    steps: int = knob(200, "training steps")
+    batch: int = knob(8, "rows a step")
+    rate: float = knob(3e-3, "peak learning rate")
+    accumulate: int = knob(1, "parts of a batch, one after the other")
+    remat: bool = knob(False, "compute layers again in the backward pass")
+    dtype: Any = knob(jnp.float32, "of the computation; parameters are float32")
+    mesh: tuple[int, int, int] = knob((1, 1, 1), "devices along data, seq and model")
+    seed: int = knob(0, "of data, parameters and sampling")
+    prompt: str = knob("def ", "what the sample begins with")
+    sample: int = knob(120, "tokens of the sample")
+    temperature: float = knob(0.7, "of the sample; 0 takes the likeliest token")
+    decode: int = knob(64, "tokens over which decoding is timed")
+    quiet: bool = knob(False, "no progress bar")
+    folder: str | None = knob(None, "folder of the run; an old one goes on (None: new)")
+
+    def __post_init__(self):
+        for name, least in (("sample", 0), ("decode", 1)):
+            if getattr(self, name) < least:
+                value = getattr(self, name)
+                raise ValueError(f"{name}={value}: expected {least} or more")
+
+    def model(self) -> LM:
+        """The network."""
+        return LM(
+            vocab=self.text.vocab, width=self.width, heads=self.heads,
+            kv_heads=self.kv_heads, attention=self.attention, remat=self.remat,
+            scan=len(self.attention) > 8, dtype=self.dtype,
+        )
+
+    def plan(self) -> Plan:
+        """The training."""
+        return Plan(
+            steps=self.steps, batch=self.batch, rate=self.rate, warmup=self.steps // 10,
+            accumulate=self.accumulate, seed=self.seed, mesh=self.mesh,
+        )
+
+
+TINY = Config(
+    attention=(Softmax(),), text=Text(length=32), width=16, heads=2, steps=2, batch=2,
+    sample=4, decode=2, quiet=True,
+)
+
+
+def run(config_: Config) -> dict[str, Any]:
+    """Trains, evaluates and samples -> plain numbers; see `scores`."""
+    folder = open_folder("lm", config_.folder, config.command(config_))
+    fitted = trained(config_, folder)
+    model = config_.model()
+    found = scores(config_, model, fitted)
+    if config_.sample:
+        prompt = config_.text.encode(config_.prompt).tolist()
+        new = generate(
+            model, fitted.params, [prompt], length=config_.sample,
+            temperature=config_.temperature, seed=config_.seed,
+        )[0]
+        found["sample"] = config_.prompt + config_.text.decode(np.asarray(new))
+    return found | {"folder": str(folder)}
+
+
+def trained(config_: Config, folder=None) -> Fit:
+    """The training alone."""
+    label = f"text, {config.show(config_.attention)}"
+    return fit(config_.model(), config_.text, config_.plan(), folder,
+               label=label, quiet=config_.quiet)
+
+
+def scores(config_: Config, model: LM, fitted: Fit) -> dict[str, Any]:
+    """bits_per_byte and accuracy on held-out text, training tokens_per_second,
+    decode_ms per token after a row of text, state_bytes of a row, parameters."""
+    held_out = dataclasses.replace(config_.text, split="valid")
+    found = evaluate(model, fitted.params, held_out, 8, config_.batch)
+    row = held_out.batch(0, 1)["tokens"]
+    return {
+        "bits_per_byte": found["loss"] / math.log(2) / held_out.bytes_per_token,
+        "accuracy": found["accuracy"],
+        "tokens_per_second": fitted.tokens_per_second,
+        "decode_ms": decode_ms(model, fitted.params, row, config_.decode),
+        "state_bytes": state_bytes(model, config_.text.length),
+        "parameters": sum(a.size for a in jax.tree.leaves(fitted.params)),
+    }
+
+
+def streamed_bits(config_: Config, model: LM, fitted: Fit) -> float:
+    """Bits per byte of the second half of held-out rows, which comes token by token
+    after the first half was read in one piece: what a compressed memory really costs."""
+    held_out = dataclasses.replace(config_.text, split="valid")
+    half = config_.text.length // 2
+    nats = count = 0.0
+    for step in range(4):
+        batch = held_out.batch(step, config_.batch)
+        logits = stream(model, fitted.params, batch["tokens"], half)
+        found = loss(logits[:, half:], jnp.asarray(batch["targets"])[:, half:])
+        nats, count = nats + float(found[0]), count + float(found[1])
+    return nats / count / math.log(2) / held_out.bytes_per_token
+
+
+def decode_ms(model: LM, params: Any, prompt: np.ndarray, tokens: int) -> float:
+    """Milliseconds for one more token, greedily, after prompt [B,T]: the median of five
+    runs of `tokens` tokens, compilation left out."""
+    prompt = jnp.asarray(prompt)
+    state = model.init_state(prompt.shape[1] + tokens, prompt)
+    state, logits = jax.jit(model.apply)(params, prompt, state)
+    first = logits[:, -1].argmax(-1)
+    spent = []
+    for _ in range(6):
+        clock = time.perf_counter()
+        _decode(model, params, state, first, tokens).block_until_ready()
+        spent.append((time.perf_counter() - clock) * 1000 / tokens)
+    return float(np.median(spent[1:]))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 4))
+def _decode(model, params, state, token, length):
+    def step(carry, _):
+        state, token = carry
+        state, logits = model.apply(params, token[:, None], state)
+        return (state, logits[:, 0].argmax(-1)), token
+
+    return jax.lax.scan(step, (state, token), None, length)[1]
+
+
+if __name__ == "__main__":
+    config.main(run, Config, __doc__, sys.argv[1:])

@@ -1,0 +1,126 @@
+"""How much a mechanism remembers: multi-query associative recall against state size.
+
+Keys and values go by once, then every key is asked for (MQAR; Arora et al., 2023,
+arXiv:2312.04927). Exact attention answers all of it, with a memory that grows; a state
+of fixed size answers as many as it has room for (Arora et al., 2024, arXiv:2402.18668).
+The model is a short gated convolution, which puts a key beside its value, and the
+attention. The answers that count are given as a stream: the pairs are read in one
+piece, whatever is compressed is compressed, and then one token after the other comes.
+
+    python -m experiments.recall --attention='Based(feature_dim=8)'
+
+takes about a minute on 2 cores. `experiments.compare` sets mechanisms side by side.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from typing import Any
+
+import numpy as np
+
+from attn.baseconv import BaseConv
+from attn.softmax import Softmax
+from experiments import config
+from experiments.config import knob
+from experiments.data import Cycle, Recall
+from experiments.runs import open_folder
+from experiments.train import Fit, Plan, evaluate, fit
+from models.generate import stream
+from models.lm import LM, state_bytes
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """One attention on one size of the task."""
+
+    attention: Any = knob(Softmax(), "the attention, or a tuple with one per layer")
+    pairs: int = knob(16, "keys with values in a sequence")
+    length: int = knob(128, "tokens of a sequence")
+    vocab: int = knob(256, "token ids; the lower half are keys, the upper half values")
+    width: int = knob(64, "model width E")
+    heads: int = knob(1, "heads H")
+    steps: int = knob(800, "training steps")
+    batch: int = knob(16, "sequences a step")
+    rate: float = knob(1e-2, "peak learning rate")
+    seed: int = knob(0, "of data and parameters")
+    quiet: bool = knob(False, "no progress bar")
+    folder: str | None = knob(None, "where to keep the run, to go on after a stop")
+
+    def model(self) -> LM:
+        """The network: a short convolution, then the attention."""
+        layers = self.attention
+        if not isinstance(layers, tuple):
+            layers = (BaseConv(variant="zoology", kernel=2), layers)
+        return LM(
+            vocab=self.vocab, width=self.width, heads=self.heads, attention=layers,
+            position=None, hidden=0,
+        )
+
+    def task(self, pairs: int, split: str = "train") -> Recall:
+        """The task with a number of pairs."""
+        return Recall(
+            vocab=self.vocab, length=self.length, pairs=pairs, seed=self.seed,
+            split=split, random_non_queries=False, power=1.0,
+        )
+
+    def lessons(self) -> Cycle:
+        """What is trained on: few pairs and many in turn, as in the paper's mixture,
+        without which recall is learned late and suddenly."""
+        halves = [self.pairs]
+        while halves[-1] > 2:
+            halves.append(halves[-1] // 2)
+        return Cycle(tuple(self.task(n) for n in reversed(halves)))
+
+    def plan(self) -> Plan:
+        """The training."""
+        return Plan(
+            steps=self.steps, batch=self.batch, rate=self.rate, seed=self.seed,
+            warmup=self.steps // 10, decay=0.0, log=20,
+        )
+
+
+TINY = Config(pairs=2, length=16, vocab=16, width=16, steps=2, batch=4, quiet=True)
+
+
+def run(config_: Config) -> dict[str, Any]:
+    """Trains and evaluates -> plain numbers; see `scores`."""
+    folder = None
+    if config_.folder is not None:
+        folder = open_folder("recall", config_.folder, config.command(config_))
+    return scores(config_, config_.model(), trained(config_, folder))
+
+
+def trained(config_: Config, folder=None) -> Fit:
+    """The training alone."""
+    label = f"recall, {config.show(config_.attention)}"
+    return fit(config_.model(), config_.lessons(), config_.plan(), folder,
+               label=label, quiet=config_.quiet)
+
+
+def scores(config_: Config, model: LM, fitted: Fit) -> dict[str, Any]:
+    """recall: the share of right answers in the stream; at_once: without a stream;
+    state_bytes of a sequence; chance; loss, of the last training steps."""
+    valid = config_.task(config_.pairs, "valid")
+    cut = 2 * config_.pairs
+    hits = targets = 0
+    for step in range(4):
+        batch = valid.batch(step, config_.batch)
+        logits = stream(model, fitted.params, batch["tokens"], cut)
+        answers = np.asarray(logits.argmax(-1))
+        asked = batch["targets"] >= 0
+        hits += int((answers == batch["targets"])[asked].sum())
+        targets += int(asked.sum())
+    return {
+        "recall": hits / targets,
+        "at_once": evaluate(model, fitted.params, valid, 4, config_.batch)["accuracy"],
+        "chance": 2 / config_.vocab,
+        "state_bytes": state_bytes(model, config_.length, cut),
+        "train_loss": fitted.rows[-1]["loss"],
+        "tokens_per_second": fitted.tokens_per_second,
+    }
+
+
+if __name__ == "__main__":
+    config.main(run, Config, __doc__, sys.argv[1:])

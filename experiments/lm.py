@@ -102,9 +102,8 @@ def run(config_: Config) -> dict[str, Any]:
 
 def trained(config_: Config, folder=None) -> Fit:
     """The training alone."""
-    label = f"text, {config.show(config_.attention)}"
     return fit(config_.model(), config_.text, config_.plan(), folder,
-               label=label, quiet=config_.quiet)
+               label="text", quiet=config_.quiet)
 
 
 def scores(config_: Config, model: LM, fitted: Fit) -> dict[str, Any]:

@@ -94,9 +94,8 @@ def run(config_: Config) -> dict[str, Any]:
 
 def trained(config_: Config, folder=None) -> Fit:
     """The training alone."""
-    label = f"recall, {config.show(config_.attention)}"
     return fit(config_.model(), config_.lessons(), config_.plan(), folder,
-               label=label, quiet=config_.quiet)
+               label="recall", quiet=config_.quiet)
 
 
 def scores(config_: Config, model: LM, fitted: Fit) -> dict[str, Any]:

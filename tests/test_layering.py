@@ -1,0 +1,87 @@
+"""The house rules that a machine can check: imports go down, names say the paper."""
+
+import ast
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+BELOW = {
+    "pallas_kernels": set(),
+    "attn": {"pallas_kernels"},
+    "models": {"attn"},
+    "experiments": {"attn", "models"},
+}
+# mechanisms that many papers share, and the house around them
+SHARED = {
+    "__init__", "masks", "segments", "shapes", "dispatch", "sharding", "positions",
+    "tiles", "cache", "blockcache", "layers", "chunks", "linear", "blocks", "grouped",
+    "softmax", "baseconv",
+}
+FILES = [path for package in BELOW for path in sorted((ROOT / package).glob("*.py"))]
+FAMILIES = [path for path in FILES if path.parent.name == "attn"
+            and path.stem not in SHARED]
+PAPER = re.compile(r"\(.+, (19|20)\d\d\)\s+arXiv:\d{4}\.\d{4,5}")
+
+
+def imported(path):
+    """Top-level names of this repository that a file imports, as (package, module)."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        for name in names:
+            package, *rest = name.split(".")
+            if package in (*BELOW, "tests"):
+                yield package, (rest or ["__init__"])[0]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}.{path.stem}")
+def test_imports_go_down(path):
+    package = path.parent.name
+    for other, module in imported(path):
+        assert other == package or other in BELOW[package], f"{path} imports {other}"
+        if package == "attn" and other == "attn" and path.stem not in SHARED:
+            assert module in SHARED, f"family {path.stem} imports family {module}"
+
+
+@pytest.mark.parametrize("path", FAMILIES, ids=lambda path: path.stem)
+def test_a_family_names_its_paper(path):
+    tree = ast.parse(path.read_text())
+    classes = {node.name.lower(): node for node in tree.body
+               if isinstance(node, ast.ClassDef)}
+    assert path.stem in classes, f"{path} has no class {path.stem}"
+    for node in (tree, classes[path.stem]):
+        first = (ast.get_docstring(node) or "").partition("\n")[0]
+        assert PAPER.search(first), f"{path}: {first}"
+    assert (ROOT / "tests" / f"test_{path.stem}.py").exists()
+
+
+def test_every_family_obeys_the_laws():
+    laws = (ROOT / "tests" / "laws.py").read_text()
+    for path in (*FAMILIES, ROOT / "attn" / "softmax.py"):
+        assert f"from attn.{path.stem} import" in laws, path
+
+
+def test_files_are_not_named_after_nothing():
+    for path in FILES:
+        assert path.stem not in ("utils", "helpers", "common", "base", "misc"), path
+
+
+def test_the_table_in_the_readme_points_at_files():
+    rows = re.findall(r"^\| *\d+ \|.*$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    assert len(rows) == 68
+    for row in rows:
+        for name in re.findall(r"\(((?:attn|models|experiments|tests)/[\w/.]+)\)", row):
+            assert (ROOT / name).exists(), name
+
+
+def test_an_attention_is_imported_without_flax():
+    code = "import sys, attn.softmax, attn.lightning, attn.based, attn.landmark, "
+    code += "attn.snapkv; assert 'flax' not in sys.modules, 'flax was imported'"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)

@@ -22,6 +22,7 @@ import sys
 from typing import Any
 
 import jax
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -39,11 +40,11 @@ from experiments.runs import open_folder
 COLUMNS = {
     "attention": ("attention", "{}"),
     "recall": ("recall", "{:.1%}"),
-    "recall_state": ("recall state, bytes", "{:,}"),
-    "bits_per_byte": ("text, bits/byte", "{:.3f}"),
-    "text_state": ("text state, bytes", "{:,}"),
-    "train_tokens_per_second": ("training, tokens/s", "{:,.0f}"),
-    "decode_ms": ("decoding, ms/token", "{:.2f}"),
+    "recall_state": ("memory bytes", "{:,}"),
+    "bits_per_byte": ("text bits/byte", "{:.3f}"),
+    "text_state": ("memory bytes", "{:,}"),
+    "train_tokens_per_second": ("train tok/s", "{:,.0f}"),
+    "decode_ms": ("decode ms/tok", "{:.2f}"),
 }
 
 
@@ -164,10 +165,12 @@ def _is_tuple(a: Any) -> bool:
 
 def table(rows: list[dict[str, Any]]) -> Table:
     """The rows as a table for the terminal."""
-    found = Table()
+    found = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     for name, (title, _) in COLUMNS.items():
-        left = name == "attention"
-        found.add_column(title, justify="left" if left else "right", overflow="fold")
+        if name == "attention":
+            found.add_column(title, overflow="fold", min_width=22)
+        else:
+            found.add_column(title.replace(" ", "\n"), justify="right")
     for one in rows:
         found.add_row(*(text.format(one[name]) for name, (_, text) in COLUMNS.items()))
     return found

@@ -1,0 +1,117 @@
+"""Generation: equal to reading, ragged, stopped, bounded in what it compiles."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from attn.landmark import Landmark
+from attn.lightning import Lightning
+from attn.snapkv import SnapKV
+from attn.softmax import Softmax
+from models import generate as generation
+from models.generate import Sampling, bucket, generate, sample, stream
+from models.lm import LM
+from tests.laws import close
+
+MODEL = LM(vocab=13, width=16, heads=2, attention=(Lightning(), Softmax()))
+PARAMS = jax.tree.map(
+    lambda a: a * 3, MODEL.init(jax.random.key(1), jnp.zeros((1, 4), jnp.int32))
+)
+PROMPTS = [[1, 2, 3, 4, 5, 6, 7], [5], [3, 1, 4]]
+
+
+def greedy(model, prompt, length):
+    """The same by reading the whole text anew for every token."""
+    text = list(prompt)
+    for _ in range(length):
+        logits = model.apply(PARAMS, jnp.asarray([text]))
+        text.append(int(logits[0, -1].argmax()))
+    return text[len(prompt):]
+
+
+def test_ragged_prompts_in_chunks():
+    want = [greedy(MODEL, prompt, 6) for prompt in PROMPTS]
+    for chunk in (512, 4, 1):
+        assert generate(MODEL, PARAMS, PROMPTS, length=6, chunk=chunk) == want
+
+
+def test_landmarks_go_in_between():
+    model = MODEL.clone(attention=(Landmark(block=3), Softmax()))
+    params = model.init(jax.random.key(1), jnp.zeros((1, 4), jnp.int32))
+    text = list(PROMPTS[0])
+    for _ in range(5):
+        text.append(int(model.apply(params, jnp.asarray([text]))[0, -1].argmax()))
+    assert generate(model, params, PROMPTS, length=5)[0] == text[7:]
+
+
+def test_a_compressed_memory_generates():
+    model = MODEL.clone(attention=(SnapKV(capacity=5, window=2),) * 2)
+    out = generate(model, PARAMS, PROMPTS, length=4)
+    assert [len(row) for row in out] == [4, 4, 4]
+
+
+def test_stop_tokens_end_a_row_and_are_left_out():
+    free = generate(MODEL, PARAMS, PROMPTS, length=8)
+    stop = free[0][3]
+    cut = generate(MODEL, PARAMS, PROMPTS, length=8, stop=[stop])
+    for row, whole in zip(cut, free):
+        end = whole.index(stop) if stop in whole else len(whole)
+        assert row == whole[:end]
+
+
+def test_one_compilation_a_bucket(monkeypatch):
+    traced = []
+    apply = LM.__call__
+    monkeypatch.setattr(
+        LM, "__call__", lambda *a, **k: (traced.append(1), apply(*a, **k))[1]
+    )
+    model = MODEL.clone(vocab=14)
+    params = model.init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))
+    generate(model, params, [[1, 2, 3]], length=3)
+    before = len(traced)
+    for n in range(1, 16):
+        generate(model, params, [[1] * n], length=n)
+    assert len(traced) == before
+    assert [bucket(n) for n in (1, 16, 17, 100)] == [16, 16, 32, 128]
+
+
+def test_sampling():
+    logits = jnp.log(jnp.array([[0.5, 0.3, 0.15, 0.05]])).repeat(4000, 0)
+    count = lambda how: np.bincount(
+        np.asarray(sample(logits, jax.random.key(0), how)), minlength=4
+    ) / 4000
+    np.testing.assert_allclose(count(Sampling(1.0)), [0.5, 0.3, 0.15, 0.05], atol=0.03)
+    assert count(Sampling(0.0)).tolist() == [1, 0, 0, 0]
+    np.testing.assert_allclose(
+        count(Sampling(1.0, top_k=2)), [0.625, 0.375, 0, 0], atol=0.03
+    )
+    np.testing.assert_allclose(
+        count(Sampling(1.0, top_p=0.7)), [0.625, 0.375, 0, 0], atol=0.03
+    )
+    assert (count(Sampling(1.0, top_p=0.4)) == [1, 0, 0, 0]).all()
+    assert count(Sampling(0.2))[0] > 0.9
+    drawn = lambda seed: generate(MODEL, PARAMS, PROMPTS, length=9, temperature=2.0,
+                                  seed=seed)
+    assert drawn(0) == drawn(0) != drawn(1)
+
+
+def test_a_stream_gives_the_logits_of_the_text():
+    tokens = jax.random.randint(jax.random.key(2), (2, 11), 0, 13)
+    close(stream(MODEL, PARAMS, tokens, 4), MODEL.apply(PARAMS, tokens), "gradient")
+
+
+@pytest.mark.parametrize("prompts, options, message", [
+    ([], {}, "prompts"), ([[1], []], {}, "none of them empty"),
+    ([[13]], {}, "token 13"), ([[-1]], {}, "ids from 0"),
+    ([[1]], {"length": 0}, "length=0"), ([[1]], {"chunk": 0}, "chunk=0"),
+    ([[1]], {"temperature": -1}, "temperature=-1"), ([[1]], {"top_k": 0}, "top_k=0"),
+    ([[1]], {"top_p": 0.0}, "top_p=0.0"),
+])
+def test_wrong_calls(prompts, options, message):
+    with pytest.raises(ValueError, match=message):
+        generate(MODEL, PARAMS, prompts, **{"length": 2} | options)
+
+
+def test_module_has_no_state():
+    assert not [v for v in vars(generation).values() if isinstance(v, jax.Array)]

@@ -1,4 +1,4 @@
-"""Test settings: 8 CPU devices, exact arithmetic, strict shapes, a compilation cache."""
+"""Test settings: 8 CPU devices, exact arithmetic, strict shapes, a compile cache."""
 
 import os
 import pathlib

@@ -1,7 +1,7 @@
 """Block cache: a cache whose tokens lie in blocks of one size, as a ring of blocks.
 
 Methods that retrieve blocks remember the last complete ones and the one that is being
-filled. Blocks are numbered by age; the slots of a `Cache` are used again block by block.
+filled. Blocks are numbered by age; slots of a `Cache` are used again block by block.
 """
 
 from __future__ import annotations
@@ -55,12 +55,13 @@ class Blocks:
 
     def landmarks(self) -> jax.Array:
         """The keys [B,many,K,D] of landmarks by age."""
-        ages = jnp.broadcast_to(jnp.arange(self.many)[None], (len(self.total), self.many))
+        ages = jnp.arange(self.many)[None]
+        ages = jnp.broadcast_to(ages, (len(self.total), self.many))
         slot = self.home(ages) * self.size + self.size - 1
         return jnp.take_along_axis(self.cache.k, slot[..., None, None], 1)
 
     def slot(self, now: Place) -> jax.Array:
-        """Where new tokens go [B,T]; -1 for those that later ones of the call replace."""
+        """Where new tokens go [B,T]; -1 for those that later tokens replace."""
         slots = (self.many + 1) * self.size
         return jnp.where(now.pos >= now.end[:, None] - slots, now.pos % slots, -1)
 

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 
 NEVER = -jnp.inf
 TILE = 128  # queries at once
-STEPS = 4  # of the staircase that leaves out keys which lie behind all queries of a tile
+STEPS = 4  # of the staircase that leaves out keys behind all queries of a tile
 
 
 class Row(NamedTuple):
@@ -149,11 +149,11 @@ def _tile(q, k, v, at: Row, keys: Row, size, scale, far: Far | None, noise):
     n = s.shape[-1]
     if far is not None:
         outer = jnp.concatenate([outer, far.logits[..., -1]], -1)
-    p = _softmax(outer, outer.max(-1, keepdims=True), lambda e: e.sum(-1, keepdims=True))
+    p = _softmax(outer, outer.max(-1, keepdims=True), _row_sum)
     first, gates = jnp.where(own, p[..., :n], 0), jnp.where(own, 0, p[..., :n])
     distant = p[..., n:]
     if noise is not None:
-        gates, distant = (_dropped(a, *noise, m) for m, a in enumerate((gates, distant)))
+        gates, distant = _dropped(gates, 0, *noise), _dropped(distant, 1, *noise)
     peak, total = _reducers(keys, size)
     inside = jnp.where(seen & ~own & ~mark, s, NEVER)
     inner = _softmax(inside, peak(inside), total)
@@ -162,8 +162,8 @@ def _tile(q, k, v, at: Row, keys: Row, size, scale, far: Far | None, noise):
                    preferred_element_type=jnp.float32)
     if far is not None:
         text = far.logits[..., :-1]
-        inner = _softmax(text, text.max(-1, keepdims=True, initial=NEVER),
-                         lambda e: e.sum(-1, keepdims=True))
+        peak_of = text.max(-1, keepdims=True, initial=NEVER)
+        inner = _softmax(text, peak_of, _row_sum)
         w = (inner * distant[..., None]).astype(v.dtype)
         o = o + jnp.einsum("bkginj,bkginjv->bikgv", w, far.values[..., :-1, :],
                            preferred_element_type=jnp.float32)
@@ -171,14 +171,18 @@ def _tile(q, k, v, at: Row, keys: Row, size, scale, far: Far | None, noise):
 
 
 def _softmax(s, peak, total: Callable) -> jax.Array:
-    """exp(s) over its total, 0 where there is nothing; `peak` is the group's maximum."""
+    """exp(s) over its total, 0 where there is nothing; `peak`: the group's largest."""
     peak = jax.lax.stop_gradient(jnp.where(jnp.isfinite(peak), peak, 0))
     e = jnp.exp(s - peak)
     z = total(e)
     return e / jnp.where(z > 0, z, 1)
 
 
-def _dropped(gates, key, share: float, salt: int):
+def _row_sum(e: jax.Array) -> jax.Array:
+    return e.sum(-1, keepdims=True)
+
+
+def _dropped(gates, salt: int, key, share: float):
     kept = jax.random.bernoulli(jax.random.fold_in(key, salt), 1 - share, gates.shape)
     return jnp.where(kept, gates / (1 - share), 0)
 
@@ -186,7 +190,8 @@ def _dropped(gates, key, share: float, salt: int):
 def _reducers(keys: Row, size: int | None) -> tuple[Callable, Callable]:
     """(max, sum) over each key's group, of arrays [B,K,G,q,S], for every key of it."""
     if size is None:
-        return _scattered(keys, jax.ops.segment_max), _scattered(keys, jax.ops.segment_sum)
+        peak, total = jax.ops.segment_max, jax.ops.segment_sum
+        return _scattered(keys, peak), _scattered(keys, total)
     late = None
     if keys.late is not None:
         late = keys.late.reshape(keys.late.shape[0], 1, 1, 1, -1, size)

@@ -13,6 +13,7 @@ whose landmarks a query likes best, at positions that stay small however long th
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -63,7 +64,8 @@ class Landmark:
     implementation: str | None = None
 
     def __post_init__(self):
-        for name, least in (("block", 1), ("top_k", 0), ("cache_blocks", 1), ("jump", 0)):
+        least_of = {"block": 1, "top_k": 0, "cache_blocks": 1, "jump": 0}
+        for name, least in least_of.items():
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"Landmark: {name}={value}: expected {least} or more")
@@ -96,7 +98,7 @@ class Landmark:
             raise NotImplementedError(
                 "a pair of segments: queries and keys are read in step, one array"
             )
-        now = place(segments, *q.shape[:2])
+        now = place(segments, q.shape[0], q.shape[1])
         queries = keys = self._row(now, segments is not None, landmark)
         hops, gates = (None, None) if key is None else jax.random.split(key)
         q, k = self._rotated(q, k, self._jumped(now.pos, queries.mark, hops))
@@ -105,9 +107,9 @@ class Landmark:
             keys = regular(run, pos, self.size)
         k, v = (spread_heads(a, q.shape[2], self.axis) for a in (k, v))
         size = self.size if landmark is None else None
-        run = lambda *args: self._local(*args, size=size, key=gates)
+        local = functools.partial(self._local, size=size, key=gates)
         letters = "BTHD BSKD BSKV BT BS -> BTHV"
-        return over_mesh(run, letters, self.axis)(q, k, v, queries, keys)
+        return over_mesh(local, letters, self.axis)(q, k, v, queries, keys)
 
     def _local(self, q, k, v, queries: Row, keys: Row, *, size, key=None):
         if self.axis is not None and key is not None and self.dropout:
@@ -132,7 +134,7 @@ class Landmark:
         """The next T tokens, landmarks included -> state, [B,T,H,V]."""
         check(q, k, v, segments=segments, aligned=True)
         caches.check_fits(state, k, v)
-        now = place(segments, *q.shape[:2], state.end, state.segment)
+        now = place(segments, q.shape[0], q.shape[1], state.end, state.segment)
         step = self._exact if self.top_k is None else self._retrieving
         return pick(self.implementation, xla=lambda: step(state, q, k, v, now))
 
@@ -148,11 +150,12 @@ class Landmark:
             both, runs = after, jnp.broadcast_to(now.run, (q.shape[0], slots))
         pos = both.pos[..., 0]
         row = jnp.where(pos >= 0, runs, 0), pos, both.k, both.v
-        o = self._read(q, *(row if q.shape[1] == 1 else compact(*row)), now)
+        o = self._read(q, row if q.shape[1] == 1 else compact(*row), now)
         return after, caches.spoil(o, now.end, slots)
 
-    def _read(self, q, run, pos, k, v, now: Place, far=None):
-        """Attention of q at `now` to a row of keys without gaps in front."""
+    def _read(self, q, row, now: Place, far=None):
+        """Attention of q at `now` to a row (run, pos, k, v) without gaps."""
+        run, pos, k, v = row
         return grouped(
             q, k, v, self._row(now), regular(run, pos, self.size), size=self.size,
             scale=self._scale(q), far=far,
@@ -177,7 +180,7 @@ class Landmark:
         if self.top_k:
             chosen = self._chosen(q, ring, now)
             far = lambda index: self._fetched(q, chosen, ring, index)
-        o = self._read(q, *row, now, far=far)
+        o = self._read(q, row, now, far=far)
         full = jnp.zeros_like(now.end) if ring.many == self.cache_blocks else now.end
         return after, caches.spoil(o, full, state.k.shape[1])
 
@@ -206,11 +209,13 @@ class Landmark:
         b, _, h, d = q.shape
         chosen, q = chosen[:, :, index], q[:, index]
         where = jnp.where(chosen < 0, -1, ring.home(chosen))
-        k, v = (blocks.gather(a, where, self.size) for a in (ring.cache.k, ring.cache.v))
+        held = ring.cache.k, ring.cache.v
+        k, v = (blocks.gather(a, where, self.size) for a in held)
         near = jnp.take_along_axis(ring.place(), chosen.reshape(b, -1), 1) > 0
         near = (near & ring.crowded[:, None]).reshape(chosen.shape)
         slot = jnp.arange(chosen.shape[3])[None, None, None] + near
-        pos = slot[..., None] * self.size + jnp.arange(self.size).reshape(1, 1, 1, 1, -1)
+        inside = jnp.arange(self.size).reshape(1, 1, 1, 1, -1)
+        pos = slot[..., None] * self.size + inside
         rows = k.reshape(b, -1, 1, d)
         k = self._turned(rows, pos.reshape(b, -1)).reshape(k.shape)
         s = jnp.einsum("bthd,bhtnjd->bhtnj", q, k, preferred_element_type=jnp.float32)
@@ -254,7 +259,7 @@ def interleave(
     block: int,
     landmark: int,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """A text with its landmarks -> tokens, segments [B,T + T // block + 1], index [B,T].
+    """A text with its landmarks -> tokens, segments [B,T+T//block+1], index [B,T].
 
     tokens [B,T] and segments as in `attn.segments`; end, last [B]: the clock of the
     state that they follow, landmarks counted. A token with id `landmark` stands behind

@@ -73,7 +73,7 @@ def allowed(
     j = jnp.moveaxis(kv_pos, 2, 1)[:, :, None] if per_head else kv_pos[:, None, None]
     h = None if head is None else head[None, :, None, None]
     seen = mask(h, i, j) & (j >= 0)
-    if q_run is not None:
+    if q_run is not None and kv_run is not None:
         q_r, k_r = q_run[:, None, :, None], kv_run[:, None, None, :]
         seen = seen & (q_r == k_r) & (k_r > 0)
     return seen
@@ -115,8 +115,7 @@ class Softmax:
         value, key a PRNG key for dropout. T != S aligns the last tokens.
         """
         check(q, k, v, segments=segments)
-        where = self._places(q, k, segments)
-        return self._attend(q, k, v, *where, bias, sink, key)
+        return self._attend(q, k, v, self._places(q, k, segments), bias, sink, key)
 
     def init_state(self, size, q, k, v, *, x=None):
         """An empty memory for `size` tokens; q, k, v give shapes and dtypes."""
@@ -155,9 +154,8 @@ class Softmax:
     def read(self, cache, runs, q, now, *, sink=None):
         """q [B,T,H,D] at `now` over a cache with runs [B,C] of slots -> [B,T,H,V]."""
         streamed = dataclasses.replace(self, axis=None)
-        return streamed._attend(
-            q, cache.k, cache.v, now.pos, cache.pos, now.run, runs, None, sink, None
-        )
+        where = now.pos, cache.pos, now.run, runs
+        return streamed._attend(q, cache.k, cache.v, where, None, sink, None)
 
     def _places(self, q, k, segments):
         """q_pos, kv_pos, q_run, kv_run; None where positions simply count."""
@@ -180,7 +178,7 @@ class Softmax:
             q_pos = q_pos + _count(kv_seg, q_seg) - _count(q_seg, q_seg)
         return q_pos, kv_pos, q_seg, kv_seg
 
-    def _attend(self, q, k, v, q_pos, kv_pos, q_run, kv_run, bias, sink, key):
+    def _attend(self, q, k, v, where, bias, sink, key):
         heads = jnp.arange(q.shape[2], dtype=jnp.int32)
         rows = jnp.arange(q.shape[0], dtype=jnp.int32)
         if self.axis is not None and key is not None and self.dropout:
@@ -188,7 +186,7 @@ class Softmax:
         k, v = (spread_heads(a, q.shape[2], self.axis) for a in (k, v))
         letters = "BTHD BSKD BSKV H B BT BS BT BS " + _letters(bias) + " H . -> BTHV"
         return over_mesh(self._local, letters, self.axis)(
-            q, k, v, heads, rows, q_pos, kv_pos, q_run, kv_run, bias, sink, key
+            q, k, v, heads, rows, *where, bias, sink, key
         )
 
     def _local(

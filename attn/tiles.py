@@ -126,7 +126,7 @@ def attend(
         q_run=_pad(q_run, 1, tp), kv_run=_pad(kv_run, 1, sp),
         head=head.reshape(heads, h // heads),
         keep=_pad(_pad(_grouped(keep, heads), 3, tp), 4, sp),
-        seed=jax.random.key_data(key).astype(jnp.uint32)[-2:] if random else None,
+        seed=_seed(key) if random else None,
         batch=batch if random else None,
     )
     side = side._replace(busy=_busy(plan, side))
@@ -142,6 +142,10 @@ def attend(
     o, lse = _tiled(plan, side, grouped, keys, vals, bias, sink)
     o = o.transpose(0, 3, 1, 2, 4).reshape(b, tp, h, -1)[:, :t]
     return o.astype(v.dtype), lse.reshape(b, h, tp)[:, :, :t]
+
+
+def _seed(key: Any) -> jax.Array:
+    return jax.random.key_data(key).astype(jnp.uint32)[-2:]
 
 
 def tile_for(t: int, s: int) -> tuple[int, int]:

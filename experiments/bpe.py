@@ -32,7 +32,7 @@ def tokenizers() -> Any:
 
 
 def train(texts: Sequence[str], vocab: int) -> str:
-    """A byte-level BPE tokenizer of at most `vocab` ids, as the JSON that describes it."""
+    """A byte-level BPE tokenizer of at most `vocab` ids, as its JSON."""
     version = tokenizers().__version__
     name = "bpe-" + _digest(version, str(vocab), *texts)
     found = cached(name, ("json",), lambda: {"json": _bytes(_train(texts, vocab))})
@@ -88,7 +88,7 @@ def _bytes(text: str) -> np.ndarray:
 
 
 def cached(name: str, keys: Sequence[str], build: Callable[[], Arrays]) -> Arrays:
-    """The arrays `keys` kept under `name`, or those that `build` makes, kept from now on.
+    """The arrays `keys` kept under `name`, or what `build` makes, kept from now on.
 
     Warns and builds again if the file is damaged; warns if it cannot be written.
     """
@@ -115,7 +115,7 @@ def _store(path: pathlib.Path, arrays: Arrays) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
         try:
-            np.savez(file, **arrays)
+            np.savez(file, **dict[str, Any](arrays))
             file.close()
             os.replace(file.name, path)
         except BaseException:

@@ -105,7 +105,8 @@ TINY = Config(
 def run(config_: Config) -> dict[str, Any]:
     """Trains and compares -> {"rows": one dict an attention, "folder": ...}."""
     folder = open_folder("compare", config_.folder, config.command(config_))
-    console, fits, rows = Console(stderr=True, quiet=config_.quiet), {}, []
+    console, rows = Console(stderr=True, quiet=config_.quiet), []
+    fits: dict[Any, tuple] = {}
     for n, attention in enumerate(config_.attentions, 1):
         console.print(f"[bold]{n}/{len(config_.attentions)} {config.show(attention)}")
         rows.append(row(config_, attention, fits))

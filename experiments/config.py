@@ -40,12 +40,12 @@ def knob(default: Any = dataclasses.MISSING, doc: str = "") -> Any:
 
 def command(config: Any) -> str:
     """The shell command that runs `config` again. Defaults are left out."""
-    cls = type(config)
-    words = ["python", "-m", _title(cls)]
+    cls: Any = type(config)
+    words, known = ["python", "-m", _title(cls)], hints(cls)
     for field in dataclasses.fields(cls):
         value = getattr(config, field.name)
         if field.init and (required(field) or not same(value, default(field))):
-            text = _written(value, hints(cls).get(field.name, Any))
+            text = _written(value, known.get(field.name, Any))
             words.append(f"--{field.name}={shlex.quote(text)}")
     return " ".join(words)
 

@@ -10,6 +10,6 @@ from experiments.source import Batch, Cycle, Source
 from experiments.text import Corpus, HuggingFace, Text
 
 __all__ = [
-    "Batch", "Copy", "Corpus", "Cycle", "HuggingFace", "Needles", "Recall", "Source", "Text",
-    "mqar",
+    "Batch", "Copy", "Corpus", "Cycle", "HuggingFace", "Needles", "Recall", "Source",
+    "Text", "mqar",
 ]

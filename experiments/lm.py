@@ -1,4 +1,4 @@
-"""A language model of any attentions: trained on text, measured in bits per byte, sampled.
+"""A language model of any attentions: trained on text, bits per byte, samples.
 
 The text is by default the source of the running Python's standard library, which every
 machine has; `--text='Text(path="folder")'` takes files of your own and
@@ -124,7 +124,7 @@ def scores(config_: Config, model: LM, fitted: Fit) -> dict[str, Any]:
 
 def streamed_bits(config_: Config, model: LM, fitted: Fit) -> float:
     """Bits per byte of the second half of held-out rows, which comes token by token
-    after the first half was read in one piece: what a compressed memory really costs."""
+    after the first half was read in one piece: what a small memory really costs."""
     held_out = dataclasses.replace(config_.text, split="valid")
     half = config_.text.length // 2
     nats = count = 0.0
@@ -139,9 +139,9 @@ def streamed_bits(config_: Config, model: LM, fitted: Fit) -> float:
 def decode_ms(model: LM, params: Any, prompt: np.ndarray, tokens: int) -> float:
     """Milliseconds for one more token, greedily, after prompt [B,T]: the median of five
     runs of `tokens` tokens, compilation left out."""
-    prompt = jnp.asarray(prompt)
-    state = model.init_state(prompt.shape[1] + tokens, prompt)
-    state, logits = jax.jit(model.apply)(params, prompt, state)
+    text = jnp.asarray(prompt)
+    state = model.init_state(text.shape[1] + tokens, text)
+    state, logits = jax.jit(model.apply)(params, text, state)
     first = logits[:, -1].argmax(-1)
     spent = []
     for _ in range(6):

@@ -98,8 +98,8 @@ def _binary(a: Any, op: ast.operator, b: Any, node: ast.AST) -> Any:
     symbols = {ast.BitAnd: operator.and_, ast.BitOr: operator.or_}
     if type(op) in symbols and _is_mask(a) and _is_mask(b):
         return symbols[type(op)](a, b)
-    if isinstance(op, ast.Add) and isinstance(a, (tuple, list)) and type(a) is type(b):
-        return a + b
+    if isinstance(op, ast.Add) and type(a) in (tuple, list) and type(a) is type(b):
+        return operator.add(a, b)
     if isinstance(op, ast.Mult):
         a, b = (b, a) if type(a) is int else (a, b)
         if isinstance(a, (tuple, list)) and type(b) is int:

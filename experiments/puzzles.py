@@ -25,9 +25,9 @@ def mqar(
     """MQAR (Arora et al., 2023) arXiv:2312.04927: the published draw, bit for bit.
 
     Returns inputs and labels [examples, length] int64; labels are -100 but at queries.
-    The draws are those of numpy's legacy generator with `seed`. The published code takes
-    the random ids between queries from an unseeded generator of another library; here
-    they come last from the same generator, so the rest is equal either way.
+    The draws are those of numpy's legacy generator with `seed`. The published code
+    takes the random ids between queries from an unseeded generator of another
+    library; here they come last from the same one, so the rest is equal either way.
     """
     Recall(vocab=vocab, length=length, pairs=pairs, power=power, passes=passes)
     if examples < 1:
@@ -47,7 +47,7 @@ def mqar(
 
 
 def _gap_weights(space: int, power: float) -> np.ndarray:
-    """The probability [space] of each distance: a i^(a-1), i = 1, 2, ..., normalised."""
+    """The probability [space] of each distance i = 1, 2, ...: a i^(a-1), normalised."""
     weight = power * np.arange(1, space + 1) ** (power - 1)
     return weight / weight.sum()
 
@@ -90,9 +90,11 @@ class Recall(Source):
         self.require("passes", self.passes >= 1, "1 or more")
         self.require("power", self.power > 0, "more than 0")
         self.require("length", self.length % 2 == 0, "an even number")
-        self.require("vocab", self.vocab > self.length, f"more than length={self.length}")
+        more = f"more than length={self.length}"
+        self.require("vocab", self.vocab > self.length, more)
         need = 2 * self.pairs * (self.passes + 1)
-        self.require("length", self.length >= need, f"{need} or more for pairs and queries")
+        room = f"{need} or more for pairs and queries"
+        self.require("length", self.length >= need, room)
 
     def draw(self, rng: np.random.Generator, size: int) -> Batch:
         half = self.vocab // 2
@@ -137,13 +139,13 @@ class Needles(Source):
     """Needles in a haystack: `needles` keys with answers, hidden in noise or in text.
 
     tokens [B,T]: the hay, in which stand needles `NEEDLE key a_1 .. a_n` at random
-    places, and at the end `questions` questions `ASK key a_1 .. a_n` about some of them,
+    places, and at the end `questions` questions `ASK key a_1 .. a_n` about some,
     of which the last lacks a_n. The targets are the answers' n = `answer` tokens. With
     `depth` the needle that is asked for lies there: 0 is the beginning, 1 the end.
 
-    With W hay tokens, ids below W are hay: uniform noise of W = `hay` ids, or the text of
-    a source, W = hay.vocab, of the same split. W is NEEDLE, W + 1 is ASK, then come
-    `keys` keys and `values` values. Keys in a row differ. Chance: 1/values a token.
+    With W hay tokens, ids below W are hay: uniform noise of W = `hay` ids, or the
+    text of a source, W = hay.vocab, of the same split. W is NEEDLE, W + 1 is ASK, then
+    come `keys` keys and `values` values. Keys in a row differ. Chance: 1/values a token.
     """
 
     length: int = 512
@@ -159,7 +161,8 @@ class Needles(Source):
         super().__post_init__()
         if isinstance(self.hay, int):
             self.require("hay", self.hay >= 1, "1 or more noise tokens, or a text")
-        self.require("needles", 1 <= self.needles <= self.keys, f"1 to keys={self.keys}")
+        known = 1 <= self.needles <= self.keys
+        self.require("needles", known, f"1 to keys={self.keys}")
         most = self.needles if self.depth is None else 1
         self.require("questions", 1 <= self.questions <= most, f"1 to {most}")
         self.require("answer", self.answer >= 1, "1 or more tokens")
@@ -195,7 +198,8 @@ class Needles(Source):
         asked[:, :, 0] = self.words + 1
         sequence = np.concatenate([sequence, asked.reshape(size, -1)], 1)
         n = np.arange(self.length + 1) - room
-        return row(sequence, np.broadcast_to((n >= 0) & (n % width >= 2), sequence.shape))
+        asked_for = (n >= 0) & (n % width >= 2)
+        return row(sequence, np.broadcast_to(asked_for, sequence.shape))
 
     def _places(self, rng: np.random.Generator, size: int, slots: int) -> np.ndarray:
         """The slot [B,needles] of each needle; the first ones are asked for."""

@@ -128,8 +128,9 @@ def prepared(config_: Config, f: Callable, t: int, which: str) -> Callable:
     draw = lambda key, h, width: jax.random.normal(
         key, (config_.batch, t, h, width)
     ).astype(config_.dtype)
-    args = draw(keys[0], heads, d), draw(keys[1], kv, d), draw(keys[2], kv, config_.width)
-    cotangent = draw(keys[3], heads, config_.width)
+    v = config_.width
+    args = draw(keys[0], heads, d), draw(keys[1], kv, d), draw(keys[2], kv, v)
+    cotangent = draw(keys[3], heads, v)
 
     def both(*args):
         o, back = jax.vjp(f, *args)

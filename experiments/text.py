@@ -1,4 +1,4 @@
-"""Text: batches of tokens from files, the standard library's source, or Hugging Face."""
+"""Text: batches of tokens from files, the standard library, or Hugging Face."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ class Corpus(Source):
 
     tokens, targets [B,T]: windows at random places of all documents in a row; with
     `pack`, random documents, cut at a random place if they are too long for what is
-    left of the row, with segments [B,T] = 1, 2, ...; a document's last token then has no
-    target. Ids are bytes (`tokenizer="bytes"`, vocab 256), or those of a byte-pair
+    left of the row, with segments [B,T] = 1, 2, ...; a document's last token then has
+    no target. Ids are bytes (`tokenizer="bytes"`, vocab 256), or those of a byte-pair
     encoding trained on the train split ("bpe", at most `vocab` ids, more than 256).
     Chance: ln(vocab) nats; bits per byte = nats / ln 2 / `bytes_per_token`.
 
@@ -148,7 +148,7 @@ def _tokenizer(corpus: Corpus) -> str:
 def _tokens(corpus: Corpus) -> Tokens:
     texts = _splits(dataclasses.replace(corpus, split="train"))[corpus.split]
     if not texts:
-        raise ValueError(f"{corpus}: the {corpus.split} split is empty: expected more text")
+        raise ValueError(f"{corpus}: the {corpus.split} split is empty: expected more")
     raw = [text.encode() for text in texts]
     size = sum(map(len, raw))
     if corpus.tokenizer == "bytes":
@@ -174,7 +174,7 @@ class Text(Corpus):
     def documents(self) -> dict[str, str]:
         root = pathlib.Path(self.path or sysconfig.get_path("stdlib")).expanduser()
         if not root.exists():
-            raise ValueError(f"Text: path={self.path!r}: there is no such file or folder")
+            raise ValueError(f"Text: path={self.path!r}: no such file or folder")
         try:
             files = [root] if root.is_file() else self._files(root)
             found = {f.relative_to(root).as_posix(): self._read(f) for f in files}
@@ -208,8 +208,8 @@ class Text(Corpus):
         except UnicodeDecodeError:
             text = "\0"
         if "\0" in text:
-            raise ValueError(f"Text: {str(file)!r} is not UTF-8 text: expected text files "
-                             "only, or a pattern such as '*.txt' that leaves it out")
+            raise ValueError(f"Text: {str(file)!r} is not UTF-8 text: expected text "
+                             "files, or a pattern such as '*.txt' that leaves it out")
         return text
 
 
@@ -249,6 +249,6 @@ class HuggingFace(Corpus):
         for i, row in enumerate(found):
             if not isinstance(row.get(self.column), str):
                 have = ", ".join(k for k, v in row.items() if isinstance(v, str))
-                raise ValueError(f"HuggingFace: column={self.column!r} of row {i} holds no "
-                                 f"text: expected one of: {have or 'none'}")
+                raise ValueError(f"HuggingFace: column={self.column!r} of row {i} has "
+                                 f"no text: expected one of: {have or 'none'}")
         return {f"{i:09}": row[self.column] for i, row in enumerate(found)}

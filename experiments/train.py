@@ -61,7 +61,7 @@ class Plan:
             )
         if self.rate <= 0 or self.warmup < 0:
             raise ValueError(
-                f"rate={self.rate}, warmup={self.warmup}: expected rate > 0, warmup > -1"
+                f"rate={self.rate}, warmup={self.warmup}: expected > 0 and >= 0"
             )
         if len(self.mesh) != 3 or min(self.mesh) < 1:
             raise ValueError(f"mesh={self.mesh}: expected sizes of data, seq, model")
@@ -106,7 +106,7 @@ class NotFinite(ValueError):
 def update(model: nn.Module, plan: Plan, state: State, batch: dict) -> tuple:
     """One step of training -> state, mean loss per target in nats."""
     def one(params, part, key):
-        logits = model.apply(
+        logits: Any = model.apply(
             params, part["tokens"], segments=part.get("segments"),
             rngs={"dropout": key},
         )
@@ -139,7 +139,7 @@ def update(model: nn.Module, plan: Plan, state: State, batch: dict) -> tuple:
 @functools.partial(jax.jit, static_argnums=0)
 def measure(model: nn.Module, params: Any, batch: dict) -> tuple:
     """(nats, hits, targets): sums over the targets of one batch."""
-    logits = model.apply(params, batch["tokens"], segments=batch.get("segments"))
+    logits: Any = model.apply(params, batch["tokens"], segments=batch.get("segments"))
     nats, count = loss(logits, batch["targets"])
     hits = (logits.argmax(-1) == batch["targets"]) & (batch["targets"] >= 0)
     return nats, hits.sum(), count

@@ -89,8 +89,8 @@ def generate(
 
 @functools.partial(jax.jit, static_argnums=(0, 3))
 def stream(model: Any, params: Any, tokens: jax.Array, prompt: int) -> jax.Array:
-    """The logits [B,T,vocab] of a text that comes as a stream: its first `prompt` tokens
-    in one piece, the others one by one. tokens [B,T]."""
+    """The logits [B,T,vocab] of a text that comes as a stream: the first `prompt`
+    tokens in one piece, the others one by one. tokens [B,T]."""
     tokens = jnp.asarray(tokens)
     state = model.init_state(tokens.shape[1], tokens[:, :prompt])
     state, first = model.apply(params, tokens[:, :prompt], state)

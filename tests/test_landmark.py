@@ -1,4 +1,4 @@
-"""Landmark Attention: the grouped softmax by loops, retrieval, and where landmarks go."""
+"""Landmark Attention: grouped softmax by loops, retrieval, where landmarks go."""
 
 import dataclasses
 
@@ -173,7 +173,8 @@ def test_interleaving_packed_sequences():
     tokens, ids, _ = interleave(
         jnp.arange(10, 20)[None], segments, block=2, landmark=7
     )
-    assert tokens[0].tolist()[:14] == [10, 11, 7, 12, 13, 7, 14, 15, 7, 16, 17, 18, 7, 19]
+    want = [10, 11, 7, 12, 13, 7, 14, 15, 7, 16, 17, 18, 7, 19]
+    assert tokens[0].tolist()[:14] == want
     assert ids[0].tolist()[:14] == [1] * 6 + [2] * 3 + [0] + [2] * 3 + [3]
 
 

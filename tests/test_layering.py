@@ -41,7 +41,7 @@ def imported(path):
                 yield package, (rest or ["__init__"])[0]
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}.{path.stem}")
+@pytest.mark.parametrize("path", FILES, ids=lambda p: f"{p.parent.name}.{p.stem}")
 def test_imports_go_down(path):
     package = path.parent.name
     for other, module in imported(path):

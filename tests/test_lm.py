@@ -52,7 +52,9 @@ def test_scan_and_remat_change_nothing():
     layers = (Lightning(), Softmax()) * 3
     plain = LM(vocab=23, width=16, heads=2, attention=layers)
     params = start(plain)
-    want = jax.jit(jax.value_and_grad(lambda p: loss(plain.apply(p, TOKENS), TOKENS)[0]))
+    want = jax.jit(jax.value_and_grad(
+        lambda p: loss(plain.apply(p, TOKENS), TOKENS)[0]
+    ))
     value, grads = want(params)
     for options in ({"scan": True}, {"remat": True}, {"scan": True, "remat": True}):
         other = plain.clone(**options)
@@ -76,7 +78,8 @@ def test_remat_saves_memory():
 
 
 def test_stack_and_unstack():
-    params = start(LM(vocab=9, width=8, heads=1, attention=(Softmax(), Lightning()) * 3))
+    mixed = (Softmax(), Lightning()) * 3
+    params = start(LM(vocab=9, width=8, heads=1, attention=mixed))
     layers = params["params"]["layers"]
     chex.assert_trees_all_equal(unstack(stack(layers, 2)), layers)
     blocks = LM(attention=(Softmax(), Lightning()) * 3).blocks()

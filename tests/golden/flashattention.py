@@ -1,4 +1,4 @@
-"""Adapter for flashattention.npz: every option of exact attention, and chosen blocks."""
+"""Adapter for flashattention.npz: options of exact attention, and chosen blocks."""
 
 from __future__ import annotations
 

@@ -32,7 +32,8 @@ def _training(case):
     attention = Landmark(block=config["block_tokens"], scale=config.get("scale"))
     f = lambda q, k, v: attention(q, k, v, landmark=marks)
     o, back = jax.vjp(f, q, k, v)
-    out = {"out": o} | dict(zip(("dq", "dk", "dv"), back(jnp.asarray(case["cotangent"]))))
+    grads = back(jnp.asarray(case["cotangent"]))
+    out = {"out": o} | dict(zip(("dq", "dk", "dv"), grads))
     # one-hot values make the outputs the weights
     b, t, heads, _ = k.shape
     eye = jnp.broadcast_to(jnp.eye(t)[None, :, None], (b, t, heads, t))
@@ -53,7 +54,8 @@ def _inference(case):
         block=config["block_tokens"], top_k=config["topk"],
         cache_blocks=config["cache_blocks"], selection=config["selection"], rope=rope,
     )
-    pieces = {int(m[1]) for name in case.keys() if (m := re.match(r"chunk(\d+)/", name))}
+    matches = (re.match(r"chunk(\d+)/", name) for name in case.keys())
+    pieces = {int(found[1]) for found in matches if found}
     state, out = None, {}
     for n in sorted(pieces):
         at = f"chunk{n}/"

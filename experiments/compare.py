@@ -104,6 +104,7 @@ TINY = Config(
 
 def run(config_: Config) -> dict[str, Any]:
     """Trains and compares -> {"rows": one dict an attention, "folder": ...}."""
+    config_.text.batch(0, 1)  # a text that cannot be read ends here, without a folder
     folder = open_folder("compare", config_.folder, config.command(config_))
     console, rows = Console(stderr=True, quiet=config_.quiet), []
     fits: dict[Any, tuple] = {}

@@ -86,6 +86,7 @@ TINY = Config(
 
 def run(config_: Config) -> dict[str, Any]:
     """Trains, evaluates and samples -> plain numbers; see `scores`."""
+    config_.text.batch(0, 1)  # a text that cannot be read ends here, without a folder
     folder = open_folder("lm", config_.folder, config.command(config_))
     fitted = trained(config_, folder)
     model = config_.model()

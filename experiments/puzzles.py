@@ -145,7 +145,7 @@ class Needles(Source):
 
     With W hay tokens, ids below W are hay: uniform noise of W = `hay` ids, or the
     text of a source, W = hay.vocab, of the same split. W is NEEDLE, W + 1 is ASK, then
-    come `keys` keys and `values` values. Keys in a row differ. Chance: 1/values a token.
+    come `keys` keys and `values` values. Keys in a row differ. Chance: 1/values.
     """
 
     length: int = 512

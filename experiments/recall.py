@@ -81,7 +81,7 @@ class Config:
         )
 
 
-TINY = Config(pairs=2, length=16, vocab=16, width=16, steps=2, batch=4, quiet=True)
+TINY = Config(pairs=2, length=16, vocab=32, width=16, steps=2, batch=4, quiet=True)
 
 
 def run(config_: Config) -> dict[str, Any]:

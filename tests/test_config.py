@@ -1,0 +1,159 @@
+"""Configs: what is printed is what can be typed, and nothing typed is executed."""
+
+import dataclasses
+import pathlib
+
+import jax.numpy as jnp
+import pytest
+
+from attn.based import Based
+from attn.baseconv import BaseConv
+from attn.landmark import Landmark
+from attn.lightning import Lightning
+from attn.masks import Causal, Full, Not, Sink, Window
+from attn.positions import ALiBi, RoPE
+from attn.snapkv import SnapKV
+from attn.softmax import Softmax
+from experiments import config
+from experiments.config import command, knob, main, parse, read, show
+from experiments.data import Recall, Text
+
+VALUES = [
+    1, -2.5, 1e-9, float("inf"), True, None, "a 'b' \"c\"", (), (1,), [1, (2, "x")],
+    {"a": (1, 2)}, jnp.bfloat16, Full(), Window(3), Window(3, right=2),
+    Causal() & Window(256) | Sink(4), Causal() & (Window(256) | Sink(4)),
+    ~(Causal() & Not(Sink(1))), Softmax(), Softmax(score=ALiBi(4), softcap=30.0),
+    (Lightning(), Softmax(mask=Causal() & Window(64))) * 2,
+    (Lightning(),) * 3 + (Softmax(),), (BaseConv(variant="zoology", kernel=2), Based()),
+    Landmark(block=15, top_k=2, rope=RoPE(scaling="yarn", factor=4.0)),
+    SnapKV(capacity=24, window=8, pool="max"), Text(length=32, path="a b/c"), Recall(),
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """A config of every kind of field."""
+
+    attention: tuple = knob((Softmax(),), "the layers")
+    steps: int = knob(10, "training steps")
+    rate: float = knob(1e-3, "learning rate")
+    name: str = knob("x", "of the run")
+    folder: str | None = knob(None, "where to")
+    quiet: bool = knob(False, "no bar")
+    mesh: tuple[int, int, int] = knob((1, 1, 1), "devices")
+    text: Text = knob(Text(), "the text")
+
+    def __post_init__(self):
+        if self.steps < 1:
+            raise ValueError(f"steps={self.steps}: expected 1 or more")
+
+
+TINY = Config(steps=1)
+
+
+@pytest.mark.parametrize("value", VALUES, ids=lambda v: str(v)[:30])
+def test_what_is_shown_is_read_back(value):
+    text = show(value)
+    assert parse(text) == value
+    assert show(parse(text)) == text and "\n" not in text
+
+
+def test_short_forms():
+    assert show((Lightning(), Softmax()) * 2) == "(Lightning(), Softmax()) * 2"
+    assert show((Lightning(),) * 3 + (Softmax(),)) == "(Lightning(),) * 3 + (Softmax(),)"
+    assert show(Causal() & (Window(9) | Sink(4))) == "Causal() & (Window(9) | Sink(4))"
+
+
+@pytest.mark.parametrize("changes", [
+    {}, {"steps": 7, "rate": 1.0, "quiet": True}, {"name": "two words", "folder": "None"},
+    {"attention": (Lightning(), SnapKV(mask=Causal() & Window(5))) * 4},
+    {"text": Text(length=8, path="x y.txt")}, {"mesh": (2, 1, 4)}, {"name": "'q'"},
+])
+def test_a_command_line_is_its_config(changes):
+    given = Config(**changes)
+    import shlex
+
+    words = shlex.split(command(given))
+    assert words[:3] == ["python", "-m", __name__]
+    assert read(Config, words[3:]) == given
+
+
+def test_forms_of_words():
+    assert read(Config, ["--steps", "3", "--quiet"]) == Config(steps=3, quiet=True)
+    assert read(Config, ["--rate=1"]).rate == 1.0
+    assert read(Config, [], start=TINY).steps == 1
+
+
+@pytest.mark.parametrize("words, parts", [
+    (["--attention=(Softmx(),)"], ["Softmx", "Softmax"]),
+    (["--attention=(SnapKV(capcity=3),)"], ["capcity", "capacity"]),
+    (["--attention=(SnapKV(capacity=3),)"], ["window=64, capacity=3", "expected"]),
+    (["--attention=Softmax()"], ["--attention", "tuple"]),
+    (["--stpes=3"], ["--stpes", "--steps"]), (["--steps=3.5"], ["--steps=3.5", "int"]),
+    (["--steps=0"], ["steps=0", "1 or more"]), (["--steps=3", "--steps=4"], ["twice"]),
+    (["--steps"], ["--steps", "no value"]), (["steps=3"], ["--field=value"]),
+    (["--quiet=maybe"], ["--quiet=maybe", "bool"]), (["--mesh=(1, 2)"], ["--mesh"]),
+    (["--attention=(Softmax("], ["cannot read"]), (["--rate=fast"], ["float"]),
+    (["--attention=(__import__('os').system('true'),)"], ["cannot read"]),
+    (["--attention=(open('/etc/passwd'),)"], ["open"]),
+    (["--attention=(Softmax(),) * 999999999"], ["expected"]),
+    (["--attention=" + "(" * 3000], ["cannot read"]),
+])
+def test_wrong_words_end_with_one_sentence(words, parts, capsys):
+    with pytest.raises(SystemExit) as end:
+        main(lambda c: {}, Config, "doc", words)
+    out = capsys.readouterr().err
+    assert end.value.code == 2 and len(out.strip().splitlines()) == 1
+    for part in parts:
+        assert part in out, out
+
+
+def test_main_prints_the_command_and_the_numbers(capsys):
+    found = main(lambda c: {"loss": 1 / 3, "steps": c.steps}, Config, "doc",
+                 ["--steps=4"])
+    out = capsys.readouterr().out.splitlines()
+    assert found == {"loss": 1 / 3, "steps": 4}
+    assert out == [f"python -m {__name__} --steps=4", "loss   0.333333", "steps  4"]
+
+
+def test_tiny_and_help(capsys):
+    assert main(lambda c: {"n": c.steps}, Config, "doc", ["--tiny"]) == {"n": 1}
+    with pytest.raises(SystemExit) as end:
+        main(lambda c: {}, Config, "What it does.", ["--help"])
+    out = capsys.readouterr().out
+    assert end.value.code == 0 and "What it does." in out
+    for text in ("--steps=int", "training steps", "10", "--folder=str | None"):
+        assert text in out
+
+
+def test_errors_of_the_run_are_one_sentence_unless_foreign(capsys):
+    def ours(c):
+        Softmax(dropout=2)
+
+    def theirs(c):
+        return {}["missing"]
+
+    with pytest.raises(SystemExit):
+        main(ours, Config, "doc", [])
+    assert "dropout=2" in capsys.readouterr().err
+    with pytest.raises(KeyError):
+        main(theirs, Config, "doc", [])
+    with pytest.raises(ValueError, match="dropout=2"):
+        main(ours, Config, "doc", ["--traceback"])
+
+
+def test_ctrl_c(capsys):
+    def stopped(c):
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as end:
+        main(stopped, Config, "doc", [])
+    assert end.value.code == 130 and "Ctrl-C" in capsys.readouterr().err
+
+
+def test_what_cannot_be_written_is_refused():
+    for value in (object(), jnp.zeros(3), lambda: 0):
+        with pytest.raises(ValueError, match="cannot be written"):
+            show(value)
+    assert show(pathlib.Path("a/b")) == "'a/b'"
+    assert config.parse("jnp.float32") == jnp.float32

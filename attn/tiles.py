@@ -280,7 +280,7 @@ def _busy(plan: Plan, side: Side):
     if len(plan.pairs) == 1 or (plan.offset is not None and side.q_run is None):
         return None
     bq, bk = plan.tile
-    i, j = np.asarray(plan.pairs).reshape(-1, 2).T
+    i, j = np.asarray(plan.pairs, np.int32).reshape(-1, 2).T
 
     def extent(a, real, size, at):
         # first and last value among the real tokens of each tile, over batch and heads

@@ -60,12 +60,12 @@ def test_what_is_shown_is_read_back(value):
 
 def test_short_forms():
     assert show((Lightning(), Softmax()) * 2) == "(Lightning(), Softmax()) * 2"
-    assert show((Lightning(),) * 3 + (Softmax(),)) == "(Lightning(),) * 3 + (Softmax(),)"
-    assert show(Causal() & (Window(9) | Sink(4))) == "Causal() & (Window(9) | Sink(4))"
+    for text in ("(Lightning(),) * 3 + (Softmax(),)", "Causal() & (Window(9) | Sink(4))"):
+        assert show(parse(text)) == text
 
 
 @pytest.mark.parametrize("changes", [
-    {}, {"steps": 7, "rate": 1.0, "quiet": True}, {"name": "two words", "folder": "None"},
+    {}, {"steps": 7, "rate": 1.0, "quiet": True}, {"name": "two words"},
     {"attention": (Lightning(), SnapKV(mask=Causal() & Window(5))) * 4},
     {"text": Text(length=8, path="x y.txt")}, {"mesh": (2, 1, 4)}, {"name": "'q'"},
 ])

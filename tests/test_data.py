@@ -10,7 +10,8 @@ from experiments.data import Copy, Cycle, HuggingFace, Needles, Recall, Text, mq
 
 PUZZLES = [
     Recall(vocab=256, length=64, pairs=8), Copy(vocab=16, length=20),
-    Needles(length=64, needles=3, questions=2), Needles(length=64, needles=2, depth=0.5),
+    Needles(length=64, needles=3, questions=2),
+    Needles(length=64, needles=2, depth=0.5),
 ]
 
 
@@ -20,7 +21,8 @@ def corpus(tmp_path, monkeypatch):
     folder = tmp_path / "texts"
     folder.mkdir()
     for n in range(12):
-        text = "".join(f"line {i} of file {n} \u00e9\n" for i in range(n * 3, n * 3 + 9))
+        lines = range(n * 3, n * 3 + 9)
+        text = "".join(f"line {i} of file {n} \u00e9\n" for i in lines)
         (folder / f"{n:02}.txt").write_text(text, encoding="utf-8")
     (folder / "empty.txt").write_text("")
     return Text(path=str(folder), length=24)
@@ -79,8 +81,9 @@ def test_needles_are_in_the_haystack(depth):
     for tokens, targets in zip(batch["tokens"], batch["targets"]):
         asked = np.nonzero(targets >= 0)[0]
         key = tokens[asked[0]]
-        found = [i for i in np.nonzero(tokens == source.words)[0] if tokens[i + 1] == key]
-        assert len(found) == 1 and (tokens[: asked[0]] == source.words).sum() == 3
+        marks = np.nonzero(tokens == source.words)[0]
+        found = [i for i in marks if tokens[i + 1] == key]
+        assert len(found) == 1 and len(marks) == 3
         place = found[0] + 2
         assert tokens[place:place + 2].tolist() == targets[asked].tolist()
         if depth is not None:

@@ -46,7 +46,7 @@ class Mask:
         `every=False` costs time; the opposite would be an error: hence this default.
         """
         some = (i[0] == i[0]) & (j[0] == j[0])
-        return some, ~some
+        return some, some ^ True
 
     def reach(self) -> Reach:
         """How far back, and how many first tokens, a later query can see."""
@@ -57,6 +57,12 @@ class Mask:
         """Whether no query can see a later key."""
         zero = np.zeros((), np.int64)
         return not self.bounds((zero, zero), (zero + 1, zero + FOREVER))[0].any()
+
+    @property
+    def empty(self) -> bool:
+        """Whether no query sees any key, wherever they are."""
+        every = np.int64(0), np.int64(FOREVER)
+        return not np.any(self.bounds(every, every)[0])
 
     @property
     def relative(self) -> bool:
@@ -205,11 +211,11 @@ class Not(Mask):
     a: Mask
 
     def __call__(self, h, i, j):
-        return ~self.a(h, i, j)
+        return self.a(h, i, j) ^ True  # ~True is -2 for a Python bool
 
     def bounds(self, i, j):
         some, every = self.a.bounds(i, j)
-        return ~every, ~some
+        return every ^ True, some ^ True
 
     @property
     def relative(self):

@@ -105,6 +105,11 @@ class Softmax:
             raise ValueError(f"Softmax: dropout={self.dropout}: expected in [0, 1)")
         if self.softcap is not None and self.softcap <= 0:
             raise ValueError(f"Softmax: softcap={self.softcap}: expected above 0")
+        if self.mask.empty:
+            raise ValueError(
+                f"Softmax: mask={self.mask} hides every key from every query: "
+                "expected one that leaves some visible"
+            )
 
     def __call__(
         self, q, k, v, *, x=None, segments=None, bias=None, sink=None, key=None

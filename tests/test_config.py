@@ -60,7 +60,8 @@ def test_what_is_shown_is_read_back(value):
 
 def test_short_forms():
     assert show((Lightning(), Softmax()) * 2) == "(Lightning(), Softmax()) * 2"
-    for text in ("(Lightning(),) * 3 + (Softmax(),)", "Causal() & (Window(9) | Sink(4))"):
+    for text in ("(Lightning(),) * 3 + (Softmax(),)",
+                 "Causal() & (Window(9) | Sink(4))"):
         assert show(parse(text)) == text
 
 

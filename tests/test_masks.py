@@ -1,102 +1,167 @@
-"""Masks: predicates, what they say of whole tiles, and how far back they see."""
+"""Masks: the predicate, and what is said of tiles without evaluating it."""
 
+import dataclasses
 import itertools
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from attn.masks import FOREVER, Causal, Full, Mask, Sink, Window, tiles
+from attn.masks import FOREVER, Causal, Full, Mask, Reach, Sink, Window, tiles
 
-MASKS = [
-    Full(), Causal(), Window(3), Window(0), Window(2, right=4), Sink(0), Sink(3),
-    Causal() & Window(4), Causal() & (Window(2) | Sink(2)), ~Causal(),
-    ~(Window(3) | Sink(1)), Causal() & ~Window(2), Full() & Sink(2) | Causal(),
-]
-I, J = np.arange(12)[:, None], np.arange(12)[None, :]
+N = 24
+I, J = np.arange(N)[:, None], np.arange(N)[None, :]
+SEEN = {
+    Full(): I + J >= 0,
+    Causal(): J <= I,
+    Window(3): I - J <= 3,
+    Window(0, 0): I == J,
+    Window(4, 2): (I - J <= 4) & (J - I <= 2),
+    Sink(0): I + J < 0,
+    Sink(3): (J < 3) & (I >= 0),
+    Causal() & Window(5): (J <= I) & (I - J <= 5),
+    Causal() & (Window(5) | Sink(2)): (J <= I) & ((I - J <= 5) | (J < 2)),
+    Causal() & Window(5) | Sink(2): (J <= I) & (I - J <= 5) | (J < 2),
+    ~Causal(): J > I,
+    ~Sink(4): (J >= 4) & (I >= 0),
+    ~(Causal() & Window(2)) & ~Sink(1): ((J > I) | (I - J > 2)) & (J >= 1),
+    ~(~Causal() | Window(3, 1)): (J <= I) & (I - J > 3),
+    ~~Window(2, 2): abs(I - J) <= 2,
+}
+NAMED = pytest.mark.parametrize("mask", SEEN, ids=str)
 
 
-class Odd(Mask):
-    """A mask that says no more than its predicate."""
+@dataclasses.dataclass(frozen=True)
+class Checks(Mask):
+    """Even heads see even keys, odd heads odd ones; says nothing of tiles."""
 
     def __call__(self, h, i, j):
-        return (i + j) % 2 == 1
+        return ((h + j) % 2 == 0) & (i == i)
 
 
-@pytest.mark.parametrize("mask, by_hand", [
-    (Full(), I + J >= 0), (Causal(), J <= I), (Window(3), I - J <= 3),
-    (Window(2, right=1), (I - J <= 2) & (J - I <= 1)), (Sink(2), J + 0 * I < 2),
-    (Causal() & Window(3), (J <= I) & (I - J <= 3)), (~Causal(), J > I),
-    (Causal() & (Window(1) | Sink(2)), (J <= I) & ((I - J <= 1) | (J < 2))),
-])
-def test_predicates(mask, by_hand):
-    assert (np.broadcast_to(mask(None, I, J), by_hand.shape) == by_hand).all()
+@NAMED
+def test_the_predicate(mask):
+    for module in (np, jnp):
+        i, j = module.asarray(I), module.asarray(J)
+        assert (np.broadcast_to(mask(0, i, j), (N, N)) == SEEN[mask]).all()
+    traced = jax.jit(lambda i, j: jnp.broadcast_to(mask(0, i, j), (N, N)))
+    assert (traced(I, J) == SEEN[mask]).all()
 
 
-@pytest.mark.parametrize("mask", [*MASKS, Odd()], ids=str)
+@NAMED
+def test_the_predicate_on_single_numbers(mask):
+    for i, j in itertools.product((0, 3, 4, 9), repeat=2):
+        assert bool(mask(0, i, j)) == SEEN[mask][i, j]
+
+
+@NAMED
 def test_bounds_are_never_wrong(mask):
-    seen = np.broadcast_to(mask(None, I, J), (12, 12))
-    ranges = [(a, b) for a in range(12) for b in range(a, 12)]
-    exact = 0
-    for (i0, i1), (j0, j1) in itertools.product(ranges[::3], ranges[::2]):
-        tile = seen[i0:i1 + 1, j0:j1 + 1]
-        some, every = mask.bounds(
-            (np.int64(i0), np.int64(i1)), (np.int64(j0), np.int64(j1))
-        )
-        assert some or not tile.any()
-        assert not every or tile.all()
-        exact += (some == tile.any()) and (every == tile.all())
-    simple = isinstance(mask, (Full, Causal, Window, Sink))
-    assert not simple or exact == len(ranges[::3]) * len(ranges[::2])
+    cuts = [(a, b) for a in range(0, N, 2) for b in range(a, N, 3)]
+    for i, j in itertools.product(cuts, cuts):
+        part = SEEN[mask][i[0]:i[1] + 1, j[0]:j[1] + 1]
+        some, every = mask.bounds(i, j)
+        assert some or not part.any(), (i, j)
+        assert part.all() or not every, (i, j)
 
 
-@pytest.mark.parametrize("mask", MASKS, ids=str)
-def test_reach_holds_for_all_that_is_seen(mask):
-    i, j = np.arange(60)[:, None], np.arange(60)[None]
-    seen = np.broadcast_to(mask(None, i, j), (60, 60)) & (j <= i)
+@pytest.mark.parametrize("mask", [
+    Full(), Causal(), ~Causal(), Window(3), Window(4, 2), Sink(3), ~Sink(3),
+    Causal() & Window(5),
+], ids=str)
+def test_bounds_of_one_comparison_are_exact(mask):
+    for i, j in itertools.product([(a, a + 3) for a in range(0, N - 3)], repeat=2):
+        part = SEEN.get(mask, mask(0, I, J))[i[0]:i[1] + 1, j[0]:j[1] + 1]
+        some, every = mask.bounds(i, j)
+        assert bool(some) == part.any() and bool(every) == part.all(), (i, j)
+
+
+def test_a_mask_that_says_only_its_predicate_is_right_everywhere():
+    for mask in (Checks(), ~Checks(), Checks() & Causal(), ~(Checks() | Sink(2))):
+        want = np.broadcast_to(mask(np.arange(4)[:, None, None], I, J), (4, N, N))
+        assert want.any() and not want.all()
+        some, every = mask.bounds((5, 9), (3, 5))
+        assert some and not every
+    assert not (Checks() & Causal()).bounds((0, 3), (4, 7))[0]
+    assert not Checks().relative and not Checks().causal
+    assert (Checks() & Causal()).causal
+    assert Checks().reach().left == FOREVER
+
+
+@NAMED
+def test_reach_covers_what_a_later_query_sees(mask):
     left, first = mask.reach()
-    assert not (seen & (i - j > left) & (j >= first)).any()
+    within = (I - J <= left) | (J < first)
+    assert within[SEEN[mask] & (J <= I)].all()
 
 
-def test_what_a_cache_needs():
-    assert (Causal() & Window(4)).reach() == (4, 0)
-    assert (Causal() & (Window(4) | Sink(2))).reach() == (4, 2)
-    assert Causal().reach().left == FOREVER
+def test_reach_is_tight_where_slots_are_saved():
+    assert Window(5).reach() == Reach(5, 0)
+    assert (Causal() & Window(5)).reach() == Reach(5, 0)
+    assert (Causal() & (Window(5) | Sink(2))).reach() == Reach(5, 2)
+    assert (Window(5) & Window(3)).reach() == Reach(3, 0)
+    assert (Window(5) | Window(3)).reach() == Reach(5, 0)
+    assert (Causal() | Window(5)).reach().left == FOREVER
+    assert (~Window(5)).reach().left == FOREVER
 
 
-@pytest.mark.parametrize("mask, causal, relative", [
-    (Full(), False, True), (Causal(), True, True), (Window(3), False, True),
-    (Causal() & (Window(3) | Sink(2)), True, False), (Window(2, right=0), True, True),
-    (Causal() & Window(3) | Sink(2), False, False), (~Causal(), False, True),
+@NAMED
+def test_causal_and_relative_say_the_truth(mask):
+    seen = SEEN[mask]
+    assert mask.causal == (not seen[J > I].any())
+    if mask.relative:
+        assert (seen[1:, 1:] == seen[:-1, :-1]).all()
+
+
+def test_relative_is_kept_by_composing():
+    assert (~(Causal() & Window(3)) | Full()).relative
+    assert not (Causal() | Sink(1)).relative and not (~Sink(1)).relative
+
+
+@NAMED
+@pytest.mark.parametrize("size", [(4, 4), (8, 3), (24, 5)])
+def test_tiles_leave_nothing_out(mask, size):
+    bq, bk = size
+    first_q, first_k = np.arange(0, N, bq), np.arange(0, N, bk)
+    last_q = np.minimum(first_q + bq, N) - 1
+    last_k = np.minimum(first_k + bk, N) - 1
+    found = [tuple(p) for p in tiles(mask, (first_q, last_q), (first_k, last_k))]
+    assert found == sorted(set(found))
+    for a, b in itertools.product(range(len(first_q)), range(len(first_k))):
+        part = SEEN[mask][a * bq:(a + 1) * bq, b * bk:(b + 1) * bk]
+        assert (a, b) in found or not part.any()
+
+
+def test_tiles_of_a_band_grow_with_the_length_only():
+    visits = []
+    for n in (64, 128, 256):
+        first = np.arange(0, n, 8)
+        at = first, first + 7
+        visits.append(len(tiles(Causal() & (Window(8) | Sink(1)), at, at)))
+    assert visits[2] - visits[1] == 2 * (visits[1] - visits[0])
+    assert len(tiles(Causal(), at, at)) == 32 * 33 // 2
+    assert tiles(Sink(0), at, at).shape == (0, 2)
+
+
+def test_masks_are_values():
+    mask = Causal() & (Window(5) | Sink(2))
+    assert mask == Causal() & (Window(5) | Sink(2)) != Causal() & Window(5) & Sink(2)
+    assert len({mask, Causal() & (Window(5) | Sink(2))}) == 1
+    spelled = {n: globals()[n] for n in ("Causal", "Window", "Sink")}
+    spelled |= {type(m).__name__: type(m) for m in (mask, Window(1) | Sink(1), ~mask)}
+    assert eval(repr(~mask), spelled) == ~mask
+
+
+@pytest.mark.parametrize("wrong,message", [
+    (lambda: Window(-1), "left=-1: expected 0 or more"),
+    (lambda: Window(2, -3), "right=-3: expected 0 or more"),
+    (lambda: Sink(-2), "n=-2: expected 0 or more"),
 ])
-def test_causal_and_relative(mask, causal, relative):
-    assert (mask.causal, mask.relative) == (causal, relative)
-
-
-def test_tiles_that_must_be_visited():
-    first = np.arange(4) * 3
-    at = first, first + 2
-    assert tiles(Causal(), at, at).tolist() == [[i, j] for i in range(4)
-                                                for j in range(i + 1)]
-    near = tiles(Causal() & Window(2), at, at).tolist()
-    assert near == [[0, 0], [1, 0], [1, 1], [2, 1], [2, 2], [3, 2], [3, 3]]
-    assert len(tiles(Odd(), at, at)) == 16
-    assert len(tiles(Full(), at, at)) == 16
-
-
-def test_heads_may_differ():
-    class ByHead(Mask):
-        def __call__(self, h, i, j):
-            return (j <= i) & ((h == 0) | (i - j <= 1))
-
-    h = np.arange(2)[:, None, None]
-    seen = ByHead()(h, I[None], J[None])
-    assert (seen[0] == (J <= I)).all() and seen[1].sum() == 23
-
-
-@pytest.mark.parametrize("make, message", [
-    (lambda: Window(-1), "left=-1"), (lambda: Window(1, right=-2), "right=-2"),
-    (lambda: Sink(-1), "n=-1"),
-])
-def test_wrong_fields(make, message):
+def test_wrong_arguments_say_what_was_expected(wrong, message):
     with pytest.raises(ValueError, match=message):
-        make()
+        wrong()
+
+
+def test_a_mask_needs_a_predicate():
+    with pytest.raises(NotImplementedError, match="no predicate"):
+        Mask()(0, 1, 1)

@@ -1,4 +1,4 @@
-"""Positions: rotations depend on distance, each scaling is its paper's formula."""
+"""RoPE and its scalings against their published formulas in float64; ALiBi's slopes."""
 
 import math
 
@@ -8,92 +8,182 @@ import numpy as np
 import pytest
 
 from attn.positions import ALiBi, RoPE
-from tests.laws import close
 
-D = 16
-KINDS = [
-    RoPE(), RoPE(interleaved=True), RoPE(fraction=0.5), RoPE(theta=500.0),
-    RoPE(scaling="linear", factor=4.0), RoPE(scaling="ntk", factor=4.0),
-    RoPE(scaling="yarn", factor=4.0, original=64),
-    RoPE(scaling="llama3", factor=8.0, original=64, fast=4.0),
-]
-A, B = (jax.random.normal(jax.random.key(n), (1, 1, 2, D)) for n in (0, 1))
-
-
-@pytest.mark.parametrize("rope", KINDS, ids=str)
-def test_only_the_distance_counts(rope):
-    at = lambda a, pos: rope.rotate(a, jnp.array([[pos]]))
-    dot = lambda i, j: (at(A, i) * at(B, j)).sum()
-    close(dot(13, 9), dot(4, 0), "gradient")
-    assert abs(dot(13, 9) - dot(13, 4)) > 1e-3
-    factor = np.where(np.arange(D) < D * rope.fraction, rope.magnitude, 1)
-    close(at(A, 0), np.asarray(A) * factor)
+B, T, H, D = 2, 11, 3, 16
+FORMS = {
+    "plain": RoPE(),
+    "interleaved": RoPE(interleaved=True),
+    "half": RoPE(fraction=0.5),
+    "linear": RoPE(scaling="linear", factor=4.0),
+    "ntk": RoPE(scaling="ntk", factor=4.0, theta=500.0),
+    "yarn": RoPE(scaling="yarn", factor=8.0, original=64, fast=8.0),
+    "llama3": RoPE(theta=500.0, scaling="llama3", factor=8.0, original=64, fast=4.0),
+}
+FORM = pytest.mark.parametrize("name", FORMS)
 
 
-def test_pairs_turn_by_their_angle():
-    x = jnp.zeros((1, 1, 1, 4)).at[..., 1].set(1.0)
-    y = RoPE(theta=100.0).rotate(x, jnp.array([[7]]))[0, 0, 0]
-    close(y, [0, math.cos(0.7), 0, math.sin(0.7)])
-    y = RoPE(interleaved=True).rotate(x, jnp.array([[7]]))[0, 0, 0]
-    close(y, [-math.sin(7), math.cos(7), 0, 0])
-    half = RoPE(fraction=0.5).rotate(A, jnp.array([[3]]))
-    assert (half[..., D // 2:] == A[..., D // 2:]).all()
+def published(name, width):
+    """Angles per token and the magnitude of each form, channel pair by channel pair."""
+    rope, angles = FORMS[name], []
+    base, s, length = rope.theta, rope.factor, rope.original
+    for m in range(width // 2):
+        exponent = 2 * m / width
+        angle = 1 / base**exponent
+        wave = 2 * math.pi / angle
+        if name == "linear":
+            angle = angle / s
+        elif name == "ntk":
+            angle = 1 / (base * s ** (width / (width - 2))) ** exponent
+        elif name == "yarn":
+            # the pair that turns n times in `length` tokens, as a real number
+            pair = lambda n: (
+                width * math.log(length / (2 * math.pi * n)) / (2 * math.log(base))
+            )
+            low = max(math.floor(pair(rope.fast)), 0)
+            high = min(math.ceil(pair(rope.slow)), width - 1)
+            ramp = min(max((m - low) / (high - low), 0.0), 1.0)
+            angle = (1 - ramp) * angle + ramp * angle / s
+        elif name == "llama3":
+            if wave > length / rope.slow:
+                angle = angle / s
+            elif wave >= length / rope.fast:
+                mix = (length / wave - rope.slow) / (rope.fast - rope.slow)
+                angle = (1 - mix) * angle / s + mix * angle
+        angles.append(angle)
+    return np.array(angles), 0.1 * math.log(s) + 1 if name == "yarn" else 1.0
 
 
-def test_positions_per_head():
-    pos = jnp.array([[[2, 9]]])
-    both = RoPE().rotate(A, pos)
-    for h in range(2):
-        close(both[:, :, h], RoPE().rotate(A, pos[..., h])[:, :, h])
+def turned(name, x, pos):
+    """x [B,T,H,D] at pos [B,T,H] as complex numbers, in float64."""
+    rope, x = FORMS[name], np.asarray(x, np.float64)
+    width = int(x.shape[-1] * rope.fraction)
+    angles, magnitude = published(name, width)
+    out, half = x.copy(), width // 2
+    for m in range(half):
+        at = (2 * m, 2 * m + 1) if rope.interleaved else (m, m + half)
+        z = (x[..., at[0]] + 1j * x[..., at[1]]) * np.exp(1j * pos * angles[m])
+        out[..., at[0]], out[..., at[1]] = magnitude * z.real, magnitude * z.imag
+    return out
 
 
-def test_large_positions_stay_exact_in_low_precision():
-    far = RoPE().rotate(A.astype(jnp.bfloat16), jnp.array([[100_000]]))
-    assert far.dtype == jnp.bfloat16
-    exact = RoPE().rotate(A, jnp.array([[100_000]]))
-    assert np.abs(far.astype(jnp.float32) - exact).max() < 0.03
+def tokens(seed=0, t=T, d=D):
+    return jax.random.normal(jax.random.key(seed), (B, t, H, d))
 
 
-def test_scalings_against_their_papers():
-    m, f = np.arange(D // 2), 4.0
-    plain = 10000.0 ** (-2 * m / D)
-    freq = lambda **fields: RoPE(factor=f, original=64, **fields).frequencies(D)
-    close(freq(scaling="linear"), plain / f)
-    close(freq(scaling="ntk"), (10000 * f ** (D / (D - 2))) ** (-2 * m / D))
-    # the slowest channel of ntk is that of linear, the fastest is left alone
-    close(freq(scaling="ntk")[[0, -1]], [1, plain[-1] / f])
-    # llama 3: by the wavelength, low (1) and high (4) frequency factors
-    wave = 2 * math.pi / plain
-    smooth = (64 / wave - 1) / (4 - 1)
-    middle = (1 - smooth) * plain / f + smooth * plain
-    want = np.where(wave > 64 / 1, plain / f, np.where(wave < 64 / 4, plain, middle))
-    close(freq(scaling="llama3", fast=4.0), want)
-    # yarn: a ramp over channels between those with 32 and 1 turns in 64 tokens
-    find = lambda turns: D * math.log(64 / (turns * 2 * math.pi)) / (2 * math.log(1e4))
-    low, high = max(math.floor(find(32)), 0), min(math.ceil(find(1)), D - 1)
-    ramp = np.clip((m - low) / (high - low), 0, 1)
-    close(freq(scaling="yarn"), plain / f * ramp + plain * (1 - ramp))
-    assert RoPE(scaling="yarn", factor=f).magnitude == 0.1 * math.log(4) + 1
+@FORM
+def test_it_is_the_published_rotation(name):
+    x, pos = tokens(), np.arange(T) * 9 + np.array([[0], [50]])
+    want = turned(name, x, pos[..., None])
+    np.testing.assert_allclose(FORMS[name].rotate(x, jnp.asarray(pos)), want, atol=1e-4)
+    np.testing.assert_allclose(
+        FORMS[name].frequencies(D), published(name, D)[0], rtol=1e-12
+    )
 
 
-@pytest.mark.parametrize("heads, slopes", [
-    (8, 2.0 ** -np.arange(1, 9)), (4, [1 / 4, 1 / 16, 1 / 64, 1 / 256]),
-    (1, [2.0**-8]), (6, [1 / 4, 1 / 16, 1 / 64, 1 / 256, 1 / 2, 1 / 8]),
+@pytest.mark.parametrize("name", ["yarn", "llama3"])
+def test_the_three_bands_are_all_there(name):
+    bands = FORMS[name].frequencies(32) / RoPE(FORMS[name].theta).frequencies(32)
+    assert bands[0] == 1 and bands[-1] == pytest.approx(1 / 8)
+    assert ((bands > 1 / 8 + 1e-6) & (bands < 1 - 1e-6)).any()
+    assert (np.diff(bands) <= 1e-12).all()
+
+
+@FORM
+def test_only_the_distance_counts(name):
+    q, k = tokens(1), tokens(2)
+    rope, pos = FORMS[name], jnp.arange(T)[None]
+    meet = lambda shift: jnp.einsum(
+        "bthd,bshd->bhts", rope.rotate(q, pos + shift), rope.rotate(k, pos + shift)
+    )
+    np.testing.assert_allclose(meet(0), meet(37), atol=1e-4)
+    assert np.abs(meet(0) - jnp.einsum("bthd,bshd->bhts", q, k)).max() > 0.1
+
+
+@FORM
+def test_position_zero_is_only_the_magnitude(name):
+    x = tokens()
+    width = int(D * FORMS[name].fraction)
+    y = FORMS[name].rotate(x, jnp.zeros((1, T), jnp.int32))
+    want = x[..., :width] * FORMS[name].magnitude
+    np.testing.assert_allclose(y[..., :width], want, rtol=1e-6)
+    assert (y[..., width:] == x[..., width:]).all()
+
+
+def test_interleaved_is_a_permutation_of_channels():
+    x, pos = tokens(), jnp.arange(T)[None]
+    pairs = np.arange(D).reshape(2, D // 2).T.reshape(-1)
+    halves = RoPE().rotate(x, pos)[..., pairs]
+    np.testing.assert_allclose(
+        RoPE(interleaved=True).rotate(x[..., pairs], pos), halves, atol=1e-6
+    )
+
+
+@FORM
+def test_positions_of_its_own_for_every_head(name):
+    x = tokens()
+    pos = np.random.default_rng(0).integers(0, 60, (B, T, H))
+    y = FORMS[name].rotate(x, jnp.asarray(pos))
+    np.testing.assert_allclose(y, turned(name, x, pos), atol=1e-4)
+    for h in range(H):
+        alone = FORMS[name].rotate(x[:, :, h:h + 1], jnp.asarray(pos[..., h]))
+        np.testing.assert_allclose(y[:, :, h:h + 1], alone, atol=1e-6)
+
+
+def test_one_row_of_positions_serves_the_batch():
+    x, pos = tokens(), jnp.arange(T)[None]
+    for p in (jnp.broadcast_to(pos, (B, T)), jnp.broadcast_to(pos, (B, T))[..., None]):
+        assert (RoPE().rotate(x, pos) == RoPE().rotate(x, p)).all()
+
+
+def test_a_factor_of_one_changes_nothing():
+    plain = RoPE().frequencies(D)
+    for scaling in ("linear", "ntk", "yarn", "llama3"):
+        rope = RoPE(scaling=scaling)
+        np.testing.assert_allclose(rope.frequencies(D), plain, rtol=1e-12)
+        assert rope.magnitude == 1
+
+
+def test_low_precision_is_turned_in_float32():
+    x, pos = tokens().astype(jnp.bfloat16), jnp.arange(T)[None] + 5000
+    with jax.numpy_dtype_promotion("strict"):
+        y = jax.jit(RoPE().rotate)(x, pos)
+    assert y.dtype == jnp.bfloat16
+    exact = RoPE().rotate(x.astype(jnp.float32), pos)
+    np.testing.assert_allclose(y.astype(jnp.float32), exact, rtol=2**-8)
+
+
+@pytest.mark.parametrize("heads,slopes", [
+    (1, [2**-8]),
+    (2, [2**-4, 2**-8]),
+    (8, [2**-n for n in range(1, 9)]),
+    (3, [2**-4, 2**-8, 2**-2]),
+    (6, [2**-2, 2**-4, 2**-6, 2**-8, 2**-1, 2**-3]),
+    (12, [2**-n for n in range(1, 9)] + [2**-0.5, 2**-1.5, 2**-2.5, 2**-3.5]),
 ])
-def test_alibi(heads, slopes):
-    alibi = ALiBi(heads)
-    close(alibi.slopes(jnp.arange(heads)), slopes)
-    h = jnp.arange(heads)[:, None, None]
-    score = alibi(h, jnp.array([[[9]]]), jnp.array([[[9, 4]]]))
-    close(score[..., 0], np.zeros((heads, 1)))
-    close(score[..., 1], -5 * np.asarray(slopes)[:, None])
+def test_alibi_slopes(heads, slopes):
+    have = ALiBi(heads).slopes(jnp.arange(heads))
+    np.testing.assert_allclose(have, slopes, rtol=1e-6)
+    # a shard asks for its own heads by their global numbers
+    np.testing.assert_allclose(ALiBi(heads).slopes(jnp.array([heads - 1])), slopes[-1:],
+                               rtol=1e-6)
 
 
-@pytest.mark.parametrize("make, message", [
-    (lambda: RoPE(scaling="magic"), "scaling='magic'"), (lambda: RoPE(factor=0.5), "0.5"),
-    (lambda: RoPE(fraction=0.0), "fraction=0.0"), (lambda: ALiBi(0), "heads=0"),
-    (lambda: RoPE().rotate(A[..., :3], jnp.zeros((1, 1), jnp.int32)), "3 channels"),
+def test_alibi_is_a_score_of_distance():
+    i, j = jnp.arange(5)[:, None, None], jnp.arange(7)[None, :, None]
+    score = ALiBi(4)(jnp.arange(4)[None, None], i, j)
+    want = -np.abs(i - j) * 2.0 ** (-2 * np.arange(1, 5))
+    np.testing.assert_allclose(score, want, rtol=1e-6)
+
+
+@pytest.mark.parametrize("wrong,message", [
+    (lambda: RoPE(scaling="cubic"), "scaling='cubic': expected one of .*'linear'"),
+    (lambda: RoPE(scaling="linear", factor=0.5), "factor=0.5: expected 1 or more"),
+    (lambda: RoPE(fraction=0.0), r"fraction=0.0: expected in \(0, 1\]"),
+    (lambda: RoPE(fraction=1.5), "fraction=1.5"),
+    (lambda: RoPE().frequencies(7), "7 channels: expected an even number"),
+    (lambda: RoPE().rotate(tokens(d=5), jnp.zeros((1, T))), "5 channels"),
+    (lambda: ALiBi(0), "heads=0: expected 1 or more"),
 ])
-def test_wrong_fields(make, message):
+def test_wrong_arguments_say_what_was_expected(wrong, message):
     with pytest.raises(ValueError, match=message):
-        make()
+        wrong()

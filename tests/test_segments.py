@@ -1,74 +1,149 @@
-"""Segments: positions and runs against a loop, whole and in pieces."""
+"""Segments: places of tokens against a plain loop, in one call and in many."""
 
+import functools
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from attn.segments import place
 
+B, T = 6, 20
 
-def by_loop(row):
-    """(pos, run) of each token, (end, last) of the row."""
-    pos, run, last, count, end = [], [], -1, 0, 0
-    for segment in row:
+
+def rows(seed, t=T):
+    """Packed rows [B,t]: a few sequences a row, padding before, between, within."""
+    rng = np.random.default_rng(seed)
+    out = np.zeros((B, t), np.int32)
+    for row in out:
+        names = rng.permutation(np.arange(1, 9))[:rng.integers(1, 5)]
+        row[:] = np.repeat(names, -(-t // len(names)))[:t]
+        row[rng.uniform(size=t) < rng.choice([0, 0.2, 0.8])] = 0
+        row[:rng.integers(0, 4)] = 0
+        row[t - rng.integers(0, 4):] = 0
+    out[rng.integers(B)] = 0
+    return out
+
+
+def loop(segments, end, last):
+    """The same as `place` for one row, one token after the other."""
+    pos, run, number = [], [], 1
+    for segment in segments:
         if segment == 0:
-            pos.append(0)
-            run.append(0)
+            pos.append(0), run.append(0)
             continue
         if segment != last:
-            count, end, last = count + 1, 0, segment
-        pos.append(end)
-        run.append(count)
-        end += 1
+            # the first sequence of an empty row is number 1 too
+            number, end = number + (end > 0), 0
+        pos.append(end), run.append(number)
+        end, last = end + 1, segment
     return pos, run, end, last
 
 
-def random_rows(seed, b=6, t=17):
-    rng = np.random.default_rng(seed)
-    rows = []
-    for _ in range(b):
-        ids = np.repeat(rng.integers(1, 5, t), rng.integers(1, 6, t))[:t]
-        rows.append(np.where(rng.random(t) < 0.25, 0, ids))
-    return np.array(rows)
+def consecutive(run):
+    """Runs renumbered 1, 2, 3, ... in the order of their first token; 0 stays."""
+    names = [n for n in dict.fromkeys(run) if n]
+    return [0 if n == 0 else 1 + names.index(n) for n in run]
 
 
-@pytest.mark.parametrize("seed", range(8))
-def test_against_a_loop(seed):
-    rows = random_rows(seed)
-    found = place(jnp.asarray(rows), *rows.shape)
-    for b, row in enumerate(rows):
-        pos, run, end, last = by_loop(row.tolist())
-        assert found.pos[b].tolist() == pos
-        assert (int(found.end[b]), int(found.last[b])) == (end, last)
-        ours = found.run[b].tolist()
-        same = lambda r: [[x == y for y in r] for x in r]
-        assert same(ours) == same(run)
-        assert (np.diff([r for r in ours if r]) >= 0).all()
+@functools.cache
+def compiled(t):
+    return jax.jit(lambda segments, end, last: place(segments, B, t, end, last))
 
 
-@pytest.mark.parametrize("seed", range(8))
-def test_in_pieces(seed):
-    rows = random_rows(seed)
-    whole = place(jnp.asarray(rows), *rows.shape)
-    cuts = sorted({0, 17, *np.random.default_rng(seed + 50).integers(1, 17, 3)})
-    end = last = None
+def check(segments, end, last):
+    """Holds `place` against the loop; returns the place."""
+    have = compiled(segments.shape[1])(segments, end, last)
+    for b in range(B):
+        want = loop(segments[b], int(end[b]), int(last[b]))
+        pos, run = have.pos[b].tolist(), have.run[b].tolist()
+        assert (pos, int(have.end[b]), int(have.last[b])) == (want[0], *want[2:])
+        # runs count up along the row, and 1 is what the state carries in
+        carried = [n == 1 for n in want[1]]
+        assert [n == 1 for n in run] == carried
+        assert consecutive(run) == consecutive(want[1])
+        real = [n for n in run if n]
+        assert real == sorted(real)
+    return have
+
+
+def start():
+    return jnp.zeros(B, jnp.int32), jnp.full(B, -1, jnp.int32)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_row_is_the_loop(seed):
+    check(rows(seed), *start())
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_stream_cut_anywhere_is_the_loop(seed):
+    segments = rows(seed)
+    rng = np.random.default_rng(100 + seed)
+    cuts = [0, *sorted(rng.choice(np.arange(1, T), rng.integers(1, 6), False)), T]
+    whole = place(jnp.asarray(segments), B, T)
+    end, last = start()
+    pos = []
     for a, b in zip(cuts, cuts[1:]):
-        piece = place(jnp.asarray(rows[:, a:b]), len(rows), int(b - a), end, last)
-        assert (piece.pos == whole.pos[:, a:b]).all()
-        end, last = piece.end, piece.last
+        part = check(segments[:, a:b], end, last)
+        end, last = part.end, part.last
+        pos.append(part.pos)
+    assert (jnp.concatenate(pos, 1) == whole.pos).all()
     assert (end == whole.end).all() and (last == whole.last).all()
 
 
-def test_without_segments_time_goes_on():
-    first = place(None, 2, 5)
-    assert first.pos.tolist() == [[0, 1, 2, 3, 4]] * 2 and (first.run == 1).all()
-    then = place(None, 2, 3, first.end, first.last)
-    assert then.pos.tolist() == [[5, 6, 7]] * 2
-    # an id equal to the one so far goes on, another begins
-    same = place(jnp.array([[1, 2]]), 1, 2, first.end[:1], first.last[:1])
-    assert same.pos.tolist() == [[5, 0]] and same.run.tolist() == [[1, 7]]
+def test_a_small_example():
+    segments = jnp.array([[0, 7, 7, 0, 7, 2, 2, 0], [4, 4, 4, 4, 0, 0, 5, 4]])
+    have = place(segments, 2, 8)
+    assert have.pos.tolist() == [[0, 0, 1, 0, 2, 0, 1, 0], [0, 1, 2, 3, 0, 0, 0, 0]]
+    assert [consecutive(r) for r in have.run.tolist()] == [
+        [0, 1, 1, 0, 1, 2, 2, 0], [1, 1, 1, 1, 0, 0, 2, 3]
+    ]
+    assert have.end.tolist() == [2, 1] and have.last.tolist() == [2, 4]
 
 
-def test_wrong_shape():
-    with pytest.raises(ValueError, match=r"segments has shape \(2, 3\)"):
-        place(jnp.ones((2, 3), jnp.int32), 2, 4)
+@pytest.mark.parametrize("pieces", [(5, 7), (1, 1, 1), (4,)])
+def test_without_segments_positions_count(pieces):
+    end, last = None, None
+    at = 0
+    for t in pieces:
+        have = place(None, B, t, end, last)
+        assert (have.pos == jnp.arange(at, at + t)).all() and (have.run == 1).all()
+        at, end, last = at + t, have.end, have.last
+        assert (end == at).all() and (last == 1).all()
+
+
+def test_none_goes_on_with_the_sequence_that_was_there():
+    segments = jnp.array([[0, 0, 3, 3], [5, 5, 5, 0], [0, 0, 0, 0], [2, 9, 9, 9]])
+    first = place(segments, 4, 4)
+    then = place(None, 4, 2, first.end, first.last)
+    assert then.pos.tolist() == [[2, 3], [3, 4], [0, 1], [3, 4]]
+    assert then.last.tolist() == [3, 5, 1, 9] and (then.run == 1).all()
+    # naming the same sequence is the same, naming another begins anew
+    again = place(jnp.array([[3] * 2, [5] * 2, [1] * 2, [8] * 2]), 4, 2, first.end,
+                  first.last)
+    assert again.pos.tolist() == [[2, 3], [3, 4], [0, 1], [0, 1]]
+    assert (again.run[:3] == 1).all() and (again.run[3] > 1).all()
+
+
+def test_padding_stops_the_clock():
+    first = place(jnp.array([[6, 6, 6]]), 1, 3)
+    rest = place(jnp.zeros((1, 5), jnp.int32), 1, 5, first.end, first.last)
+    assert rest.end.tolist() == [3] and rest.last.tolist() == [6]
+    assert not rest.run.any()
+
+
+@pytest.mark.parametrize("dtype", [jnp.int8, jnp.uint8, jnp.int32])
+def test_any_integer_type_will_do(dtype):
+    segments = rows(3)
+    with jax.numpy_dtype_promotion("strict"):
+        have = place(jnp.asarray(segments, dtype), B, T)
+    for a, b in zip(have, place(jnp.asarray(segments), B, T)):
+        assert a.dtype == jnp.int32 and (a == b).all()
+
+
+@pytest.mark.parametrize("shape", [(B, T + 1), (B + 1, T), (T,)])
+def test_wrong_shapes_say_what_was_expected(shape):
+    with pytest.raises(ValueError, match=r"segments has shape .*expected \(6, 20\)"):
+        place(jnp.ones(shape, jnp.int32), B, T)

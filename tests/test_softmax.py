@@ -1,4 +1,4 @@
-"""Exact attention against float64, with every option and the gradient of every input."""
+"""Exact attention against float64: every option, the gradient of every input."""
 
 import dataclasses
 
@@ -225,7 +225,9 @@ def test_packed_cross_attention_aligns_at_the_last_token():
 
 
 @pytest.mark.parametrize("make, message", [
-    (lambda: Softmax(dropout=1.0), "dropout=1.0"), (lambda: Softmax(softcap=0.0), "0.0"),
+    (lambda: Softmax(dropout=1.0), "dropout=1.0"),
+    (lambda: Softmax(softcap=0.0), "softcap=0.0"),
+    (lambda: Softmax(mask=Causal() & Sink(0)), "hides every key"),
     (lambda: Softmax(mask=Full()).step(None, *inputs(T, T)[:3]), "no stream|Cache"),
 ])
 def test_wrong_fields(make, message):

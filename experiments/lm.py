@@ -6,7 +6,7 @@ machine has; `--text='Text(path="folder")'` takes files of your own and
 
     python -m experiments.lm --attention='(Lightning(),) * 3 + (Softmax(),)' --steps=200
 
-takes about two minutes on 2 cores and ends near 3 bits per byte; a uniform guess is 8.
+takes 50 seconds on 2 cores and ends at 3.34 bits per byte; a uniform guess is 8.
 """
 
 from __future__ import annotations

@@ -7,8 +7,8 @@ iid normal and attention is causal. The pass "both" is forward and backward.
 
     python -m experiments.speed --lengths='(2048, 4096)' --attentions='(Softmax(),)'
 
-takes half a minute on 2 cores (float32, B1 H4 D64), where exact attention is 2.6 times
-as fast as jax.nn forward and 3.2 times forward and backward at T = 2048, 2.9 and 3.6
+takes half a minute on 2 cores (float32, B1 H4 D64), where exact attention is 2.5 times
+as fast as jax.nn forward and 2.7 times forward and backward at T = 2048, 3.1 and 3.4
 times at T = 4096. All contenders over all lengths: `python -m experiments.speed`.
 """
 

@@ -4,7 +4,7 @@ Every attention is a frozen dataclass in a file of its own name and has the same
 methods: `__call__(q, k, v)` for all tokens at once, `init_state` for an empty memory
 and `step` for the next tokens. Import one by `from attn.landmark import Landmark`.
 
-Mechanisms            softmax, tiles, linear, blocks, cache
+Mechanisms            tiles, linear, chunks, blocks, grouped, cache, blockcache
 Exact attention       softmax
 Linear attention      lightning, based
 Sparse, retrieval     landmark

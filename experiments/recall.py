@@ -9,7 +9,8 @@ piece, whatever is compressed is compressed, and then one token after the other 
 
     python -m experiments.recall --attention='Based(feature_dim=8)'
 
-takes 20 seconds on 2 cores and recalls 98.4%. `experiments.compare` sets mechanisms side by side.
+takes 20 seconds on 2 cores and recalls 98.4%. `experiments.compare` sets mechanisms
+side by side.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from attn.based import Based
 from attn.baseconv import BaseConv
@@ -112,6 +113,15 @@ def test_a_short_convolution_is_a_layer_too():
     state, first = layer.apply(params, X[:, :5], layer.init_state(T, X))
     _, rest = layer.apply(params, X[:, 5:], state)
     close(jnp.concatenate([first, rest], 1), y)
+
+
+def test_a_layer_in_nnx():
+    layer = nnx.bridge.lazy_init(
+        nnx.bridge.ToNNX(MultiHead(Softmax(), heads=H), rngs=nnx.Rngs(0)), X
+    )
+    names = ("q", "k", "v", "out")
+    params = {"params": {n: {"kernel": getattr(layer, n)["kernel"][...]} for n in names}}
+    close(layer(X), MultiHead(Softmax(), heads=H).apply(params, X))
 
 
 @pytest.mark.parametrize("layer, args, error, message", [

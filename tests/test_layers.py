@@ -120,7 +120,8 @@ def test_a_layer_in_nnx():
         nnx.bridge.ToNNX(MultiHead(Softmax(), heads=H), rngs=nnx.Rngs(0)), X
     )
     names = ("q", "k", "v", "out")
-    params = {"params": {n: {"kernel": getattr(layer, n)["kernel"][...]} for n in names}}
+    kernels = {n: {"kernel": getattr(layer, n)["kernel"][...]} for n in names}
+    params = {"params": kernels}
     close(layer(X), MultiHead(Softmax(), heads=H).apply(params, X))
 
 

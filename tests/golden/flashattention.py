@@ -9,12 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from attn import blocks
-from attn.masks import Causal, Full, Mask, Window
+from attn.masks import FOREVER, Causal, Full, Mask, Sink, Window
 from attn.softmax import Softmax
 from attn.tiles import attend
 
 OPTIONS = {"layout", "softmax_scale", "causal", "causal_alignment", "window", "softcap",
-           "dropout_p", "kind", "block"}
+           "dropout_p", "kind", "block", "sink_token_length"}
 
 
 def run(case: Mapping[str, Any]) -> dict[str, np.ndarray]:
@@ -40,11 +40,12 @@ def _mask(config: Mapping[str, Any]) -> Mask:
     mask: Mask = Full()
     if config.get("causal", "causal" in config.get("kind", "")):
         mask = Causal()
-    left, right = config.get("window", (None, None))
+    left, right = config.get("window") or (None, None)
     if left is not None:
-        mask = mask & Window(left, right)
-    elif right is not None:
-        mask = mask & Window(2**29, right)
+        # the first tokens are exempt from the limit to the left
+        mask = mask & (Window(left) | Sink(config.get("sink_token_length", 0)))
+    if right is not None:
+        mask = mask & Window(FOREVER, right)
     return mask
 
 
@@ -59,9 +60,11 @@ def _exact(case) -> Callable:
     (b, t), s = case["q"].shape[:2], case["k"].shape[1]
     extra: dict[str, Any] = {}
     if "k_lengths" in case:
-        real = np.arange(s)[None] < case["k_lengths"][:, None]
-        extra["kv_run"] = jnp.asarray(real.astype(np.int32))
-        extra["q_run"] = jnp.ones((b, t), jnp.int32)
+        extra["q_run"], extra["kv_run"] = _lengths(case)
+        # aligned at the last real token of both sides
+        end = extra["kv_run"].sum(1) - extra["q_run"].sum(1)
+        extra["q_pos"] = jnp.arange(t)[None] + end[:, None]
+        extra["kv_pos"] = jnp.broadcast_to(jnp.arange(s)[None], (b, s))
     if "segment_ids" in case:
         extra["q_run"] = extra["kv_run"] = jnp.asarray(case["segment_ids"], jnp.int32)
     if "keep_mask_BHTS" in case:
@@ -74,16 +77,25 @@ def _exact(case) -> Callable:
     )
 
 
+def _lengths(case) -> tuple[jax.Array, jax.Array]:
+    """Runs [B,T] and [B,S]: 1 for real tokens, 0 for padding behind them."""
+    def run(name, size):
+        lengths = case.get(name)
+        lengths = np.full(len(case["q"]), size) if lengths is None else lengths
+        real = np.arange(size)[None] < np.asarray(lengths)[:, None]
+        return jnp.asarray(real.astype(np.int32))
+
+    return run("q_lengths", case["q"].shape[1]), run("k_lengths", case["k"].shape[1])
+
+
 def _agrees_with_softmax(case, o) -> None:
     """The attention itself, with segments where the case has lengths or segments."""
     config = case["config"]
     if "keep_mask_BHTS" in case or "bias" in case:
         return
-    (b, t), s = case["q"].shape[:2], case["k"].shape[1]
     segments: Any = None
     if "k_lengths" in case:
-        real = np.arange(s)[None] < case["k_lengths"][:, None]
-        segments = jnp.ones((b, t), jnp.int32), jnp.asarray(real.astype(np.int32))
+        segments = _lengths(case)
     if "segment_ids" in case:
         segments = jnp.asarray(case["segment_ids"], jnp.int32)
     attention = Softmax(_mask(config), _scale(config), config.get("softcap") or None)

@@ -6,7 +6,11 @@ import pathlib
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 _FLAGS = os.environ.get("XLA_FLAGS", "")
 if "host_platform_device_count" not in _FLAGS:
-    os.environ["XLA_FLAGS"] = f"{_FLAGS} --xla_force_host_platform_device_count=8"
+    _FLAGS = f"{_FLAGS} --xla_force_host_platform_device_count=8"
+if "backend_optimization" not in _FLAGS:
+    # compiling is most of the time of small tests
+    _FLAGS = f"{_FLAGS} --xla_backend_optimization_level=0"
+os.environ["XLA_FLAGS"] = _FLAGS
 
 import jax  # noqa: E402
 

@@ -54,6 +54,7 @@ def place(
         raise ValueError(
             f"segments has shape {segments.shape}: expected {(batch, length)}"
         )
+    segments = segments.astype(jnp.int32)
     real = segments > 0
     # the index of the last real token before each one, -1 if that is in the state
     seen = jax.lax.cummax(jnp.where(real, t, -1), axis=1)

@@ -25,7 +25,7 @@ SEGMENTS = jnp.array([[1] * 9 + [2] * 8, [0] * 3 + [1] * 5 + [3] * 7 + [0] * 2])
 
 
 def start(model, tokens=TOKENS):
-    return model.init(jax.random.key(1), tokens)
+    return jax.jit(model.init)(jax.random.key(1), tokens)
 
 
 def test_a_hybrid_streams_as_it_reads():
@@ -33,18 +33,19 @@ def test_a_hybrid_streams_as_it_reads():
     whole = jax.jit(SMALL.apply)(params, TOKENS)
     chex.assert_shape(whole, (2, 17, 23))
     chex.assert_type(whole, jnp.float32)
-    state, at = SMALL.init_state(17, TOKENS), 0
+    state, at, read = SMALL.init_state(17, TOKENS), 0, jax.jit(SMALL.apply)
     for size in (6, 1, 1, 9):
-        state, logits = SMALL.apply(params, TOKENS[:, at:at + size], state)
+        state, logits = read(params, TOKENS[:, at:at + size], state)
         close(logits, whole[:, at:at + size], "gradient")
         at += size
 
 
 def test_packed_rows_are_separate_texts():
     params = start(SMALL)
-    packed = SMALL.apply(params, TOKENS, segments=SEGMENTS)
+    read = jax.jit(SMALL.apply)
+    packed = read(params, TOKENS, segments=SEGMENTS)
     for row, at in ((0, slice(0, 9)), (0, slice(9, 17)), (1, slice(8, 15))):
-        alone = SMALL.apply(params, TOKENS[row:row + 1, at])
+        alone = read(params, TOKENS[row:row + 1, at])
         close(packed[row:row + 1, at], alone, "gradient")
 
 
@@ -99,8 +100,8 @@ def test_low_precision_computes_low_and_stores_high():
     model = LM(vocab=23, width=16, heads=2, attention=HYBRID[:4], dtype=jnp.bfloat16)
     params = start(model)
     assert {a.dtype for a in jax.tree.leaves(params)} == {jnp.dtype("float32")}
-    logits = model.apply(params, TOKENS)
-    exact = model.clone(dtype=jnp.float32).apply(params, TOKENS)
+    logits = jax.jit(model.apply)(params, TOKENS)
+    exact = jax.jit(model.clone(dtype=jnp.float32).apply)(params, TOKENS)
     assert logits.dtype == jnp.float32
     gap = jnp.linalg.norm(logits - exact) / jnp.linalg.norm(exact)
     assert 0 < gap < 0.03

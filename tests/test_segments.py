@@ -109,7 +109,8 @@ def test_without_segments_positions_count(pieces):
     at = 0
     for t in pieces:
         have = place(None, B, t, end, last)
-        assert (have.pos == jnp.arange(at, at + t)).all() and (have.run == 1).all()
+        assert (have.pos == jnp.arange(at, at + t)[None]).all()
+        assert (have.run == 1).all()
         at, end, last = at + t, have.end, have.last
         assert (end == at).all() and (last == 1).all()
 

@@ -34,7 +34,7 @@ def _core(case):
     attention: Any = Based(eps=config.get("eps", 0.0))
     if "left" in config:
         attention = Softmax(mask=Causal() & Window(config["left"]))
-    o, back = jax.vjp(attention, q, k, v)
+    o, back = jax.vjp(jax.jit(attention), q, k, v)
     out = {"out": o}
     out.update(zip(("dq", "dk", "dv"), back(jnp.asarray(case["cotangent"]))))
     if "phi_q" in case:
@@ -53,9 +53,10 @@ def _layer(case):
         o = attention(*(heads(name, x) for name in "qkv"))
         return o.reshape(*x.shape[:2], -1) @ case["w_out_proj_weight"].T
 
-    o, back = jax.vjp(layer, x)
+    o, back = jax.vjp(jax.jit(layer), x)
     q, k, v = (heads(name, x) for name in "qkv")
-    state, _ = attention.step(attention.init_state(x.shape[1], q, k, v), q, k, v)
+    empty = attention.init_state(x.shape[1], q, k, v)
+    state, _ = jax.jit(attention.step)(empty, q, k, v)
     sums = state.memory.swapaxes(2, 3)[:, :, None]  # [B,H,1,V+1,P]
     return {
         "out": o, "dx": back(jnp.asarray(case["cotangent"]))[0],
@@ -71,7 +72,7 @@ def _convolution(case):
     }
     weight = case["w_conv_conv_weight"][:, 0].T  # [C,1,W], last tap the token itself
     params = {"in": dense("in"), "out": dense("out"), "conv": weight}
-    o, back = jax.vjp(lambda x: layer.apply({"params": params}, x), x)
+    o, back = jax.vjp(jax.jit(lambda x: layer.apply({"params": params}, x)), x)
     return {"out": o, "dx": back(jnp.asarray(case["cotangent"]))[0]}
 
 

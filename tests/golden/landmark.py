@@ -31,7 +31,7 @@ def _training(case):
         raise ValueError("causal=False: Landmark Attention has a causal order")
     block = config.get("block_tokens", 1)  # of irregular landmarks there is no size
     attention = Landmark(block=block, scale=config.get("scale"))
-    f = lambda q, k, v: attention(q, k, v, landmark=marks)
+    f = jax.jit(lambda q, k, v: attention(q, k, v, landmark=marks))
     o, back = jax.vjp(f, q, k, v)
     grads = back(jnp.asarray(case["cotangent"]))
     out = {"out": o} | dict(zip(("dq", "dk", "dv"), grads))
@@ -41,7 +41,8 @@ def _training(case):
     out["probs"] = f(q, k, eye).swapaxes(1, 2)
     regular = np.broadcast_to(np.arange(t) % attention.size == attention.block, (b, t))
     if (regular == case["is_landmark"]).all():
-        np.testing.assert_allclose(attention(q, k, v), o, rtol=1e-5, atol=1e-5)
+        plain = jax.jit(attention)
+        np.testing.assert_allclose(plain(q, k, v), o, rtol=1e-5, atol=1e-5)
     return out
 
 
@@ -57,7 +58,7 @@ def _inference(case):
     )
     matches = (re.match(r"chunk(\d+)/", name) for name in case.keys())
     pieces = {int(found[1]) for found in matches if found}
-    state, out = None, {}
+    state, out, step = None, {}, jax.jit(attention.step)
     for n in sorted(pieces):
         at = f"chunk{n}/"
         q, k, v = (
@@ -75,5 +76,5 @@ def _inference(case):
         pos = end + np.arange(q.shape[1])
         marks = pos % attention.size == attention.block
         out[at + "is_landmark"] = np.broadcast_to(marks, case[at + "is_landmark"].shape)
-        state, out[at + "out"] = attention.step(state, q, k, v)
+        state, out[at + "out"] = step(state, q, k, v)
     return out

@@ -35,8 +35,9 @@ def _slopes(attention: Lightning, heads: int) -> np.ndarray:
 def _core(case):
     q, k, v = (jnp.asarray(case[name]) for name in "qkv")
     attention = _attention(case["config"])
-    o, back = jax.vjp(attention, q, k, v)
-    state, _ = attention.step(attention.init_state(q.shape[1], q, k, v), q, k, v)
+    o, back = jax.vjp(jax.jit(attention), q, k, v)
+    empty = attention.init_state(q.shape[1], q, k, v)
+    state, _ = jax.jit(attention.step)(empty, q, k, v)
     out = {"out": o, "final_state": state.memory}
     out["slopes"] = _slopes(attention, q.shape[2])
     out.update(zip(("dq", "dk", "dv"), back(jnp.asarray(case["cotangent"]))))
@@ -53,7 +54,7 @@ def _module(case):
     }
     params = {ours: _linear(case[f"w_{name}_weight"]) for name, ours in names.items()}
     params["norm"] = {"scale": case["w_norm_weight"], "bias": case["w_norm_bias"]}
-    o, back = jax.vjp(lambda x: layer.apply({"params": params}, x), x)
+    o, back = jax.vjp(jax.jit(lambda x: layer.apply({"params": params}, x)), x)
     (dx,) = back(jnp.asarray(case["cotangent"]))
     return {"out": o, "dx": dx, "slopes": _slopes(attention, heads)}
 
@@ -85,7 +86,7 @@ def _model(case):
         params[f"mixers_{n}"] = mixer
         params[f"channels_{n}"] = {"v": linear(1), "u": linear(2), "out": linear(3)}
     tokens = jnp.asarray(case["tokens"], jnp.int32)
-    logits = model.apply({"params": params}, tokens)
+    logits = jax.jit(model.apply)({"params": params}, tokens)
     return {"logits": logits, "slopes": slopes(heads)}
 
 

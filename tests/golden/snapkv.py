@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Mapping
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -25,10 +26,10 @@ def run(case: Mapping[str, Any]) -> dict[str, np.ndarray]:
     now = place(None, b, s)
     kv_pos = jnp.broadcast_to(now.pos[..., None], k.shape[:3])
     early = jnp.broadcast_to(jnp.arange(s) < s - snap.window, (b, h, s))
-    vote = snap.votes(q, k, kv_pos, now)
-    pooled = snap.pooled(vote, early)
+    vote = jax.jit(snap.votes)(q, k, kv_pos, now)
+    pooled = jax.jit(snap.pooled)(vote, early)
     cut = s - snap.window
-    state, _ = snap.step(snap.init_state(s + 1, q, k, v), q, k, v)
+    state, _ = jax.jit(snap.step)(snap.init_state(s + 1, q, k, v), q, k, v)
     kept = np.asarray(state.pos[:, : min(snap.capacity, s)]).transpose(0, 2, 1)
     out = {
         "vote_sum": vote[..., :cut],

@@ -11,9 +11,11 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from attn.dispatch import interpreted, pick
 from attn.masks import Full, Mask
 from attn.shapes import check
 from attn.softmax import weights
+from pallas_kernels import blocks as kernels
 
 
 def gather(a: jax.Array, chosen: jax.Array, block: int) -> jax.Array:
@@ -53,6 +55,7 @@ def attend(
     q_run: jax.Array | None = None,
     kv_run: jax.Array | None = None,
     scale: float | None = None,
+    implementation: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Attention to chosen blocks -> o [B,T,H,V] and lse [B,H,T] float32.
 
@@ -60,11 +63,26 @@ def attend(
     `block` tokens for each of N blocks of ceil(T/N) queries, -1 for none. A block that
     is chosen twice counts twice: `distinct` comes first. The mask acts inside blocks;
     positions (0, 1, ... by default) and runs are those of `attn.softmax.allowed`. A
-    query that sees nothing gives o = 0 and lse = -inf.
+    query that sees nothing gives o = 0 and lse = -inf. implementation: "xla", "pallas"
+    or None for the best; see `attn.dispatch.pick`.
     """
     check(q, k, v)
+    _check(chosen, (*q.shape[:3], k.shape[2]), k.shape[1], block)
+    options = {"block": block, "head": head, "q_pos": q_pos, "kv_pos": kv_pos,
+               "q_run": q_run, "kv_run": kv_run, "scale": scale}
+    kernel = lambda: kernels.blocks(
+        q, k, v, chosen, mask=mask, interpret=interpreted(), **options
+    )
+    return pick(
+        implementation, xla=lambda: _gathered(q, k, v, chosen, mask, **options),
+        tpu=kernel,
+    )
+
+
+def _gathered(q, k, v, chosen, mask, *, block, head, q_pos, kv_pos, q_run, kv_run,
+              scale):
+    """The XLA form: chosen blocks are gathered, once."""
     (b, t, h, d), s = q.shape, k.shape[1]
-    _check(chosen, (b, t, h, k.shape[2]), s, block)
     chosen = jnp.repeat(chosen, h // chosen.shape[1], 1)
     n = chosen.shape[2]
     size = -(-t // n)

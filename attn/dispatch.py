@@ -20,6 +20,11 @@ def platform() -> str:
     return "gpu" if name in ("cuda", "rocm") else name
 
 
+def interpreted() -> bool:
+    """Whether kernels have to be interpreted: what is compiled for is a CPU."""
+    return platform() == "cpu"
+
+
 def pick(
     implementation: str | None,
     *,

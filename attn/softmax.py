@@ -4,7 +4,8 @@ Softmax attention looks at all pairs of tokens, but the T x S matrix never exist
 of keys pass by while each row keeps a running maximum, sum and weighted value, and the
 backward pass computes the tiles again. Tiles that the mask hides are never visited.
 
-`Softmax` is the attention, `attend` the mechanism under it (`attn/tiles.py`), and
+`Softmax` is the attention, `attend` the mechanism under it (XLA's form is
+`attn/tiles.py`, the kernels' `pallas_kernels/flash.py`), and
 `logits`, `weights`, `values` the same in three steps for ideas that need the matrix.
 """
 
@@ -12,20 +13,40 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Callable
+from typing import Any, Callable
 
 import jax
 import jax.numpy as jnp
 
 from attn import cache as caches
-from attn.dispatch import pick
+from attn import tiles
+from attn.dispatch import interpreted, pick
 from attn.masks import Causal, Full, Mask
 from attn.segments import place
 from attn.shapes import check
 from attn.sharding import gather, over_mesh, spread_heads
-from attn.tiles import NEVER, attend
+from pallas_kernels.flash import flash
+from pallas_kernels.tile import NEVER
 
 __all__ = ["Softmax", "allowed", "attend", "logits", "values", "weights"]
+
+
+def attend(
+    q: jax.Array, k: jax.Array, v: jax.Array, *, implementation: str | None = None,
+    **options: Any,
+) -> tuple[jax.Array, jax.Array]:
+    """Exact attention: o [B,T,H,V] and lse [B,H,T], by the best implementation here.
+
+    q [B,T,H,D], k [B,S,K,D], v [B,S,K,V]; options: those of `attn.tiles.attend`.
+    implementation: "xla", "pallas" or None for the best; see `attn.dispatch.pick`.
+    """
+    kernel = lambda backend: lambda: flash(
+        q, k, v, backend=backend, interpret=interpreted(), **options
+    )
+    return pick(
+        implementation, xla=lambda: tiles.attend(q, k, v, **options),
+        tpu=kernel("tpu"), gpu=kernel("gpu"),
+    )
 
 
 def logits(q: jax.Array, k: jax.Array, scale: float | None = None) -> jax.Array:
@@ -198,13 +219,12 @@ class Softmax:
         self, q, k, v, head, batch, q_pos, kv_pos, q_run, kv_run, bias, sink, key
     ):
         k, v, kv_pos, kv_run = (gather(a, self.axis) for a in (k, v, kv_pos, kv_run))
-        xla = lambda: attend(
+        return attend(
             q, k, v, mask=self.mask, head=head, q_pos=q_pos, kv_pos=kv_pos,
             q_run=q_run, kv_run=kv_run, scale=self.scale, softcap=self.softcap,
             score=self.score, bias=bias, sink=sink, dropout=self.dropout, key=key,
-            batch=batch,
+            batch=batch, implementation=self.implementation,
         )[0]
-        return pick(self.implementation, xla=xla)
 
 
 def _letters(bias) -> str:

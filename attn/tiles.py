@@ -24,23 +24,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attn.masks import FOREVER, Full, Mask, tiles
-
-NEVER = -jnp.inf
+from attn.masks import Full, Mask
+from pallas_kernels.schedule import SKIP, Tiling, asked, found
+from pallas_kernels.tile import NEVER, Form, kept
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
     """What is known of one call before it runs: the tiles and the form of a logit."""
 
-    mask: Mask
-    scale: float
-    softcap: float | None
-    score: Callable | None
-    dropout: float
-    tile: tuple[int, int]
-    offset: int | None  # position of query 0 if positions simply count, else None
+    form: Form
+    tiling: Tiling
     pairs: tuple[tuple[int, int], ...]
+
+    @property
+    def tile(self) -> tuple[int, int]:
+        """Queries and keys of a tile."""
+        return self.tiling.rows, self.tiling.columns
 
 
 class Side(NamedTuple):
@@ -107,9 +107,12 @@ def attend(
     offset = s - t if counted else None
     if not counted and (q_pos is None or kv_pos is None):
         raise ValueError("q_pos and kv_pos go together: expected both or neither")
+    scale = d**-0.5 if scale is None else scale
+    tiling = Tiling(t, s, bq, bk, offset)
+    table = asked(mask, tiling)
     plan = Plan(
-        mask, d**-0.5 if scale is None else scale, softcap, score, dropout, (bq, bk),
-        offset, _pairs(mask, t, s, bq, bk, offset),
+        Form(None if mask == Full() else mask, scale, softcap, score, dropout), tiling,
+        tuple((int(i), int(j)) for i, j in np.argwhere(table != SKIP)),
     )
     if kv_pos is not None and kv_pos.ndim == 2:
         kv_pos = kv_pos[..., None]
@@ -129,7 +132,10 @@ def attend(
         seed=_seed(key) if random else None,
         batch=batch if random else None,
     )
-    side = side._replace(busy=_busy(plan, side))
+    if len(plan.pairs) > 1 and not (counted and q_run is None):
+        at = np.asarray(plan.pairs, np.int32).T
+        seen = found(plan.form.mask, tiling, table, q_pos, kv_pos, q_run, kv_run)
+        side = side._replace(busy=(seen[:, at[0], at[1]] != SKIP).any(0))
     grouped = q.reshape(b, t, heads, h // heads, d).transpose(0, 2, 3, 1, 4)
     grouped = _pad(grouped, 3, tp)
     keys, vals = (_pad(a.transpose(0, 2, 1, 3), 2, sp) for a in (k, v))
@@ -151,17 +157,6 @@ def _seed(key: Any) -> jax.Array:
 def tile_for(t: int, s: int) -> tuple[int, int]:
     """Tile (queries, keys) of the XLA path: its logits fit in a core's cache."""
     return min(t, 256), min(s, 512)
-
-
-def _pairs(mask, t, s, bq, bk, offset) -> tuple[tuple[int, int], ...]:
-    """The (query tile, key tile) pairs that the mask leaves, in order."""
-    nq, nk = -(-t // bq), -(-s // bk)
-    if offset is None:
-        return tuple((i, j) for i in range(nq) for j in range(nk))
-    first_q, first_k = np.arange(nq) * bq, np.arange(nk) * bk
-    last_q, last_k = np.minimum(first_q + bq, t) - 1, np.minimum(first_k + bk, s) - 1
-    found = tiles(mask, (first_q + offset, last_q + offset), (first_k, last_k))
-    return tuple((int(i), int(j)) for i, j in found)
 
 
 def _pad(a, axis: int, size: int, value=0):
@@ -196,16 +191,17 @@ def _put(a, part, axis: int, n, size: int):
 def _seen(plan: Plan, side: Side, i, j):
     """The mask and its positions on tile (i, j): (bool or None, h, q_pos, kv_pos)."""
     bq, bk = plan.tile
-    if plan.offset is None:
+    offset = plan.tiling.offset
+    if offset is None:
         q_pos = _cut(side.q_pos, 1, i, bq)[:, None, None, :, None]
         kv_pos = jnp.moveaxis(_cut(side.kv_pos, 1, j, bk), 2, 1)[:, :, None, None, :]
     else:
-        q_pos = (i * bq + plan.offset + jnp.arange(bq))[None, None, None, :, None]
+        q_pos = (i * bq + offset + jnp.arange(bq))[None, None, None, :, None]
         kv_pos = (j * bk + jnp.arange(bk))[None, None, None, None, :]
     h = side.head[None, :, :, None, None]
-    seen = None if plan.mask == Full() else plan.mask(h, q_pos, kv_pos)
+    seen = None if plan.form.mask is None else plan.form.mask(h, q_pos, kv_pos)
     tests = [] if seen is None else [seen]
-    if plan.offset is None:
+    if offset is None:
         tests.append(kv_pos >= 0)
     if side.q_run is not None:
         q_run = _cut(side.q_run, 1, i, bq)[:, None, None, :, None]
@@ -218,17 +214,10 @@ def _seen(plan: Plan, side: Side, i, j):
 def _tile_logits(plan: Plan, side: Side, q, k, bias, i, j):
     """Logits of tile (i, j) [B,K,G,bq,bk], -inf where hidden; and d(capped)/d(raw)."""
     bq, bk = plan.tile
-    s = jnp.einsum("bkgid,bkjd->bkgij", q, k, preferred_element_type=jnp.float32)
-    s = s * plan.scale
-    slope = None
-    if plan.softcap is not None:
-        capped = jnp.tanh(s / plan.softcap)
-        s, slope = plan.softcap * capped, 1 - capped**2
+    raw = jnp.einsum("bkgid,bkjd->bkgij", q, k, preferred_element_type=jnp.float32)
     seen, h, q_pos, kv_pos = _seen(plan, side, i, j)
-    if plan.score is not None:
-        s = s + plan.score(h, q_pos, kv_pos)
-    if bias is not None:
-        s = s + _cut(_cut(bias, 3, i, bq), 4, j, bk)
+    bias = _cut(_cut(bias, 3, i, bq), 4, j, bk)
+    s, slope = plan.form.logits(raw, h, q_pos, kv_pos, bias)
     return (s if seen is None else jnp.where(seen, s, NEVER)), slope
 
 
@@ -236,26 +225,17 @@ def _tile_keep(plan: Plan, side: Side, i, j):
     """What dropout multiplies the weights of tile (i, j) with; None for nothing."""
     bq, bk = plan.tile
     if side.keep is not None:
-        kept = _cut(_cut(side.keep, 3, i, bq), 4, j, bk)
+        chosen = _cut(_cut(side.keep, 3, i, bq), 4, j, bk)
     elif side.seed is not None:
-        heads = side.head.astype(jnp.uint32)[None, :, :, None, None]
-        rows = side.batch.astype(jnp.uint32)[:, None, None, None, None]
-        at = lambda n, size: (n * size + jnp.arange(size)).astype(jnp.uint32)
-        q_i = at(i, bq)[None, None, None, :, None]
-        k_j = at(j, bk)[None, None, None, None, :]
-        word = _mix(_mix(side.seed[0] ^ rows) ^ heads)
-        word = _mix(_mix(word ^ side.seed[1] ^ q_i) ^ k_j)
-        kept = word >= jnp.uint32(round(plan.dropout * 2**32))
+        at = lambda n, size: n * size + jnp.arange(size)
+        chosen = kept(
+            plan.form.dropout, side.seed, side.batch[:, None, None, None, None],
+            side.head[None, :, :, None, None], at(i, bq)[None, None, None, :, None],
+            at(j, bk)[None, None, None, None, :],
+        )
     else:
         return None
-    return kept.astype(jnp.float32) / (1 - plan.dropout)
-
-
-def _mix(x):
-    """A 32-bit integer hash with full avalanche: the finaliser of MurmurHash3."""
-    x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
-    x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
-    return x ^ (x >> 16)
+    return chosen.astype(jnp.float32) / (1 - plan.form.dropout)
 
 
 def _over_tiles(plan: Plan, side: Side, body: Callable, carry):
@@ -273,34 +253,6 @@ def _over_tiles(plan: Plan, side: Side, body: Callable, carry):
         return jax.lax.cond(busy, visit, lambda c: c, carry), None
 
     return jax.lax.scan(step, carry, (pairs, side.busy))[0]
-
-
-def _busy(plan: Plan, side: Side):
-    """Which of the plan's tiles may hold a visible pair, given positions and runs."""
-    if len(plan.pairs) == 1 or (plan.offset is not None and side.q_run is None):
-        return None
-    bq, bk = plan.tile
-    i, j = np.asarray(plan.pairs, np.int32).reshape(-1, 2).T
-
-    def extent(a, real, size, at):
-        # first and last value among the real tokens of each tile, over batch and heads
-        a, real = (jnp.moveaxis(x, 1, 0).reshape(x.shape[1] // size, -1)
-                   for x in jnp.broadcast_arrays(a, real))
-        low = jnp.where(real, a, FOREVER // 2).min(1)
-        high = jnp.where(real, a, -FOREVER // 2).max(1)
-        return low[at], high[at]
-
-    some = jnp.ones(len(i), bool)
-    if plan.offset is None:
-        q_real = True if side.q_run is None else side.q_run > 0
-        q_at = extent(side.q_pos, q_real, bq, i)
-        kv_at = extent(side.kv_pos, side.kv_pos >= 0, bk, j)
-        some = plan.mask.bounds(q_at, kv_at)[0] & (kv_at[1] >= kv_at[0])
-    if side.q_run is not None:
-        q_at = extent(side.q_run, side.q_run > 0, bq, i)
-        kv_at = extent(side.kv_run, side.kv_run > 0, bk, j)
-        some = some & (q_at[0] <= kv_at[1]) & (kv_at[0] <= q_at[1])
-    return some
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -371,7 +323,7 @@ def _backward(plan, saved, cotangents):
                           preferred_element_type=jnp.float32)
         if dbias is not None:
             dbias = _add_bias(dbias, ds, plan.tile, i, j)
-        ds = ((ds if slope is None else ds * slope) * plan.scale).astype(q.dtype)
+        ds = ((ds if slope is None else ds * slope) * plan.form.scale).astype(q.dtype)
         dq_i = jnp.einsum("bkgij,bkjd->bkgid", ds, k_j,
                           preferred_element_type=jnp.float32)
         dk_j = jnp.einsum("bkgij,bkgid->bkjd", ds, q_i,

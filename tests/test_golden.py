@@ -6,7 +6,8 @@ import pathlib
 import numpy as np
 import pytest
 
-from tests.golden.__main__ import main
+from tests.golden import flashattention
+from tests.golden.__main__ import cases, main, relative, tolerance
 
 FOLDER = pathlib.Path(__file__).parent / "golden"
 FILES = sorted(FOLDER.glob("*.npz"))
@@ -15,6 +16,14 @@ FILES = sorted(FOLDER.glob("*.npz"))
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_golden_vectors_hold(path, capsys):
     assert main([str(path)]) == 0, capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", cases(FOLDER / "flashattention.npz"))
+def test_golden_vectors_hold_in_the_kernels(name):
+    case = cases(FOLDER / "flashattention.npz")[name]
+    for array, value in flashattention.run(case, "pallas").items():
+        error = relative(value, case[array])
+        assert error <= tolerance(flashattention, array, case), (array, error)
 
 
 def changed(path, tmp_path, name, change, to=None):

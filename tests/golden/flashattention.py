@@ -10,19 +10,21 @@ import numpy as np
 
 from attn import blocks
 from attn.masks import FOREVER, Causal, Full, Mask, Sink, Window
-from attn.softmax import Softmax
-from attn.tiles import attend
+from attn.softmax import Softmax, attend
 
 OPTIONS = {"layout", "softmax_scale", "causal", "causal_alignment", "window", "softcap",
            "dropout_p", "kind", "block", "sink_token_length"}
 
 
-def run(case: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """What the arrays of the case ask for."""
+def run(
+    case: Mapping[str, Any], implementation: str | None = None
+) -> dict[str, np.ndarray]:
+    """What the arrays of the case ask for, by XLA or ("pallas") by the kernels."""
     config = case["config"]
     if unknown := set(config) - OPTIONS:
         raise ValueError(f"config has {sorted(unknown)}: expected {sorted(OPTIONS)}")
-    f = _blocks(case) if "block_mask" in case else _exact(case)
+    make = _blocks if "block_mask" in case else _exact
+    f = make(case, implementation)
     names = [name for name in ("q", "k", "v", "sink", "bias") if name in case]
     args = [jnp.asarray(case[name]) for name in names]
     with jax.default_matmul_precision("highest"):
@@ -64,7 +66,7 @@ def _scale(config: Mapping[str, Any]) -> float | None:
     return None if scale == "D**-0.5" else float(scale)
 
 
-def _exact(case) -> Callable:
+def _exact(case, implementation) -> Callable:
     """f(arrays by name) -> o, lse, by the tiles alone, and by tiles of odd sizes."""
     config = case["config"]
     (b, t), s = case["q"].shape[:2], case["k"].shape[1]
@@ -83,7 +85,7 @@ def _exact(case) -> Callable:
     return lambda a: attend(
         a["q"], a["k"], a["v"], sink=a.get("sink"), bias=a.get("bias"),
         mask=_mask(config), scale=_scale(config), softcap=config.get("softcap") or None,
-        tile=(16, 24), **extra,
+        tile=(16, 24), implementation=implementation, **extra,
     )
 
 
@@ -115,7 +117,7 @@ def _agrees_with_softmax(case, o) -> None:
     np.testing.assert_allclose(again, o, rtol=1e-4, atol=1e-5)
 
 
-def _blocks(case) -> Callable:
+def _blocks(case, implementation) -> Callable:
     """f(arrays by name) -> o, lse, over the blocks that block_mask [H,N,M] allows."""
     allowed, block = np.asarray(case["block_mask"]), case["config"]["block"]
     many = max(int(allowed.sum(-1).max()), 1)
@@ -129,7 +131,8 @@ def _blocks(case) -> Callable:
     def f(a):
         q = jnp.pad(a["q"], ((0, 0), (0, fill), (0, 0), (0, 0)))
         o, lse = blocks.attend(q, a["k"], a["v"], chosen, _mask(case["config"]),
-                               block=block, scale=_scale(case["config"]))
+                               block=block, scale=_scale(case["config"]),
+                               implementation=implementation)
         return o[:, :t], lse[..., :t]
 
     return f

@@ -1,0 +1,158 @@
+"""Flash attention: exact softmax attention by tiles, forward and backward, as a kernel.
+
+The T x S matrix never reaches main memory: a query tile keeps a running maximum, sum
+and weighted value while key tiles pass by, and the backward pass makes each tile again
+from q, k and the log-sum-exp. Tiles that the mask hides are never visited, and those
+that it leaves whole are computed without mask arithmetic. Everything is deterministic:
+no sum depends on which program came first.
+
+Sources: Dao et al., 2022, arXiv:2205.14135; Dao, 2023, arXiv:2307.08691; Shah et al.,
+2024, arXiv:2407.08608.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from typing import Any, Callable
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import Refused, tables
+from pallas_kernels.schedule import Side, Static, Tiling
+from pallas_kernels.tile import Form
+
+F32 = jnp.float32
+DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
+WIDEST = 256
+
+
+def flash(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    mask: Any = None,
+    head: jax.Array | None = None,
+    q_pos: jax.Array | None = None,
+    kv_pos: jax.Array | None = None,
+    q_run: jax.Array | None = None,
+    kv_run: jax.Array | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    score: Callable | None = None,
+    bias: jax.Array | None = None,
+    sink: jax.Array | None = None,
+    keep: jax.Array | None = None,
+    dropout: float = 0.0,
+    key: jax.Array | None = None,
+    batch: jax.Array | None = None,
+    tile: tuple[int, int] | None = None,
+    backend: str = "tpu",
+    interpret: Any = False,
+) -> tuple[jax.Array, jax.Array]:
+    """Exact attention -> o [B,T,H,V] in v's dtype and lse [B,H,T] float32.
+
+    q [B,T,H,D], k [B,S,K,D], v [B,S,K,V]; query head h reads key head h // (H/K).
+    mask: a predicate on (head, query position, key position) with `bounds`; positions
+    count from 0, aligned at the last token when T != S, unless q_pos [B,T] and kv_pos
+    [B,S] or [B,S,K] are given (-1: an empty slot). q_run [B|1,T], kv_run [B|1,S]: a
+    token sees its own run, and run 0 is padding. A logit is scale * q.k, capped, plus
+    score(h, i, j), plus bias [B|1,H|1,T|1,S|1]; sink [H] is a logit without value.
+    dropout acts when there is a `key`, or by `keep` [B,H,T,S] bool. tile: queries and
+    keys of a tile. Rows that see nothing give o = 0, lse = -inf and no gradient.
+    backend: "tpu", "triton" or "mosaic". interpret: run on a CPU, slowly.
+
+    Raises Refused for what the kernel does not do. Sources: see the module.
+    """
+    b, t, h, d = q.shape
+    s, width = k.shape[1], v.shape[3]
+    _check(q, k, v, q_pos, kv_pos)
+    for name, f in (("mask", mask), ("score", score)):
+        check_elementwise(name, f)
+    device = tables.device_kind()
+    offset = s - t if q_pos is None else None
+    shape = tables.Shape(t, s, d, width, q.dtype.itemsize)
+    pick = lambda which: tables.tile(device, which, shape, tile)
+    ahead, back = pick("flash_forward"), pick("flash_backward")
+    random = dropout > 0 and key is not None
+    form = Form(mask, d**-0.5 if scale is None else scale, softcap, score,
+                dropout if random or keep is not None else 0.0)
+    static = Static(
+        form, Tiling(t, s, ahead.rows, ahead.columns, offset),
+        Tiling(t, s, back.rows, back.columns, offset), (ahead.chunk, back.chunk),
+        tables.vmem(device), backend, interpret,
+    )
+    if max(*static.tiling.grid, *static.backward.grid) > 2**15:
+        raise Refused(f"T={t}, S={s}: the list of tiles is too long")
+    if random and batch is None:
+        batch = jnp.arange(b, dtype=jnp.int32)
+    side = Side(
+        jnp.arange(h, dtype=jnp.int32) if head is None else head, q_pos,
+        kv_pos[..., None] if kv_pos is not None and kv_pos.ndim == 2 else kv_pos,
+        q_run, kv_run, keep, _seed(key) if random else None, batch if random else None,
+    )
+    return _flash(static, side, q, k, v, bias, sink)
+
+
+def _check(q, k, v, q_pos, kv_pos) -> None:
+    """Raises Refused for widths and types that no kernel takes."""
+    if not q.dtype == k.dtype == v.dtype or q.dtype not in DTYPES:
+        raise Refused(f"q, k, v are {q.dtype}, {k.dtype}, {v.dtype}: one of "
+                      "bfloat16, float16, float32 for all three")
+    for name, n in (("D", q.shape[3]), ("V", v.shape[3])):
+        if n > WIDEST:
+            raise Refused(f"{name}={n}: at most {WIDEST}")
+    if min(q.shape[1], k.shape[1]) < 1:
+        raise Refused(f"T={q.shape[1]}, S={k.shape[1]}: at least 1")
+    if (q_pos is None) != (kv_pos is None):
+        raise ValueError("q_pos and kv_pos go together: expected both or neither")
+
+
+def check_elementwise(name: str, f: Callable | None) -> None:
+    """Raises Refused if f(head, i, j) reads an array: a kernel cannot carry one."""
+    if f is None:
+        return
+    place = jax.ShapeDtypeStruct((), jnp.int32)
+    consts = jax.make_jaxpr(f)(place, place, place).consts
+    if any(getattr(a, "ndim", 0) for a in consts):
+        raise Refused(f"{name}={f}: it reads a table, expected arithmetic on positions")
+
+
+def _kernels(static: Static) -> Any:
+    """The module with `forward` and `backward` of the call's backend."""
+    return importlib.import_module(f"pallas_kernels.flash_{static.backend}")
+
+
+def _seed(key: Any) -> jax.Array:
+    """Two words of a PRNG key."""
+    return jax.random.key_data(key).astype(jnp.uint32)[-2:]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _flash(static: Static, side: Side, q, k, v, bias, sink):
+    return _ahead(static, side, q, k, v, bias, sink)[0]
+
+
+def _ahead(static: Static, side: Side, q, k, v, bias, sink):
+    o, lse = _kernels(static).forward(static, side, q, k, v, bias, sink)
+    return (o, lse), (side, q, k, v, bias, sink, o, lse)
+
+
+def _back(static: Static, saved, cotangents):
+    side, q, k, v, bias, sink, o, lse = saved
+    do, dlse = cotangents
+    # d(lse) enters exactly where delta leaves
+    delta = (do.astype(F32) * o.astype(F32)).sum(-1).transpose(0, 2, 1) - dlse
+    dq, dk, dv, dbias = _kernels(static).backward(
+        static, side, q, k, v, bias, sink, lse, delta, do.astype(v.dtype)
+    )
+    dsink = None
+    if sink is not None:
+        share = jnp.exp(sink.astype(F32)[None, :, None] - lse)
+        dsink = -(share * delta).sum((0, 2)).astype(sink.dtype)
+    return None, dq, dk, dv, dbias, dsink
+
+
+_flash.defvjp(_ahead, _back)

@@ -1,0 +1,264 @@
+"""Steps of a flash kernel on TPU: the schedule that is prefetched, the tiles that are
+cut out of each array, and what the elements of a tile are.
+
+Tiles of logits lie as [keys, queries]: see `pallas_kernels/flash_tpu.py`.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels.schedule import MASKED, SKIP, Tiling, Visits
+from pallas_kernels.tile import LOG2E, NEVER, Form, both, kept
+
+F32 = jnp.float32
+
+
+class Arrays(NamedTuple):
+    """What a kernel reads by tiles; None for what the call does not use.
+
+    q [B,H,T,D], k [B,K,S,D], v [B,K,S,V], T and S multiples of their tile; bias
+    [B|1,H|1,T|1,S|1]; keep [B,H,T,S] int8; q_pos, q_run [B|1,1,T]; kv_pos [B,1|K,1,S];
+    kv_run [B|1,1,S]; and backward do [B,H,T,V], lse and delta [B,H,1,T].
+    """
+
+    q: Any
+    k: Any
+    v: Any
+    bias: Any = None
+    keep: Any = None
+    q_pos: Any = None
+    kv_pos: Any = None
+    q_run: Any = None
+    kv_run: Any = None
+    do: Any = None
+    lse: Any = None
+    delta: Any = None
+
+
+class Scalars(NamedTuple):
+    """What a kernel reads before a step begins: int32, but for sink.
+
+    order [P]: row << 16 | column; plan [B|1 * P]: hold << 4 | last << 3 | first << 2 |
+    ask; group [P]: which query head of the key head; heads [H]: global head numbers;
+    sink [H] float32; rng [2 + B]: the seed, and the rows' numbers in the batch.
+    """
+
+    order: Any
+    plan: Any
+    group: Any
+    heads: Any
+    sink: Any
+    rng: Any
+
+
+class Call(NamedTuple):
+    """What is static: the form, the tiles, keys a chunk, and which parts there are."""
+
+    form: Form
+    tiling: Tiling
+    chunk: int
+    groups: int
+    sink: bool
+    vmem: int  # bytes of fast memory that the compiler may use
+    interpret: Any
+
+
+def scalars(seen: Visits, groups: int, heads, sink, seed, batch) -> Scalars:
+    """The schedule packed; `groups` > 1 repeats each line for every query head."""
+    steps = len(seen.order)
+    start = np.flatnonzero(seen.first)
+    lines = np.split(np.arange(steps), start[1:])
+    at = np.concatenate([np.tile(line, groups) for line in lines])
+    group = np.concatenate([np.repeat(np.arange(groups), len(line)) for line in lines])
+    first = seen.first[at] & (group == 0)
+    last = seen.last[at] & (group == groups - 1)
+    words = jnp.asarray(last << 3 | first << 2)[None] + seen.ask[:, at]
+    words = words + (seen.hold[:, at] << 4)
+    rng = jnp.zeros(2, jnp.int32)
+    if seed is not None:
+        rng = jnp.concatenate([seed.astype(jnp.int32), batch.astype(jnp.int32)])
+    zeros = jnp.zeros(heads.shape, F32)
+    return Scalars(
+        jnp.asarray(seen.order[at]), words.astype(jnp.int32).reshape(-1),
+        jnp.asarray(group, jnp.int32), heads.astype(jnp.int32),
+        zeros if sink is None else sink.astype(F32), rng,
+    )
+
+
+class Here:
+    """One grid step: which tile, what is asked of it, and what its elements are."""
+
+    def __init__(self, call: Call, info: Scalars, x: Arrays, by_column: bool):
+        self.call, self.x, self.info = call, x, info
+        steps = info.order.shape[0]
+        self.b, outer, self.p = (pl.program_id(n) for n in range(3))
+        self.row, self.column = unpack(info.order[self.p])
+        self.group = info.group[self.p]
+        self.local = outer * call.groups + self.group if by_column else outer
+        self.head = info.heads[self.local]
+        rows = info.plan.shape[0] // steps
+        self.word = info.plan[(self.b * steps if rows > 1 else 0) + self.p]
+        self.ask = self.word & 3
+        self.first, self.last = self.word & 4 != 0, self.word & 8 != 0
+
+    def positions(self, c: int):
+        """Query positions [1,rows] and key positions [chunk,1] of chunk `c`."""
+        t, n = self.call.tiling, self.call.chunk
+        if t.offset is None:
+            j = column(self.x.kv_pos[0, 0, :, c * n:(c + 1) * n])
+            return self.x.q_pos[0], j
+        return self.queries() + t.offset, self.keys(c)
+
+    def queries(self):
+        """Query numbers [1,rows]."""
+        rows = self.call.tiling.rows
+        return self.row * rows + jax.lax.broadcasted_iota(jnp.int32, (1, rows), 1)
+
+    def keys(self, c: int):
+        """Key numbers [chunk,1]."""
+        n = self.call.chunk
+        first = self.column * self.call.tiling.columns + c * n
+        return first + jax.lax.broadcasted_iota(jnp.int32, (n, 1), 0)
+
+    def logits(self, q, c: int, masked: bool):
+        """Logits times log2(e) of chunk `c` [chunk,rows], NEVER where hidden."""
+        t, n, form = self.call.tiling, self.call.chunk, self.call.form
+        part = slice(c * n, (c + 1) * n)
+        raw = dot(self.x.k[0, 0, part], q, ((1,), (1,)))
+        i = j = None
+        if masked or form.score is not None:
+            i, j = self.positions(c)
+        bias = None if self.x.bias is None else self.bias(c)
+        s, slope = form.logits(raw, self.head, i, j, bias, LOG2E)
+        if not masked:
+            return s, slope
+        seen = None if form.mask is None else form.mask(self.head, i, j)
+        if t.offset is None:
+            seen = both(seen, self.positions(c)[1] >= 0)
+        if self.x.q_run is not None:
+            run = column(self.x.kv_run[0, :, part])
+            seen = both(seen, (self.x.q_run[0] == run) & (run > 0))
+        if t.s % t.columns:
+            seen = both(seen, self.keys(c) < t.s)
+        return (s if seen is None else jnp.where(seen, s, NEVER)), slope
+
+    def bias(self, c: int):
+        """The bias of chunk `c`: [chunk|1,rows|1]."""
+        ref, n = self.x.bias, self.call.chunk
+        rows, columns = ref.shape[2:]
+        part = ref[0, 0] if columns == 1 else ref[0, 0, :, c * n:(c + 1) * n]
+        return (column(part) if rows == 1 else part.astype(F32).T).astype(F32)
+
+    def drop(self, c: int):
+        """What dropout multiplies the weights of chunk `c` with; None for nothing."""
+        rate, n = self.call.form.dropout, self.call.chunk
+        if self.x.keep is not None:
+            stay = self.x.keep[0, 0, :, c * n:(c + 1) * n].astype(F32).T
+            return stay / (1 - rate)
+        if not rate:
+            return None
+        seed = [self.info.rng[n].astype(jnp.uint32) for n in range(2)]
+        batch = self.info.rng[2 + self.b]
+        stay = kept(rate, seed, batch, self.head, self.queries(), self.keys(c))
+        return jnp.where(stay, 1 / (1 - rate), 0.0)
+
+    def run(self, step) -> None:
+        """step(masked) as the tile asks; nothing for a tile that is skipped."""
+        pl.when(self.ask == MASKED)(functools.partial(step, True))
+        pl.when((self.ask != MASKED) & (self.ask != SKIP))(
+            functools.partial(step, False)
+        )
+
+
+def unpack(word):
+    """Row and column of an entry of `Scalars.order`."""
+    return word >> 16, word & 0xFFFF
+
+
+def column(row):
+    """[1,n] -> [n,1]."""
+    return jnp.broadcast_to(row, (8, row.shape[1])).T[:, :1]
+
+
+def dot(a, b, contract):
+    """A matrix product into float32; float32 operands are not rounded."""
+    precision = jax.lax.Precision.HIGHEST if a.dtype == F32 else None
+    return jax.lax.dot_general(
+        a, b, (contract, ((), ())), precision=precision, preferred_element_type=F32
+    )
+
+
+def specs(call: Call, x: Arrays, outer, inner, head, batch) -> Arrays:
+    """How each array is cut: functions of a grid step give tile, head and batch.
+
+    outer, inner: the query tile and the key tile to hold at a step; head: the query
+    head; batch: the row of the batch.
+    """
+    rows, columns = call.tiling.rows, call.tiling.columns
+    one = lambda n, index: (lambda *a: 0) if n == 1 else index
+    kv = lambda *a: head(*a) // call.groups
+
+    def spec(a, cut):
+        if a is None:
+            return None
+        # (size of a block, its index) along each axis
+        sizes, indices = zip(*cut)
+        at = [one(n, i) for n, i in zip(a.shape, indices)]
+        block = tuple(min(m, n) for m, n in zip(sizes, a.shape))
+        return pl.BlockSpec(block, lambda *a: tuple(i(*a) for i in at))
+
+    whole = lambda *a: 0
+    by_q = ((1, batch), (1, head), (rows, outer))
+    by_k = ((1, batch), (1, kv), (columns, inner))
+    q_row = ((1, batch), (1, whole), (rows, outer))
+    matrix = ((1, batch), (1, head), (rows, outer), (columns, inner))
+    wide = lambda a: ((a.shape[-1], whole),)
+    return Arrays(
+        spec(x.q, by_q + wide(x.q)), spec(x.k, by_k + wide(x.k)),
+        spec(x.v, by_k + wide(x.v)), spec(x.bias, matrix), spec(x.keep, matrix),
+        spec(x.q_pos, q_row),
+        spec(x.kv_pos, ((1, batch), (1, kv), (1, whole), (columns, inner))),
+        spec(x.q_run, q_row),
+        spec(x.kv_run, ((1, batch), (1, whole), (columns, inner))),
+        spec(x.do, by_q + (wide(x.do) if x.do is not None else ())),
+        *(spec(a, ((1, batch), (1, head), (1, whole), (rows, outer)))
+          for a in (x.lse, x.delta)),
+    )
+
+
+def held(b, p, info) -> Any:
+    """The tile of the inner axis at a step."""
+    order, plan = info[:2]
+    steps = order.shape[0]
+    return plan[(b * steps if plan.shape[0] > steps else 0) + p] >> 4
+
+
+def launch(call: Call, kernel, grid, info: Scalars, x, in_specs, out_specs, out_shape,
+           scratch, name: str):
+    """pallas_call with the schedule prefetched."""
+    def body(*refs):
+        info, rest = refs[:len(Scalars._fields)], refs[len(Scalars._fields):]
+        kernel(call, info, *rest)
+
+    return pl.pallas_call(
+        body,
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=len(Scalars._fields), grid=grid, in_specs=[in_specs],
+            out_specs=out_specs, scratch_shapes=scratch,
+        ),
+        out_shape=out_shape,
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel", "arbitrary"),
+            vmem_limit_bytes=call.vmem,
+        ),
+        interpret=call.interpret,
+        name=name,
+    )(*info, x)

@@ -1,0 +1,84 @@
+"""Tile tables: how large a kernel's tiles are, per device and class of shapes.
+
+The numbers are data (`tiles.json`), written by `python -m pallas_kernels.tune`; here is
+how a call finds its row. A device that has none takes the row of "default".
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import pathlib
+from typing import Any, NamedTuple
+
+import jax
+
+TABLE = pathlib.Path(__file__).with_name("tiles.json")
+MIB = 2**20
+
+
+class Shape(NamedTuple):
+    """What of a call decides the size of its tiles."""
+
+    t: int
+    s: int
+    d: int
+    v: int
+    itemsize: int
+
+
+class Tile(NamedTuple):
+    """Queries and keys of a tile, and how many keys pass by at once."""
+
+    rows: int
+    columns: int
+    chunk: int
+
+
+def device_kind() -> str:
+    """The device that is compiled for: the abstract mesh's, else the default."""
+    mesh = jax.sharding.get_abstract_mesh()
+    device = getattr(mesh, "abstract_device", None)
+    return getattr(device, "device_kind", None) or jax.devices()[0].device_kind
+
+
+@functools.cache
+def _table() -> dict[str, Any]:
+    return json.loads(TABLE.read_text())
+
+
+def row(device: str) -> dict[str, Any]:
+    """The table of a device."""
+    table = _table()
+    return table.get(device, table["default"])
+
+
+def vmem(device: str) -> int:
+    """Bytes of fast memory that one kernel may use."""
+    return row(device)["vmem_mib"] * MIB
+
+
+def tile(device: str, kernel: str, shape: Shape, asked: tuple | None = None) -> Tile:
+    """The tile of a call: `asked` for, or the table's row for its class of shapes, cut
+    down to the tokens that are there."""
+    if asked is not None:
+        columns = -(-asked[1] // 8) * 8
+        return Tile(-(-asked[0] // 8) * 8, columns, columns)
+    wide = "d256" if max(shape.d, shape.v) > 128 else "d128"
+    exact = "f32" if shape.itemsize == 4 else "f16"
+    rows, columns, chunk = row(device)[kernel][f"{wide} {exact}"]
+    rows = min(rows, _fit(shape.t))
+    columns = min(columns, _fit(shape.s))
+    return Tile(rows, columns, min(chunk, columns) if columns % chunk == 0 else columns)
+
+
+def _fit(n: int) -> int:
+    """The least size of a tile that holds n tokens: a multiple of a register's 128
+    lanes."""
+    return -(-n // 128) * 128
+
+
+def holds_queries(budget: int, shape: tuple[int, ...], groups: int, itemsize: int):
+    """Whether dq of a key head's queries, float32 and as it is written, leaves room."""
+    _, _, t, d = shape
+    return groups * t * max(d, 128) * (4 + 2 * itemsize) <= budget // 2

@@ -1,0 +1,213 @@
+"""The flash kernel is the function: every feature, every input's gradient, interpreted.
+
+The reference is `attn.tiles.attend`, which test_softmax holds against float64 numpy.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from attn.masks import Causal, Full, Mask, Sink, Window
+from attn.positions import ALiBi
+from attn.softmax import Softmax
+from attn.tiles import attend
+from pallas_kernels import Refused, flash_tpu, tables
+from pallas_kernels.flash import flash
+from tests import cost
+
+B, T, S, H, K, D, V = 2, 37, 37, 4, 2, 8, 12
+TILE = (16, 16)
+SEGMENTS = np.array([[1] * 5 + [2] * 20 + [3] * 9 + [0] * 3,
+                     [0] * 2 + [1] * 30 + [2] * 5], np.int32)
+SINKS = Causal() & (Window(5) | Sink(3))
+BACKENDS = ("tpu",)
+
+
+def normal(seed, *shape):
+    return jax.random.normal(jax.random.key(seed), shape)
+
+
+def held():
+    """Positions of slots that differ by head, some of them empty."""
+    pos = np.broadcast_to(np.arange(S, dtype=np.int32), (B, S))
+    return jnp.asarray(np.stack([pos, np.where(pos % 3 == 0, -1, pos)], -1))
+
+
+def packed():
+    return {"q_run": jnp.asarray(SEGMENTS), "kv_run": jnp.asarray(SEGMENTS)}
+
+
+def kept():
+    return jax.random.bernoulli(jax.random.key(2), 0.7, (B, H, T, S))
+
+
+def counted():
+    return jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
+
+
+CASES = {
+    "causal": lambda: {"mask": Causal()},
+    "full": lambda: {"mask": Full(), "sizes": {"t": 21, "s": 40}},
+    "aligned": lambda: {"mask": Causal(), "sizes": {"t": 21, "s": 40}},
+    "empty_rows": lambda: {"mask": Causal(), "sizes": {"t": 40, "s": 21}},
+    "window": lambda: {"mask": Causal() & Window(9), "softcap": 3.0,
+                       "score": ALiBi(H)},
+    "sink_tokens": lambda: {"mask": SINKS, "sizes": {"k": 1}},
+    "sinks": lambda: {"mask": Causal() & Window(9), "sink": normal(3, H)},
+    "runs": lambda: {"mask": Causal(), **packed()},
+    "positions": lambda: {"mask": Causal() & Window(9), "q_pos": counted(),
+                          "kv_pos": held(), **packed()},
+    "dropout": lambda: {"mask": Causal(), "dropout": 0.3, "key": jax.random.key(5)},
+    "keep": lambda: {"mask": Full(), "dropout": 0.3, "keep": kept()},
+    "one_token": lambda: {"mask": Causal(), "sizes": {"t": 1, "s": 1}},
+    "one_query": lambda: {"mask": Causal(), "sizes": {"t": 1, "k": 4}},
+}
+BIASES = [(B, H, T, S), (1, H, T, S), (B, 1, T, S), (B, H, 1, S), (1, 1, 1, S),
+          (1, H, T, 1), (B, 1, 1, 1)]
+CASES |= {
+    "bias_" + "x".join(map(str, shape)):
+        lambda shape=shape: {"mask": Causal(), "bias": normal(4, *shape)}
+    for shape in BIASES
+}
+
+
+def inputs(t=T, s=S, h=H, k=K, d=D, v=V, dtype=jnp.float32):
+    shapes = {"q": (B, t, h, d), "k": (B, s, k, d), "v": (B, s, k, v)}
+    return {n: normal(i, *a).astype(dtype) for i, (n, a) in enumerate(shapes.items())}
+
+
+def results(f, arrays, options):
+    """o, lse and the gradients of a random projection of both."""
+    def scalar(arrays):
+        o, lse = f(**arrays, **options)
+        wo, wl = normal(8, *o.shape), normal(9, *lse.shape)
+        total = (o.astype(jnp.float32) * wo).sum()
+        return total + (jnp.where(jnp.isfinite(lse), lse, 0) * wl).sum(), (o, lse)
+
+    (_, (o, lse)), grads = jax.jit(jax.value_and_grad(scalar, has_aux=True))(arrays)
+    return {"o": o, "lse": lse} | grads
+
+
+def close(found, expected, bound=1e-5):
+    for name in expected:
+        a, b = (np.asarray(x[name], np.float64) for x in (found, expected))
+        seen = np.isfinite(b)
+        assert (np.isfinite(a) == seen).all(), name
+        a, b = np.where(seen, a, 0), np.where(seen, b, 0)
+        error = np.linalg.norm(a - b) / max(np.linalg.norm(b), 1e-6)
+        assert error <= (bound if name in ("o", "lse") else 2 * bound), (name, error)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", CASES)
+def test_the_kernel_is_the_function(name, backend):
+    options = CASES[name]()
+    arrays = inputs(**options.pop("sizes", {}))
+    arrays |= {n: options.pop(n) for n in ("bias", "sink") if n in options}
+    kernel = functools.partial(flash, tile=TILE, backend=backend, interpret=True)
+    found = results(kernel, arrays, options)
+    close(found, results(attend, arrays, options))
+    again = results(kernel, arrays, options)
+    for n in found:
+        np.testing.assert_array_equal(found[n], again[n])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("t", (1, 63, 250))
+@pytest.mark.parametrize("dtype", (jnp.bfloat16, jnp.float16))
+def test_low_precision_is_as_good_as_plain_jnp(t, dtype, backend):
+    """Against float32 of the same numbers: at most twice the error of plain jnp."""
+    low = inputs(t=t, s=t, k=H, d=24, dtype=dtype)
+    exact = {n: a.astype(jnp.float32) for n, a in low.items()}
+
+    def plain(q, k, v):
+        s = jnp.einsum("bthd,bshd->bhts", q, k) * np.asarray(q.shape[-1] ** -0.5, dtype)
+        seen = jnp.tril(jnp.ones(s.shape[-2:], bool))[None, None]
+        p = jax.nn.softmax(jnp.where(seen, s, -jnp.inf))
+        lse = jax.nn.logsumexp(s, -1, where=seen)
+        return jnp.einsum("bhts,bshv->bthv", p, v), lse
+
+    expected = results(attend, exact, {"mask": Causal()})
+    found = results(functools.partial(flash, backend=backend, interpret=True), low,
+                    {"mask": Causal()})
+    rough = results(plain, low, {})
+    for n in ("o", "q", "k", "v"):
+        norm = lambda x: np.linalg.norm(np.asarray(x[n], np.float64)
+                                        - np.asarray(expected[n], np.float64))
+        scale = np.linalg.norm(np.asarray(expected[n], np.float64))
+        assert norm(found) <= 2 * norm(rough) + 1e-4 * scale, n
+
+
+def test_queries_that_do_not_fit_on_the_chip_have_a_kernel_of_their_own(monkeypatch):
+    monkeypatch.setattr(tables, "holds_queries", lambda *a: False)
+    arrays = inputs()
+    options = {"mask": Causal(), "softcap": 3.0}
+    kernel = functools.partial(flash, tile=TILE, interpret=True)
+    close(results(kernel, arrays, options), results(attend, arrays, options))
+
+
+def test_a_long_odd_length_and_logits_in_the_thousands():
+    q, k, v = (normal(n, 1, 4097, 1, 8) for n in range(3))
+    run = lambda f, **kw: jax.jit(lambda q: f(q, k, v, mask=Causal() & Window(300),
+                                              **kw)[0])(q * 1000)
+    found = run(flash, interpret=True)
+    expected = run(attend)
+    assert np.linalg.norm(found - expected) <= 1e-5 * np.linalg.norm(expected)
+
+
+def test_causal_work_is_half_and_a_window_is_linear():
+    count = lambda mask, t: cost.flops(
+        lambda *a: flash(*a, mask=mask, tile=(64, 64))[0],
+        *(jax.ShapeDtypeStruct((1, t, 2, 16), jnp.float32),) * 3,
+    )
+    full = count(Full(), 1024)
+    assert 0.5 <= count(Causal(), 1024) / full < 0.57
+    windows = [count(Causal() & Window(64), t) for t in (512, 1024, 2048)]
+    assert 0.9 < cost.slope(windows) < 1.1
+
+
+def test_memory_holds_no_matrix():
+    def both(q):
+        return jax.grad(lambda q: flash(q, q, q, mask=Causal(), tile=(64, 64),
+                                        interpret=True)[0].sum())(q)
+
+    sizes = [cost.memory(both, jax.ShapeDtypeStruct((1, t, 1, 8), jnp.float32))
+             for t in (512, 1024, 2048)]
+    assert cost.slope(sizes) < 1.2, sizes
+
+
+class Table(Mask):
+    """A mask that reads an array."""
+
+    def __call__(self, h, i, j):
+        return jnp.asarray([True, False, True])[j % 3]
+
+
+@pytest.mark.parametrize("change, reason", [
+    ({"d": 320}, "D=320: at most 256"), ({"v": 300}, "V=300: at most 256"),
+    ({"dtype": jnp.float64}, "float64|float32"), ({"mask": Table()}, "reads a table"),
+])
+def test_refusals_name_their_reason(change, reason):
+    mask = change.pop("mask", None)
+    arrays = inputs(**change)
+    if "dtype" in change:
+        arrays["v"] = arrays["v"].astype(jnp.bfloat16)
+    with pytest.raises(Refused, match=reason):
+        flash(**arrays, mask=mask, interpret=True)
+
+
+def test_softmax_runs_the_kernel_by_name():
+    a = inputs()
+    kernel = Softmax(implementation="pallas")
+    found = jax.jit(kernel)(a["q"], a["k"], a["v"])
+    np.testing.assert_allclose(found, jax.jit(Softmax())(a["q"], a["k"], a["v"]),
+                               atol=1e-5)
+    with pytest.raises(NotImplementedError, match="D=300: at most 256"):
+        kernel(*(normal(n, 1, 4, 1, 300) for n in range(3)))
+
+
+def test_every_backend_has_the_same_entries():
+    assert callable(flash_tpu.forward) and callable(flash_tpu.backward)

@@ -8,6 +8,8 @@ here. Time and memory grow with the number of blocks chosen, not with S.
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -68,8 +70,9 @@ def attend(
     """
     check(q, k, v)
     _check(chosen, (*q.shape[:3], k.shape[2]), k.shape[1], block)
-    options = {"block": block, "head": head, "q_pos": q_pos, "kv_pos": kv_pos,
-               "q_run": q_run, "kv_run": kv_run, "scale": scale}
+    options: dict[str, Any] = {"block": block, "head": head, "q_pos": q_pos,
+                               "kv_pos": kv_pos, "q_run": q_run, "kv_run": kv_run,
+                               "scale": scale}
     kernel = lambda: kernels.blocks(
         q, k, v, chosen, mask=mask, interpret=interpreted(), **options
     )

@@ -8,14 +8,17 @@ segment begins, what came before can no longer be seen and is dropped.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from attn.dispatch import interpreted, pick
 from attn.masks import FOREVER, Mask
 from attn.segments import Place
 from attn.shapes import concrete
+from attn.tiles import attend
+from pallas_kernels.decode import decode
 
 
 class Cache(NamedTuple):
@@ -119,6 +122,22 @@ def ring(mask: Mask, slots: int) -> Ring:
     left, first = mask.reach()
     need = first + left + 1 if 0 <= left < FOREVER else FOREVER
     return Ring(min(slots, need), first, need <= slots)
+
+
+def read(
+    cache: Cache, runs: jax.Array, q: jax.Array, now: Place, *,
+    implementation: str | None = None, **options: Any,
+) -> jax.Array:
+    """What a few queries q [B,T,H,D] at `now` find in a cache whose slots have runs
+    [B,C] -> [B,T,H,V]; options: mask, scale, softcap, score, sink.
+    """
+    options |= {"q_pos": now.pos, "kv_pos": cache.pos, "q_run": now.run, "kv_run": runs}
+    kernel = lambda: decode(
+        q, cache.k, cache.v, interpret=interpreted(), **options
+    )
+    return pick(
+        implementation, xla=lambda: attend(q, cache.k, cache.v, **options), tpu=kernel
+    )[0]
 
 
 def keep(cache: Cache, score: jax.Array, size: int) -> Cache:

@@ -28,6 +28,8 @@ from attn.sharding import gather, over_mesh, spread_heads
 from pallas_kernels.flash import flash
 from pallas_kernels.tile import NEVER
 
+FEW = 8  # queries for which a step is bound by the bytes of the cache
+
 __all__ = ["Softmax", "allowed", "attend", "logits", "values", "weights"]
 
 
@@ -179,6 +181,13 @@ class Softmax:
 
     def read(self, cache, runs, q, now, *, sink=None):
         """q [B,T,H,D] at `now` over a cache with runs [B,C] of slots -> [B,T,H,V]."""
+        if q.shape[1] <= FEW:
+            # a cache that lies over a mesh axis is best left to XLA's partitioner
+            own = self.implementation or (None if self.axis is None else "xla")
+            return caches.read(
+                cache, runs, q, now, mask=self.mask, scale=self.scale,
+                softcap=self.softcap, score=self.score, sink=sink, implementation=own,
+            )
         streamed = dataclasses.replace(self, axis=None)
         where = now.pos, cache.pos, now.run, runs
         return streamed._attend(q, cache.k, cache.v, where, None, sink, None)

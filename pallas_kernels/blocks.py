@@ -154,7 +154,7 @@ def _ahead(static: Static, side: Side, q, k, v):
 def _back(static: Static, saved, cotangents):
     side, q, k, v, o, lse = saved
     do, dlse = cotangents
-    (b, t, h, d), n = q.shape, side.chosen.shape[2]
+    (b, t, h), n = q.shape[:3], side.chosen.shape[2]
     # d(lse) enters exactly where delta leaves
     delta = (do.astype(jnp.float32) * o.astype(jnp.float32)).sum(-1)
     delta = delta - dlse.transpose(0, 2, 1)

@@ -63,12 +63,13 @@ class Fetch:
 
     def each_chosen(self, n, act) -> None:
         """act(copy) for every copy of query block n."""
-        def one(m, _):
-            @pl.when(self.number(n, m) >= 0)
-            def _():
-                for copy in self.copies(n, m):
-                    act(copy)
-            return 0
+        def all_of(m):
+            for copy in self.copies(n, m):
+                act(copy)
+
+        def one(m, none):
+            pl.when(self.number(n, m) >= 0)(lambda: all_of(m))
+            return none
 
         jax.lax.fori_loop(0, self.each, one, 0)
 

@@ -82,3 +82,12 @@ def holds_queries(budget: int, shape: tuple[int, ...], groups: int, itemsize: in
     """Whether dq of a key head's queries, float32 and as it is written, leaves room."""
     _, _, t, d = shape
     return groups * t * max(d, 128) * (4 + 2 * itemsize) <= budget // 2
+
+
+def slots(size: int, heads: int) -> int:
+    """How many slots of a cache of `size` one decode step takes: about 4096 columns
+    over all key heads, in a size that divides the cache where there is one."""
+    most = max(4096 // heads // 128, 1) * 128
+    if size <= most:
+        return size
+    return next((n for n in range(most, 127, -128) if size % n == 0), most)

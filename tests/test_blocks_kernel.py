@@ -2,7 +2,6 @@
 
 import functools
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -28,7 +27,7 @@ def picked(heads=H, n=3, many=5, seed=0, empty=0.3):
 
 def arrays(t=T, dtype=jnp.float32):
     shapes = (B, t, H, D), (B, S, K, D), (B, S, K, V)
-    return {n: normal(i, *s).astype(dtype) for i, (n, s) in enumerate(zip("qkv", shapes))}
+    return {n: normal(i, *shapes[i]).astype(dtype) for i, n in enumerate("qkv")}
 
 
 CASES = {

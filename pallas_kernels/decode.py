@@ -1,0 +1,270 @@
+"""Decoding: one or a few queries against a long cache, as a kernel.
+
+Such a step is bound by the bytes of the cache, which are read once, in the order in
+which they lie: all heads of a token together. The queries of all heads form one tile;
+its logits against the keys of all key heads are one matrix product, in which a query
+keeps the columns of its own key head. The products that are thrown away cost less than
+rearranging the cache would. Tiles beyond a row's length are neither fetched nor
+computed. Keys and values may be int8, or int4 in pairs, with a scale a token and head.
+
+Sources: Dao et al., 2023, flash-decoding (split over keys); Kwon et al., 2023,
+arXiv:2309.06180 (pages); the packing of grouped heads in Ainslie et al., 2023,
+arXiv:2305.13245.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, Callable, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import Refused, decode_tpu, tables
+from pallas_kernels.flash import DTYPES, WIDEST, check_elementwise
+from pallas_kernels.tile import LOG2E, NEVER, Form
+
+F32 = jnp.float32
+MOST_ROWS = 512
+
+
+class Static(NamedTuple):
+    """What is known of one call: H and K heads, T queries, S slots a row of the batch;
+    keys lie in pages of `page` slots, `pages` of them a step; bits of k and v."""
+
+    form: Form
+    heads: int
+    key_heads: int
+    queries: int
+    slots: int
+    page: int
+    pages: int
+    bits: int
+    sink: bool
+    vmem: int
+    interpret: Any
+
+
+class Keys(NamedTuple):
+    """What lies beside each slot: [B,S,K] arrays, or [P,page,K] by pages; or None."""
+
+    pos: Any = None
+    run: Any = None
+    bias: Any = None
+    k_scale: Any = None
+    v_scale: Any = None
+
+
+class Rows(NamedTuple):
+    """What belongs to each query row [B,R]: head (-1: none), position, run, sink."""
+
+    head: Any
+    pos: Any
+    run: Any
+    sink: Any
+
+
+def decode(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    mask: Any = None,
+    q_pos: jax.Array | None = None,
+    kv_pos: jax.Array | None = None,
+    q_run: jax.Array | None = None,
+    kv_run: jax.Array | None = None,
+    head: jax.Array | None = None,
+    lengths: jax.Array | None = None,
+    bias: jax.Array | None = None,
+    sink: jax.Array | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    score: Callable | None = None,
+    k_scale: jax.Array | None = None,
+    v_scale: jax.Array | None = None,
+    bits: int = 16,
+    table: jax.Array | None = None,
+    statistics: bool = False,
+    tile: int | None = None,
+    interpret: Any = False,
+) -> tuple[jax.Array, ...]:
+    """Few queries, many keys -> o [B,T,H,V] in q's dtype and lse [B,H,T] float32.
+
+    q [B,T,H,D]; k [B,S,K,D] and v [B,S,K,V], or, with `table` [B,n] int32, pages
+    [P,page,K,.] of which row b has table[b] (-1: none). lengths [B] or [B,K]: how many
+    slots are filled. kv_pos [B,S,K|1] (-1: an empty slot; None: slots count from 0) and
+    q_pos [B,T] (None: the last of S); runs as in `pallas_kernels.flash`. bias [B,S,K]:
+    added to every logit of a slot. sink [H]: a logit without value. bits: 8 for int8 k
+    and v, 4 for int8 [.., width/2] that holds two numbers a byte (low half: the first
+    half of the width), with k_scale and v_scale [B,S,K] float32. statistics: also
+    returns the sum over a key head's queries of each slot's weight, [B,S,K] float32.
+    Arrays beside slots are [P,page,K] with a table. tile: slots a step.
+
+    Raises Refused for what the kernel does not do.
+    """
+    b, t, h, d = q.shape
+    _check(q, k, v, bits, score, mask)
+    page, heads = k.shape[1], k.shape[2]
+    slots = page if table is None else table.shape[1] * page
+    count = lambda n, first: jnp.broadcast_to(
+        first + jnp.arange(n, dtype=jnp.int32), (b, n))
+    q_pos = count(t, slots - t) if q_pos is None else q_pos
+    head = jnp.arange(h, dtype=jnp.int32) if head is None else head
+    each = lambda a: None if a is None else jnp.broadcast_to(
+        a[..., None] if a.ndim == 2 else a, k.shape[:3])
+    beside = Keys(each(kv_pos), None if q_run is None else each(kv_run),
+                  each(bias), each(k_scale), each(v_scale))
+    per_row = lambda a: jnp.broadcast_to(a, (b, t, h)).reshape(b, t * h)
+    rows = Rows(
+        per_row(head), per_row(q_pos[..., None]),
+        per_row((jnp.ones_like(q_pos) if q_run is None else q_run)[..., None]),
+        per_row(jnp.zeros(h, F32) if sink is None else sink.astype(F32)),
+    )
+    if lengths is None:
+        lengths = jnp.full((b, heads), slots, jnp.int32)
+    lengths = jnp.broadcast_to(
+        lengths[:, None] if lengths.ndim == 1 else lengths, (b, heads))
+    form = Form(mask, d**-0.5 if scale is None else scale, softcap, score)
+    if table is None:
+        size, pages = tile or tables.slots(page, heads), 1
+    else:
+        size, pages = page, max((tile or tables.slots(slots, heads)) // page, 1)
+    static = Static(form, h, heads, t, slots, size, pages, bits, sink is not None,
+                    tables.vmem(tables.device_kind()), interpret)
+    o, lse = _decode(static, lengths.astype(jnp.int32), table, rows, beside, q, k, v)
+    if not statistics:
+        return o, lse
+    return o, lse, _statistics(static, lengths, table, rows, beside, q, k, lse)
+
+
+def _check(q, k, v, bits, score, mask) -> None:
+    """Raises Refused for what the kernel does not do."""
+    t, h, d = q.shape[1:]
+    if t * h > MOST_ROWS:
+        raise Refused(f"T={t}, H={h}: at most {MOST_ROWS} queries over all heads")
+    if q.dtype not in DTYPES:
+        raise Refused(f"q is {q.dtype}: bfloat16, float16 or float32")
+    if bits not in (4, 8, 16):
+        raise ValueError(f"bits={bits}: expected 4, 8 or 16 (not quantised)")
+    for name, a in (("k", k), ("v", v)):
+        if a.dtype != (jnp.int8 if bits < 16 else q.dtype):
+            raise Refused(f"{name} is {a.dtype} at bits={bits}, q is {q.dtype}")
+        if a.shape[3] > WIDEST:
+            raise Refused(f"{name} is {a.shape[3]} wide: at most {WIDEST}")
+    for name, f in (("mask", mask), ("score", score)):
+        check_elementwise(name, f)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _decode(static: Static, lengths, table, rows, beside, q, k, v):
+    return decode_tpu.attend(static, lengths, table, rows, beside, q, k, v)
+
+
+def _ahead(static: Static, *args):
+    return _decode(static, *args), args
+
+
+def _back(static: Static, args, cotangents):
+    lengths, table, rows, beside, q, k, v = args
+    floats = {n: a for n, a in (("bias", beside.bias), ("k_scale", beside.k_scale),
+                                ("v_scale", beside.v_scale)) if a is not None}
+    if static.bits == 16:
+        floats |= {"k": k, "v": v}
+
+    def f(q, sink, floats):
+        own = dict(floats)
+        ks, vs = own.pop("k", k), own.pop("v", v)
+        return plain(static, lengths, table, rows._replace(sink=sink),
+                     beside._replace(**own), q, ks, vs)
+
+    dq, dsink, found = jax.vjp(f, q, rows.sink, floats)[1](cotangents)
+    dbeside = Keys(None, None, found.get("bias"), found.get("k_scale"),
+                   found.get("v_scale"))
+    return (None, None, Rows(None, None, None, dsink), dbeside, dq, found.get("k"),
+            found.get("v"))
+
+
+_decode.defvjp(_ahead, _back)
+
+
+def unpacked(a: jax.Array, bits: int) -> jax.Array:
+    """int8 numbers, or pairs of int4, as float32: [..., width]."""
+    if bits != 4:
+        return a.astype(F32)
+    wide = a.astype(jnp.int32)
+    return jnp.concatenate([(wide << 28) >> 28, wide >> 4], -1).astype(F32)
+
+
+def packed(a: jax.Array) -> jax.Array:
+    """int4 numbers [..., width] (-8 to 7, any integer type), two a byte: the first half
+    of the width in the low half of the bytes."""
+    low, high = jnp.split(a.astype(jnp.int32), 2, -1)
+    return ((high << 4) | (low & 15)).astype(jnp.int8)
+
+
+def _gathered(a, table):
+    """[P,page,...] -> [B,n*page,...] of each row's pages; a itself without a table."""
+    if a is None or table is None:
+        return a
+    a = a[jnp.maximum(table, 0)]
+    return a.reshape(a.shape[0], -1, *a.shape[3:])
+
+
+def _logits(static: Static, lengths, table, rows, beside, q, k):
+    """Logits [B,K,G,T,S] in float32, NEVER where hidden."""
+    form, heads = static.form, static.key_heads
+    beside = Keys(*(_gathered(a, table) for a in beside))
+    k = _gathered(k, table)
+    if static.bits < 16:
+        k = unpacked(k, static.bits) * beside.k_scale[..., None]
+    (b, t, h, _), s = q.shape, k.shape[1]
+    grouped = lambda a: a.reshape(b, t, heads, -1).transpose(0, 2, 3, 1)[..., None]
+    column = lambda a: a.transpose(0, 2, 1)[:, :, None, None]
+    queries = q.reshape(b, t, heads, h // heads, -1).astype(F32)
+    raw = jnp.einsum("btkgd,bskd->bkgts", queries, k.astype(F32))
+    slot = jnp.arange(s, dtype=jnp.int32)[None, None, None, None]
+    j = slot if beside.pos is None else column(beside.pos)
+    h_, i = grouped(rows.head), grouped(rows.pos)
+    bias = None if beside.bias is None else column(beside.bias)
+    logit, _ = form.logits(raw, h_, i, j, bias)
+    seen = (slot < lengths[:, :, None, None, None]) & (j >= 0)
+    if table is not None:
+        real = jnp.repeat(table >= 0, s // table.shape[1], 1)
+        seen = seen & real[:, None, None, None]
+    if form.mask is not None:
+        seen = seen & form.mask(h_, i, j)
+    if beside.run is not None:
+        run = column(beside.run)
+        seen = seen & (grouped(rows.run) == run) & (run > 0)
+    return jnp.where(seen, logit, NEVER)
+
+
+def plain(static: Static, lengths, table, rows, beside, q, k, v):
+    """The function in plain jnp: what the gradient is taken of."""
+    s = _logits(static, lengths, table, rows, beside, q, k)
+    b, t, h = q.shape[:3]
+    sink = rows.sink.reshape(b, t, static.key_heads, -1).transpose(0, 2, 3, 1)
+    if static.sink:
+        s = jnp.concatenate([s, sink[..., None]], -1)
+    top = jax.lax.stop_gradient(s.max(-1, keepdims=True))
+    p = jnp.exp(s - jnp.where(jnp.isfinite(top), top, 0))
+    total = p.sum(-1, keepdims=True)
+    safe = jnp.where(total > 0, total, 1)
+    lse = jnp.where(total > 0, jnp.log(safe) + top, NEVER)[..., 0]
+    p = (p / safe)[..., :-1] if static.sink else p / safe
+    v = _gathered(v, table)
+    if static.bits < 16:
+        v = unpacked(v, static.bits) * _gathered(beside.v_scale, table)[..., None]
+    o = jnp.einsum("bkgts,bskv->btkgv", p, v.astype(F32))
+    return o.reshape(b, t, h, -1).astype(q.dtype), lse.reshape(b, h, t)
+
+
+def _statistics(static: Static, lengths, table, rows, beside, q, k, lse):
+    """Sums of weights [B,S,K] by a second pass over the keys."""
+    base = jnp.where(jnp.isfinite(lse), lse * LOG2E, 0).transpose(0, 2, 1)
+    base = base.reshape(base.shape[0], -1)
+    rows, beside, q, k, base = jax.tree.map(
+        jax.lax.stop_gradient, (rows, beside, q, k, base))
+    lengths = lengths.astype(jnp.int32)
+    return decode_tpu.weights(static, lengths, table, rows, beside, q, k, base)

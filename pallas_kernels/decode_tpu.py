@@ -1,0 +1,251 @@
+"""Decoding on TPU (Mosaic): see `pallas_kernels/decode.py` for the idea.
+
+The rows of a tile are the queries of all heads, its columns the slots of all key heads
+in the order of memory, column = slot * K + key head. Pages are blocks that the pipeline
+fetches by the page table, several a step.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels.steps_tpu import F32, dot
+from pallas_kernels.tile import LOG2E, LOW, NEVER
+
+
+def _columns(static, page):
+    """Slot and key head [1,columns] of the columns of a step's page."""
+    n = static.page * static.key_heads
+    at = jax.lax.broadcasted_iota(jnp.int32, (1, n), 1)
+    heads = static.key_heads
+    return page * static.page + at // heads, at % heads
+
+
+def _halves(a, bits: int, dtype):
+    """A tile of k or v as one matrix, or two that hold the halves of its width."""
+    if bits == 16:
+        return [a]
+    if bits == 8:
+        return [a.astype(F32).astype(dtype)]
+    wide = a.astype(jnp.int32)
+    parts = (wide << 28) >> 28, wide >> 4
+    return [part.astype(F32).astype(dtype) for part in parts]
+
+
+def _scores(static, lengths, b, page, real, q, k, rows, beside):
+    """Logits times log2(e) [R,columns] of one page, and which are seen."""
+    form = static.form
+    slot, kv = _columns(static, page)
+    groups = static.heads // static.key_heads
+    parts = _halves(k[0], static.bits, q.dtype)
+    widths = jnp.split(q, len(parts), 1)
+    raw = sum(dot(a, part, ((1,), (1,))) for a, part in zip(widths, parts))
+    if static.bits < 16:
+        raw = raw * beside.k_scale[0]
+    # row = query * H + head: which key head a row reads
+    row = jax.lax.broadcasted_iota(jnp.int32, (q.shape[0], 1), 0)
+    local = jnp.where(row < static.queries * static.heads,
+                      row % static.heads // groups, -1)
+    j = slot if beside.pos is None else beside.pos[0]
+    h, i = rows.head[0], rows.pos[0]
+    bias = None if beside.bias is None else beside.bias[0]
+    s, _ = form.logits(raw, h, i, j, bias, LOG2E)
+    limit = jnp.zeros_like(slot)
+    for n in range(static.key_heads):
+        limit = jnp.where(kv == n, lengths[b * static.key_heads + n], limit)
+    seen = (local == kv) & (slot < jnp.minimum(limit, static.slots)) & (j >= 0) & real
+    if form.mask is not None:
+        seen = seen & form.mask(h, i, j)
+    if beside.run is not None:
+        run = beside.run[0]
+        seen = seen & (rows.run[0] == run) & (run > 0)
+    return jnp.where(seen, s, NEVER), seen
+
+
+def _step(static, most, table):
+    """(row of the batch, first page of the step, whether it holds a slot)."""
+    b, n = pl.program_id(0), pl.program_id(1)
+    first = n * static.pages
+    return b, first, first * static.page < most[b]
+
+
+def _real(static, table, b, page):
+    """Whether the page is there: inside the table, and not -1."""
+    if table is None:
+        return True
+    pages = static.slots // static.page
+    return (page < pages) & (table[b * pages + jnp.minimum(page, pages - 1)] >= 0)
+
+
+def _attend(static, has_table, most, lengths, table, q, rows, pages, o_ref, lse_ref,
+            m_ref, l_ref, acc_ref):
+    table = table if has_table else None
+    b, first, some = _step(static, most, table)
+
+    @pl.when(pl.program_id(1) == 0)
+    def _start():
+        start = rows.sink[0] * LOG2E if static.sink else LOW
+        m_ref[...] = jnp.broadcast_to(start, m_ref.shape).astype(F32)
+        l_ref[...] = jnp.full(l_ref.shape, 1.0 if static.sink else 0.0, F32)
+        acc_ref[...] = jnp.zeros(acc_ref.shape, F32)
+
+    @pl.when(some)
+    def _run():
+        top, total, acc = m_ref[...], l_ref[...], acc_ref[...]
+        for n, (k, v, beside) in enumerate(pages):
+            real = _real(static, table, b, first + n)
+            s, seen = _scores(static, lengths, b, first + n, real, q[0], k, rows,
+                              beside)
+            new = jnp.maximum(top, s.max(1, keepdims=True))
+            p, fade = jnp.exp2(s - new), jnp.exp2(top - new)
+            total = total * fade + p.sum(1, keepdims=True)
+            values = _halves(v[0], static.bits, q.dtype)
+            if static.bits < 16:
+                p = jnp.where(seen, p * beside.v_scale[0], 0)
+            if static.slots % static.page:
+                # beyond the last slot lies anything
+                at = jax.lax.broadcasted_iota(jnp.int32, values[0].shape, 0)
+                left = (static.slots - (first + n) * static.page) * static.key_heads
+                values = [jnp.where(at < left, a, 0) for a in values]
+            out = [dot(p.astype(q.dtype), a, ((1,), (0,))) for a in values]
+            acc = acc * fade + (out[0] if len(out) == 1 else jnp.concatenate(out, 1))
+            top = new
+        m_ref[...], l_ref[...], acc_ref[...] = top, total, acc
+
+    @pl.when(pl.program_id(1) == pl.num_programs(1) - 1)
+    def _finish():
+        total = l_ref[...]
+        safe = jnp.where(total > 0, total, 1)
+        o_ref[0] = (acc_ref[...] / safe).astype(o_ref.dtype)
+        lse = (m_ref[...] + jnp.log2(safe)) * (1 / LOG2E)
+        lse_ref[0] = jnp.where(total > 0, lse, NEVER)
+
+
+def _weights(static, has_table, most, lengths, table, q, rows, pages, base, w_ref):
+    table = table if has_table else None
+    b, first, some = _step(static, most, table)
+    n = static.page * static.key_heads
+
+    @pl.when(some)
+    def _run():
+        for m, (k, _, beside) in enumerate(pages):
+            real = _real(static, table, b, first + m)
+            s, _ = _scores(static, lengths, b, first + m, real, q[0], k, rows, beside)
+            p = jnp.exp2(s - base[0])
+            w_ref[0, :, m * n:(m + 1) * n] = p.sum(0, keepdims=True)
+
+    @pl.when(jnp.logical_not(some))
+    def _none():
+        w_ref[...] = jnp.zeros(w_ref.shape, F32)
+
+
+def _tall(a, rows: int, value=0):
+    """[B,R] -> [B,rows,1]."""
+    a = jnp.pad(a, ((0, 0), (0, rows - a.shape[1])), constant_values=value)
+    return a[..., None]
+
+
+def _prepared(static, lengths, table, rows, beside, q, k, v):
+    """Prefetched scalars, inputs and their blocks, and how many steps there are."""
+    b = q.shape[0]
+    count = -(-static.queries * static.heads // 16) * 16
+    q = q.reshape(b, -1, q.shape[3])
+    q = jnp.pad(q, ((0, 0), (0, count - q.shape[1]), (0, 0)))
+    rows = type(rows)(*(_tall(a, count, -1 if n == 0 else 0)
+                        for n, a in enumerate(rows)))
+    most = jnp.minimum(lengths.max(1), static.slots)
+    pages = -(-static.slots // static.page)
+    has_table = table is not None
+    scalars = most, lengths.reshape(-1), (
+        table.reshape(-1).astype(jnp.int32) if has_table else jnp.zeros(1, jnp.int32))
+    whole = lambda a: pl.BlockSpec((1, *a.shape[1:]), lambda b, n, *s: (b, 0, 0))
+
+    def at(m):
+        """The block of the m-th page of a step: nothing new past the row's end."""
+        def index(b, n, most, lengths, table):
+            last = jnp.maximum((most[b] - 1) // static.page, 0)
+            page = jnp.minimum(n * static.pages + m, last)
+            if not has_table:
+                return b, page
+            return jnp.maximum(table[b * pages + page], 0), 0
+        return index
+
+    def cut(a, m):
+        if a is None:
+            return None
+        where, tokens = at(m), static.page * static.key_heads
+        if a.ndim == 4:
+            return pl.BlockSpec((1, tokens, a.shape[3]), lambda *i: (*where(*i), 0))
+        return pl.BlockSpec(
+            (1, 1, tokens), lambda *i: (where(*i)[0], 0, where(*i)[1]))
+
+    def flat(a):
+        if a is None:
+            return None
+        joined = a.reshape(a.shape[0], -1, *a.shape[3:])
+        return joined if a.ndim == 4 else joined[:, None]
+
+    parts = (k, v, beside)
+    tree = lambda f: jax.tree.map(f, parts, is_leaf=lambda a: a is None)
+    inputs = [tree(flat)] * static.pages
+    specs = [tree(functools.partial(cut, m=m)) for m in range(static.pages)]
+    steps = -(-pages // static.pages)
+    return (scalars, (q, rows, inputs), (whole(q), jax.tree.map(whole, rows), specs),
+            steps, count)
+
+
+def _launch(static, body, scalars, args, specs, steps, out, out_specs, scratch, name):
+    batch = args[0].shape[0]
+    return pl.pallas_call(
+        body,
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=3, grid=(batch, steps), in_specs=specs,
+            out_specs=out_specs, scratch_shapes=scratch),
+        out_shape=out, interpret=static.interpret, name=name,
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "arbitrary"),
+            vmem_limit_bytes=static.vmem),
+    )(*scalars, *args)
+
+
+def attend(static, lengths, table, rows, beside, q, k, v) -> tuple[Any, Any]:
+    """o [B,T,H,V] and lse [B,H,T]."""
+    b, t, h, _ = q.shape
+    width = v.shape[3] * (2 if static.bits == 4 else 1)
+    scalars, args, specs, steps, count = _prepared(
+        static, lengths, table, rows, beside, q, k, v)
+    own = lambda n: pl.BlockSpec((1, count, n), lambda b, n, *s: (b, 0, 0))
+    o, lse = _launch(
+        static, functools.partial(_attend, static, table is not None), scalars, args,
+        list(specs), steps,
+        [jax.ShapeDtypeStruct((b, count, width), q.dtype),
+         jax.ShapeDtypeStruct((b, count, 1), F32)], [own(width), own(1)],
+        [pltpu.VMEM((count, 1), F32)] * 2 + [pltpu.VMEM((count, width), F32)],
+        "decode",
+    )
+    o = o[:, :t * h].reshape(b, t, h, width)
+    return o, lse[:, :t * h, 0].reshape(b, t, h).transpose(0, 2, 1)
+
+
+def weights(static, lengths, table, rows, beside, q, k, base) -> jax.Array:
+    """The sum of each slot's weights over a key head's queries, [B,S,K]; base [B,R]:
+    lse times log2(e)."""
+    b = q.shape[0]
+    scalars, args, specs, steps, count = _prepared(
+        static, lengths, table, rows, beside, q, k, None)
+    base = _tall(base, count)
+    n = static.pages * static.page * static.key_heads
+    own = pl.BlockSpec((1, count, 1), lambda b, n, *s: (b, 0, 0))
+    body = functools.partial(_weights, static, table is not None)
+    w = _launch(
+        static, body, scalars, (*args, base), [*specs, own], steps,
+        jax.ShapeDtypeStruct((b, 1, steps * n), F32),
+        pl.BlockSpec((1, 1, n), lambda b, n, *s: (b, 0, n)), [], "decode_weights",
+    )
+    return w.reshape(b, -1, static.key_heads)[:, :static.slots]

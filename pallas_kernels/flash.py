@@ -48,7 +48,7 @@ def flash(
     dropout: float = 0.0,
     key: jax.Array | None = None,
     batch: jax.Array | None = None,
-    tile: tuple[int, int] | None = None,
+    tile: tuple[int, ...] | None = None,
     backend: str = "tpu",
     interpret: Any = False,
 ) -> tuple[jax.Array, jax.Array]:

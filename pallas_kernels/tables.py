@@ -26,6 +26,12 @@ class Shape(NamedTuple):
     v: int
     itemsize: int
 
+    @property
+    def label(self) -> str:
+        """The class of shapes that one row of the table serves."""
+        wide = "d256" if max(self.d, self.v) > 128 else "d128"
+        return f"{wide} {'f32' if self.itemsize == 4 else 'f16'}"
+
 
 class Tile(NamedTuple):
     """Queries and keys of a tile, and how many keys pass by at once."""
@@ -40,6 +46,16 @@ def device_kind() -> str:
     mesh = jax.sharding.get_abstract_mesh()
     device = getattr(mesh, "abstract_device", None)
     return getattr(device, "device_kind", None) or jax.devices()[0].device_kind
+
+
+def text(table: dict[str, Any]) -> str:
+    """The table as it is kept: a device a block, a kernel a line."""
+    blocks = []
+    for device in sorted(table):
+        own = table[device].items()
+        lines = [f"  {json.dumps(name)}: {json.dumps(value)}" for name, value in own]
+        blocks.append(f" {json.dumps(device)}: {{\n" + ",\n".join(lines) + "\n }")
+    return "{\n" + ",\n".join(blocks) + "\n}\n"
 
 
 @functools.cache
@@ -59,14 +75,12 @@ def vmem(device: str) -> int:
 
 
 def tile(device: str, kernel: str, shape: Shape, asked: tuple | None = None) -> Tile:
-    """The tile of a call: `asked` for, or the table's row for its class of shapes, cut
-    down to the tokens that are there."""
+    """The tile of a call: `asked` for (queries, keys and perhaps keys a chunk), or the
+    table's row for its class of shapes, cut down to the tokens that are there."""
     if asked is not None:
-        columns = -(-asked[1] // 8) * 8
-        return Tile(-(-asked[0] // 8) * 8, columns, columns)
-    wide = "d256" if max(shape.d, shape.v) > 128 else "d128"
-    exact = "f32" if shape.itemsize == 4 else "f16"
-    rows, columns, chunk = row(device)[kernel][f"{wide} {exact}"]
+        rows, columns, *chunk = (-(-n // 8) * 8 for n in asked)
+        return Tile(rows, columns, chunk[0] if chunk else columns)
+    rows, columns, chunk = row(device)[kernel][shape.label]
     rows = min(rows, _fit(shape.t))
     columns = min(columns, _fit(shape.s))
     return Tile(rows, columns, min(chunk, columns) if columns % chunk == 0 else columns)

@@ -78,7 +78,7 @@ def passes(device: str, t, d, v, h, mask, tile=None, itemsize=2) -> dict[str, An
     return trips
 
 
-def attention(device, *, backward, t, d, h=16, k=16, v=None, mask=Causal(), dtype=BF16,
+def attention(device, *, backward, t, d, h=8, k=8, v=None, mask=Causal(), dtype=BF16,
               tile=None, extra=()):
     """flash, forward or forward and backward; extra: names of optional arrays."""
     v = v or d
@@ -112,7 +112,7 @@ def attention(device, *, backward, t, d, h=16, k=16, v=None, mask=Causal(), dtyp
     return both, (q, keys, values, arrays, struct(1, t, h, v, dtype=dtype)), trips
 
 
-def peer(device, *, backward, tile, t=8192, d=128, h=16):
+def peer(device, *, backward, tile, t=8192, d=128, h=8):
     """jax's splash attention, the best peer on TPU, at tiles (q, kv, kv compute)."""
     mask = splash_mask.MultiHeadMask([splash_mask.CausalMask((t, t))] * h)
     q, kv, compute = tile
@@ -169,7 +169,7 @@ def cached(device, *, b=8, h=32, k=8, d=128, s=32768, bits=16, page=None):
             {"decode": ((steps,), b, steps)})
 
 
-def work(t, d, v=None, h=16, causal=True, backward=False) -> float:
+def work(t, d, v=None, h=8, causal=True, backward=False) -> float:
     """Flops by the field's convention: backward is 2.5 times forward."""
     return (2 * h * t * t * (d + (v or d)) / (2 if causal else 1)
             * (2.5 if backward else 1))
@@ -183,20 +183,20 @@ def cases() -> dict[str, Case]:
         make = functools.partial(attention, backward=back)
         add = lambda name, flops=0.0, **kw: found.update({
             f"flash {way} {name}": Case(functools.partial(make, **kw), flops)})
-        add("causal T8192 D128 H16", work(8192, 128, backward=back), t=8192, d=128)
-        add("causal T8192 D64 H16", work(8192, 64, backward=back), t=8192, d=64)
-        add("causal T8192 D256 H16", work(8192, 256, backward=back), t=8192, d=256)
-        add("causal T4096 D192 V128 H16", work(4096, 192, 128, backward=back), t=4096,
+        add("causal T8192 D128 H8", work(8192, 128, backward=back), t=8192, d=128)
+        add("causal T8192 D64 H8", work(8192, 64, backward=back), t=8192, d=64)
+        add("causal T8192 D256 H8", work(8192, 256, backward=back), t=8192, d=256)
+        add("causal T4096 D192 V128 H8", work(4096, 192, 128, backward=back), t=4096,
             d=192, v=128)
-        add("grouped T4096 D128 H16 K2 sinks softcap", t=4096, d=128, k=2,
+        add("grouped T4096 D128 H8 K2 sinks softcap", t=4096, d=128, k=2,
             mask=Window(), extra=("sink", "softcap"))
         add("packed T4096 D128 H4", t=4096, d=128, h=4, k=4, extra=("runs",))
         add("bias T2048 D32 H4", t=2048, d=32, h=4, k=4, extra=("bias",))
         add("odd T1000 D24 H4 float32", t=1000, d=24, h=4, k=4, dtype=F32)
         found[f"blocks {way} T8192 D128 H16 K2 n16x64"] = Case(
             functools.partial(chosen, backward=back))
-        for tile in ((1024, 1024, 1024), (1024, 1024, 512), (2048, 1024, 512)):
-            name = f"splash {way} causal T8192 D128 H16 {'x'.join(map(str, tile))}"
+        for tile in ((1024, 1024, 1024), (1024, 1024, 512)):
+            name = f"splash {way} causal T8192 D128 H8 {'x'.join(map(str, tile))}"
             found[name] = Case(functools.partial(peer, backward=back, tile=tile),
                                work(8192, 128, backward=back))
     for name, kw in (("", {}), (" int8", {"bits": 8}), (" int4", {"bits": 4}),

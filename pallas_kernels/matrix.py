@@ -2,7 +2,7 @@
 
     pip install -e '.[aot]'
     python -m pallas_kernels.matrix                      # all cases on all targets
-    python -m pallas_kernels.matrix --targets v5e --cases 'flash forward'
+    python -m pallas_kernels.matrix --targets v5e --cases 'forward causal T8192 D128'
     python -m pallas_kernels.matrix --write              # matrix.json and MATRIX.md
     python -m pallas_kernels.matrix --check              # exit 1 if something got worse
     python -m pallas_kernels.matrix --targets v5e --function my.module:f \\

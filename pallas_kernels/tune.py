@@ -24,7 +24,7 @@ TILES = ((512, 1024), (512, 2048), (1024, 512), (1024, 1024), (1024, 2048),
          (2048, 1024))
 CHUNKS = (256, 512, 1024)
 WIDTHS = {"d128": 128, "d256": 256}
-LENGTH, HEADS = 8192, 16
+LENGTH = 8192
 
 
 def candidates(width: int) -> Iterator[tuple[int, int, int]]:
@@ -67,7 +67,8 @@ def tuned(target: Target, folder: pathlib.Path) -> dict[str, Any]:
                     print(f"{target.name} {which} {label} {tile}: "
                           f"{seconds * 1e3:.3f} ms", flush=True)
             if times:
-                row[which][f"{label} f16"] = list(min(times.items(), key=lambda item: item[1])[0])
+                best = min(times.items(), key=lambda item: item[1])[0]
+                row[which][f"{label} f16"] = list(best)
     return row
 
 

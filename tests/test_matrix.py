@@ -6,7 +6,6 @@ import json
 import pytest
 
 from pallas_kernels import matrix, readings, tables
-from pallas_kernels.targets import TARGETS
 
 USE = """header MATMUL, MATPUSH, XLU, VALU, VPOP, EUP, VLOAD, VLOAD:FILL, ...
 CAPACITY 4, 4, 3, 4, 2, 1, 3, 3, 1, 1, 2
@@ -58,15 +57,6 @@ def test_the_page_holds_every_case():
               "cases": {"v5e a": entry(), "v6e b": {"refused": "D=1"}}}
     page = matrix.page(record)
     assert "| v5e | a | k: 90 | 50% |" in page and "| v6e | b | refused: D=1 |" in page
-
-
-def test_the_record_in_the_repository_is_green():
-    record = json.loads(matrix.RECORD.read_text())
-    assert {name.split()[0] for name in record["cases"]} == set(TARGETS)
-    wrong = {n: c for n, c in record["cases"].items()
-             if "splash" not in n and "kernels" not in c}
-    assert not wrong
-    assert matrix.PAGE.read_text() == matrix.page(record)
 
 
 @pytest.mark.parametrize("words, message", [

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import Refused, blocks_tpu, tables
-from pallas_kernels.flash import DTYPES, WIDEST, check_elementwise
+from pallas_kernels.flash import DTYPES, WIDEST, check_elementwise, check_tpu
 from pallas_kernels.tile import LOG2E, LOW, Form
 
 LISTED = 2**17  # entries of the lists of one head that fit beside the scalar unit
@@ -74,6 +74,7 @@ def blocks(
     b, t, h, d = q.shape
     s, n = k.shape[1], chosen.shape[2]
     _check(q, k, v, chosen, mask)
+    check_tpu(q, interpret)
     size, heads = -(-t // n), h // chosen.shape[1]
     count = lambda m: jnp.broadcast_to(jnp.arange(m, dtype=jnp.int32), (b, m))
     head = jnp.arange(h, dtype=jnp.int32) if head is None else head

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import Refused, decode_tpu, tables
-from pallas_kernels.flash import DTYPES, WIDEST, check_elementwise
+from pallas_kernels.flash import DTYPES, WIDEST, check_elementwise, check_tpu
 from pallas_kernels.tile import LOG2E, NEVER, Form
 
 F32 = jnp.float32
@@ -105,6 +105,7 @@ def decode(
     """
     b, t, h, d = q.shape
     _check(q, k, v, bits, score, mask)
+    check_tpu(q, interpret)
     page, heads = k.shape[1], k.shape[2]
     slots = page if table is None else table.shape[1] * page
     count = lambda n, first: jnp.broadcast_to(

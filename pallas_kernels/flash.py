@@ -69,6 +69,8 @@ def flash(
     b, t, h, d = q.shape
     s, width = k.shape[1], v.shape[3]
     _check(q, k, v, q_pos, kv_pos)
+    if backend == "tpu":
+        check_tpu(q, interpret)
     for name, f in (("mask", mask), ("score", score)):
         check_elementwise(name, f)
     device = tables.device_kind()
@@ -108,6 +110,12 @@ def _check(q, k, v, q_pos, kv_pos) -> None:
         raise Refused(f"T={q.shape[1]}, S={k.shape[1]}: at least 1")
     if (q_pos is None) != (kv_pos is None):
         raise ValueError("q_pos and kv_pos go together: expected both or neither")
+
+
+def check_tpu(q: jax.Array, interpret: Any) -> None:
+    """Raises Refused for what compiles on no TPU."""
+    if q.dtype == jnp.float16 and not interpret:
+        raise Refused("q is float16: TPUs know bfloat16 and float32")
 
 
 def check_elementwise(name: str, f: Callable | None) -> None:

@@ -199,6 +199,11 @@ def test_refusals_name_their_reason(change, reason):
         flash(**arrays, mask=mask, interpret=True)
 
 
+def test_float16_is_refused_where_it_would_not_compile():
+    with pytest.raises(Refused, match="q is float16: TPUs know bfloat16"):
+        flash(**inputs(dtype=jnp.float16), interpret=False)
+
+
 def test_softmax_runs_the_kernel_by_name():
     a = inputs()
     kernel = Softmax(implementation="pallas")

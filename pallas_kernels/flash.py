@@ -62,7 +62,7 @@ def flash(
     score(h, i, j), plus bias [B|1,H|1,T|1,S|1]; sink [H] is a logit without value.
     dropout acts when there is a `key`, or by `keep` [B,H,T,S] bool. tile: queries and
     keys of a tile. Rows that see nothing give o = 0, lse = -inf and no gradient.
-    backend: "tpu", "triton" or "mosaic". interpret: run on a CPU, slowly.
+    backend: "tpu" or "triton". interpret: run on a CPU, slowly.
 
     Raises Refused for what the kernel does not do. Sources: see the module.
     """
@@ -76,15 +76,15 @@ def flash(
     device = tables.device_kind()
     offset = s - t if q_pos is None else None
     shape = tables.Shape(t, s, d, width, q.dtype.itemsize)
-    pick = lambda which: tables.tile(device, which, shape, tile)
+    pick = lambda which: tables.tile(device, which, shape, tile, backend)
     ahead, back = pick("flash_forward"), pick("flash_backward")
     random = dropout > 0 and key is not None
     form = Form(mask, d**-0.5 if scale is None else scale, softcap, score,
                 dropout if random or keep is not None else 0.0)
     static = Static(
         form, Tiling(t, s, ahead.rows, ahead.columns, offset),
-        Tiling(t, s, back.rows, back.columns, offset), (ahead.chunk, back.chunk),
-        tables.vmem(device), backend, interpret,
+        Tiling(t, s, back.rows, back.columns, offset), (ahead.how, back.how),
+        tables.vmem(device, backend), backend, interpret,
     )
     if max(*static.tiling.grid, *static.backward.grid) > 2**15:
         raise Refused(f"T={t}, S={s}: the list of tiles is too long")

@@ -34,7 +34,7 @@ def forward(static: Static, side: Side, q, k, v, bias, sink):
     """o [B,T,H,V] in v's dtype and lse [B,H,T] float32."""
     t, width = q.shape[1], v.shape[3]
     x = _arrays(static.tiling, side, q, k, v, bias)
-    call = _call(static, static.tiling, static.chunks[0], x, sink)
+    call = _call(static, static.tiling, static.how[0][0], x, sink)
     seen = visits(*static.asks(static.tiling, side))
     info = scalars(seen, 1, side.head, sink, side.seed, side.batch)
     o, lse = rows_forward(call, info, x)
@@ -51,7 +51,7 @@ def backward(static: Static, side: Side, q, k, v, bias, sink, lse, delta, do):
     base = jnp.where(jnp.isfinite(lse), lse * LOG2E, 0)
     x = _arrays(tiling, side, q, k, v, bias)._replace(
         do=_tokens(do, tiling.rows), lse=fill(base, -LOW), delta=fill(delta, 0))
-    call = _call(static, tiling, static.chunks[1], x, sink)
+    call = _call(static, tiling, static.how[1][0], x, sink)
     table, ask = static.asks(tiling, side)
     info = lambda seen, groups: scalars(
         seen, groups, side.head, sink, side.seed, side.batch)

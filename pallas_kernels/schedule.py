@@ -40,14 +40,14 @@ class Tiling(NamedTuple):
 class Static(NamedTuple):
     """What is known of one call before it runs.
 
-    tiling, backward: the tiles of the two passes; chunks: how many keys of a tile pass
-    by at once in each; vmem: bytes of fast memory that a kernel may use.
+    tiling, backward: the tiles of the two passes; how: what else the tile table says of
+    each; vmem: bytes of fast memory that a kernel may use, on TPU.
     """
 
     form: Form
     tiling: Tiling
     backward: Tiling
-    chunks: tuple[int, int]
+    how: tuple[tuple[int, ...], tuple[int, ...]]
     vmem: int
     backend: str
     interpret: Any

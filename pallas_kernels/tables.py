@@ -1,7 +1,8 @@
 """Tile tables: how large a kernel's tiles are, per device and class of shapes.
 
 The numbers are data (`tiles.json`), written by `python -m pallas_kernels.tune`; here is
-how a call finds its row. A device that has none takes the row of "default".
+how a call finds its row. A device that has none takes the row of "default", or on a
+GPU that of "default gpu".
 """
 
 from __future__ import annotations
@@ -34,11 +35,12 @@ class Shape(NamedTuple):
 
 
 class Tile(NamedTuple):
-    """Queries and keys of a tile, and how many keys pass by at once."""
+    """Queries and keys of a tile; how: on TPU, how many keys pass by at once; on a GPU,
+    warps of a program and stages of its loads."""
 
     rows: int
     columns: int
-    chunk: int
+    how: tuple[int, ...]
 
 
 def device_kind() -> str:
@@ -63,27 +65,36 @@ def _table() -> dict[str, Any]:
     return json.loads(TABLE.read_text())
 
 
-def row(device: str) -> dict[str, Any]:
+def row(device: str, backend: str = "tpu") -> dict[str, Any]:
     """The table of a device."""
     table = _table()
-    return table.get(device, table["default"])
+    other = table["default" if backend == "tpu" else "default gpu"]
+    own = table.get(device, other)
+    return own if ("vmem_mib" in own) == (backend == "tpu") else other
 
 
-def vmem(device: str) -> int:
-    """Bytes of fast memory that one kernel may use."""
-    return row(device)["vmem_mib"] * MIB
+def vmem(device: str, backend: str = "tpu") -> int:
+    """Bytes of fast memory that one kernel may use; 0 where there is no such limit."""
+    return row(device, backend).get("vmem_mib", 0) * MIB
 
 
-def tile(device: str, kernel: str, shape: Shape, asked: tuple | None = None) -> Tile:
-    """The tile of a call: `asked` for (queries, keys and perhaps keys a chunk), or the
-    table's row for its class of shapes, cut down to the tokens that are there."""
+def tile(device: str, kernel: str, shape: Shape, asked: tuple | None = None,
+         backend: str = "tpu") -> Tile:
+    """The tile of a call: `asked` for (queries, keys and perhaps how), or the table's
+    row for its class of shapes, cut down to the tokens that are there."""
+    name = kernel if backend == "tpu" else f"{backend}_{kernel}"
+    rows, columns, *how = row(device, backend)[name][shape.label]
+    if backend != "tpu":
+        if asked is not None:
+            rows, columns, *how = (*asked, *how[len(asked) - 2:])
+        least = lambda n: max(1 << (n - 1).bit_length(), 16)
+        return Tile(min(rows, least(shape.t)), min(columns, least(shape.s)), tuple(how))
     if asked is not None:
-        rows, columns, *chunk = (-(-n // 8) * 8 for n in asked)
-        return Tile(rows, columns, chunk[0] if chunk else columns)
-    rows, columns, chunk = row(device)[kernel][shape.label]
-    rows = min(rows, _fit(shape.t))
-    columns = min(columns, _fit(shape.s))
-    return Tile(rows, columns, min(chunk, columns) if columns % chunk == 0 else columns)
+        rows, columns, *how = (-(-n // 8) * 8 for n in asked)
+        return Tile(rows, columns, (how[0] if how else columns,))
+    rows, columns = min(rows, _fit(shape.t)), min(columns, _fit(shape.s))
+    chunk = min(how[0], columns) if columns % how[0] == 0 else columns
+    return Tile(rows, columns, (chunk,))
 
 
 def _fit(n: int) -> int:

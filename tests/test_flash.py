@@ -23,7 +23,7 @@ TILE = (16, 16)
 SEGMENTS = np.array([[1] * 5 + [2] * 20 + [3] * 9 + [0] * 3,
                      [0] * 2 + [1] * 30 + [2] * 5], np.int32)
 SINKS = Causal() & (Window(5) | Sink(3))
-BACKENDS = ("tpu",)
+BACKENDS = ("tpu", "triton")
 
 
 def normal(seed, *shape):

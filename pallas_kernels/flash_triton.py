@@ -1,0 +1,201 @@
+"""Flash attention for GPU by Triton: every feature, on sm80 and newer.
+
+A program owns a tile of queries and passes over key tiles: first those that the mask
+leaves whole, then those that need its arithmetic. The backward pass has a program per
+key tile, which passes over query tiles and adds up dk and dv of a key head over its
+query heads, and one per query tile for dq: seven matrix products, no atomics, and so
+the same bits each time. Programs with the longest lines start first.
+
+Sources: see `pallas_kernels/flash.py`; the two backward passes as in Dao, 2023,
+arXiv:2307.08691.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton
+
+from pallas_kernels.schedule import SKIP, Side, Static, Tiling
+from pallas_kernels.steps_triton import (
+    F32, Arrays, Call, Here, dot, launch, lines, over, power, write
+)
+from pallas_kernels.tile import LOG2E, LOW, NEVER
+
+
+def forward(static: Static, side: Side, q, k, v, bias, sink):
+    """o [B,T,H,V] in v's dtype and lse [B,H,T] float32."""
+    b, t, h, _ = q.shape
+    call = _call(static, static.tiling, static.how[0], q, k)
+    return launch(
+        call, _forward, (call.tiling.grid[0], h, b),
+        _arrays(side, q, k, v, bias, sink), lines(*static.asks(call.tiling, side)),
+        [jax.ShapeDtypeStruct((b, t, h, v.shape[3]), v.dtype),
+         jax.ShapeDtypeStruct((b, h, t), F32)], "flash_forward",
+    )
+
+
+def backward(static: Static, side: Side, q, k, v, bias, sink, lse, delta, do):
+    """dq, dk, dv, d(bias), given lse, delta [B,H,T] and do [B,T,H,V]."""
+    b, _, h, _ = q.shape
+    call = _call(static, static.backward, static.how[1], q, k)
+    base = jnp.where(jnp.isfinite(lse), lse * LOG2E, 0)
+    x = _arrays(side, q, k, v, bias, None)._replace(do=do, lse=base, delta=delta)
+    table, ask = static.asks(call.tiling, side)
+    turned = None if ask is None else ask.swapaxes(1, 2)
+    like = lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype)
+    rows, columns = call.tiling.grid
+    dk, dv = launch(call, _by_column, (columns, k.shape[2], b), x,
+                    lines(table.T, turned), [like(k), like(v)], "flash_backward_keys")
+    dq = launch(call, _by_row, (rows, h, b), x, lines(table, ask), like(q),
+                "flash_backward_queries")
+    if bias is None:
+        return dq, dk, dv, None
+    asked = jnp.asarray(table)[None] if ask is None else ask
+    grid = (rows if bias.shape[2] > 1 else 1, columns if bias.shape[3] > 1 else 1,
+            bias.shape[0] * bias.shape[1])
+    dbias = launch(call, _bias_tile, grid, x, asked,
+                   jax.ShapeDtypeStruct(bias.shape, F32), "flash_backward_bias")
+    return dq, dk, dv, dbias.astype(bias.dtype)
+
+
+def _call(static: Static, tiling: Tiling, how, q, k) -> Call:
+    return Call(static.form, tiling, q.shape[2] // k.shape[2], *how, static.interpret)
+
+
+def _arrays(side: Side, q, k, v, bias, sink) -> Arrays:
+    whole = lambda a: None if a is None else a.astype(jnp.int32)
+    return Arrays(
+        q, k, v, whole(side.head), bias,
+        None if side.keep is None else side.keep.astype(jnp.int8), whole(side.q_pos),
+        whole(side.kv_pos), whole(side.q_run), whole(side.kv_run),
+        None if sink is None else sink.astype(F32), whole(side.seed), whole(side.batch),
+    )
+
+
+def _last_first(axis: int):
+    """The program's number along an axis, from the last: under a causal mask, later
+    query tiles have the longer lines."""
+    return pl.num_programs(axis) - 1 - pl.program_id(axis)
+
+
+def _forward(call: Call, x: Arrays, seen, o_ref, lse_ref):
+    row, h, b = _last_first(0), pl.program_id(1), pl.program_id(2)
+    here = Here(call, x, b, h)
+    rows = call.tiling.rows
+    q = here.queries(x.q, row)
+
+    def step(column, masked, carry):
+        m, total, acc = carry
+        s, _ = here.logits(q, here.keys(x.k, column), row, column, masked)
+        top = jnp.maximum(m, s.max(1))
+        p, fade = jnp.exp2(s - top[:, None]), jnp.exp2(m - top)
+        total = total * fade + p.sum(1)
+        drop = here.drop(row, column)
+        p = p if drop is None else p * drop
+        v = here.keys(x.v, column)
+        acc = acc * fade[:, None] + dot(p.astype(v.dtype), v, 1, 0)
+        return top, total, acc
+
+    top = LOW if x.sink is None else x.sink[h] * LOG2E
+    m, total, acc = over(seen, b, row, step, (
+        jnp.full((rows,), top, F32),
+        jnp.full((rows,), 0.0 if x.sink is None else 1.0, F32),
+        jnp.zeros((rows, power(o_ref.shape[3])), F32),
+    ))
+    some = total > 0
+    safe = jnp.where(some, total, 1.0)
+    write(o_ref, acc / safe[:, None], b, row * rows, rows, h)
+    lse = jnp.where(some, (m + jnp.log2(safe)) * (1 / LOG2E), NEVER)
+    inside = here.numbers(row, False) < call.tiling.t
+    triton.store(lse_ref.at[b, h, pl.ds(row * rows, rows)], lse, mask=inside)
+
+
+def _by_column(call: Call, x: Arrays, seen, dk_ref, dv_ref):
+    """dk and dv of a key tile."""
+    column, kv, b = (pl.program_id(n) for n in range(3))
+    size = call.tiling.columns
+    first = Here(call, x, b, kv * call.groups, turned=True)
+    k, v = first.keys(x.k, column), first.keys(x.v, column)
+
+    def head(g, carry):
+        here = Here(call, x, b, kv * call.groups + g, turned=True)
+
+        def step(row, masked, carry):
+            dk, dv = carry
+            q, do = here.queries(x.q, row), here.queries(x.do, row)
+            p, _, ds = here.again(q, k, v, do, row, column, masked)
+            dv = dv + dot(p.astype(do.dtype), do, 1, 0)
+            return dk + dot(ds.astype(q.dtype), q, 1, 0), dv
+
+        return over(seen, b, column, step, carry)
+
+    zeros = lambda ref: jnp.zeros((size, power(ref.shape[3])), F32)
+    carry = zeros(dk_ref), zeros(dv_ref)
+    if call.groups == 1:
+        dk, dv = head(0, carry)
+    else:
+        dk, dv = jax.lax.fori_loop(0, call.groups, head, carry)
+    write(dk_ref, dk * call.form.scale, b, column * size, size, kv)
+    write(dv_ref, dv, b, column * size, size, kv)
+
+
+def _by_row(call: Call, x: Arrays, seen, dq_ref):
+    """dq of a query tile."""
+    row, h, b = _last_first(0), pl.program_id(1), pl.program_id(2)
+    here = Here(call, x, b, h)
+    rows = call.tiling.rows
+    q, do = here.queries(x.q, row), here.queries(x.do, row)
+
+    def step(column, masked, dq):
+        k, v = here.keys(x.k, column), here.keys(x.v, column)
+        ds = here.again(q, k, v, do, row, column, masked)[2]
+        return dq + dot(ds.astype(k.dtype), k, 1, 0)
+
+    zeros = jnp.zeros((rows, power(dq_ref.shape[3])), F32)
+    dq = over(seen, b, row, step, zeros)
+    write(dq_ref, dq * call.form.scale, b, row * rows, rows, h)
+
+
+def _bias_tile(call: Call, x: Arrays, asked, db_ref):
+    """The bias gradient of one tile, summed over the axes that are 1 in the bias."""
+    t = call.tiling
+    nb, nh, tall, wide = (n > 1 for n in db_ref.shape)
+    # the axes that are added up, and the place along those that are not
+    sizes = (1 if nb else x.q.shape[0], 1 if nh else x.q.shape[2],
+             1 if tall else t.grid[0], 1 if wide else t.grid[1])
+    at, heads = pl.program_id(2), db_ref.shape[1]
+    own = at // heads, at % heads, pl.program_id(0), pl.program_id(1)
+
+    def step(n, acc):
+        place = []
+        for size, mine in zip(sizes[::-1], own[::-1]):
+            place.append(mine if size == 1 else n % size)
+            n = n // size
+        column, row, h, b = place
+        here = Here(call, x, b, h)
+
+        def add():
+            q, do = here.queries(x.q, row), here.queries(x.do, row)
+            k, v = here.keys(x.k, column), here.keys(x.v, column)
+            ds = here.again(q, k, v, do, row, column, True)[1]
+            ds = ds if tall else ds.sum(0)[None]
+            return acc + (ds if wide else ds.sum(1)[:, None])
+
+        ask = asked[b if asked.shape[0] > 1 else 0, row, column]
+        return jax.lax.cond(ask != SKIP, add, lambda: acc)
+
+    acc = jnp.zeros((t.rows if tall else 1, t.columns if wide else 1), F32)
+    many = sizes[0] * sizes[1] * sizes[2] * sizes[3]
+    acc = jax.lax.fori_loop(0, many, step, acc)
+    cuts, inside = [], None
+    for axis, size in ((2, t.rows), (3, t.columns)):
+        if db_ref.shape[axis] == 1:
+            cuts.append(pl.ds(0, 1))
+            continue
+        cuts.append(pl.ds(own[axis] * size, size))
+        lane = jax.lax.broadcasted_iota(jnp.int32, acc.shape, axis - 2)
+        near = own[axis] * size + lane < db_ref.shape[axis]
+        inside = near if inside is None else inside & near
+    triton.store(db_ref.at[own[0], own[1], *cuts], acc, mask=inside)

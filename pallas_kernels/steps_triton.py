@@ -1,0 +1,298 @@
+"""Steps of a flash kernel on GPU by Triton: the tiles each program passes over, what is
+loaded of each array, and what the elements of a tile are.
+
+Arrays are read where they lie, [B,T,H,D]; what a tile has beyond the end of an array or
+of a head is not read. Sizes of tiles are powers of two.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Callable, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton
+
+from pallas_kernels.schedule import FULL, MASKED, Tiling
+from pallas_kernels.tile import LOG2E, LOW, NEVER, Form, both, kept
+
+F32 = jnp.float32
+
+
+class Arrays(NamedTuple):
+    """What a kernel reads; None for what the call does not use.
+
+    q [B,T,H,D], k [B,S,K,D], v [B,S,K,V]; heads [H]: global head numbers; bias
+    [B|1,H|1,T|1,S|1]; keep [B,H,T,S] int8; q_pos [B,T], kv_pos [B,S,K|1]; q_run
+    [B|1,T], kv_run [B|1,S]; sink [H] float32; seed: two int32 words, batch [B]; and
+    backward do [B,T,H,V], lse (times log2 e) and delta [B,H,T].
+    """
+
+    q: Any
+    k: Any
+    v: Any
+    heads: Any
+    bias: Any = None
+    keep: Any = None
+    q_pos: Any = None
+    kv_pos: Any = None
+    q_run: Any = None
+    kv_run: Any = None
+    sink: Any = None
+    seed: Any = None
+    batch: Any = None
+    do: Any = None
+    lse: Any = None
+    delta: Any = None
+
+
+class Line(NamedTuple):
+    """Which tiles of the inner axis a program passes over, for each tile of the outer.
+
+    count [B|1,N]: how many; where: the first [B|1,N] of neighbours, or all [B|1,N,n].
+    """
+
+    count: Any
+    where: Any
+
+
+class Call(NamedTuple):
+    """What is static: the form, the tiles, warps and stages."""
+
+    form: Form
+    tiling: Tiling
+    groups: int
+    warps: int
+    stages: int
+    interpret: Any
+
+
+def lines(static: np.ndarray, ask: jax.Array | None) -> tuple[Line | None, Line | None]:
+    """Per row of `static` [N,M] the tiles to take whole and those to mask, where `ask`
+    [B,N,M] says at run time what is asked of each; None where there is no such tile."""
+    if ask is None:
+        return tuple(_fixed(static == kind) for kind in (FULL, MASKED))
+    count = lambda kind: (ask == kind).sum(-1, dtype=jnp.int32)
+    order = lambda kind: jnp.argsort(ask != kind, axis=-1, stable=True)
+    return tuple(Line(count(kind), order(kind).astype(jnp.int32))
+                 for kind in (FULL, MASKED))
+
+
+def _fixed(wanted: np.ndarray) -> Line | None:
+    count = wanted.sum(1, dtype=np.int32)
+    most = int(count.max())
+    if not most:
+        return None
+    order = np.argsort(~wanted, axis=1, kind="stable")[:, :most].astype(np.int32)
+    some = np.arange(most)[None] < count[:, None]
+    if (~some | (order == order[:, :1] + np.arange(most))).all():
+        order = order[:, 0]
+    return Line(jnp.asarray(count[None]), jnp.asarray(order[None]))
+
+
+def over(seen, b, n, body: Callable, carry):
+    """body(tile, masked, carry) for each tile of line `n`."""
+    for line, masked in zip(seen, (False, True)):
+        if line is None:
+            continue
+        row = b if line.count.shape[0] > 1 else 0
+        near = len(line.where.shape) == 2
+        first = line.where[row, n] if near else None
+
+        def step(i, carry, masked=masked, first=first, line=line, row=row):
+            at = line.where[row, n, i] if first is None else first + i
+            return body(at, masked, carry)
+
+        carry = jax.lax.fori_loop(0, line.count[row, n], step, carry)
+    return carry
+
+
+class Here:
+    """One head of one row of the batch. Tiles of logits lie as [queries, keys], or,
+    `turned`, as [keys, queries]."""
+
+    def __init__(self, call: Call, x: Arrays, b, h, turned: bool = False):
+        self.call, self.x, self.b, self.h, self.turned = call, x, b, h, turned
+        self.kv = h // call.groups
+        self.head = x.heads[h]
+
+    def along(self, a, keys: bool):
+        """A vector of queries or of keys, as it broadcasts against a tile."""
+        return a[None, :] if keys != self.turned else a[:, None]
+
+    def numbers(self, tile, keys: bool):
+        """Numbers of a tile's queries or keys."""
+        t = self.call.tiling
+        size = t.columns if keys else t.rows
+        return tile * size + jax.lax.broadcasted_iota(jnp.int32, (size,), 0)
+
+    def queries(self, ref, tile):
+        """A tile of q or do [rows,width]."""
+        return block(ref, self.b, tile * self.call.tiling.rows, self.call.tiling.rows,
+                     self.h)
+
+    def keys(self, ref, tile):
+        """A tile of k or v [columns,width]."""
+        size = self.call.tiling.columns
+        return block(ref, self.b, tile * size, size, self.kv)
+
+    def vector(self, ref, tile, keys: bool, other, *after):
+        """Entries of a [B|1,T] array, or of [B,S,K|1] with the head `after`."""
+        t = self.call.tiling
+        size, end = (t.columns, t.s) if keys else (t.rows, t.t)
+        row = self.b if ref.shape[0] > 1 else self.b * 0
+        at = ref.at[(row, pl.ds(tile * size, size), *after)]
+        inside = self.numbers(tile, keys) < end if end % size else None
+        return load(at, inside, other)
+
+    def row(self, ref, tile, other):
+        """Entries [rows] of a [B,H,T] array."""
+        t = self.call.tiling
+        at = ref.at[self.b, self.h, pl.ds(tile * t.rows, t.rows)]
+        inside = self.numbers(tile, False) < t.t if t.t % t.rows else None
+        return load(at, inside, other)
+
+    def matrix(self, ref, row, column, other):
+        """The part of a [B|1,H|1,T|1,S|1] array that lies on a tile."""
+        t = self.call.tiling
+        # a traced 0: the interpreter takes no other next to slices
+        b, h = (i * 0 if n == 1 else i for n, i in zip(ref.shape, (self.b, self.h)))
+        inside, cuts = None, []
+        for axis, tile, size in ((2, row, t.rows), (3, column, t.columns)):
+            if ref.shape[axis] == 1:
+                cuts.append(pl.ds(0, 1))
+                continue
+            cuts.append(pl.ds(tile * size, size))
+            if ref.shape[axis] % size:
+                near = self.numbers(tile, axis == 3) < ref.shape[axis]
+                inside = both(inside, near[None] if axis == 3 else near[:, None])
+        at = ref.at[b, h, *cuts]
+        if inside is not None:
+            inside = jnp.broadcast_to(inside, at.shape)
+        found = load(at, inside, other)
+        return found.T if self.turned else found
+
+    def logits(self, q, k, row, column, masked: bool):
+        """Logits times log2(e) of a tile, NEVER where hidden, and their slope."""
+        x, t, form = self.x, self.call.tiling, self.call.form
+        raw = dot(k, q, 1, 1) if self.turned else dot(q, k, 1, 1)
+        i = j = None
+        if masked or form.score is not None:
+            i, j = self.positions(row, column)
+        bias = None if x.bias is None else self.matrix(x.bias, row, column, 0)
+        s, slope = form.logits(raw, self.head, i, j, bias, LOG2E)
+        if not masked:
+            return s, slope
+        seen = None if form.mask is None else form.mask(self.head, i, j)
+        if t.offset is None:
+            seen = both(seen, j >= 0)
+        if x.q_run is not None:
+            mine = self.along(self.vector(x.q_run, row, False, 0), False)
+            run = self.along(self.vector(x.kv_run, column, True, 0), True)
+            seen = both(seen, (mine == run) & (run > 0))
+        if t.s % t.columns:
+            seen = both(seen, self.along(self.numbers(column, True), True) < t.s)
+        return (s if seen is None else jnp.where(seen, s, NEVER)), slope
+
+    def positions(self, row, column):
+        """Query and key positions of a tile, as they broadcast against it."""
+        t, x = self.call.tiling, self.x
+        if t.offset is None:
+            head = self.kv * 0 if x.kv_pos.shape[2] == 1 else self.kv
+            i = self.vector(x.q_pos, row, False, 0)
+            j = self.vector(x.kv_pos, column, True, -1, head)
+        else:
+            i, j = self.numbers(row, False) + t.offset, self.numbers(column, True)
+        return self.along(i, False), self.along(j, True)
+
+    def drop(self, row, column):
+        """What dropout multiplies the weights of a tile with; None for nothing."""
+        rate, x = self.call.form.dropout, self.x
+        if x.keep is not None:
+            return self.matrix(x.keep, row, column, 0).astype(F32) / (1 - rate)
+        if not rate:
+            return None
+        seed = [x.seed[n].astype(jnp.uint32) for n in range(2)]
+        i = self.along(self.numbers(row, False), False)
+        j = self.along(self.numbers(column, True), True)
+        stay = kept(rate, seed, x.batch[self.b], self.head, i, j)
+        return jnp.where(stay, 1 / (1 - rate), 0.0)
+
+    def again(self, q, k, v, do, row, column, masked: bool):
+        """Dropped p, d(bias) and d(scale q.k) of a tile, made again from lse."""
+        s, slope = self.logits(q, k, row, column, masked)
+        of = lambda ref, other: self.along(self.row(ref, row, other), False)
+        # queries beyond the end get weights 2^(s - 1e30) = 0
+        p = jnp.exp2(s - of(self.x.lse, -LOW))
+        dp = dot(v, do, 1, 1) if self.turned else dot(do, v, 1, 1)
+        drop = self.drop(row, column)
+        dropped, dp = (p, dp) if drop is None else (p * drop, dp * drop)
+        ds = p * (dp - of(self.x.delta, 0.0))
+        return dropped, ds, (ds if slope is None else ds * slope)
+
+
+def power(n: int) -> int:
+    """The least power of two that is not below n, at least 16: the smallest that the
+    matrix units contract."""
+    return max(1 << (n - 1).bit_length(), 16)
+
+
+def load(at, inside, other):
+    """A load of what is `inside`; all of it for None."""
+    if inside is None:
+        return triton.load(at)
+    return triton.load(at, mask=inside, other=jnp.asarray(other, at.dtype))
+
+
+def lanes(width: int, rows: int, inside):
+    """`inside` [rows] and the lanes below `width`, as they broadcast; None for all."""
+    found = None if inside is None else inside[:, None]
+    if power(width) != width:
+        lane = jax.lax.broadcasted_iota(jnp.int32, (rows, power(width)), 1)
+        found = both(found, lane < width)
+    return None if found is None else jnp.broadcast_to(found, (rows, power(width)))
+
+
+def block(ref, b, start, size: int, h):
+    """`size` tokens of a head of a [B,T,H,D] array, 0 beyond the end."""
+    inside = None
+    if ref.shape[1] % size:
+        inside = start + jax.lax.broadcasted_iota(jnp.int32, (size,), 0) < ref.shape[1]
+    inside = lanes(ref.shape[3], size, inside)
+    return load(_cut(ref, b, start, size, h), inside, 0)
+
+
+def write(ref, value, b, start, size: int, h) -> None:
+    """The reverse of `block`."""
+    inside = None
+    if ref.shape[1] % size:
+        inside = start + jax.lax.broadcasted_iota(jnp.int32, (size,), 0) < ref.shape[1]
+    inside = lanes(ref.shape[3], size, inside)
+    triton.store(_cut(ref, b, start, size, h), value.astype(ref.dtype), mask=inside)
+
+
+def _cut(ref, b, start, size: int, h):
+    # a traced 0, since a slice that is known to pass the end is an error
+    zero = start * 0
+    return ref.at[b, pl.ds(start, size), h, pl.ds(zero, power(ref.shape[3]))]
+
+
+def dot(a, b, left: int, right: int):
+    """A matrix product over the given axes into float32; float32 is not rounded."""
+    precision = jax.lax.Precision.HIGHEST if a.dtype == F32 else None
+    return jax.lax.dot_general(
+        a, b, (((left,), (right,)), ((), ())), precision=precision,
+        preferred_element_type=F32,
+    )
+
+
+def launch(call: Call, kernel, grid, x: Arrays, more, out_shape, name: str):
+    """pallas_call on whole arrays: kernel(call, x, more, *outs)."""
+    return pl.pallas_call(
+        lambda x, more, *outs: kernel(call, x, more, *outs),
+        grid=grid, out_shape=out_shape, interpret=call.interpret, name=name,
+        compiler_params=triton.CompilerParams(
+            num_warps=call.warps, num_stages=call.stages),
+    )(x, more)

@@ -166,13 +166,14 @@ def _bias_tile(call: Call, x: Arrays, asked, db_ref):
     sizes = (1 if nb else x.q.shape[0], 1 if nh else x.q.shape[2],
              1 if tall else t.grid[0], 1 if wide else t.grid[1])
     at, heads = pl.program_id(2), db_ref.shape[1]
-    own = at // heads, at % heads, pl.program_id(0), pl.program_id(1)
+    own = (jax.lax.div(at, heads), jax.lax.rem(at, heads), pl.program_id(0),
+           pl.program_id(1))
 
     def step(n, acc):
         place = []
         for size, mine in zip(sizes[::-1], own[::-1]):
-            place.append(mine if size == 1 else n % size)
-            n = n // size
+            place.append(mine if size == 1 else jax.lax.rem(n, size))
+            n = jax.lax.div(n, size)
         column, row, h, b = place
         here = Here(call, x, b, h)
 

@@ -61,7 +61,9 @@ def backward(static: Static, side: Side, q, k, v, bias, sink, lse, delta, do):
 
 
 def _call(static: Static, tiling: Tiling, how, q, k) -> Call:
-    return Call(static.form, tiling, q.shape[2] // k.shape[2], *how, static.interpret)
+    warps, stages = how
+    groups = q.shape[2] // k.shape[2]
+    return Call(static.form, tiling, groups, warps, stages, static.interpret)
 
 
 def _arrays(side: Side, q, k, v, bias, sink) -> Arrays:

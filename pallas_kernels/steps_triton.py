@@ -73,11 +73,11 @@ def lines(static: np.ndarray, ask: jax.Array | None) -> tuple[Line | None, Line 
     """Per row of `static` [N,M] the tiles to take whole and those to mask, where `ask`
     [B,N,M] says at run time what is asked of each; None where there is no such tile."""
     if ask is None:
-        return tuple(_fixed(static == kind) for kind in (FULL, MASKED))
+        return _fixed(static == FULL), _fixed(static == MASKED)
     count = lambda kind: (ask == kind).sum(-1, dtype=jnp.int32)
     order = lambda kind: jnp.argsort(ask != kind, axis=-1, stable=True)
-    return tuple(Line(count(kind), order(kind).astype(jnp.int32))
-                 for kind in (FULL, MASKED))
+    line = lambda kind: Line(count(kind), order(kind).astype(jnp.int32))
+    return line(FULL), line(MASKED)
 
 
 def _fixed(wanted: np.ndarray) -> Line | None:
@@ -178,9 +178,7 @@ class Here:
         """Logits times log2(e) of a tile, NEVER where hidden, and their slope."""
         x, t, form = self.x, self.call.tiling, self.call.form
         raw = dot(k, q, 1, 1) if self.turned else dot(q, k, 1, 1)
-        i = j = None
-        if masked or form.score is not None:
-            i, j = self.positions(row, column)
+        i, j = self.positions(row, column)
         bias = None if x.bias is None else self.matrix(x.bias, row, column, 0)
         s, slope = form.logits(raw, self.head, i, j, bias, LOG2E)
         if not masked:

@@ -86,7 +86,7 @@ def tile(device: str, kernel: str, shape: Shape, asked: tuple | None = None,
     rows, columns, *how = row(device, backend)[name][shape.label]
     if backend != "tpu":
         if asked is not None:
-            rows, columns, *how = (*asked, *how[len(asked) - 2:])
+            rows, columns, *how = list(asked) + how[len(asked) - 2:]
         least = lambda n: max(1 << (n - 1).bit_length(), 16)
         return Tile(min(rows, least(shape.t)), min(columns, least(shape.s)), tuple(how))
     if asked is not None:

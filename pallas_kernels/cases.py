@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib.util
 from typing import Any, Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental.pallas.ops.tpu.splash_attention import (
-    splash_attention_kernel as splash, splash_attention_mask as splash_mask
-)
 
 from pallas_kernels import tables
 from pallas_kernels.blocks import blocks
@@ -49,15 +47,16 @@ class Window(Causal):
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One program. build(device) -> (f, arguments as ShapeDtypeStructs, trips by the
-    start of a kernel's name: (passes of each tile region, lines, grid steps)).
+    """One program. build(target) -> (f, arguments as ShapeDtypeStructs, trips on TPU by
+    the start of a kernel's name: (passes of each tile region, lines, grid steps)).
     flops: of one run, for the share of the peak; moved: bytes that have to move; whole:
-    XLA's own programs are of interest too."""
+    XLA's own programs are of interest too; peer: not ours, beside which ours stand."""
 
-    build: Callable[[str], tuple[Callable, tuple, dict[str, Any]]]
+    build: Callable[[Any], tuple[Callable, tuple, dict[str, Any]]]
     flops: float = 0.0
     moved: float = 0.0
     whole: bool = False
+    peer: bool = False
 
 
 def struct(*shape, dtype=BF16):
@@ -78,42 +77,51 @@ def passes(device: str, t, d, v, h, mask, tile=None, itemsize=2) -> dict[str, An
     return trips
 
 
-def attention(device, *, backward, t, d, h=8, k=8, v=None, mask=Causal(), dtype=BF16,
-              tile=None, extra=()):
+def with_gradients(f: Callable) -> Callable:
+    """(args, cotangent) -> the gradients of f's first result."""
+    def both(args, do):
+        return jax.vjp(lambda *a: f(*a), *args)[1](do)
+
+    return both
+
+
+def attention(target, *, backend, backward, t, d, h=8, k=8, v=None, mask=Causal(),
+              dtype=BF16, tile=None, extra=()):
     """flash, forward or forward and backward; extra: names of optional arrays."""
     v = v or d
-    q, keys, values = (
-        struct(1, t, n, width, dtype=dtype) for n, width in ((h, d), (k, d), (k, v)))
-    given = {
-        "runs": struct(1, t, dtype=jnp.int32), "sink": struct(h, dtype=F32),
-        "bias": struct(1, h, t, t, dtype=dtype),
-    }
-    options = {"mask": mask}
-    if "softcap" in extra:
-        options["softcap"] = 30.0
-    arrays = {n: given[n] for n in extra if n in given}
+    arrays = [struct(1, t, n, width, dtype=dtype) for n, width in
+              ((h, d), (k, d), (k, v))]
+    given = {"sink": struct(h, dtype=F32), "bias": struct(1, h, t, t, dtype=dtype)}
+    arrays += [given[n] for n in given if n in extra]
+    runs = [struct(1, t, dtype=jnp.int32)] if "runs" in extra else []
+    softcap = 30.0 if "softcap" in extra else None
 
-    def f(q, k, v, sink=None, bias=None, runs=None):
-        return flash(q, k, v, sink=sink, bias=bias, q_run=runs, kv_run=runs, tile=tile,
+    def f(runs, q, k, v, *more):
+        options = dict(zip([n for n in given if n in extra], more))
+        if runs:
+            options |= {"q_run": runs[0], "kv_run": runs[0]}
+        return flash(q, k, v, mask=mask, softcap=softcap, tile=tile, backend=backend,
                      **options)
 
-    trips = passes(device, t, d, v, h, mask, tile, jnp.dtype(dtype).itemsize)
+    trips = {}
+    if backend == "tpu":
+        size = jnp.dtype(dtype).itemsize
+        trips = passes(target.kind, t, d, v, h, mask, tile, size)
     if not backward:
-        return (lambda q, k, v, arrays: f(q, k, v, **arrays),
-                (q, keys, values, arrays), {"flash_forward": trips["flash_forward"]})
+        return f, (runs, *arrays), {n: c for n, c in trips.items() if "forward" in n}
 
-    def both(q, k, v, arrays, do):
-        runs = arrays.get("runs")
-        own = {n: a for n, a in arrays.items() if n != "runs"}
-        o, back = jax.vjp(lambda q, k, v, own: f(q, k, v, runs=runs, **own)[0],
-                          q, k, v, own)
-        return back(do)
+    def both(runs, args, do):
+        return with_gradients(lambda *a: f(runs, *a)[0])(args, do)
 
-    return both, (q, keys, values, arrays, struct(1, t, h, v, dtype=dtype)), trips
+    return both, (runs, arrays, struct(1, t, h, v, dtype=dtype)), trips
 
 
-def peer(device, *, backward, tile, t=8192, d=128, h=8):
-    """jax's splash attention, the best peer on TPU, at tiles (q, kv, kv compute)."""
+def splash_attention(target, *, backward, tile, t=8192, d=128, h=8):
+    """jax's splash attention, at tiles (q, kv, kv compute)."""
+    from jax.experimental.pallas.ops.tpu.splash_attention import (
+        splash_attention_kernel as splash, splash_attention_mask as splash_mask
+    )
+
     mask = splash_mask.MultiHeadMask([splash_mask.CausalMask((t, t))] * h)
     q, kv, compute = tile
     sizes = splash.BlockSizes(
@@ -124,34 +132,50 @@ def peer(device, *, backward, tile, t=8192, d=128, h=8):
         mask=mask, block_sizes=sizes, head_shards=1, q_seq_shards=1)
     array = struct(h, t, d)
     tiles = int((asked(Causal(), Tiling(t, t, q, kv, 0)) != 0).sum()) * h
-    steps = h * (t // q) * (t // kv)
-    one = (tiles,), h * (t // q), steps
+    one = (tiles,), h * (t // q), h * (t // q) * (t // kv)
     if not backward:
         return kernel, (array,) * 3, {"splash_mha_fwd": one}
-
-    def both(q, k, v, do):
-        return jax.vjp(lambda *a: kernel(*a), q, k, v)[1](do)
-
-    return both, (array,) * 4, {"splash_mha_fwd": one, "splash_mha_dkv": one}
+    return (with_gradients(kernel), ((array,) * 3, array),
+            {"splash_mha_fwd": one, "splash_mha_dkv": one})
 
 
-def chosen(device, *, backward, t=8192, h=16, k=2, block=64, n=16, d=128):
+def tokamax_attention(target, *, backward, backend, t=8192, d=128, h=8):
+    """Tokamax's attention by one of its implementations, as it tunes itself."""
+    import tokamax
+
+    # it asks the default device, not the mesh, what it compiles for
+    device = target.described().devices[0]
+
+    def f(q, k, v):
+        with jax.default_device(device):
+            return tokamax.dot_product_attention(
+                q, k, v, is_causal=True, implementation=backend)
+
+    arrays = (struct(1, t, h, d),) * 3
+    if not backward:
+        return f, arrays, {}
+    return with_gradients(f), (arrays, arrays[0]), {}
+
+
+def chosen(target, *, backend, backward, t=8192, h=16, k=2, block=64, n=16, d=128):
     """blocks: 16 of 64 tokens for each 64 queries."""
-    args = (struct(1, t, h, d), struct(1, t, k, d), struct(1, t, k, d),
-            struct(1, k, t // block, n, dtype=jnp.int32))
+    arrays = struct(1, t, h, d), struct(1, t, k, d), struct(1, t, k, d)
+    at = struct(1, k, t // block, n, dtype=jnp.int32)
 
-    def f(q, k, v, at):
-        return blocks(q, k, v, at, mask=Causal(), block=block)[0]
-
-    def both(q, k, v, at, do):
-        return jax.vjp(lambda q, k, v: f(q, k, v, at), q, k, v)[1](do)
+    def f(at, q, k, v):
+        return blocks(q, k, v, at, mask=Causal(), block=block, backend=backend)[0]
 
     if not backward:
-        return f, args, {}
-    return both, (*args, struct(1, t, h, d)), {}
+        return f, (at, *arrays), {}
+
+    def both(at, args, do):
+        return with_gradients(lambda *a: f(at, *a))(args, do)
+
+    return both, (at, arrays, struct(1, t, h, d)), {}
 
 
-def cached(device, *, b=8, h=32, k=8, d=128, s=32768, bits=16, page=None):
+def cached(target, *, backend, b=8, h=32, k=8, d=128, s=32768, bits=16, page=None,
+           statistics=False):
     """decode: one query a row against a full cache."""
     lead = (b, s) if page is None else (b * s // page, page)
     kind, width = (jnp.int8 if bits < 16 else BF16), d // 2 if bits == 4 else d
@@ -165,8 +189,12 @@ def cached(device, *, b=8, h=32, k=8, d=128, s=32768, bits=16, page=None):
     steps = b * s // ((page or 0) or tables.slots(s, k))
     if page:
         steps = b * -(-(s // page) // max(tables.slots(s, k) // page, 1))
-    return (lambda args: decode(**args, bits=bits), (args,),
-            {"decode": ((steps,), b, steps)})
+
+    def f(args):
+        return decode(**args, bits=bits, statistics=statistics, backend=backend)
+
+    trips = {"decode": ((steps,), b, steps)}
+    return f, (args,), trips if backend == "tpu" and not statistics else {}
 
 
 def work(t, d, v=None, h=8, causal=True, backward=False) -> float:
@@ -175,37 +203,65 @@ def work(t, d, v=None, h=8, causal=True, backward=False) -> float:
             * (2.5 if backward else 1))
 
 
-def cases() -> dict[str, Case]:
-    """All cases by name; a name's first word is the kernel."""
+FLASH: dict[str, dict[str, Any]] = {
+    "causal T8192 D128 H8": {"t": 8192, "d": 128},
+    "causal T8192 D64 H8": {"t": 8192, "d": 64},
+    "causal T8192 D256 H8": {"t": 8192, "d": 256},
+    "causal T4096 D192 V128 H8": {"t": 4096, "d": 192, "v": 128},
+    "grouped T4096 D128 H8 K2 window sinks softcap": {
+        "t": 4096, "d": 128, "k": 2, "mask": Window(), "extra": ("sink", "softcap")},
+    "packed T4096 D128 H4": {"t": 4096, "d": 128, "h": 4, "k": 4, "extra": ("runs",)},
+    "bias T2048 D32 H4": {"t": 2048, "d": 32, "h": 4, "k": 4, "extra": ("bias",)},
+    "odd T1000 D24 H4 float32": {"t": 1000, "d": 24, "h": 4, "k": 4, "dtype": F32},
+}
+DECODE: dict[str, dict[str, Any]] = {
+    "": {}, " int8": {"bits": 8}, " int4": {"bits": 4}, " pages of 128": {"page": 128},
+    " statistics": {"statistics": True},
+}
+PEER = "causal T8192 D128 H8"
+
+
+def cases(target) -> dict[str, Case]:
+    """All cases of a target by name; a name's first word is the kernel."""
     found: dict[str, Case] = {}
+    for backend in target.backends:
+        label = "" if backend == "tpu" else f" {backend}"
+        for way in ("forward", "backward"):
+            more = {"backend": backend, "backward": way == "backward"}
+            for name, options in FLASH.items():
+                flops = 0.0
+                if name.startswith("causal"):
+                    flops = work(options["t"], options["d"], options.get("v"),
+                                 backward=more["backward"])
+                found[f"flash {way}{label} {name}"] = Case(
+                    functools.partial(attention, **more, **options), flops)
+            if backend != "mosaic":
+                found[f"blocks {way}{label} T8192 D128 H16 K2 n16x64"] = Case(
+                    functools.partial(chosen, **more))
+        for name, options in DECODE.items() if backend != "mosaic" else ():
+            bits = options.get("bits", 16)
+            found[f"decode{label} B8 S32768 H32 K8{name}"] = Case(
+                functools.partial(cached, backend=backend, **options), 0.0,
+                2 * 8 * 32768 * 8 * 128 * bits / 8)
+    return dict(sorted((found | peers(target)).items()))
+
+
+def peers(target) -> dict[str, Case]:
+    """The best peers on the shape that ours are compared on; tokamax if installed."""
+    found: dict[str, Case] = {}
+    there = importlib.util.find_spec("tokamax") is not None
     for way in ("forward", "backward"):
         back = way == "backward"
-        make = functools.partial(attention, backward=back)
-        add = lambda name, flops=0.0, **kw: found.update({
-            f"flash {way} {name}": Case(functools.partial(make, **kw), flops)})
-        add("causal T8192 D128 H8", work(8192, 128, backward=back), t=8192, d=128)
-        add("causal T8192 D64 H8", work(8192, 64, backward=back), t=8192, d=64)
-        add("causal T8192 D256 H8", work(8192, 256, backward=back), t=8192, d=256)
-        add("causal T4096 D192 V128 H8", work(4096, 192, 128, backward=back), t=4096,
-            d=192, v=128)
-        add("grouped T4096 D128 H8 K2 sinks softcap", t=4096, d=128, k=2,
-            mask=Window(), extra=("sink", "softcap"))
-        add("packed T4096 D128 H4", t=4096, d=128, h=4, k=4, extra=("runs",))
-        add("bias T2048 D32 H4", t=2048, d=32, h=4, k=4, extra=("bias",))
-        add("odd T1000 D24 H4 float32", t=1000, d=24, h=4, k=4, dtype=F32)
-        found[f"blocks {way} T8192 D128 H16 K2 n16x64"] = Case(
-            functools.partial(chosen, backward=back))
-        for tile in ((1024, 1024, 1024), (1024, 1024, 512)):
-            name = f"splash {way} causal T8192 D128 H8 {'x'.join(map(str, tile))}"
-            found[name] = Case(functools.partial(peer, backward=back, tile=tile),
-                               work(8192, 128, backward=back))
-    for name, kw in (("", {}), (" int8", {"bits": 8}), (" int4", {"bits": 4}),
-                     (" pages of 128", {"page": 128})):
-        size = {"bits": 16} | kw
-        moved = 2 * 8 * 32768 * 8 * 128 * size["bits"] / 8
-        found[f"decode B8 S32768 H32 K8{name}"] = Case(
-            functools.partial(cached, **kw), 0.0, moved)
-    return {n: c for n, c in sorted(found.items())}
+        add = lambda name, f, **kw: found.update({f"peer {way} {name} {PEER}": Case(
+            functools.partial(f, backward=back, **kw), work(8192, 128, backward=back),
+            peer=True)})
+        if target.platform == "tpu":
+            for tile in ((1024, 1024, 1024), (1024, 1024, 512)):
+                add(f"splash {'x'.join(map(str, tile))}", splash_attention, tile=tile)
+        if there:
+            for backend in ("mosaic", "triton")[:1 + (target.platform != "tpu")]:
+                add(f"tokamax {backend}", tokamax_attention, backend=backend)
+    return found
 
 
 def bytes_of(args: Any) -> int:

@@ -52,8 +52,8 @@ class Program(NamedTuple):
         """Cycles of a run in which the n-th tile region is taken trips[n] times.
 
         What else is long and under a condition (a line's start and end) is taken
-        `lines` times, all the rest at each of `steps` grid steps. None if the program
-        has other tile regions than trips.
+        `lines` times, what comes before the grid's loop once, all the rest at each of
+        `steps` grid steps. None if the program has other tile regions than trips.
         """
         if len(trips) != len(self.tiles):
             return None
@@ -61,7 +61,8 @@ class Program(NamedTuple):
         for r in self.regions:
             if r not in self.tiles:
                 rare = r.mark == "branch" and r.bundles > RARE
-                work += r.bundles * (lines if rare else steps)
+                once = r.mark == "start"
+                work += r.bundles * (1 if once else lines if rare else steps)
         return work
 
 

@@ -1,93 +1,169 @@
-"""Fills the tile tables: compiles candidates for a target and keeps the fastest.
+"""Fills the tile tables: tries candidates for a target and keeps the best.
 
-    python -m pallas_kernels.tune --targets v5e,v6e
+    python -m pallas_kernels.tune --targets v5e,v6e       # by what the compiler says
+    python -m pallas_kernels.tune --timed                 # by the clock of this device
 
-No accelerator is needed: the time of a candidate is its bundles times their trips (see
+Without the accelerator, a TPU candidate costs its bundles times their trips (see
 `pallas_kernels/readings.py`), which is exact for what the compiler scheduled and knows
-nothing of the memory system. A candidate that does not compile, because it asks for
-more fast memory than there is, is passed over. About ten minutes a target on 2 cores.
+nothing of the memory system. A GPU has no such schedule to read: a candidate that
+spills registers is dropped, and the best of the rest is the one that keeps most logits
+in flight on a multiprocessor, its tile times the blocks that fit there, with the fewest
+registers among equals. Where the device is there, --timed runs every candidate instead,
+and its row is written under the device's own name. What does not compile, because it
+asks for more fast memory than there is, is passed over. About ten minutes a target on 2
+cores.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
+import itertools
 import json
 import pathlib
 import sys
 import tempfile
-from typing import Any, Iterator
+import time
+from typing import Any, Callable, Iterator
 
-from pallas_kernels import cases, readings, tables
-from pallas_kernels.targets import TARGETS, Target, compiled, in_process
+import jax
+import numpy as np
 
-TILES = ((512, 1024), (512, 2048), (1024, 512), (1024, 1024), (1024, 2048),
-         (2048, 1024))
+from pallas_kernels import cases, readings, readings_gpu, tables
+from pallas_kernels.targets import TARGETS, Gpu, Tpu, compiled, in_process, missing
+
+TPU_TILES = ((512, 1024), (512, 2048), (1024, 512), (1024, 1024), (1024, 2048),
+             (2048, 1024))
 CHUNKS = (256, 512, 1024)
+GPU_SIZES, WARPS, STAGES = (32, 64, 128), (4, 8), (1, 2, 3)
 WIDTHS = {"d128": 128, "d256": 256}
-LENGTH = 8192
+KERNELS = ("flash_forward", "flash_backward")
+LENGTH, ROUNDS = 8192, 5
+Tile = tuple[int, ...]
 
 
-def candidates(width: int) -> Iterator[tuple[int, int, int]]:
-    """Queries, keys and keys a chunk of a tile."""
-    for rows, columns in TILES:
-        if width > 128 and rows * columns > 2**20:
-            continue
-        yield from ((rows, columns, n) for n in CHUNKS if n <= columns)
+def candidates(backend: str, width: int) -> Iterator[Tile]:
+    """Queries, keys and what else the table says of a tile."""
+    if backend == "tpu":
+        for rows, columns in TPU_TILES:
+            if width > 128 and rows * columns > 2**20:
+                continue
+            yield from ((rows, columns, n) for n in CHUNKS if n <= columns)
+        return
+    for rows, columns, warps, stages in itertools.product(
+            GPU_SIZES, GPU_SIZES, WARPS, STAGES):
+        if 2048 <= rows * columns <= 2**21 // width:
+            yield rows, columns, warps, stages
 
 
-def measured(target: Target, which: str, width: int, tile, folder: pathlib.Path):
-    """Seconds of a candidate by its bundles; None if it does not compile."""
-    backward = which == "flash_backward"
-    f, args, trips = cases.attention(
-        target.kind, backward=backward, t=LENGTH, d=width, tile=tile)
+def program(target: Tpu | Gpu, backend: str, which: str, width: int, tile: Tile):
+    """The function of a candidate, its arguments and its trips."""
+    return cases.attention(
+        target, backend=backend, backward=which == "flash_backward", t=LENGTH, d=width,
+        tile=tile)
+
+
+def static_cost(folder: pathlib.Path, target, backend, which, width, tile) -> Any:
+    """What ranks a candidate by what the compiler says; None to drop it."""
     for path in folder.iterdir():
         path.unlink()
-    try:
-        compiled(target, f, *args)
-    except Exception as error:  # any compiler's reason passes a candidate over
-        print(f"{which} {width} {tile}: {str(error).splitlines()[0][:90]}",
-              file=sys.stderr)
-        return None
+    f, args, trips = program(target, backend, which, width, tile)
+    compiled(target, f, *args)
+    if isinstance(target, Gpu):
+        found = [k for n, k in readings_gpu.programs(folder).items() if which in n]
+        if not found or any(k.spills for k in found):
+            return None
+        flight = min(k.blocks(target) for k in found) * tile[0] * tile[1]
+        return -flight, max(k.registers for k in found)
     counts = [p.cycles(*trips[which]) for n, p in readings.programs(folder).items()
               if which in n]
     cycles = [n for n in counts if n is not None]
     return sum(cycles) / target.clock / target.cores if cycles else None
 
 
-def tuned(target: Target, folder: pathlib.Path) -> dict[str, Any]:
+def timed_cost(target, backend, which, width, tile) -> float:
+    """Seconds of a candidate on this machine's device, the median of some runs."""
+    f, args, _ = program(target, backend, which, width, tile)
+    draw = lambda n, a: jax.random.normal(jax.random.key(n), a.shape).astype(a.dtype)
+    leaves, tree = jax.tree.flatten(args)
+    given = jax.tree.unflatten(tree, [draw(n, a) for n, a in enumerate(leaves)])
+    run = jax.jit(f).lower(*given).compile()
+    jax.block_until_ready(run(*given))
+    times = []
+    for _ in range(ROUNDS):
+        clock = time.perf_counter()
+        jax.block_until_ready(run(*given))
+        times.append(time.perf_counter() - clock)
+    return float(np.median(times))
+
+
+def tuned(target: Tpu | Gpu, cost: Callable) -> dict[str, Any]:
     """The target's row of the table: the best tile of each kernel and width."""
-    row: dict[str, Any] = json.loads(json.dumps(tables.row(target.kind)))
-    for which in ("flash_forward", "flash_backward"):
-        for label, width in WIDTHS.items():
-            times: dict[tuple, float] = {}
-            for tile in candidates(width):
-                seconds = measured(target, which, width, tile, folder)
-                if seconds is not None:
-                    times[tile] = seconds
-                    print(f"{target.name} {which} {label} {tile}: "
-                          f"{seconds * 1e3:.3f} ms", flush=True)
-            if times:
-                best = min(times.items(), key=lambda item: item[1])[0]
-                row[which][f"{label} f16"] = list(best)
+    row: dict[str, Any] = json.loads(json.dumps(
+        tables.row(target.kind, target.backends[0])))
+    for backend, which, (label, width) in itertools.product(
+            target.backends, KERNELS, WIDTHS.items()):
+        costs: dict[Tile, Any] = {}
+        for tile in candidates(backend, width):
+            try:
+                found = cost(target, backend, which, width, tile)
+            except Exception as error:  # any compiler's reason passes a candidate over
+                text = (str(error).splitlines() or [""])[0][:90]
+                print(f"{which} {label} {tile}: {text}", file=sys.stderr)
+                continue
+            if found is not None:
+                costs[tile] = found
+                print(f"{target.name} {backend} {which} {label} {tile}: {found}",
+                      flush=True)
+        if costs:
+            best = min(costs.items(), key=lambda item: item[1])[0]
+            name = which if backend == "tpu" else f"{backend}_{which}"
+            row[name][f"{label} f16"] = list(best)
     return row
+
+
+def write(kind: str, row: dict[str, Any]) -> None:
+    """Puts a device's row into the table."""
+    table = json.loads(tables.TABLE.read_text()) | {kind: row}
+    tables.TABLE.write_text(tables.text(table))
+
+
+def here() -> Tpu | Gpu | None:
+    """The target that this machine's own device is."""
+    kind = jax.devices()[0].device_kind
+    return next((t for t in TARGETS.values() if t.kind == kind), None)
 
 
 def main(arguments: list[str]) -> int:
     """Tunes target after target, each in a process of its own."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--targets", default="v5e,v5p,v6e", help="of v4, v5e, v5p, ...")
+    parser.add_argument("--timed", action="store_true", help="time on this device")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     given = parser.parse_args(arguments)
     if given.worker:
         target = TARGETS[given.targets]
-        row = tuned(target, pathlib.Path(given.worker))
-        table = json.loads(tables.TABLE.read_text()) | {target.kind: row}
-        tables.TABLE.write_text(tables.text(table))
+        cost = functools.partial(static_cost, pathlib.Path(given.worker))
+        write(target.kind, tuned(target, cost))
         return 0
-    if unknown := set(given.targets.split(",")) - set(TARGETS):
-        print(f"targets={sorted(unknown)}: expected some of {sorted(TARGETS)}")
+    if given.timed:
+        own = here()
+        if own is None:
+            print(f"--timed: {jax.devices()[0].device_kind} is none of the targets "
+                  f"({', '.join(t.kind for t in TARGETS.values())})", file=sys.stderr)
+            return 2
+        write(own.kind, tuned(own, timed_cost))
+        return 0
+    names = given.targets.split(",")
+    if unknown := set(names) - set(TARGETS):
+        print(f"--targets={','.join(sorted(unknown))}: expected some of "
+              f"{','.join(TARGETS)}", file=sys.stderr)
         return 2
-    for name in given.targets.split(","):
+    if wrong := next((text for n in names if (text := missing(TARGETS[n]))), None):
+        print(wrong, file=sys.stderr)
+        return 2
+    for name in names:
         with tempfile.TemporaryDirectory() as folder:
             if code := in_process("pallas_kernels.tune", name, folder):
                 return code

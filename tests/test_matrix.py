@@ -5,7 +5,10 @@ import json
 
 import pytest
 
-from pallas_kernels import matrix, readings, tables
+from pallas_kernels import (
+    figures, matrix, matrix_table, readings, readings_gpu, tables
+)
+from pallas_kernels.targets import TARGETS
 
 USE = """header MATMUL, MATPUSH, XLU, VALU, VPOP, EUP, VLOAD, VLOAD:FILL, ...
 CAPACITY 4, 4, 3, 4, 2, 1, 3, 3, 1, 1, 2
@@ -30,37 +33,102 @@ def test_regions_of_a_program():
     tile, = program.tiles
     assert (tile.mark, tile.bundles, tile.units["MATMUL"]) == ("branch", 20, 80)
     assert program.total("SPILL") == 20 and program.capacity["VALU"] == 4
-    # 20 bundles a tile, 149 behind the other jump a line, all the rest a step
-    assert program.cycles((10,), 3, 12) == 10 * 20 + 3 * 149 + 12 * (175 - 20 - 149)
+    # 20 bundles a tile, 149 behind the other jump a line, 1 once, the rest a step
+    assert program.cycles((10,), 3, 12) == 10 * 20 + 3 * 149 + 1 + 12 * 5
     assert program.cycles((1, 2), 3, 12) is None
 
 
 def entry(**changes):
-    kernel = {"bundles": 100, "tiles": [90], "fills": 0, "spills": 10,
+    kernel = {"bundles": 100, "tiles": [90], "fills": 0, "spills": 10, "memory": 2048,
               "use": dict.fromkeys(("matmul", "valu", "vload", "vstore"), 0.5)}
     return {"temporary_bytes": 0, "kernels": {"k": kernel | changes}}
 
 
-@pytest.mark.parametrize("after, line", [
-    (entry(), None), (entry(bundles=105), None),
-    (entry(bundles=106), "v5e a: k: bundles 100 -> 106"),
-    (entry(spills=11), "v5e a: k: spills 10 -> 11"),
-    ({"error": "no room"}, "v5e a: error: no room"),
-    ({"refused": "D=1"}, "v5e a: refused: D=1"),
+def entry_gpu(**changes):
+    kernel = {"registers": 100, "spills": 0, "memory": 2048, "threads": 128,
+              "tensor": 4, "unit": "wgmma", "occupancy": 0.25}
+    return {"temporary_bytes": 0, "kernels": {"k": kernel | changes}}
+
+
+@pytest.mark.parametrize("before, after, line", [
+    (entry(), entry(), None), (entry(), entry(bundles=105), None),
+    (entry(), entry(bundles=106), "k: bundles 100 -> 106"),
+    (entry(), entry(spills=11), "k: spills 10 -> 11"),
+    (entry(), entry(memory=3000), "k: memory 2048 -> 3000"),
+    (entry(), {"error": "no room"}, "error: no room"),
+    (entry(), {"refused": "D=1"}, "refused: D=1"),
+    (entry(), {"kernels": {}}, "k: is no longer there"),
+    (entry_gpu(), entry_gpu(registers=105), None),
+    (entry_gpu(), entry_gpu(registers=106), "k: registers 100 -> 106"),
+    (entry_gpu(), entry_gpu(spills=1), "k: spills 0 -> 1"),
+    (entry() | {"peer": True}, {"error": "gone"}, None),
 ])
-def test_what_is_worse(after, line):
-    assert matrix.worse({"v5e a": entry()}, {"v5e a": after}) == [line] * bool(line)
+def test_what_is_worse(before, after, line):
+    lines = [] if line is None else [f"v5e a: {line}"]
+    assert matrix.worse({"v5e a": before}, {"v5e a": after}) == lines
+
+
+def test_a_new_case_that_does_not_compile_is_named():
+    found = {"v5e b": {"error": "no room"}, "v5e c": {"error": "x", "peer": True}}
+    assert matrix.unrecorded({}, found) == ["v5e b: error: no room"]
 
 
 def test_the_page_holds_every_case():
-    record = {"jax": "0", "libtpu": "0",
-              "cases": {"v5e a": entry(), "v6e b": {"refused": "D=1"}}}
-    page = matrix.page(record)
-    assert "| v5e | a | k: 90 | 50% |" in page and "| v6e | b | refused: D=1 |" in page
+    record = {"versions": {"jax": "0"}, "cases": {
+        "v5e a": entry(trips=[3]), "v6e b": {"refused": "D=1"},
+        "sm80 c": entry_gpu()}}
+    page = matrix_table.page(record)
+    assert "| a | k: 90 x 3 | 50% |" in page and "| b | refused: D=1 |" in page
+    assert "| c | k | 100 | 0 | 2 | 128 | 4 wgmma | 25% |" in page
+
+
+PTX = """
+.target sm_90a
+.visible .entry flash_forward(
+.reqntid 256, 1, 1
+  wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {%f1}, %rd1, %rd2;
+"""
+SAID = """ptxas info    : Compiling entry function 'flash_forward' for 'sm_90a'
+    0 bytes stack frame, 8 bytes spill stores, 12 bytes spill loads
+ptxas info    : Used 178 registers, used 1 barriers, 16 bytes smem
+"""
+
+
+def test_what_ptxas_says_of_a_kernel():
+    k = readings_gpu.kernel(PTX, SAID, 100 * 1024)
+    assert (k.name, k.registers, k.spills, k.threads) == ("flash_forward", 178, 20, 256)
+    assert (k.shared, k.tensor, k.unit) == (100 * 1024 + 16, 1, "wgmma")
+    # 228 KiB hold two such blocks, 64 Ki registers only one: 256 of 2048 threads
+    h200 = TARGETS["sm90a"]
+    assert k.blocks(h200) == 1 and k.occupancy(h200) == 0.125
+    assert k._replace(registers=128).blocks(h200) == 2
+    with pytest.raises(ValueError, match="ptxas said 'fatal'"):
+        readings_gpu.kernel(PTX, "fatal", 0)
+
+
+def test_own_kernels_are_told_from_fusions(tmp_path):
+    for n, name in enumerate(("flash_forward", "loop_select_fusion", "wrapped_iota")):
+        path = tmp_path / f"module.{n}.ptx"
+        path.write_text(PTX.replace("flash_forward", name))
+        path.with_suffix(".ptxas").write_text(SAID)
+    text = "001: kCustomKernel [source | sink] flash_forward grid: [1, 1, 1] " \
+        "threads: [256, 1, 1]  shared_memory: 1024 bytes\n"
+    (tmp_path / "module.thunk_sequence.txt").write_text(text)
+    found = readings_gpu.programs(tmp_path)
+    assert list(found) == ["flash_forward"] and found["flash_forward"].shared == 1040
+    assert len(readings_gpu.programs(tmp_path, whole=True)) == 3
+
+
+def test_fast_memory_is_read_off_the_program():
+    text = '  %k.1 = f32[8]{0} custom-call(%a), backend_config={' \
+        '"used_scoped_memory_configs":[{"memory_space":"1","offset":"0",' \
+        '"size":"4096"}]}\n  %other = f32[8]{0} copy(%a)\n'
+    assert figures.vmem(text) == {"k.1": 4096}
 
 
 @pytest.mark.parametrize("words, message", [
     (["--targets", "v9"], "--targets=v9: expected some of v4,v5e"),
+    (["--shapes", "bf16[1]"], "expected a --function beside it"),
     (["--function", "math:nothing"], "--function=math:nothing:"),
     (["--function", "math:sin", "--shapes", "bf16"], "expected one like bf16"),
 ])

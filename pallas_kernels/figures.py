@@ -1,0 +1,106 @@
+"""Figures: what one program compiles to on one target, as plain numbers.
+
+On TPU: bundles of each region in which the matrix unit works, and how often it runs;
+shares of the units' capacity; fills and spills; fast memory (VMEM); and the predicted
+time, the larger of cycles over clock and bytes over bandwidth. On GPU: registers of a
+thread, bytes that spill, shared memory, tensor-core instructions, occupancy.
+"""
+
+from __future__ import annotations
+
+import pathlib
+import re
+from typing import Any
+
+from pallas_kernels import Refused, readings, readings_gpu
+from pallas_kernels.cases import Case, bytes_of
+from pallas_kernels.targets import Gpu, Tpu, compiled
+
+GROWS = ("bundles", "spills", "registers", "memory")  # what may not get larger
+CALL = re.compile(r"^\s*%(\S+) = .*custom-call\(")
+SCOPED = re.compile(
+    r'"used_scoped_memory_configs":\[\{"memory_space":"1","offset":"0","size":"(\d+)"')
+
+
+def figures(target: Tpu | Gpu, case: Case, folder: pathlib.Path) -> dict[str, Any]:
+    """What one case compiles to on one target; dumps go to, and fill, `folder`."""
+    for path in folder.iterdir():
+        path.unlink()
+    try:
+        f, args, trips = case.build(target)
+        program = compiled(target, f, *args)
+    except Refused as error:
+        return {"refused": str(error)}
+    except Exception as error:  # whatever the compiler says is the finding
+        text = (str(error).strip() or "no reason given").splitlines()[0]
+        return {"error": f"{type(error).__name__}: {text[:200]}"}
+    found: dict[str, Any] = {
+        "temporary_bytes": program.memory_analysis().temp_size_in_bytes}
+    if case.peer:
+        found["peer"] = True
+    if isinstance(target, Tpu):
+        return found | _on_tpu(target, case, folder, program, args, trips)
+    kernels = readings_gpu.programs(folder, whole=case.whole)
+    return found | {"kernels": {n: _gpu(k, target) for n, k in sorted(kernels.items())}}
+
+
+def _on_tpu(target: Tpu, case: Case, folder, program, args, trips) -> dict[str, Any]:
+    kernels = readings.programs(folder, whole=case.whole)
+    memory = vmem(program.as_text())
+    found: dict[str, Any] = {"kernels": {}}
+    counts = []
+    for name, read in sorted(kernels.items()):
+        one = _tpu(read) | {"memory": memory.get(name, 0)}
+        own = next((t for start, t in trips.items() if start in name), None)
+        if own is not None:
+            counts.append(read.cycles(*own))
+            if counts[-1] is not None:
+                one["trips"] = list(own[0])
+        found["kernels"][name] = one
+    cycles = [n for n in counts if n is not None]
+    if cycles and len(cycles) == len(trips):
+        found |= predicted(target, case, sum(cycles), case.moved or bytes_of(args))
+    return found
+
+
+def predicted(target: Tpu, case: Case, cycles: int, moved: float) -> dict[str, Any]:
+    """The time that `cycles` of one core and `moved` bytes take at least."""
+    compute = cycles / target.clock / target.cores
+    memory = moved / target.bandwidth
+    found: dict[str, Any] = {
+        "milliseconds": round(max(compute, memory) * 1e3, 4),
+        "bound": "compute" if compute >= memory else "memory",
+    }
+    if case.flops:
+        share = case.flops / max(compute, memory) / target.peak
+        found["share_of_peak"] = round(share, 3)
+    return found
+
+
+def vmem(text: str) -> dict[str, int]:
+    """Bytes of fast memory of each kernel in a compiled program's text."""
+    found = {}
+    for line in text.splitlines():
+        call = CALL.match(line)
+        size = SCOPED.search(line) if call else None
+        if call and size:
+            found[call[1]] = int(size[1])
+    return found
+
+
+def _tpu(p: readings.Program) -> dict[str, Any]:
+    tiles = p.tiles or p.regions
+    bundles = max(sum(r.bundles for r in tiles), 1)
+    use = {
+        unit.lower(): round(sum(r.units[unit] for r in tiles) / bundles
+                            / p.capacity[unit], 3)
+        for unit in ("MATMUL", "VALU", "VLOAD", "VSTORE")
+    }
+    return {"bundles": p.bundles, "tiles": [r.bundles for r in p.tiles], "use": use,
+            "fills": p.total("FILL"), "spills": p.total("SPILL")}
+
+
+def _gpu(k: readings_gpu.Kernel, target: Gpu) -> dict[str, Any]:
+    return {"registers": k.registers, "spills": k.spills, "memory": k.shared,
+            "threads": k.threads, "tensor": k.tensor, "unit": k.unit,
+            "occupancy": round(k.occupancy(target), 3)}

@@ -15,7 +15,7 @@ from pallas_kernels import tables
 from pallas_kernels.blocks import blocks
 from pallas_kernels.decode import decode
 from pallas_kernels.flash import flash
-from pallas_kernels.schedule import FULL, MASKED, Tiling, asked
+from pallas_kernels.schedule import FULL, MASKED, Tiling, asked, paths
 
 BF16, F32 = jnp.bfloat16, jnp.float32
 
@@ -64,16 +64,24 @@ def struct(*shape, dtype=BF16):
     return jax.ShapeDtypeStruct(shape, dtype)
 
 
-def passes(device: str, t, d, v, h, mask, tile=None, itemsize=2) -> dict[str, Any]:
-    """Trips of the flash kernels: masked tiles come first in their program."""
+def passes(device: str, t, d, v, h, mask, tile=None, itemsize=2, packed=False,
+           matrix=False) -> dict[str, Any]:
+    """Trips of the flash kernels, in the order of their programs; runs of `packed`
+    sequences are taken to hide nothing."""
     trips = {}
-    shape = tables.Shape(t, t, d, v, itemsize)
+    shape = tables.Shape(t, t, d, v, itemsize, matrix)
     for kernel in ("flash_forward", "flash_backward"):
         found = tables.tile(device, kernel, shape, tile)
-        table = asked(mask, Tiling(t, t, found.rows, found.columns, 0))
-        counts = h * int((table == MASKED).sum()), h * int((table == FULL).sum())
+        tiling = Tiling(t, t, found.rows, found.columns, 0)
+        table = asked(mask, tiling)
+        ask = jnp.asarray(table)[None] if packed else None
+        ways, codes, _ = paths(mask, tiling, found.how[0], table, ask)
+        kinds = [MASKED] * ways.masked
+        kinds += [MASKED + 1 + n for n in range(len(ways.patterns))]
+        kinds += [FULL] * ways.whole
+        counts = [h * int((codes == kind).sum()) for kind in kinds]
         lines = h * table.shape[kernel == "flash_backward"]
-        trips[kernel] = counts, lines, sum(counts)
+        trips[kernel] = tuple(counts), lines, sum(counts)
     return trips
 
 
@@ -106,7 +114,8 @@ def attention(target, *, backend, backward, t, d, h=8, k=8, v=None, mask=Causal(
     trips = {}
     if backend == "tpu":
         size = jnp.dtype(dtype).itemsize
-        trips = passes(target.kind, t, d, v, h, mask, tile, size)
+        trips = passes(target.kind, t, d, v, h, mask, tile, size, bool(runs),
+                       "bias" in extra)
     if not backward:
         return f, (runs, *arrays), {n: c for n, c in trips.items() if "forward" in n}
 

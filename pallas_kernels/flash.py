@@ -75,7 +75,8 @@ def flash(
         check_elementwise(name, f)
     device = tables.device_kind()
     offset = s - t if q_pos is None else None
-    shape = tables.Shape(t, s, d, width, q.dtype.itemsize)
+    shape = tables.Shape(t, s, d, width, q.dtype.itemsize,
+                         bias is not None or keep is not None)
     pick = lambda which: tables.tile(device, which, shape, tile, backend)
     ahead, back = pick("flash_forward"), pick("flash_backward")
     random = dropout > 0 and key is not None

@@ -5,10 +5,11 @@ operations, m, l and lse are rows of registers, and the accumulator is o^T [V, q
 turned round once a query tile. On a machine whose matrix unit is wider than V this form
 also fills it: the long axes are the ones that the unit contracts and puts out.
 
-A grid step visits one tile of the schedule (`Visits`); tiles that the mask leaves whole
-run without mask arithmetic. Inside a tile, keys pass by in chunks, and the logits of
-the next chunk are asked for before the softmax of the present one, so that the matrix
-unit has work while the vector unit computes exponentials.
+A grid step visits one tile of the schedule (`Visits`). Tiles that the mask leaves whole
+run without mask arithmetic; of tiles that it cuts in the same way, as those on a
+diagonal, only the parts that it leaves are computed. Inside a tile, keys pass by in
+chunks, and the logits of the next chunk are asked for before the softmax of the present
+one, so that the matrix unit has work while the vector unit computes exponentials.
 
 The backward pass visits tiles column by column, makes p and ds again once, and adds
 dk, dv and, where a head's dq fits on the chip, dq as well: five matrix products. Where
@@ -23,9 +24,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import tables
-from pallas_kernels.schedule import Side, Static, Tiling, all_tiles, visits
+from pallas_kernels.schedule import (
+    Part, Paths, Side, Static, Tiling, all_tiles, paths, visits
+)
 from pallas_kernels.steps_tpu import (
-    F32, Arrays, Call, Here, Scalars, column, dot, held, launch, scalars, specs, unpack
+    F32, Arrays, Call, Here, Scalars, column, cut, dot, held, launch, put, scalars,
+    specs, unpack
 )
 from pallas_kernels.tile import LOG2E, LOW, NEVER
 
@@ -34,9 +38,10 @@ def forward(static: Static, side: Side, q, k, v, bias, sink):
     """o [B,T,H,V] in v's dtype and lse [B,H,T] float32."""
     t, width = q.shape[1], v.shape[3]
     x = _arrays(static.tiling, side, q, k, v, bias)
-    call = _call(static, static.tiling, static.how[0][0], x, sink)
-    seen = visits(*static.asks(static.tiling, side))
-    info = scalars(seen, 1, side.head, sink, side.seed, side.batch)
+    ways, table, ask = paths(static.form.mask, static.tiling, static.how[0][0],
+                             *static.asks(static.tiling, side))
+    call = _call(static, static.tiling, ways, x, sink)
+    info = scalars(visits(table, ask), 1, side.head, sink, side.seed, side.batch)
     o, lse = rows_forward(call, info, x)
     return o[:, :, :t, :width].transpose(0, 2, 1, 3), lse[:, :, 0, :t]
 
@@ -51,8 +56,9 @@ def backward(static: Static, side: Side, q, k, v, bias, sink, lse, delta, do):
     base = jnp.where(jnp.isfinite(lse), lse * LOG2E, 0)
     x = _arrays(tiling, side, q, k, v, bias)._replace(
         do=_tokens(do, tiling.rows), lse=fill(base, -LOW), delta=fill(delta, 0))
-    call = _call(static, tiling, static.how[1][0], x, sink)
-    table, ask = static.asks(tiling, side)
+    plain = static.asks(tiling, side)
+    ways, table, ask = paths(static.form.mask, tiling, static.how[1][0], *plain)
+    call = _call(static, tiling, ways, x, sink)
     info = lambda seen, groups: scalars(
         seen, groups, side.head, sink, side.seed, side.batch)
     fits = tables.holds_queries(static.vmem, x.q.shape, call.groups, q.dtype.itemsize)
@@ -64,13 +70,14 @@ def backward(static: Static, side: Side, q, k, v, bias, sink, lse, delta, do):
         for g, a in zip(grads, (k, v, q))
     )
     dbias = None if bias is None else _bias_gradient(
-        call, side, sink, x, bias, lambda *kind: all_tiles(table, ask, *kind))
+        call._replace(paths=Paths(ways.chunk)), side, sink, x, bias,
+        lambda *kind: all_tiles(*plain, *kind))
     return dq, dk, dv, dbias
 
 
-def _call(static: Static, tiling: Tiling, chunk: int, x: Arrays, sink) -> Call:
+def _call(static: Static, tiling: Tiling, ways: Paths, x: Arrays, sink) -> Call:
     groups = x.q.shape[1] // x.k.shape[1]
-    return Call(static.form, tiling, chunk, groups, sink is not None, static.vmem,
+    return Call(static.form, tiling, ways, groups, sink is not None, static.vmem,
                 static.interpret)
 
 
@@ -151,7 +158,6 @@ def _bias_gradient(call, side: Side, sink, x, bias, listed) -> jax.Array:
 def _forward(call: Call, info, x: Arrays, o_ref, lse_ref, m_ref, l_ref, acc_ref):
     info = Scalars(*info)
     here = Here(call, info, x, by_column=False)
-    chunks = call.tiling.columns // call.chunk
 
     @pl.when(here.first)
     def _start():
@@ -160,22 +166,22 @@ def _forward(call: Call, info, x: Arrays, o_ref, lse_ref, m_ref, l_ref, acc_ref)
         l_ref[...] = jnp.full(l_ref.shape, 1.0 if call.sink else 0.0, F32)
         acc_ref[...] = jnp.zeros(acc_ref.shape, F32)
 
-    def step(masked):
-        q = x.q[0, 0]
+    def step(parts, masked):
         m, total, acc = m_ref[...], l_ref[...], acc_ref[...]
-        ahead = here.logits(q, 0, masked)[0]
-        for c in range(chunks):
+        ahead = here.logits(parts[0], masked)[0]
+        for part, later in zip(parts, (*parts[1:], None)):
             s = ahead
-            if c + 1 < chunks:
-                ahead = here.logits(q, c + 1, masked)[0]
-            top = jnp.maximum(m, s.max(0, keepdims=True))
-            p, fade = jnp.exp2(s - top), jnp.exp2(m - top)
-            total = total * fade + p.sum(0, keepdims=True)
-            drop = here.drop(c)
+            if later is not None:
+                ahead = here.logits(later, masked)[0]
+            old = cut(m, part)
+            top = jnp.maximum(old, s.max(0, keepdims=True))
+            p, fade = jnp.exp2(s - top), jnp.exp2(old - top)
+            total = put(total, cut(total, part) * fade + p.sum(0, keepdims=True), part)
+            drop = here.drop(part)
             p = p if drop is None else p * drop
-            v = x.v[0, 0, c * call.chunk:(c + 1) * call.chunk]
-            acc = acc * fade + dot(v, p.astype(v.dtype), ((0,), (0,)))
-            m = top
+            v = x.v[0, 0, part.keys]
+            new = cut(acc, part) * fade + dot(v, p.astype(v.dtype), ((0,), (0,)))
+            m, acc = put(m, top, part), put(acc, new, part)
         m_ref[...], l_ref[...], acc_ref[...] = m, total, acc
 
     here.run(step)
@@ -190,15 +196,15 @@ def _forward(call: Call, info, x: Arrays, o_ref, lse_ref, m_ref, l_ref, acc_ref)
         lse_ref[0, 0] = jnp.where(some, lse, NEVER)
 
 
-def _again(here: Here, c: int, masked: bool, q, do):
-    """p, dropped p and ds of chunk `c` [chunk,rows], made again from q, k and lse."""
-    x, n = here.x, here.call.chunk
-    s, slope = here.logits(q, c, masked)
-    p = jnp.exp2(s - x.lse[0, 0])
-    dp = dot(x.v[0, 0, c * n:(c + 1) * n], do, ((1,), (1,)))
-    drop = here.drop(c)
+def _again(here: Here, part: Part, masked: bool):
+    """p, dropped p and ds of a part [keys,queries], made again from q, k and lse."""
+    x = here.x
+    s, slope = here.logits(part, masked)
+    p = jnp.exp2(s - x.lse[0, 0, :, part.queries])
+    dp = dot(x.v[0, 0, part.keys], x.do[0, 0, part.queries], ((1,), (1,)))
+    drop = here.drop(part)
     dropped, dp = (p, dp) if drop is None else (p * drop, dp * drop)
-    ds = p * (dp - x.delta[0, 0])
+    ds = p * (dp - x.delta[0, 0, :, part.queries])
     return dropped, ds, (ds if slope is None else ds * slope)
 
 
@@ -209,7 +215,7 @@ def _by_column(call: Call, info, x: Arrays, *refs):
     dq_ref = accs[2] if len(accs) > 2 else None
     info = Scalars(*info)
     here = Here(call, info, x, by_column=True)
-    rows, n = call.tiling.rows, call.chunk
+    rows = call.tiling.rows
     if dq_ref is not None:
         @pl.when(here.p == 0)
         def _clear():
@@ -220,18 +226,18 @@ def _by_column(call: Call, info, x: Arrays, *refs):
         dk_ref[...] = jnp.zeros(dk_ref.shape, F32)
         dv_ref[...] = jnp.zeros(dv_ref.shape, F32)
 
-    def step(masked):
-        q, do = x.q[0, 0], x.do[0, 0]
+    def step(parts, masked):
         at = here.group, here.row
         dq = None if dq_ref is None else dq_ref[at]
-        for c in range(call.tiling.columns // n):
-            part = slice(c * n, (c + 1) * n)
-            p, _, ds = _again(here, c, masked, q, do)
+        for part in parts:
+            q, do = x.q[0, 0, part.queries], x.do[0, 0, part.queries]
+            p, _, ds = _again(here, part, masked)
             ds = ds.astype(q.dtype)
-            dv_ref[part] += dot(p.astype(do.dtype), do, ((1,), (0,)))
-            dk_ref[part] += dot(ds, q, ((1,), (0,)))
+            dv_ref[part.keys] += dot(p.astype(do.dtype), do, ((1,), (0,)))
+            dk_ref[part.keys] += dot(ds, q, ((1,), (0,)))
             if dq is not None:
-                dq = dq + dot(x.k[0, 0, part], ds, ((0,), (0,)))
+                more = dot(x.k[0, 0, part.keys], ds, ((0,), (0,)))
+                dq = put(dq, cut(dq, part) + more, part)
         if dq_ref is not None:
             dq_ref[at] = dq
 
@@ -259,13 +265,12 @@ def _by_row(call: Call, info, x: Arrays, dq_ref, acc_ref):
     def _start():
         acc_ref[...] = jnp.zeros(acc_ref.shape, F32)
 
-    def step(masked):
-        q, do = x.q[0, 0], x.do[0, 0]
+    def step(parts, masked):
         acc = acc_ref[...]
-        for c in range(call.tiling.columns // call.chunk):
-            part = slice(c * call.chunk, (c + 1) * call.chunk)
-            ds = _again(here, c, masked, q, do)[2]
-            acc = acc + dot(x.k[0, 0, part], ds.astype(q.dtype), ((0,), (0,)))
+        for part in parts:
+            k, ds = x.k[0, 0, part.keys], _again(here, part, masked)[2]
+            more = dot(k, ds.astype(k.dtype), ((0,), (0,)))
+            acc = put(acc, cut(acc, part) + more, part)
         acc_ref[...] = acc
 
     here.run(step)
@@ -283,15 +288,14 @@ def _bias_tile(call: Call, shape, info, x: Arrays, db_ref, acc_ref):
     def _start():
         acc_ref[...] = jnp.zeros(acc_ref.shape, F32)
 
-    def step(masked):
-        n = call.chunk
-        for c in range(call.tiling.columns // n):
-            ds = _again(here, c, masked, x.q[0, 0], x.do[0, 0])[1]
+    def step(parts, masked):
+        for part in parts:
+            ds = _again(here, part, masked)[1]
             ds = ds.sum(1, keepdims=True) if shape[2] == 1 else ds
             if shape[3] == 1:
                 acc_ref[...] += ds.sum(0, keepdims=True)
             else:
-                acc_ref[c * n:(c + 1) * n] += ds
+                acc_ref[part.keys] += ds
 
     here.run(step)
 

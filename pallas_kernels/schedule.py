@@ -124,6 +124,101 @@ def found(mask, tiling: Tiling, static: np.ndarray, q_pos, kv_pos, q_run, kv_run
     return jnp.where(some, jnp.where(every, FULL, MASKED), SKIP).astype(jnp.int32)
 
 
+class Part(NamedTuple):
+    """What of a tile is computed at once: keys and queries, each from first to end."""
+
+    first_key: int
+    end_key: int
+    first_query: int
+    end_query: int
+
+    @property
+    def area(self) -> int:
+        """How many logits it has."""
+        return (self.end_key - self.first_key) * (self.end_query - self.first_query)
+
+    @property
+    def keys(self) -> slice:
+        """Keys of the tile."""
+        return slice(self.first_key, self.end_key)
+
+    @property
+    def queries(self) -> slice:
+        """Queries of the tile."""
+        return slice(self.first_query, self.end_query)
+
+
+class Paths(NamedTuple):
+    """The ways in which a kernel may have to take a tile.
+
+    whole: without a mask; masked: with one; patterns: with one, in those parts alone
+    that a mask of just this shape leaves. The n-th is asked for by MASKED + 1 + n.
+    """
+
+    chunk: int
+    whole: bool = True
+    masked: bool = True
+    patterns: tuple[tuple[Part, ...], ...] = ()
+
+    def parts(self, tiling: Tiling) -> tuple[Part, ...]:
+        """All of a tile, its keys in chunks."""
+        n = self.chunk
+        return tuple(Part(c, c + n, 0, tiling.rows)
+                     for c in range(0, tiling.columns, n))
+
+
+LANES = 128  # queries of a part come in multiples of it
+MOST_PATTERNS, MOST_PARTS = 3, 2**22
+WORTH = 1 / 16  # of a tile that a pattern has to spare
+
+
+def paths(mask: Any, tiling: Tiling, chunk: int, static: np.ndarray,
+          ask: jax.Array | None):
+    """The ways in which the tiles of `static` [N,M] are taken, and `static` and `ask`
+    with the patterns in them. A causal mask, for one, has one shape on each tile that
+    the diagonal crosses: what lies beyond it is not computed."""
+    sparse = static == MASKED
+    at = np.argwhere(sparse)
+    shape = len(at), tiling.rows // LANES, tiling.columns // chunk
+    useless = tiling.rows % LANES or mask is None or tiling.offset is None
+    found: dict[tuple[Part, ...], list[int]] = {}
+    if not useless and 0 < np.prod(shape) <= MOST_PARTS:
+        for n, parts in enumerate(_parts(mask, tiling, chunk, at)):
+            found.setdefault(parts, []).append(n)
+    area = tiling.rows * tiling.columns
+    spared = lambda parts: 1 - sum(p.area for p in parts) / area
+    gains = {parts: spared(parts) * len(own) for parts, own in found.items()
+             if spared(parts) >= WORTH}
+    best = tuple(sorted(gains, key=lambda parts: -gains[parts])[:MOST_PATTERNS])
+    codes = static.copy()
+    for n, parts in enumerate(best):
+        codes[tuple(at[found[parts]].T)] = MASKED + 1 + n
+    if ask is None:
+        whole, masked = ((codes == kind).any() for kind in (FULL, MASKED))
+        return Paths(chunk, bool(whole), bool(masked), best), codes, None
+    return Paths(chunk, True, True, best), codes, jnp.where(
+        ask == MASKED, jnp.where(sparse, codes, MASKED), ask)
+
+
+def _parts(mask, tiling: Tiling, chunk: int, at: np.ndarray):
+    """For each tile of `at` [P,2] the parts that the mask leaves: a chunk of keys, and
+    from the first to the last query that sees any of them, in steps of LANES."""
+    step = lambda first, size, each: first[:, None] * size + np.arange(0, size, each)
+    q = step(at[:, 0], tiling.rows, LANES)[:, :, None]
+    k = step(at[:, 1], tiling.columns, chunk)[:, None]
+    last_q = np.minimum(q + LANES, tiling.t) - 1
+    last_k = np.minimum(k + chunk, tiling.s) - 1
+    assert tiling.offset is not None
+    some, _ = mask.bounds((q + tiling.offset, last_q + tiling.offset), (k, last_k))
+    some = np.broadcast_to(some, (len(at), q.shape[1], k.shape[2]))
+    some = some & (q < tiling.t) & (k < tiling.s)
+    first = some.argmax(1) * LANES
+    end = (some.shape[1] - some[:, ::-1].argmax(1)) * LANES
+    for any_, first_, end_ in zip(some.any(1), first, end):
+        yield tuple(Part(c * chunk, (c + 1) * chunk, int(first_[c]), int(end_[c]))
+                    for c in np.flatnonzero(any_).tolist())
+
+
 def _extent(a, real, size: int, count: int):
     """The least and the greatest of a [B,T,heads] in each of `count` tiles: [B,count].
     """

@@ -15,7 +15,7 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.schedule import MASKED, SKIP, Tiling, Visits
+from pallas_kernels.schedule import FULL, MASKED, Part, Paths, Tiling, Visits
 from pallas_kernels.tile import LOG2E, NEVER, Form, both, kept
 
 F32 = jnp.float32
@@ -46,7 +46,7 @@ class Arrays(NamedTuple):
 class Scalars(NamedTuple):
     """What a kernel reads before a step begins: int32, but for sink.
 
-    order [P]: row << 16 | column; plan [B|1 * P]: hold << 4 | last << 3 | first << 2 |
+    order [P]: row << 16 | column; plan [B|1 * P]: hold << 6 | last << 5 | first << 4 |
     ask; group [P]: which query head of the key head; heads [H]: global head numbers;
     sink [H] float32; rng [2 + B]: the seed, and the rows' numbers in the batch.
     """
@@ -60,11 +60,11 @@ class Scalars(NamedTuple):
 
 
 class Call(NamedTuple):
-    """What is static: the form, the tiles, keys a chunk, and which parts there are."""
+    """What is static: the form, the tiles, how they are taken, what else there is."""
 
     form: Form
     tiling: Tiling
-    chunk: int
+    paths: Paths
     groups: int
     sink: bool
     vmem: int  # bytes of fast memory that the compiler may use
@@ -80,8 +80,8 @@ def scalars(seen: Visits, groups: int, heads, sink, seed, batch) -> Scalars:
     group = np.concatenate([np.repeat(np.arange(groups), len(line)) for line in lines])
     first = seen.first[at] & (group == 0)
     last = seen.last[at] & (group == groups - 1)
-    words = jnp.asarray(last << 3 | first << 2)[None] + seen.ask[:, at]
-    words = words + (seen.hold[:, at] << 4)
+    words = jnp.asarray(last << 5 | first << 4)[None] + seen.ask[:, at]
+    words = words + (seen.hold[:, at] << 6)
     rng = jnp.zeros(2, jnp.int32)
     if seed is not None:
         rng = jnp.concatenate([seed.astype(jnp.int32), batch.astype(jnp.int32)])
@@ -106,76 +106,80 @@ class Here:
         self.head = info.heads[self.local]
         rows = info.plan.shape[0] // steps
         self.word = info.plan[(self.b * steps if rows > 1 else 0) + self.p]
-        self.ask = self.word & 3
-        self.first, self.last = self.word & 4 != 0, self.word & 8 != 0
+        self.ask = self.word & 15
+        self.first, self.last = self.word & 16 != 0, self.word & 32 != 0
 
-    def positions(self, c: int):
-        """Query positions [1,rows] and key positions [chunk,1] of chunk `c`."""
-        t, n = self.call.tiling, self.call.chunk
+    def positions(self, part: Part):
+        """Query positions [1,queries] and key positions [keys,1] of a part."""
+        t = self.call.tiling
         if t.offset is None:
-            j = column(self.x.kv_pos[0, 0, :, c * n:(c + 1) * n])
-            return self.x.q_pos[0], j
-        return self.queries() + t.offset, self.keys(c)
+            j = column(self.x.kv_pos[0, 0, :, part.keys])
+            return self.x.q_pos[0, :, part.queries], j
+        return self.queries(part) + t.offset, self.keys(part)
 
-    def queries(self):
-        """Query numbers [1,rows]."""
-        rows = self.call.tiling.rows
-        return self.row * rows + jax.lax.broadcasted_iota(jnp.int32, (1, rows), 1)
+    def queries(self, part: Part):
+        """Query numbers [1,queries]."""
+        first = self.row * self.call.tiling.rows + part.first_query
+        size = part.end_query - part.first_query
+        return first + jax.lax.broadcasted_iota(jnp.int32, (1, size), 1)
 
-    def keys(self, c: int):
-        """Key numbers [chunk,1]."""
-        n = self.call.chunk
-        first = self.column * self.call.tiling.columns + c * n
-        return first + jax.lax.broadcasted_iota(jnp.int32, (n, 1), 0)
+    def keys(self, part: Part):
+        """Key numbers [keys,1]."""
+        first = self.column * self.call.tiling.columns + part.first_key
+        size = part.end_key - part.first_key
+        return first + jax.lax.broadcasted_iota(jnp.int32, (size, 1), 0)
 
-    def logits(self, q, c: int, masked: bool):
-        """Logits times log2(e) of chunk `c` [chunk,rows], NEVER where hidden."""
-        t, n, form = self.call.tiling, self.call.chunk, self.call.form
-        part = slice(c * n, (c + 1) * n)
-        raw = dot(self.x.k[0, 0, part], q, ((1,), (1,)))
+    def logits(self, part: Part, masked: bool):
+        """Logits times log2(e) of a part [keys,queries], NEVER where hidden."""
+        t, form, x = self.call.tiling, self.call.form, self.x
+        raw = dot(x.k[0, 0, part.keys], x.q[0, 0, part.queries], ((1,), (1,)))
         i = j = None
         if masked or form.score is not None:
-            i, j = self.positions(c)
-        bias = None if self.x.bias is None else self.bias(c)
+            i, j = self.positions(part)
+        bias = None if x.bias is None else self.bias(part)
         s, slope = form.logits(raw, self.head, i, j, bias, LOG2E)
         if not masked:
             return s, slope
         seen = None if form.mask is None else form.mask(self.head, i, j)
         if t.offset is None:
-            seen = both(seen, self.positions(c)[1] >= 0)
-        if self.x.q_run is not None:
-            run = column(self.x.kv_run[0, :, part])
-            seen = both(seen, (self.x.q_run[0] == run) & (run > 0))
+            seen = both(seen, self.positions(part)[1] >= 0)
+        if x.q_run is not None:
+            run = column(x.kv_run[0, :, part.keys])
+            seen = both(seen, (x.q_run[0, :, part.queries] == run) & (run > 0))
         if t.s % t.columns:
-            seen = both(seen, self.keys(c) < t.s)
+            seen = both(seen, self.keys(part) < t.s)
         return (s if seen is None else jnp.where(seen, s, NEVER)), slope
 
-    def bias(self, c: int):
-        """The bias of chunk `c`: [chunk|1,rows|1]."""
-        ref, n = self.x.bias, self.call.chunk
+    def bias(self, part: Part):
+        """The bias of a part: [keys|1,queries|1]."""
+        ref = self.x.bias
         rows, columns = ref.shape[2:]
-        part = ref[0, 0] if columns == 1 else ref[0, 0, :, c * n:(c + 1) * n]
-        return (column(part) if rows == 1 else part.astype(F32).T).astype(F32)
+        own = ref[0, 0, part.queries if rows > 1 else slice(None),
+                  part.keys if columns > 1 else slice(None)]
+        return (column(own) if rows == 1 else own.astype(F32).T).astype(F32)
 
-    def drop(self, c: int):
-        """What dropout multiplies the weights of chunk `c` with; None for nothing."""
-        rate, n = self.call.form.dropout, self.call.chunk
+    def drop(self, part: Part):
+        """What dropout multiplies the weights of a part with; None for nothing."""
+        rate = self.call.form.dropout
         if self.x.keep is not None:
-            stay = self.x.keep[0, 0, :, c * n:(c + 1) * n].astype(F32).T
+            stay = self.x.keep[0, 0, part.queries, part.keys].astype(F32).T
             return stay / (1 - rate)
         if not rate:
             return None
         seed = [self.info.rng[n].astype(jnp.uint32) for n in range(2)]
         batch = self.info.rng[2 + self.b]
-        stay = kept(rate, seed, batch, self.head, self.queries(), self.keys(c))
+        stay = kept(rate, seed, batch, self.head, self.queries(part), self.keys(part))
         return jnp.where(stay, 1 / (1 - rate), 0.0)
 
     def run(self, step) -> None:
-        """step(masked) as the tile asks; nothing for a tile that is skipped."""
-        pl.when(self.ask == MASKED)(functools.partial(step, True))
-        pl.when((self.ask != MASKED) & (self.ask != SKIP))(
-            functools.partial(step, False)
-        )
+        """step(parts, masked) as the tile asks; nothing for a tile that is skipped."""
+        paths, all_of = self.call.paths, self.call.paths.parts(self.call.tiling)
+        ways = {MASKED: all_of} if paths.masked else {}
+        ways |= {MASKED + 1 + n: parts for n, parts in enumerate(paths.patterns)}
+        ways |= {FULL: all_of} if paths.whole else {}
+        for code, parts in ways.items():
+            pl.when(self.ask == code)(
+                functools.partial(step, parts, code != FULL))
 
 
 def unpack(word):
@@ -186,6 +190,19 @@ def unpack(word):
 def column(row):
     """[1,n] -> [n,1]."""
     return jnp.broadcast_to(row, (8, row.shape[1])).T[:, :1]
+
+
+def cut(a, part: Part):
+    """What belongs to a part's queries of a [n,rows]."""
+    return a if part.end_query - part.first_query == a.shape[1] else a[:, part.queries]
+
+
+def put(a, new, part: Part):
+    """`a` [n,rows] with what belongs to a part's queries replaced."""
+    if new.shape == a.shape:
+        return new
+    sides = a[:, :part.first_query], new, a[:, part.end_query:]
+    return jnp.concatenate([side for side in sides if side.shape[1]], 1)
 
 
 def dot(a, b, contract):
@@ -238,7 +255,7 @@ def held(b, p, info) -> Any:
     """The tile of the inner axis at a step."""
     order, plan = info[:2]
     steps = order.shape[0]
-    return plan[(b * steps if plan.shape[0] > steps else 0) + p] >> 4
+    return plan[(b * steps if plan.shape[0] > steps else 0) + p] >> 6
 
 
 def launch(call: Call, kernel, grid, info: Scalars, x, in_specs, out_specs, out_shape,

@@ -26,6 +26,7 @@ class Shape(NamedTuple):
     d: int
     v: int
     itemsize: int
+    matrix: bool = False  # whether an operand [T,S] is cut into tiles too
 
     @property
     def label(self) -> str:
@@ -92,15 +93,23 @@ def tile(device: str, kernel: str, shape: Shape, asked: tuple | None = None,
     if asked is not None:
         rows, columns, *how = (-(-n // 8) * 8 for n in asked)
         return Tile(rows, columns, (how[0] if how else columns,))
-    rows, columns = min(rows, _fit(shape.t)), min(columns, _fit(shape.s))
-    chunk = min(how[0], columns) if columns % how[0] == 0 else columns
-    return Tile(rows, columns, (chunk,))
+    chunk = how[0]
+    if shape.matrix:
+        rows, columns = min(rows, MATRIX), min(columns, MATRIX)
+    rows, columns = _even(shape.t, rows, chunk), _even(shape.s, columns, chunk)
+    return Tile(rows, columns, (chunk if columns % chunk == 0 else columns,))
 
 
-def _fit(n: int) -> int:
-    """The least size of a tile that holds n tokens: a multiple of a register's 128
-    lanes."""
-    return -(-n // 128) * 128
+MATRIX = 1024  # a tile of an operand [T,S] is that large at most
+LANES = 128  # of a register
+
+
+def _even(n: int, size: int, step: int) -> int:
+    """The size of as many tiles as `size` would cut n tokens into, all alike: a
+    multiple of `step`, or of a register's lanes where one tile is enough."""
+    count = -(-n // size)
+    step = LANES if count == 1 else step
+    return -(-n // (count * step)) * step
 
 
 def holds_queries(budget: int, shape: tuple[int, ...], groups: int, itemsize: int):

@@ -32,9 +32,8 @@ import numpy as np
 from pallas_kernels import cases, readings, readings_gpu, tables
 from pallas_kernels.targets import TARGETS, Gpu, Tpu, compiled, in_process, missing
 
-TPU_TILES = ((512, 1024), (512, 2048), (1024, 512), (1024, 1024), (1024, 2048),
-             (2048, 1024))
-CHUNKS = (256, 512, 1024)
+TPU_TILES = ((512, 1024), (1024, 1024), (1024, 2048), (2048, 1024), (2048, 2048))
+CHUNKS = (256, 512)
 GPU_SIZES, WARPS, STAGES = (32, 64, 128), (4, 8), (1, 2, 3)
 WIDTHS = {"d128": 128, "d256": 256}
 KERNELS = ("flash_forward", "flash_backward")
@@ -45,10 +44,7 @@ Tile = tuple[int, ...]
 def candidates(backend: str, width: int) -> Iterator[Tile]:
     """Queries, keys and what else the table says of a tile."""
     if backend == "tpu":
-        for rows, columns in TPU_TILES:
-            if width > 128 and rows * columns > 2**20:
-                continue
-            yield from ((rows, columns, n) for n in CHUNKS if n <= columns)
+        yield from ((*tile, chunk) for tile in TPU_TILES for chunk in CHUNKS)
         return
     for rows, columns, warps, stages in itertools.product(
             GPU_SIZES, GPU_SIZES, WARPS, STAGES):

@@ -58,6 +58,7 @@ class Tpu:
         words = (f"--xla_jf_dump_to={dump}", "--xla_jf_dump_llo_text=true",
                  "--xla_jf_dump_llo_pass_label_regex=final_")
         return {"TPU_ACCELERATOR_TYPE": "v5litepod-16", "TPU_SKIP_MDS_QUERY": "1",
+                "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
                 "TPU_WORKER_HOSTNAMES": "localhost",
                 "LIBTPU_INIT_ARGS": " ".join(words)}
 

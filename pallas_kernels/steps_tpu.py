@@ -177,9 +177,12 @@ class Here:
         ways = {MASKED: all_of} if paths.masked else {}
         ways |= {MASKED + 1 + n: parts for n, parts in enumerate(paths.patterns)}
         ways |= {FULL: all_of} if paths.whole else {}
-        for code, parts in ways.items():
-            pl.when(self.ask == code)(
-                functools.partial(step, parts, code != FULL))
+        otherwise = lambda: None
+        for code, parts in reversed(ways.items()):
+            take = functools.partial(step, parts, code != FULL)
+            otherwise = functools.partial(
+                jax.lax.cond, self.ask == code, take, otherwise)
+        otherwise()
 
 
 def unpack(word):

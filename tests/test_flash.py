@@ -14,7 +14,7 @@ from attn.masks import Causal, Full, Mask, Sink, Window
 from attn.positions import ALiBi
 from attn.softmax import Softmax
 from attn.tiles import attend
-from pallas_kernels import Refused, flash_tpu, flash_triton, tables
+from pallas_kernels import Refused, flash_tpu, flash_triton, schedule, tables
 from pallas_kernels.flash import flash
 from tests import cost
 
@@ -113,6 +113,30 @@ def test_the_kernel_is_the_function(name, backend):
     again = results(kernel, arrays, options)
     for n in found:
         np.testing.assert_array_equal(found[n], again[n])
+
+
+@pytest.mark.parametrize("name", ("causal", "aligned", "window", "sink_tokens", "runs",
+                                  "keep", "bias_2x4x37x37"))
+def test_what_a_mask_cuts_off_a_tile_is_not_missed(name, monkeypatch):
+    monkeypatch.setattr(schedule, "LANES", 8)
+    options = CASES[name]()
+    arrays = inputs(**options.pop("sizes", {}))
+    arrays |= {n: options.pop(n) for n in ("bias", "sink") if n in options}
+    kernel = functools.partial(flash, tile=(16, 16, 8), interpret=True)
+    close(results(kernel, arrays, options), results(attend, arrays, options))
+
+
+def test_tiles_on_the_diagonal_are_cut_alike():
+    mask, tiling = Causal(), schedule.Tiling(1000, 1000, 256, 256, 0)
+    table = schedule.asked(mask, tiling)
+    ways, codes, _ = schedule.paths(mask, tiling, 128, table, None)
+    assert (np.diag(codes)[:3] == schedule.MASKED + 1).all()
+    assert (codes[np.tril_indices(4, -1)] == schedule.FULL).all()
+    assert [p[1:] for p in ways.patterns[0]] == [(128, 0, 256), (256, 128, 256)]
+    assert sum(p.area for p in ways.patterns[0]) == 0.75 * 256**2
+    # nothing is cut off where the mask is not known before the run
+    unknown = schedule.Tiling(1000, 1000, 256, 256, None)
+    assert not schedule.paths(mask, unknown, 128, table, None)[0].patterns
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

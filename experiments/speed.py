@@ -1,25 +1,31 @@
-"""Speed: attentions against each other and against jax.nn, paired in one run.
+"""Speed: attentions against each other and against their peers, paired in one run.
 
 Every contender is timed in turn, round after round, so that what slows the machine down
 slows all of them; a figure is the median of the rounds, a ratio the median of the
 ratios to jax.nn.dot_product_attention in the same round: 2 is twice as fast. Inputs are
-iid normal and attention is causal. The pass "both" is forward and backward.
+iid normal and attention is causal. The pass "both" is forward and backward; "decode" is
+one token more for a memory of T. Peers take part where they are installed: cuDNN,
+tokamax, torch. What does the whole of causal attention is also given as a share of a
+large matrix product that the same process timed, a decoding step by the bytes of its
+memory as a share of a large copy.
 
     python -m experiments.speed --lengths='(2048, 4096)' --attentions='(Softmax(),)'
 
 takes half a minute on 2 cores (float32, B1 H4 D64), where exact attention is 2.5 times
 as fast as jax.nn forward and 2.7 times forward and backward at T = 2048, 3.1 and 3.4
-times at T = 4096. All contenders over all lengths: `python -m experiments.speed`.
+times at T = 4096. All contenders over all lengths: `python -m experiments.speed`. On a
+GPU, the shapes of the field's tables:
+
+    python -m experiments.speed --dtype=jnp.bfloat16 --heads=16 --width=128 \\
+        --lengths='(2048, 4096, 8192, 16384)' --attentions='(Softmax(),)'
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 import sys
-import time
-from typing import Any, Callable
+from typing import Any, Callable, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -35,10 +41,11 @@ from attn.masks import Causal, Window
 from attn.softmax import Softmax
 from experiments import config
 from experiments.config import knob
+from experiments.contenders import (
+    PASSES, PEER, Inputs, exact, flops, inputs, limits, peers, prepared, repeats,
+    seconds
+)
 from experiments.runs import open_folder
-
-PEER = "jax.nn"
-PASSES = ("forward", "both")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +55,7 @@ class Config:
     attentions: tuple = knob(
         (Softmax(), Softmax(mask=Causal() & Window(256)), Landmark(), Lightning(),
          Based()),
-        "the contenders; jax.nn is always there",
+        "the contenders; jax.nn is always there, other peers where installed",
     )
     lengths: tuple[int, ...] = knob((512, 1024, 2048, 4096), "sequence lengths T")
     batch: int = knob(1, "batch B")
@@ -57,7 +64,8 @@ class Config:
     width: int = knob(64, "width of a head D")
     feature_dim: int = knob(16, "width of q and k for attentions made for narrow ones")
     dtype: Any = knob(jnp.float32, "of q, k and v")
-    passes: tuple[str, ...] = knob(PASSES, "forward, both (forward and backward)")
+    passes: tuple[str, ...] = knob(
+        PASSES[:2], "forward, both (forward and backward), decode")
     rounds: int = knob(7, "how often each is timed")
     quiet: bool = knob(False, "no progress bar")
     folder: str | None = knob(None, "where results go; None makes a new folder")
@@ -77,22 +85,29 @@ TINY = Config(
 
 
 def run(config_: Config) -> dict[str, Any]:
-    """Times all -> {"LENGTH PASS NAME": {"ms": ..., "ratio": ...}} and the folder."""
+    """Times all -> {"LENGTH PASS NAME": ratio to jax.nn} and the folder."""
     folder = open_folder("speed", config_.folder, config.command(config_))
+    console = Console(stderr=True)
+    rates = limits(config_.dtype)
     rows = []
     jobs = [(t, p) for t in config_.lengths for p in config_.passes]
-    for t, which in track(jobs, "timing", disable=config_.quiet,
-                          console=Console(stderr=True)):
-        rows += measure(config_, t, which)
+    absent: dict[str, str] = {}
+    for t, which in track(jobs, "timing", disable=config_.quiet, console=console):
+        rows += measure(config_, t, which, rates, absent)
+    for name, why in absent.items():
+        console.print(f"left out: {name}: {why}", highlight=False)
     device = jax.devices()[0]
     found = {
         "command": config.command(config_), "jax": jax.__version__,
         "device": device.device_kind, "dtype": jnp.dtype(config_.dtype).name,
+        "matmul_flops": rates[0], "copy_bytes": rates[1], "absent": absent,
         "rows": rows,
     }
     (folder / "speed.json").write_text(json.dumps(found, indent=1) + "\n")
     picture(found, folder / "speed.png")
-    Console().print(table(rows))
+    Console().print(table(rows), f"{device.device_kind}, jax {jax.__version__}: matrix "
+                    f"product {rates[0] / 1e12:.3g} TFLOP/s, copy {rates[1] / 1e9:.4g} "
+                    "GB/s", highlight=False)
     numbers = {
         f"{r['length']} {r['pass']} {r['name']}": r["ratio"] for r in rows
         if r["name"] != PEER
@@ -100,60 +115,93 @@ def run(config_: Config) -> dict[str, Any]:
     return numbers | {"folder": str(folder)}
 
 
-def measure(config_: Config, t: int, which: str) -> list[dict[str, Any]]:
-    """One row a contender: median milliseconds and ratio to the peer."""
-    named = {PEER: functools.partial(jax.nn.dot_product_attention, is_causal=True)}
-    named |= {config.show(a): a for a in config_.attentions}
-    calls = {name: prepared(config_, f, t, which) for name, f in named.items()}
+def measure(config_: Config, t: int, which: str, rates: tuple[float, float],
+            absent: dict[str, str]) -> list[dict[str, Any]]:
+    """One row a contender: median milliseconds and ratio to jax.nn, and shares of the
+    `rates`; a peer that refuses goes into `absent` with its reason."""
+    calls: dict[str, Callable] = {}
+    works: dict[str, float | None] = {}
+    for name, one in _makers(config_, which).items():
+        x = _inputs(config_, one.subject, t)
+        try:
+            calls[name] = one.make(x.last if which == "decode" else x)
+        except Exception as error:  # a peer's refusal may be of any kind
+            if not one.peer:
+                raise
+            text = (str(error).strip() or type(error).__name__).splitlines()[0]
+            absent.setdefault(name, text[:160])
+            continue
+        works[name] = flops(x.last if which == "decode" else x, which) \
+            if exact(one.subject) else None
+    times = {name: repeats(call) for name, call in calls.items()}
     spent: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(config_.rounds):
         for name, call in calls.items():
-            clock = time.perf_counter()
-            jax.block_until_ready(call())
-            spent[name].append((time.perf_counter() - clock) * 1000)
+            spent[name].append(seconds(call, times[name]))
     peer = np.asarray(spent[PEER])
-    return [
-        {"length": t, "pass": which, "name": name, "ms": float(np.median(times)),
-         "ratio": float(np.median(peer / np.asarray(times)))}
-        for name, times in spent.items()
-    ]
+    rows = []
+    for name, each in spent.items():
+        median = float(np.median(each))
+        row = {"length": t, "pass": which, "name": name, "ms": median * 1000,
+               "ratio": float(np.median(peer / np.asarray(each)))}
+        work = works[name]
+        if which != "decode" and work is not None:
+            row["share"] = work / median / rates[0]
+        elif moved := getattr(calls[name], "moved", None):
+            # bytes are read once; a copy reads and writes
+            row["share"] = moved / median / rates[1]
+        rows.append(row)
+    return rows
 
 
-def prepared(config_: Config, f: Callable, t: int, which: str) -> Callable:
-    """f of one contender on its inputs, compiled and run once."""
-    keys = jax.random.split(jax.random.key(0), 4)
-    narrow = getattr(f, "feature_dim", None) is not None
+class Maker(NamedTuple):
+    """What prepares a contender's call; subject: the attention, None for a peer."""
+
+    make: Callable[[Inputs], Callable]
+    subject: Any
+    peer: bool
+
+
+def _makers(config_: Config, which: str) -> dict[str, Maker]:
+    """All contenders of a pass by name, jax.nn first."""
+    found = {name: Maker(make, None, name != PEER)
+             for name, make in peers(which).items()}
+    for attention in config_.attentions:
+        make = lambda x, attention=attention: prepared(attention, x, which)
+        found[config.show(attention)] = Maker(make, attention, False)
+    return found
+
+
+def _inputs(config_: Config, subject: Any, t: int) -> Inputs:
+    """What a contender is given: narrow q and k for attentions made for such."""
+    narrow = getattr(subject, "feature_dim", None) is not None
     d = config_.feature_dim if narrow else config_.width
-    heads, kv = config_.heads, config_.kv_heads or config_.heads
-    draw = lambda key, h, width: jax.random.normal(
-        key, (config_.batch, t, h, width)
-    ).astype(config_.dtype)
-    v = config_.width
-    args = draw(keys[0], heads, d), draw(keys[1], kv, d), draw(keys[2], kv, v)
-    cotangent = draw(keys[3], heads, v)
-
-    def both(*args):
-        o, back = jax.vjp(f, *args)
-        return back(cotangent)
-
-    call = functools.partial(jax.jit(f if which == "forward" else both), *args)
-    jax.block_until_ready(call())
-    return call
+    heads = config_.heads
+    return inputs(config_.batch, t, heads, config_.kv_heads or heads, d, config_.width,
+                  config_.dtype)
 
 
 def table(rows: list[dict[str, Any]]) -> Table:
-    """The rows for the terminal, ratios to the peer in brackets."""
+    """The rows for the terminal: milliseconds, the ratio to jax.nn in brackets, and the
+    share of what the device can do."""
     names = list(dict.fromkeys(row["name"] for row in rows))
-    found = Table(title=f"milliseconds (times as fast as {PEER})")
+    found = Table(title=f"milliseconds (times as fast as {PEER}), share of a large "
+                  "matrix product or copy")
     found.add_column("T", justify="right")
     found.add_column("pass")
     for name in names:
         found.add_column(name, justify="right", overflow="fold")
     for t, which in dict.fromkeys((row["length"], row["pass"]) for row in rows):
         own = {r["name"]: r for r in rows if (r["length"], r["pass"]) == (t, which)}
-        cells = (f"{own[n]['ms']:.1f} ({own[n]['ratio']:.2f})" for n in names)
-        found.add_row(f"{t:,}", which, *cells)
+        found.add_row(f"{t:,}", which, *(_cell(own.get(n)) for n in names))
     return found
+
+
+def _cell(row: dict[str, Any] | None) -> str:
+    if row is None:
+        return ""
+    share = f", {row['share']:.0%}" if "share" in row else ""
+    return f"{row['ms']:.3g} ({row['ratio']:.2f}){share}"
 
 
 def picture(found: dict[str, Any], path) -> None:

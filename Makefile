@@ -3,7 +3,7 @@ PYTHON ?= python3
 JOBS ?= 2
 BIN := .venv/bin
 
-.PHONY: compare test lint clean
+.PHONY: compare test lint matrix clean
 
 compare: .venv/.run  ## train and compare attentions: the main job
 	$(BIN)/python -m experiments.compare
@@ -15,6 +15,9 @@ lint: .venv/.test  ## style and types
 	$(BIN)/python -m flake8
 	$(BIN)/python -m mypy
 
+matrix: .venv-aot/.done  ## kernels compiled for every target, held against the record
+	.venv-aot/bin/python -m pallas_kernels.matrix --check
+
 .venv/.run: setup.cfg pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -q --disable-pip-version-check -e .
@@ -25,5 +28,10 @@ lint: .venv/.test  ## style and types
 	$(BIN)/python -m pip install -q --disable-pip-version-check -e ".[test]"
 	touch $@
 
+.venv-aot/.done: setup.cfg pyproject.toml
+	test -x .venv-aot/bin/python || $(PYTHON) -m venv .venv-aot
+	.venv-aot/bin/python -m pip install -q --disable-pip-version-check -e ".[aot]"
+	touch $@
+
 clean:  ## remove what make made; results/ stays
-	rm -rf .venv .cache build *.egg-info
+	rm -rf .venv .venv-aot .cache build *.egg-info

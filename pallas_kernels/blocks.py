@@ -28,8 +28,9 @@ LISTED = 2**17  # entries of the lists of one head that fit beside the scalar un
 
 class Static(NamedTuple):
     """What is known of one call: `heads` share what they chose, in `n` query blocks of
-    `size`; keys in blocks of `block`; T and S tokens. ahead, back: the tiles of the two
-    passes, on GPU; vmem: bytes of fast memory that a kernel may use, on TPU."""
+    `size`; keys in blocks of `block`; T and S tokens. tiles: of the forward pass, of dq
+    and of dk and dv, on GPU; vmem: bytes of fast memory that a kernel may use, on TPU.
+    """
 
     form: Form
     block: int
@@ -38,8 +39,7 @@ class Static(NamedTuple):
     t: int
     s: int
     heads: int
-    ahead: tables.Tile | None
-    back: tables.Tile | None
+    tiles: tuple[tables.Tile, ...]
     vmem: int
     backend: str
     interpret: Any
@@ -91,22 +91,15 @@ def blocks(
     s, n, c = k.shape[1], chosen.shape[2], chosen.shape[1]
     _check(q, k, v, chosen, mask, (q_run, kv_run), backend)
     size, heads = -(-t // n), h // c
-    ahead = back = None
     if backend == "tpu":
         check_tpu(q, interpret)
-    else:
-        # a tile holds rows of one query block: tokens times the heads that share it
-        shape = tables.Shape(heads * size, chosen.shape[3] * block, d, v.shape[3],
-                             q.dtype.itemsize)
-        pick = lambda which: tables.tile(
-            tables.device_kind(), f"blocks_{which}", shape, tile, backend)
-        ahead, back = pick("forward"), pick("backward")
     whole = lambda a, m: None if a is None else jnp.broadcast_to(
         a, (b, m)).astype(jnp.int32)
     head = jnp.arange(h) if head is None else head
     static = Static(
         Form(mask, d**-0.5 if scale is None else scale), block, n, size, t, s, heads,
-        ahead, back, tables.vmem(tables.device_kind(), backend), backend, interpret,
+        () if backend == "tpu" else _tiles(q, k, v, chosen, block, tile, backend),
+        tables.vmem(tables.device_kind(), backend), backend, interpret,
     )
     side = Side(chosen.astype(jnp.int32), head.astype(jnp.int32), whole(q_pos, t),
                 whole(kv_pos, s), whole(q_run, t), whole(kv_run, s))
@@ -127,6 +120,18 @@ def _check(q, k, v, chosen, mask, runs, backend) -> None:
     if (runs[0] is None) != (runs[1] is None):
         raise ValueError("q_run and kv_run go together: expected both or neither")
     check_elementwise("mask", mask)
+
+
+def _tiles(q, k, v, chosen, block: int, tile, backend: str):
+    """Tiles of the forward pass, for dq, and for dk and dv: rows are tokens times the
+    heads that share a choice, of one query block or of all that chose a key block."""
+    (_, t, h, d), (_, c, n, most) = q.shape, chosen.shape
+    one, every = -(-t // n) * (h // c), t * (h // k.shape[2])
+    pick = lambda which, rows, columns: tables.tile(
+        tables.device_kind(), f"blocks_{which}",
+        tables.Shape(rows, columns, d, v.shape[3], q.dtype.itemsize), tile, backend)
+    return (pick("forward", one, most * block), pick("backward", one, most * block),
+            pick("backward", every, block))
 
 
 def _kernels(static: Static) -> Any:

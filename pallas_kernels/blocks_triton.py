@@ -35,26 +35,25 @@ def forward(static, side, q, k, v):
     b, t, h, _ = q.shape
     outs = [jax.ShapeDtypeStruct((b, t, h, v.shape[3]), v.dtype),
             jax.ShapeDtypeStruct((b, t, h), F32)]
-    return _per_query_block(static, static.ahead, _forward, side,
+    return _per_query_block(static, static.tiles[0], _forward, side,
                             _arrays(side, q, k, v), outs, "blocks_forward")
 
 
 def queries_backward(static, side, q, k, v, base, delta, do):
     """dq [B,T,H,D]; base, delta [B,T,H]: lse times log2(e) and delta."""
     x = _arrays(side, q, k, v)._replace(do=do, lse=base, delta=delta)
-    return _per_query_block(
-        static, static.back, _queries, side, x, jax.ShapeDtypeStruct(q.shape, q.dtype),
-        "blocks_backward_queries")
+    out = jax.ShapeDtypeStruct(q.shape, q.dtype)
+    return _per_query_block(static, static.tiles[1], _queries, side, x, out,
+                            "blocks_backward_queries")
 
 
 def keys_backward(static, side, lists, q, k, v, base, delta, do):
     """dk [B,S,K,D] and dv [B,S,K,V], by the lists of `blocks.inverse`."""
     b, s, heads, _ = k.shape
     x = _arrays(side, q, k, v)._replace(do=do, lse=base, delta=delta)
-    columns = min(static.back.columns, power(static.block))
-    call = _call(static, static.back._replace(columns=columns), x)
+    call = _call(static, static.tiles[2], x)
     parts = divided(static, lists)
-    pieces, many = -(-static.block // columns), -(-s // static.block)
+    pieces = -(-static.block // call.tiling.columns)
     slots = parts.block.shape[2]
     out = lambda a: jax.ShapeDtypeStruct((b, heads, slots, static.block, a.shape[3]),
                                          F32)
@@ -62,8 +61,8 @@ def keys_backward(static, side, lists, q, k, v, base, delta, do):
         call, functools.partial(_keys, static), (slots * pieces, heads, b), x, parts,
         [out(k), out(v)], "blocks_backward_keys")
     return launch(
-        call, functools.partial(_sum, static), (many * pieces, heads, b),
-        tuple(sums), parts.first,
+        call, functools.partial(_sum, static),
+        (-(-s // static.block) * pieces, heads, b), x, (sums, parts.first),
         [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (k, v)], "blocks_backward_sum")
 
 
@@ -102,7 +101,7 @@ def divided(static, lists) -> Parts:
     """
     entries, first = lists
     total, many = entries.shape[-1], first.shape[-1] - 1
-    rows = -(-static.back.rows // (static.heads * static.size))
+    rows = -(-static.tiles[2].rows // (static.heads * static.size))
     longest = max(-(-total // many), rows)
     each = -(-(first[..., 1:] - first[..., :-1]) // longest)
     ends = jnp.cumsum(each, axis=-1, dtype=jnp.int32)
@@ -225,13 +224,14 @@ def _keys(static, call: Call, x: Arrays, parts: Parts, dk_ref, dv_ref):
     pl.when(parts.start[b, kv, p] < parts.stop[b, kv, p])(run)
 
 
-def _sum(static, call: Call, sums, first, *refs):
+def _sum(static, call: Call, x: Arrays, given, *refs):
     """dk and dv of a piece of a key block: the sum of its parts, in order."""
     kv, b = pl.program_id(1), pl.program_id(2)
     columns = call.tiling.columns
     pieces = -(-static.block // columns)
     j, piece = (f(pl.program_id(0), pieces) for f in (jax.lax.div, jax.lax.rem))
     token, at, real = of_block(static, columns, j, piece)
+    sums, first = given
 
     def step(p, carry):
         part = lambda ref: fetch(ref, (b, kv, p, at), real, columns)
@@ -239,6 +239,5 @@ def _sum(static, call: Call, sums, first, *refs):
 
     zeros = tuple(jnp.zeros((columns, power(a.shape[3])), F32) for a in refs)
     found = jax.lax.fori_loop(first[b, kv, j], first[b, kv, j + 1], step, zeros)
-    own = keys(static, Arrays(*[None] * 4), b, token, real).real
     for ref, value in zip(refs, found):
-        put(ref, value, (b, token, kv), own)
+        put(ref, value, (b, token, kv), keys(static, x, b, token, real).real)

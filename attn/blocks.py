@@ -73,12 +73,12 @@ def attend(
     options: dict[str, Any] = {"block": block, "head": head, "q_pos": q_pos,
                                "kv_pos": kv_pos, "q_run": q_run, "kv_run": kv_run,
                                "scale": scale}
-    kernel = lambda: kernels.blocks(
-        q, k, v, chosen, mask=mask, interpret=interpreted(), **options
+    kernel = lambda backend: lambda: kernels.blocks(
+        q, k, v, chosen, mask=mask, backend=backend, interpret=interpreted(), **options
     )
     return pick(
         implementation, xla=lambda: _gathered(q, k, v, chosen, mask, **options),
-        tpu=kernel,
+        tpu=kernel("tpu"), gpu=kernel("triton"),
     )
 
 

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import pallas as pl
 
 from attn import blocks
 from attn.masks import Causal, Full, Window
@@ -16,6 +17,7 @@ from tests.test_flash import BACKENDS, close, normal, results
 
 B, T, S, H, K, D, V, BLOCK = 2, 37, 45, 4, 2, 8, 12, 8
 SEGMENTS = np.array([[1] * 15 + [2] * 30, [0] * 2 + [1] * 30 + [2] * 13], np.int32)
+HELD = np.where(np.arange(S) % 3 == 0, -1, np.arange(S)) * np.ones((B, 1), np.int32)
 
 
 def picked(heads=H, n=3, many=5, seed=0, empty=0.3, s=S, block=BLOCK):
@@ -61,6 +63,8 @@ CASES = {
         "mask": Causal(), "chosen": picked(), "q_run": jnp.asarray(SEGMENTS[:, :T]),
         "kv_run": jnp.asarray(SEGMENTS),
     },
+    "empty_slots": lambda: {
+        "mask": Causal(), "chosen": picked(K), "kv_pos": jnp.asarray(HELD)},
     "positions": lambda: {
         "mask": Causal(), "chosen": picked(),
         "q_pos": jnp.broadcast_to(jnp.arange(T) + 9, (B, T)),
@@ -113,6 +117,31 @@ def test_rows_that_see_nothing_are_zero_and_have_no_gradient(backend):
     assert np.isneginf(found.pop("lse")).all()
     for n, a in found.items():
         assert not np.asarray(a).any(), n
+
+
+@pytest.mark.parametrize("how", (gathered, *map(kernel, BACKENDS)))
+def test_empty_slots_are_nobodys_keys(how):
+    options = {"mask": Full(), "chosen": picked(K), "block": BLOCK,
+               "kv_pos": jnp.asarray(HELD)}
+    found = results(how, arrays(), options)
+    for n in "kv":
+        assert not np.asarray(found[n])[HELD < 0].any()
+        assert np.asarray(found[n])[HELD >= 0].any()
+
+
+@pytest.mark.parametrize("name", ("sunk", "tokens", "fifty"))
+def test_no_program_on_gpu_depends_on_another(name, monkeypatch):
+    """Programs run in the reverse order give the same bits: none writes beyond its own
+    rows or keys."""
+    options = {"block": BLOCK} | CASES[name]()
+    given = arrays(**options.pop("sizes", {}))
+    run = functools.partial(attention, backend="triton", interpret=True)
+    found = results(run, given, options)
+    own = pl.program_id
+    monkeypatch.setattr(pl, "program_id", lambda n: pl.num_programs(n) - 1 - own(n))
+    again = results(run, given, options)
+    for n in found:
+        np.testing.assert_array_equal(found[n], again[n])
 
 
 def test_lists_are_cut_into_parts_of_bounded_length():

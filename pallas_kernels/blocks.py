@@ -114,6 +114,8 @@ def _check(q, k, v, chosen, mask, runs, backend) -> None:
     for name, n in (("D", q.shape[3]), ("V", v.shape[3])):
         if n > WIDEST:
             raise Refused(f"{name}={n}: at most {WIDEST}")
+    if not chosen.shape[3]:
+        raise Refused(f"chosen has no places: its shape is {chosen.shape}")
     entries = chosen[0].size // k.shape[2]
     if backend == "tpu" and entries > LISTED:
         raise Refused(f"{entries} chosen blocks a key head: at most {LISTED}")

@@ -98,9 +98,10 @@ def test_the_kernel_is_the_function(name, backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", (jnp.bfloat16, jnp.float16))
-def test_low_precision_is_as_good_as_gathering(dtype, backend):
-    options = CASES["causal"]() | {"block": BLOCK}
-    low = arrays(dtype=dtype)
+@pytest.mark.parametrize("name", ("causal", "tokens", "one", "sunk"))
+def test_low_precision_is_as_good_as_gathering(name, dtype, backend):
+    options = {"block": BLOCK} | CASES[name]()
+    low = arrays(**options.pop("sizes", {}), dtype=dtype)
     exact = results(gathered, {n: a.astype(jnp.float32) for n, a in low.items()},
                     options)
     found, rough = results(kernel(backend), low, options), results(gathered, low,
@@ -202,6 +203,18 @@ def test_inverse_lists_name_every_choice_once():
                 listed = entries[b, kv, first[b, kv, j]:first[b, kv, j + 1]]
                 want = [n for n, row in enumerate(own) for c in row if c == j]
                 assert listed.tolist() == want
+
+
+def test_runs_go_together():
+    with pytest.raises(ValueError, match="q_run and kv_run go together"):
+        attention(**arrays(), chosen=picked(), block=BLOCK,
+                  q_run=jnp.asarray(SEGMENTS[:, :T]))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_choosing_among_no_places_is_refused(backend):
+    with pytest.raises(Refused, match="chosen has no places"):
+        attention(**arrays(), chosen=picked(n=0), block=BLOCK, backend=backend)
 
 
 def test_refusals_name_their_reason():

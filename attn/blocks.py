@@ -73,12 +73,12 @@ def attend(
     options: dict[str, Any] = {"block": block, "head": head, "q_pos": q_pos,
                                "kv_pos": kv_pos, "q_run": q_run, "kv_run": kv_run,
                                "scale": scale}
-    kernel = lambda: kernels.blocks(
-        q, k, v, chosen, mask=mask, interpret=interpreted(), **options
+    kernel = lambda backend: lambda: kernels.blocks(
+        q, k, v, chosen, mask=mask, backend=backend, interpret=interpreted(), **options
     )
     return pick(
         implementation, xla=lambda: _gathered(q, k, v, chosen, mask, **options),
-        tpu=kernel,
+        tpu=kernel("tpu"), gpu=kernel("triton"),
     )
 
 
@@ -102,7 +102,8 @@ def _gathered(q, k, v, chosen, mask, *, block, head, q_pos, kv_pos, q_run, kv_ru
         block,
     ).reshape(b, h, n, 1, -1)
     heads = jnp.arange(h, dtype=jnp.int32) if head is None else head
-    seen = mask(heads[None, :, None, None, None], rows(q_pos), taken(kv_pos))
+    j = taken(kv_pos)
+    seen = mask(heads[None, :, None, None, None], rows(q_pos), j) & (j >= 0)
     real = jnp.repeat(chosen >= 0, block, -1)[:, :, :, None]
     inside = taken(count(s) * jnp.ones((b, 1), jnp.int32) + 1) > 0  # no key beyond S
     seen = seen & real & inside

@@ -13,12 +13,13 @@ the online softmax is that of `pallas_kernels/flash.py`.
 from __future__ import annotations
 
 import functools
+import importlib
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import Refused, blocks_tpu, tables
+from pallas_kernels import Refused, tables
 from pallas_kernels.flash import DTYPES, WIDEST, check_elementwise, check_tpu
 from pallas_kernels.tile import LOG2E, LOW, Form
 
@@ -26,25 +27,37 @@ LISTED = 2**17  # entries of the lists of one head that fit beside the scalar un
 
 
 class Static(NamedTuple):
-    """What is known of one call: `heads` share what they chose, in query blocks of
-    `size`; keys in blocks of `block`, `s` of them real."""
+    """What is known of one call: `heads` share what they chose, in `n` query blocks of
+    `size`; keys in blocks of `block`; T and S tokens. tiles: of the forward pass, of dq
+    and of dk and dv, on GPU; vmem: bytes of fast memory that a kernel may use, on TPU.
+    """
 
     form: Form
     block: int
+    n: int
     size: int
+    t: int
     s: int
     heads: int
+    tiles: tuple[tables.Tile, ...]
     vmem: int
+    backend: str
     interpret: Any
 
 
 class Side(NamedTuple):
-    """chosen [B,C,N,n] with C = H / heads; rows [B,C,N,3,R]: position, run and head of
-    each query row; info [B,S/block,2,block]: position and run of keys, or None."""
+    """Arrays of a call without a gradient; None for what it does not use.
+
+    chosen [B,C,N,n] with C = H / heads; head [H]: global head numbers; q_pos, q_run
+    [B,T], kv_pos, kv_run [B,S], int32.
+    """
 
     chosen: Any
-    rows: Any
-    info: Any
+    head: Any
+    q_pos: Any
+    kv_pos: Any
+    q_run: Any
+    kv_run: Any
 
 
 def blocks(
@@ -61,6 +74,8 @@ def blocks(
     q_run: jax.Array | None = None,
     kv_run: jax.Array | None = None,
     scale: float | None = None,
+    tile: tuple[int, ...] | None = None,
+    backend: str = "tpu",
     interpret: Any = False,
 ) -> tuple[jax.Array, jax.Array]:
     """Attention to chosen blocks -> o [B,T,H,V] in v's dtype, lse [B,H,T] float32.
@@ -69,35 +84,29 @@ def blocks(
     `block` tokens for each of N blocks of ceil(T/N) queries, -1 for none; one that is
     named twice counts twice. The mask acts inside blocks, on positions 0, 1, ... or
     q_pos [B,T] and kv_pos [B,S] (-1: an empty slot); q_run and kv_run: a token sees its
-    own run, and run 0 is padding. Raises Refused for what the kernel does not do.
+    own run, and run 0 is padding. backend: "tpu" or "triton"; tile: rows and keys of a
+    tile, on GPU. Raises Refused for what the kernel does not do.
     """
     b, t, h, d = q.shape
-    s, n = k.shape[1], chosen.shape[2]
-    _check(q, k, v, chosen, mask)
-    check_tpu(q, interpret)
-    size, heads = -(-t // n), h // chosen.shape[1]
-    count = lambda m: jnp.broadcast_to(jnp.arange(m, dtype=jnp.int32), (b, m))
-    head = jnp.arange(h, dtype=jnp.int32) if head is None else head
-    q_pos = count(t) if q_pos is None else q_pos
-    rows = [_rows(jnp.broadcast_to(a[..., None], (b, t, h)), n, heads)
-            for a in (q_pos, jnp.ones_like(q_pos) if q_run is None else q_run)]
-    rows.append(_rows(jnp.broadcast_to(head, (b, t, h)), n, heads))
-    info = None
-    if kv_pos is not None or kv_run is not None:
-        given = count(s) if kv_pos is None else kv_pos
-        runs = jnp.ones_like(given) if kv_run is None else kv_run
-        fill = lambda a, value: jnp.pad(a, ((0, 0), (0, -s % block)),
-                                        constant_values=value).reshape(b, -1, block)
-        info = jnp.stack([fill(given, -1), fill(runs, 0)], 2).astype(jnp.int32)
+    s, n, c = k.shape[1], chosen.shape[2], chosen.shape[1]
+    _check(q, k, v, chosen, mask, (q_run, kv_run), backend)
+    size, heads = -(-t // n), h // c
+    if backend == "tpu":
+        check_tpu(q, interpret)
+    whole = lambda a, m: None if a is None else jnp.broadcast_to(
+        a, (b, m)).astype(jnp.int32)
+    head = jnp.arange(h) if head is None else head
     static = Static(
-        Form(mask, d**-0.5 if scale is None else scale), block, size, s, heads,
-        tables.vmem(tables.device_kind()), interpret,
+        Form(mask, d**-0.5 if scale is None else scale), block, n, size, t, s, heads,
+        () if backend == "tpu" else _tiles(q, k, v, chosen, block, tile, backend),
+        tables.vmem(tables.device_kind(), backend), backend, interpret,
     )
-    side = Side(chosen.astype(jnp.int32), jnp.stack(rows, 3).astype(jnp.int32), info)
+    side = Side(chosen.astype(jnp.int32), head.astype(jnp.int32), whole(q_pos, t),
+                whole(kv_pos, s), whole(q_run, t), whole(kv_run, s))
     return _blocks(static, side, q, k, v)
 
 
-def _check(q, k, v, chosen, mask) -> None:
+def _check(q, k, v, chosen, mask, runs, backend) -> None:
     """Raises Refused for what the kernel does not do."""
     if not q.dtype == k.dtype == v.dtype or q.dtype not in DTYPES:
         raise Refused(f"q, k, v are {q.dtype}, {k.dtype}, {v.dtype}: one of "
@@ -105,35 +114,31 @@ def _check(q, k, v, chosen, mask) -> None:
     for name, n in (("D", q.shape[3]), ("V", v.shape[3])):
         if n > WIDEST:
             raise Refused(f"{name}={n}: at most {WIDEST}")
+    if not chosen.shape[3]:
+        raise Refused(f"chosen has no places: its shape is {chosen.shape}")
     entries = chosen[0].size // k.shape[2]
-    if entries > LISTED:
+    if backend == "tpu" and entries > LISTED:
         raise Refused(f"{entries} chosen blocks a key head: at most {LISTED}")
+    if (runs[0] is None) != (runs[1] is None):
+        raise ValueError("q_run and kv_run go together: expected both or neither")
     check_elementwise("mask", mask)
 
 
-def _rows(a, n: int, heads: int):
-    """[B,T,H,...] -> [B,C,N,R,...]: the rows of each query block, R = heads * size."""
-    b, t, h = a.shape[:3]
-    size = -(-t // n)
-    a = jnp.pad(a, [(0, 0), (0, n * size - t)] + [(0, 0)] * (a.ndim - 2))
-    a = a.reshape(b, n, size, h // heads, heads, *a.shape[3:])
-    order = (0, 3, 1, 4, 2, *range(5, a.ndim))
-    return a.transpose(order).reshape(b, h // heads, n, heads * size, *a.shape[5:])
+def _tiles(q, k, v, chosen, block: int, tile, backend: str):
+    """Tiles of the forward pass, for dq, and for dk and dv: rows are tokens times the
+    heads that share a choice, of one query block or of all that chose a key block."""
+    (_, t, h, d), (_, c, n, most) = q.shape, chosen.shape
+    one, every = -(-t // n) * (h // c), t * (h // k.shape[2])
+    pick = lambda which, rows, columns: tables.tile(
+        tables.device_kind(), f"blocks_{which}",
+        tables.Shape(rows, columns, d, v.shape[3], q.dtype.itemsize), tile, backend)
+    return (pick("forward", one, most * block), pick("backward", one, most * block),
+            pick("backward", every, block))
 
 
-def _unrows(a, t: int, heads: int):
-    """[B,C,N,R,...] -> [B,T,H,...]: the inverse of `_rows`."""
-    b, c, n, r = a.shape[:4]
-    a = a.reshape(b, c, n, heads, r // heads, *a.shape[4:])
-    order = (0, 2, 4, 1, 3, *range(5, a.ndim))
-    return a.transpose(order).reshape(b, -1, c * heads, *a.shape[5:])[:, :t]
-
-
-def _keys(a, block: int):
-    """k or v [B,S,K,X] -> [B,K,S/block,block,X]."""
-    b, s, heads, width = a.shape
-    a = jnp.pad(a, ((0, 0), (0, -s % block), (0, 0), (0, 0)))
-    return a.transpose(0, 2, 1, 3).reshape(b, heads, -1, block, width)
+def _kernels(static: Static) -> Any:
+    """The module with the passes of the call's backend."""
+    return importlib.import_module(f"pallas_kernels.blocks_{static.backend}")
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -142,12 +147,7 @@ def _blocks(static: Static, side: Side, q, k, v):
 
 
 def _ahead(static: Static, side: Side, q, k, v):
-    t, n = q.shape[1], side.chosen.shape[2]
-    o, lse = blocks_tpu.forward(
-        static, side, _rows(q, n, static.heads), _keys(k, static.block),
-        _keys(v, static.block),
-    )
-    o, lse = (_unrows(a, t, static.heads) for a in (o, lse))
+    o, lse = _kernels(static).forward(static, side, q, k, v)
     lse = lse.transpose(0, 2, 1)
     return (o, lse), (side, q, k, v, o, lse)
 
@@ -155,25 +155,16 @@ def _ahead(static: Static, side: Side, q, k, v):
 def _back(static: Static, saved, cotangents):
     side, q, k, v, o, lse = saved
     do, dlse = cotangents
-    (b, t, h), n = q.shape[:3], side.chosen.shape[2]
     # d(lse) enters exactly where delta leaves
     delta = (do.astype(jnp.float32) * o.astype(jnp.float32)).sum(-1)
     delta = delta - dlse.transpose(0, 2, 1)
-    # rows that see nothing, or only fill a block, get weights 2^(s - 1e30) = 0
+    # rows that see nothing get weights 2^(s - 1e30) = 0
     base = jnp.where(jnp.isfinite(lse), lse * LOG2E, -LOW).transpose(0, 2, 1)
-    base = _rows(jnp.where(jnp.isfinite(base), base, -LOW), n, static.heads)
-    real = _rows(jnp.ones((b, t, h), bool), n, static.heads)
-    parts = jnp.stack(
-        [jnp.where(real, base, -LOW), _rows(delta, n, static.heads)], 3
-    )
-    args = (_rows(q, n, static.heads), _keys(k, static.block), _keys(v, static.block),
-            parts, _rows(do.astype(v.dtype), n, static.heads))
-    dq = _unrows(blocks_tpu.queries_backward(static, side, *args), t, static.heads)
+    args = q, k, v, base, delta, do.astype(v.dtype)
+    passes = _kernels(static)
     lists = inverse(side.chosen, k.shape[2], -(-static.s // static.block))
-    grads = blocks_tpu.keys_backward(static, side, lists, *args)
-    back = lambda a: a.reshape(b, k.shape[2], -1, a.shape[-1])[:, :, :static.s]
-    dk, dv = (back(a).transpose(0, 2, 1, 3) for a in grads)
-    return None, dq, dk, dv
+    dq = passes.queries_backward(static, side, *args)
+    return None, dq, *passes.keys_backward(static, side, lists, *args)
 
 
 def inverse(chosen: jax.Array, heads: int, many: int):

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels import rows_tpu
 from pallas_kernels.steps_tpu import F32, column, dot
 from pallas_kernels.tile import LOG2E, LOW, NEVER
 
@@ -212,14 +213,14 @@ def _listed(a):
     return a, spec
 
 
-def _per_query_block(static, kernel, name, side, k, v, tiled, outs):
+def _per_query_block(static, kernel, name, chosen, x, tiled, outs):
     """A kernel with a step a query block, that fetches the chosen k, v and info."""
-    b, c, n, each = side.chosen.shape
-    sources = [a for a in (k, v, side.info) if a is not None]
-    chosen, spec = _listed(side.chosen)
+    b, c, n, each = chosen.shape
+    sources = [a for a in (x.k, x.v, x.info) if a is not None]
+    chosen, spec = _listed(chosen)
     buffers = [pltpu.VMEM((2, each, *a.shape[-2:]), a.dtype) for a in sources]
     return _launch(
-        static, functools.partial(kernel, static, c // k.shape[1]), (b, c, n),
+        static, functools.partial(kernel, static, c // x.k.shape[1]), (b, c, n),
         [spec, *map(_by_step, tiled), *[ANY] * len(sources)], outs,
         [_by_step(a) for a in outs],
         [*buffers, pltpu.SemaphoreType.DMA((2, len(sources)))], name,
@@ -228,38 +229,44 @@ def _per_query_block(static, kernel, name, side, k, v, tiled, outs):
 
 
 def forward(static, side, q, k, v):
-    """q [B,C,N,R,D], k, v [B,K,S/block,block,.] -> o [B,C,N,R,V], lse [B,C,N,R]."""
-    shape = q.shape[:4]
+    """o [B,T,H,V] in v's dtype and lse [B,T,H] float32."""
+    x = rows_tpu.laid(static, side, q, k, v)
+    shape = x.q.shape[:4]
     outs = [jax.ShapeDtypeStruct((*shape, v.shape[-1]), v.dtype),
             jax.ShapeDtypeStruct((*shape[:3], 1, shape[3]), F32)]
-    o, lse = _per_query_block(static, _forward, "blocks_forward", side, k, v,
-                              (side.rows, q), outs)
-    return o, lse[:, :, :, 0]
+    o, lse = _per_query_block(static, _forward, "blocks_forward", side.chosen, x,
+                              (x.rows, x.q), outs)
+    return tuple(rows_tpu.unrows(static, a) for a in (o, lse[:, :, :, 0]))
 
 
-def queries_backward(static, side, q, k, v, parts, do):
-    """dq [B,C,N,R,D]; parts [B,C,N,2,R]: lse and delta."""
-    outs = [jax.ShapeDtypeStruct(q.shape, q.dtype)]
-    return _per_query_block(static, _queries, "blocks_backward_queries", side, k, v,
-                            (side.rows, q, parts, do), outs)[0]
+def queries_backward(static, side, q, k, v, base, delta, do):
+    """dq [B,T,H,D]; base, delta [B,T,H]: lse times log2(e) and delta."""
+    x = rows_tpu.laid(static, side, q, k, v, base, delta, do)
+    outs = [jax.ShapeDtypeStruct(x.q.shape, q.dtype)]
+    dq, = _per_query_block(static, _queries, "blocks_backward_queries", side.chosen, x,
+                           (x.rows, x.q, x.parts, x.do), outs)
+    return rows_tpu.unrows(static, dq)
 
 
-def keys_backward(static, side, lists, q, k, v, parts, do):
-    """dk and dv [B,K,S/block,block,.], by the lists of `blocks.inverse`."""
-    b, heads, many = k.shape[:3]
-    shape = q.shape[1] // heads, q.shape[2]
+def keys_backward(static, side, lists, q, k, v, base, delta, do):
+    """dk [B,S,K,D] and dv [B,S,K,V], by the lists of `blocks.inverse`."""
+    x = rows_tpu.laid(static, side, q, k, v, base, delta, do)
+    b, heads, many = x.k.shape[:3]
+    shape = x.q.shape[1] // heads, x.q.shape[2]
     (entries, entries_spec), (first, first_spec) = map(_listed, lists)
-    sources = side.rows, q, parts, do
+    sources = x.rows, x.q, x.parts, x.do
     info, info_spec = [], []
-    if side.info is not None:
-        info, tail = [side.info], side.info.shape[2:]
+    if x.info is not None:
+        info, tail = [x.info], x.info.shape[2:]
         info_spec = [pl.BlockSpec((1, 1, *tail), lambda b, c, n: (b, n, 0, 0))]
     buffers = [pltpu.VMEM((2, *a.shape[3:]), a.dtype) for a in sources]
-    return _launch(
+    grads = _launch(
         static, functools.partial(_keys, static, shape), (b, heads, many),
-        [entries_spec, first_spec, _by_step(k), _by_step(v), *info_spec, *[ANY] * 4],
-        [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (k, v)],
-        [_by_step(k), _by_step(v)],
+        [entries_spec, first_spec, _by_step(x.k), _by_step(x.v), *info_spec,
+         *[ANY] * 4],
+        [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (x.k, x.v)],
+        [_by_step(x.k), _by_step(x.v)],
         [*buffers, pltpu.SemaphoreType.DMA((2, 4))], "blocks_backward_keys",
-        (entries, first, k, v, *info, *sources),
+        (entries, first, x.k, x.v, *info, *sources),
     )
+    return tuple(rows_tpu.unkeys(static, a) for a in grads)

@@ -19,7 +19,7 @@ from jax.experimental.pallas import triton
 
 from pallas_kernels.schedule import SKIP, Side, Static, Tiling
 from pallas_kernels.steps_triton import (
-    F32, Arrays, Call, Here, dot, launch, lines, over, power, write
+    F32, Arrays, Call, Here, dot, launch, lines, over, write, zeros
 )
 from pallas_kernels.tile import LOG2E, LOW, NEVER
 
@@ -96,19 +96,20 @@ def _forward(call: Call, x: Arrays, seen, o_ref, lse_ref):
         total = total * fade + p.sum(1)
         drop = here.drop(row, column)
         p = p if drop is None else p * drop
-        v = here.keys(x.v, column)
-        acc = acc * fade[:, None] + dot(p.astype(v.dtype), v, 1, 0)
+        p = p.astype(x.v.dtype)
+        acc = tuple(a * fade[:, None] + dot(p, v, 1, 0)
+                    for a, v in zip(acc, here.keys(x.v, column)))
         return top, total, acc
 
     top = LOW if x.sink is None else x.sink[h] * LOG2E
     m, total, acc = over(seen, b, row, step, (
         jnp.full((rows,), top, F32),
         jnp.full((rows,), 0.0 if x.sink is None else 1.0, F32),
-        jnp.zeros((rows, power(o_ref.shape[3])), F32),
+        zeros(rows, o_ref.shape[3]),
     ))
     some = total > 0
     safe = jnp.where(some, total, 1.0)
-    write(o_ref, acc / safe[:, None], b, row * rows, rows, h)
+    write(o_ref, [a / safe[:, None] for a in acc], b, row * rows, rows, h)
     lse = jnp.where(some, (m + jnp.log2(safe)) * (1 / LOG2E), NEVER)
     inside = here.numbers(row, False) < call.tiling.t
     triton.store(lse_ref.at[b, h, pl.ds(row * rows, rows)], lse, mask=inside)
@@ -128,18 +129,18 @@ def _by_column(call: Call, x: Arrays, seen, dk_ref, dv_ref):
             dk, dv = carry
             q, do = here.queries(x.q, row), here.queries(x.do, row)
             p, _, ds = here.again(q, k, v, do, row, column, masked)
-            dv = dv + dot(p.astype(do.dtype), do, 1, 0)
-            return dk + dot(ds.astype(q.dtype), q, 1, 0), dv
+            p, ds = p.astype(x.do.dtype), ds.astype(x.q.dtype)
+            dv = tuple(a + dot(p, part, 1, 0) for a, part in zip(dv, do))
+            return tuple(a + dot(ds, part, 1, 0) for a, part in zip(dk, q)), dv
 
         return over(seen, b, column, step, carry)
 
-    zeros = lambda ref: jnp.zeros((size, power(ref.shape[3])), F32)
-    carry = zeros(dk_ref), zeros(dv_ref)
+    carry = zeros(size, dk_ref.shape[3]), zeros(size, dv_ref.shape[3])
     if call.groups == 1:
         dk, dv = head(0, carry)
     else:
         dk, dv = jax.lax.fori_loop(0, call.groups, head, carry)
-    write(dk_ref, dk * call.form.scale, b, column * size, size, kv)
+    write(dk_ref, [a * call.form.scale for a in dk], b, column * size, size, kv)
     write(dv_ref, dv, b, column * size, size, kv)
 
 
@@ -152,12 +153,11 @@ def _by_row(call: Call, x: Arrays, seen, dq_ref):
 
     def step(column, masked, dq):
         k, v = here.keys(x.k, column), here.keys(x.v, column)
-        ds = here.again(q, k, v, do, row, column, masked)[2]
-        return dq + dot(ds.astype(k.dtype), k, 1, 0)
+        ds = here.again(q, k, v, do, row, column, masked)[2].astype(x.k.dtype)
+        return tuple(a + dot(ds, part, 1, 0) for a, part in zip(dq, k))
 
-    zeros = jnp.zeros((rows, power(dq_ref.shape[3])), F32)
-    dq = over(seen, b, row, step, zeros)
-    write(dq_ref, dq * call.form.scale, b, row * rows, rows, h)
+    dq = over(seen, b, row, step, zeros(rows, dq_ref.shape[3]))
+    write(dq_ref, [a * call.form.scale for a in dq], b, row * rows, rows, h)
 
 
 def _bias_tile(call: Call, x: Arrays, asked, db_ref):

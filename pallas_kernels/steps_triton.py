@@ -2,11 +2,13 @@
 loaded of each array, and what the elements of a tile are.
 
 Arrays are read where they lie, [B,T,H,D]; what a tile has beyond the end of an array or
-of a head is not read. Sizes of tiles are powers of two.
+of a head is not read. Sizes of tiles are powers of two, so a head whose width is none
+is read in pieces, 192 as 128 and 64: tiles of q, k, v and do are tuples of pieces.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import Any, Callable, NamedTuple
 
 import jax
@@ -122,6 +124,12 @@ class Here:
         """A vector of queries or of keys, as it broadcasts against a tile."""
         return a[None, :] if keys != self.turned else a[:, None]
 
+    def product(self, a, b):
+        """Products of queries `a` and keys `b` over their width, a tile of logits."""
+        pairs = zip(b, a) if self.turned else zip(a, b)
+        parts = [dot(*pair, 1, 1) for pair in pairs]
+        return functools.reduce(jnp.add, parts)
+
     def numbers(self, tile, keys: bool):
         """Numbers of a tile's queries or keys."""
         t = self.call.tiling
@@ -129,12 +137,12 @@ class Here:
         return tile * size + jax.lax.broadcasted_iota(jnp.int32, (size,), 0)
 
     def queries(self, ref, tile):
-        """A tile of q or do [rows,width]."""
+        """A tile of q or do, pieces [rows,width]."""
         return block(ref, self.b, tile * self.call.tiling.rows, self.call.tiling.rows,
                      self.h)
 
     def keys(self, ref, tile):
-        """A tile of k or v [columns,width]."""
+        """A tile of k or v, pieces [columns,width]."""
         size = self.call.tiling.columns
         return block(ref, self.b, tile * size, size, self.kv)
 
@@ -177,7 +185,7 @@ class Here:
     def logits(self, q, k, row, column, masked: bool):
         """Logits times log2(e) of a tile, NEVER where hidden, and their slope."""
         x, t, form = self.x, self.call.tiling, self.call.form
-        raw = dot(k, q, 1, 1) if self.turned else dot(q, k, 1, 1)
+        raw = self.product(q, k)
         i, j = self.positions(row, column)
         bias = None if x.bias is None else self.matrix(x.bias, row, column, 0)
         s, slope = form.logits(raw, self.head, i, j, bias, LOG2E)
@@ -224,7 +232,7 @@ class Here:
         of = lambda ref, other: self.along(self.row(ref, row, other), False)
         # queries beyond the end get weights 2^(s - 1e30) = 0
         p = jnp.exp2(s - of(self.x.lse, -LOW))
-        dp = dot(v, do, 1, 1) if self.turned else dot(do, v, 1, 1)
+        dp = self.product(do, v)
         drop = self.drop(row, column)
         dropped, dp = (p, dp) if drop is None else (p * drop, dp * drop)
         ds = p * (dp - of(self.x.delta, 0.0))
@@ -253,28 +261,46 @@ def lanes(width: int, rows: int, inside):
     return None if found is None else jnp.broadcast_to(found, (rows, power(width)))
 
 
-def block(ref, b, start, size: int, h):
-    """`size` tokens of a head of a [B,T,H,D] array, 0 beyond the end."""
-    inside = None
-    if ref.shape[1] % size:
-        inside = start + jax.lax.broadcasted_iota(jnp.int32, (size,), 0) < ref.shape[1]
-    inside = lanes(ref.shape[3], size, inside)
-    return load(_cut(ref, b, start, size, h), inside, 0)
+def pieces(width: int) -> list[tuple[int, int]]:
+    """First lane and size of the pieces of a head: powers of two from 16."""
+    found, first = [], 0
+    while width - first > 0:
+        left = width - first
+        size = power(left)
+        # two pieces are worth it where they leave out a quarter of the lanes
+        if size > 16 and power(left - size // 2) <= size // 4:
+            size //= 2
+        found.append((first, size))
+        first += size
+    return found
+
+
+def zeros(rows: int, width: int) -> tuple[jax.Array, ...]:
+    """Sums [rows,width] at their start, in pieces."""
+    return tuple(jnp.zeros((rows, size), F32) for _, size in pieces(width))
+
+
+def block(ref, b, start, size: int, h) -> tuple[jax.Array, ...]:
+    """`size` tokens of a head of a [B,T,H,D] array in pieces, 0 beyond the end."""
+    return tuple(load(at, inside, 0) for at, inside in _cuts(ref, b, start, size, h))
 
 
 def write(ref, value, b, start, size: int, h) -> None:
     """The reverse of `block`."""
+    for (at, inside), piece in zip(_cuts(ref, b, start, size, h), value):
+        triton.store(at, piece.astype(ref.dtype), mask=inside)
+
+
+def _cuts(ref, b, start, size: int, h):
+    """Each piece of `size` tokens of a head, and what of it is inside."""
     inside = None
     if ref.shape[1] % size:
         inside = start + jax.lax.broadcasted_iota(jnp.int32, (size,), 0) < ref.shape[1]
-    inside = lanes(ref.shape[3], size, inside)
-    triton.store(_cut(ref, b, start, size, h), value.astype(ref.dtype), mask=inside)
-
-
-def _cut(ref, b, start, size: int, h):
     # a traced 0, since a slice that is known to pass the end is an error
     zero = start * 0
-    return ref.at[b, pl.ds(start, size), h, pl.ds(zero, power(ref.shape[3]))]
+    for first, n in pieces(ref.shape[3]):
+        at = ref.at[b, pl.ds(start, size), h, pl.ds(zero + first, n)]
+        yield at, lanes(min(ref.shape[3] - first, n), size, inside)
 
 
 def dot(a, b, left: int, right: int):

@@ -31,8 +31,12 @@ class Shape(NamedTuple):
     @property
     def label(self) -> str:
         """The class of shapes that one row of the table serves."""
-        wide = "d256" if max(self.d, self.v) > 128 else "d128"
-        return f"{wide} {'f32' if self.itemsize == 4 else 'f16'}"
+        return f"d{self.wide} {'f32' if self.itemsize == 4 else 'f16'}"
+
+    @property
+    def wide(self) -> int:
+        """The class of widths: 128, 192 or 256."""
+        return next(n for n in (128, 192, 256) if max(self.d, self.v) <= n)
 
 
 class Tile(NamedTuple):
@@ -84,7 +88,10 @@ def tile(device: str, kernel: str, shape: Shape, asked: tuple | None = None,
     """The tile of a call: `asked` for (queries, keys and perhaps how), or the table's
     row for its class of shapes, cut down to the tokens that are there."""
     name = kernel if backend == "tpu" else f"{backend}_{kernel}"
-    rows, columns, *how = row(device, backend)[name][shape.label]
+    table = row(device, backend)[name]
+    # widths without a row of their own take that of the widest
+    rows, columns, *how = table.get(shape.label) or table[
+        shape.label.replace("d192", "d256")]
     if backend != "tpu":
         if asked is not None:
             rows, columns, *how = list(asked) + how[len(asked) - 2:]

@@ -62,6 +62,7 @@ CASES = {
                           "kv_pos": held(), **packed()},
     "dropout": lambda: {"mask": Causal(), "dropout": 0.3, "key": jax.random.key(5)},
     "keep": lambda: {"mask": Full(), "dropout": 0.3, "keep": kept()},
+    "pieces": lambda: {"mask": Causal(), "sizes": {"d": 40, "v": 48}},
     "one_token": lambda: {"mask": Causal(), "sizes": {"t": 1, "s": 1}},
     "one_query": lambda: {"mask": Causal(), "sizes": {"t": 1, "k": 4}},
 }

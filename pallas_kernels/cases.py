@@ -217,6 +217,9 @@ FLASH: dict[str, dict[str, Any]] = {
     "causal T8192 D64 H8": {"t": 8192, "d": 64},
     "causal T8192 D256 H8": {"t": 8192, "d": 256},
     "causal T4096 D192 V128 H8": {"t": 4096, "d": 192, "v": 128},
+    "causal T12288 D256 H1": {"t": 12288, "d": 256, "h": 1, "k": 1},
+    "causal T24576 D128 H1": {"t": 24576, "d": 128, "h": 1, "k": 1},
+    "full T8192 D128 H8": {"t": 8192, "d": 128, "mask": None},
     "grouped T4096 D128 H8 K2 window sinks softcap": {
         "t": 4096, "d": 128, "k": 2, "mask": Window(), "extra": ("sink", "softcap")},
     "packed T4096 D128 H4": {"t": 4096, "d": 128, "h": 4, "k": 4, "extra": ("runs",)},
@@ -236,12 +239,13 @@ def cases(target) -> dict[str, Case]:
     for backend in target.backends:
         label = "" if backend == "tpu" else f" {backend}"
         for way in ("forward", "backward"):
-            more = {"backend": backend, "backward": way == "backward"}
+            more: dict[str, Any] = {"backend": backend, "backward": way == "backward"}
             for name, options in FLASH.items():
                 flops = 0.0
-                if name.startswith("causal"):
-                    flops = work(options["t"], options["d"], options.get("v"),
-                                 backward=more["backward"])
+                if name.startswith(("causal", "full")):
+                    own = {n: options[n] for n in ("t", "d", "v", "h") if n in options}
+                    flops = work(causal=name.startswith("causal"),
+                                 backward=way == "backward", **own)
                 found[f"flash {way}{label} {name}"] = Case(
                     functools.partial(attention, **more, **options), flops)
             if backend != "mosaic":

@@ -16,7 +16,8 @@ over bandwidth, with the share of the chip's peak that it implies. GPU: register
 spilled bytes, shared memory, tensor-core instructions in the kernel's text, and
 occupancy. Nothing is measured: the memory system's stalls are not in it. A check fails
 when a case that compiled no longer does, or needs over 5% more bundles, registers, fast
-memory or spills than the record says. All of it takes about ten minutes on 2 cores.
+memory or spills than the record says. All of it takes about a quarter of an hour on 2
+cores.
 """
 
 from __future__ import annotations
@@ -29,8 +30,10 @@ import logging
 import os
 import pathlib
 import re
+import subprocess
 import sys
 import tempfile
+from concurrent import futures
 from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # read when jax loads
@@ -40,7 +43,7 @@ import jax.numpy as jnp  # noqa: E402
 
 from pallas_kernels.figures import GROWS, figures  # noqa: E402
 from pallas_kernels.matrix_table import page, show  # noqa: E402
-from pallas_kernels.targets import TARGETS, in_process, missing  # noqa: E402
+from pallas_kernels.targets import TARGETS, missing, worker  # noqa: E402
 
 HERE = pathlib.Path(__file__).parent
 RECORD, PAGE = HERE / "matrix.json", HERE / "MATRIX.md"
@@ -100,25 +103,57 @@ def unrecorded(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
             if name not in old and "error" in found and not found.get("peer")]
 
 
-def work(given: argparse.Namespace) -> int:
-    """The worker of one target: compiles its cases, writes their figures."""
-    from rich.console import Console
-    from rich.progress import track
-
+def chosen(given: argparse.Namespace, name: str) -> dict[str, Any]:
+    """The cases of one target that the command line asks for."""
     from pallas_kernels.cases import cases
 
+    if given.function:
+        return {given.function: own_case(given.function, given.shapes)}
+    return {n: c for n, c in cases(TARGETS[name]).items() if given.cases in n}
+
+
+def work(given: argparse.Namespace) -> int:
+    """The worker of one target: compiles its cases, prints a line for each that is
+    done, and writes their figures."""
     logging.getLogger("absl").setLevel(logging.ERROR)  # a peer's word on its tuning
     target, folder = TARGETS[given.targets], pathlib.Path(given.worker)
-    chosen = {n: c for n, c in cases(target).items() if given.cases in n}
-    if given.function:
-        chosen = {given.function: own_case(given.function, given.shapes)}
-    console = Console(stderr=True)
-    found = {
-        f"{target.name} {name}": figures(target, case, folder)
-        for name, case in track(chosen.items(), target.name, console=console)
-    }
+    found = {}
+    for name, case in chosen(given, target.name).items():
+        found[f"{target.name} {name}"] = figures(target, case, folder)
+        print(name, flush=True)
     pathlib.Path(given.out).write_text(json.dumps(found))
     return 0
+
+
+def compile_all(given: argparse.Namespace) -> dict[str, Any] | None:
+    """The figures of all cases, a process a target, as many at once as there are cores;
+    None if one of them died."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    def one(name: str, task: Any) -> dict[str, Any] | None:
+        with tempfile.TemporaryDirectory() as folder, \
+                tempfile.NamedTemporaryFile(suffix=".json") as out:
+            more = ["--cases", given.cases, "--out", out.name, "--function",
+                    given.function, "--shapes", given.shapes]
+            process = worker("pallas_kernels.matrix", name, folder, *more,
+                             stdout=subprocess.PIPE, text=True)
+            for _ in process.stdout:
+                progress.advance(task)
+            dead = process.wait()
+            return None if dead else json.loads(pathlib.Path(out.name).read_text())
+
+    with Progress(console=Console(stderr=True)) as progress, \
+            futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        jobs = [
+            pool.submit(one, name, progress.add_task(name, total=len(own)))
+            for name in given.targets.split(",") if (own := chosen(given, name))
+        ]
+        found = [job.result() for job in jobs]
+    whole = [part for part in found if part is not None]
+    if len(whole) < len(found):
+        return None
+    return {name: one for part in whole for name, one in part.items()}
 
 
 def parsed(arguments: list[str]) -> argparse.Namespace:
@@ -160,15 +195,10 @@ def main(arguments: list[str]) -> int:
     if wrong := problem(given):
         print(wrong, file=sys.stderr)
         return 2
-    found: dict[str, Any] = {}
-    for name in given.targets.split(","):
-        with tempfile.TemporaryDirectory() as folder, \
-                tempfile.NamedTemporaryFile(suffix=".json") as out:
-            more = ["--cases", given.cases, "--out", out.name,
-                    "--function", given.function, "--shapes", given.shapes]
-            if code := in_process("pallas_kernels.matrix", name, folder, *more):
-                return code
-            found |= json.loads(pathlib.Path(out.name).read_text())
+    found = compile_all(given)
+    if found is None:
+        print("a compiler's process died: see above", file=sys.stderr)
+        return 1
     if not found:
         print(f"--cases={given.cases!r}: no case has this in its name", file=sys.stderr)
         return 2

@@ -178,9 +178,9 @@ def compiled(target: Tpu | Gpu, f: Callable, *args: Any) -> Any:
         return lowered.compile()
 
 
-def in_process(module: str, name: str, folder: str, *more: str) -> int:
-    """Runs `python -m module --targets NAME --worker FOLDER`, where a compiler can
-    still read its environment; the exit status."""
+def worker(module: str, name: str, folder: str, *more: str, **options: Any) -> Any:
+    """Starts `python -m module --targets NAME --worker FOLDER`, where a compiler can
+    still read its environment: a Popen with `options`."""
     words = [sys.executable, "-m", module, "--targets", name, "--worker", folder, *more]
     environ = environment(TARGETS[name], folder)
-    return subprocess.run(words, env=environ).returncode
+    return subprocess.Popen(words, env=environ, **options)

@@ -30,7 +30,7 @@ import jax
 import numpy as np
 
 from pallas_kernels import cases, readings, readings_gpu, tables
-from pallas_kernels.targets import TARGETS, Gpu, Tpu, compiled, in_process, missing
+from pallas_kernels.targets import TARGETS, Gpu, Tpu, compiled, missing, worker
 
 TPU_TILES = ((512, 1024), (1024, 1024), (1024, 2048), (2048, 1024), (2048, 2048))
 CHUNKS = (256, 512)
@@ -161,7 +161,7 @@ def main(arguments: list[str]) -> int:
         return 2
     for name in names:
         with tempfile.TemporaryDirectory() as folder:
-            if code := in_process("pallas_kernels.tune", name, folder):
+            if code := worker("pallas_kernels.tune", name, folder).wait():
                 return code
     return 0
 

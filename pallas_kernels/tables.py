@@ -30,8 +30,7 @@ class Shape(NamedTuple):
     @property
     def label(self) -> str:
         """The class of shapes that one row of the table serves."""
-        wide = "d256" if max(self.d, self.v) > 128 else "d128"
-        return f"{wide} {'f32' if self.itemsize == 4 else 'f16'}"
+        return f"{width(self.d, self.v)} {'f32' if self.itemsize == 4 else 'f16'}"
 
 
 class Tile(NamedTuple):
@@ -41,6 +40,21 @@ class Tile(NamedTuple):
     rows: int
     columns: int
     how: tuple[int, ...]
+
+
+def width(d: int, v: int) -> str:
+    """The class of widths."""
+    return "d256" if max(d, v) > 128 else "d128"
+
+
+def cores() -> int:
+    """Multiprocessors of the GPU that is compiled for; an H200's if nobody knows."""
+    mesh = jax.sharding.get_abstract_mesh()
+    device = getattr(mesh, "abstract_device", None)
+    many = getattr(device, "num_cores", None)
+    if device is None and jax.default_backend() == "gpu":
+        many = getattr(jax.devices()[0], "core_count", None)
+    return many or 132
 
 
 def device_kind() -> str:

@@ -13,7 +13,7 @@ from attn.softmax import Softmax
 from attn.tiles import attend
 from pallas_kernels import Refused
 from pallas_kernels.decode import decode, packed, unpacked
-from tests.test_flash import close, normal, results
+from tests.test_flash import BACKENDS, close, normal, results
 
 B, T, S, H, K, D, V = 2, 3, 41, 4, 2, 8, 12
 
@@ -47,12 +47,13 @@ CASES = {
 }
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("tile", (None, 16))
 @pytest.mark.parametrize("name", CASES)
-def test_the_kernel_is_the_function(name, tile):
+def test_the_kernel_is_the_function(name, tile, backend):
     options, given = CASES[name](), arrays()
     given |= {n: options.pop(n) for n in ("sink",) if n in options}
-    kernel = functools.partial(decode, tile=tile, interpret=True)
+    kernel = functools.partial(decode, tile=tile, backend=backend, interpret=True)
     found = results(kernel, given, options)
     close(found, results(attend, given, options))
     again = results(kernel, given, options)
@@ -69,13 +70,14 @@ def same(found, expected, bound=1e-5):
         np.testing.assert_allclose(a, b, rtol=bound, atol=bound)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("k", (1, 4))
-def test_one_query_and_lengths_by_head(k):
+def test_one_query_and_lengths_by_head(k, backend):
     a = arrays(1, k)
     lengths = np.array([[5, 41, 0, 17], [0, 0, 0, 0]], np.int32)[:, :k]
     filled = np.arange(S)[None, :, None] < lengths[:, None]
     pos = jnp.asarray(np.where(filled, np.arange(S)[None, :, None], -1), jnp.int32)
-    found = run(a, lengths=jnp.asarray(lengths), tile=16)
+    found = run(a, lengths=jnp.asarray(lengths), tile=16, backend=backend)
     same(found, attend(*a.values(), q_pos=last(1), kv_pos=pos))
     assert (np.asarray(found[0][1]) == 0).all()
 
@@ -95,31 +97,35 @@ def paged(a, page=8, seed=0):
     return {"q": a["q"]} | {n: jnp.asarray(x) for n, x in pages.items()}, table
 
 
-@pytest.mark.parametrize("tile", (8, 24))
-def test_pages_hold_the_same_cache(tile):
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("tile, page", ((8, 8), (24, 8), (16, 16), (16, 32), (32, 24)))
+def test_pages_hold_the_same_cache(tile, page, backend):
     a = arrays()
-    pages, table = paged(a)
+    pages, table = paged(a, page)
     lengths = jnp.full((B,), S, jnp.int32)
-    options = {"mask": Causal(), "q_pos": last()}
+    options = {"mask": Causal(), "q_pos": last(), "backend": backend}
     found = run(pages, table=jnp.asarray(table, jnp.int32), lengths=lengths, tile=tile,
                 **options)
     same(found, run(a, **options))
 
 
-def test_a_page_that_is_not_there_is_not_seen():
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("page", (8, 16))
+def test_a_page_that_is_not_there_is_not_seen(page, backend):
     a = arrays(1)
-    pages, table = paged(a)
-    table[:, 2] = -1
-    seen = (np.arange(S) // 8 != 2)[None, :, None]
+    pages, table = paged(a, page)
+    table[:, 1] = -1
+    seen = (np.arange(S) // page != 1)[None, :, None]
     pos = jnp.asarray(np.where(seen, np.arange(S)[None, :, None], -1), jnp.int32)
     found = run(pages, table=jnp.asarray(table, jnp.int32), q_pos=last(1),
-                lengths=jnp.full((B,), S))
+                lengths=jnp.full((B,), S), backend=backend)
     pos = jnp.broadcast_to(pos, (B, S, K))
     same(found, attend(*a.values(), q_pos=last(1), kv_pos=pos))
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("bits", (8, 4))
-def test_quantised_numbers(bits):
+def test_quantised_numbers(bits, backend):
     a = arrays()
     top = 2 ** (bits - 1) - 1
     low, scales = {}, {}
@@ -129,15 +135,17 @@ def test_quantised_numbers(bits):
         low[n], scales[f"{n}_scale"] = packed(whole) if bits == 4 else whole, scale
         a[n] = whole * scale[..., None]
         np.testing.assert_array_equal(unpacked(low[n], bits), whole)
-    options = {"mask": Causal(), "tile": 16}
+    options = {"mask": Causal(), "tile": 16, "backend": backend}
     found = run({"q": a["q"]} | low, bits=bits, **scales, **options)
     same(found, run(a, **options))
 
 
-def test_statistics_are_the_sums_of_weights():
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_statistics_are_the_sums_of_weights(backend):
     a = arrays()
     bias = normal(6, B, S, K)
-    o, lse, found = run(a, mask=Causal(), statistics=True, tile=16, bias=bias)
+    o, lse, found = run(a, mask=Causal(), statistics=True, tile=16, bias=bias,
+                        backend=backend)
     k = jnp.repeat(a["k"], H // K, 2)
     s = jnp.einsum("bthd,bshd->bhts", a["q"], k) * D**-0.5
     s = s + jnp.repeat(bias, H // K, 2).transpose(0, 2, 1)[:, :, None]
@@ -148,9 +156,11 @@ def test_statistics_are_the_sums_of_weights():
     np.testing.assert_allclose(found.sum(1), np.full((B, K), T * H / K), rtol=1e-5)
 
 
-def test_the_bias_of_a_key_has_a_gradient():
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_bias_of_a_key_has_a_gradient(backend):
     a, bias = arrays(), normal(6, B, S, K)
-    kernel = results(functools.partial(decode, interpret=True), a | {"bias": bias}, {})
+    kernel = results(functools.partial(decode, backend=backend, interpret=True),
+                     a | {"bias": bias}, {})
     full = lambda q, k, v, bias: attend(
         q, k, v, bias=jnp.repeat(bias, H // K, 2).transpose(0, 2, 1)[:, :, None])
     close(kernel, results(full, a | {"bias": bias}, {}))

@@ -118,9 +118,15 @@ class Head:
             lane = pl.ds(self.kv * 0, power(width))
             cut = ref.at[at.row, at.token, self.kv, lane]
         a, dtype = load(cut, lanes(width, size, at.inside), 0), self.x.q.dtype
-        if self.call.bits == 4:
-            return [((a & 15) ^ 8).astype(dtype), (a & -16).astype(dtype)]
-        return [a.astype(dtype)]
+        if self.call.bits == 16:
+            return [a]
+        parts = [a] if self.call.bits == 8 else [(a & 15) ^ 8, a & -16]
+        parts = [part.astype(dtype) for part in parts]
+        if ref is self.x.v:
+            # two operands: Triton then converts as it loads, 16 bytes at once, and not
+            # byte by byte as the matrix units want a turned tile
+            parts = [part * at.inside.astype(dtype)[:, None] for part in parts]
+        return parts
 
     def beside(self, ref, at: At, other=0):
         """Entries [columns] of an array that lies beside slots."""

@@ -22,6 +22,7 @@ from typing import Any, Callable, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from pallas_kernels import Refused
 from pallas_kernels.flash import DTYPES, WIDEST, check_elementwise
@@ -133,9 +134,8 @@ def decode(
         per_row(jnp.zeros(h, F32) if sink is None else sink.astype(F32)),
     )
     if lengths is None:
-        lengths = jnp.full((b, heads), slots, jnp.int32)
-    lengths = jnp.broadcast_to(
-        lengths[:, None] if lengths.ndim == 1 else lengths, (b, heads))
+        lengths = np.full((b, 1), slots, np.int32)
+    lengths = jnp.asarray(lengths[:, None] if lengths.ndim == 1 else lengths)
     form = Form(mask, d**-0.5 if scale is None else scale, softcap, score)
     static = Static(form, h, heads, t, slots, page, 1, bits, sink is not None, 0,
                     interpret, backend)

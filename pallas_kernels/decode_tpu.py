@@ -179,6 +179,7 @@ def _prepared(static, lengths, table, rows, beside, q, k, v):
     q = jnp.pad(q, ((0, 0), (0, count - q.shape[1]), (0, 0)))
     rows = type(rows)(*(_tall(a, count, -1 if n == 0 else 0)
                         for n, a in enumerate(rows)))
+    lengths = jnp.broadcast_to(lengths, (q.shape[0], static.key_heads))
     most = jnp.minimum(lengths.max(1), static.slots)
     pages = -(-static.slots // static.page)
     has_table = table is not None

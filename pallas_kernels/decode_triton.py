@@ -78,7 +78,6 @@ def attend(static, lengths, table, rows, beside, q, k, v) -> tuple[Any, Any]:
             call, _merge, (call.count, heads, b), (o, lse),
             [jax.ShapeDtypeStruct((*lead[1:], width), q.dtype),
              jax.ShapeDtypeStruct(lead[1:], F32)], "decode_merge", 4, 1)
-    lse = lse * (1 / LOG2E)
     o = o.reshape(b, heads, t, -1, width).transpose(0, 2, 1, 3, 4)
     lse = lse.reshape(b, heads, t, -1).transpose(0, 1, 3, 2)
     return o.reshape(b, t, h, width), lse.reshape(b, h, t)
@@ -188,7 +187,8 @@ def _attend(call: Call, x: Arrays, o_ref, lse_ref):
         cut = pl.ds(kv * 0 + half * width, power(width))
         triton.store(o_ref.at[n, b, kv, rows, cut], out.astype(o_ref.dtype),
                      mask=lanes(width, call.rows, queries.inside))
-    lse = jnp.where(some, m + jnp.log2(safe), NEVER)
+    unit = 1.0 if call.splits > 1 else 1 / LOG2E  # the second kernel's is 2
+    lse = jnp.where(some, (m + jnp.log2(safe)) * unit, NEVER)
     triton.store(lse_ref.at[n, b, kv, rows], lse.sum(1), mask=queries.inside)
 
 
@@ -221,7 +221,8 @@ def _merge(call: Call, x, o_ref, lse_ref):
         inside = jax.lax.broadcasted_iota(jnp.int32, (width,), 0) < o_ref.shape[3]
     triton.store(o_ref.at[b, kv, row, pl.ds(zero, width)], out.astype(o_ref.dtype),
                  mask=inside)
-    lse_ref[b, kv, row] = jnp.where(total > 0, top + jnp.log2(safe), NEVER)
+    lse = (top + jnp.log2(safe)) * (1 / LOG2E)
+    lse_ref[b, kv, row] = jnp.where(total > 0, lse, NEVER)
 
 
 def _weights(call: Call, x: Arrays, w_ref):
@@ -235,7 +236,7 @@ def _weights(call: Call, x: Arrays, w_ref):
         triton.store(w_ref.at[b, pl.ds(tile * size, size), kv], value,
                      mask=slot < call.slots)
 
-    def step(tile, _):
+    def step(tile, none):
         place = here.at(tile)
         k = here.tile(x.k, place)
 
@@ -247,17 +248,17 @@ def _weights(call: Call, x: Arrays, w_ref):
         found = jnp.zeros((size,), F32)
         found = add(0, found) if many == 1 else jax.lax.fori_loop(0, many, add, found)
         write(tile, found)
-        return 0
+        return none
 
-    jax.lax.fori_loop(*here.share(n), step, 0)
+    jax.lax.fori_loop(*here.share(n), step, ())
 
-    def nothing(tile, _):
+    def nothing(tile, none):
         write(tile, jnp.zeros((size,), F32))
-        return 0
+        return none
 
     # tiles beyond the length, spread in the same way
     filled = jax.lax.div(here.length + (size - 1), size)
     left = -(-call.slots // size) - filled
     each = jax.lax.div(left + (call.splits - 1), call.splits)
     start = filled + jnp.minimum(n * each, left)
-    jax.lax.fori_loop(start, filled + jnp.minimum((n + 1) * each, left), nothing, 0)
+    jax.lax.fori_loop(start, filled + jnp.minimum((n + 1) * each, left), nothing, ())

@@ -11,8 +11,9 @@ from attn.masks import Causal, Sink, Window
 from attn.positions import ALiBi
 from attn.softmax import Softmax
 from attn.tiles import attend
-from pallas_kernels import Refused
+from pallas_kernels import Refused, decode_tpu, decode_triton
 from pallas_kernels.decode import decode, packed, unpacked
+from pallas_kernels.decode_triton import splits
 from tests.test_flash import BACKENDS, close, normal, results
 
 B, T, S, H, K, D, V = 2, 3, 41, 4, 2, 8, 12
@@ -166,10 +167,122 @@ def test_the_bias_of_a_key_has_a_gradient(backend):
     close(kernel, results(full, a | {"bias": bias}, {}))
 
 
+def split(f=decode, **options):
+    return functools.partial(f, backend="triton", interpret=True, **options)
+
+
+@pytest.mark.parametrize("splits", (2, 20))
+@pytest.mark.parametrize("name", CASES)
+def test_splits_change_nothing(name, splits):
+    options, given = CASES[name](), arrays()
+    given |= {n: options.pop(n) for n in ("sink",) if n in options}
+    found = results(split(tile=16, splits=splits), given, options)
+    close(found, results(attend, given, options))
+
+
+def test_splits_of_empty_rows_and_splits_that_see_nothing():
+    a = arrays(1)
+    lengths = np.array([[0, 0], [3, 20]], np.int32)
+    pos = np.where(np.arange(S)[None, :, None] < lengths[:, None],
+                   np.arange(S)[None, :, None], -1)
+    options = {"mask": Causal() & Window(9), "q_pos": jnp.full((B, 1), 19, jnp.int32)}
+    found = jax.jit(split(tile=16, splits=3, lengths=jnp.asarray(lengths), **options))(
+        **a)
+    same(found, attend(*a.values(), kv_pos=jnp.asarray(pos, jnp.int32), **options))
+    assert (np.asarray(found[0][0]) == 0).all() and (found[1][0] == -np.inf).all()
+    nothing = jnp.zeros(B, jnp.int32)
+    o, lse, w = jax.jit(split(tile=16, lengths=nothing, statistics=True))(**a)
+    assert (o == 0).all() and (lse == -np.inf).all() and (w == 0).all()
+    grads = jax.grad(lambda a: split(tile=16, lengths=nothing)(**a)[0].sum())(a)
+    assert all((g == 0).all() for g in grads.values())
+
+
+def test_what_lies_beyond_the_length_is_not_read():
+    a = arrays(1)
+    lengths = jnp.asarray([20, 35], jnp.int32)
+    expected = jax.jit(split(tile=16, lengths=lengths, statistics=True))(**a)
+    beyond = (jnp.arange(S)[None] >= lengths[:, None])[..., None, None]
+    spoilt = a | {n: jnp.where(beyond, jnp.nan, a[n]) for n in "kv"}
+    found = jax.jit(split(tile=16, lengths=lengths, statistics=True))(**spoilt)
+    for x, y in zip(found, expected):
+        np.testing.assert_array_equal(x, y)
+
+
+@pytest.mark.parametrize("h, k, d, v", (
+    (1, 1, 8, 12), (3, 1, 12, 8), (2, 2, 24, 24), (2, 1, 136, 16), (2, 1, 16, 200)))
+def test_widths_and_heads(h, k, d, v):
+    a = {"q": normal(0, B, 1, h, d), "k": normal(1, B, S, k, d),
+         "v": normal(2, B, S, k, v)}
+    found = jax.jit(split(tile=16, splits=2))(**a)
+    same(found, attend(*a.values(), q_pos=last(1), kv_pos=jnp.broadcast_to(
+        jnp.arange(S, dtype=jnp.int32), (B, S))))
+
+
+def test_many_queries_of_a_key_head_are_several_tiles():
+    a = {"q": normal(0, 1, 20, 4, D), "k": normal(1, 1, S, 1, D),
+         "v": normal(2, 1, S, 1, V)}
+    found = run(a, mask=Causal(), backend="triton", tile=16, statistics=True)
+    same(found[:2], attend(*a.values(), mask=Causal()))
+    np.testing.assert_allclose(found[2].sum(1), [[80]], rtol=1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", (jnp.bfloat16, jnp.float16))
+def test_low_precision_is_as_good_as_plain_jnp(dtype, backend):
+    """Against float32 of the same numbers: at most twice the error of plain jnp."""
+    low = arrays(k=H, dtype=dtype)
+    exact = {n: a.astype(jnp.float32) for n, a in low.items()}
+
+    def rough(q, k, v):
+        s = jnp.einsum("bthd,bshd->bhts", q, k) * np.asarray(D**-0.5, dtype)
+        seen = jnp.arange(S)[None] <= jnp.arange(S - T, S)[:, None]
+        p = jax.nn.softmax(jnp.where(seen, s, -jnp.inf))
+        return jnp.einsum("bhts,bshv->bthv", p, v), jax.nn.logsumexp(s, -1, where=seen)
+
+    expected = results(attend, exact, {"mask": Causal()})
+    found = results(functools.partial(decode, backend=backend, interpret=True, tile=16),
+                    low, {"mask": Causal()})
+    plain = results(rough, low, {})
+    for n in ("o", "q", "k", "v"):
+        norm = lambda x: np.linalg.norm(np.asarray(x[n], np.float64)
+                                        - np.asarray(expected[n], np.float64))
+        scale = np.linalg.norm(np.asarray(expected[n], np.float64))
+        assert norm(found) <= 2 * norm(plain) + 1e-4 * scale, n
+
+
+@pytest.mark.parametrize("bits", (8, 4))
+@pytest.mark.parametrize("dtype", (jnp.bfloat16, jnp.float16))
+def test_quantised_numbers_in_low_precision(bits, dtype):
+    """int8 and int4 are exact in 16 bits: as near as the numbers they stand for."""
+    a, top = arrays(1), 2 ** (bits - 1) - 1
+    low, scales, exact = {}, {}, {"q": a["q"].astype(dtype).astype(jnp.float32)}
+    for n in "kv":
+        scales[f"{n}_scale"] = scale = jnp.abs(a[n]).max(-1) / top
+        whole = jnp.round(a[n] / scale[..., None]).astype(jnp.int8)
+        low[n] = packed(whole) if bits == 4 else whole
+        exact[n] = whole * scale[..., None]
+    found = jax.jit(split(tile=16, splits=2, bits=bits, **scales))(
+        a["q"].astype(dtype), **low)
+    for x, y in zip(found, run(exact, backend="triton", tile=16)):
+        assert np.linalg.norm(x - y) <= jnp.finfo(dtype).eps * np.linalg.norm(y)
+
+
+def test_the_number_of_splits_fills_the_device():
+    assert [splits(n, 512, 132) for n in (1, 8, 64, 256, 320)] == [251, 32, 4, 1, 4]
+    assert splits(8, 5, 132) == 5 and splits(10**4, 5, 132) == 1
+
+
+def test_every_backend_has_the_same_entries():
+    for module in (decode_tpu, decode_triton):
+        assert all(callable(getattr(module, n)) for n in ("sized", "attend", "weights"))
+
+
 @pytest.mark.parametrize("change, error, reason", [
     ({"bits": 3}, ValueError, "bits=3: expected 4, 8 or 16"),
     ({"bits": 8}, Refused, "k is float32 at bits=8"),
     ({"q": (1, 200, 4, 8)}, Refused, "T=200, H=4: at most 512"),
+    ({"q": (1, 300, 4, 8), "backend": "triton"}, Refused, "K=2: at most 512 queries"),
+    ({"splits": 2}, Refused, "splits=2: on TPU"),
 ])
 def test_refusals_name_their_reason(change, error, reason):
     a = arrays()

@@ -13,17 +13,18 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton
 
-from pallas_kernels.steps_triton import F32, dot, lanes, load, power
+from pallas_kernels.steps_triton import dot, lanes, load, power
 from pallas_kernels.tile import LOG2E, NEVER, Form, both
 
 
 class Call(NamedTuple):
-    """What is static. R = T * H/K queries read one key head: `rows` of them are a tile,
-    `columns` slots another. inner: a tile of slots lies inside a page."""
+    """What is static. R = T * H/K `queries` read one key head: `rows` of them are a
+    tile, `columns` slots another. inner: a tile of slots lies inside a page."""
 
     form: Form
-    count: int
+    queries: int
     rows: int
     columns: int
     splits: int
@@ -70,6 +71,46 @@ class At(NamedTuple):
     inside: Any
 
 
+# The low (shift: 0) or high (4) halves of four bytes: each is set into the last bits of
+# a number whose last bit counts 1, and that number and 8 are taken away again.
+HALF = """{{
+ .reg .b32 half, one, less;
+ shr.u32 half, $2, {shift};
+ and.b32 half, half, 0x0F0F0F0F;
+ xor.b32 half, half, 0x08080808;
+ mov.b32 one, {one};
+ mov.b32 less, {less};
+ prmt.b32 $0, half, {big}, 0x4140;
+ prmt.b32 $1, half, {big}, 0x4342;
+ fma.rn.{kind}x2 $0, $0, one, less;
+ fma.rn.{kind}x2 $1, $1, one, less;
+}}"""
+NUMBERS = {
+    "bfloat16": {"kind": "bf16", "big": "0x43434343", "one": "0x3F803F80",
+                 "less": "0xC308C308"},
+    "float16": {"kind": "f16", "big": "0x64646464", "one": "0x3C003C00",
+                "less": "0xE408E408"},
+}
+
+
+def halves(a, ones, dtype, interpret: Any) -> list[Any]:
+    """The low and the high int4 of each byte [columns,width], in q's type; `ones`
+    [columns,1] of that type, or None."""
+    numbers = NUMBERS.get(jnp.dtype(dtype).name)
+    if interpret or numbers is None:
+        wide = a.astype(jnp.int32)
+        return [((wide << 28) >> 28).astype(dtype), (wide >> 4).astype(dtype)]
+    args, registers = [a], "=r,=r,r"
+    if ones is not None:
+        args, registers = [a, jnp.broadcast_to(ones, a.shape)], "=r,=r,r,r,r"
+        numbers = numbers | {"one": "$3"}
+    # as arithmetic on bytes it would be four times as many instructions
+    return [triton.elementwise_inline_asm(
+        HALF.format(shift=shift, **numbers), args=args, constraints=registers, pack=4,
+        result_shape_dtypes=[jax.ShapeDtypeStruct(a.shape, dtype)])[0]
+        for shift in (0, 4)]
+
+
 class Head:
     """One key head `kv` of row `b`: its length and the run of tiles of a split."""
 
@@ -95,17 +136,16 @@ class Head:
             return At(self.b, pl.ds(start, size), slot, inside)
         if call.inner:
             page = table[self.b, jax.lax.div(start, call.page)]
-            token = pl.ds(jax.lax.rem(start, call.page), size)
-            return At(jnp.maximum(page, 0), token, slot, inside & (page >= 0))
+            cut = pl.ds(jax.lax.rem(start, call.page), size)
+            return At(jnp.maximum(page, 0), cut, slot, inside & (page >= 0))
         own = jnp.minimum(jax.lax.div(slot, call.page), table.shape[1] - 1)
         page = load(table.at[self.b, own], inside, -1)
         token = jax.lax.rem(slot, call.page)
         return At(jnp.maximum(page, 0), token, slot, inside & (page >= 0))
 
     def tile(self, ref, at: At) -> list[Any]:
-        """A tile of k or v [columns,width] as numbers of q's type: one, or of int4 two,
-        each of half the width: (low + 8) and (high * 16), which bytes hold as they
-        are."""
+        """A tile of k or v [columns,width] in q's type; of int4 two of half the width.
+        """
         size, width = self.call.columns, ref.shape[3]
         if isinstance(at.token, jax.Array):
             # the interpreter takes arrays of indices for all axes only
@@ -115,18 +155,17 @@ class Head:
                          lane]
         else:
             # a traced 0, since a slice that is known to pass the end is an error
-            lane = pl.ds(self.kv * 0, power(width))
-            cut = ref.at[at.row, at.token, self.kv, lane]
+            cut = ref.at[at.row, at.token, self.kv, pl.ds(self.kv * 0, power(width))]
         a, dtype = load(cut, lanes(width, size, at.inside), 0), self.x.q.dtype
         if self.call.bits == 16:
             return [a]
-        parts = [a] if self.call.bits == 8 else [(a & 15) ^ 8, a & -16]
-        parts = [part.astype(dtype) for part in parts]
-        if ref is self.x.v:
-            # two operands: Triton then converts as it loads, 16 bytes at once, and not
-            # byte by byte as the matrix units want a turned tile
-            parts = [part * at.inside.astype(dtype)[:, None] for part in parts]
-        return parts
+        # a second operand has Triton convert what it loads at once, and not byte by byte
+        # as the matrix units want a turned tile
+        ones = at.inside.astype(dtype)[:, None] if ref is self.x.v else None
+        if self.call.bits == 4:
+            return halves(a, ones, dtype, self.call.interpret)
+        a = a.astype(dtype)
+        return [a if ones is None else a * ones]
 
     def beside(self, ref, at: At, other=0):
         """Entries [columns] of an array that lies beside slots."""
@@ -138,9 +177,9 @@ class Head:
         call, x = self.call, self.x
         start = tile * call.rows
         inside = None
-        if call.count % call.rows:
+        if call.queries % call.rows:
             row = jax.lax.broadcasted_iota(jnp.int32, (call.rows,), 0)
-            inside = start + row < call.count
+            inside = start + row < call.queries
         rows = pl.ds(start, call.rows)
 
         def vector(ref, other):
@@ -155,8 +194,7 @@ class Head:
             cut = pl.ds(self.kv * 0 + n * width, power(width))
             parts.append(load(x.q.at[self.b, self.kv, rows, cut],
                               lanes(width, call.rows, inside), 0))
-        less = 8 * parts[0].astype(F32).sum(1)[:, None] if call.bits == 4 else None
-        return Queries(parts, less, inside, vector(x.head, 0), vector(x.q_pos, 0),
+        return Queries(parts, inside, vector(x.head, 0), vector(x.q_pos, 0),
                        vector(x.q_run, 0), vector(x.sink, 0), vector(x.base, -NEVER))
 
     def logits(self, queries: Queries, k: list[Any], at: At):
@@ -164,7 +202,7 @@ class Head:
         call, x, form = self.call, self.x, self.call.form
         raw = dot(queries.parts[0], k[0], 1, 1)
         if call.bits == 4:
-            raw = raw - queries.less + dot(queries.parts[1], k[1], 1, 1) * (1 / 16)
+            raw = raw + dot(queries.parts[1], k[1], 1, 1)
         if x.k_scale is not None:
             raw = raw * self.beside(x.k_scale, at)[None]
         j = at.slot if x.pos is None else self.beside(x.pos, at, -1)
@@ -182,11 +220,10 @@ class Head:
 
 
 class Queries(NamedTuple):
-    """A tile of queries [rows,width], one or of int4 two halves of the width, what the
-    logits of int4 have too much, which queries are there, and vectors [rows,1]."""
+    """A tile of queries [rows,width], one or of int4 two halves of the width, which
+    queries are there, and vectors [rows,1]."""
 
     parts: list[Any]
-    less: Any
     inside: Any
     head: Any
     pos: Any

@@ -134,8 +134,8 @@ def decode(
         per_row(jnp.zeros(h, F32) if sink is None else sink.astype(F32)),
     )
     if lengths is None:
-        lengths = np.full((b, 1), slots, np.int32)
-    lengths = jnp.asarray(lengths[:, None] if lengths.ndim == 1 else lengths)
+        lengths = jnp.asarray(np.full((b, 1), slots, np.int32))
+    lengths = lengths[:, None] if lengths.ndim == 1 else lengths
     form = Form(mask, d**-0.5 if scale is None else scale, softcap, score)
     static = Static(form, h, heads, t, slots, page, 1, bits, sink is not None, 0,
                     interpret, backend)

@@ -64,8 +64,8 @@ def attend(static, lengths, table, rows, beside, q, k, v) -> tuple[Any, Any]:
     b, t, h, _ = q.shape
     call, x = _prepared(static, lengths, table, rows, beside, q, k, v)
     heads, width = k.shape[2], v.shape[3] * (2 if static.bits == 4 else 1)
-    lead = (call.splits, b, heads, call.count)
-    tiles = -(-call.count // call.rows)
+    lead = (call.splits, b, heads, call.queries)
+    tiles = -(-call.queries // call.rows)
     one = call.splits == 1
     o, lse = _launch(
         call, _attend, (heads * tiles, call.splits, b), x,
@@ -75,7 +75,7 @@ def attend(static, lengths, table, rows, beside, q, k, v) -> tuple[Any, Any]:
         o, lse = o[0], lse[0]
     else:
         o, lse = _launch(
-            call, _merge, (call.count, heads, b), (o, lse),
+            call, _merge, (call.queries, heads, b), (o, lse),
             [jax.ShapeDtypeStruct((*lead[1:], width), q.dtype),
              jax.ShapeDtypeStruct(lead[1:], F32)], "decode_merge", 4, 1)
     o = o.reshape(b, heads, t, -1, width).transpose(0, 2, 1, 3, 4)
@@ -124,8 +124,9 @@ def _prepared(static, lengths, table, rows, beside, q, k, v):
     programs = b * heads * (-(-count // own))
     split = static.splits or splits(programs, -(-static.slots // columns), static.cores)
     inner = table is not None and static.page % columns == 0
+    warps, stages = how
     call = Call(static.form, count, own, columns, split, static.slots, static.page,
-                inner, static.bits, *how, static.interpret)
+                inner, static.bits, warps, stages, static.interpret)
     mine = functools.partial(_by_head, static)
     placed = static.form.mask is not None or static.form.score is not None
     q = q.reshape(b, t, heads, h // heads, d).transpose(0, 2, 1, 3, 4)
@@ -147,13 +148,12 @@ def _launch(call: Call, kernel, grid, x, out_shape, name: str, warps: int, stage
 
 
 def _attend(call: Call, x: Arrays, o_ref, lse_ref):
-    tiles = -(-call.count // call.rows)
+    tiles = -(-call.queries // call.rows)
     at, n, b = (pl.program_id(axis) for axis in range(3))
     kv, row = (at, at * 0) if tiles == 1 else (jax.lax.div(at, tiles),
                                                jax.lax.rem(at, tiles))
     here = Head(call, x, b, kv)
     queries = here.queries(row)
-    packed = call.bits == 4
 
     def step(tile, carry):
         m, total, *accs = carry
@@ -166,8 +166,6 @@ def _attend(call: Call, x: Arrays, o_ref, lse_ref):
             p = p * here.beside(x.v_scale, place)[None]
         p = p.astype(queries.parts[0].dtype)
         outs = [dot(p, v, 1, 0) for v in here.tile(x.v, place)]
-        if packed:
-            outs[0] = outs[0] - 8 * p.astype(F32).sum(1)[:, None]
         return top, total, *(acc * fade + out for acc, out in zip(accs, outs))
 
     full = lambda value: jnp.full((call.rows, 1), value, F32)
@@ -177,13 +175,14 @@ def _attend(call: Call, x: Arrays, o_ref, lse_ref):
         m = jnp.where(n == 0, queries.sink, LOW)
         total = jnp.where(n == 0, full(1.0), total)
     acc = jnp.zeros((call.rows, power(x.v.shape[3])), F32)
+    first, last = here.share(n)
     m, total, *accs = jax.lax.fori_loop(
-        *here.share(n), step, (m, total, *[acc] * (2 if packed else 1)))
+        first, last, step, (m, total, *[acc] * len(queries.parts)))
     some = total > 0
     safe = jnp.where(some, total, 1.0)
     rows, width = pl.ds(row * call.rows, call.rows), x.v.shape[3]
     for half, acc in enumerate(accs):
-        out = acc / (safe * 16 if half else safe)
+        out = acc / safe
         cut = pl.ds(kv * 0 + half * width, power(width))
         triton.store(o_ref.at[n, b, kv, rows, cut], out.astype(o_ref.dtype),
                      mask=lanes(width, call.rows, queries.inside))
@@ -228,7 +227,7 @@ def _merge(call: Call, x, o_ref, lse_ref):
 def _weights(call: Call, x: Arrays, w_ref):
     kv, n, b = (pl.program_id(axis) for axis in range(3))
     here = Head(call, x, b, kv)
-    size, many = call.columns, -(-call.count // call.rows)
+    size, many = call.columns, -(-call.queries // call.rows)
     first = here.queries(kv * 0) if many == 1 else None
 
     def write(tile, value):
@@ -250,7 +249,8 @@ def _weights(call: Call, x: Arrays, w_ref):
         write(tile, found)
         return none
 
-    jax.lax.fori_loop(*here.share(n), step, ())
+    start, end = here.share(n)
+    jax.lax.fori_loop(start, end, step, ())
 
     def nothing(tile, none):
         write(tile, jnp.zeros((size,), F32))

@@ -71,44 +71,52 @@ class At(NamedTuple):
     inside: Any
 
 
-# The low (shift: 0) or high (4) halves of four bytes: each is set into the last bits of
-# a number whose last bit counts 1, and that number and 8 are taken away again.
-HALF = """{{
- .reg .b32 half, one, less;
- shr.u32 half, $2, {shift};
- and.b32 half, half, 0x0F0F0F0F;
- xor.b32 half, half, 0x08080808;
+# Four bytes as numbers of 16 bits, their low (shift: 0) or high (4) halves, or whole:
+# each, its sign turned, is set into the last bits of a number whose last bit counts 1,
+# and what that makes too much is taken away again.
+WIDEN = """{{
+ .reg .b32 part, one, less;
+ shr.u32 part, $2, {shift};
+ and.b32 part, part, {bits};
+ xor.b32 part, part, {sign};
  mov.b32 one, {one};
  mov.b32 less, {less};
- prmt.b32 $0, half, {big}, 0x4140;
- prmt.b32 $1, half, {big}, 0x4342;
+ prmt.b32 $0, part, {big}, 0x4140;
+ prmt.b32 $1, part, {big}, 0x4342;
  fma.rn.{kind}x2 $0, $0, one, less;
  fma.rn.{kind}x2 $1, $1, one, less;
 }}"""
+BF16 = {"kind": "bf16", "big": "0x43434343", "one": "0x3F803F80"}
+F16 = {"kind": "f16", "big": "0x64646464", "one": "0x3C003C00"}
+HALF = {"bits": "0x0F0F0F0F", "sign": "0x08080808"}
+WHOLE = {"bits": "0xFFFFFFFF", "sign": "0x80808080"}
+# bfloat16 has too few bits for this with int8
 NUMBERS = {
-    "bfloat16": {"kind": "bf16", "big": "0x43434343", "one": "0x3F803F80",
-                 "less": "0xC308C308"},
-    "float16": {"kind": "f16", "big": "0x64646464", "one": "0x3C003C00",
-                "less": "0xE408E408"},
+    ("bfloat16", 4): BF16 | HALF | {"less": "0xC308C308"},  # -136
+    ("float16", 4): F16 | HALF | {"less": "0xE408E408"},  # -1032
+    ("float16", 8): F16 | WHOLE | {"less": "0xE480E480"},  # -1152
 }
 
 
-def halves(a, ones, dtype, interpret: Any) -> list[Any]:
-    """The low and the high int4 of each byte [columns,width], in q's type; `ones`
-    [columns,1] of that type, or None."""
-    numbers = NUMBERS.get(jnp.dtype(dtype).name)
+def widened(a, bits: int, dtype, ones=None, interpret: Any = False) -> list[Any]:
+    """int8 [columns,width] in q's type, or the low and high int4 of each byte; times
+    `ones` [columns,1] of that type, if given."""
+    numbers = NUMBERS.get((jnp.dtype(dtype).name, bits))
     if interpret or numbers is None:
-        wide = a.astype(jnp.int32)
-        return [((wide << 28) >> 28).astype(dtype), (wide >> 4).astype(dtype)]
+        parts = [a]
+        if bits == 4:
+            wide = a.astype(jnp.int32)
+            parts = [(wide << 28) >> 28, wide >> 4]
+        return [n.astype(dtype) * (1 if ones is None else ones) for n in parts]
     args, registers = [a], "=r,=r,r"
     if ones is not None:
         args, registers = [a, jnp.broadcast_to(ones, a.shape)], "=r,=r,r,r,r"
         numbers = numbers | {"one": "$3"}
     # as arithmetic on bytes it would be four times as many instructions
     return [triton.elementwise_inline_asm(
-        HALF.format(shift=shift, **numbers), args=args, constraints=registers, pack=4,
+        WIDEN.format(shift=shift, **numbers), args=args, constraints=registers, pack=4,
         result_shape_dtypes=[jax.ShapeDtypeStruct(a.shape, dtype)])[0]
-        for shift in (0, 4)]
+        for shift in ((0, 4) if bits == 4 else (0,))]
 
 
 class Head:
@@ -159,13 +167,10 @@ class Head:
         a, dtype = load(cut, lanes(width, size, at.inside), 0), self.x.q.dtype
         if self.call.bits == 16:
             return [a]
-        # a second operand has Triton convert what it loads at once, and not byte by byte
+        # a second operand has Triton convert what it loads at once, not byte by byte
         # as the matrix units want a turned tile
         ones = at.inside.astype(dtype)[:, None] if ref is self.x.v else None
-        if self.call.bits == 4:
-            return halves(a, ones, dtype, self.call.interpret)
-        a = a.astype(dtype)
-        return [a if ones is None else a * ones]
+        return widened(a, self.call.bits, dtype, ones, self.call.interpret)
 
     def beside(self, ref, at: At, other=0):
         """Entries [columns] of an array that lies beside slots."""

@@ -48,7 +48,9 @@ def sized(static, paged: bool, tile: int | None, splits: int | None, q, k, v):
         # Triton counts elements in 32 bits up to 2^32 bytes, and in 64 beyond
         if a.dtype.itemsize == 1 and 2**31 <= a.size <= 2**32:
             raise Refused(f"{name} has {a.size} bytes: fewer than 2^31 or over 2^32")
-    kind = "f32" if q.dtype == F32 else {16: "f16", 8: "i8", 4: "i4"}[static.bits]
+    kind = {16: "f16", 8: "i8", 4: "i4"}[static.bits]
+    if q.dtype == F32:
+        kind = "f32" if static.bits == 16 else "f32 i8"
     wide = tables.width(q.shape[3], v.shape[3] * (2 if static.bits == 4 else 1))
     row = tables.row(tables.device_kind(), "triton")["triton_decode"]
     rows, columns, *how = row[f"{wide} {kind}"]

@@ -11,7 +11,7 @@ from attn.masks import Causal, Sink, Window
 from attn.positions import ALiBi
 from attn.softmax import Softmax
 from attn.tiles import attend
-from pallas_kernels import Refused, decode_tpu, decode_triton
+from pallas_kernels import Refused, cache_triton, decode_tpu, decode_triton
 from pallas_kernels.decode import decode, packed, unpacked
 from pallas_kernels.decode_triton import splits
 from tests.test_flash import BACKENDS, close, normal, results
@@ -265,6 +265,47 @@ def test_quantised_numbers_in_low_precision(bits, dtype):
         a["q"].astype(dtype), **low)
     for x, y in zip(found, run(exact, backend="triton", tile=16)):
         assert np.linalg.norm(x - y) <= jnp.finfo(dtype).eps * np.linalg.norm(y)
+
+
+def executed(text, word):
+    """Registers $0 and $1 after the instructions of `text` with `word` in $2."""
+    held = {"$2": word}
+    value = lambda name: held[name] if name in held else int(name, 0)
+    kinds = {"bf16x2": jnp.bfloat16, "f16x2": jnp.float16}
+
+    def two(word, kind):
+        return np.asarray([word & 0xFFFF, word >> 16], np.uint16).view(kinds[kind])
+
+    for line in text.strip("{}\n ").split(";")[1:-1]:
+        name, *words = line.replace(",", " ").split()
+        out, given = words[0], [value(n) for n in words[1:]]
+        if name == "prmt.b32":
+            byte = (given[0] | given[1] << 32).to_bytes(8, "little")
+            held[out] = sum(byte[given[2] >> 4 * n & 15] << 8 * n for n in range(4))
+        elif name.startswith("fma.rn."):
+            a, b, c = (two(n, name.split(".")[2]).astype(np.float64) for n in given)
+            low, high = (a * b + c).astype(kinds[name.split(".")[2]]).view(np.uint16)
+            held[out] = int(low) | int(high) << 16
+        else:
+            a, *b = given
+            held[out] = {"mov.b32": lambda: a, "shr.u32": lambda: a >> b[0],
+                         "and.b32": lambda: a & b[0], "xor.b32": lambda: a ^ b[0]
+                         }[name]()
+    return np.asarray([held["$0"], held["$1"]], np.uint32)
+
+
+@pytest.mark.parametrize("dtype, bits", cache_triton.NUMBERS)
+def test_the_instructions_widen_every_byte(dtype, bits):
+    every = np.arange(256, dtype=np.uint8).reshape(64, 4)
+    wanted = cache_triton.widened(jnp.asarray(every.view(np.int8)), bits,
+                                  jnp.dtype(dtype), interpret=True)
+    for shift, want in zip((0, 4), wanted):
+        text = cache_triton.WIDEN.format(shift=shift,
+                                         **cache_triton.NUMBERS[dtype, bits])
+        found = [executed(text, int(word)) for word in every.view("<u4")[:, 0]]
+        found = np.stack(found).view(jnp.dtype(dtype))
+        np.testing.assert_array_equal(found.astype(np.float32),
+                                      np.asarray(want, np.float32))
 
 
 def test_the_number_of_splits_fills_the_device():

@@ -132,11 +132,12 @@ def read(
     [B,C] -> [B,T,H,V]; options: mask, scale, softcap, score, sink.
     """
     options |= {"q_pos": now.pos, "kv_pos": cache.pos, "q_run": now.run, "kv_run": runs}
-    kernel = lambda: decode(
-        q, cache.k, cache.v, interpret=interpreted(), **options
+    kernel = lambda backend: lambda: decode(
+        q, cache.k, cache.v, backend=backend, interpret=interpreted(), **options
     )
     return pick(
-        implementation, xla=lambda: attend(q, cache.k, cache.v, **options), tpu=kernel
+        implementation, xla=lambda: attend(q, cache.k, cache.v, **options),
+        tpu=kernel("tpu"), gpu=kernel("triton"),
     )[0]
 
 

@@ -6,6 +6,8 @@ its logits against the keys of all key heads are one matrix product, in which a 
 keeps the columns of its own key head. The products that are thrown away cost less than
 rearranging the cache would. Tiles beyond a row's length are neither fetched nor
 computed. Keys and values may be int8, or int4 in pairs, with a scale a token and head.
+That is the form for TPU; on GPU a program reads the rows of one key head, and many
+share one sequence (`decode_triton.py`).
 
 Sources: Dao et al., 2023, flash-decoding (split over keys); Kwon et al., 2023,
 arXiv:2309.06180 (pages); the packing of grouped heads in Ainslie et al., 2023,
@@ -15,22 +17,24 @@ arXiv:2305.13245.
 from __future__ import annotations
 
 import functools
+import importlib
 from typing import Any, Callable, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from pallas_kernels import Refused, decode_tpu, tables
-from pallas_kernels.flash import DTYPES, WIDEST, check_elementwise, check_tpu
+from pallas_kernels import Refused
+from pallas_kernels.flash import DTYPES, WIDEST, check_elementwise
 from pallas_kernels.tile import LOG2E, NEVER, Form
 
 F32 = jnp.float32
-MOST_ROWS = 512
 
 
 class Static(NamedTuple):
     """What is known of one call: H and K heads, T queries, S slots a row of the batch;
-    keys lie in pages of `page` slots, `pages` of them a step; bits of k and v."""
+    keys lie in pages of `page` slots, `pages` of them a step; bits of k and v. On a
+    GPU: a tile, `splits` asked for or 0, and how many multiprocessors there are."""
 
     form: Form
     heads: int
@@ -43,10 +47,15 @@ class Static(NamedTuple):
     sink: bool
     vmem: int
     interpret: Any
+    backend: str = "tpu"
+    tile: Any = None
+    splits: int = 0
+    cores: int = 0
 
 
 class Keys(NamedTuple):
-    """What lies beside each slot: [B,S,K] arrays, or [P,page,K] by pages; or None."""
+    """What lies beside each slot: [B,S,K] arrays, or [P,page,K] by pages; or None. The
+    last axis may be 1: on TPU it is K."""
 
     pos: Any = None
     run: Any = None
@@ -87,6 +96,8 @@ def decode(
     table: jax.Array | None = None,
     statistics: bool = False,
     tile: int | None = None,
+    splits: int | None = None,
+    backend: str = "tpu",
     interpret: Any = False,
 ) -> tuple[jax.Array, ...]:
     """Few queries, many keys -> o [B,T,H,V] in q's dtype and lse [B,H,T] float32.
@@ -99,21 +110,21 @@ def decode(
     and v, 4 for int8 [.., width/2] that holds two numbers a byte (low half: the first
     half of the width), with k_scale and v_scale [B,S,K] float32. statistics: also
     returns the sum over a key head's queries of each slot's weight, [B,S,K] float32.
-    Arrays beside slots are [P,page,K] with a table. tile: slots a step.
+    Arrays beside slots are [P,page,K] with a table. tile: slots a step. backend: "tpu"
+    or "triton"; with that, splits: how many programs share the slots of a row.
+    interpret: run on a CPU, slowly.
 
     Raises Refused for what the kernel does not do.
     """
     b, t, h, d = q.shape
-    _check(q, k, v, bits, score, mask)
-    check_tpu(q, interpret)
     page, heads = k.shape[1], k.shape[2]
+    _check(q, k, v, bits, score, mask)
     slots = page if table is None else table.shape[1] * page
     count = lambda n, first: jnp.broadcast_to(
         first + jnp.arange(n, dtype=jnp.int32), (b, n))
     q_pos = count(t, slots - t) if q_pos is None else q_pos
     head = jnp.arange(h, dtype=jnp.int32) if head is None else head
-    each = lambda a: None if a is None else jnp.broadcast_to(
-        a[..., None] if a.ndim == 2 else a, k.shape[:3])
+    each = functools.partial(_each, k, backend == "tpu")
     beside = Keys(each(kv_pos), None if q_run is None else each(kv_run),
                   each(bias), each(k_scale), each(v_scale))
     per_row = lambda a: jnp.broadcast_to(a, (b, t, h)).reshape(b, t * h)
@@ -123,27 +134,28 @@ def decode(
         per_row(jnp.zeros(h, F32) if sink is None else sink.astype(F32)),
     )
     if lengths is None:
-        lengths = jnp.full((b, heads), slots, jnp.int32)
-    lengths = jnp.broadcast_to(
-        lengths[:, None] if lengths.ndim == 1 else lengths, (b, heads))
+        lengths = jnp.asarray(np.full((b, 1), slots, np.int32))
+    lengths = lengths[:, None] if lengths.ndim == 1 else lengths
     form = Form(mask, d**-0.5 if scale is None else scale, softcap, score)
-    if table is None:
-        size, pages = tile or tables.slots(page, heads), 1
-    else:
-        size, pages = page, max((tile or tables.slots(slots, heads)) // page, 1)
-    static = Static(form, h, heads, t, slots, size, pages, bits, sink is not None,
-                    tables.vmem(tables.device_kind()), interpret)
+    static = Static(form, h, heads, t, slots, page, 1, bits, sink is not None, 0,
+                    interpret, backend)
+    static = _kernels(static).sized(static, table is not None, tile, splits, q, k, v)
     o, lse = _decode(static, lengths.astype(jnp.int32), table, rows, beside, q, k, v)
     if not statistics:
         return o, lse
     return o, lse, _statistics(static, lengths, table, rows, beside, q, k, lse)
 
 
+def _each(k, every: bool, a):
+    """What lies beside the slots of k, with an axis of heads: 1, or `every` head."""
+    if a is None:
+        return None
+    a = a[..., None] if a.ndim == 2 else a
+    return jnp.broadcast_to(a, k.shape[:3] if every else (*k.shape[:2], a.shape[2]))
+
+
 def _check(q, k, v, bits, score, mask) -> None:
-    """Raises Refused for what the kernel does not do."""
-    t, h, d = q.shape[1:]
-    if t * h > MOST_ROWS:
-        raise Refused(f"T={t}, H={h}: at most {MOST_ROWS} queries over all heads")
+    """Raises Refused for what no kernel does."""
     if q.dtype not in DTYPES:
         raise Refused(f"q is {q.dtype}: bfloat16, float16 or float32")
     if bits not in (4, 8, 16):
@@ -157,9 +169,14 @@ def _check(q, k, v, bits, score, mask) -> None:
         check_elementwise(name, f)
 
 
+def _kernels(static: Static) -> Any:
+    """The module with `sized`, `attend` and `weights` of the call's backend."""
+    return importlib.import_module(f"pallas_kernels.decode_{static.backend}")
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _decode(static: Static, lengths, table, rows, beside, q, k, v):
-    return decode_tpu.attend(static, lengths, table, rows, beside, q, k, v)
+    return _kernels(static).attend(static, lengths, table, rows, beside, q, k, v)
 
 
 def _ahead(static: Static, *args):
@@ -268,4 +285,4 @@ def _statistics(static: Static, lengths, table, rows, beside, q, k, lse):
     rows, beside, q, k, base = jax.tree.map(
         jax.lax.stop_gradient, (rows, beside, q, k, base))
     lengths = lengths.astype(jnp.int32)
-    return decode_tpu.weights(static, lengths, table, rows, beside, q, k, base)
+    return _kernels(static).weights(static, lengths, table, rows, beside, q, k, base)

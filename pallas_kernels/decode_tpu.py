@@ -15,8 +15,28 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels import Refused, tables
+from pallas_kernels.flash import check_tpu
 from pallas_kernels.steps_tpu import F32, dot
 from pallas_kernels.tile import LOG2E, LOW, NEVER
+
+MOST_ROWS = 512
+
+
+def sized(static, paged: bool, tile: int | None, splits, q, k, v):
+    """`static` with the slots of a step. Raises Refused for what is not for TPU."""
+    check_tpu(q, static.interpret)
+    if static.queries * static.heads > MOST_ROWS:
+        raise Refused(f"T={static.queries}, H={static.heads}: at most {MOST_ROWS} "
+                      "queries over all heads")
+    if splits is not None:
+        raise Refused(f"splits={splits}: on TPU a row's slots pass by in one program")
+    static = static._replace(vmem=tables.vmem(tables.device_kind()))
+    if not paged:
+        size = tile or tables.slots(static.page, static.key_heads)
+        return static._replace(page=size)
+    size = tile or tables.slots(static.slots, static.key_heads)
+    return static._replace(pages=max(size // static.page, 1))
 
 
 def _columns(static, page):
@@ -159,6 +179,7 @@ def _prepared(static, lengths, table, rows, beside, q, k, v):
     q = jnp.pad(q, ((0, 0), (0, count - q.shape[1]), (0, 0)))
     rows = type(rows)(*(_tall(a, count, -1 if n == 0 else 0)
                         for n, a in enumerate(rows)))
+    lengths = jnp.broadcast_to(lengths, (q.shape[0], static.key_heads))
     most = jnp.minimum(lengths.max(1), static.slots)
     pages = -(-static.slots // static.page)
     has_table = table is not None

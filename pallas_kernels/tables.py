@@ -31,12 +31,7 @@ class Shape(NamedTuple):
     @property
     def label(self) -> str:
         """The class of shapes that one row of the table serves."""
-        return f"d{self.wide} {'f32' if self.itemsize == 4 else 'f16'}"
-
-    @property
-    def wide(self) -> int:
-        """The class of widths: 128, 192 or 256."""
-        return next(n for n in (128, 192, 256) if max(self.d, self.v) <= n)
+        return f"{width(self.d, self.v)} {'f32' if self.itemsize == 4 else 'f16'}"
 
 
 class Tile(NamedTuple):
@@ -46,6 +41,26 @@ class Tile(NamedTuple):
     rows: int
     columns: int
     how: tuple[int, ...]
+
+
+def width(d: int, v: int) -> str:
+    """The class of widths."""
+    return next(f"d{n}" for n in (128, 192, 256) if max(d, v) <= n)
+
+
+def entry(table: dict[str, Any], label: str) -> list[int]:
+    """The numbers of a class of shapes; widths without their own take the widest's."""
+    return table.get(label) or table[label.replace("d192", "d256")]
+
+
+def cores() -> int:
+    """Multiprocessors of the GPU that is compiled for; an H200's if nobody knows."""
+    mesh = jax.sharding.get_abstract_mesh()
+    device = getattr(mesh, "abstract_device", None)
+    many = getattr(device, "num_cores", None)
+    if device is None and jax.default_backend() == "gpu":
+        many = getattr(jax.devices()[0], "core_count", None)
+    return many or 132
 
 
 def device_kind() -> str:
@@ -88,10 +103,7 @@ def tile(device: str, kernel: str, shape: Shape, asked: tuple | None = None,
     """The tile of a call: `asked` for (queries, keys and perhaps how), or the table's
     row for its class of shapes, cut down to the tokens that are there."""
     name = kernel if backend == "tpu" else f"{backend}_{kernel}"
-    table = row(device, backend)[name]
-    # widths without a row of their own take that of the widest
-    rows, columns, *how = table.get(shape.label) or table[
-        shape.label.replace("d192", "d256")]
+    rows, columns, *how = entry(row(device, backend)[name], shape.label)
     if backend != "tpu":
         if asked is not None:
             rows, columns, *how = list(asked) + how[len(asked) - 2:]

@@ -1,0 +1,237 @@
+"""What a decoding program on GPU by Triton reads: one key head of one row of a cache, a
+tile of its slots at a time, contiguous or by pages, plain, int8 or int4.
+
+A tile that lies inside a page is read by the page's number; where pages are of another
+size, each slot is read by its own page's. What is not there is not read: slots beyond
+the row's length, pages that are -1, lanes beyond the width.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton
+
+from pallas_kernels.steps_triton import dot, lanes, load, power
+from pallas_kernels.tile import LOG2E, NEVER, Form, both
+
+
+class Call(NamedTuple):
+    """What is static. R = T * H/K `queries` read one key head: `rows` of them are a
+    tile, `columns` slots another. inner: a tile of slots lies inside a page."""
+
+    form: Form
+    queries: int
+    rows: int
+    columns: int
+    splits: int
+    slots: int
+    page: int
+    inner: bool
+    bits: int
+    warps: int
+    stages: int
+    interpret: Any
+
+
+class Arrays(NamedTuple):
+    """What a kernel reads; None for what the call does not use.
+
+    q [B,K,R,D]; k, v and what lies beside slots as `pallas_kernels.decode` says, the
+    last axis of what lies beside them K or 1; lengths [B,K|1]; table [B,n]; head, row
+    positions and runs [B,K,R]; sink and base (lse) [B,K,R], times log2(e).
+    """
+
+    q: Any
+    k: Any
+    v: Any
+    lengths: Any
+    table: Any = None
+    head: Any = None
+    q_pos: Any = None
+    q_run: Any = None
+    sink: Any = None
+    base: Any = None
+    pos: Any = None
+    run: Any = None
+    bias: Any = None
+    k_scale: Any = None
+    v_scale: Any = None
+
+
+class At(NamedTuple):
+    """Where a tile lies: its first two indices, its slots, and which are there."""
+
+    row: Any
+    token: Any
+    slot: Any
+    inside: Any
+
+
+# Four bytes as numbers of 16 bits, their low (shift: 0) or high (4) halves, or whole:
+# each, its sign turned, is set into the last bits of a number whose last bit counts 1,
+# and what that makes too much is taken away again.
+WIDEN = """{{
+ .reg .b32 part, one, less;
+ shr.u32 part, $2, {shift};
+ and.b32 part, part, {bits};
+ xor.b32 part, part, {sign};
+ mov.b32 one, {one};
+ mov.b32 less, {less};
+ prmt.b32 $0, part, {big}, 0x4140;
+ prmt.b32 $1, part, {big}, 0x4342;
+ fma.rn.{kind}x2 $0, $0, one, less;
+ fma.rn.{kind}x2 $1, $1, one, less;
+}}"""
+BF16 = {"kind": "bf16", "big": "0x43434343", "one": "0x3F803F80"}
+F16 = {"kind": "f16", "big": "0x64646464", "one": "0x3C003C00"}
+HALF = {"bits": "0x0F0F0F0F", "sign": "0x08080808"}
+WHOLE = {"bits": "0xFFFFFFFF", "sign": "0x80808080"}
+# bfloat16 has too few bits for this with int8
+NUMBERS = {
+    ("bfloat16", 4): BF16 | HALF | {"less": "0xC308C308"},  # -136
+    ("float16", 4): F16 | HALF | {"less": "0xE408E408"},  # -1032
+    ("float16", 8): F16 | WHOLE | {"less": "0xE480E480"},  # -1152
+}
+
+
+def widened(a, bits: int, dtype, ones=None, interpret: Any = False) -> list[Any]:
+    """int8 [columns,width] in q's type, or the low and high int4 of each byte; times
+    `ones` [columns,1] of that type, if given."""
+    numbers = NUMBERS.get((jnp.dtype(dtype).name, bits))
+    if interpret or numbers is None:
+        parts = [a]
+        if bits == 4:
+            wide = a.astype(jnp.int32)
+            parts = [(wide << 28) >> 28, wide >> 4]
+        return [n.astype(dtype) * (1 if ones is None else ones) for n in parts]
+    args, registers = [a], "=r,=r,r"
+    if ones is not None:
+        args, registers = [a, jnp.broadcast_to(ones, a.shape)], "=r,=r,r,r,r"
+        numbers = numbers | {"one": "$3"}
+    # as arithmetic on bytes it would be four times as many instructions
+    return [triton.elementwise_inline_asm(
+        WIDEN.format(shift=shift, **numbers), args=args, constraints=registers, pack=4,
+        result_shape_dtypes=[jax.ShapeDtypeStruct(a.shape, dtype)])[0]
+        for shift in ((0, 4) if bits == 4 else (0,))]
+
+
+class Head:
+    """One key head `kv` of row `b`: its length and the run of tiles of a split."""
+
+    def __init__(self, call: Call, x: Arrays, b, kv):
+        self.call, self.x, self.b, self.kv = call, x, b, kv
+        own = kv if x.lengths.shape[1] > 1 else kv * 0
+        self.length = jnp.minimum(x.lengths[b, own], call.slots)
+
+    def share(self, n):
+        """First and last tile of the n-th split: filled tiles are spread evenly."""
+        size = self.call.columns
+        tiles = jax.lax.div(self.length + (size - 1), size)
+        each = jax.lax.div(tiles + (self.call.splits - 1), self.call.splits)
+        return jnp.minimum(n * each, tiles), jnp.minimum((n + 1) * each, tiles)
+
+    def at(self, tile) -> At:
+        """Where a tile of slots lies."""
+        call, size, table = self.call, self.call.columns, self.x.table
+        start = tile * size
+        slot = start + jax.lax.broadcasted_iota(jnp.int32, (size,), 0)
+        inside = slot < self.length
+        if table is None:
+            return At(self.b, pl.ds(start, size), slot, inside)
+        if call.inner:
+            page = table[self.b, jax.lax.div(start, call.page)]
+            cut = pl.ds(jax.lax.rem(start, call.page), size)
+            return At(jnp.maximum(page, 0), cut, slot, inside & (page >= 0))
+        own = jnp.minimum(jax.lax.div(slot, call.page), table.shape[1] - 1)
+        page = load(table.at[self.b, own], inside, -1)
+        token = jax.lax.rem(slot, call.page)
+        return At(jnp.maximum(page, 0), token, slot, inside & (page >= 0))
+
+    def tile(self, ref, at: At) -> list[Any]:
+        """A tile of k or v [columns,width] in q's type; of int4 two of half the width.
+        """
+        size, width = self.call.columns, ref.shape[3]
+        if isinstance(at.token, jax.Array):
+            # the interpreter takes arrays of indices for all axes only
+            each = lambda n: jnp.broadcast_to(n, (size, power(width)))
+            lane = jax.lax.broadcasted_iota(jnp.int32, (size, power(width)), 1)
+            cut = ref.at[each(at.row[:, None]), each(at.token[:, None]), each(self.kv),
+                         lane]
+        else:
+            # a traced 0, since a slice that is known to pass the end is an error
+            cut = ref.at[at.row, at.token, self.kv, pl.ds(self.kv * 0, power(width))]
+        a, dtype = load(cut, lanes(width, size, at.inside), 0), self.x.q.dtype
+        if self.call.bits == 16:
+            return [a]
+        # a second operand has Triton convert what it loads at once, not byte by byte
+        # as the matrix units want a turned tile
+        ones = at.inside.astype(dtype)[:, None] if ref is self.x.v else None
+        return widened(a, self.call.bits, dtype, ones, self.call.interpret)
+
+    def beside(self, ref, at: At, other=0):
+        """Entries [columns] of an array that lies beside slots."""
+        own = self.kv if ref.shape[2] > 1 else self.kv * 0
+        return load(ref.at[at.row, at.token, own], at.inside, other)
+
+    def queries(self, tile) -> Queries:
+        """The tile of queries, and what is known of each."""
+        call, x = self.call, self.x
+        start = tile * call.rows
+        inside = None
+        if call.queries % call.rows:
+            row = jax.lax.broadcasted_iota(jnp.int32, (call.rows,), 0)
+            inside = start + row < call.queries
+        rows = pl.ds(start, call.rows)
+
+        def vector(ref, other):
+            if ref is None:
+                return None
+            return load(ref.at[self.b, self.kv, rows], inside, other)[:, None]
+
+        width = x.q.shape[3]
+        halves, width = (2, width // 2) if call.bits == 4 else (1, width)
+        parts = []
+        for n in range(halves):
+            cut = pl.ds(self.kv * 0 + n * width, power(width))
+            parts.append(load(x.q.at[self.b, self.kv, rows, cut],
+                              lanes(width, call.rows, inside), 0))
+        return Queries(parts, inside, vector(x.head, 0), vector(x.q_pos, 0),
+                       vector(x.q_run, 0), vector(x.sink, 0), vector(x.base, -NEVER))
+
+    def logits(self, queries: Queries, k: list[Any], at: At):
+        """Logits times log2(e) [rows,columns], NEVER where hidden."""
+        call, x, form = self.call, self.x, self.call.form
+        raw = dot(queries.parts[0], k[0], 1, 1)
+        if call.bits == 4:
+            raw = raw + dot(queries.parts[1], k[1], 1, 1)
+        if x.k_scale is not None:
+            raw = raw * self.beside(x.k_scale, at)[None]
+        j = at.slot if x.pos is None else self.beside(x.pos, at, -1)
+        bias = None if x.bias is None else self.beside(x.bias, at)[None]
+        s, _ = form.logits(raw, queries.head, queries.pos, j[None], bias, LOG2E)
+        seen = at.inside if x.pos is None else at.inside & (j >= 0)
+        if x.run is not None:
+            run = self.beside(x.run, at)
+            seen = (seen & (run > 0))[None] & (queries.run == run[None])
+        else:
+            seen = seen[None]
+        if form.mask is not None:
+            seen = both(seen, form.mask(queries.head, queries.pos, j[None]))
+        return jnp.where(seen, s, NEVER)
+
+
+class Queries(NamedTuple):
+    """A tile of queries [rows,width], one or of int4 two halves of the width, which
+    queries are there, and vectors [rows,1]."""
+
+    parts: list[Any]
+    inside: Any
+    head: Any
+    pos: Any
+    run: Any
+    sink: Any
+    base: Any

@@ -1,0 +1,266 @@
+"""Decoding on GPU by Triton, on sm80 and newer: see `pallas_kernels/decode.py`.
+
+A program reads a run of one key head's slots for all queries of that head, R = T * H/K
+of them in one tile, and leaves a normalised part of the output in float32 with its
+log-sum-exp; a second kernel adds the parts up, always in the same order. There are as
+many splits of S as it takes to keep two programs on every multiprocessor, so that one
+sequence is enough to fill the device, and each row's splits share its filled tiles
+evenly. Key heads are neighbours in the grid, as they are in memory.
+
+Limits. Bytes: the filled slots of k and v once, slots * K * (D + V) * bits/8, and their
+scales, over the bandwidth. Flops: at least 16 rows a key head (those of the matrix
+units), slots * K * 2 * 16 * (D + V), over the rate: at 16 bits 16 flops a byte, where
+an H200 has 200, and so bytes are what counts. int8 and int4 are made 16 bits wide on
+the way, about one and a half instructions a number.
+
+Sources: Dao et al., 2023, flash-decoding; Kwon et al., 2023, arXiv:2309.06180 (pages).
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton
+
+from pallas_kernels import Refused, tables
+from pallas_kernels.cache_triton import Arrays, Call, Head
+from pallas_kernels.steps_triton import F32, dot, lanes, load, power
+from pallas_kernels.tile import LOG2E, LOW, NEVER
+
+PARTS = 16  # how many parts the second kernel takes at once
+AN_SM = 2  # programs
+LEAST = 16  # slots of a tile: what the matrix units contract
+MOST_ROWS = 512
+
+
+def sized(static, paged: bool, tile: int | None, splits: int | None, q, k, v):
+    """`static` with the tile of a program, which divides a page where it can, and what
+    is known of how many programs there should be. Raises Refused for what this kernel
+    does not do."""
+    if static.queries * static.heads > MOST_ROWS * static.key_heads:
+        raise Refused(f"T={static.queries}, H={static.heads}, K={static.key_heads}: at "
+                      f"most {MOST_ROWS} queries of a key head")
+    for name, a in (("k", k), ("v", v)):
+        # Triton counts elements in 32 bits up to 2^32 bytes, and in 64 beyond
+        if a.dtype.itemsize == 1 and 2**31 <= a.size <= 2**32:
+            raise Refused(f"{name} has {a.size} bytes: fewer than 2^31 or over 2^32")
+    kind = {16: "f16", 8: "i8", 4: "i4"}[static.bits]
+    if q.dtype == F32:
+        kind = "f32" if static.bits == 16 else "f32 i8"
+    wide = tables.width(q.shape[3], v.shape[3] * (2 if static.bits == 4 else 1))
+    row = tables.row(tables.device_kind(), "triton")["triton_decode"]
+    rows, columns, *how = tables.entry(row, f"{wide} {kind}")
+    columns = 1 << (max(tile or columns, LEAST).bit_length() - 1)
+    even = static.page >= LEAST and static.page & (static.page - 1) == 0
+    most = static.page if paged and even else power(static.slots)
+    return static._replace(tile=(rows, min(columns, most), tuple(how)),
+                           splits=splits or 0, cores=tables.cores())
+
+
+def attend(static, lengths, table, rows, beside, q, k, v) -> tuple[Any, Any]:
+    """o [B,T,H,V] and lse [B,H,T]."""
+    b, t, h, _ = q.shape
+    call, x = _prepared(static, lengths, table, rows, beside, q, k, v)
+    heads, width = k.shape[2], v.shape[3] * (2 if static.bits == 4 else 1)
+    lead = (call.splits, b, heads, call.queries)
+    tiles = -(-call.queries // call.rows)
+    one = call.splits == 1
+    o, lse = _launch(
+        call, _attend, (heads * tiles, call.splits, b), x,
+        [jax.ShapeDtypeStruct((*lead, width), q.dtype if one else F32),
+         jax.ShapeDtypeStruct(lead, F32)], "decode", call.warps, call.stages)
+    if one:
+        o, lse = o[0], lse[0]
+    else:
+        o, lse = _launch(
+            call, _merge, (call.queries, heads, b), (o, lse),
+            [jax.ShapeDtypeStruct((*lead[1:], width), q.dtype),
+             jax.ShapeDtypeStruct(lead[1:], F32)], "decode_merge", 4, 1)
+    o = o.reshape(b, heads, t, -1, width).transpose(0, 2, 1, 3, 4)
+    lse = lse.reshape(b, heads, t, -1).transpose(0, 1, 3, 2)
+    return o.reshape(b, t, h, width), lse.reshape(b, h, t)
+
+
+def weights(static, lengths, table, rows, beside, q, k, base) -> jax.Array:
+    """The sum of each slot's weights over a key head's queries, [B,S,K]; base [B,R]:
+    lse times log2(e)."""
+    b, heads = q.shape[0], k.shape[2]
+    call, x = _prepared(static, lengths, table, rows, beside, q, k, None)
+    x = x._replace(base=_by_head(static, base))
+    return _launch(
+        call, _weights, (heads, call.splits, b), x,
+        jax.ShapeDtypeStruct((b, call.slots, heads), F32), "decode_weights",
+        call.warps, call.stages)
+
+
+def splits(programs: int, tiles: int, cores: int) -> int:
+    """How many splits each of `programs` gets: the fewest that leave 5% of the device
+    idle or less, else those that leave the least."""
+    places = AN_SM * cores
+    most = max(min(tiles, max(places // programs, 8)), 1)
+
+    def busy(n: int) -> float:
+        full = n * programs / (-(-n * programs // places) * places)
+        return min(full, 0.95)
+
+    return max(range(1, most + 1), key=lambda n: (busy(n), -n))
+
+
+def _by_head(static, a):
+    """[B,T*H] -> [B,K,R]: the queries of each key head."""
+    b, heads = a.shape[0], static.key_heads
+    a = a.reshape(b, static.queries, heads, static.heads // heads)
+    return a.transpose(0, 2, 1, 3).reshape(b, heads, -1)
+
+
+def _prepared(static, lengths, table, rows, beside, q, k, v):
+    """What is static, and the arrays as programs read them."""
+    (b, t, h, d), heads = q.shape, k.shape[2]
+    count = t * h // heads
+    size, columns, how = static.tile
+    own = min(size, power(count))
+    programs = b * heads * (-(-count // own))
+    split = static.splits or splits(programs, -(-static.slots // columns), static.cores)
+    inner = table is not None and static.page % columns == 0
+    warps, stages = how
+    call = Call(static.form, count, own, columns, split, static.slots, static.page,
+                inner, static.bits, warps, stages, static.interpret)
+    mine = functools.partial(_by_head, static)
+    placed = static.form.mask is not None or static.form.score is not None
+    q = q.reshape(b, t, heads, h // heads, d).transpose(0, 2, 1, 3, 4)
+    x = Arrays(
+        q.reshape(b, heads, count, d), k, v, lengths,
+        None if table is None else table.astype(jnp.int32),
+        mine(rows.head) if placed else None, mine(rows.pos) if placed else None,
+        None if beside.run is None else mine(rows.run),
+        mine(rows.sink) * LOG2E if static.sink else None, None, *beside)
+    return call, x
+
+
+def _launch(call: Call, kernel, grid, x, out_shape, name: str, warps: int, stages: int):
+    return pl.pallas_call(
+        lambda x, *outs: kernel(call, x, *outs),
+        grid=grid, out_shape=out_shape, interpret=call.interpret, name=name,
+        compiler_params=triton.CompilerParams(num_warps=warps, num_stages=stages),
+    )(x)
+
+
+def _attend(call: Call, x: Arrays, o_ref, lse_ref):
+    tiles = -(-call.queries // call.rows)
+    at, n, b = (pl.program_id(axis) for axis in range(3))
+    kv, row = (at, at * 0) if tiles == 1 else (jax.lax.div(at, tiles),
+                                               jax.lax.rem(at, tiles))
+    here = Head(call, x, b, kv)
+    queries = here.queries(row)
+
+    def step(tile, carry):
+        m, total, *accs = carry
+        place = here.at(tile)
+        s = here.logits(queries, here.tile(x.k, place), place)
+        top = jnp.maximum(m, s.max(1)[:, None])
+        p, fade = jnp.exp2(s - top), jnp.exp2(m - top)
+        total = total * fade + p.sum(1)[:, None]
+        if x.v_scale is not None:
+            p = p * here.beside(x.v_scale, place)[None]
+        p = p.astype(queries.parts[0].dtype)
+        outs = [dot(p, v, 1, 0) for v in here.tile(x.v, place)]
+        return top, total, *(acc * fade + out for acc, out in zip(accs, outs))
+
+    full = lambda value: jnp.full((call.rows, 1), value, F32)
+    m, total = full(LOW), full(0.0)
+    if x.sink is not None:
+        # a sink is counted once
+        m = jnp.where(n == 0, queries.sink, LOW)
+        total = jnp.where(n == 0, full(1.0), total)
+    acc = jnp.zeros((call.rows, power(x.v.shape[3])), F32)
+    first, last = here.share(n)
+    m, total, *accs = jax.lax.fori_loop(
+        first, last, step, (m, total, *[acc] * len(queries.parts)))
+    some = total > 0
+    safe = jnp.where(some, total, 1.0)
+    rows, width = pl.ds(row * call.rows, call.rows), x.v.shape[3]
+    for half, acc in enumerate(accs):
+        out = acc / safe
+        cut = pl.ds(kv * 0 + half * width, power(width))
+        triton.store(o_ref.at[n, b, kv, rows, cut], out.astype(o_ref.dtype),
+                     mask=lanes(width, call.rows, queries.inside))
+    unit = 1.0 if call.splits > 1 else 1 / LOG2E  # the second kernel's is 2
+    lse = jnp.where(some, (m + jnp.log2(safe)) * unit, NEVER)
+    triton.store(lse_ref.at[n, b, kv, rows], lse.sum(1), mask=queries.inside)
+
+
+def _merge(call: Call, x, o_ref, lse_ref):
+    """Adds up the parts of one query."""
+    parts, lses = x
+    row, kv, b = (pl.program_id(axis) for axis in range(3))
+    many, width = call.splits, power(o_ref.shape[3])
+
+    def found(start, size):
+        inside = start + jax.lax.broadcasted_iota(jnp.int32, (size,), 0) < many
+        return load(lses.at[pl.ds(start, size), b, kv, row], inside, NEVER), inside
+
+    zero = row * 0
+    all_, _ = found(zero, power(many))
+    top = jnp.maximum(all_.max(0), LOW)
+    total = jnp.exp2(all_ - top).sum(0)
+
+    def step(n, acc):
+        lse, inside = found(n * PARTS, PARTS)
+        inside = lanes(o_ref.shape[3], PARTS, inside)
+        part = load(parts.at[pl.ds(n * PARTS, PARTS), b, kv, row, pl.ds(zero, width)],
+                    inside, 0)
+        return acc + part * jnp.exp2(lse - top)[:, None]
+
+    acc = jax.lax.fori_loop(0, -(-many // PARTS), step, jnp.zeros((PARTS, width), F32))
+    safe = jnp.where(total > 0, total, 1.0)
+    out, inside = acc.sum(0) / safe, None
+    if width != o_ref.shape[3]:
+        inside = jax.lax.broadcasted_iota(jnp.int32, (width,), 0) < o_ref.shape[3]
+    triton.store(o_ref.at[b, kv, row, pl.ds(zero, width)], out.astype(o_ref.dtype),
+                 mask=inside)
+    lse = (top + jnp.log2(safe)) * (1 / LOG2E)
+    lse_ref[b, kv, row] = jnp.where(total > 0, lse, NEVER)
+
+
+def _weights(call: Call, x: Arrays, w_ref):
+    kv, n, b = (pl.program_id(axis) for axis in range(3))
+    here = Head(call, x, b, kv)
+    size, many = call.columns, -(-call.queries // call.rows)
+    first = here.queries(kv * 0) if many == 1 else None
+
+    def write(tile, value):
+        slot = tile * size + jax.lax.broadcasted_iota(jnp.int32, (size,), 0)
+        triton.store(w_ref.at[b, pl.ds(tile * size, size), kv], value,
+                     mask=slot < call.slots)
+
+    def step(tile, none):
+        place = here.at(tile)
+        k = here.tile(x.k, place)
+
+        def add(row, found):
+            queries = here.queries(row) if first is None else first
+            s = here.logits(queries, k, place)
+            return found + jnp.exp2(s - queries.base).sum(0)
+
+        found = jnp.zeros((size,), F32)
+        found = add(0, found) if many == 1 else jax.lax.fori_loop(0, many, add, found)
+        write(tile, found)
+        return none
+
+    start, end = here.share(n)
+    jax.lax.fori_loop(start, end, step, ())
+
+    def nothing(tile, none):
+        write(tile, jnp.zeros((size,), F32))
+        return none
+
+    # tiles beyond the length, spread in the same way
+    filled = jax.lax.div(here.length + (size - 1), size)
+    left = -(-call.slots // size) - filled
+    each = jax.lax.div(left + (call.splits - 1), call.splits)
+    start = filled + jnp.minimum(n * each, left)
+    jax.lax.fori_loop(start, filled + jnp.minimum((n + 1) * each, left), nothing, ())

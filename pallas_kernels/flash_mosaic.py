@@ -8,11 +8,11 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import Refused
+from pallas_kernels import flash_mosaic_backward
 from pallas_kernels.schedule import Side, Static, Tiling
 from pallas_kernels.steps_mosaic import (
-    F32, ROWS, Arrays, Call, Here, Line, Product, launch, line, online, products,
-    shared, spread, zeros
+    F32, ROWS, Arrays, Call, Here, Line, Tile, arrays, fetch_keys, launch, line, online,
+    products, shared, spread, zeros
 )
 from pallas_kernels.tile import LOG2E, LOW, NEVER
 
@@ -21,8 +21,8 @@ def forward(static: Static, side: Side, q, k, v, bias, sink):
     """o [B,T,H,V] in v's dtype and lse [B,H,T] float32."""
     call = _call(static, static.tiling, static.how[0], q, k)
     t = call.tiling
-    (b, _, h, d), width = q.shape, v.shape[3]
-    x = _arrays(call, side, q, k, v, sink)
+    (b, _, h, _), width = q.shape, v.shape[3]
+    x = arrays(call, side, q, k, v, sink)
     tall = t.grid[0] * t.rows
     o = jax.ShapeDtypeStruct((b, x.q.shape[1], h, x.v.shape[3]), v.dtype)
     lse = jax.ShapeDtypeStruct((b, h, tall), F32)
@@ -33,41 +33,17 @@ def forward(static: Static, side: Side, q, k, v, bias, sink):
     return o[:, :t.t, :, :width], lse[:, :, :t.t]
 
 
+def backward(static: Static, side: Side, q, k, v, bias, sink, lse, delta, do):
+    """dq, dk, dv, d(bias), given lse, delta [B,H,T] and do [B,T,H,V]."""
+    return *flash_mosaic_backward.backward(
+        static, side, q, k, v, sink, lse, delta, do), None
+
+
 def _call(static: Static, tiling: Tiling, how, q, k) -> Call:
     warpgroups, stages = how
     groups = q.shape[2] // k.shape[2]
     return Call(static.form, tiling, groups, warpgroups, stages,
                 bool(static.interpret))
-
-
-def _tokens(a, size: int, axis: int = 1, value=0):
-    """a with whole tiles of tokens."""
-    lack = -a.shape[axis] % size
-    if not lack:
-        return a
-    pads = [(0, lack if n == axis else 0) for n in range(a.ndim)]
-    return jnp.pad(a, pads, constant_values=value)
-
-
-def _arrays(call: Call, side: Side, q, k, v, sink) -> Arrays:
-    t = call.tiling
-
-    def tile(a, size):
-        a = _tokens(a, ROWS, 3)
-        # a copy beyond the end reads 0, but an interpreted one is an error
-        return _tokens(a, size) if call.interpret or a.shape[1] < size else a
-
-    def vector(a, size, axis=1):
-        return None if a is None else _tokens(a.astype(jnp.int32), size, axis, -1)
-
-    kv_pos = None if side.kv_pos is None else side.kv_pos.swapaxes(1, 2)
-    return Arrays(
-        tile(q, t.rows), tile(k, t.columns), tile(v, t.columns),
-        side.head.astype(jnp.int32), vector(side.q_pos, t.rows),
-        vector(kv_pos, t.columns, 2), vector(side.q_run, t.rows),
-        vector(side.kv_run, t.columns),
-        None if sink is None else sink.astype(F32) * LOG2E,
-    )
 
 
 def _scratch(call: Call, x: Arrays):
@@ -100,7 +76,7 @@ def _forward(call: Call, x: Arrays, seen: Line, outs, scratch):
     @pl.when(group == call.warpgroups)
     def _():
         plgpu.set_max_registers(24, action="decrease")
-        _fetch(here, at, steps[1], scratch)
+        fetch_keys(here, at, steps[1], scratch[1:3], scratch[6:10])
 
     @pl.when(group < call.warpgroups)
     def _():
@@ -108,39 +84,11 @@ def _forward(call: Call, x: Arrays, seen: Line, outs, scratch):
         _attend(here, at, steps, outs, scratch, group, tile)
 
 
-def _fetch(here: Here, at, count, scratch):
-    """The warpgroup that loads: tiles of k and v, as room in the ring comes free."""
-    _, k_ring, v_ring, _, _, _, k_there, v_there, k_free, v_free, _ = scratch
-    size, stages = here.call.tiling.columns, here.call.stages
-
-    def load(n, carry):
-        slot = jax.lax.rem(n, jnp.int32(stages))
-        start = at(n) * size
-        for ref, ring, there, free in ((here.x.k, k_ring, k_there, k_free),
-                                       (here.x.v, v_ring, v_there, v_free)):
-            @pl.when(n >= stages)
-            def _():
-                plgpu.barrier_wait(free.at[slot])
-            plgpu.copy_gmem_to_smem(ref.at[here.b, pl.ds(start, size), here.kv],
-                                    ring.at[slot], there.at[slot])
-        return carry
-
-    jax.lax.fori_loop(0, count, load, None)
-
-    def drain(n, carry):
-        slot = jax.lax.rem(n, jnp.int32(stages))
-        plgpu.barrier_wait(k_free.at[slot])
-        plgpu.barrier_wait(v_free.at[slot])
-        return carry
-
-    jax.lax.fori_loop(jnp.maximum(count - stages, 0), count, drain, None)
-
-
 def _attend(here: Here, at, steps, outs, scratch, group, tile):
     """A warpgroup that computes 64 queries. The weights of a tile meet its values while
     the next tile's logits are made: p is what is still to be multiplied."""
-    (q_smem, k_ring, v_ring, o_smem, lse_smem, q_there, k_there, v_there, k_free, v_free,
-     turn) = scratch
+    q_smem, k_ring, v_ring, o_smem, lse_smem, q_there, *barriers, turn = scratch
+    k_there, v_there, k_free, v_free = barriers
     o_ref, lse_ref = outs
     call, x, interpret = here.call, here.x, here.call.interpret
     whole, count = steps
@@ -167,7 +115,11 @@ def _attend(here: Here, at, steps, outs, scratch, group, tile):
     def pass_on():
         plgpu.barrier_arrive(turn.at[jax.lax.rem(group + 1, jnp.int32(last + 1))])
 
-    def begin(s):
+    tall = ROWS, call.tiling.columns
+    wide = ROWS, x.v.shape[3]
+
+    def open_line(begin):
+        s = begin(0, q, Tile(k_ring.at[0]))
         pass_on()
         s = s()
         plgpu.barrier_arrive(k_free.at[0])
@@ -180,8 +132,7 @@ def _attend(here: Here, at, steps, outs, scratch, group, tile):
 
     plgpu.barrier_wait(k_there.at[0])
     plgpu.barrier_wait(turn.at[group])
-    p, m, total = products(
-        interpret, [Product(None, q, k_ring.at[0], True)], begin)
+    p, m, total = products(interpret, [tall], open_line)
 
     def step(n, carry, masked):
         acc, p, m, total = carry
@@ -190,27 +141,29 @@ def _attend(here: Here, at, steps, outs, scratch, group, tile):
         plgpu.barrier_wait(v_there.at[before])
         plgpu.barrier_wait(turn.at[group])
 
-        def then(s, o):
+        def work(begin):
+            s = begin(0, q, Tile(k_ring.at[now]))
+            o = begin(1, p, v_ring.at[before])
             pass_on()
-            s = s()
+            s = s(1)
             plgpu.barrier_arrive(k_free.at[now])
-            p, top, new, fade = online(*logits(s, n, masked), m, total)
-            acc = o()
+            ahead, top, new, fade = online(*logits(s, n, masked), m, total)
+            found = o()
             plgpu.barrier_arrive(v_free.at[before])
-            acc = acc * spread(fade, acc.shape, False)
-            return acc, p.astype(x.v.dtype), top, new
+            # no sooner: the product that is under way reads the registers of p
+            ahead = ahead.astype(x.v.dtype)
+            return found * spread(fade, wide, False), ahead, top, new
 
-        return products(interpret, [Product(None, q, k_ring.at[now], True),
-                                    Product(acc, p, v_ring.at[before])], then)
+        return products(interpret, [tall, acc], work)
 
-    carry = zeros((ROWS, x.v.shape[3]), interpret), p, m, total
+    carry = zeros(wide, interpret), p, m, total
     one = jnp.maximum(whole, 1)
     carry = jax.lax.fori_loop(1, one, lambda n, c: step(n, c, False), carry)
     carry = jax.lax.fori_loop(one, count, lambda n, c: step(n, c, True), carry)
     acc, p, m, total = carry
     end = slot(count - 1)
     plgpu.barrier_wait(v_there.at[end])
-    acc = products(interpret, [Product(acc, p, v_ring.at[end])], lambda o: o())
+    acc = products(interpret, [acc], lambda begin: begin(0, p, v_ring.at[end])())
     plgpu.barrier_arrive(v_free.at[end])
 
     @pl.when(group == 0)

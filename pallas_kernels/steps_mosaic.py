@@ -17,8 +17,8 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.schedule import FULL, SKIP, Tiling
-from pallas_kernels.tile import LOG2E, LOW, NEVER, Form, both
+from pallas_kernels.schedule import FULL, SKIP, Side, Tiling
+from pallas_kernels.tile import LOG2E, NEVER, Form, both
 
 F32 = jnp.float32
 ROWS = 64  # queries, or keys, of one warpgroup's matrix product
@@ -116,50 +116,84 @@ def spread(x, shape: tuple[int, int], columns: bool):
     return jax.lax.broadcast_in_dim(x, shape, (1,) if columns else (0,))
 
 
-class Product(NamedTuple):
-    """start + a b: start is None for 0; a: an array or a tile of shared memory, b: a
-    tile of shared memory, `turned`: its transpose."""
+class Tile(NamedTuple):
+    """A tile of shared memory, transposed."""
 
-    start: Any
-    a: Any
-    b: Any
-    turned: bool = False
+    turned: Any
 
 
-def products(interpret: bool, jobs: list[Product], then: Callable):
-    """Starts the products in order; then(*results) calls each result when it needs it,
-    which waits for that product and those before it."""
+def products(interpret: bool, starts: list[Any], body: Callable):
+    """body(begin) with an accumulator for each of `starts`: a shape, for zeros, or what
+    it starts from. begin(n, a, b) adds a b to the n-th, a: an array or a tile of shared
+    memory, b: a tile of shared memory or a `Tile`. What it returns, called, waits for
+    that product and all before it, while the given number of later ones may go on.
+
+    All accumulators and arrays have to be ready before the first product begins: ptxas
+    runs the products one by one if registers change meanwhile (its warning C7513).
+    """
     if interpret:
-        return then(*(lambda j=j: _dot(j) for j in jobs))
-    sizes = [(j.a.shape[0], j.b.shape[0 if j.turned else 1]) for j in jobs]
+        return body(lambda n, a, b: lambda later=0, found=_dot(starts[n], a, b): found)
+    shapes = [s if isinstance(s, tuple) else s.shape for s in starts]
 
     def run(*refs):
-        for ref, job in zip(refs, jobs):
-            if job.start is not None:
-                ref[...] = job.start
-        for ref, job in zip(refs, jobs):
-            b = plgpu.transpose_ref(job.b, (1, 0)) if job.turned else job.b
-            plgpu.wgmma(ref, job.a, b)
-        left = range(len(jobs) - 1, -1, -1)
-        return then(*(
-            lambda ref=ref, n=n: plgpu.wgmma_accumulator_load(ref, wait_n=n)
-            for ref, n in zip(refs, left)
-        ))
+        for ref, start in zip(refs, starts):
+            if not isinstance(start, tuple):
+                ref[...] = start
 
-    return pl.run_scoped(run, *(plgpu.ACC(size) for size in sizes))
+        def begin(n, a, b):
+            ref = refs[n]
+            turned = isinstance(b, Tile)
+            plgpu.wgmma(ref, a, plgpu.transpose_ref(b.turned, (1, 0)) if turned else b)
+            return lambda later=0: plgpu.wgmma_accumulator_load(ref, wait_n=later)
+
+        return body(begin)
+
+    return pl.run_scoped(run, *(plgpu.ACC(shape) for shape in shapes))
 
 
-def _dot(job: Product):
-    a = job.a if isinstance(job.a, jax.Array) else job.a[...]
-    b = job.b[...]
-    found = jnp.dot(a, b.T if job.turned else b, preferred_element_type=F32)
-    return found if job.start is None else found + job.start
+def _dot(start, a, b):
+    a = a if isinstance(a, jax.Array) else a[...]
+    b = b.turned[...].T if isinstance(b, Tile) else b[...]
+    found = jnp.dot(a, b, preferred_element_type=F32)
+    return found if isinstance(start, tuple) else found + start
 
 
 def zeros(shape: tuple[int, ...], interpret: bool, value: float = 0.0):
     """An accumulator of a warpgroup, or for one axis a vector of its rows."""
     layout = TILE if len(shape) == 2 else ALONG[False]
     return cast(jnp.full(shape, value, F32), layout, interpret)
+
+
+def tokens(a, size: int, axis: int = 1, value=0):
+    """a with whole tiles of tokens."""
+    lack = -a.shape[axis] % size
+    if not lack:
+        return a
+    pads = [(0, lack if n == axis else 0) for n in range(a.ndim)]
+    return jnp.pad(a, pads, constant_values=value)
+
+
+def arrays(call: Call, side: Side, q, k, v, sink, do=None) -> Arrays:
+    """A call's arrays as a kernel reads them."""
+    t = call.tiling
+
+    def tile(a, size):
+        a = tokens(a, ROWS, 3)
+        # a copy beyond the end reads 0, but an interpreted one is an error
+        return tokens(a, size) if call.interpret or a.shape[1] < size else a
+
+    def vector(a, size, axis=1):
+        return None if a is None else tokens(a.astype(jnp.int32), size, axis, -1)
+
+    kv_pos = None if side.kv_pos is None else side.kv_pos.swapaxes(1, 2)
+    return Arrays(
+        tile(q, t.rows), tile(k, t.columns), tile(v, t.columns),
+        side.head.astype(jnp.int32), vector(side.q_pos, t.rows),
+        vector(kv_pos, t.columns, 2), vector(side.q_run, t.rows),
+        vector(side.kv_run, t.columns),
+        None if sink is None else sink.astype(F32) * LOG2E,
+        None if do is None else tile(do, t.rows),
+    )
 
 
 class Here:
@@ -193,7 +227,7 @@ class Here:
         """Logits of a tile, NEVER where hidden, their unit, and their slope.
 
         A logit times log2(e) is the first times the unit, which is 1 unless `plain`."""
-        call, x = self.call, self.x
+        call = self.call
         i = j = slope = None
         if call.form.score is not None or masked:
             i, j = self.places(first_row, first_key, raw.shape)
@@ -225,12 +259,42 @@ class Here:
         return seen
 
 
+def fetch_keys(here: Here, at, count, rings, barriers) -> None:
+    """The warpgroup that loads: `count` tiles of k and v, at(n) the n-th, as room in
+    the rings comes free."""
+    size, stages = here.call.tiling.columns, jnp.int32(here.call.stages)
+    there, free = barriers[:2], barriers[2:]
+
+    def load(n, carry):
+        slot = jax.lax.rem(n, stages)
+        place = here.b, pl.ds(at(n) * size, size), here.kv
+        for ref, ring, full, room in zip((here.x.k, here.x.v), rings, there, free):
+            @pl.when(n >= stages)
+            def _():
+                plgpu.barrier_wait(room.at[slot])
+            plgpu.copy_gmem_to_smem(ref.at[place], ring.at[slot], full.at[slot])
+        return carry
+
+    def drain(n, carry):
+        for room in free:
+            plgpu.barrier_wait(room.at[jax.lax.rem(n, stages)])
+        return carry
+
+    jax.lax.fori_loop(0, count, load, None)
+    jax.lax.fori_loop(jnp.maximum(count - stages, 0), count, drain, None)
+
+
+def weights(s, unit: float, lse, columns: bool):
+    """2^(s unit - lse), lse along the rows or the columns."""
+    shift = spread(lse, s.shape, columns)
+    return jnp.exp2(s * unit - shift if unit != 1.0 else s - shift)
+
+
 def online(s, unit: float, m, total):
     """A step of the online softmax: p, and the new maximum, sum, and by how much what
     was there fades. s [rows,keys]; m times log2(e) and total [rows]."""
     top = jnp.maximum(m, s.max(1) * unit if unit != 1.0 else s.max(1))
-    shift = spread(top, s.shape, False)
-    p = jnp.exp2(s * unit - shift if unit != 1.0 else s - shift)
+    p = weights(s, unit, top, False)
     fade = jnp.exp2(m - top)
     return p, top, total * fade + p.sum(1), fade
 

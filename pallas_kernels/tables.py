@@ -84,6 +84,10 @@ def tile(device: str, kernel: str, shape: Shape, asked: tuple | None = None,
     row for its class of shapes, cut down to the tokens that are there."""
     name = kernel if backend == "tpu" else f"{backend}_{kernel}"
     rows, columns, *how = row(device, backend)[name][shape.label]
+    if backend == "mosaic":
+        if asked is not None:
+            rows, columns, *how = list(asked) + how[len(asked) - 2:]
+        return Tile(rows, columns, tuple(how))
     if backend != "tpu":
         if asked is not None:
             rows, columns, *how = list(asked) + how[len(asked) - 2:]

@@ -9,9 +9,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import flash_mosaic_backward
-from pallas_kernels.schedule import Side, Static, Tiling
+from pallas_kernels.schedule import Side, Static
 from pallas_kernels.steps_mosaic import (
-    F32, ROWS, Arrays, Call, Here, Line, Tile, arrays, fetch_keys, launch, line, online,
+    F32, FEW, MANY, ROWS, Arrays, Call, Here, Line, Tile, arrays, fetch_keys, launch, line, online,
     products, shared, spread, zeros
 )
 from pallas_kernels.tile import LOG2E, LOW, NEVER
@@ -19,8 +19,9 @@ from pallas_kernels.tile import LOG2E, LOW, NEVER
 
 def forward(static: Static, side: Side, q, k, v, bias, sink):
     """o [B,T,H,V] in v's dtype and lse [B,H,T] float32."""
-    call = _call(static, static.tiling, static.how[0], q, k)
-    t = call.tiling
+    t = static.tiling
+    call = Call(static.form, t, q.shape[2] // k.shape[2], t.rows // ROWS,
+                static.how[0][0], bool(static.interpret))
     (b, _, h, _), width = q.shape, v.shape[3]
     x = arrays(call, side, q, k, v, sink)
     tall = t.grid[0] * t.rows
@@ -37,13 +38,6 @@ def backward(static: Static, side: Side, q, k, v, bias, sink, lse, delta, do):
     """dq, dk, dv, d(bias), given lse, delta [B,H,T] and do [B,T,H,V]."""
     return *flash_mosaic_backward.backward(
         static, side, q, k, v, sink, lse, delta, do), None
-
-
-def _call(static: Static, tiling: Tiling, how, q, k) -> Call:
-    warpgroups, stages = how
-    groups = q.shape[2] // k.shape[2]
-    return Call(static.form, tiling, groups, warpgroups, stages,
-                bool(static.interpret))
 
 
 def _scratch(call: Call, x: Arrays):
@@ -75,12 +69,12 @@ def _forward(call: Call, x: Arrays, seen: Line, outs, scratch):
 
     @pl.when(group == call.warpgroups)
     def _():
-        plgpu.set_max_registers(24, action="decrease")
+        plgpu.set_max_registers(FEW[call.warpgroups], action="decrease")
         fetch_keys(here, at, steps[1], scratch[1:3], scratch[6:10])
 
     @pl.when(group < call.warpgroups)
     def _():
-        plgpu.set_max_registers(240, action="increase")
+        plgpu.set_max_registers(MANY[call.warpgroups], action="increase")
         _attend(here, at, steps, outs, scratch, group, tile)
 
 

@@ -10,7 +10,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.schedule import Side, Static
 from pallas_kernels.steps_mosaic import (
-    F32, ROWS, Arrays, Call, Here, Line, Tile, arrays, fetch_keys, launch, line,
+    F32, FEW, MANY, ROWS, Arrays, Call, Here, Line, Tile, arrays, fetch_keys, launch, line,
     products, shared, spread, tokens, vector, weights, zeros
 )
 from pallas_kernels.tile import LOG2E, LOW
@@ -18,12 +18,12 @@ from pallas_kernels.tile import LOG2E, LOW
 
 def backward(static: Static, side: Side, q, k, v, sink, lse, delta, do):
     """dq, dk, dv, given lse, delta [B,H,T] and do [B,T,H,V]."""
-    warpgroups, stages, columns, ahead = (static.how[1] * 2)[:4]
-    groups = q.shape[2] // k.shape[2]
-    by_key = Call(static.form, static.backward, groups, warpgroups, stages,
+    stages, columns, ahead = static.how[1]
+    t, groups = static.backward, q.shape[2] // k.shape[2]
+    by_key = Call(static.form, t, groups, t.columns // ROWS, stages,
                   bool(static.interpret))
-    by_query = by_key._replace(stages=ahead, tiling=static.backward._replace(
-        rows=ROWS * warpgroups, columns=columns))
+    by_query = by_key._replace(stages=ahead, warpgroups=2,
+                               tiling=t._replace(rows=2 * ROWS, columns=columns))
     base = jnp.where(jnp.isfinite(lse), lse * LOG2E, 0)
     given = side, q, k, v, do, base, delta
     dk, dv = _keys(by_key, static, *given)
@@ -72,12 +72,12 @@ def _by_key(call: Call, x: Arrays, seen: Line, outs, scratch):
 
     @pl.when(group == call.warpgroups)
     def _():
-        plgpu.set_max_registers(24, action="decrease")
+        plgpu.set_max_registers(FEW[call.warpgroups], action="decrease")
         _fetch_queries(call, x, at, steps[1], scratch, b, head)
 
     @pl.when(group < call.warpgroups)
     def _():
-        plgpu.set_max_registers(240, action="increase")
+        plgpu.set_max_registers(MANY[call.warpgroups], action="increase")
         _key_sums(call, x, at, steps, outs, scratch, (group, tile, b, kv), head)
 
 
@@ -212,12 +212,12 @@ def _by_query(call: Call, x: Arrays, seen: Line, outs, scratch):
 
     @pl.when(group == call.warpgroups)
     def _():
-        plgpu.set_max_registers(24, action="decrease")
+        plgpu.set_max_registers(FEW[call.warpgroups], action="decrease")
         fetch_keys(here, at, steps[1], scratch[2:4], scratch[5:9])
 
     @pl.when(group < call.warpgroups)
     def _():
-        plgpu.set_max_registers(240, action="increase")
+        plgpu.set_max_registers(MANY[call.warpgroups], action="increase")
         _query_sums(here, at, steps, outs[0], scratch, group, tile)
 
 

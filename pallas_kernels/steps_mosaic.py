@@ -22,6 +22,8 @@ from pallas_kernels.tile import LOG2E, NEVER, Form, both
 
 F32 = jnp.float32
 ROWS = 64  # queries, or keys, of one warpgroup's matrix product
+FEW, MANY = {1: 24, 2: 24, 3: 32}, {1: 240, 2: 240, 3: 160}  # registers of a thread of
+# the warpgroup that loads and of those that compute, by how many these are: 512 in all
 WIDE = 128  # bytes of a line of shared memory
 TILE = plgpu.Layout.WGMMA
 ALONG = {False: TILE.reduce(1), True: TILE.reduce(0)}  # a vector of rows, of columns

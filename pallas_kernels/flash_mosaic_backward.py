@@ -8,9 +8,11 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.flash_mosaic_wide import handover, wide_sums
 from pallas_kernels.schedule import Side, Static
 from pallas_kernels.steps_mosaic import (
-    F32, FEW, MANY, ROWS, Arrays, Call, Here, Line, Tile, arrays, fetch_keys, launch, line,
+    F32, FEW, MANY, ROWS, Arrays, Call, Here, Line, Tile, arrays, drain, fetch_keys, launch,
+    line,
     products, shared, spread, tokens, vector, weights, zeros
 )
 from pallas_kernels.tile import LOG2E, LOW
@@ -18,11 +20,10 @@ from pallas_kernels.tile import LOG2E, LOW
 
 def backward(static: Static, side: Side, q, k, v, sink, lse, delta, do):
     """dq, dk, dv, given lse, delta [B,H,T] and do [B,T,H,V]."""
-    stages, columns, ahead = static.how[1]
+    stages, columns, k_stages, v_stages = static.how[1]
     t, groups = static.backward, q.shape[2] // k.shape[2]
-    by_key = Call(static.form, t, groups, t.columns // ROWS, stages,
-                  bool(static.interpret))
-    by_query = by_key._replace(stages=ahead, warpgroups=2,
+    by_key = Call(static.form, t, groups, 2, stages, bool(static.interpret))
+    by_query = by_key._replace(stages=(k_stages, v_stages),
                                tiling=t._replace(rows=2 * ROWS, columns=columns))
     base = jnp.where(jnp.isfinite(lse), lse * LOG2E, 0)
     given = side, q, k, v, do, base, delta
@@ -43,22 +44,29 @@ def _keys(call: Call, static: Static, side: Side, q, k, v, *rest):
     table, ask = static.asks(call.tiling, side)
     seen = line(table.T, None if ask is None else ask.swapaxes(1, 2))
     n, rows, groups = call.stages, call.tiling.rows, call.warpgroups
+    own = 1 if _split(call) else groups
     d, width, kind = x.q.shape[3], x.v.shape[3], x.q.dtype
     barrier = plgpu.Barrier
     scratch = (
-        shared((groups, ROWS, d), kind), shared((groups, ROWS, width), kind),
+        shared((own, ROWS, d), kind), shared((own, ROWS, width), kind),
         shared((n, rows, d), kind), shared((n, rows, width), kind),
         plgpu.SMEM((n, rows), F32), plgpu.SMEM((n, rows), F32),
-        barrier(num_barriers=groups, num_arrivals=2),
+        barrier(num_barriers=groups, num_arrivals=1 if _split(call) else 2),
         barrier(num_barriers=n, num_arrivals=2),
         barrier(num_barriers=n, num_arrivals=2),
         barrier(num_barriers=n, num_arrivals=groups),
+        *(handover(call) if _split(call) else ()),
     )
     like = lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype)
     grid = {"tile": call.tiling.grid[1], "batch": k.shape[0], "head": k.shape[2]}
     dk, dv = launch(call, _by_key, grid, x, seen, [like(x.k), like(x.v)], scratch,
                     "flash_backward_keys")
     return (dk[:, :k.shape[1], :, :k.shape[3]], dv[:, :k.shape[1], :, :v.shape[3]])
+
+
+def _split(call: Call) -> bool:
+    """Whether one warpgroup keeps dk of a tile's keys and another dv."""
+    return call.tiling.columns == ROWS
 
 
 def _by_key(call: Call, x: Arrays, seen: Line, outs, scratch):
@@ -78,12 +86,13 @@ def _by_key(call: Call, x: Arrays, seen: Line, outs, scratch):
     @pl.when(group < call.warpgroups)
     def _():
         plgpu.set_max_registers(MANY[call.warpgroups], action="increase")
-        _key_sums(call, x, at, steps, outs, scratch, (group, tile, b, kv), head)
+        sums = wide_sums if _split(call) else _key_sums
+        sums(call, x, at, steps, outs, scratch, (group, tile, b, kv), head)
 
 
 def _fetch_queries(call: Call, x: Arrays, at, count, scratch, b, head):
     """Loads tiles of q and do of every query head, as room comes free."""
-    _, _, q_ring, do_ring, lse_ring, delta_ring, _, q_there, do_there, free = scratch
+    q_ring, do_ring, lse_ring, delta_ring, _, q_there, do_there, free = scratch[2:10]
     rows, stages = call.tiling.rows, jnp.int32(call.stages)
     total = count * call.groups
 
@@ -106,12 +115,7 @@ def _fetch_queries(call: Call, x: Arrays, at, count, scratch, b, head):
         return carry
 
     jax.lax.fori_loop(0, total, load, None)
-
-    def drain(n, carry):
-        plgpu.barrier_wait(free.at[jax.lax.rem(n, stages)])
-        return carry
-
-    jax.lax.fori_loop(jnp.maximum(total - stages, 0), total, drain, None)
+    drain(free, stages, total)
 
 
 def _key_sums(call: Call, x: Arrays, at, steps, outs, scratch, place, head):
@@ -181,16 +185,15 @@ def _key_sums(call: Call, x: Arrays, at, steps, outs, scratch, place, head):
 
 def _queries(call: Call, static: Static, side: Side, q, *rest):
     x = _given(call, side, q, *rest)
-    n, c, groups = call.stages, call.tiling.columns, call.warpgroups
+    c, groups = call.tiling.columns, call.warpgroups
     d, width, kind = x.q.shape[3], x.v.shape[3], x.q.dtype
     barrier = plgpu.Barrier
     scratch = (
         shared((groups, ROWS, d), kind), shared((groups, ROWS, width), kind),
-        shared((n, c, d), kind), shared((n, c, width), kind),
+        *(shared((n, c, size), kind) for n, size in zip(call.stages, (d, width))),
         barrier(num_barriers=groups, num_arrivals=2),
-        barrier(num_barriers=n), barrier(num_barriers=n),
-        barrier(num_barriers=n, num_arrivals=groups),
-        barrier(num_barriers=n, num_arrivals=groups),
+        *(barrier(num_barriers=n) for n in call.stages),
+        *(barrier(num_barriers=n, num_arrivals=groups) for n in call.stages),
     )
     grid = {"tile": call.tiling.grid[0], "batch": q.shape[0], "head": q.shape[2]}
     dq, = launch(
@@ -232,7 +235,7 @@ def _query_sums(here: Here, at, steps, dq_ref, scratch, group, tile):
     queries = here.b, pl.ds(first, ROWS), here.h
     vectors = here.b, here.h, pl.ds(first, ROWS)
     q, do = q_smem.at[group], do_smem.at[group]
-    slot = lambda n: jax.lax.rem(n, jnp.int32(call.stages))
+    slot, v_slot = (lambda n, m=m: jax.lax.rem(n, jnp.int32(m)) for m in call.stages)
     plgpu.copy_gmem_to_smem(x.q.at[queries], q, there.at[group])
     plgpu.copy_gmem_to_smem(x.do.at[queries], do, there.at[group])
     lse = vector(x.lse, vectors, False, interpret)
@@ -247,28 +250,36 @@ def _query_sums(here: Here, at, steps, dq_ref, scratch, group, tile):
         s, unit, slope = here.logits(s, first, key, masked)
         p = weights(s, unit, lse, False)
         ds = p * (dp() - spread(delta, tall, False))
-        plgpu.barrier_arrive(v_free.at[slot(n)])
+        plgpu.barrier_arrive(v_free.at[v_slot(n)])
         return ds if slope is None else ds * slope
 
-    def open_line(begin):
-        s = begin(0, q, Tile(k_ring.at[0]))
-        dp = begin(1, do, Tile(v_ring.at[0]))
-        return tile_of(0, s(1), dp, True).astype(kind)
+    def slope(n, masked):
+        """ds of a tile, when nothing else is under way."""
+        plgpu.barrier_wait(k_there.at[slot(n)])
+        plgpu.barrier_wait(v_there.at[v_slot(n)])
 
-    plgpu.barrier_wait(k_there.at[0])
-    plgpu.barrier_wait(v_there.at[0])
-    ds = products(interpret, [tall, tall], open_line)
+        def work(begin):
+            s = begin(0, q, Tile(k_ring.at[slot(n)]))
+            dp = begin(1, do, Tile(v_ring.at[v_slot(n)]))
+            return tile_of(n, s(1), dp, masked).astype(kind)
+
+        return products(interpret, [tall, tall], work)
+
+    def add(dq, ds, n):
+        dq = products(interpret, [dq], lambda begin: begin(0, ds, k_ring.at[slot(n)])())
+        plgpu.barrier_arrive(k_free.at[slot(n)])
+        return dq
 
     def step(n, carry, masked):
         dq, ds = carry
         now, before = slot(n), slot(n - 1)
         plgpu.barrier_wait(k_there.at[now])
-        plgpu.barrier_wait(v_there.at[now])
+        plgpu.barrier_wait(v_there.at[v_slot(n)])
 
         def work(begin):
             s = begin(0, q, Tile(k_ring.at[now]))
             new_dq = begin(1, ds, k_ring.at[before])
-            dp = begin(2, do, Tile(v_ring.at[now]))
+            dp = begin(2, do, Tile(v_ring.at[v_slot(n)]))
             new_ds = tile_of(n, s(2), dp, masked)
             found = new_dq()
             plgpu.barrier_arrive(k_free.at[before])
@@ -276,13 +287,17 @@ def _query_sums(here: Here, at, steps, dq_ref, scratch, group, tile):
 
         return products(interpret, [tall, dq, tall], work)
 
-    carry = zeros((ROWS, x.q.shape[3]), interpret), ds
-    one = jnp.maximum(whole, 1)
-    carry = jax.lax.fori_loop(1, one, lambda n, c: step(n, c, False), carry)
-    dq, ds = jax.lax.fori_loop(one, count, lambda n, c: step(n, c, True), carry)
-    end = slot(count - 1)
-    dq = products(interpret, [dq], lambda begin: begin(0, ds, k_ring.at[end])())
-    plgpu.barrier_arrive(k_free.at[end])
+    dq = zeros((ROWS, x.q.shape[3]), interpret)
+    if x.q.shape[3] > 192:
+        # too many registers for a tile more
+        alone = lambda masked: lambda n, dq: add(dq, slope(n, masked), n)
+        dq = jax.lax.fori_loop(0, whole, alone(False), dq)
+        dq = jax.lax.fori_loop(whole, count, alone(True), dq)
+    else:
+        carry, one = (dq, slope(0, True)), jnp.maximum(whole, 1)
+        carry = jax.lax.fori_loop(1, one, lambda n, c: step(n, c, False), carry)
+        carry = jax.lax.fori_loop(one, count, lambda n, c: step(n, c, True), carry)
+        dq = add(*carry, count - 1)
     q[...] = (dq * call.form.scale).astype(kind)
     plgpu.commit_smem()
     plgpu.copy_smem_to_gmem(q, dq_ref.at[queries])

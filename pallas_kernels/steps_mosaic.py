@@ -113,6 +113,11 @@ def vector(ref, at: tuple, columns: bool, interpret: bool):
     return plgpu.load(ref, at, layout=ALONG[columns], optimized=False)
 
 
+def matrix(ref, interpret: bool):
+    """A tile of shared memory in registers."""
+    return ref[...] if interpret else plgpu.load(ref, (), layout=TILE)
+
+
 def spread(x, shape: tuple[int, int], columns: bool):
     """A vector of rows or columns over a tile."""
     return jax.lax.broadcast_in_dim(x, shape, (1,) if columns else (0,))
@@ -180,7 +185,7 @@ def arrays(call: Call, side: Side, q, k, v, sink, do=None) -> Arrays:
     t = call.tiling
 
     def tile(a, size):
-        a = tokens(a, ROWS, 3)
+        a = tokens(a, 64, 3)
         # a copy beyond the end reads 0, but an interpreted one is an error
         return tokens(a, size) if call.interpret or a.shape[1] < size else a
 
@@ -264,26 +269,34 @@ class Here:
 def fetch_keys(here: Here, at, count, rings, barriers) -> None:
     """The warpgroup that loads: `count` tiles of k and v, at(n) the n-th, as room in
     the rings comes free."""
-    size, stages = here.call.tiling.columns, jnp.int32(here.call.stages)
+    size = here.call.tiling.columns
     there, free = barriers[:2], barriers[2:]
+    stages = [jnp.int32(ring.shape[0]) for ring in rings]
 
     def load(n, carry):
-        slot = jax.lax.rem(n, stages)
         place = here.b, pl.ds(at(n) * size, size), here.kv
-        for ref, ring, full, room in zip((here.x.k, here.x.v), rings, there, free):
-            @pl.when(n >= stages)
+        for ref, ring, full, room, many in zip(
+                (here.x.k, here.x.v), rings, there, free, stages):
+            slot = jax.lax.rem(n, many)
+
+            @pl.when(n >= many)
             def _():
                 plgpu.barrier_wait(room.at[slot])
             plgpu.copy_gmem_to_smem(ref.at[place], ring.at[slot], full.at[slot])
         return carry
 
-    def drain(n, carry):
-        for room in free:
-            plgpu.barrier_wait(room.at[jax.lax.rem(n, stages)])
+    jax.lax.fori_loop(0, count, load, None)
+    for room, many in zip(free, stages):
+        drain(room, many, count)
+
+
+def drain(free, stages, count) -> None:
+    """Waits until what was loaded last has been used."""
+    def wait(n, carry):
+        plgpu.barrier_wait(free.at[jax.lax.rem(n, stages)])
         return carry
 
-    jax.lax.fori_loop(0, count, load, None)
-    jax.lax.fori_loop(jnp.maximum(count - stages, 0), count, drain, None)
+    jax.lax.fori_loop(jnp.maximum(count - stages, 0), count, wait, None)
 
 
 def weights(s, unit: float, lse, columns: bool):

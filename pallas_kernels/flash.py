@@ -81,7 +81,8 @@ def flash(
         check_tpu(q, interpret)
     if backend == "mosaic":
         check_hopper(q, v, interpret)
-        for name, a in (("bias", bias), ("keep", keep), ("key", key if random else None)):
+        extra = {"bias": bias, "keep": keep, "key": key if random else None}
+        for name, a in extra.items():
             if a is not None:
                 raise Refused(f"{name}: not on Hopper, expected None")
     for name, f in (("mask", mask), ("score", score)):

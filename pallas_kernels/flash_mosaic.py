@@ -11,8 +11,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels import flash_mosaic_backward
 from pallas_kernels.schedule import Side, Static
 from pallas_kernels.steps_mosaic import (
-    F32, FEW, MANY, ROWS, Arrays, Call, Here, Line, Tile, arrays, fetch_keys, launch, line, online,
-    products, shared, spread, zeros
+    F32, FEW, MANY, ROWS, Arrays, Call, Here, Line, Tile, arrays, fetch_keys, launch,
+    line, online, products, shared, spread, zeros
 )
 from pallas_kernels.tile import LOG2E, LOW, NEVER
 

@@ -11,9 +11,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.flash_mosaic_wide import handover, wide_sums
 from pallas_kernels.schedule import Side, Static
 from pallas_kernels.steps_mosaic import (
-    F32, FEW, MANY, ROWS, Arrays, Call, Here, Line, Tile, arrays, drain, fetch_keys, launch,
-    line,
-    products, shared, spread, tokens, vector, weights, zeros
+    F32, FEW, MANY, ROWS, Arrays, Call, Here, Line, Tile, arrays, drain, fetch_keys,
+    launch, line, products, shared, spread, tokens, vector, weights, zeros
 )
 from pallas_kernels.tile import LOG2E, LOW
 
@@ -243,27 +242,27 @@ def _query_sums(here: Here, at, steps, dq_ref, scratch, group, tile):
     plgpu.barrier_wait(there.at[group])
     tall = ROWS, call.tiling.columns
 
-    def tile_of(n, s, dp, masked):
-        """ds of a tile, from begun s and dp."""
+    def weigh(n, s, masked):
+        """The weights of a tile, from its logits, and the slope of a softcap."""
         need = masked or call.form.score is not None
         key = at(n) * call.tiling.columns if need else None
         s, unit, slope = here.logits(s, first, key, masked)
-        p = weights(s, unit, lse, False)
-        ds = p * (dp() - spread(delta, tall, False))
+        return weights(s, unit, lse, False), slope
+
+    def sloped(n, p, slope, dp):
+        ds = p * (dp - spread(delta, tall, False))
         plgpu.barrier_arrive(v_free.at[v_slot(n)])
         return ds if slope is None else ds * slope
 
-    def slope(n, masked):
-        """ds of a tile, when nothing else is under way."""
+    def alone(n, masked):
+        """ds of a tile, when nothing else is under way; one product at a time, which
+        leaves wide heads registers enough."""
         plgpu.barrier_wait(k_there.at[slot(n)])
+        p, slope = products(interpret, [tall], lambda begin: weigh(
+            n, begin(0, q, Tile(k_ring.at[slot(n)]))(), masked))
         plgpu.barrier_wait(v_there.at[v_slot(n)])
-
-        def work(begin):
-            s = begin(0, q, Tile(k_ring.at[slot(n)]))
-            dp = begin(1, do, Tile(v_ring.at[v_slot(n)]))
-            return tile_of(n, s(1), dp, masked).astype(kind)
-
-        return products(interpret, [tall, tall], work)
+        return products(interpret, [tall], lambda begin: sloped(
+            n, p, slope, begin(0, do, Tile(v_ring.at[v_slot(n)]))()).astype(kind))
 
     def add(dq, ds, n):
         dq = products(interpret, [dq], lambda begin: begin(0, ds, k_ring.at[slot(n)])())
@@ -280,7 +279,7 @@ def _query_sums(here: Here, at, steps, dq_ref, scratch, group, tile):
             s = begin(0, q, Tile(k_ring.at[now]))
             new_dq = begin(1, ds, k_ring.at[before])
             dp = begin(2, do, Tile(v_ring.at[v_slot(n)]))
-            new_ds = tile_of(n, s(2), dp, masked)
+            new_ds = sloped(n, *weigh(n, s(2), masked), dp())
             found = new_dq()
             plgpu.barrier_arrive(k_free.at[before])
             return found, new_ds.astype(kind)
@@ -289,12 +288,11 @@ def _query_sums(here: Here, at, steps, dq_ref, scratch, group, tile):
 
     dq = zeros((ROWS, x.q.shape[3]), interpret)
     if x.q.shape[3] > 192:
-        # too many registers for a tile more
-        alone = lambda masked: lambda n, dq: add(dq, slope(n, masked), n)
-        dq = jax.lax.fori_loop(0, whole, alone(False), dq)
-        dq = jax.lax.fori_loop(whole, count, alone(True), dq)
+        each = lambda masked: lambda n, dq: add(dq, alone(n, masked), n)
+        dq = jax.lax.fori_loop(0, whole, each(False), dq)
+        dq = jax.lax.fori_loop(whole, count, each(True), dq)
     else:
-        carry, one = (dq, slope(0, True)), jnp.maximum(whole, 1)
+        carry, one = (dq, alone(0, True)), jnp.maximum(whole, 1)
         carry = jax.lax.fori_loop(1, one, lambda n, c: step(n, c, False), carry)
         carry = jax.lax.fori_loop(one, count, lambda n, c: step(n, c, True), carry)
         dq = add(*carry, count - 1)

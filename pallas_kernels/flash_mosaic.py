@@ -10,9 +10,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import flash_mosaic_backward
 from pallas_kernels.schedule import Side, Static
+from pallas_kernels.hopper import F32, ROWS, Tile, products, share, shared, spread, zeros
 from pallas_kernels.steps_mosaic import (
-    F32, FEW, MANY, ROWS, Arrays, Call, Here, Line, Tile, arrays, fetch_keys, launch,
-    line, online, products, shared, spread, zeros
+    Arrays, Call, Here, Line, arrays, fetch_keys, line, online, run
 )
 from pallas_kernels.tile import LOG2E, LOW, NEVER
 
@@ -27,7 +27,7 @@ def forward(static: Static, side: Side, q, k, v, bias, sink):
     tall = t.grid[0] * t.rows
     o = jax.ShapeDtypeStruct((b, x.q.shape[1], h, x.v.shape[3]), v.dtype)
     lse = jax.ShapeDtypeStruct((b, h, tall), F32)
-    o, lse = launch(
+    o, lse = run(
         call, _forward, {"tile": t.grid[0], "batch": b, "head": h}, x,
         line(*static.asks(t, side)), [o, lse], _scratch(call, x), "flash_forward",
     )
@@ -67,15 +67,9 @@ def _forward(call: Call, x: Arrays, seen: Line, outs, scratch):
     steps = seen.whole[row, tile], seen.count[row, tile]
     at = lambda n: seen.where[row, tile, n]
 
-    @pl.when(group == call.warpgroups)
-    def _():
-        plgpu.set_max_registers(FEW[call.warpgroups], action="decrease")
-        fetch_keys(here, at, steps[1], scratch[1:3], scratch[6:10])
-
-    @pl.when(group < call.warpgroups)
-    def _():
-        plgpu.set_max_registers(MANY[call.warpgroups], action="increase")
-        _attend(here, at, steps, outs, scratch, group, tile)
+    share(group, call.warpgroups,
+          lambda: fetch_keys(here, at, steps[1], scratch[1:3], scratch[6:10]),
+          lambda: _attend(here, at, steps, outs, scratch, group, tile))
 
 
 def _attend(here: Here, at, steps, outs, scratch, group, tile):

@@ -10,9 +10,11 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.flash_mosaic_wide import handover, wide_sums
 from pallas_kernels.schedule import Side, Static
+from pallas_kernels.hopper import (
+    F32, ROWS, Tile, drain, products, share, shared, spread, vector, zeros
+)
 from pallas_kernels.steps_mosaic import (
-    F32, FEW, MANY, ROWS, Arrays, Call, Here, Line, Tile, arrays, drain, fetch_keys,
-    launch, line, products, shared, spread, tokens, vector, weights, zeros
+    Arrays, Call, Here, Line, arrays, fetch_keys, line, run, tokens, weights
 )
 from pallas_kernels.tile import LOG2E, LOW
 
@@ -58,7 +60,7 @@ def _keys(call: Call, static: Static, side: Side, q, k, v, *rest):
     )
     like = lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype)
     grid = {"tile": call.tiling.grid[1], "batch": k.shape[0], "head": k.shape[2]}
-    dk, dv = launch(call, _by_key, grid, x, seen, [like(x.k), like(x.v)], scratch,
+    dk, dv = run(call, _by_key, grid, x, seen, [like(x.k), like(x.v)], scratch,
                     "flash_backward_keys")
     return (dk[:, :k.shape[1], :, :k.shape[3]], dv[:, :k.shape[1], :, :v.shape[3]])
 
@@ -77,16 +79,11 @@ def _by_key(call: Call, x: Arrays, seen: Line, outs, scratch):
     at = lambda n: seen.where[row, tile, n]
     head = lambda g: kv * call.groups + g
 
-    @pl.when(group == call.warpgroups)
-    def _():
-        plgpu.set_max_registers(FEW[call.warpgroups], action="decrease")
-        _fetch_queries(call, x, at, steps[1], scratch, b, head)
-
-    @pl.when(group < call.warpgroups)
-    def _():
-        plgpu.set_max_registers(MANY[call.warpgroups], action="increase")
-        sums = wide_sums if _split(call) else _key_sums
-        sums(call, x, at, steps, outs, scratch, (group, tile, b, kv), head)
+    sums = wide_sums if _split(call) else _key_sums
+    place = group, tile, b, kv
+    share(group, call.warpgroups,
+          lambda: _fetch_queries(call, x, at, steps[1], scratch, b, head),
+          lambda: sums(call, x, at, steps, outs, scratch, place, head))
 
 
 def _fetch_queries(call: Call, x: Arrays, at, count, scratch, b, head):
@@ -147,10 +144,10 @@ def _key_sums(call: Call, x: Arrays, at, steps, outs, scratch, place, head):
             def weigh(begin):
                 s = begin(0, k, Tile(q))
                 dp = begin(1, v, Tile(do))
-                lse = vector(lse_ring.at[slot], (), True, interpret)
+                lse = vector(lse_ring.at[slot], True, interpret)
                 s, unit, slope = here.logits(s(1), row, first, masked)
                 p = weights(s, unit, lse, True)
-                delta = vector(delta_ring.at[slot], (), True, interpret)
+                delta = vector(delta_ring.at[slot], True, interpret)
                 ds = p * (dp() - spread(delta, tall, True))
                 ds = ds if slope is None else ds * slope
                 return p.astype(kind), ds.astype(kind)
@@ -195,7 +192,7 @@ def _queries(call: Call, static: Static, side: Side, q, *rest):
         *(barrier(num_barriers=n, num_arrivals=groups) for n in call.stages),
     )
     grid = {"tile": call.tiling.grid[0], "batch": q.shape[0], "head": q.shape[2]}
-    dq, = launch(
+    dq, = run(
         call, _by_query, grid, x, line(*static.asks(call.tiling, side)),
         [jax.ShapeDtypeStruct(x.q.shape, x.q.dtype)], scratch, "flash_backward_queries",
     )
@@ -212,15 +209,9 @@ def _by_query(call: Call, x: Arrays, seen: Line, outs, scratch):
     steps = seen.whole[row, tile], seen.count[row, tile]
     at = lambda n: seen.where[row, tile, n]
 
-    @pl.when(group == call.warpgroups)
-    def _():
-        plgpu.set_max_registers(FEW[call.warpgroups], action="decrease")
-        fetch_keys(here, at, steps[1], scratch[2:4], scratch[5:9])
-
-    @pl.when(group < call.warpgroups)
-    def _():
-        plgpu.set_max_registers(MANY[call.warpgroups], action="increase")
-        _query_sums(here, at, steps, outs[0], scratch, group, tile)
+    share(group, call.warpgroups,
+          lambda: fetch_keys(here, at, steps[1], scratch[2:4], scratch[5:9]),
+          lambda: _query_sums(here, at, steps, outs[0], scratch, group, tile))
 
 
 def _query_sums(here: Here, at, steps, dq_ref, scratch, group, tile):
@@ -237,8 +228,8 @@ def _query_sums(here: Here, at, steps, dq_ref, scratch, group, tile):
     slot, v_slot = (lambda n, m=m: jax.lax.rem(n, jnp.int32(m)) for m in call.stages)
     plgpu.copy_gmem_to_smem(x.q.at[queries], q, there.at[group])
     plgpu.copy_gmem_to_smem(x.do.at[queries], do, there.at[group])
-    lse = vector(x.lse, vectors, False, interpret)
-    delta = vector(x.delta, vectors, False, interpret)
+    lse = vector(x.lse.at[vectors], False, interpret)
+    delta = vector(x.delta.at[vectors], False, interpret)
     plgpu.barrier_wait(there.at[group])
     tall = ROWS, call.tiling.columns
 

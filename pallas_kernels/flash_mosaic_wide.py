@@ -12,10 +12,10 @@ import jax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.steps_mosaic import (
-    F32, ROWS, Arrays, Call, Here, Tile, matrix, products, shared, spread, vector,
-    weights, zeros
+from pallas_kernels.hopper import (
+    F32, ROWS, Tile, matrix, products, shared, spread, vector, zeros
 )
+from pallas_kernels.steps_mosaic import Arrays, Call, Here, weights
 
 
 def handover(call: Call):
@@ -74,7 +74,7 @@ def _values(call: Call, x: Arrays, at, steps, scratch, place, head):
 
             def weigh(begin):
                 s = begin(0, k_smem.at[0], Tile(q_ring.at[slot]))
-                lse = vector(lse_ring.at[slot], (), True, call.interpret)
+                lse = vector(lse_ring.at[slot], True, call.interpret)
                 s, unit, slope = here.logits(s(), row, first, masked)
                 p = weights(s, unit, lse, True)
                 return p, p if slope is None else p * slope
@@ -115,7 +115,7 @@ def _keys(call: Call, x: Arrays, count, scratch):
 
         def slope(begin):
             dp = begin(0, v_smem.at[0], Tile(do_ring.at[slot]))
-            delta = vector(delta_ring.at[slot], (), True, call.interpret)
+            delta = vector(delta_ring.at[slot], True, call.interpret)
             plgpu.barrier_wait(p_there)
             p = matrix(p_smem, call.interpret)
             ds = p * (dp() - spread(delta, tall, True))

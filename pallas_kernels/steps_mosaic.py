@@ -1,15 +1,10 @@
-"""Steps of a flash kernel on Hopper by Mosaic GPU: the lists of tiles, the ring of
-shared memory through which they pass, groups of matrix products, and what the elements
-of a tile are.
-
-Everything that changed between versions of jax, and everything that an interpreter on a
-CPU does differently, stands here: there a matrix product is a dot of what the memory
-holds and a layout is nothing, while copies, barriers and warpgroups are simulated.
+"""Steps of a flash kernel on Hopper by Mosaic GPU: the tiles that each block passes
+over, how they are loaded, and what the elements of a tile are.
 """
 
 from __future__ import annotations
 
-from typing import Any, Callable, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,17 +12,9 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.hopper import F32, TILE, cast, drain, launch, spread, vector
 from pallas_kernels.schedule import FULL, SKIP, Side, Tiling
 from pallas_kernels.tile import LOG2E, NEVER, Form, both
-
-F32 = jnp.float32
-ROWS = 64  # queries, or keys, of one warpgroup's matrix product
-FEW, MANY = {1: 24, 2: 24, 3: 32}, {1: 240, 2: 240, 3: 160}  # registers of a thread of
-# the warpgroup that loads and of those that compute, by how many these are: 512 in all
-WIDE = 128  # bytes of a line of shared memory
-TILE = plgpu.Layout.WGMMA
-ALONG = {False: TILE.reduce(1), True: TILE.reduce(0)}  # a vector of rows, of columns
-
 
 class Line(NamedTuple):
     """Which tiles of the inner axis a block passes over, for each tile of the outer.
@@ -94,83 +81,6 @@ def line(table: np.ndarray, ask: jax.Array | None) -> Line:
     return Line(*(jnp.asarray(a, jnp.int32) for a in counts))
 
 
-def shared(shape: tuple[int, ...], dtype) -> Any:
-    """Shared memory for tiles [...,rows,width] that matrix products read."""
-    return plgpu.SMEM(shape, dtype, transforms=(
-        plgpu.TilingTransform((8, WIDE // jnp.dtype(dtype).itemsize)),
-        plgpu.SwizzleTransform(WIDE)))
-
-
-def cast(x, layout, interpret: bool):
-    """x laid out over the registers of a warpgroup."""
-    return x if interpret else plgpu.layout_cast(x, layout)
-
-
-def vector(ref, at: tuple, columns: bool, interpret: bool):
-    """A slice of a reference, as a vector of the rows or the columns of a tile."""
-    if interpret:
-        return ref[at]
-    return plgpu.load(ref, at, layout=ALONG[columns], optimized=False)
-
-
-def matrix(ref, interpret: bool):
-    """A tile of shared memory in registers."""
-    return ref[...] if interpret else plgpu.load(ref, (), layout=TILE)
-
-
-def spread(x, shape: tuple[int, int], columns: bool):
-    """A vector of rows or columns over a tile."""
-    return jax.lax.broadcast_in_dim(x, shape, (1,) if columns else (0,))
-
-
-class Tile(NamedTuple):
-    """A tile of shared memory, transposed."""
-
-    turned: Any
-
-
-def products(interpret: bool, starts: list[Any], body: Callable):
-    """body(begin) with an accumulator for each of `starts`: a shape, for zeros, or what
-    it starts from. begin(n, a, b) adds a b to the n-th, a: an array or a tile of shared
-    memory, b: a tile of shared memory or a `Tile`. What it returns, called, waits for
-    that product and all before it, while the given number of later ones may go on.
-
-    All accumulators and arrays have to be ready before the first product begins: ptxas
-    runs the products one by one if registers change meanwhile (its warning C7513).
-    """
-    if interpret:
-        return body(lambda n, a, b: lambda later=0, found=_dot(starts[n], a, b): found)
-    shapes = [s if isinstance(s, tuple) else s.shape for s in starts]
-
-    def run(*refs):
-        for ref, start in zip(refs, starts):
-            if not isinstance(start, tuple):
-                ref[...] = start
-
-        def begin(n, a, b):
-            ref = refs[n]
-            turned = isinstance(b, Tile)
-            plgpu.wgmma(ref, a, plgpu.transpose_ref(b.turned, (1, 0)) if turned else b)
-            return lambda later=0: plgpu.wgmma_accumulator_load(ref, wait_n=later)
-
-        return body(begin)
-
-    return pl.run_scoped(run, *(plgpu.ACC(shape) for shape in shapes))
-
-
-def _dot(start, a, b):
-    a = a if isinstance(a, jax.Array) else a[...]
-    b = b.turned[...].T if isinstance(b, Tile) else b[...]
-    found = jnp.dot(a, b, preferred_element_type=F32)
-    return found if isinstance(start, tuple) else found + start
-
-
-def zeros(shape: tuple[int, ...], interpret: bool, value: float = 0.0):
-    """An accumulator of a warpgroup, or for one axis a vector of its rows."""
-    layout = TILE if len(shape) == 2 else ALONG[False]
-    return cast(jnp.full(shape, value, F32), layout, interpret)
-
-
 def tokens(a, size: int, axis: int = 1, value=0):
     """a with whole tiles of tokens."""
     lack = -a.shape[axis] % size
@@ -228,7 +138,8 @@ class Here:
     def _vector(self, ref, before, first, shape, keys: bool):
         columns = keys != self.turned
         at = (*before, pl.ds(first, shape[1 if columns else 0]))
-        return spread(vector(ref, at, columns, self.call.interpret), shape, columns)
+        found = vector(ref.at[at], columns, self.call.interpret)
+        return spread(found, shape, columns)
 
     def logits(self, raw, first_row, first_key, masked: bool):
         """Logits of a tile, NEVER where hidden, their unit, and their slope.
@@ -290,15 +201,6 @@ def fetch_keys(here: Here, at, count, rings, barriers) -> None:
         drain(room, many, count)
 
 
-def drain(free, stages, count) -> None:
-    """Waits until what was loaded last has been used."""
-    def wait(n, carry):
-        plgpu.barrier_wait(free.at[jax.lax.rem(n, stages)])
-        return carry
-
-    jax.lax.fori_loop(jnp.maximum(count - stages, 0), count, wait, None)
-
-
 def weights(s, unit: float, lse, columns: bool):
     """2^(s unit - lse), lse along the rows or the columns."""
     shift = spread(lse, s.shape, columns)
@@ -314,28 +216,10 @@ def online(s, unit: float, m, total):
     return p, top, total * fade + p.sum(1), fade
 
 
-def launch(call: Call, kernel, grid: dict[str, int], x: Arrays, seen: Line, outs,
-           scratch, name: str):
-    """A kernel of warpgroups: kernel(call, x, seen, outs, scratch), on whole arrays."""
-    arrays, shape = jax.tree.flatten((x, seen))
-    n, m = len(arrays), len(arrays) + len(outs)
-
-    def body(*refs):
-        x, seen = jax.tree.unflatten(shape, refs[:n])
-        kernel(call, x, seen, refs[n:m], refs[m:])
-
-    body.__name__ = name
-    return plgpu.kernel(
-        body, out_type=outs, scratch_types=scratch, grid=tuple(grid.values()),
-        grid_names=tuple(grid), num_threads=call.warpgroups + 1, thread_name="group",
-        interpret=_interpreter() if call.interpret else None,
-        compiler_params=plgpu.CompilerParams(
-            approx_math=call.form.softcap is None,
-            lowering_semantics=plgpu.LoweringSemantics.Lane),
-    )(*arrays)
-
-
-def _interpreter():
-    # private in every version so far
-    from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
-    return InterpretGPUParams()
+def run(call: Call, kernel, grid: dict[str, int], x: Arrays, seen: Line, outs, scratch,
+        name: str):
+    """A kernel of the call: kernel(call, x, seen, outs, scratch)."""
+    return launch(
+        lambda given, *rest: kernel(call, *given, *rest), grid, (x, seen), outs, scratch,
+        warpgroups=call.warpgroups, exact=call.form.softcap is not None,
+        interpret=call.interpret, name=name)

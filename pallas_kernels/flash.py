@@ -157,7 +157,7 @@ def check_elementwise(name: str, f: Callable | None, backend: str = "tpu") -> No
 
 def _operations(jaxpr: Any) -> set[str]:
     """The names of the operations in a program and in those that it calls."""
-    found = set()
+    found: set[str] = set()
     for eqn in jaxpr.eqns:
         inner = eqn.params.get("jaxpr")
         found |= {eqn.primitive.name} if inner is None else _operations(inner.jaxpr)

@@ -10,7 +10,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import flash_mosaic_backward
 from pallas_kernels.schedule import Side, Static
-from pallas_kernels.hopper import F32, ROWS, Tile, products, share, shared, spread, zeros
+from pallas_kernels.hopper import (
+    F32, ROWS, Tile, products, share, shared, spread, zeros
+)
 from pallas_kernels.steps_mosaic import (
     Arrays, Call, Here, Line, arrays, fetch_keys, line, online, run
 )
@@ -21,7 +23,7 @@ def forward(static: Static, side: Side, q, k, v, bias, sink):
     """o [B,T,H,V] in v's dtype and lse [B,H,T] float32."""
     t = static.tiling
     call = Call(static.form, t, q.shape[2] // k.shape[2], t.rows // ROWS,
-                static.how[0][0], bool(static.interpret))
+                static.how[0] * 2, bool(static.interpret))
     (b, _, h, _), width = q.shape, v.shape[3]
     x = arrays(call, side, q, k, v, sink)
     tall = t.grid[0] * t.rows
@@ -41,7 +43,7 @@ def backward(static: Static, side: Side, q, k, v, bias, sink, lse, delta, do):
 
 
 def _scratch(call: Call, x: Arrays):
-    n, c, groups = call.stages, call.tiling.columns, call.warpgroups
+    n, c, groups = call.stages[0], call.tiling.columns, call.warpgroups
     d, width, kind = x.q.shape[3], x.v.shape[3], x.q.dtype
     barrier = plgpu.Barrier
     return (
@@ -85,7 +87,7 @@ def _attend(here: Here, at, steps, outs, scratch, group, tile):
     queries = here.b, pl.ds(first, ROWS), here.h
     q = q_smem.at[group]
     o_smem = q if o_smem is None else o_smem.at[group]
-    slot = lambda n: jax.lax.rem(n, jnp.int32(call.stages))
+    slot = lambda n: jax.lax.rem(n, jnp.int32(call.stages[0]))
     key = lambda n: at(n) * call.tiling.columns
 
     plgpu.copy_gmem_to_smem(x.q.at[queries], q, q_there.at[group])
@@ -115,7 +117,8 @@ def _attend(here: Here, at, steps, outs, scratch, group, tile):
         if x.sink is not None:
             start = jnp.full((ROWS,), 0.0, F32) + x.sink[here.h]
         total = zeros((ROWS,), interpret, 0.0 if x.sink is None else 1.0)
-        p, m, total, _ = online(*logits(s, 0, True), start, total)
+        s, unit = logits(s, 0, True)
+        p, m, total, _ = online(s, unit, start, total)
         return p.astype(x.v.dtype), m, total
 
     plgpu.barrier_wait(k_there.at[0])
@@ -135,7 +138,8 @@ def _attend(here: Here, at, steps, outs, scratch, group, tile):
             pass_on()
             s = s(1)
             plgpu.barrier_arrive(k_free.at[now])
-            ahead, top, new, fade = online(*logits(s, n, masked), m, total)
+            s, unit = logits(s, n, masked)
+            ahead, top, new, fade = online(s, unit, m, total)
             found = o()
             plgpu.barrier_arrive(v_free.at[before])
             # no sooner: the product that is under way reads the registers of p

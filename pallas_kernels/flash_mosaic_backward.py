@@ -23,7 +23,7 @@ def backward(static: Static, side: Side, q, k, v, sink, lse, delta, do):
     """dq, dk, dv, given lse, delta [B,H,T] and do [B,T,H,V]."""
     stages, columns, k_stages, v_stages = static.how[1]
     t, groups = static.backward, q.shape[2] // k.shape[2]
-    by_key = Call(static.form, t, groups, 2, stages, bool(static.interpret))
+    by_key = Call(static.form, t, groups, 2, (stages,), bool(static.interpret))
     by_query = by_key._replace(stages=(k_stages, v_stages),
                                tiling=t._replace(rows=2 * ROWS, columns=columns))
     base = jnp.where(jnp.isfinite(lse), lse * LOG2E, 0)
@@ -44,7 +44,7 @@ def _keys(call: Call, static: Static, side: Side, q, k, v, *rest):
     x = _given(call, side, q, k, v, *rest)
     table, ask = static.asks(call.tiling, side)
     seen = line(table.T, None if ask is None else ask.swapaxes(1, 2))
-    n, rows, groups = call.stages, call.tiling.rows, call.warpgroups
+    n, rows, groups = call.stages[0], call.tiling.rows, call.warpgroups
     own = 1 if _split(call) else groups
     d, width, kind = x.q.shape[3], x.v.shape[3], x.q.dtype
     barrier = plgpu.Barrier
@@ -61,7 +61,7 @@ def _keys(call: Call, static: Static, side: Side, q, k, v, *rest):
     like = lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype)
     grid = {"tile": call.tiling.grid[1], "batch": k.shape[0], "head": k.shape[2]}
     dk, dv = run(call, _by_key, grid, x, seen, [like(x.k), like(x.v)], scratch,
-                    "flash_backward_keys")
+                 "flash_backward_keys")
     return (dk[:, :k.shape[1], :, :k.shape[3]], dv[:, :k.shape[1], :, :v.shape[3]])
 
 
@@ -89,7 +89,7 @@ def _by_key(call: Call, x: Arrays, seen: Line, outs, scratch):
 def _fetch_queries(call: Call, x: Arrays, at, count, scratch, b, head):
     """Loads tiles of q and do of every query head, as room comes free."""
     q_ring, do_ring, lse_ring, delta_ring, _, q_there, do_there, free = scratch[2:10]
-    rows, stages = call.tiling.rows, jnp.int32(call.stages)
+    rows, stages = call.tiling.rows, jnp.int32(call.stages[0])
     total = count * call.groups
 
     def load(n, carry):
@@ -134,7 +134,7 @@ def _key_sums(call: Call, x: Arrays, at, steps, outs, scratch, place, head):
 
         def step(n, carry, masked):
             dk, dv = carry
-            slot = jax.lax.rem(g * count + n, jnp.int32(call.stages))
+            slot = jax.lax.rem(g * count + n, jnp.int32(call.stages[0]))
             q, do = q_ring.at[slot], do_ring.at[slot]
             need = masked or call.form.score is not None
             row = at(n) * call.tiling.rows if need else None
@@ -270,7 +270,8 @@ def _query_sums(here: Here, at, steps, dq_ref, scratch, group, tile):
             s = begin(0, q, Tile(k_ring.at[now]))
             new_dq = begin(1, ds, k_ring.at[before])
             dp = begin(2, do, Tile(v_ring.at[v_slot(n)]))
-            new_ds = sloped(n, *weigh(n, s(2), masked), dp())
+            p, slope = weigh(n, s(2), masked)
+            new_ds = sloped(n, p, slope, dp())
             found = new_dq()
             plgpu.barrier_arrive(k_free.at[before])
             return found, new_ds.astype(kind)
@@ -286,7 +287,8 @@ def _query_sums(here: Here, at, steps, dq_ref, scratch, group, tile):
         carry, one = (dq, alone(0, True)), jnp.maximum(whole, 1)
         carry = jax.lax.fori_loop(1, one, lambda n, c: step(n, c, False), carry)
         carry = jax.lax.fori_loop(one, count, lambda n, c: step(n, c, True), carry)
-        dq = add(*carry, count - 1)
+        dq, ds = carry
+        dq = add(dq, ds, count - 1)
     q[...] = (dq * call.form.scale).astype(kind)
     plgpu.commit_smem()
     plgpu.copy_smem_to_gmem(q, dq_ref.at[queries])

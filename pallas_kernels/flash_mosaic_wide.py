@@ -9,6 +9,7 @@ two of the four matrix products.
 from __future__ import annotations
 
 import jax
+import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -67,7 +68,7 @@ def _values(call: Call, x: Arrays, at, steps, scratch, place, head):
 
         def step(i, dv, masked):
             n = g * count + i
-            slot = jax.lax.rem(n, call.stages)
+            slot = jax.lax.rem(n, jnp.int32(call.stages[0]))
             need = masked or call.form.score is not None
             row = at(i) * call.tiling.rows if need else None
             plgpu.barrier_wait(q_there.at[slot])
@@ -110,7 +111,7 @@ def _keys(call: Call, x: Arrays, count, scratch):
     tall = ROWS, call.tiling.rows
 
     def step(n, dk):
-        slot = jax.lax.rem(n, call.stages)
+        slot = jax.lax.rem(n, jnp.int32(call.stages[0]))
         plgpu.barrier_wait(do_there.at[slot])
 
         def slope(begin):

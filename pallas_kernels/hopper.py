@@ -2,8 +2,9 @@
 their registers, matrix products that run beside them, and how a kernel is launched.
 
 Everything that changed between versions of jax, and everything that an interpreter on a
-CPU does differently, stands here: there a matrix product is a dot of what the memory
-holds and a layout is nothing, while copies, barriers and warpgroups are simulated.
+CPU does differently, stands here: there a product whose left side is in registers is a
+dot, no product runs beside other work, and a layout is nothing, while copies, barriers,
+warpgroups and, from jax 0.11, products of what is in memory are simulated.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ FEW, MANY = {1: 24, 2: 24, 3: 32}, {1: 240, 2: 240, 3: 160}
 WIDE = 128  # bytes of a line of shared memory
 TILE = plgpu.Layout.WGMMA
 ALONG = {False: TILE.reduce(1), True: TILE.reduce(0)}  # a vector of rows, of columns
+LATER = jax.__version_info__ >= (0, 11)  # its interpreter takes transposed operands
 INDEXED = "idx" in inspect.signature(plgpu.load).parameters  # until jax 0.12
 
 
@@ -77,7 +79,7 @@ def products(interpret: bool, starts: list[Any], body: Callable):
     runs the products one by one if registers change meanwhile (its warning C7513).
     """
     if interpret:
-        return body(lambda n, a, b: lambda later=0, found=_dot(starts[n], a, b): found)
+        return body(lambda n, *ab: lambda later=0, found=_one(starts[n], *ab): found)
     shapes = [s if isinstance(s, tuple) else s.shape for s in starts]
 
     def run(*refs):
@@ -86,21 +88,33 @@ def products(interpret: bool, starts: list[Any], body: Callable):
                 ref[...] = start
 
         def begin(n, a, b):
-            ref = refs[n]
-            turned = isinstance(b, Tile)
-            plgpu.wgmma(ref, a, plgpu.transpose_ref(b.turned, (1, 0)) if turned else b)
-            return lambda later=0: plgpu.wgmma_accumulator_load(ref, wait_n=later)
+            _multiply(refs[n], a, b)
+            return lambda later=0: plgpu.wgmma_accumulator_load(refs[n], wait_n=later)
 
         return body(begin)
 
     return pl.run_scoped(run, *(plgpu.ACC(shape) for shape in shapes))
 
 
-def _dot(start, a, b):
-    a = a if isinstance(a, jax.Array) else a[...]
-    b = b.turned[...].T if isinstance(b, Tile) else b[...]
-    found = jnp.dot(a, b, preferred_element_type=F32)
-    return found if isinstance(start, tuple) else found + start
+def _multiply(ref, a, b) -> None:
+    turned = isinstance(b, Tile)
+    plgpu.wgmma(ref, a, plgpu.transpose_ref(b.turned, (1, 0)) if turned else b)
+
+
+def _one(start, a, b):
+    """A product when interpreted: no interpreter so far takes an array as the left side
+    or an accumulator that starts from something."""
+    if isinstance(a, jax.Array) or not LATER:
+        a = a if isinstance(a, jax.Array) else a[...]
+        b = b.turned[...].T if isinstance(b, Tile) else b[...]
+        found = jnp.dot(a, b, preferred_element_type=F32)
+        return found if isinstance(start, tuple) else found + start
+
+    def run(ref):
+        _multiply(ref, a, b)
+        return ref[...]
+
+    return pl.run_scoped(run, plgpu.ACC(start))
 
 
 def zeros(shape: tuple[int, ...], interpret: bool, value: float = 0.0):

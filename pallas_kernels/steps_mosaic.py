@@ -16,6 +16,7 @@ from pallas_kernels.hopper import F32, TILE, cast, drain, launch, spread, vector
 from pallas_kernels.schedule import FULL, SKIP, Side, Tiling
 from pallas_kernels.tile import LOG2E, NEVER, Form, both
 
+
 class Line(NamedTuple):
     """Which tiles of the inner axis a block passes over, for each tile of the outer.
 
@@ -31,13 +32,13 @@ class Line(NamedTuple):
 
 class Call(NamedTuple):
     """What is static: the form, the tiles, query heads of a key head, warpgroups that
-    compute, and stages of the ring."""
+    compute, and stages of the rings."""
 
     form: Form
     tiling: Tiling
     groups: int
     warpgroups: int
-    stages: int
+    stages: tuple[int, ...]
     interpret: bool
 
     @property
@@ -72,10 +73,11 @@ class Arrays(NamedTuple):
 
 def line(table: np.ndarray, ask: jax.Array | None) -> Line:
     """The tiles that each row of `table` [N,M], or of `ask` [B,N,M], asks for."""
-    xp, ask = (np, table[None]) if ask is None else (jnp, ask)
-    rank = xp.where(ask == SKIP, 2, xp.where(ask == FULL, 0, 1))
+    xp: Any = np if ask is None else jnp
+    asked = table[None] if ask is None else ask
+    rank = xp.where(asked == SKIP, 2, xp.where(asked == FULL, 0, 1))
     wanted = (rank < 2).sum(-1)
-    most = max(int(wanted.max()), 1) if xp is np else ask.shape[-1]
+    most = max(int(wanted.max()), 1) if ask is None else asked.shape[-1]
     where = xp.argsort(rank, axis=-1, stable=True)[..., :most]
     counts = (rank == 0).sum(-1), xp.maximum(wanted, 1), where
     return Line(*(jnp.asarray(a, jnp.int32) for a in counts))
@@ -201,13 +203,13 @@ def fetch_keys(here: Here, at, count, rings, barriers) -> None:
         drain(room, many, count)
 
 
-def weights(s, unit: float, lse, columns: bool):
+def weights(s, unit, lse, columns: bool):
     """2^(s unit - lse), lse along the rows or the columns."""
     shift = spread(lse, s.shape, columns)
     return jnp.exp2(s * unit - shift if unit != 1.0 else s - shift)
 
 
-def online(s, unit: float, m, total):
+def online(s, unit, m, total):
     """A step of the online softmax: p, and the new maximum, sum, and by how much what
     was there fades. s [rows,keys]; m times log2(e) and total [rows]."""
     top = jnp.maximum(m, s.max(1) * unit if unit != 1.0 else s.max(1))
@@ -220,6 +222,7 @@ def run(call: Call, kernel, grid: dict[str, int], x: Arrays, seen: Line, outs, s
         name: str):
     """A kernel of the call: kernel(call, x, seen, outs, scratch)."""
     return launch(
-        lambda given, *rest: kernel(call, *given, *rest), grid, (x, seen), outs, scratch,
+        lambda given, *rest: kernel(call, *given, *rest), grid, (x, seen), outs,
+        scratch,
         warpgroups=call.warpgroups, exact=call.form.softcap is not None,
         interpret=call.interpret, name=name)

@@ -95,9 +95,9 @@ def tile(device: str, kernel: str, shape: Shape, asked: tuple | None = None,
     name = kernel if backend == "tpu" else f"{backend}_{kernel}"
     table = row(device, backend)[name]
     if backend == "mosaic":
-        own = table[hopper(shape.d, shape.v)]
         # what is asked for replaces the first numbers of the row
-        rows, columns, *how = [*(asked or ()), *own[len(asked or ()):]]
+        first = list(asked or ())
+        rows, columns, *how = first + table[hopper(shape.d, shape.v)][len(first):]
         return Tile(rows, columns, tuple(how))
     rows, columns, *how = table[shape.label]
     if backend != "tpu":

@@ -1,4 +1,20 @@
-"""Flash attention for Hopper by Mosaic GPU.
+"""Flash attention for Hopper by Mosaic GPU, forward: TMA, wgmma, parted warpgroups.
+
+A block owns 64 queries for each warpgroup that computes, two or three of them; one more
+warpgroup loads tiles of k and v into a ring of shared memory. Logits come from shared
+memory, weights stay in registers and are the left side of the product with v. That
+product runs beside the logits of the next tile, and while a warpgroup is at its
+softmax another has the matrix units: they take turns. Under a causal mask the longest
+lines start first. bfloat16 and float16, D and V up to 256 (padded to 64s); no bias, no
+dropout: Triton's kernel does the rest.
+
+Two limits, counted in the program that ptxas makes for sm_90a (D=128, tile 64 x 128, no
+mask): 1024 cycles of the matrix units (2 x 64 x 128 x 128 multiply-adds at 2048 a
+cycle), against 528 cycles of 2^x (66 a thread, 16 a cycle and SM) and 469 issue slots
+of each of the four schedulers. Matrix units are the limit, if the turns hide the rest;
+at D=64 it is 512 against 528, and 2^x is the limit. Nothing here was measured.
+
+Sources: Shah et al., 2024, arXiv:2407.08608; Dao, 2023, arXiv:2307.08691.
 """
 
 from __future__ import annotations

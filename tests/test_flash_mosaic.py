@@ -17,7 +17,7 @@ from attn.masks import Causal, Full, Sink, Window
 from attn.positions import ALiBi
 from attn.softmax import Softmax
 from attn.tiles import attend
-from pallas_kernels import Refused, flash_mosaic
+from pallas_kernels import Refused
 from pallas_kernels.flash import flash
 from tests.test_flash import normal, results
 
@@ -50,6 +50,8 @@ CASES = {
                      "sizes": {"b": 2, "t": 150, "s": 150}},
     "everything": everything,
     "one_token": lambda: {"mask": Causal(), "sizes": {"t": 1, "s": 1}},
+    "three_groups": lambda: {"mask": Full(), "tile": (192,),
+                             "sizes": {"t": 100, "s": 300}},
     "negative": lambda: {"mask": None, "scale": -0.3, "sizes": {"t": 1, "s": 200}},
     "d192": lambda: {"mask": Causal(), "sizes": {"d": 192, "v": 128, "h": 2}},
     "d256": lambda: {"mask": Causal(), "sizes": {"d": 200, "v": 256}},
@@ -118,10 +120,6 @@ def test_refusals_name_their_reason(options, reason):
     with pytest.raises(Refused, match=reason):
         flash(**arrays, **{"backend": "mosaic", "interpret": True, "dropout": 0.5}
               | options)
-
-
-def test_both_passes_have_an_entry():
-    assert callable(flash_mosaic.forward) and callable(flash_mosaic.backward)
 
 
 def test_what_hopper_refuses_falls_through(monkeypatch):

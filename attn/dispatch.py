@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Callable
+from typing import Any, Callable, Sequence
 
 import jax
 
@@ -25,15 +25,19 @@ def interpreted() -> bool:
     return platform() == "cpu"
 
 
+Kernels = Callable[[], Any] | Sequence[Callable[[], Any]] | None
+
+
 def pick(
     implementation: str | None,
     *,
     xla: Callable[[], Any] | None = None,
-    gpu: Callable[[], Any] | None = None,
-    tpu: Callable[[], Any] | None = None,
+    gpu: Kernels = None,
+    tpu: Kernels = None,
 ) -> Any:
     """Runs the best implementation: the platform's kernel, else XLA.
 
+    gpu, tpu: a kernel, or several, of which the first that does not refuse runs.
     implementation: None falls through a kernel's refusal to the next; "pallas" and
     "xla" run that one or raise NotImplementedError with the reason. On a CPU a kernel
     that is asked for by name runs interpreted.
@@ -43,18 +47,21 @@ def pick(
             f"implementation={implementation!r}: expected one of {IMPLEMENTATIONS}"
         )
     where = platform()
-    kernel = {"gpu": gpu, "tpu": tpu, "cpu": tpu or gpu}.get(where)
+    found = {"gpu": gpu, "tpu": tpu, "cpu": tpu or gpu}.get(where)
+    kernels = () if found is None else (found,) if callable(found) else tuple(found)
+    if implementation == "pallas" and not kernels:
+        raise NotImplementedError(
+            f"implementation='pallas': there is no kernel for this on {where} yet"
+        )
+    reasons = []
+    if implementation == "pallas" or (implementation is None and where != "cpu"):
+        for kernel in kernels:
+            try:
+                return kernel()
+            except Refused as reason:
+                reasons.append(str(reason))
     if implementation == "pallas":
-        if kernel is None:
-            raise NotImplementedError(
-                f"implementation='pallas': there is no kernel for this on {where} yet"
-            )
-        return kernel()
-    if implementation is None and kernel is not None and where != "cpu":
-        try:
-            return kernel()
-        except Refused:
-            pass
+        raise Refused("; ".join(dict.fromkeys(reasons)))
     if xla is None:
         raise NotImplementedError("implementation='xla': there is no XLA form of this")
     return xla()

@@ -47,7 +47,7 @@ def attend(
     )
     return pick(
         implementation, xla=lambda: tiles.attend(q, k, v, **options),
-        tpu=kernel("tpu"), gpu=kernel("triton"),
+        tpu=kernel("tpu"), gpu=(kernel("mosaic"), kernel("triton")),
     )
 
 

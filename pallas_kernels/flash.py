@@ -26,6 +26,13 @@ from pallas_kernels.tile import Form
 F32 = jnp.float32
 DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
 WIDEST = 256
+HOPPER = ("H100", "H200", "H800", "H20")  # and GH200, which has H200 in its name
+ELEMENTWISE = set(
+    "abs add and broadcast_in_dim clamp convert_element_type div eq exp exp2 ge gt "
+    "integer_pow le log logistic lt max min mul ne neg not or rem rsqrt select_n "
+    "shift_left shift_right_arithmetic shift_right_logical sign square sub tanh "
+    "xor".split()
+)  # what Mosaic GPU compiles inside a kernel, in every jax from 0.10.2
 
 
 def flash(
@@ -62,24 +69,30 @@ def flash(
     score(h, i, j), plus bias [B|1,H|1,T|1,S|1]; sink [H] is a logit without value.
     dropout acts when there is a `key`, or by `keep` [B,H,T,S] bool. tile: queries and
     keys of a tile. Rows that see nothing give o = 0, lse = -inf and no gradient.
-    backend: "tpu" or "triton". interpret: run on a CPU, slowly.
+    backend: "tpu", "triton" or "mosaic" (Hopper). interpret: run on a CPU, slowly.
 
     Raises Refused for what the kernel does not do. Sources: see the module.
     """
     b, t, h, d = q.shape
     s, width = k.shape[1], v.shape[3]
     _check(q, k, v, q_pos, kv_pos)
+    random = dropout > 0 and key is not None
     if backend == "tpu":
         check_tpu(q, interpret)
+    if backend == "mosaic":
+        check_hopper(q, v, interpret)
+        extra = {"bias": bias, "keep": keep, "key": key if random else None}
+        for name, a in extra.items():
+            if a is not None:
+                raise Refused(f"{name}: not on Hopper, expected None")
     for name, f in (("mask", mask), ("score", score)):
-        check_elementwise(name, f)
+        check_elementwise(name, f, backend)
     device = tables.device_kind()
     offset = s - t if q_pos is None else None
     shape = tables.Shape(t, s, d, width, q.dtype.itemsize,
                          bias is not None or keep is not None)
     pick = lambda which: tables.tile(device, which, shape, tile, backend)
     ahead, back = pick("flash_forward"), pick("flash_backward")
-    random = dropout > 0 and key is not None
     form = Form(mask, d**-0.5 if scale is None else scale, softcap, score,
                 dropout if random or keep is not None else 0.0)
     static = Static(
@@ -119,14 +132,37 @@ def check_tpu(q: jax.Array, interpret: Any) -> None:
         raise Refused("q is float16: TPUs know bfloat16 and float32")
 
 
-def check_elementwise(name: str, f: Callable | None) -> None:
-    """Raises Refused if f(head, i, j) reads an array: a kernel cannot carry one."""
+def check_hopper(q: jax.Array, v: jax.Array, interpret: Any) -> None:
+    """Raises Refused for what the kernels for Hopper do not take."""
+    kind = tables.device_kind()
+    if not interpret and not any(name in kind for name in HOPPER):
+        raise Refused(f"device {kind}: expected one of {', '.join(HOPPER)}")
+    if q.dtype == F32:
+        raise Refused("q is float32: Hopper's matrix units take bfloat16 and float16")
+    if tables.hopper(q.shape[3], v.shape[3]) is None:
+        raise Refused(f"D={q.shape[3]}, V={v.shape[3]}: too wide for a Hopper kernel")
+
+
+def check_elementwise(name: str, f: Callable | None, backend: str = "tpu") -> None:
+    """Raises Refused if f(head, i, j) reads an array: a kernel cannot carry one; or,
+    on Hopper, if it has an operation that does not compile there."""
     if f is None:
         return
     place = jax.ShapeDtypeStruct((), jnp.int32)
-    consts = jax.make_jaxpr(f)(place, place, place).consts
-    if any(getattr(a, "ndim", 0) for a in consts):
+    traced = jax.make_jaxpr(f)(place, place, place)
+    if any(getattr(a, "ndim", 0) for a in traced.consts):
         raise Refused(f"{name}={f}: it reads a table, expected arithmetic on positions")
+    if backend == "mosaic" and (other := _operations(traced.jaxpr) - ELEMENTWISE):
+        raise Refused(f"{name}={f}: no {', '.join(sorted(other))} on Hopper")
+
+
+def _operations(jaxpr: Any) -> set[str]:
+    """The names of the operations in a program and in those that it calls."""
+    found: set[str] = set()
+    for eqn in jaxpr.eqns:
+        inner = eqn.params.get("jaxpr")
+        found |= {eqn.primitive.name} if inner is None else _operations(inner.jaxpr)
+    return found
 
 
 def _kernels(static: Static) -> Any:

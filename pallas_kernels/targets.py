@@ -128,7 +128,7 @@ TARGETS: dict[str, Tpu | Gpu] = {
         Gpu("sm80", "NVIDIA A100-SXM4-80GB", (8, 0), 108, 164 * KIB, 163 * KIB,
             312e12, 2.04e12, 1.41, 80 * GIB, 40 * KIB**2),
         Gpu("sm90a", "NVIDIA H200", (9, 0), 132, 228 * KIB, 227 * KIB, 989e12, 4.8e12,
-            1.98, 141e9, 60 * KIB**2),
+            1.98, 141e9, 60 * KIB**2, ("mosaic", "triton")),
         Gpu("sm100", "NVIDIA B200", (10, 0), 148, 228 * KIB, 227 * KIB, 2250e12, 8e12,
             1.96, 180e9, 126 * KIB**2),
     )

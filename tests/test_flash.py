@@ -14,7 +14,9 @@ from attn.masks import Causal, Full, Mask, Sink, Window
 from attn.positions import ALiBi
 from attn.softmax import Softmax
 from attn.tiles import attend
-from pallas_kernels import Refused, flash_tpu, flash_triton, schedule, tables
+from pallas_kernels import (
+    Refused, flash_mosaic, flash_tpu, flash_triton, schedule, tables
+)
 from pallas_kernels.flash import flash
 from tests import cost
 
@@ -240,6 +242,6 @@ def test_softmax_runs_the_kernel_by_name():
         kernel(*(normal(n, 1, 4, 1, 300) for n in range(3)))
 
 
-@pytest.mark.parametrize("module", (flash_tpu, flash_triton))
+@pytest.mark.parametrize("module", (flash_tpu, flash_triton, flash_mosaic))
 def test_every_backend_has_the_same_entries(module):
     assert callable(module.forward) and callable(module.backward)

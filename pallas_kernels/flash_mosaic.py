@@ -1,0 +1,190 @@
+"""Flash attention for Hopper by Mosaic GPU, forward: TMA, wgmma, parted warpgroups.
+
+A block owns 64 queries for each warpgroup that computes, two or three of them; one more
+warpgroup loads tiles of k and v into a ring of shared memory. Logits come from shared
+memory, weights stay in registers and are the left side of the product with v. That
+product runs beside the logits of the next tile, and while a warpgroup is at its
+softmax another has the matrix units: they take turns. Under a causal mask the longest
+lines start first. bfloat16 and float16, D and V up to 256 (padded to 64s); no bias, no
+dropout: Triton's kernel does the rest.
+
+Two limits, counted in the program that ptxas makes for sm_90a (D=128, tile 64 x 128, no
+mask): 1024 cycles of the matrix units (2 x 64 x 128 x 128 multiply-adds at 2048 a
+cycle), against 528 cycles of 2^x (66 a thread, 16 a cycle and SM) and 469 issue slots
+of each of the four schedulers. Matrix units are the limit, if the turns hide the rest;
+at D=64 it is 512 against 528, and 2^x is the limit. Nothing here was measured.
+
+Sources: Shah et al., 2024, arXiv:2407.08608; Dao, 2023, arXiv:2307.08691.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels import flash_mosaic_backward
+from pallas_kernels.schedule import Side, Static
+from pallas_kernels.hopper import (
+    F32, ROWS, Tile, products, share, shared, spread, zeros
+)
+from pallas_kernels.steps_mosaic import (
+    Arrays, Call, Here, Line, arrays, fetch_keys, line, online, run
+)
+from pallas_kernels.tile import LOG2E, LOW, NEVER
+
+
+def forward(static: Static, side: Side, q, k, v, bias, sink):
+    """o [B,T,H,V] in v's dtype and lse [B,H,T] float32."""
+    t = static.tiling
+    call = Call(static.form, t, q.shape[2] // k.shape[2], t.rows // ROWS,
+                static.how[0] * 2, bool(static.interpret))
+    (b, _, h, _), width = q.shape, v.shape[3]
+    x = arrays(call, side, q, k, v, sink)
+    tall = t.grid[0] * t.rows
+    o = jax.ShapeDtypeStruct((b, x.q.shape[1], h, x.v.shape[3]), v.dtype)
+    lse = jax.ShapeDtypeStruct((b, h, tall), F32)
+    o, lse = run(
+        call, _forward, {"tile": t.grid[0], "batch": b, "head": h}, x,
+        line(*static.asks(t, side)), [o, lse], _scratch(call, x), "flash_forward",
+    )
+    return o[:, :t.t, :, :width], lse[:, :, :t.t]
+
+
+def backward(static: Static, side: Side, q, k, v, bias, sink, lse, delta, do):
+    """dq, dk, dv, d(bias), given lse, delta [B,H,T] and do [B,T,H,V]."""
+    return *flash_mosaic_backward.backward(
+        static, side, q, k, v, sink, lse, delta, do), None
+
+
+def _scratch(call: Call, x: Arrays):
+    n, c, groups = call.stages[0], call.tiling.columns, call.warpgroups
+    d, width, kind = x.q.shape[3], x.v.shape[3], x.q.dtype
+    barrier = plgpu.Barrier
+    return (
+        shared((groups, ROWS, d), kind), shared((n, c, d), kind),
+        shared((n, c, width), kind),
+        # the output takes the place of q where it can
+        None if d == width else shared((groups, ROWS, width), kind),
+        plgpu.SMEM((groups, ROWS), F32),
+        barrier(num_barriers=groups), barrier(num_barriers=n), barrier(num_barriers=n),
+        barrier(num_arrivals=groups, num_barriers=n),
+        barrier(num_arrivals=groups, num_barriers=n),
+        barrier(num_barriers=groups),
+    )
+
+
+def _forward(call: Call, x: Arrays, seen: Line, outs, scratch):
+    group = jax.lax.axis_index("group")
+    # later query tiles have the longer lines under a causal mask: they start first
+    tile = call.tiling.grid[0] - 1 - jax.lax.axis_index("tile")
+    b, h = jax.lax.axis_index("batch"), jax.lax.axis_index("head")
+    here = Here(call, x, b, h)
+    row = b if seen.count.shape[0] > 1 else 0
+    steps = seen.whole[row, tile], seen.count[row, tile]
+    at = lambda n: seen.where[row, tile, n]
+
+    share(group, call.warpgroups,
+          lambda: fetch_keys(here, at, steps[1], scratch[1:3], scratch[6:10]),
+          lambda: _attend(here, at, steps, outs, scratch, group, tile))
+
+
+def _attend(here: Here, at, steps, outs, scratch, group, tile):
+    """A warpgroup that computes 64 queries. The weights of a tile meet its values while
+    the next tile's logits are made: p is what is still to be multiplied."""
+    q_smem, k_ring, v_ring, o_smem, lse_smem, q_there, *barriers, turn = scratch
+    k_there, v_there, k_free, v_free = barriers
+    o_ref, lse_ref = outs
+    call, x, interpret = here.call, here.x, here.call.interpret
+    whole, count = steps
+    last = call.warpgroups - 1
+    first = tile * call.tiling.rows + group * ROWS
+    queries = here.b, pl.ds(first, ROWS), here.h
+    q = q_smem.at[group]
+    o_smem = q if o_smem is None else o_smem.at[group]
+    slot = lambda n: jax.lax.rem(n, jnp.int32(call.stages[0]))
+    key = lambda n: at(n) * call.tiling.columns
+
+    plgpu.copy_gmem_to_smem(x.q.at[queries], q, q_there.at[group])
+
+    @pl.when(group == last)
+    def _():
+        plgpu.barrier_arrive(turn.at[0])
+
+    plgpu.barrier_wait(q_there.at[group])
+
+    def logits(s, n, masked):
+        need = masked or call.form.score is not None
+        return here.logits(s, first, key(n) if need else None, masked)[:2]
+
+    def pass_on():
+        plgpu.barrier_arrive(turn.at[jax.lax.rem(group + 1, jnp.int32(last + 1))])
+
+    tall = ROWS, call.tiling.columns
+    wide = ROWS, x.v.shape[3]
+
+    def open_line(begin):
+        s = begin(0, q, Tile(k_ring.at[0]))
+        pass_on()
+        s = s()
+        plgpu.barrier_arrive(k_free.at[0])
+        start = zeros((ROWS,), interpret, LOW)
+        if x.sink is not None:
+            start = jnp.full((ROWS,), 0.0, F32) + x.sink[here.h]
+        total = zeros((ROWS,), interpret, 0.0 if x.sink is None else 1.0)
+        s, unit = logits(s, 0, True)
+        p, m, total, _ = online(s, unit, start, total)
+        return p.astype(x.v.dtype), m, total
+
+    plgpu.barrier_wait(k_there.at[0])
+    plgpu.barrier_wait(turn.at[group])
+    p, m, total = products(interpret, [tall], open_line)
+
+    def step(n, carry, masked):
+        acc, p, m, total = carry
+        now, before = slot(n), slot(n - 1)
+        plgpu.barrier_wait(k_there.at[now])
+        plgpu.barrier_wait(v_there.at[before])
+        plgpu.barrier_wait(turn.at[group])
+
+        def work(begin):
+            s = begin(0, q, Tile(k_ring.at[now]))
+            o = begin(1, p, v_ring.at[before])
+            pass_on()
+            s = s(1)
+            plgpu.barrier_arrive(k_free.at[now])
+            s, unit = logits(s, n, masked)
+            ahead, top, new, fade = online(s, unit, m, total)
+            found = o()
+            plgpu.barrier_arrive(v_free.at[before])
+            # no sooner: the product that is under way reads the registers of p
+            ahead = ahead.astype(x.v.dtype)
+            return found * spread(fade, wide, False), ahead, top, new
+
+        return products(interpret, [tall, acc], work)
+
+    carry = zeros(wide, interpret), p, m, total
+    one = jnp.maximum(whole, 1)
+    carry = jax.lax.fori_loop(1, one, lambda n, c: step(n, c, False), carry)
+    carry = jax.lax.fori_loop(one, count, lambda n, c: step(n, c, True), carry)
+    acc, p, m, total = carry
+    end = slot(count - 1)
+    plgpu.barrier_wait(v_there.at[end])
+    acc = products(interpret, [acc], lambda begin: begin(0, p, v_ring.at[end])())
+    plgpu.barrier_arrive(v_free.at[end])
+
+    @pl.when(group == 0)
+    def _():
+        plgpu.barrier_wait(turn.at[0])
+
+    some = total > 0
+    safe = jnp.where(some, total, 1.0)
+    o_smem[...] = (acc * spread(1 / safe, acc.shape, False)).astype(o_ref.dtype)
+    lse_smem.at[group][...] = jnp.where(
+        some, m * (1 / LOG2E) + jnp.log(safe), NEVER)
+    plgpu.commit_smem()
+    plgpu.copy_smem_to_gmem(o_smem, o_ref.at[queries])
+    plgpu.copy_smem_to_gmem(lse_smem.at[group],
+                            lse_ref.at[here.b, here.h, pl.ds(first, ROWS)])
+    plgpu.wait_smem_to_gmem(0)

@@ -1,0 +1,307 @@
+"""Flash attention for Hopper by Mosaic GPU, backward: a kernel for dk and dv, which
+passes over query tiles of all query heads of a key head, and one for dq, which passes
+over key tiles. Each makes the weights again; nothing is added up in main memory, so
+that every run gives the same bits.
+
+A warpgroup owns 64 keys, or 64 queries; where dk and dv of 64 keys do not fit into its
+registers (D + V above 256), see `flash_mosaic_wide.py`. For dq, the product with k runs
+beside the next tile's logits.
+
+The limit, counted as in `flash_mosaic.py` (D=128, tile 64 x 64, no mask): 1024 cycles
+of the matrix units for dk and dv and 768 for dq, against 256 of 2^x and 303 and 299
+issue slots. Seven products instead of the five that are needed: at most 5/7 of the peak
+counts as useful.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.flash_mosaic_wide import handover, wide_sums
+from pallas_kernels.schedule import Side, Static
+from pallas_kernels.hopper import (
+    F32, ROWS, Tile, drain, products, share, shared, spread, vector, zeros
+)
+from pallas_kernels.steps_mosaic import (
+    Arrays, Call, Here, Line, arrays, fetch_keys, line, run, tokens, weights
+)
+from pallas_kernels.tile import LOG2E, LOW
+
+
+def backward(static: Static, side: Side, q, k, v, sink, lse, delta, do):
+    """dq, dk, dv, given lse, delta [B,H,T] and do [B,T,H,V]."""
+    stages, columns, k_stages, v_stages = static.how[1]
+    t, groups = static.backward, q.shape[2] // k.shape[2]
+    by_key = Call(static.form, t, groups, 2, (stages,), bool(static.interpret))
+    by_query = by_key._replace(stages=(k_stages, v_stages),
+                               tiling=t._replace(rows=2 * ROWS, columns=columns))
+    base = jnp.where(jnp.isfinite(lse), lse * LOG2E, 0)
+    given = side, q, k, v, do, base, delta
+    dk, dv = _keys(by_key, static, *given)
+    return _queries(by_query, static, *given), dk, dv
+
+
+def _given(call: Call, side: Side, q, k, v, do, base, delta) -> Arrays:
+    rows = call.tiling.rows
+    x = arrays(call, side, q, k, v, None, do)
+    # queries beyond the end get weights 2^(s - 1e30) = 0
+    return x._replace(lse=tokens(base, rows, 2, -LOW),
+                      delta=tokens(delta.astype(F32), rows, 2))
+
+
+def _keys(call: Call, static: Static, side: Side, q, k, v, *rest):
+    x = _given(call, side, q, k, v, *rest)
+    table, ask = static.asks(call.tiling, side)
+    seen = line(table.T, None if ask is None else ask.swapaxes(1, 2))
+    n, rows, groups = call.stages[0], call.tiling.rows, call.warpgroups
+    own = 1 if _split(call) else groups
+    d, width, kind = x.q.shape[3], x.v.shape[3], x.q.dtype
+    barrier = plgpu.Barrier
+    scratch = (
+        shared((own, ROWS, d), kind), shared((own, ROWS, width), kind),
+        shared((n, rows, d), kind), shared((n, rows, width), kind),
+        plgpu.SMEM((n, rows), F32), plgpu.SMEM((n, rows), F32),
+        barrier(num_barriers=groups, num_arrivals=1 if _split(call) else 2),
+        barrier(num_barriers=n, num_arrivals=2),
+        barrier(num_barriers=n, num_arrivals=2),
+        barrier(num_barriers=n, num_arrivals=groups),
+        *(handover(call) if _split(call) else ()),
+    )
+    like = lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype)
+    grid = {"tile": call.tiling.grid[1], "batch": k.shape[0], "head": k.shape[2]}
+    dk, dv = run(call, _by_key, grid, x, seen, [like(x.k), like(x.v)], scratch,
+                 "flash_backward_keys")
+    return (dk[:, :k.shape[1], :, :k.shape[3]], dv[:, :k.shape[1], :, :v.shape[3]])
+
+
+def _split(call: Call) -> bool:
+    """Whether one warpgroup keeps dk of a tile's keys and another dv."""
+    return call.tiling.columns == ROWS
+
+
+def _by_key(call: Call, x: Arrays, seen: Line, outs, scratch):
+    """dk and dv of a tile of keys."""
+    group, tile = jax.lax.axis_index("group"), jax.lax.axis_index("tile")
+    b, kv = jax.lax.axis_index("batch"), jax.lax.axis_index("head")
+    row = b if seen.count.shape[0] > 1 else 0
+    steps = seen.whole[row, tile], seen.count[row, tile]
+    at = lambda n: seen.where[row, tile, n]
+    head = lambda g: kv * call.groups + g
+
+    sums = wide_sums if _split(call) else _key_sums
+    place = group, tile, b, kv
+    share(group, call.warpgroups,
+          lambda: _fetch_queries(call, x, at, steps[1], scratch, b, head),
+          lambda: sums(call, x, at, steps, outs, scratch, place, head))
+
+
+def _fetch_queries(call: Call, x: Arrays, at, count, scratch, b, head):
+    """Loads tiles of q and do of every query head, as room comes free."""
+    q_ring, do_ring, lse_ring, delta_ring, _, q_there, do_there, free = scratch[2:10]
+    rows, stages = call.tiling.rows, jnp.int32(call.stages[0])
+    total = count * call.groups
+
+    def load(n, carry):
+        slot = jax.lax.rem(n, stages)
+        h = head(jax.lax.div(n, count))
+        some = pl.ds(at(jax.lax.rem(n, count)) * rows, rows)
+
+        @pl.when(n >= stages)
+        def _():
+            plgpu.barrier_wait(free.at[slot])
+
+        for ref, ring, place, there in (
+            (x.q, q_ring, (b, some, h), q_there),
+            (x.lse, lse_ring, (b, h, some), q_there),
+            (x.do, do_ring, (b, some, h), do_there),
+            (x.delta, delta_ring, (b, h, some), do_there),
+        ):
+            plgpu.copy_gmem_to_smem(ref.at[place], ring.at[slot], there.at[slot])
+        return carry
+
+    jax.lax.fori_loop(0, total, load, None)
+    drain(free, stages, total)
+
+
+def _key_sums(call: Call, x: Arrays, at, steps, outs, scratch, place, head):
+    """A warpgroup that computes dk and dv of 64 keys."""
+    (k_smem, v_smem, q_ring, do_ring, lse_ring, delta_ring, there, q_there, do_there,
+     free) = scratch
+    group, tile, b, kv = place
+    interpret, kind = call.interpret, x.q.dtype
+    whole, count = steps
+    first = tile * call.tiling.columns + group * ROWS
+    keys = b, pl.ds(first, ROWS), kv
+    k, v = k_smem.at[group], v_smem.at[group]
+    plgpu.copy_gmem_to_smem(x.k.at[keys], k, there.at[group])
+    plgpu.copy_gmem_to_smem(x.v.at[keys], v, there.at[group])
+    plgpu.barrier_wait(there.at[group])
+    tall = ROWS, call.tiling.rows
+
+    def one_head(g, carry):
+        here = Here(call, x, b, head(g), turned=True)
+
+        def step(n, carry, masked):
+            dk, dv = carry
+            slot = jax.lax.rem(g * count + n, jnp.int32(call.stages[0]))
+            q, do = q_ring.at[slot], do_ring.at[slot]
+            need = masked or call.form.score is not None
+            row = at(n) * call.tiling.rows if need else None
+            plgpu.barrier_wait(q_there.at[slot])
+            plgpu.barrier_wait(do_there.at[slot])
+
+            def weigh(begin):
+                s = begin(0, k, Tile(q))
+                dp = begin(1, v, Tile(do))
+                lse = vector(lse_ring.at[slot], True, interpret)
+                s, unit, slope = here.logits(s(1), row, first, masked)
+                p = weights(s, unit, lse, True)
+                delta = vector(delta_ring.at[slot], True, interpret)
+                ds = p * (dp() - spread(delta, tall, True))
+                ds = ds if slope is None else ds * slope
+                return p.astype(kind), ds.astype(kind)
+
+            p, ds = products(interpret, [tall, tall], weigh)
+
+            def add(begin):
+                new_dv = begin(1, p, do)
+                new_dk = begin(0, ds, q)
+                return new_dk(), new_dv()
+
+            carry = products(interpret, [dk, dv], add)
+            plgpu.barrier_arrive(free.at[slot])
+            return carry
+
+        carry = jax.lax.fori_loop(0, whole, lambda n, c: step(n, c, False), carry)
+        return jax.lax.fori_loop(whole, count, lambda n, c: step(n, c, True), carry)
+
+    carry = tuple(zeros((ROWS, a.shape[3]), interpret) for a in (x.q, x.v))
+    if call.groups == 1:
+        dk, dv = one_head(0, carry)
+    else:
+        dk, dv = jax.lax.fori_loop(0, call.groups, one_head, carry)
+    k[...] = (dk * call.form.scale).astype(kind)
+    v[...] = dv.astype(kind)
+    plgpu.commit_smem()
+    plgpu.copy_smem_to_gmem(k, outs[0].at[keys])
+    plgpu.copy_smem_to_gmem(v, outs[1].at[keys])
+    plgpu.wait_smem_to_gmem(0)
+
+
+def _queries(call: Call, static: Static, side: Side, q, *rest):
+    x = _given(call, side, q, *rest)
+    c, groups = call.tiling.columns, call.warpgroups
+    d, width, kind = x.q.shape[3], x.v.shape[3], x.q.dtype
+    barrier = plgpu.Barrier
+    scratch = (
+        shared((groups, ROWS, d), kind), shared((groups, ROWS, width), kind),
+        *(shared((n, c, size), kind) for n, size in zip(call.stages, (d, width))),
+        barrier(num_barriers=groups, num_arrivals=2),
+        *(barrier(num_barriers=n) for n in call.stages),
+        *(barrier(num_barriers=n, num_arrivals=groups) for n in call.stages),
+    )
+    grid = {"tile": call.tiling.grid[0], "batch": q.shape[0], "head": q.shape[2]}
+    dq, = run(
+        call, _by_query, grid, x, line(*static.asks(call.tiling, side)),
+        [jax.ShapeDtypeStruct(x.q.shape, x.q.dtype)], scratch, "flash_backward_queries",
+    )
+    return dq[:, :q.shape[1], :, :q.shape[3]]
+
+
+def _by_query(call: Call, x: Arrays, seen: Line, outs, scratch):
+    """dq of a tile of queries."""
+    group = jax.lax.axis_index("group")
+    tile = call.tiling.grid[0] - 1 - jax.lax.axis_index("tile")
+    b, h = jax.lax.axis_index("batch"), jax.lax.axis_index("head")
+    here = Here(call, x, b, h)
+    row = b if seen.count.shape[0] > 1 else 0
+    steps = seen.whole[row, tile], seen.count[row, tile]
+    at = lambda n: seen.where[row, tile, n]
+
+    share(group, call.warpgroups,
+          lambda: fetch_keys(here, at, steps[1], scratch[2:4], scratch[5:9]),
+          lambda: _query_sums(here, at, steps, outs[0], scratch, group, tile))
+
+
+def _query_sums(here: Here, at, steps, dq_ref, scratch, group, tile):
+    """A warpgroup that computes dq of 64 queries. ds of a tile meets its keys while the
+    next tile's logits are made."""
+    q_smem, do_smem, k_ring, v_ring, there, k_there, v_there, k_free, v_free = scratch
+    call, x, interpret = here.call, here.x, here.call.interpret
+    kind = x.q.dtype
+    whole, count = steps
+    first = tile * call.tiling.rows + group * ROWS
+    queries = here.b, pl.ds(first, ROWS), here.h
+    vectors = here.b, here.h, pl.ds(first, ROWS)
+    q, do = q_smem.at[group], do_smem.at[group]
+    slot, v_slot = (lambda n, m=m: jax.lax.rem(n, jnp.int32(m)) for m in call.stages)
+    plgpu.copy_gmem_to_smem(x.q.at[queries], q, there.at[group])
+    plgpu.copy_gmem_to_smem(x.do.at[queries], do, there.at[group])
+    lse = vector(x.lse.at[vectors], False, interpret)
+    delta = vector(x.delta.at[vectors], False, interpret)
+    plgpu.barrier_wait(there.at[group])
+    tall = ROWS, call.tiling.columns
+
+    def weigh(n, s, masked):
+        """The weights of a tile, from its logits, and the slope of a softcap."""
+        need = masked or call.form.score is not None
+        key = at(n) * call.tiling.columns if need else None
+        s, unit, slope = here.logits(s, first, key, masked)
+        return weights(s, unit, lse, False), slope
+
+    def sloped(n, p, slope, dp):
+        ds = p * (dp - spread(delta, tall, False))
+        plgpu.barrier_arrive(v_free.at[v_slot(n)])
+        return ds if slope is None else ds * slope
+
+    def alone(n, masked):
+        """ds of a tile, when nothing else is under way; one product at a time, which
+        leaves wide heads registers enough."""
+        plgpu.barrier_wait(k_there.at[slot(n)])
+        p, slope = products(interpret, [tall], lambda begin: weigh(
+            n, begin(0, q, Tile(k_ring.at[slot(n)]))(), masked))
+        plgpu.barrier_wait(v_there.at[v_slot(n)])
+        return products(interpret, [tall], lambda begin: sloped(
+            n, p, slope, begin(0, do, Tile(v_ring.at[v_slot(n)]))()).astype(kind))
+
+    def add(dq, ds, n):
+        dq = products(interpret, [dq], lambda begin: begin(0, ds, k_ring.at[slot(n)])())
+        plgpu.barrier_arrive(k_free.at[slot(n)])
+        return dq
+
+    def step(n, carry, masked):
+        dq, ds = carry
+        now, before = slot(n), slot(n - 1)
+        plgpu.barrier_wait(k_there.at[now])
+        plgpu.barrier_wait(v_there.at[v_slot(n)])
+
+        def work(begin):
+            s = begin(0, q, Tile(k_ring.at[now]))
+            new_dq = begin(1, ds, k_ring.at[before])
+            dp = begin(2, do, Tile(v_ring.at[v_slot(n)]))
+            p, slope = weigh(n, s(2), masked)
+            new_ds = sloped(n, p, slope, dp())
+            found = new_dq()
+            plgpu.barrier_arrive(k_free.at[before])
+            return found, new_ds.astype(kind)
+
+        return products(interpret, [tall, dq, tall], work)
+
+    dq = zeros((ROWS, x.q.shape[3]), interpret)
+    if x.q.shape[3] > 192:
+        each = lambda masked: lambda n, dq: add(dq, alone(n, masked), n)
+        dq = jax.lax.fori_loop(0, whole, each(False), dq)
+        dq = jax.lax.fori_loop(whole, count, each(True), dq)
+    else:
+        carry, one = (dq, alone(0, True)), jnp.maximum(whole, 1)
+        carry = jax.lax.fori_loop(1, one, lambda n, c: step(n, c, False), carry)
+        carry = jax.lax.fori_loop(one, count, lambda n, c: step(n, c, True), carry)
+        dq, ds = carry
+        dq = add(dq, ds, count - 1)
+    q[...] = (dq * call.form.scale).astype(kind)
+    plgpu.commit_smem()
+    plgpu.copy_smem_to_gmem(q, dq_ref.at[queries])
+    plgpu.wait_smem_to_gmem(0)

@@ -137,6 +137,8 @@ def check_hopper(q: jax.Array, v: jax.Array, interpret: Any) -> None:
     kind = tables.device_kind()
     if not interpret and not any(name in kind for name in HOPPER):
         raise Refused(f"device {kind}: expected one of {', '.join(HOPPER)}")
+    if q.shape[0] >= 2**16:
+        raise Refused(f"B={q.shape[0]}: at most {2**16 - 1} rows on Hopper")
     if q.dtype == F32:
         raise Refused("q is float32: Hopper's matrix units take bfloat16 and float16")
     if tables.hopper(q.shape[3], v.shape[3]) is None:
@@ -160,7 +162,8 @@ def _operations(jaxpr: Any) -> set[str]:
     """The names of the operations in a program and in those that it calls."""
     found: set[str] = set()
     for eqn in jaxpr.eqns:
-        inner = eqn.params.get("jaxpr")
+        called = eqn.primitive.name in ("jit", "pjit")
+        inner = eqn.params["jaxpr"] if called else None
         found |= {eqn.primitive.name} if inner is None else _operations(inner.jaxpr)
     return found
 

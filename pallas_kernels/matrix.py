@@ -116,6 +116,7 @@ def work(given: argparse.Namespace) -> int:
     """The worker of one target: compiles its cases, prints a line for each that is
     done, and writes their figures."""
     logging.getLogger("absl").setLevel(logging.ERROR)  # a peer's word on its tuning
+    del sys.argv[1:]  # which a peer reads, too
     target, folder = TARGETS[given.targets], pathlib.Path(given.worker)
     found = {}
     for name, case in chosen(given, target.name).items():

@@ -1,9 +1,9 @@
 """What a decoding program on GPU by Triton reads: one key head of one row of a cache, a
 tile of its slots at a time, contiguous or by pages, plain, int8 or int4.
 
-A tile that lies inside a page is read by the page's number; where pages are of another
-size, each slot is read by its own page's. What is not there is not read: slots beyond
-the row's length, pages that are -1, lanes beyond the width.
+A tile that lies inside a page is read by the page's number; where pages are smaller, or
+no power of two, each slot is read by its own page's. What is not there is not read:
+slots beyond the row's length, pages that are -1, lanes beyond the width.
 """
 
 from __future__ import annotations

@@ -99,7 +99,8 @@ def paged(a, page=8, seed=0):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("tile, page", ((8, 8), (24, 8), (16, 16), (16, 32), (32, 24)))
+@pytest.mark.parametrize("tile, page", (
+    (8, 8), (24, 8), (16, 16), (32, 16), (16, 32), (32, 24)))
 def test_pages_hold_the_same_cache(tile, page, backend):
     a = arrays()
     pages, table = paged(a, page)

@@ -80,11 +80,14 @@ class Head:
         self.length = jnp.minimum(x.lengths[b, own], call.slots)
 
     def share(self, n):
-        """First and last tile of the n-th split: filled tiles are spread evenly."""
+        """First and last filled tile of the n-th split."""
         size = self.call.columns
-        tiles = jax.lax.div(self.length + (size - 1), size)
-        each = jax.lax.div(tiles + (self.call.splits - 1), self.call.splits)
-        return jnp.minimum(n * each, tiles), jnp.minimum((n + 1) * each, tiles)
+        return self.shared(n, jax.lax.div(self.length + (size - 1), size))
+
+    def shared(self, n, tiles):
+        """Where the n-th split begins and ends in `tiles` that are spread evenly."""
+        splits = self.call.splits
+        return jax.lax.div(n * tiles, splits), jax.lax.div((n + 1) * tiles, splits)
 
     def at(self, tile) -> At:
         """Where a tile of slots lies."""

@@ -263,7 +263,5 @@ def _weights(call: Call, x: Arrays, w_ref):
 
     # tiles beyond the length, spread in the same way
     filled = jax.lax.div(here.length + (size - 1), size)
-    left = -(-call.slots // size) - filled
-    each = jax.lax.div(left + (call.splits - 1), call.splits)
-    start = filled + jnp.minimum(n * each, left)
-    jax.lax.fori_loop(start, filled + jnp.minimum((n + 1) * each, left), nothing, ())
+    start, end = here.shared(n, -(-call.slots // size) - filled)
+    jax.lax.fori_loop(filled + start, filled + end, nothing, ())

@@ -1,9 +1,9 @@
 """What a decoding program on GPU by Triton reads: one key head of one row of a cache, a
 tile of its slots at a time, contiguous or by pages, plain, int8 or int4.
 
-A tile that lies inside a page is read by the page's number; where pages are of another
-size, each slot is read by its own page's. What is not there is not read: slots beyond
-the row's length, pages that are -1, lanes beyond the width.
+A tile that lies inside a page is read by the page's number; where pages are smaller, or
+no power of two, each slot is read by its own page's. What is not there is not read:
+slots beyond the row's length, pages that are -1, lanes beyond the width.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton
 
 from pallas_kernels.steps_triton import dot, lanes, load, power
 from pallas_kernels.tile import LOG2E, NEVER, Form, both
+from pallas_kernels.widen_triton import widened
 
 
 class Call(NamedTuple):
@@ -71,54 +71,6 @@ class At(NamedTuple):
     inside: Any
 
 
-# Four bytes as numbers of 16 bits, their low (shift: 0) or high (4) halves, or whole:
-# each, its sign turned, is set into the last bits of a number whose last bit counts 1,
-# and what that makes too much is taken away again.
-WIDEN = """{{
- .reg .b32 part, one, less;
- shr.u32 part, $2, {shift};
- and.b32 part, part, {bits};
- xor.b32 part, part, {sign};
- mov.b32 one, {one};
- mov.b32 less, {less};
- prmt.b32 $0, part, {big}, 0x4140;
- prmt.b32 $1, part, {big}, 0x4342;
- fma.rn.{kind}x2 $0, $0, one, less;
- fma.rn.{kind}x2 $1, $1, one, less;
-}}"""
-BF16 = {"kind": "bf16", "big": "0x43434343", "one": "0x3F803F80"}
-F16 = {"kind": "f16", "big": "0x64646464", "one": "0x3C003C00"}
-HALF = {"bits": "0x0F0F0F0F", "sign": "0x08080808"}
-WHOLE = {"bits": "0xFFFFFFFF", "sign": "0x80808080"}
-# bfloat16 has too few bits for this with int8
-NUMBERS = {
-    ("bfloat16", 4): BF16 | HALF | {"less": "0xC308C308"},  # -136
-    ("float16", 4): F16 | HALF | {"less": "0xE408E408"},  # -1032
-    ("float16", 8): F16 | WHOLE | {"less": "0xE480E480"},  # -1152
-}
-
-
-def widened(a, bits: int, dtype, ones=None, interpret: Any = False) -> list[Any]:
-    """int8 [columns,width] in q's type, or the low and high int4 of each byte; times
-    `ones` [columns,1] of that type, if given."""
-    numbers = NUMBERS.get((jnp.dtype(dtype).name, bits))
-    if interpret or numbers is None:
-        parts = [a]
-        if bits == 4:
-            wide = a.astype(jnp.int32)
-            parts = [(wide << 28) >> 28, wide >> 4]
-        return [n.astype(dtype) * (1 if ones is None else ones) for n in parts]
-    args, registers = [a], "=r,=r,r"
-    if ones is not None:
-        args, registers = [a, jnp.broadcast_to(ones, a.shape)], "=r,=r,r,r,r"
-        numbers = numbers | {"one": "$3"}
-    # as arithmetic on bytes it would be four times as many instructions
-    return [triton.elementwise_inline_asm(
-        WIDEN.format(shift=shift, **numbers), args=args, constraints=registers, pack=4,
-        result_shape_dtypes=[jax.ShapeDtypeStruct(a.shape, dtype)])[0]
-        for shift in ((0, 4) if bits == 4 else (0,))]
-
-
 class Head:
     """One key head `kv` of row `b`: its length and the run of tiles of a split."""
 
@@ -128,11 +80,14 @@ class Head:
         self.length = jnp.minimum(x.lengths[b, own], call.slots)
 
     def share(self, n):
-        """First and last tile of the n-th split: filled tiles are spread evenly."""
+        """First and last filled tile of the n-th split."""
         size = self.call.columns
-        tiles = jax.lax.div(self.length + (size - 1), size)
-        each = jax.lax.div(tiles + (self.call.splits - 1), self.call.splits)
-        return jnp.minimum(n * each, tiles), jnp.minimum((n + 1) * each, tiles)
+        return self.shared(n, jax.lax.div(self.length + (size - 1), size))
+
+    def shared(self, n, tiles):
+        """Where the n-th split begins and ends in `tiles` that are spread evenly."""
+        splits = self.call.splits
+        return jax.lax.div(n * tiles, splits), jax.lax.div((n + 1) * tiles, splits)
 
     def at(self, tile) -> At:
         """Where a tile of slots lies."""

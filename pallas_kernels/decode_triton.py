@@ -8,10 +8,12 @@ sequence is enough to fill the device, and each row's splits share its filled ti
 evenly. Key heads are neighbours in the grid, as they are in memory.
 
 Limits. Bytes: the filled slots of k and v once, slots * K * (D + V) * bits/8, and their
-scales, over the bandwidth. Flops: at least 16 rows a key head (those of the matrix
-units), slots * K * 2 * 16 * (D + V), over the rate: at 16 bits 16 flops a byte, where
-an H200 has 200, and so bytes are what counts. int8 and int4 are made 16 bits wide on
-the way, about one and a half instructions a number.
+scales, over the bandwidth; the next tiles are on their way while one is computed.
+Flops: at least 16 rows a key head (those of the matrix units), so slots * K * 2 * 16 *
+(D + V) over the rate: at 16 bits 16 flops a byte, where an H200 has 200, and so bytes
+are what counts. Instructions: an H200 brings a multiprocessor 32 KiB in about 1600
+cycles, in which it issues 6400 instructions; by the PTX of D = V = 128 those bytes take
+1300 at 16 bits, 5000 at int8 and 8500 at int4, which is bound by them.
 
 Sources: Dao et al., 2023, flash-decoding; Kwon et al., 2023, arXiv:2309.06180 (pages).
 """
@@ -34,13 +36,13 @@ from pallas_kernels.tile import LOG2E, LOW, NEVER
 PARTS = 16  # how many parts the second kernel takes at once
 AN_SM = 2  # programs
 LEAST = 16  # slots of a tile: what the matrix units contract
+LARGE = 64  # slots of a page that a tile may be cut down to
 MOST_ROWS = 512
 
 
 def sized(static, paged: bool, tile: int | None, splits: int | None, q, k, v):
-    """`static` with the tile of a program, which divides a page where it can, and what
-    is known of how many programs there should be. Raises Refused for what this kernel
-    does not do."""
+    """`static` with the tile of a program, which divides a large page, and what decides
+    how many programs there are. Raises Refused for what this kernel does not do."""
     if static.queries * static.heads > MOST_ROWS * static.key_heads:
         raise Refused(f"T={static.queries}, H={static.heads}, K={static.key_heads}: at "
                       f"most {MOST_ROWS} queries of a key head")
@@ -55,7 +57,8 @@ def sized(static, paged: bool, tile: int | None, splits: int | None, q, k, v):
     row = tables.row(tables.device_kind(), "triton")["triton_decode"]
     rows, columns, *how = tables.entry(row, f"{wide} {kind}")
     columns = 1 << (max(tile or columns, LEAST).bit_length() - 1)
-    even = static.page >= LEAST and static.page & (static.page - 1) == 0
+    # smaller pages are read slot by slot: a tile of one would keep too little in flight
+    even = static.page >= LARGE and static.page & (static.page - 1) == 0
     most = static.page if paged and even else power(static.slots)
     return static._replace(tile=(rows, min(columns, most), tuple(how)),
                            splits=splits or 0, cores=tables.cores())
@@ -260,7 +263,5 @@ def _weights(call: Call, x: Arrays, w_ref):
 
     # tiles beyond the length, spread in the same way
     filled = jax.lax.div(here.length + (size - 1), size)
-    left = -(-call.slots // size) - filled
-    each = jax.lax.div(left + (call.splits - 1), call.splits)
-    start = filled + jnp.minimum(n * each, left)
-    jax.lax.fori_loop(start, filled + jnp.minimum((n + 1) * each, left), nothing, ())
+    start, end = here.shared(n, -(-call.slots // size) - filled)
+    jax.lax.fori_loop(filled + start, filled + end, nothing, ())

@@ -11,7 +11,7 @@ from attn.masks import Causal, Sink, Window
 from attn.positions import ALiBi
 from attn.softmax import Softmax
 from attn.tiles import attend
-from pallas_kernels import Refused, cache_triton, decode_tpu, decode_triton
+from pallas_kernels import Refused, decode_tpu, decode_triton, widen_triton
 from pallas_kernels.decode import decode, packed, unpacked
 from pallas_kernels.decode_triton import splits
 from tests.test_flash import BACKENDS, close, normal, results
@@ -99,7 +99,8 @@ def paged(a, page=8, seed=0):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("tile, page", ((8, 8), (24, 8), (16, 16), (16, 32), (32, 24)))
+@pytest.mark.parametrize("tile, page", (
+    (8, 8), (24, 8), (16, 16), (32, 16), (16, 32), (32, 24)))
 def test_pages_hold_the_same_cache(tile, page, backend):
     a = arrays()
     pages, table = paged(a, page)
@@ -294,14 +295,13 @@ def executed(text, word):
     return np.asarray([held["$0"], held["$1"]], np.uint32)
 
 
-@pytest.mark.parametrize("dtype, bits", cache_triton.NUMBERS)
+@pytest.mark.parametrize("dtype, bits", widen_triton.KNOWN)
 def test_the_instructions_widen_every_byte(dtype, bits):
     every = np.arange(256, dtype=np.uint8).reshape(64, 4)
-    wanted = cache_triton.widened(jnp.asarray(every.view(np.int8)), bits,
+    wanted = widen_triton.widened(jnp.asarray(every.view(np.int8)), bits,
                                   jnp.dtype(dtype), interpret=True)
     for shift, want in zip((0, 4), wanted):
-        text = cache_triton.WIDEN.format(shift=shift,
-                                         **cache_triton.NUMBERS[dtype, bits])
+        text = widen_triton.instructions(dtype, bits, shift)
         found = [executed(text, int(word)) for word in every.view("<u4")[:, 0]]
         found = np.stack(found).view(jnp.dtype(dtype))
         np.testing.assert_array_equal(found.astype(np.float32),

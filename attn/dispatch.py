@@ -9,6 +9,7 @@ import jax
 from pallas_kernels import Refused
 
 IMPLEMENTATIONS = (None, "xla", "pallas")
+INTERPRETED = "tpu"  # whose kernels a CPU interprets, where there is a choice
 
 
 def platform() -> str:
@@ -47,7 +48,8 @@ def pick(
             f"implementation={implementation!r}: expected one of {IMPLEMENTATIONS}"
         )
     where = platform()
-    found = {"gpu": gpu, "tpu": tpu, "cpu": tpu or gpu}.get(where)
+    kinds = {"gpu": gpu, "tpu": tpu}
+    found = (kinds[INTERPRETED] or tpu or gpu) if where == "cpu" else kinds.get(where)
     kernels = () if found is None else (found,) if callable(found) else tuple(found)
     if implementation == "pallas" and not kernels:
         raise NotImplementedError(

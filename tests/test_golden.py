@@ -6,6 +6,7 @@ import pathlib
 import numpy as np
 import pytest
 
+from attn import dispatch
 from tests.golden import flashattention
 from tests.golden.__main__ import cases, main, relative, tolerance
 
@@ -18,8 +19,10 @@ def test_golden_vectors_hold(path, capsys):
     assert main([str(path)]) == 0, capsys.readouterr().out
 
 
+@pytest.mark.parametrize("platform", ("tpu", "gpu"))
 @pytest.mark.parametrize("name", cases(FOLDER / "flashattention.npz"))
-def test_golden_vectors_hold_in_the_kernels(name):
+def test_golden_vectors_hold_in_the_kernels(name, platform, monkeypatch):
+    monkeypatch.setattr(dispatch, "INTERPRETED", platform)
     case = cases(FOLDER / "flashattention.npz")[name]
     for array, value in flashattention.run(case, "pallas").items():
         error = relative(value, case[array])

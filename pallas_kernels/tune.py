@@ -8,9 +8,10 @@ Without the accelerator, a TPU candidate costs its bundles times their trips (se
 nothing of the memory system. A GPU has no such schedule to read: a candidate that
 spills registers is dropped, and the best of the rest is the one that keeps most logits
 in flight on a multiprocessor, its tile times the blocks that fit there, with the fewest
-registers among equals. Where the device is there, --timed runs every candidate instead,
-and its row is written under the device's own name. What does not compile, because it
-asks for more fast memory than there is, is passed over. About ten minutes a target on 2
+registers among equals; the kernels for Hopper, which share out registers themselves,
+keep their tiles. Where the device is there, --timed runs every candidate instead, and
+its row is written under the device's own name. What does not compile, because it asks
+for more fast memory than there is, is passed over. About ten minutes a target on 2
 cores.
 """
 
@@ -24,7 +25,7 @@ import pathlib
 import sys
 import tempfile
 import time
-from typing import Any, Callable, Iterator
+from typing import Any, Callable, Iterator, Sequence
 
 import jax
 import numpy as np
@@ -41,8 +42,15 @@ LENGTH, ROUNDS = 8192, 5
 Tile = tuple[int, ...]
 
 
-def candidates(backend: str, width: int) -> Iterator[Tile]:
+def candidates(backend: str, width: int, which: str) -> Iterator[Tile]:
     """Queries, keys and what else the table says of a tile."""
+    if backend == "mosaic":
+        # of the backward pass also keys and stages of the kernel for dq
+        sizes = ((128, 192), (64, 128)) if which == KERNELS[0] else ((64,), (64, 128))
+        for rows, columns, stages in itertools.product(*sizes, (1, 2)):
+            dq = () if which == KERNELS[0] else (64, stages, stages)
+            yield rows, columns, stages, *dq
+        return
     if backend == "tpu":
         yield from ((*tile, chunk) for tile in TPU_TILES for chunk in CHUNKS)
         return
@@ -93,14 +101,14 @@ def timed_cost(target, backend, which, width, tile) -> float:
     return float(np.median(times))
 
 
-def tuned(target: Tpu | Gpu, cost: Callable) -> dict[str, Any]:
+def tuned(target: Tpu | Gpu, cost: Callable, backends: Sequence[str]) -> dict[str, Any]:
     """The target's row of the table: the best tile of each kernel and width."""
     row: dict[str, Any] = json.loads(json.dumps(
         tables.row(target.kind, target.backends[0])))
     for backend, which, (label, width) in itertools.product(
-            target.backends, KERNELS, WIDTHS.items()):
+            backends, KERNELS, WIDTHS.items()):
         costs: dict[Tile, Any] = {}
-        for tile in candidates(backend, width):
+        for tile in candidates(backend, width, which):
             try:
                 found = cost(target, backend, which, width, tile)
             except Exception as error:  # any compiler's reason passes a candidate over
@@ -114,7 +122,8 @@ def tuned(target: Tpu | Gpu, cost: Callable) -> dict[str, Any]:
         if costs:
             best = min(costs.items(), key=lambda item: item[1])[0]
             name = which if backend == "tpu" else f"{backend}_{which}"
-            row[name][f"{label} f16"] = list(best)
+            hopper = tables.hopper(width, width) if backend == "mosaic" else None
+            row[name][hopper or f"{label} f16"] = list(best)
     return row
 
 
@@ -141,7 +150,8 @@ def main(arguments: list[str]) -> int:
     if given.worker:
         target = TARGETS[given.targets]
         cost = functools.partial(static_cost, pathlib.Path(given.worker))
-        write(target.kind, tuned(target, cost))
+        static = [b for b in target.backends if b != "mosaic"]
+        write(target.kind, tuned(target, cost, static))
         return 0
     if given.timed:
         own = here()
@@ -149,7 +159,7 @@ def main(arguments: list[str]) -> int:
             print(f"--timed: {jax.devices()[0].device_kind} is none of the targets "
                   f"({', '.join(t.kind for t in TARGETS.values())})", file=sys.stderr)
             return 2
-        write(own.kind, tuned(own, timed_cost))
+        write(own.kind, tuned(own, timed_cost, own.backends))
         return 0
     names = given.targets.split(",")
     if unknown := set(names) - set(TARGETS):

@@ -6,7 +6,7 @@ import json
 import pytest
 
 from pallas_kernels import (
-    figures, matrix, matrix_table, readings, readings_gpu, tables
+    cases, figures, matrix, matrix_table, readings, readings_gpu, tables, tune
 )
 from pallas_kernels.targets import TARGETS
 
@@ -149,3 +149,41 @@ def test_a_function_of_ones_own_compiles(capsys):
              "f32[64,128]"]
     assert matrix.main(words) == 0
     assert "jax.numpy:tanh" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("words, message", [
+    (["--targets", "v9"], "--targets=v9: expected some of v4,v5e"),
+    (["--timed"], "--timed: cpu is none of the targets"),
+])
+def test_wrong_words_of_tune_get_one_sentence(words, message, capsys):
+    assert tune.main(words) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_the_cheapest_candidate_is_kept():
+    least = lambda tile: tile
+    costs = {"tpu": lambda t: -t[0] * t[1], "triton": least, "mosaic": least}
+
+    def cost(target, backend, which, width, tile):
+        if tile[0] == 1024:
+            raise RuntimeError("no room")
+        return costs[backend](tile)
+
+    row = tune.tuned(TARGETS["v5e"], cost, ("tpu",))
+    assert row["flash_forward"]["d128 f16"] == [2048, 2048, 256]
+    assert row["flash_forward"]["d128 f32"] == tables.row("TPU v5 lite")[
+        "flash_forward"]["d128 f32"]
+    row = tune.tuned(TARGETS["sm90a"], cost, ("mosaic", "triton"))
+    assert row["triton_flash_backward"]["d256 f16"] == [32, 64, 4, 1]
+    assert row["mosaic_flash_forward"]["d256 v256"] == [128, 64, 1]
+
+
+@pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
+def test_every_target_has_cases_and_its_peers_are_marked(target):
+    found = cases.cases(target)
+    assert {n.split()[0] for n in found} == {"flash", "blocks", "decode", "peer"} - (
+        set() if any(c.peer for c in found.values()) else {"peer"})
+    assert all(c.peer == n.startswith("peer") for n, c in found.items())
+    decoding = next(c for n, c in found.items() if n.startswith("decode"))
+    f, args, trips = decoding.build(target)
+    assert callable(f) and (target.platform == "tpu") == bool(trips)

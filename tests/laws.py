@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from attn import dispatch
 from attn.based import Based
 from attn.landmark import Landmark
 from attn.layers import MultiHead
@@ -261,7 +262,9 @@ def test_an_axis_without_a_mesh_is_refused(name):
 
 
 @LAW
-def test_the_kernel_is_the_function(name):
+@pytest.mark.parametrize("platform", ("tpu", "gpu"))
+def test_the_kernel_is_the_function(name, platform, monkeypatch):
+    monkeypatch.setattr(dispatch, "INTERPRETED", platform)
     q, k, v = inputs()
     kernel = dataclasses.replace(ENTRIES[name].attention, implementation="pallas")
     try:

@@ -8,8 +8,8 @@ thread, bytes that spill, shared memory, tensor-core instructions, occupancy.
 
 from __future__ import annotations
 
+import json
 import pathlib
-import re
 from typing import Any
 
 from pallas_kernels import Refused, readings, readings_gpu
@@ -17,9 +17,6 @@ from pallas_kernels.cases import Case, bytes_of
 from pallas_kernels.targets import Gpu, Tpu, compiled
 
 GROWS = ("bundles", "spills", "registers", "memory")  # what may not get larger
-CALL = re.compile(r"^\s*%(\S+) = .*custom-call\(")
-SCOPED = re.compile(
-    r'"used_scoped_memory_configs":\[\{"memory_space":"1","offset":"0","size":"(\d+)"')
 
 
 def figures(target: Tpu | Gpu, case: Case, folder: pathlib.Path) -> dict[str, Any]:
@@ -39,14 +36,16 @@ def figures(target: Tpu | Gpu, case: Case, folder: pathlib.Path) -> dict[str, An
     if case.peer:
         found["peer"] = True
     if isinstance(target, Tpu):
-        return found | _on_tpu(target, case, folder, program, args, trips)
+        return found | _on_tpu(target, case, folder, args, trips)
     kernels = readings_gpu.programs(folder, whole=case.whole)
     return found | {"kernels": {n: _gpu(k, target) for n, k in sorted(kernels.items())}}
 
 
-def _on_tpu(target: Tpu, case: Case, folder, program, args, trips) -> dict[str, Any]:
+def _on_tpu(target: Tpu, case: Case, folder, args, trips) -> dict[str, Any]:
     kernels = readings.programs(folder, whole=case.whole)
-    memory = vmem(program.as_text())
+    memory: dict[str, int] = {}
+    for path in folder.glob("*vmem_report.html"):
+        memory |= vmem(path.read_text())
     found: dict[str, Any] = {"kernels": {}}
     counts = []
     for name, read in sorted(kernels.items()):
@@ -77,15 +76,11 @@ def predicted(target: Tpu, case: Case, cycles: int, moved: float) -> dict[str, A
     return found
 
 
-def vmem(text: str) -> dict[str, int]:
-    """Bytes of fast memory of each kernel in a compiled program's text."""
-    found = {}
-    for line in text.splitlines():
-        call = CALL.match(line)
-        size = SCOPED.search(line) if call else None
-        if call and size:
-            found[call[1]] = int(size[1])
-    return found
+def vmem(report: str) -> dict[str, int]:
+    """Bytes of fast memory of each kernel, from the page on it that libtpu leaves."""
+    start = report.index("const DATA =") + len("const DATA =")
+    data = json.JSONDecoder().raw_decode(report[start:].lstrip())[0]
+    return {n: one["total_size"] for n, one in data["hlo_breakdowns"].items()}
 
 
 def _tpu(p: readings.Program) -> dict[str, Any]:

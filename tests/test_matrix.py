@@ -119,10 +119,9 @@ def test_own_kernels_are_told_from_fusions(tmp_path):
     assert len(readings_gpu.programs(tmp_path, whole=True)) == 3
 
 
-def test_fast_memory_is_read_off_the_program():
-    text = '  %k.1 = f32[8]{0} custom-call(%a), backend_config={' \
-        '"used_scoped_memory_configs":[{"memory_space":"1","offset":"0",' \
-        '"size":"4096"}]}\n  %other = f32[8]{0} copy(%a)\n'
+def test_fast_memory_is_read_off_the_report():
+    text = """<script> const DATA ={ "global_info": {"vmem_capacity": 9},
+      "hlo_breakdowns": {"k.1": {"blocks": [], "total_size": 4096}}};</script>"""
     assert figures.vmem(text) == {"k.1": 4096}
 
 

@@ -186,3 +186,15 @@ def test_every_target_has_cases_and_its_peers_are_marked(target):
     decoding = next(c for n, c in found.items() if n.startswith("decode"))
     f, args, trips = decoding.build(target)
     assert callable(f) and (target.platform == "tpu") == bool(trips)
+
+
+def test_the_record_is_green_and_whole():
+    record = json.loads(matrix.RECORD.read_text())
+    for target in TARGETS.values():
+        own = {f"{target.name} {n}" for n, c in cases.cases(target).items()
+               if not c.peer}
+        assert own <= set(record["cases"]), own - set(record["cases"])
+    broken = [n for n, found in record["cases"].items()
+              if "error" in found and not found.get("peer")]
+    assert not broken
+    assert matrix.PAGE.read_text() == matrix_table.page(record)

@@ -23,18 +23,16 @@ def figures(target: Tpu | Gpu, case: Case, folder: pathlib.Path) -> dict[str, An
     """What one case compiles to on one target; dumps go to, and fill, `folder`."""
     for path in folder.iterdir():
         path.unlink()
+    found: dict[str, Any] = {"peer": True} if case.peer else {}
     try:
         f, args, trips = case.build(target)
         program = compiled(target, f, *args)
     except Refused as error:
-        return {"refused": str(error)}
+        return found | {"refused": str(error)}
     except Exception as error:  # whatever the compiler says is the finding
         text = (str(error).strip() or "no reason given").splitlines()[0]
-        return {"error": f"{type(error).__name__}: {text[:200]}"}
-    found: dict[str, Any] = {
-        "temporary_bytes": program.memory_analysis().temp_size_in_bytes}
-    if case.peer:
-        found["peer"] = True
+        return found | {"error": f"{type(error).__name__}: {text[:200]}"}
+    found["temporary_bytes"] = program.memory_analysis().temp_size_in_bytes
     if isinstance(target, Tpu):
         return found | _on_tpu(target, case, folder, args, trips)
     kernels = readings_gpu.programs(folder, whole=case.whole)

@@ -130,11 +130,13 @@ def tile(device: str, kernel: str, shape: Shape, asked: tuple | None = None,
         return Tile(rows, columns, (how[0] if how else columns,))
     chunk = how[0]
     if shape.matrix:
-        rows, columns = min(rows, MATRIX), min(columns, MATRIX)
+        most = MATRIX if vmem(device) >= 32 * MIB else MATRIX // 2
+        rows, columns = min(rows, most), min(columns, most)
     rows, columns = _even(shape.t, rows, chunk), _even(shape.s, columns, chunk)
     return Tile(rows, columns, (chunk if columns % chunk == 0 else columns,))
 
 
+TILES = 10 * MIB  # what the tiles of the backward pass may need
 MATRIX = 1024  # a tile of an operand [T,S] is that large at most
 LANES = 128  # of a register
 
@@ -150,7 +152,8 @@ def _even(n: int, size: int, step: int) -> int:
 def holds_queries(budget: int, shape: tuple[int, ...], groups: int, itemsize: int):
     """Whether dq of a key head's queries, float32 and as it is written, leaves room."""
     _, _, t, d = shape
-    return groups * t * max(d, 128) * (4 + 2 * itemsize) <= budget // 2
+    room = min(budget // 2, budget - TILES)
+    return groups * t * max(d, 128) * (4 + 2 * itemsize) <= room
 
 
 def slots(size: int, heads: int) -> int:

@@ -237,6 +237,7 @@ DECODE: dict[str, dict[str, Any]] = {
     " statistics": {"statistics": True},
 }
 PEER = "causal T8192 D128 H8"
+SPLASH = ((1024, 1024, 1024), (1024, 1024, 512), (2048, 2048, 512))  # the best of many
 
 
 def cases(target) -> dict[str, Case]:
@@ -277,7 +278,7 @@ def peers(target) -> dict[str, Case]:
             functools.partial(f, backward=back, **kw), work(8192, 128, backward=back),
             peer=True)})
         if target.platform == "tpu":
-            for tile in ((1024, 1024, 1024), (1024, 1024, 512)):
+            for tile in SPLASH:
                 add(f"splash {'x'.join(map(str, tile))}", splash_attention, tile=tile)
         if there:
             for backend in ("mosaic", "triton")[:1 + (target.platform != "tpu")]:

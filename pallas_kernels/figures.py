@@ -45,18 +45,19 @@ def _on_tpu(target: Tpu, case: Case, folder, args, trips) -> dict[str, Any]:
     for path in folder.glob("*vmem_report.html"):
         memory |= vmem(path.read_text())
     found: dict[str, Any] = {"kernels": {}}
-    counts = []
+    counts: dict[str, list[int | None]] = {start: [] for start in trips}
     for name, read in sorted(kernels.items()):
         one = _tpu(read) | {"memory": memory.get(name, 0)}
-        own = next((t for start, t in trips.items() if start in name), None)
-        if own is not None:
-            counts.append(read.cycles(*own))
-            if counts[-1] is not None:
-                one["trips"] = list(own[0])
+        for start, own in trips.items():
+            if start in name:
+                counts[start].append(read.cycles(*own))
+                if counts[start][-1] is not None:
+                    one["trips"] = list(own[0])
         found["kernels"][name] = one
-    cycles = [n for n in counts if n is not None]
-    if cycles and len(cycles) == len(trips):
-        found |= predicted(target, case, sum(cycles), case.moved or bytes_of(args))
+    cycles = [n for own in counts.values() for n in own or [None]]
+    known = [n for n in cycles if n is not None]
+    if known and len(known) == len(cycles):
+        found |= predicted(target, case, sum(known), case.moved or bytes_of(args))
     return found
 
 

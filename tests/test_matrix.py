@@ -68,6 +68,11 @@ def test_what_is_worse(before, after, line):
     assert matrix.worse({"v5e a": before}, {"v5e a": after}) == lines
 
 
+def test_a_kernel_that_was_compiled_before_is_not_missed():
+    name = "sm90a flash backward mosaic a"
+    assert not matrix.worse({name: entry_gpu()}, {name: {"kernels": {}}})
+
+
 def test_a_new_case_that_does_not_compile_is_named():
     found = {"v5e b": {"error": "no room"}, "v5e c": {"error": "x", "peer": True}}
     assert matrix.unrecorded({}, found) == ["v5e b: error: no room"]

@@ -70,7 +70,10 @@ def own_case(function: str, shapes: str) -> Any:
         if not match:
             raise ValueError(f"--shapes: {text!r}: expected one like bf16[1,8192,128]")
         size = tuple(int(n) for n in match[2].split(",") if n)
-        kind = jnp.dtype(SHORT.get(match[1], match[1]))
+        try:
+            kind = jnp.dtype(SHORT.get(match[1], match[1]))
+        except TypeError as error:
+            raise ValueError(f"--shapes: {text!r}: {error}") from None
         args.append(jax.ShapeDtypeStruct(size, kind))
     return Case(lambda target: (f, tuple(args), {}), whole=True)
 
@@ -182,7 +185,7 @@ def problem(given: argparse.Namespace) -> str | None:
     if given.function:
         try:
             own_case(given.function, given.shapes)
-        except (ValueError, TypeError) as error:
+        except ValueError as error:
             return str(error)
     elif given.shapes:
         return f"--shapes={given.shapes}: expected a --function beside it"

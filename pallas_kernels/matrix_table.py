@@ -31,7 +31,7 @@ def rows(found: dict[str, Any], platform: str) -> list[list[str]]:
             continue
         trips = k.get("trips") or [None] * len(k["tiles"])
         tiles = ", ".join(str(b) if t is None else f"{b} x {t}"
-                          for b, t in zip(k["tiles"], trips))
+                          for b, t in zip(k["tiles"], trips)) or str(k["bundles"])
         use = [f"{k['use'][u]:.0%}" for u in ("matmul", "valu", "vload", "vstore")]
         table.append([f"{name.strip('_')}: {tiles}", *use, str(k["spills"]),
                       f"{k['memory'] / 1024:.0f}", "", ""])

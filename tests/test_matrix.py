@@ -135,6 +135,7 @@ def test_fast_memory_is_read_off_the_report():
     (["--shapes", "bf16[1]"], "expected a --function beside it"),
     (["--function", "math:nothing"], "--function=math:nothing:"),
     (["--function", "math:sin", "--shapes", "bf16"], "expected one like bf16"),
+    (["--function", "math:sin", "--shapes", "bf17[1]"], "--shapes: 'bf17[1]':"),
 ])
 def test_wrong_words_get_one_sentence(words, message, capsys):
     assert matrix.main(words) == 2

@@ -15,7 +15,7 @@ from pallas_kernels import tables
 from pallas_kernels.blocks import blocks
 from pallas_kernels.decode import decode
 from pallas_kernels.flash import flash
-from pallas_kernels.schedule import FULL, MASKED, Tiling, asked, paths
+from pallas_kernels.schedule import FULL, MASKED, Tiling, asked, fitted, paths
 
 BF16, F32 = jnp.bfloat16, jnp.float32
 
@@ -73,6 +73,9 @@ def passes(device: str, t, d, v, h, mask, tile=None, itemsize=2, packed=False,
     for kernel in ("flash_forward", "flash_backward"):
         found = tables.tile(device, kernel, shape, tile)
         tiling = Tiling(t, t, found.rows, found.columns, 0)
+        if tile is None:
+            tiling = fitted(mask, tiling, found.how[0], max(d, v), packed,
+                            kernel == "flash_backward")
         table = asked(mask, tiling)
         ask = jnp.asarray(table)[None] if packed else None
         ways, codes, _ = paths(mask, tiling, found.how[0], table, ask)

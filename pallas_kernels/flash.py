@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import Refused, tables
-from pallas_kernels.schedule import Side, Static, Tiling
+from pallas_kernels.schedule import Side, Static, Tiling, fitted
 from pallas_kernels.tile import Form
 
 F32 = jnp.float32
@@ -95,9 +95,13 @@ def flash(
     ahead, back = pick("flash_forward"), pick("flash_backward")
     form = Form(mask, d**-0.5 if scale is None else scale, softcap, score,
                 dropout if random or keep is not None else 0.0)
+    tilings = [Tiling(t, s, a.rows, a.columns, offset) for a in (ahead, back)]
+    if backend == "tpu" and tile is None:
+        traced = q_pos is not None or q_run is not None
+        tilings = [fitted(mask, tiling, a.how[0], max(d, width), traced, n == 1)
+                   for n, (tiling, a) in enumerate(zip(tilings, (ahead, back)))]
     static = Static(
-        form, Tiling(t, s, ahead.rows, ahead.columns, offset),
-        Tiling(t, s, back.rows, back.columns, offset), (ahead.how, back.how),
+        form, tilings[0], tilings[1], (ahead.how, back.how),
         tables.vmem(device, backend), backend, interpret,
     )
     if max(*static.tiling.grid, *static.backward.grid) > 2**15:

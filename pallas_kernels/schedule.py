@@ -160,6 +160,11 @@ class Paths(NamedTuple):
     masked: bool = True
     patterns: tuple[tuple[Part, ...], ...] = ()
 
+    def logits(self, tiling: Tiling) -> int:
+        """How many logits the program of a step computes, all ways together."""
+        whole = (self.whole + self.masked) * tiling.rows * tiling.columns
+        return whole + sum(part.area for parts in self.patterns for part in parts)
+
     def parts(self, tiling: Tiling) -> tuple[Part, ...]:
         """All of a tile, its keys in chunks."""
         n = self.chunk
@@ -170,6 +175,7 @@ class Paths(NamedTuple):
 LANES = 128  # queries of a part come in multiples of it
 MOST_PATTERNS, MOST_PARTS = 3, 2**22
 WORTH = 1 / 16  # of a tile that a pattern has to spare
+MOST_LOGITS = 9 * 2**20  # of a program, where heads are 128 wide
 
 
 def paths(mask: Any, tiling: Tiling, chunk: int, static: np.ndarray,
@@ -177,8 +183,15 @@ def paths(mask: Any, tiling: Tiling, chunk: int, static: np.ndarray,
     """The ways in which the tiles of `static` [N,M] are taken, and `static` and `ask`
     with the patterns in them. A causal mask, for one, has one shape on each tile that
     the diagonal crosses: what lies beyond it is not computed."""
-    sparse = static == MASKED
-    at = np.argwhere(sparse)
+    kinds, codes = _ways(mask, tiling, chunk, static, ask is not None)
+    if ask is None:
+        return kinds, codes, None
+    own = jnp.where(static == MASKED, codes, MASKED)
+    return kinds, codes, jnp.where(ask == MASKED, own, ask)
+
+
+def _ways(mask, tiling: Tiling, chunk: int, static: np.ndarray, traced: bool):
+    at = np.argwhere(static == MASKED)
     shape = len(at), tiling.rows // LANES, tiling.columns // chunk
     useless = tiling.rows % LANES or mask is None or tiling.offset is None
     found: dict[tuple[Part, ...], list[int]] = {}
@@ -193,11 +206,32 @@ def paths(mask: Any, tiling: Tiling, chunk: int, static: np.ndarray,
     codes = static.copy()
     for n, parts in enumerate(best):
         codes[tuple(at[found[parts]].T)] = MASKED + 1 + n
-    if ask is None:
-        whole, masked = ((codes == kind).any() for kind in (FULL, MASKED))
-        return Paths(chunk, bool(whole), bool(masked), best), codes, None
-    return Paths(chunk, True, True, best), codes, jnp.where(
-        ask == MASKED, jnp.where(sparse, codes, MASKED), ask)
+    whole, masked = (traced or bool((codes == kind).any()) for kind in (FULL, MASKED))
+    return Paths(chunk, whole, masked, best), codes
+
+
+def fitted(mask: Any, tiling: Tiling, chunk: int, width: int, traced: bool,
+           by_column: bool) -> Tiling:
+    """`tiling`, or one of smaller tiles, whose program is short enough to compile in
+    seconds: every way of taking a tile is unrolled, and counts as heads are wide.
+    traced: positions or runs decide; by_column: queries are halved before keys."""
+    while True:
+        ways, _ = _ways(mask, tiling, chunk, asked(mask, tiling), traced)
+        if ways.logits(tiling) * max(width, LANES) <= MOST_LOGITS * LANES:
+            return tiling
+        rows = _halved(tiling.t, tiling.rows, chunk)
+        columns = _halved(tiling.s, tiling.columns, chunk)
+        first = tiling.rows - tiling.columns + (1 if by_column else 0)
+        if rows >= tiling.rows or columns >= tiling.columns:
+            return tiling
+        tiling = tiling._replace(rows=rows) if first > 0 else tiling._replace(
+            columns=columns)
+
+
+def _halved(n: int, size: int, step: int) -> int:
+    """The size of twice as many tiles of n tokens, a multiple of `step`."""
+    count = 2 * -(-n // size)
+    return -(-n // (count * step)) * step
 
 
 def _parts(mask, tiling: Tiling, chunk: int, at: np.ndarray):

@@ -129,6 +129,20 @@ def test_what_a_mask_cuts_off_a_tile_is_not_missed(name, monkeypatch):
     close(results(kernel, arrays, options), results(attend, arrays, options))
 
 
+def test_programs_stay_short():
+    """A mask that cuts tiles in many ways, wide heads and data that decide make tiles
+    smaller."""
+    whole = schedule.Tiling(8192, 8192, 2048, 2048, 0)
+    size = lambda mask, width, traced: schedule.fitted(
+        mask, whole, 256, width, traced, False)[2:4]
+    assert size(Causal(), 128, False) == (2048, 2048)
+    assert size(Causal(), 128, True) == (2048, 1024)
+    assert size(Causal(), 256, False) == (2048, 1024)
+    assert size(Causal() & Window(4096), 256, True) == (1024, 1024)
+    short = whole._replace(t=200, s=200, rows=256, columns=256)
+    assert schedule.fitted(Causal(), short, 256, 256, True, True) == short
+
+
 def test_tiles_on_the_diagonal_are_cut_alike():
     mask, tiling = Causal(), schedule.Tiling(1000, 1000, 256, 256, 0)
     table = schedule.asked(mask, tiling)

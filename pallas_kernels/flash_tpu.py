@@ -24,12 +24,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import tables
+from pallas_kernels.flash_tpu_bias import bias_gradient
 from pallas_kernels.schedule import (
-    Part, Paths, Side, Static, Tiling, all_tiles, paths, visits
+    Paths, Side, Static, Tiling, all_tiles, paths, visits
 )
 from pallas_kernels.steps_tpu import (
-    F32, Arrays, Call, Here, Scalars, column, cut, dot, held, launch, put, scalars,
-    specs, unpack
+    F32, Arrays, Call, Here, Scalars, cut, dot, held, launch, put, scalars, specs,
+    unpack
 )
 from pallas_kernels.tile import LOG2E, LOW, NEVER
 
@@ -69,7 +70,7 @@ def backward(static: Static, side: Side, q, k, v, bias, sink, lse, delta, do):
         g[:, :, :a.shape[1], :a.shape[3]].transpose(0, 2, 1, 3)
         for g, a in zip(grads, (k, v, q))
     )
-    dbias = None if bias is None else _bias_gradient(
+    dbias = None if bias is None else bias_gradient(
         call._replace(paths=Paths(ways.chunk)), side, sink, x, bias,
         lambda *kind: all_tiles(*plain, *kind))
     return dq, dk, dv, dbias
@@ -113,48 +114,6 @@ def _arrays(tiling: Tiling, side: Side, q, k, v, bias) -> Arrays:
     )
 
 
-def _bias_gradient(call, side: Side, sink, x, bias, listed) -> jax.Array:
-    """d(bias), in memory of the order of the bias: where it broadcasts over the batch
-    or over heads, their contributions are added one after the other."""
-    b, h = x.q.shape[:2]
-    seen = listed(bias.shape[2] > 1, bias.shape[3] > 1)
-
-    def of(rows, heads):
-        # x of some rows of the batch and some heads, each [first, count]
-        def part(a, n):
-            if a is None:
-                return None
-            a = a if a.shape[0] == 1 else jax.lax.dynamic_slice_in_dim(a, *rows)
-            if a.ndim < 4 or a.shape[1] == 1:
-                return a
-            first, count = heads
-            if a.shape[1] != h:
-                first, count = first // call.groups, max(count // call.groups, 1)
-            return jax.lax.dynamic_slice_in_dim(a, first, count, 1)
-
-        own = Arrays(*(part(a, n) for n, a in enumerate(x)))
-        cut = lambda a, at: None if a is None else jax.lax.dynamic_slice_in_dim(a, *at)
-        mine = seen if seen.ask.shape[0] == 1 else seen._replace(
-            ask=cut(seen.ask, rows), hold=cut(seen.hold, rows))
-        info = scalars(mine, 1, cut(side.head, heads), cut(sink, heads), side.seed,
-                       cut(side.batch, rows))
-        groups = own.q.shape[1] // own.k.shape[1]
-        return bias_backward(call._replace(groups=groups), info, own, bias.shape)
-
-    over_rows, over_heads = bias.shape[0] == 1 < b, bias.shape[1] == 1 < h
-    row_parts = [(n, 1) for n in range(b)] if over_rows else [(0, b)]
-    head_parts = [(n, 1) for n in range(h)] if over_heads else [(0, h)]
-    firsts = jnp.asarray([(i[0], j[0]) for i in row_parts for j in head_parts])
-    counts = row_parts[0][1], head_parts[0][1]
-    one = lambda at: of((at[0], counts[0]), (at[1], counts[1]))
-    if len(firsts) == 1:
-        total = one(firsts[0])
-    else:
-        start = jnp.zeros(jax.eval_shape(one, firsts[0]).shape, F32)
-        total = jax.lax.scan(lambda sum, at: (sum + one(at), None), start, firsts)[0]
-    return total[:, :, :bias.shape[2], :bias.shape[3]].astype(bias.dtype)
-
-
 def _forward(call: Call, info, x: Arrays, o_ref, lse_ref, m_ref, l_ref, acc_ref):
     info = Scalars(*info)
     here = Here(call, info, x, by_column=False)
@@ -196,18 +155,6 @@ def _forward(call: Call, info, x: Arrays, o_ref, lse_ref, m_ref, l_ref, acc_ref)
         lse_ref[0, 0] = jnp.where(some, lse, NEVER)
 
 
-def _again(here: Here, part: Part, masked: bool):
-    """p, dropped p and ds of a part [keys,queries], made again from q, k and lse."""
-    x = here.x
-    s, slope = here.logits(part, masked)
-    p = jnp.exp2(s - x.lse[0, 0, :, part.queries])
-    dp = dot(x.v[0, 0, part.keys], x.do[0, 0, part.queries], ((1,), (1,)))
-    drop = here.drop(part)
-    dropped, dp = (p, dp) if drop is None else (p * drop, dp * drop)
-    ds = p * (dp - x.delta[0, 0, :, part.queries])
-    return dropped, ds, (ds if slope is None else ds * slope)
-
-
 def _by_column(call: Call, info, x: Arrays, *refs):
     """dk and dv of a key tile; and dq, where refs has room for a head's."""
     outs, accs = refs[:len(refs) // 2], refs[len(refs) // 2:]
@@ -231,7 +178,7 @@ def _by_column(call: Call, info, x: Arrays, *refs):
         dq = None if dq_ref is None else dq_ref[at]
         for part in parts:
             q, do = x.q[0, 0, part.queries], x.do[0, 0, part.queries]
-            p, _, ds = _again(here, part, masked)
+            p, _, ds = here.again(part, masked)
             ds = ds.astype(q.dtype)
             dv_ref[part.keys] += dot(p.astype(do.dtype), do, ((1,), (0,)))
             dk_ref[part.keys] += dot(ds, q, ((1,), (0,)))
@@ -268,7 +215,7 @@ def _by_row(call: Call, info, x: Arrays, dq_ref, acc_ref):
     def step(parts, masked):
         acc = acc_ref[...]
         for part in parts:
-            k, ds = x.k[0, 0, part.keys], _again(here, part, masked)[2]
+            k, ds = x.k[0, 0, part.keys], here.again(part, masked)[2]
             more = dot(k, ds.astype(k.dtype), ((0,), (0,)))
             acc = put(acc, cut(acc, part) + more, part)
         acc_ref[...] = acc
@@ -278,34 +225,6 @@ def _by_row(call: Call, info, x: Arrays, dq_ref, acc_ref):
     @pl.when(here.last)
     def _finish():
         dq_ref[0, 0] = (acc_ref[...] * call.form.scale).T.astype(dq_ref.dtype)
-
-
-def _bias_tile(call: Call, shape, info, x: Arrays, db_ref, acc_ref):
-    """The bias gradient of one tile, summed over the axes that are 1 in `shape`."""
-    here = Here(call, Scalars(*info), x, by_column=False)
-
-    @pl.when(here.first)
-    def _start():
-        acc_ref[...] = jnp.zeros(acc_ref.shape, F32)
-
-    def step(parts, masked):
-        for part in parts:
-            ds = _again(here, part, masked)[1]
-            ds = ds.sum(1, keepdims=True) if shape[2] == 1 else ds
-            if shape[3] == 1:
-                acc_ref[...] += ds.sum(0, keepdims=True)
-            else:
-                acc_ref[part.keys] += ds
-
-    here.run(step)
-
-    @pl.when(here.last)
-    def _finish():
-        acc = acc_ref[...]
-        if shape[2] == 1:
-            db_ref[0, 0] = jnp.broadcast_to(acc, (acc.shape[0], 8)).T[:1]
-        else:
-            db_ref[0, 0] = column(acc) if shape[3] == 1 else acc.T
 
 
 def rows_forward(call: Call, info: Scalars, x: Arrays):
@@ -366,27 +285,4 @@ def queries_backward(call: Call, info: Scalars, x: Arrays):
                      lambda b, h, p, *info: (b, h, outer(b, h, p, *info), 0)),
         jax.ShapeDtypeStruct(x.q.shape, x.q.dtype),
         [pltpu.VMEM((d, rows), F32)], "flash_backward_queries",
-    )
-
-
-def bias_backward(call: Call, info: Scalars, x: Arrays, shape: tuple[int, ...]):
-    """The gradient [B,H,T|1,S|1] of a bias of `shape`, float32; every tile of the list
-    is written, so the list has to hold all of them."""
-    b, h = x.q.shape[:2]
-    rows, columns = call.tiling.rows, call.tiling.columns
-    row = lambda b, h, p, *info: unpack(info[0][p])[0]
-    column_ = lambda b, h, p, *info: unpack(info[0][p])[1]
-    cut = specs(call, x, row, column_, lambda b, h, *a: h, lambda b, *a: b)
-    tall, wide = shape[2] > 1, shape[3] > 1
-    index = lambda *a: (
-        a[0], a[1], row(*a) if tall else 0, column_(*a) if wide else 0
-    )
-    sizes = x.q.shape[2] if tall else 1, x.k.shape[2] if wide else 1
-    block = rows if tall else 1, columns if wide else 1
-    return launch(
-        call, lambda call, *refs: _bias_tile(call, shape, *refs),
-        (b, h, info.order.shape[0]), info, x, cut,
-        pl.BlockSpec((1, 1, *block), index),
-        jax.ShapeDtypeStruct((b, h, *sizes), F32),
-        [pltpu.VMEM(block[::-1], F32)], "flash_backward_bias",
     )

@@ -171,6 +171,18 @@ class Here:
         stay = kept(rate, seed, batch, self.head, self.queries(part), self.keys(part))
         return jnp.where(stay, 1 / (1 - rate), 0.0)
 
+    def again(self, part: Part, masked: bool):
+        """p, dropped p and ds of a part [keys,queries], made again from q, k and lse.
+        """
+        x = self.x
+        s, slope = self.logits(part, masked)
+        p = jnp.exp2(s - x.lse[0, 0, :, part.queries])
+        dp = dot(x.v[0, 0, part.keys], x.do[0, 0, part.queries], ((1,), (1,)))
+        drop = self.drop(part)
+        dropped, dp = (p, dp) if drop is None else (p * drop, dp * drop)
+        ds = p * (dp - x.delta[0, 0, :, part.queries])
+        return dropped, ds, (ds if slope is None else ds * slope)
+
     def run(self, step) -> None:
         """step(parts, masked) as the tile asks; nothing for a tile that is skipped."""
         paths, all_of = self.call.paths, self.call.paths.parts(self.call.tiling)

@@ -11,8 +11,8 @@ memory as a share of a large copy.
 
     python -m experiments.speed --lengths='(2048, 4096)' --attentions='(Softmax(),)'
 
-takes half a minute on 2 cores (float32, B1 H4 D64), where exact attention is 2.5 times
-as fast as jax.nn forward and 2.7 times forward and backward at T = 2048, 3.1 and 3.4
+takes half a minute on 2 cores (float32, B1 H4 D64), where exact attention is 2.2 times
+as fast as jax.nn forward and 3.4 times forward and backward at T = 2048, 2.4 and 3.9
 times at T = 4096. All contenders over all lengths: `python -m experiments.speed`. On a
 GPU, the shapes of the field's tables:
 

@@ -219,7 +219,8 @@ def fit(
                 if (step + 1) % plan.log == 0 or last:
                     value = float(mean)
                     spent, clock = time.perf_counter() - clock, time.perf_counter()
-                    rates.append((step + 1 - since) * batch[objective.inputs].size / spent)
+                    seen = (step + 1 - since) * batch[objective.inputs].size
+                    rates.append(seen / spent)
                     since = step + 1
                     _stop_if_bad(state, checkpoints)
                     metrics.add(step=step + 1, loss=value)

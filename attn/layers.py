@@ -36,7 +36,8 @@ class MultiHead(Layer):
     under `attention`. heads H, kv_heads K (H is a multiple), head_dim D (by default
     what the attention asks for as `feature_dim`, else E/H), value_dim V (E/H).
     position: `RoPE()` or None; an attention with a field `rope` keeps keys as they were
-    before the rotation and gets the position handed over instead. qk_norm: RMSNorm over
+    before the rotation and gets the position handed over instead (a learned one keeps
+    its own). qk_norm: RMSNorm over
     D with a learned scale. sinks: a learned logit without value a head, for `Softmax`.
     out_norm: RMSNorm of what is attended to, over the channels of each head ("head") or
     of all ("all"). out_gate: times silu or sigmoid of a projection of x ("silu",
@@ -124,7 +125,7 @@ class MultiHead(Layer):
     def _bound(self):
         """The attention as this layer uses it; a learned one is its child."""
         attention = self.attention
-        if self._hands_over():
+        if self._hands_over() and not isinstance(attention, nn.Module):
             attention = dataclasses.replace(attention, rope=self.position)
         return attention
 

@@ -1,4 +1,4 @@
-"""Aaren (Feng et al., 2024) arXiv:2405.13956: attention with one learned query is an RNN.
+"""Aaren (Feng et al., 2024) arXiv:2405.13956: attention of one query is an RNN.
 
 If every token asks the same question, the answer over tokens 1..t follows from the
 answer over 1..t-1 and the token t alone: softmax attention is a recurrent network whose
@@ -37,7 +37,7 @@ class AarenState(NamedTuple):
 
 
 class Aaren(nn.Module):
-    """Aaren (Feng et al., 2024) arXiv:2405.13956: a learned query over growing prefixes.
+    """Aaren (Feng et al., 2024) arXiv:2405.13956: a learned query, growing prefixes.
 
     `query` [H,D] is learned, the q of a call gives only shapes, and `MultiHead` makes
     no projection for it. The paper's layer holds a query token [E] and projects it, so

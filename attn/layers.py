@@ -34,8 +34,9 @@ class MultiHead(Layer):
 
     attention: any attention of this library; if it learns something, its parameters are
     under `attention`. One that asks a question of its own and says `reads_q = False`
-    gets the shape of q only, and there is no projection for it. heads H, kv_heads K (H is a multiple), head_dim D (by default
-    what the attention asks for as `feature_dim`, else E/H), value_dim V (E/H).
+    gets the shape of q only, and there is no projection for it. heads H, kv_heads K (H
+    is a multiple), head_dim D (by default what the attention asks for as `feature_dim`,
+    else E/H), value_dim V (E/H).
     position: `RoPE()` or None; an attention with a field `rope` keeps keys as they were
     before the rotation and gets the position handed over instead. qk_norm: RMSNorm over
     D with a learned scale. sinks: a learned logit without value a head, for `Softmax`.

@@ -77,9 +77,10 @@ def prefix(
     if state is None:
         first = jnp.zeros((b,), jnp.int32), jax.tree.map(lambda a: a[0], ends[1])
     if axis is not None:
-        begin, rest = (jax.tree.map(lambda a, n=n: a[n], ends) for n in (0, slice(1, None)))
+        begin = jax.tree.map(lambda a: a[0], ends)
+        rest = jax.tree.map(lambda a: a[1:], ends)
         own, _ = jax.lax.scan(lambda x, end: (step(x, end), None), begin, rest)
-        first = before(op, *own, axis, first)
+        first = before(op, own[0], own[1], axis, first)
     last, starts = jax.lax.scan(lambda x, end: (step(x, end), x), first, ends)
     wide = lambda a: jnp.broadcast_to(a[:, :, None], (*a.shape[:2], c, *a.shape[2:]))
     _, found = step(jax.tree.map(wide, starts), inside)

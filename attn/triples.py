@@ -1,7 +1,7 @@
-"""Triples: softmax over every prefix in chunks, where tokens meet in matrix products.
+"""Triples: softmax over every prefix, in chunks whose tokens meet in one product.
 
-Inside a chunk P[t,i] = exp(s_i - m_t), i <= t, with the running maximum m_t: w = P v and
-u = P 1. Between chunks one triple travels (see `attn/scan.py`). The gradient goes the
+Inside a chunk P[t,i] = exp(s_i - m_t), i <= t, with the running maximum m_t: w = P v
+and u = P 1. Between chunks one triple travels (see `attn/scan.py`). The gradient goes the
 same way back. With r_t = 1/u_t and delta_t = do_t.o_t = sum_i P[t,i] r_t do_t.v_i,
 
     ds_i = sum_t P[t,i] r_t (do_t.v_i - delta_t),    dv_i = sum_t P[t,i] r_t do_t
@@ -113,8 +113,8 @@ def _travel(x: Chunks, m, u, w):
     """The last triple, [B,K,G] and [B,K,G,V], and what each chunk begins with: (run,
     m, u, w), with N in front."""
     ends = x.runs(-1)
-    own = only(x.of(ends), 1.0)
-    s = x.s if x.present is None else jnp.where(x.of(ends), x.s, -jnp.inf)
+    own = x.of(ends)
+    s = x.s if own is None else jnp.where(own, x.s, -jnp.inf)
     top = s.max(-1)
     p = exp(s, top[..., None])
     local = top, p.sum(-1), einsum("nbkgi,nbkiv->nbkgv", p, x.v)

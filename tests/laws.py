@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 
 from attn import dispatch
+from attn.aaren import Aaren
 from attn.based import Based
 from attn.landmark import Landmark
 from attn.layers import MultiHead
@@ -62,7 +63,7 @@ class Learned:
 
     @staticmethod
     def _tokens(q, k, v):
-        if any(a.ndim != 4 for a in (q, k, v)) or q.shape[1] != k.shape[1]:
+        if any(a.ndim != 4 or not a.size for a in (q, k, v)) or q.shape[1] != k.shape[1]:
             return None  # a wrong call, which has to be refused for q, k and v
         flat = [a.reshape(*a.shape[:2], -1) for a in (q, k, v)]
         if len({a.shape[:2] for a in flat}) > 1:
@@ -138,6 +139,8 @@ ENTRIES = {
         flops=1, decode=0,
     ),
     "based": Entry(Based(), (Based(compact=True), Based()), flops=1, decode=0),
+    "aaren": Entry(Aaren(), (Aaren(chunk=4), Aaren()), flops=1, decode=0),
+    "aaren_pool": Entry(Aaren(causal=False), flops=1),
     "landmark": Entry(Landmark(block=3), (Landmark(block=T), Softmax())),
     "landmark_rope": Entry(Landmark(block=3, rope=RoPE())),
     "landmark_top": Entry(Landmark(block=3, top_k=9), decode=1.0),

@@ -53,7 +53,7 @@ def test_scores_of_any_size(kind):
 
 def test_the_gradient_is_exact_where_one_token_has_all_the_weight():
     t = 15
-    s = (-500 + 40 * np.arange(t)[None, :, None] * np.ones((B, t, H))).astype(np.float32)
+    s = np.float32(-500 + 40 * np.arange(t)[None, :, None] * np.ones((B, t, H)))
     v, do = inputs(t=t)[2], jax.random.normal(jax.random.key(3), (B, t, H, V))
     want = np.zeros(s.shape)
     wide = np.repeat(np.asarray(v, np.float64), H // K, 2)

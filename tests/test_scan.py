@@ -29,7 +29,7 @@ def recurrence(s, v, state, run, d_o, d_state):
     v = np.repeat(v, copies, 2)
     m, u, w = (np.asarray(a, np.float64).copy() for a in state)
     m0, (_, du, dw) = m.copy(), (np.asarray(a, np.float64) for a in d_state)
-    present, first = np.ones(b, int), np.zeros(b, int)
+    present = np.ones(b, int)
     o, ds, dv = np.zeros_like(d_o), np.zeros_like(s), np.zeros_like(v)
     du0, dw0 = np.zeros_like(u), np.zeros_like(w)
     carried = np.ones(b, bool)

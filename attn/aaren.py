@@ -19,6 +19,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from attn.dispatch import pick
 from attn.linear import by_run
 from attn.scan import Triple, across, attend, empty, join, total
 from attn.segments import place
@@ -78,7 +79,8 @@ class Aaren(nn.Module):
                 implementation=self.implementation)
             return over_mesh(f, "BSH BSKV BS -> BTHV", self.axis)(scores, v, kv_run)
         if q_run is None:
-            pooled = over_mesh(self._pool, "BSH BSKV -> BHV", self.axis)(scores, v)
+            pool = over_mesh(self._pool, "BSH BSKV -> BHV", self.axis)
+            pooled = pick(self.implementation, xla=lambda: pool(scores, v))
             return jnp.broadcast_to(pooled[:, None], (*q.shape[:3], v.shape[-1]))
         f = over_mesh(self._pool_runs, "BSH BSKV BT BS -> BTHV", self.axis)
         return f(scores, v, q_run, kv_run)

@@ -20,7 +20,8 @@ import jax
 import jax.numpy as jnp
 
 from attn import triples
-from attn.dispatch import pick
+from attn.dispatch import interpreted, pick
+from pallas_kernels import scan as kernels
 
 
 class Triple(NamedTuple):
@@ -152,7 +153,12 @@ def attend(
     b, _, h = scores.shape
     state = empty(b, h, v.shape[-1]) if state is None else state
     xla = lambda: triples.attend(chunk, dtype, scores, v, run, *state)
-    (m, u, w), o = pick(implementation, xla=xla)
+    one = scores.shape[1] == 1 and implementation is None
+    kernel = lambda backend: None if one else lambda: kernels.scan(
+        scores, v, tuple(state), run=run, dtype=dtype, backend=backend,
+        interpret=interpreted())
+    (m, u, w), o = pick(
+        implementation, xla=xla, tpu=kernel("tpu"), gpu=kernel("triton"))
     return Triple(m, u, w), o
 
 

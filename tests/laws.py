@@ -63,7 +63,8 @@ class Learned:
 
     @staticmethod
     def _tokens(q, k, v):
-        if any(a.ndim != 4 or not a.size for a in (q, k, v)) or q.shape[1] != k.shape[1]:
+        uneven = q.shape[1] != k.shape[1]
+        if uneven or any(a.ndim != 4 or not a.size for a in (q, k, v)):
             return None  # a wrong call, which has to be refused for q, k and v
         flat = [a.reshape(*a.shape[:2], -1) for a in (q, k, v)]
         if len({a.shape[:2] for a in flat}) > 1:

@@ -124,8 +124,7 @@ class MultiHead(Layer):
             )
 
     def _bound(self):
-        """The attention as this layer uses it; a learned one is a child already, as
-        linen makes one of every module that is a field."""
+        """The attention as this layer uses it; a learned one is its child."""
         attention = self.attention
         if self._hands_over():
             attention = dataclasses.replace(attention, rope=self.position)

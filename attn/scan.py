@@ -155,7 +155,7 @@ def attend(
     xla = lambda: triples.attend(chunk, dtype, scores, v, run, *state)
     one = scores.shape[1] == 1 and implementation is None
     kernel = lambda backend: None if one else lambda: kernels.scan(
-        scores, v, tuple(state), run=run, dtype=dtype, backend=backend,
+        scores, v, (state.m, state.u, state.w), run=run, dtype=dtype, backend=backend,
         interpret=interpreted())
     (m, u, w), o = pick(
         implementation, xla=xla, tpu=kernel("tpu"), gpu=kernel("triton"))

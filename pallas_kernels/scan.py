@@ -38,8 +38,8 @@ class Static(NamedTuple):
 
 
 class Saved(NamedTuple):
-    """What the backward pass needs: m, u [B,H,T] after each token, and what chunks begin
-    with, u_in, m_in [B,H,N], w_in [B,H,N,V] and run_in [B,N] (None: one run)."""
+    """What the backward pass needs: m, u [B,H,T] after each token, and what chunks
+    begin with, m_in, u_in [B,H,N], w_in [B,H,N,V] and run_in [B,N] (None: one run)."""
 
     m: Any
     u: Any

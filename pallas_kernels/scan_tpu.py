@@ -57,7 +57,7 @@ def _column(code):
 
 
 def _forward(has_code, *refs):
-    code_ref, refs = (refs[0], refs[1:]) if has_code else (None, refs)
+    code, refs = (refs[0][0], refs[1:]) if has_code else (None, refs)
     s_ref, v_ref, *given, o_ref, m_ref, u_ref, w_ref, m_now, u_now, w_now, run = refs
     n, g = pl.program_id(2), pl.program_id(3)
 
@@ -68,10 +68,9 @@ def _forward(has_code, *refs):
         run[g] = jnp.ones((1, 1), jnp.int32)
 
     s, v = s_ref[0, 0], v_ref[0, 0]
-    code = code_ref[0] if has_code else None
     c = s.shape[1]
     m_in, enters, real = m_now[g], True, None
-    if has_code:
+    if code is not None:
         real = _column(code)
         enters = jnp.abs(real) == run[g]
         m_in = jnp.where(enters, m_in, LOWEST)
@@ -84,17 +83,17 @@ def _forward(has_code, *refs):
     m_ref[0, 0], u_ref[0, 0] = rows(m, u)
     w_ref[0, 0, 0] = w[c - 1:]
     m_now[g], u_now[g], w_now[g] = m[c - 1:], u[c - 1:], w[c - 1:]
-    if has_code:
+    if code is not None:
         run[g] = jnp.abs(code[:, c - 1:])
 
 
 def _backward(has_code, groups, *refs):
-    codes, refs = (refs[:2], refs[2:]) if has_code else (None, refs)
+    (code, run_in), refs = (
+        ((refs[0][0], refs[1][0, 0]), refs[2:]) if has_code else ((None, None), refs))
     (s_ref, v_ref, m_ref, u_ref, m_in, u_in, w_in, do_ref, du_ref, dw_ref,
      ds_ref, dv_ref, g_ref, h_ref, g_now, h_now, ref_now, run_now, dv_now) = refs
     n, g = pl.program_id(2), pl.program_id(3)
     s, v, m, u, do = s_ref[0, 0], v_ref[0, 0], m_ref[0, 0], u_ref[0, 0], do_ref[0, 0]
-    code = codes[0][0] if codes else None
     c = s.shape[1]
     present = jnp.ones((1, c), jnp.int32) if code is None else jnp.abs(code)
 
@@ -108,7 +107,7 @@ def _backward(has_code, groups, *refs):
         dv_now[...] = jnp.zeros(dv_now.shape, F32)
 
     down, r = column(s), inverse(u, code)
-    enters = True if codes is None else present == codes[1][0, 0]
+    enters = True if code is None else present == run_in
     share = fade(jnp.where(enters, m_in[0, 0, 0], LOWEST), m)
     wide = do.astype(F32)
     ds, p, delta = asked(
@@ -206,9 +205,10 @@ def forward(static, code, s, v, m, u, w):
     """((m, u, w), o, Saved)."""
     lay = Lay(static, s, v)
     b, h, c = lay.b, lay.h, lay.c
-    ins = [(lay.scores(s), lay.row), (lay.turned(v), lay.shared),
-           (m[..., None, None], lay.once(1)), (u[..., None, None], lay.once(1)),
-           (w[:, :, None], lay.once(lay.v))]
+    ins: list[Any] = [
+        (lay.scores(s), lay.row), (lay.turned(v), lay.shared),
+        (m[..., None, None], lay.once(1)), (u[..., None, None], lay.once(1)),
+        (w[:, :, None], lay.once(lay.v))]
     if code is not None:
         ins = [(lay.coded(code), lay.code), *ins]
     row = _struct(b, h, 1, lay.size), lay.row
@@ -225,7 +225,8 @@ def forward(static, code, s, v, m, u, w):
     if code is not None:
         run_in = jnp.pad(jnp.abs(code), ((0, 0), (1, 0)), constant_values=1)[:, :-1:c]
     last = tuple(a[:, :, -1] for a in starts)
-    return last, lay.back(o), Saved(ms, us, *(a[:, :, :-1] for a in starts), run_in)
+    m_in, u_in, w_in = (a[:, :, :-1] for a in starts)
+    return last, lay.back(o), Saved(ms, us, m_in, u_in, w_in, run_in)
 
 
 def backward(static, code, s, v, saved: Saved, do, du, dw):
@@ -233,11 +234,12 @@ def backward(static, code, s, v, saved: Saved, do, du, dw):
     lay = Lay(static, s, v, reverse=True)
     b, h, k = lay.b, lay.h, lay.k
     one, many = lay.each(1), lay.each(lay.v)
-    ins = [(lay.scores(s), lay.row), (lay.turned(v), lay.shared),
-           (saved.m[:, :, None], lay.row), (saved.u[:, :, None], lay.row),
-           (saved.m_in[..., None, None], one), (saved.u_in[..., None, None], one),
-           (saved.w_in[:, :, :, None], many), (lay.turned(do), lay.tile),
-           (du[..., None, None], lay.once(1)), (dw[:, :, None], lay.once(lay.v))]
+    ins: list[Any] = [
+        (lay.scores(s), lay.row), (lay.turned(v), lay.shared),
+        (saved.m[:, :, None], lay.row), (saved.u[:, :, None], lay.row),
+        (saved.m_in[..., None, None], one), (saved.u_in[..., None, None], one),
+        (saved.w_in[:, :, :, None], many), (lay.turned(do), lay.tile),
+        (du[..., None, None], lay.once(1)), (dw[:, :, None], lay.once(lay.v))]
     if code is not None:
         ins = [(lay.coded(code), lay.code),
                (saved.run_in[..., None, None], lay.start), *ins]

@@ -10,6 +10,7 @@ reached each chunk. Arrays are read where they lie, [B,T,H] and [B,T,K,V].
 from __future__ import annotations
 
 import functools
+import operator
 from typing import Any, NamedTuple
 
 import jax
@@ -164,23 +165,21 @@ def _inside(c, x: Arrays, ds_ref, dv_ref, g_ref, h_ref):
         h = k * group + j
         s, do = here.scores(h), here.tile(x.do, h)
         m, u = here.line(x.m, h, jnp.inf), here.line(x.u, h, 0.0)
-        r, m_in = inverse(u, code), here.one(x.m_in, h)
-        first, own = here.one(x.ref, h), None
+        r, m_in, own = inverse(u, code), here.one(x.m_in, h), m
         if code is not None:
             present = jnp.abs(code)
             m_in = jnp.where(present == x.run_in[here.b, here.n], m_in, LOWEST)
-            own = present == x.run[here.b, here.n]
-        share = fade(m_in, m)
+            own = jnp.where(present == x.run[here.b, here.n], m, jnp.inf)
+        share, weight = fade(m_in, m), fade(here.one(x.ref, h), own) * r
         parts = [product(dot, v, d, 1, 1) for v, d in zip(values, do)]
-        a = functools.reduce(jnp.add, parts)
-        before = [(d.astype(F32) * w[None]).sum(1)
-                  for d, w in zip(do, here.wide(x.w_in, h))]
-        before = functools.reduce(jnp.add, before)
+        a = functools.reduce(operator.add, parts)
+        before = functools.reduce(operator.add, [
+            (d.astype(F32) * w[None]).sum(1)
+            for d, w in zip(do, here.wide(x.w_in, h))])
         p = weights(s[:, None], m[None], here.seen(code, 1))
         ds, p, delta = asked(
             p, a, r[None], share[None], before[None], here.one(x.u_in, h))
         here.put_line(ds_ref.at[here.b, pl.ds(here.start, c), h], ds.sum(1))
-        weight = fade(first, m if own is None else jnp.where(own, m, jnp.inf)) * r
         here.put(g_ref, [(weight[:, None] * d.astype(F32)).sum(0) for d in do], h)
         h_ref[here.b, h, here.n] = (weight * delta.sum(0)).sum(0)
         return tuple(a + weighted(dot, p, d, 1) for a, d in zip(dv, do))
@@ -202,7 +201,7 @@ def _reached(c, x: Arrays, given, ds_ref, dv_ref):
             s = jnp.where(code == x.run[here.b, here.n], s, LOWEST)
         e = fade(s, here.one(x.ref, h))
         along = [(v.astype(F32) * one[None]).sum(1) for v, one in zip(values, g)]
-        along = functools.reduce(jnp.add, along)
+        along = functools.reduce(operator.add, along)
         at = pl.ds(here.start, c)
         own = load(given[0].at[here.b, at, h], here.inside, 0.0)
         here.put_line(ds_ref.at[here.b, at, h], own + e * (along - here.one(x.h, h)))

@@ -13,7 +13,7 @@ from pallas_kernels import Refused
 from pallas_kernels.scan import scan
 from tests import cost
 from tests.test_linear import close
-from tests.test_scan import B, GRADIENT, H, K, RUNS, V, check, inputs
+from tests.test_scan import B, H, K, RUNS, V, check, inputs
 
 BACKENDS = ("tpu", "triton")
 KERNEL = pytest.mark.parametrize("backend", BACKENDS)

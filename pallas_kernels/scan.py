@@ -78,6 +78,8 @@ def scan(
     t = scores.shape[1]
     size = chunk or min(CHUNK[backend], -(-t // short) * short)
     if backend == "triton":
+        if chunk is None and v.dtype == F32:
+            size = min(size, CHUNK[backend] // 2)  # else registers spill
         size = max(1 << (size - 1).bit_length(), 16)
     static = Static(size, jnp.dtype(dtype), backend, interpret)
     code = None

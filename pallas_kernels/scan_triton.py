@@ -219,7 +219,8 @@ def _launch(static, kernel, heads: int, x: Arrays, outs, name: str, *more) -> An
         functools.partial(kernel, static.chunk), grid=grid, out_shape=outs,
         interpret=static.interpret, name=name,
         compiler_params=triton.CompilerParams(
-            num_warps=8 if wide > 64 or x.v.dtype == F32 else 4, num_stages=1),
+            num_warps=4 if wide <= 64 and x.do is None and x.v.dtype != F32 else 8,
+            num_stages=1),
     )(x, *more)
 
 

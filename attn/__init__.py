@@ -7,7 +7,7 @@ and `step` for the next tokens. Import one by `from attn.landmark import Landmar
 Mechanisms            tiles, linear, chunks, decayed, scan, triples, blocks, grouped,
                       cache, blockcache
 Exact attention       softmax
-Linear attention      lightning, retnet, gla, based, flow
+Linear attention      lightning, retnet, gla, based, flow, essa
 Recurrent             aaren
 Sparse, retrieval     landmark
 Cache compression     snapkv

@@ -20,6 +20,7 @@ import pytest
 from attn import dispatch
 from attn.aaren import Aaren
 from attn.based import Based
+from attn.essa import Essa
 from attn.flow import Flow
 from attn.gla import GLA
 from attn.landmark import Landmark
@@ -154,6 +155,7 @@ ENTRIES = {
     "flow_normal": Entry(
         Flow(causal=False), (Flow(causal=False, eps=1e-9), Flow(causal=False)), flops=1
     ),
+    "essa": Entry(Essa(), flops=1),
     "based": Entry(Based(), (Based(compact=True), Based()), flops=1, decode=0),
     "aaren": Entry(Aaren(), (Aaren(chunk=4), Aaren()), flops=1, decode=0),
     "aaren_pool": Entry(Aaren(causal=False), flops=1),

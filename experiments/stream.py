@@ -4,8 +4,8 @@ Feng et al., 2024 (arXiv:2405.13956) say that attention of a learned query does 
 Transformer's does, while a new token costs the same time and memory however many came
 before. Two parts of that fit on a laptop. A layer generates T vectors, each made of the
 last, for growing T: the time of all of it, and what the layer has to remember. And a
-small network has to name the class of the one marked vector among many that carry a
-class of their own, with either attention inside.
+small network has to name the class that one vector of 128 carries, with either attention
+inside.
 
     python -m experiments.stream
 
@@ -52,9 +52,10 @@ class Config:
     features: int = knob(16, "numbers of noise in a vector")
     layers: int = knob(2, "layers of the network")
     small: int = knob(32, "its width E")
-    steps: int = knob(1000, "training steps")
+    distractors: bool = knob(False, "every vector has a class, not the marked one only")
+    steps: int = knob(600, "training steps")
     batch: int = knob(32, "sequences a step")
-    rate: float = knob(3e-3, "peak learning rate")
+    rate: float = knob(1e-2, "peak learning rate")
     seed: int = knob(0, "of data and parameters")
     folder: str | None = knob(None, "where to keep the picture; a new folder if None")
 
@@ -169,16 +170,17 @@ def _stream(config_: Config, attention: Any, length: int):
 
 
 def examples(config_: Config, step: int, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Vectors [B,T,1+classes+features] and the class [B]. Every vector has a class of
-    its own and noise; one has a 1 in front, and its class is asked for."""
+    """Vectors [B,T,1+classes+features] and the class [B]. All of a vector is noise, but
+    one has a marker, 4, in front and a class, which is asked for."""
     rng = np.random.default_rng((config_.seed, step))
     shape = size, config_.events
     codes = np.eye(config_.classes)[rng.integers(config_.classes, size=shape)]
     marker = np.zeros((*shape, 1))
     at = rng.integers(config_.events, size=size)
     marker[np.arange(size), at] = 1
+    seen = codes if config_.distractors else codes * marker
     noise = rng.normal(size=(*shape, config_.features))
-    x = np.concatenate([marker, codes, noise], -1).astype(np.float32)
+    x = np.concatenate([4 * marker, seen, noise], -1).astype(np.float32)
     return x, codes[np.arange(size), at].argmax(-1).astype(np.int32)
 
 

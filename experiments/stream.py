@@ -4,12 +4,21 @@ Feng et al., 2024 (arXiv:2405.13956) say that attention of a learned query does 
 Transformer's does, while a new token costs the same time and memory however many came
 before. Two parts of that fit on a laptop. A layer generates T vectors, each made of the
 last, for growing T: the time of all of it, and what the layer has to remember. And a
-small network has to name the class that one vector of 128 carries, with either attention
-inside.
+small network has to name the class that one vector of 128 carries, with either
+attention inside.
 
     python -m experiments.stream
 
-TODO
+takes 2 to 6 minutes on 2 cores. Time for T = 256 to 4096 grows as T^0.98 with Aaren and
+as T^2.17 with softmax and a cache: from 11.0 to 10.6 us a step against from 93 to 2,356.
+(Beside other jobs, 5.5 minutes, the exponents were 1.24 and 2.17.) A sequence needs
+1,096 bytes at any length, against 8,405,000 at T = 4096. The cache has room for T from
+the start and every step reads all of it, out of fast memory at first and not later:
+hence more than 2. Both networks name 100% of the classes (chance 12.5%).
+
+What does not show: with `--distractors`, where every vector carries a class and the
+marker tells which one counts, softmax reached 99.6% in 600 steps at `--rate=3e-3`, and
+Aaren 14.4%, hardly above chance..
 """
 
 from __future__ import annotations
@@ -23,7 +32,6 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -194,19 +202,19 @@ def learned(config_: Config, attention: Any) -> tuple[float, int]:
     @jax.jit
     def update(params, moments, x, y):
         def loss(params):
-            logits: Any = model.apply(params, x)
-            return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
+            found: Any = model.apply(params, x)
+            return optax.softmax_cross_entropy_with_integer_labels(found, y).mean()
 
         change, moments = optimizer.update(jax.grad(loss)(params), moments, params)
         return optax.apply_updates(params, change), moments
 
     for step in range(config_.steps):
         params, moments = update(params, moments, *draw(step, config_.batch))
-    answer = jax.jit(lambda params, x: model.apply(params, x).argmax(-1))
+    logits: Any = jax.jit(model.apply)
     hits = []
     for n in range(8):  # steps that training never comes to
         x, y = draw(config_.steps + 1 + n, 128)
-        hits.append(float((answer(params, x) == y).mean()))
+        hits.append(float((np.asarray(logits(params, x)).argmax(-1) == y).mean()))
     size = sum(a.size for a in jax.tree.leaves(params))
     return float(np.mean(hits)), size
 

@@ -9,16 +9,16 @@ attention inside.
 
     python -m experiments.stream
 
-takes 2 to 6 minutes on 2 cores. Time for T = 256 to 4096 grows as T^0.98 with Aaren and
-as T^2.17 with softmax and a cache: from 11.0 to 10.6 us a step against from 93 to 2,356.
-(Beside other jobs, 5.5 minutes, the exponents were 1.24 and 2.17.) A sequence needs
-1,096 bytes at any length, against 8,405,000 at T = 4096. The cache has room for T from
-the start and every step reads all of it, out of fast memory at first and not later:
-hence more than 2. Both networks name 100% of the classes (chance 12.5%).
+takes 2 to 6 minutes on 2 cores. Time for T = 256 to 4096 grows as T^0.98 with Aaren
+and as T^2.17 with softmax and a cache: from 11.0 to 10.6 us a step against from 93 to
+2,356. (Beside other jobs, 5.5 minutes, the exponents were 1.24 and 2.17.) A sequence
+needs 1,096 bytes at any length, against 8,405,000 at T = 4096. The cache has room for T
+from the start and every step reads all of it, out of fast memory at first and not
+later: hence more than 2. Both networks name 100% of the classes (chance 12.5%).
 
 What does not show: with `--distractors`, where every vector carries a class and the
 marker tells which one counts, softmax reached 99.6% in 600 steps at `--rate=3e-3`, and
-Aaren 14.4%, hardly above chance..
+Aaren 14.4%, hardly above chance.
 """
 
 from __future__ import annotations

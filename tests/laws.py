@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 
 from attn import dispatch
+from attn.aaren import Aaren
 from attn.based import Based
 from attn.essa import Essa
 from attn.flow import Flow
@@ -159,6 +160,8 @@ ENTRIES = {
     "rat": Entry(RAT(chunk=4), slot=4),
     "essa": Entry(Essa(), flops=1),
     "based": Entry(Based(), (Based(compact=True), Based()), flops=1, decode=0),
+    "aaren": Entry(Aaren(), (Aaren(chunk=4), Aaren()), flops=1, decode=0),
+    "aaren_pool": Entry(Aaren(causal=False), flops=1),
     "landmark": Entry(Landmark(block=3), (Landmark(block=T), Softmax())),
     "landmark_rope": Entry(Landmark(block=3, rope=RoPE())),
     "landmark_top": Entry(Landmark(block=3, top_k=9), decode=1.0),

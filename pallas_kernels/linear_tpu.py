@@ -1,0 +1,337 @@
+"""Linear attention with decay on TPU (Mosaic): the state stays on the chip.
+
+The last axis of the grid is time. A step takes a block of some chunks, which are written
+out one after the other: only the short update of the state ties them together, so that
+the matrix unit has the pairs of the next chunk to do while it waits for one. The state
+[V,D] float32 waits in fast memory for the next step. Of all states only those that
+blocks begin with are written out, for the backward pass, which walks the blocks from
+the last to the first and makes the states between their chunks again.
+
+What limits it, of H heads at D = V = 128 in bfloat16 and chunks of 128: 8 * 128 flops a
+token and channel, and 8 bytes of q, k, v and o, are 128 flops a byte; a v6e has 560 for
+each byte that it can move. So time cannot be less than the bytes take, and what the
+program has to reach is that its bundles take no longer: the compile record says how far
+it is from that.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels.steps_linear import (
+    F32, FLOOR, Channels, Steady, Still, Tokens, dot
+)
+from pallas_kernels.steps_tpu import column
+
+
+class Call(NamedTuple):
+    """What is static: T tokens in blocks of chunks of c, `groups` query heads of a key
+    head in one program; widths D and V as they were."""
+
+    t: int
+    block: int
+    c: int
+    groups: int
+    scale: float
+    vmem: int
+    interpret: Any
+
+
+class Arrays(NamedTuple):
+    """What a kernel reads, T a multiple of a block; None for what there is not.
+
+    q, do [B,H,T,D|V], k, v [B,K,T,D|V]; g [H], [B,H,1,T] or [B,H,T,D]; flags [B,1,T];
+    state, d_state [B,H,V,D]; begun [B,H,N,V,D]: the state that each block begins with.
+    """
+
+    q: Any
+    k: Any
+    v: Any
+    g: Any
+    flags: Any
+    state: Any = None
+    do: Any = None
+    begun: Any = None
+    d_state: Any = None
+
+
+class Here:
+    """A block of one head: its chunks, each with its decay."""
+
+    def __init__(self, call: Call, x: Arrays, head, n):
+        self.call, self.x, self.head, self.n = call, x, head, n
+        self.chunks = [slice(m, m + call.c) for m in range(0, call.block, call.c)]
+
+    def real(self, at: slice):
+        """Which tokens are there [c,1]; None for all."""
+        if self.x.flags is None:
+            return None
+        return column(self.x.flags[0, :, at].astype(F32)) > 0.5
+
+    def rows(self, ref, at: slice):
+        """Tokens of q, k, v or do [c,X], padding as zeros."""
+        a, real = ref[0, 0, at], self.real(at)
+        return a if real is None else jnp.where(real, a, jnp.zeros_like(a))
+
+    def fade(self, at: slice) -> Still:
+        """The decay inside a chunk."""
+        call, g = self.call, self.x.g
+        if g is None:
+            return Still(call.c, call.scale)
+        if len(g.shape) == 1:
+            first = self.n * call.block + at.start
+            count = jnp.clip(call.t - first, 0, call.c)
+            return Steady(call.c, call.scale, g[self.head], count)
+        if g.shape[2] == 1:
+            return Tokens(call.c, call.scale, g[0, 0, :, at])
+        own = jnp.maximum(g[0, 0, at].astype(F32), FLOOR)
+        if self.x.flags is not None:
+            flag = column(self.x.flags[0, :, at].astype(F32))
+            own = jnp.where(flag > 1.5, FLOOR, jnp.where(flag > 0.5, own, 0.0))
+        return Channels(call.c, call.scale, own)
+
+
+def _forward(call: Call, x: Arrays, outs, scratch):
+    after_ref, o_ref, *begun_ref = outs
+    s_ref, = scratch
+    h, n = pl.program_id(1), pl.program_id(2)
+    here = Here(call, x, h, n)
+
+    @pl.when(n == 0)
+    def _start():
+        s_ref[...] = x.state[0, 0]
+
+    s = s_ref[...]
+    if begun_ref:
+        begun_ref[0][0, 0, 0] = s
+    for at in here.chunks:
+        q, k, v = (here.rows(a, at) for a in (x.q, x.k, x.v))
+        fade = here.fade(at)
+        low = lambda a: a.astype(q.dtype)
+        o = dot(low(fade.pairs(q, k)), v, 1, 0)
+        o_ref[0, 0, at] = (o + dot(low(fade.enter(q)), low(s), 1, 1)).astype(o_ref.dtype)
+        s = fade.kept(s) + dot(v, low(fade.leave(k)), 0, 0)
+    s_ref[...] = s
+
+    @pl.when(n == pl.num_programs(2) - 1)
+    def _finish():
+        after_ref[0, 0] = s
+
+
+def _backward(call: Call, x: Arrays, outs, scratch):
+    dq_ref, dk_ref, dv_ref, before_ref, *dg_ref = outs
+    ds_ref, s_ref, *sums = scratch
+    kv, back, g = (pl.program_id(a) for a in (1, 2, 3))
+    steps = pl.num_programs(2)
+    here = Here(call, x, kv * call.groups + g, steps - 1 - back)
+
+    @pl.when(back == 0)
+    def _start():
+        ds_ref[g] = x.d_state[0, 0]
+
+    s = x.begun[0, 0, 0]
+    for m, at in enumerate(here.chunks):
+        s_ref[m] = s
+        if m + 1 < len(here.chunks):
+            k, v, fade = here.rows(x.k, at), here.rows(x.v, at), here.fade(at)
+            s = fade.kept(s) + dot(v, fade.leave(k).astype(k.dtype), 0, 0)
+    ds = ds_ref[g]
+    for m, at in reversed(list(enumerate(here.chunks))):
+        q, k, v, do = (here.rows(a, at) for a in (x.q, x.k, x.v, x.do))
+        low = lambda a: a.astype(q.dtype)
+        fade, s = here.fade(at), s_ref[m]
+        dv = dot(low(fade.pairs(q, k)), do, 0, 0)
+        dv = dv + dot(low(fade.leave(k)), low(ds), 1, 1)
+        found = fade.back(q, k, dot(do, v, 1, 1), dot(do, low(s), 1, 0),
+                          dot(v, low(ds), 1, 0), (s * ds).sum(0, keepdims=True))
+        dq_ref[0, 0, at] = found.dq.astype(dq_ref.dtype)
+        if dg_ref:
+            place = (0, 0, at) if len(x.g.shape) == 4 and x.g.shape[2] > 1 else (
+                0, 0, slice(None), at)
+            dg_ref[0][place] = found.dg
+        _add(g, sums, (dk_ref, dv_ref), at, (found.dk, dv))
+        ds = fade.kept(ds) + dot(do, low(fade.enter(q)), 0, 0)
+    ds_ref[g] = ds
+
+    @pl.when(back == steps - 1)
+    def _finish():
+        before_ref[0, g] = ds
+
+    if sums:
+        @pl.when(g == call.groups - 1)
+        def _write():
+            for out, total in zip((dk_ref, dv_ref), sums):
+                out[0, 0] = total[...].astype(out.dtype)
+
+
+def _add(g, sums, outs, at: slice, values) -> None:
+    """Adds a chunk's dk and dv of query head g to those of the heads before it."""
+    for n, value in enumerate(values):
+        if not sums:
+            outs[n][0, 0, at] = value.astype(outs[n].dtype)
+            continue
+        before = jnp.where(g == 0, jnp.zeros(value.shape, F32), sums[n][at])
+        sums[n][at] = before + value
+
+
+def _pad(a, axis: int, size: int):
+    widths = [(0, 0)] * a.ndim
+    widths[axis] = (0, -a.shape[axis] % size)
+    return jnp.pad(a, widths)
+
+
+def _tokens(a, size: int):
+    """[B,T,H,X] -> [B,H,T,X] with T a multiple of `size` and X one of 8."""
+    return _pad(_pad(a, 1, size), 3, 8).transpose(0, 2, 1, 3)
+
+
+def _turned(a):
+    """A state [B,H,V,D] with widths that are multiples of 8."""
+    return _pad(_pad(a, 2, 8), 3, 8)
+
+
+def _arrays(call: Call, flags, q, k, v, g, state) -> Arrays:
+    size = call.block
+    if g is not None and g.ndim == 3:
+        g = _pad(g.transpose(0, 2, 1)[:, :, None], 3, size)
+    elif g is not None and g.ndim == 4:
+        g = _tokens(g, size)
+    flags = None if flags is None else _pad(flags, 1, size)[:, None]
+    return Arrays(*(_tokens(a, size) for a in (q, k, v)), g, flags,
+                  None if state is None else _turned(state))
+
+
+def _specs(call: Call, x: Arrays, query, key, block) -> Arrays:
+    """How each array is cut; query, key, block: of a grid step, after the batch's row.
+    """
+    size = call.block
+    tile = lambda a, head: pl.BlockSpec(
+        (1, 1, size, a.shape[3]), lambda b, *at: (b, head(*at), block(*at), 0))
+    whole = lambda a: pl.BlockSpec(
+        (1, 1, *a.shape[2:]), lambda b, *at: (b, query(*at), 0, 0))
+    g = None
+    if x.g is not None and x.g.ndim == 1:
+        g = pl.BlockSpec(memory_space=pltpu.SMEM)
+    elif x.g is not None and x.g.shape[2] == 1:
+        g = pl.BlockSpec((1, 1, 1, size),
+                         lambda b, *at: (b, query(*at), 0, block(*at)))
+    elif x.g is not None:
+        g = tile(x.g, query)
+    some = lambda a, spec: None if a is None else spec(a)
+    return Arrays(
+        tile(x.q, query), tile(x.k, key), tile(x.v, key), g,
+        some(x.flags, lambda a: pl.BlockSpec(
+            (1, 1, size), lambda b, *at: (b, 0, block(*at)))),
+        some(x.state, whole), some(x.do, lambda a: tile(a, query)),
+        some(x.begun, lambda a: pl.BlockSpec(
+            (1, 1, 1, *a.shape[3:]), lambda b, *at: (b, query(*at), block(*at), 0, 0))),
+        some(x.d_state, whole),
+    )
+
+
+def _launch(call: Call, body, grid, x: Arrays, specs: Arrays, outs, out_specs, scratch,
+            name: str) -> Any:
+    order = ("parallel", "parallel", *["arbitrary"] * (len(grid) - 2))
+    return pl.pallas_call(
+        lambda x, *refs: body(call, x, refs[:len(outs)], refs[len(outs):]),
+        grid=grid, in_specs=(specs,), out_shape=outs, out_specs=out_specs,
+        scratch_shapes=scratch, interpret=call.interpret, name=name,
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=order, vmem_limit_bytes=call.vmem),
+    )(x)
+
+
+def _call(static, numbers, t: int, groups: int) -> Call:
+    block, c = numbers
+    block = min(block, -(-t // c) * c)
+    return Call(t, block, c, groups, static.scale, static.vmem, static.interpret)
+
+
+def forward(static, flags, q, k, v, g, state, save: bool):
+    """The turned state [B,H,V,D] after the last token, o [B,T,H,V], and, to `save`, the
+    states [B,H,N,V,D] that blocks of the backward pass begin with."""
+    (b, t, h, d), width = q.shape, v.shape[3]
+    call = _call(static, static.back if save else static.ahead, t, h // k.shape[2])
+    x = _arrays(call, flags, q, k, v, g, state)
+    steps = x.q.shape[2] // call.block
+    specs = _specs(call, x, lambda h, n: h, lambda h, n: h // call.groups,
+                   lambda h, n: n)
+    (_, _, rows, lanes), vlanes = x.state.shape, x.v.shape[3]
+    outs = [jax.ShapeDtypeStruct(x.state.shape, F32),
+            jax.ShapeDtypeStruct((b, h, x.q.shape[2], vlanes), static.dtype)]
+    out_specs = [specs.state, pl.BlockSpec((1, 1, call.block, vlanes),
+                                           lambda b, h, n: (b, h, n, 0))]
+    if save:
+        outs.append(jax.ShapeDtypeStruct((b, h, steps, rows, lanes), F32))
+        out_specs.append(pl.BlockSpec((1, 1, 1, rows, lanes),
+                                      lambda b, h, n: (b, h, n, 0, 0)))
+    after, o, *begun = _launch(
+        call, _forward, (b, h, steps), x, specs, outs, out_specs,
+        [pltpu.VMEM((rows, lanes), F32)], "linear_forward")
+    o = o[:, :, :t, :width].transpose(0, 2, 1, 3)
+    return after[:, :, :width, :d], o, begun[0] if save else None
+
+
+def backward(static, flags, q, k, v, g, state, begun, d_state, do):
+    """dq, dk, dv, dg and the gradient of the turned state that came in."""
+    (b, t, h, d), (heads, width) = q.shape, v.shape[2:]
+    rows, lanes = begun.shape[3:]
+    groups = _together(h // heads, rows * lanes * 4, static.vmem)
+    call = _call(static, static.back, t, groups)
+    x = _arrays(call, flags, q, k, v, g, None)._replace(
+        do=_tokens(do, call.block), begun=begun, d_state=_turned(d_state))
+    n = begun.shape[2]
+    query = lambda kv, back, g: kv * groups + g
+    block = lambda kv, back, g: n - 1 - back
+    specs = _specs(call, x, query, lambda kv, back, g: kv * groups // (h // heads),
+                   block)
+    own = pl.BlockSpec((1, groups, rows, lanes), lambda b, kv, *at: (b, kv, 0, 0))
+    once = lambda a: pl.BlockSpec((1, 1, call.block, a.shape[3]),
+                                  lambda b, kv, back, g: (b, kv, n - 1 - back, 0))
+    many, full = h // groups, x.q.shape[2]
+    kind = k.dtype if many == heads else F32
+    outs = [jax.ShapeDtypeStruct(x.q.shape, q.dtype),
+            *(jax.ShapeDtypeStruct((b, many, full, a.shape[3]), kind)
+              for a in (x.k, x.v)),
+            jax.ShapeDtypeStruct(x.d_state.shape, F32)]
+    out_specs = [specs.q, once(x.k), once(x.v), own]
+    if g is not None:
+        line = jax.ShapeDtypeStruct((b, h, 1, full), F32)
+        outs.append(jax.ShapeDtypeStruct(x.g.shape, F32) if g.ndim == 4 else line)
+        out_specs.append(specs.g if g.ndim == 4 else pl.BlockSpec(
+            (1, 1, 1, call.block), lambda b, *at: (b, query(*at), 0, block(*at))))
+    scratch = [pltpu.VMEM((groups, rows, lanes), F32),
+               pltpu.VMEM((call.block // call.c, rows, lanes), F32)]
+    if groups > 1:
+        scratch += [pltpu.VMEM((call.block, a.shape[3]), F32) for a in (x.k, x.v)]
+    dq, dk, dv, before, *dg = _launch(
+        call, _backward, (b, many, n, groups), x, specs, outs, out_specs, scratch,
+        "linear_backward")
+    dk, dv = (a.reshape(b, heads, -1, *a.shape[2:]).sum(2).astype(k.dtype)
+              if many > heads else a for a in (dk, dv))
+    back = lambda a, like: a[:, :, :t, :like.shape[3]].transpose(0, 2, 1, 3)
+    found = [back(dq, q), back(dk, k), back(dv, v)]
+    return *found, _decay(flags, g, dg, t), before[:, :, :width, :d]
+
+
+def _together(groups: int, size: int, vmem: int) -> int:
+    """How many query heads of a key head one program takes: a divisor of all, whose
+    states of `size` bytes fit."""
+    most = max(vmem // 8 // size, 1)
+    return next(n for n in range(min(groups, most), 0, -1) if groups % n == 0)
+
+
+def _decay(flags, g, dg, t: int):
+    """dg [B,T,H] or [B,T,H,D], 0 where the decay is not that of `g`."""
+    if g is None:
+        return None
+    dg = dg[0][:, :, :t] if g.ndim == 4 else dg[0][:, :, 0, :t, None]
+    dg = dg[..., :g.shape[3] if g.ndim == 4 else 1].transpose(0, 2, 1, 3)
+    if g.ndim == 4 and flags is not None:
+        dg = jnp.where(flags[:, :, None, None] == 1, dg, 0)
+    return dg if g.ndim == 4 else dg[..., 0]

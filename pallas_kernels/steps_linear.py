@@ -153,7 +153,8 @@ class Steady(Still):
         whole = jnp.full((1, 1), self.count, jnp.int32).astype(F32)
         held = self.kept(held).sum(1, keepdims=True) * whole
         # at the first token, which is there in every chunk that is not empty
-        held = jnp.where(self.j[:1] == 0, held, 0.0)
+        first = jax.lax.broadcasted_iota(jnp.int32, (1, self.c), 1) == 0
+        held = jnp.where(first, held, 0.0)
         return own.sum(0, keepdims=True) + held
 
 

@@ -122,7 +122,7 @@ class Here:
         own = jnp.maximum(own, FLOOR)
         if self.flag is not None:
             own = jnp.where(self.flag[:, None] > 1, FLOOR, own)
-        return Channels(call.c, call.scale, own)
+        return Channels(call.c, call.scale, own, rolled=True)
 
 
 def _states(call: Call, reverse: bool, x: Arrays, each_ref, last_ref):

@@ -14,7 +14,7 @@ float32 is taken apart into three bfloat16 numbers, which is exact.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, Callable, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -206,13 +206,23 @@ class Channels(Still):
     their part of it. Pairs are sorted by level: at level s, a power of two, i lies in
     the second half of a block of 2s tokens and j in the first, and both parts are
     measured from the middle of that block: neither exponent is positive. Each pair
-    i > j belongs to just one level, the highest bit in which i and j differ.
+    i > j belongs to just one level, the highest bit in which i and j differ. `rolled`:
+    levels are a loop, so that few arrays are alive at once, not written out.
     """
 
-    def __init__(self, c: int, scale: float, g):
+    def __init__(self, c: int, scale: float, g, rolled: bool = False):
         super().__init__(c, scale)
-        self.g = g
-        self.levels = [1 << n for n in range((c - 1).bit_length())]
+        self.g, self.rolled = g, rolled
+
+    def over(self, step: Callable, carry):
+        """step(s, carry) for each level."""
+        many = (self.c - 1).bit_length()
+        if self.rolled:
+            one = lambda n, carry: step(jax.lax.shift_left(jnp.int32(1), n), carry)
+            return jax.lax.fori_loop(0, many, one, carry)
+        for n in range(many):
+            carry = step(1 << n, carry)
+        return carry
 
     def to_middle(self, s: int):
         """[i,t]: whether t lies between i and the middle of its block at level s."""
@@ -240,11 +250,12 @@ class Channels(Still):
         return s * jnp.exp(self.g.sum(0, keepdims=True))
 
     def pairs(self, q, k):
-        found = jnp.where(self.i == self.j, rows(q, k.astype(F32)), 0.0)
-        for s in self.levels:
+        def step(s, found):
             _, near, far = self.at(s, q, k)
-            found = jnp.where(self.paired(s), dot(near, far, 1, 1), found)
-        return found * self.scale
+            return jnp.where(self.paired(s), dot(near, far, 1, 1), found)
+
+        own = jnp.where(self.i == self.j, rows(q, k.astype(F32)), 0.0)
+        return self.over(step, own) * self.scale
 
     def back(self, q, k, dp, entered, left, held) -> Gradients:
         dp = dp * self.scale
@@ -254,10 +265,12 @@ class Channels(Still):
         dq, dk = from_state + own * wide(k), to_state + own * wide(q)
         dg = self.kept(held) + add_up(self.j <= self.i, wide(q) * from_state, 0)
         dg = dg + add_up(self.j > self.i, wide(k) * to_state, 0)
-        for s in self.levels:
+
+        def step(s, found):
             fade, near, far = self.at(s, q, k)
             ds = jnp.where(self.paired(s), dp, 0.0).astype(q.dtype)
             to_q, to_k = dot(ds, far, 1, 0) * fade, dot(ds, near, 0, 0) * fade
-            dq, dk = dq + to_q, dk + to_k
-            dg = dg + add_up(self.to_middle(s), wide(q) * to_q + wide(k) * to_k, 0)
-        return Gradients(dq, dk, dg)
+            more = add_up(self.to_middle(s), wide(q) * to_q + wide(k) * to_k, 0)
+            return Gradients(found.dq + to_q, found.dk + to_k, found.dg + more)
+
+        return self.over(step, Gradients(dq, dk, dg))

@@ -90,7 +90,7 @@ class Here:
         at = ref.at[self.b, pl.ds(self.start, self.call.c), head,
                     pl.ds(zero + first, width)]
         found = None if where is None else where[:, None]
-        if ref.shape[3] % width:
+        if ref.shape[3] != power(ref.shape[3]):  # tiles cover that many lanes
             lane = first + jax.lax.broadcasted_iota(
                 jnp.int32, (self.call.c, width), 1)
             found = both(found, lane < ref.shape[3])
@@ -192,6 +192,8 @@ def _chunk(call: Call, x: Arrays, dq_ref, dk_ref, dv_ref, *dg_ref):
     carry = (zeros(call.c, call.c), zeros(call.c, call.lanes),
              zeros(call.c, call.lanes), zeros(1, call.lanes))
     carry = jax.lax.fori_loop(0, x.state.shape[3] // call.values, step, carry)
+    # loaded again, since the loop needs their registers
+    q, k = here.rows(x.q, h), here.rows(x.k, here.kv)
     found = fade.back(q, k, *carry)
     here.write(dq_ref, found.dq, h)
     here.write(dk_ref, found.dk, h)

@@ -23,9 +23,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.steps_linear import (
-    F32, FLOOR, Channels, Steady, Still, Tokens, dot
-)
+from pallas_kernels import linear_tpu_channels as channels
+from pallas_kernels.steps_linear import F32, FLOOR, Steady, Still, Tokens, dot
 from pallas_kernels.steps_tpu import column
 
 
@@ -46,7 +45,8 @@ class Arrays(NamedTuple):
     """What a kernel reads, T a multiple of a block; None for what there is not.
 
     q, do [B,H,T,D|V], k, v [B,K,T,D|V]; g [H], [B,H,1,T] or [B,H,T,D]; flags [B,1,T];
-    state, d_state [B,H,V,D]; begun [B,H,N,V,D]: the state that each block begins with.
+    state, d_state [B,H,V,D]; begun [B,H,N,V,D]: the state that each block begins with;
+    sums: the two matrices of `linear_tpu_channels`.
     """
 
     q: Any
@@ -58,6 +58,7 @@ class Arrays(NamedTuple):
     do: Any = None
     begun: Any = None
     d_state: Any = None
+    sums: Any = None
 
 
 class Here:
@@ -78,22 +79,54 @@ class Here:
         a, real = ref[0, 0, at], self.real(at)
         return a if real is None else jnp.where(real, a, jnp.zeros_like(a))
 
-    def fade(self, at: slice) -> Still:
-        """The decay inside a chunk."""
+    @property
+    def by_channel(self) -> bool:
+        """Whether each channel has its decay."""
+        return self.x.sums is not None
+
+    def fades(self) -> list[Any]:
+        """The decay inside each chunk."""
         call, g = self.call, self.x.g
+        if self.by_channel:
+            own = [self.channels(at) for at in self.chunks]
+            return channels.joint(call.c, call.scale, own, self.x.sums[0])
         if g is None:
-            return Still(call.c, call.scale)
-        if len(g.shape) == 1:
-            first = self.n * call.block + at.start
-            count = jnp.clip(call.t - first, 0, call.c)
-            return Steady(call.c, call.scale, g[self.head], count)
-        if g.shape[2] == 1:
-            return Tokens(call.c, call.scale, g[0, 0, :, at])
-        own = jnp.maximum(g[0, 0, at].astype(F32), FLOOR)
-        if self.x.flags is not None:
-            flag = column(self.x.flags[0, :, at].astype(F32))
-            own = jnp.where(flag > 1.5, FLOOR, jnp.where(flag > 0.5, own, 0.0))
-        return Channels(call.c, call.scale, own)
+            return [Still(call.c, call.scale)] * len(self.chunks)
+        if len(g.shape) > 1:
+            return [Tokens(call.c, call.scale, g[0, 0, :, at]) for at in self.chunks]
+        left = call.t - self.n * call.block
+        count = lambda at: jnp.clip(left - at.start, 0, call.c)
+        return [Steady(call.c, call.scale, g[self.head], count(at))
+                for at in self.chunks]
+
+    def channels(self, at: slice):
+        """Log decays [c,D]."""
+        g = jnp.maximum(self.x.g[0, 0, at].astype(F32), FLOOR)
+        if self.x.flags is None:
+            return g
+        flag = column(self.x.flags[0, :, at].astype(F32))
+        return jnp.where(flag > 1.5, FLOOR, jnp.where(flag > 0.5, g, 0.0))
+
+    def pairs(self, fades, qk) -> list[Any]:
+        """Pairs of each chunk [c,c]; qk: its q and k."""
+        if self.by_channel:
+            return channels.pairs(fades, qk)
+        return [fade.pairs(*own) for fade, own in zip(fades, qk)]
+
+    def back(self, fades, qk, given) -> list[Any]:
+        """Gradients of each chunk; given: what `Still.back` takes but for q and k."""
+        if self.by_channel:
+            return channels.back(fades, qk, given, self.x.sums[1])
+        return [fade.back(*own, *more) for fade, own, more in zip(fades, qk, given)]
+
+
+def _states(fades, rows, s) -> list[Any]:
+    """The states before each chunk and after the last; rows: k and v of each."""
+    found = [s]
+    for fade, (k, v) in zip(fades, rows):
+        more = dot(v, fade.leave(k).astype(k.dtype), 0, 0)
+        found.append(fade.kept(found[-1]) + more)
+    return found
 
 
 def _forward(call: Call, x: Arrays, outs, scratch):
@@ -106,26 +139,26 @@ def _forward(call: Call, x: Arrays, outs, scratch):
     def _start():
         s_ref[...] = x.state[0, 0]
 
-    s = s_ref[...]
+    # chunk by chunk for each step, since the program's order is that of its products
+    q, k, v = ([here.rows(a, at) for at in here.chunks] for a in (x.q, x.k, x.v))
+    fades, low = here.fades(), lambda a: a.astype(x.q.dtype)
     if begun_ref:
-        begun_ref[0][0, 0, 0] = s
-    for at in here.chunks:
-        q, k, v = (here.rows(a, at) for a in (x.q, x.k, x.v))
-        fade = here.fade(at)
-        low = lambda a: a.astype(q.dtype)
-        o = dot(low(fade.pairs(q, k)), v, 1, 0)
-        o_ref[0, 0, at] = (o + dot(low(fade.enter(q)), low(s), 1, 1)).astype(o_ref.dtype)
-        s = fade.kept(s) + dot(v, low(fade.leave(k)), 0, 0)
-    s_ref[...] = s
+        begun_ref[0][0, 0, 0] = s_ref[...]
+    pairs = [low(p) for p in here.pairs(fades, list(zip(q, k)))]
+    *states, last = _states(fades, zip(k, v), s_ref[...])
+    s_ref[...] = last
+    for m, at in enumerate(here.chunks):
+        o = dot(low(fades[m].enter(q[m])), low(states[m]), 1, 1)
+        o_ref[0, 0, at] = (o + dot(pairs[m], v[m], 1, 0)).astype(o_ref.dtype)
 
     @pl.when(n == pl.num_programs(2) - 1)
     def _finish():
-        after_ref[0, 0] = s
+        after_ref[0, 0] = last
 
 
 def _backward(call: Call, x: Arrays, outs, scratch):
     dq_ref, dk_ref, dv_ref, before_ref, *dg_ref = outs
-    ds_ref, s_ref, *sums = scratch
+    ds_ref, *sums = scratch
     kv, back, g = (pl.program_id(a) for a in (1, 2, 3))
     steps = pl.num_programs(2)
     here = Here(call, x, kv * call.groups + g, steps - 1 - back)
@@ -134,33 +167,34 @@ def _backward(call: Call, x: Arrays, outs, scratch):
     def _start():
         ds_ref[g] = x.d_state[0, 0]
 
-    s = x.begun[0, 0, 0]
+    q, k, v, do = ([here.rows(a, at) for at in here.chunks]
+                   for a in (x.q, x.k, x.v, x.do))
+    fades, low = here.fades(), lambda a: a.astype(x.q.dtype)
+    qk = list(zip(q, k))
+    pairs = [low(p) for p in here.pairs(fades, qk)]
+    states = _states(fades, zip(k[:-1], v), x.begun[0, 0, 0])
+    ds = [ds_ref[g]]
+    for m in reversed(range(len(q))):
+        more = dot(do[m], low(fades[m].enter(q[m])), 0, 0)
+        ds.insert(0, fades[m].kept(ds[0]) + more)
+    before, *ds = ds
+    ds_ref[g] = before
+    dv = [dot(p, a, 0, 0) + dot(low(fade.leave(b)), low(own), 1, 1)
+          for p, a, fade, b, own in zip(pairs, do, fades, k, ds)]
+    given = [(dot(a, b, 1, 1), dot(a, low(s), 1, 0), dot(b, low(own), 1, 0),
+              (s * own).sum(0, keepdims=True))
+             for a, b, s, own in zip(do, v, states, ds)]
+    found = here.back(fades, qk, given)
     for m, at in enumerate(here.chunks):
-        s_ref[m] = s
-        if m + 1 < len(here.chunks):
-            k, v, fade = here.rows(x.k, at), here.rows(x.v, at), here.fade(at)
-            s = fade.kept(s) + dot(v, fade.leave(k).astype(k.dtype), 0, 0)
-    ds = ds_ref[g]
-    for m, at in reversed(list(enumerate(here.chunks))):
-        q, k, v, do = (here.rows(a, at) for a in (x.q, x.k, x.v, x.do))
-        low = lambda a: a.astype(q.dtype)
-        fade, s = here.fade(at), s_ref[m]
-        dv = dot(low(fade.pairs(q, k)), do, 0, 0)
-        dv = dv + dot(low(fade.leave(k)), low(ds), 1, 1)
-        found = fade.back(q, k, dot(do, v, 1, 1), dot(do, low(s), 1, 0),
-                          dot(v, low(ds), 1, 0), (s * ds).sum(0, keepdims=True))
-        dq_ref[0, 0, at] = found.dq.astype(dq_ref.dtype)
+        dq_ref[0, 0, at] = found[m].dq.astype(dq_ref.dtype)
         if dg_ref:
-            place = (0, 0, at) if len(x.g.shape) == 4 and x.g.shape[2] > 1 else (
-                0, 0, slice(None), at)
-            dg_ref[0][place] = found.dg
-        _add(g, sums, (dk_ref, dv_ref), at, (found.dk, dv))
-        ds = fade.kept(ds) + dot(do, low(fade.enter(q)), 0, 0)
-    ds_ref[g] = ds
+            place = (0, 0, at) if here.by_channel else (0, 0, slice(None), at)
+            dg_ref[0][place] = found[m].dg
+        _add(g, sums, (dk_ref, dv_ref), at, (found[m].dk, dv[m]))
 
     @pl.when(back == steps - 1)
     def _finish():
-        before_ref[0, g] = ds
+        before_ref[0, g] = before
 
     if sums:
         @pl.when(g == call.groups - 1)
@@ -196,14 +230,15 @@ def _turned(a):
 
 
 def _arrays(call: Call, flags, q, k, v, g, state) -> Arrays:
-    size = call.block
+    size, by_channel = call.block, g is not None and g.ndim == 4
     if g is not None and g.ndim == 3:
         g = _pad(g.transpose(0, 2, 1)[:, :, None], 3, size)
-    elif g is not None and g.ndim == 4:
+    elif by_channel:
         g = _tokens(g, size)
     flags = None if flags is None else _pad(flags, 1, size)[:, None]
     return Arrays(*(_tokens(a, size) for a in (q, k, v)), g, flags,
-                  None if state is None else _turned(state))
+                  None if state is None else _turned(state),
+                  sums=channels.matrices(call.c) if by_channel else None)
 
 
 def _specs(call: Call, x: Arrays, query, key, block) -> Arrays:
@@ -231,6 +266,8 @@ def _specs(call: Call, x: Arrays, query, key, block) -> Arrays:
         some(x.begun, lambda a: pl.BlockSpec(
             (1, 1, 1, *a.shape[3:]), lambda b, *at: (b, query(*at), block(*at), 0, 0))),
         some(x.d_state, whole),
+        some(x.sums, lambda both: tuple(
+            pl.BlockSpec(a.shape, lambda *at: (0, 0)) for a in both)),
     )
 
 
@@ -305,8 +342,7 @@ def backward(static, flags, q, k, v, g, state, begun, d_state, do):
         outs.append(jax.ShapeDtypeStruct(x.g.shape, F32) if g.ndim == 4 else line)
         out_specs.append(specs.g if g.ndim == 4 else pl.BlockSpec(
             (1, 1, 1, call.block), lambda b, *at: (b, query(*at), 0, block(*at))))
-    scratch = [pltpu.VMEM((groups, rows, lanes), F32),
-               pltpu.VMEM((call.block // call.c, rows, lanes), F32)]
+    scratch = [pltpu.VMEM((groups, rows, lanes), F32)]
     if groups > 1:
         scratch += [pltpu.VMEM((call.block, a.shape[3]), F32) for a in (x.k, x.v)]
     dq, dk, dv, before, *dg = _launch(

@@ -14,6 +14,7 @@ float32 is taken apart into three bfloat16 numbers, which is exact.
 
 from __future__ import annotations
 
+import functools
 from typing import Any, Callable, NamedTuple
 
 import jax
@@ -53,6 +54,13 @@ def add_up(where, x, left: int = 1):
     """sum_t where[i,t] x[t,n] -> [i,n] float32; left = 0: where[t,i]."""
     w = chosen(where)
     high, middle, low = (dot(w, part, left, 0) for part in thirds(x))
+    return (low + middle) + high
+
+
+def add_columns(x, where):
+    """sum_t x[i,t] where[t,n] -> [i,n] float32."""
+    w = chosen(where)
+    high, middle, low = (dot(part, w, 1, 0) for part in thirds(x))
     return (low + middle) + high
 
 
@@ -172,9 +180,7 @@ class Tokens(Still):
 
     def within(self):
         until = jnp.where(self.j <= self.i, self.g, 0.0)
-        behind = chosen(self.i > self.j)  # [t,j]
-        high, middle, low = (dot(part, behind, 1, 0) for part in thirds(until))
-        fade = jnp.exp((low + middle) + high)
+        fade = jnp.exp(add_columns(until, self.i > self.j))
         return jnp.where(self.j <= self.i, self.scale * fade, 0.0)
 
     def enter(self, q):
@@ -191,9 +197,7 @@ class Tokens(Still):
     def decay(self, weigh, q, k, from_state, to_state, held):
         # the decay at t acts on the pairs j < t <= i
         p = jnp.where(self.j < self.i, weigh(), 0.0)
-        before = chosen(self.i < self.j)  # [j,t]
-        high, middle, low = (dot(part, before, 1, 0) for part in thirds(p))
-        crossing = (low + middle) + high + rows(q, from_state)
+        crossing = add_columns(p, self.i < self.j) + rows(q, from_state)
         own = jnp.where(self.i >= self.j, crossing, rows(k, to_state))
         held = self.kept(held).sum(1, keepdims=True)
         return own.sum(0, keepdims=True) + held
@@ -216,61 +220,83 @@ class Channels(Still):
 
     def over(self, step: Callable, carry):
         """step(s, carry) for each level."""
-        many = (self.c - 1).bit_length()
         if self.rolled:
             one = lambda n, carry: step(jax.lax.shift_left(jnp.int32(1), n), carry)
-            return jax.lax.fori_loop(0, many, one, carry)
-        for n in range(many):
-            carry = step(1 << n, carry)
-        return carry
+            return jax.lax.fori_loop(0, len(levels(self.c)), one, carry)
+        return functools.reduce(lambda carry, s: step(s, carry), levels(self.c), carry)
 
-    def to_middle(self, s: int):
-        """[i,t]: whether t lies between i and the middle of its block at level s."""
-        i, t = self.i, self.j
-        return ((i ^ t) < s) & (((i & s) != 0) == (t <= i))
+    def decays(self, s):
+        """The log decay [c,D] from each token to the middle of its block at level s, or
+        that to "enter" from the chunk's start, or to "leave" for its end."""
+        return add_up(between(self.i, self.j, s), self.g)
 
-    def paired(self, s: int):
+    def spread(self, s, x):
+        """The gradient of g from that of decays(s)."""
+        return add_up(between(self.i, self.j, s), x, 0)
+
+    def paired(self, s):
         """[i,j]: whether a pair belongs to level s."""
         apart = self.i ^ self.j
         return (apart >= s) & (apart < 2 * s) & (self.i > self.j)
 
-    def at(self, s: int, q, k):
+    def at(self, s, q, k):
         """The decay to the middle [c,D] float32, and q and k with it."""
-        fade = jnp.exp(add_up(self.to_middle(s), self.g))
+        fade = jnp.exp(self.decays(s))
         return fade, *((a.astype(F32) * fade).astype(a.dtype) for a in (q, k))
 
     def enter(self, q):
-        return q.astype(F32) * (
-            self.scale * jnp.exp(add_up(self.j <= self.i, self.g)))
+        return q.astype(F32) * (self.scale * jnp.exp(self.decays("enter")))
 
     def leave(self, k):
-        return k.astype(F32) * jnp.exp(add_up(self.j > self.i, self.g))
+        return k.astype(F32) * jnp.exp(self.decays("leave"))
 
     def kept(self, s):
         return s * jnp.exp(self.g.sum(0, keepdims=True))
 
     def pairs(self, q, k):
-        def step(s, found):
-            _, near, far = self.at(s, q, k)
-            return jnp.where(self.paired(s), dot(near, far, 1, 1), found)
+        step = lambda s, found: self.more_pairs(s, found, q, k)
+        return self.over(step, self.own(q, k))
 
-        own = jnp.where(self.i == self.j, rows(q, k.astype(F32)), 0.0)
-        return self.over(step, own) * self.scale
+    def own(self, q, k):
+        """The pairs of tokens with themselves [c,c]."""
+        return jnp.where(self.i == self.j, self.scale * rows(q, k.astype(F32)), 0.0)
+
+    def more_pairs(self, s, found, q, k):
+        """`found` with the pairs of a level put in."""
+        _, near, far = self.at(s, q, k)
+        return jnp.where(self.paired(s), self.scale * dot(near, far, 1, 1), found)
 
     def back(self, q, k, dp, entered, left, held) -> Gradients:
-        dp = dp * self.scale
+        step = lambda s, found: self.more_back(s, found, q, k, dp)
+        return self.over(step, self.start_back(q, k, dp, entered, left, held))
+
+    def start_back(self, q, k, dp, entered, left, held) -> Gradients:
+        """Gradients from the tokens' own pairs and from the states."""
         from_state, to_state = self.enter(entered), self.leave(left)
-        own = jnp.where(self.i == self.j, dp, 0.0).sum(1, keepdims=True)
-        wide = lambda a: a.astype(F32)
-        dq, dk = from_state + own * wide(k), to_state + own * wide(q)
-        dg = self.kept(held) + add_up(self.j <= self.i, wide(q) * from_state, 0)
-        dg = dg + add_up(self.j > self.i, wide(k) * to_state, 0)
+        own = jnp.where(self.i == self.j, self.scale * dp, 0.0).sum(1, keepdims=True)
+        q, k = q.astype(F32), k.astype(F32)
+        dg = self.kept(held) + self.spread("enter", q * from_state)
+        dg = dg + self.spread("leave", k * to_state)
+        return Gradients(from_state + own * k, to_state + own * q, dg)
 
-        def step(s, found):
-            fade, near, far = self.at(s, q, k)
-            ds = jnp.where(self.paired(s), dp, 0.0).astype(q.dtype)
-            to_q, to_k = dot(ds, far, 1, 0) * fade, dot(ds, near, 0, 0) * fade
-            more = add_up(self.to_middle(s), wide(q) * to_q + wide(k) * to_k, 0)
-            return Gradients(found.dq + to_q, found.dk + to_k, found.dg + more)
+    def more_back(self, s, found: Gradients, q, k, dp) -> Gradients:
+        """`found` and the gradients from the pairs of a level."""
+        fade, near, far = self.at(s, q, k)
+        ds = jnp.where(self.paired(s), self.scale * dp, 0.0).astype(q.dtype)
+        to_q, to_k = dot(ds, far, 1, 0) * fade, dot(ds, near, 0, 0) * fade
+        more = self.spread(s, q.astype(F32) * to_q + k.astype(F32) * to_k)
+        return Gradients(found.dq + to_q, found.dk + to_k, found.dg + more)
 
-        return self.over(step, Gradients(dq, dk, dg))
+
+def levels(c: int) -> list[int]:
+    """The levels of a chunk of c tokens."""
+    return [1 << n for n in range((c - 1).bit_length())]
+
+
+def between(i, t, s):
+    """Whether token t lies between token i and the middle of the block of 2s tokens
+    that i is in; or between the chunk's start and i, i with it, for "enter"; or behind
+    i for "leave"."""
+    if isinstance(s, str):
+        return t <= i if s == "enter" else t > i
+    return ((i ^ t) < s) & (((i & s) != 0) == (t <= i))

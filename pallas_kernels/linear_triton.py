@@ -33,7 +33,8 @@ from pallas_kernels.tile import both
 
 class Call(NamedTuple):
     """What is static: T tokens in chunks of c, `groups` query heads a key head; lanes
-    of q and k; value channels of a program; widths of a tile of the state."""
+    of q and k; value channels of a program; widths of a tile of the state; key channels
+    of a program that makes their gradients; and each program's warps and stages."""
 
     t: int
     c: int
@@ -42,8 +43,10 @@ class Call(NamedTuple):
     lanes: int
     values: int
     state: tuple[int, int]
+    keys: int
     how: tuple[int, int]
     state_how: tuple[int, int]
+    keys_how: tuple[int, int]
     interpret: Any
 
     @property
@@ -151,56 +154,82 @@ def _states(call: Call, reverse: bool, x: Arrays, each_ref, last_ref):
     triton.store(last_ref.at[b, h, *tile], s)
 
 
-def _outputs(call: Call, x: Arrays, o_ref):
-    """o of a chunk, some of its value channels."""
+def _place(call: Call, x: Arrays):
+    """The chunk of this program, its head and number, and the first value channel."""
     place, h, b = (pl.program_id(n) for n in range(3))
     n, first = jax.lax.rem(place, call.chunks), jax.lax.div(place, call.chunks)
-    first = first * call.values
-    here = Here(call, x, b, h, n)
-    q, k = here.rows(x.q, h), here.rows(x.k, here.kv)
-    fade = here.fade()
-    low = lambda a: a.astype(q.dtype)
-    s = triton.load(x.state.at[b, h, n, pl.ds(first, call.values),
-                               pl.ds(first * 0, call.lanes)])
-    o = dot(low(fade.enter(q)), s, 1, 1)
+    return Here(call, x, b, h, n), h, n, first * call.values
+
+
+def _add_up(call: Call, x: Arrays, here: Here, n, first, state, key: bool):
+    """Pairs of a chunk [c,c], and what queries get from the state, or, for `key`, keys
+    from its gradient [c,values]; sums over key channels, of which those with decays of
+    their own are taken some at a time."""
+    by_channel = x.g is not None and len(x.g.shape) == 4
+    width = call.keys if by_channel else call.lanes
+
+    def step(i, carry):
+        d0 = i * width
+        q = here.rows(x.q, here.h, d0, width)
+        k = here.rows(x.k, here.kv, d0, width)
+        tile = pl.ds(first, call.values), pl.ds(d0, width)
+        s = triton.load(state.at[here.b, here.h, n, *tile])
+        fade = here.fade(d0, width)
+        a = (fade.leave(k) if key else fade.enter(q)).astype(q.dtype)
+        return carry[0] + fade.pairs(q, k), carry[1] + dot(a, s, 1, 1)
+
+    zeros = lambda width: jnp.zeros((call.c, width), F32)
+    carry = zeros(call.c), zeros(call.values)
+    return jax.lax.fori_loop(0, call.lanes // width, step, carry)
+
+
+def _outputs(call: Call, x: Arrays, o_ref):
+    """o of a chunk, some of its channels."""
+    here, h, n, first = _place(call, x)
+    pairs, o = _add_up(call, x, here, n, first, x.state, False)
     v = here.rows(x.v, here.kv, first, call.values)
-    here.write(o_ref, o + dot(low(fade.pairs(q, k)), v, 1, 0), h, first)
+    here.write(o_ref, o + dot(pairs.astype(v.dtype), v, 1, 0), h, first)
 
 
-def _chunk(call: Call, x: Arrays, dq_ref, dk_ref, dv_ref, *dg_ref):
-    """dq, dk, dv and dg of a chunk, over its value channels tile by tile."""
-    n, h, b = (pl.program_id(n) for n in range(3))
+def _values(call: Call, x: Arrays, dv_ref):
+    """dv of a chunk, some of its channels."""
+    here, h, n, first = _place(call, x)
+    pairs, dv = _add_up(call, x, here, n, first, x.d_state, True)
+    do = here.rows(x.do, h, first, call.values)
+    here.write(dv_ref, dv + dot(pairs.astype(do.dtype), do, 0, 0), h, first)
+
+
+def _keys(call: Call, x: Arrays, dq_ref, dk_ref, *dg_ref):
+    """dq and dk of a chunk for some of its key channels, and what they add to dg, over
+    its value channels tile by tile."""
+    place, h, b = (pl.program_id(n) for n in range(3))
+    n, part = jax.lax.rem(place, call.chunks), jax.lax.div(place, call.chunks)
+    d0 = part * call.keys
     here = Here(call, x, b, h, n)
-    q, k = here.rows(x.q, h), here.rows(x.k, here.kv)
-    fade = here.fade()
-    low = lambda a: a.astype(q.dtype)
-    pairs, leaving = low(fade.pairs(q, k)), low(fade.leave(k))
 
     def step(i, carry):
         dp, entered, left, held = carry
         first = i * call.values
         v = here.rows(x.v, here.kv, first, call.values)
         do = here.rows(x.do, h, first, call.values)
-        tile = pl.ds(first, call.values), pl.ds(first * 0, call.lanes)
+        tile = pl.ds(first, call.values), pl.ds(d0, call.keys)
         s, ds = (triton.load(a.at[b, h, n, *tile]) for a in (x.state, x.d_state))
-        here.write(dv_ref, dot(pairs, do, 0, 0) + dot(leaving, ds, 1, 1), h, first)
         together = (s.astype(F32) * ds.astype(F32)).sum(0, keepdims=True)
         return (dp + dot(do, v, 1, 1), entered + dot(do, s, 1, 0),
                 left + dot(v, ds, 1, 0), held + together)
 
     zeros = lambda *shape: jnp.zeros(shape, F32)
-    carry = (zeros(call.c, call.c), zeros(call.c, call.lanes),
-             zeros(call.c, call.lanes), zeros(1, call.lanes))
+    carry = (zeros(call.c, call.c), zeros(call.c, call.keys),
+             zeros(call.c, call.keys), zeros(1, call.keys))
     carry = jax.lax.fori_loop(0, x.state.shape[3] // call.values, step, carry)
-    # loaded again, since the loop needs their registers
-    q, k = here.rows(x.q, h), here.rows(x.k, here.kv)
-    found = fade.back(q, k, *carry)
-    here.write(dq_ref, found.dq, h)
-    here.write(dk_ref, found.dk, h)
+    q, k = here.rows(x.q, h, d0, call.keys), here.rows(x.k, here.kv, d0, call.keys)
+    found = here.fade(d0, call.keys).back(q, k, *carry)
+    here.write(dq_ref, found.dq, h, d0)
+    here.write(dk_ref, found.dk, h, d0)
     if dg_ref and len(x.g.shape) == 4:
-        here.write(dg_ref[0], found.dg, h)
+        here.write(dg_ref[0], found.dg, h, d0)
     elif dg_ref:
-        at = dg_ref[0].at[b, h, pl.ds(here.start, call.c)]
+        at = dg_ref[0].at[b, h, part, pl.ds(here.start, call.c)]
         triton.store(at, found.dg.sum(0), mask=here.inside)
 
 
@@ -214,11 +243,13 @@ def _launch(call: Call, kernel, grid, x: Arrays, outs, how, name: str) -> Any:
 
 
 def _call(static, numbers, q, k, v) -> Call:
-    c, values, warps, stages, side, *state_how = numbers
+    c, values, warps, stages, side, *rest = numbers
     lanes, wide = power(q.shape[3]), power(v.shape[3])
+    keys, *keys_how = rest[2:]
     return Call(q.shape[1], c, q.shape[2] // k.shape[2], static.scale, lanes,
                 min(values, wide), (min(side, wide), min(side, lanes)),
-                (warps, stages), tuple(state_how), static.interpret)
+                min(keys, lanes), (warps, stages), tuple(rest[:2]),
+                tuple(keys_how), static.interpret)
 
 
 def _pass(call: Call, x: Arrays, state, reverse: bool):
@@ -259,17 +290,21 @@ def backward(static, flags, q, k, v, g, state, begun, d_state, do):
     states, _ = _pass(call, x, state, False)
     gradients, before = _pass(call, x, d_state, True)
     kind = k.dtype if h == heads else F32
-    outs = [jax.ShapeDtypeStruct(q.shape, q.dtype),
-            *(jax.ShapeDtypeStruct((b, t, h, a.shape[3]), kind) for a in (k, v))]
+    own = lambda a: jax.ShapeDtypeStruct((b, t, h, a.shape[3]), kind)
+    x = x._replace(state=states, d_state=gradients)
+    grid = call.chunks * (states.shape[3] // call.values), h, b
+    dv = _launch(call, _values, grid, x, own(v), call.how, "linear_backward_values")
+    outs = [jax.ShapeDtypeStruct(q.shape, q.dtype), own(k)]
     if g is not None:
-        outs.append(jax.ShapeDtypeStruct(g.shape if g.ndim == 4 else (b, h, t), F32))
-    dq, dk, dv, *dg = _launch(
-        call, _chunk, (call.chunks, h, b), x._replace(state=states, d_state=gradients),
-        outs, call.how, "linear_backward")
+        parts = (b, h, call.lanes // call.keys, t)
+        outs.append(jax.ShapeDtypeStruct(g.shape if g.ndim == 4 else parts, F32))
+    grid = call.chunks * (call.lanes // call.keys), h, b
+    dq, dk, *dg = _launch(call, _keys, grid, x, outs, call.keys_how,
+                          "linear_backward_keys")
     if h > heads:
         share = lambda a: a.reshape(b, t, heads, -1, a.shape[3]).sum(3)
         dk, dv = share(dk).astype(k.dtype), share(dv).astype(v.dtype)
-    dg = None if g is None else dg[0] if g.ndim == 4 else dg[0].swapaxes(1, 2)
+    dg = None if g is None else dg[0] if g.ndim == 4 else dg[0].sum(2).swapaxes(1, 2)
     if flags is not None and g is not None and g.ndim == 4:
         dg = jnp.where(flags[:, :, None, None] == 1, dg, 0)
     return dq, dk, dv, dg, before

@@ -139,9 +139,10 @@ def tile(device: str, kernel: str, shape: Shape, asked: tuple | None = None,
 def chunks(device: str, kernel: str, shape: Shape, channels: bool = False,
            asked: tuple | None = None, backend: str = "tpu") -> tuple[int, ...]:
     """The numbers of a recurrence in chunks. On TPU: tokens of a grid step, and of a
-    chunk; on a GPU: tokens of a chunk, value channels of a program, warps and stages,
-    and the same of the pass over states, whose first is both widths of its tile. A row
-    of its own holds for decays by channel; `asked` replaces the first numbers."""
+    chunk; on a GPU: tokens of a chunk; value channels of a program, warps, stages; both
+    widths of a tile of the pass over states, warps, stages; key channels at a time, and
+    of the program for their gradients warps, stages. Decays by channel have a row of
+    their own; `asked` replaces the first numbers."""
     name = kernel if backend == "tpu" else f"{backend}_{kernel}"
     table = row(device, backend)[name]
     label = shape.label + (" channels" if channels else "")

@@ -6,7 +6,7 @@ and `step` for the next tokens. Import one by `from attn.landmark import Landmar
 
 Mechanisms            tiles, linear, chunks, decayed, blocks, grouped, cache, blockcache
 Exact attention       softmax
-Linear attention      lightning, retnet, gla, based
+Linear attention      lightning, retnet, gla, based, flow, essa
 Sparse, retrieval     landmark
 Cache compression     snapkv
 Around them           masks, positions, segments, layers, baseconv, sharding, dispatch

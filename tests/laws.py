@@ -19,6 +19,8 @@ import pytest
 
 from attn import dispatch
 from attn.based import Based
+from attn.essa import Essa
+from attn.flow import Flow
 from attn.gla import GLA
 from attn.landmark import Landmark
 from attn.layers import MultiHead
@@ -148,6 +150,11 @@ ENTRIES = {
         GLA(), (GLA(temperature=1e9), Lightning(slopes="none", scale=D ** -0.5)),
         flops=1, decode=0,
     ),
+    "flow": Entry(Flow(), (Flow(chunk=3), Flow()), flops=1, decode=0),
+    "flow_normal": Entry(
+        Flow(causal=False), (Flow(causal=False, eps=1e-9), Flow(causal=False)), flops=1
+    ),
+    "essa": Entry(Essa(), flops=1),
     "based": Entry(Based(), (Based(compact=True), Based()), flops=1, decode=0),
     "landmark": Entry(Landmark(block=3), (Landmark(block=T), Softmax())),
     "landmark_rope": Entry(Landmark(block=3, rope=RoPE())),

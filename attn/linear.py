@@ -178,7 +178,8 @@ def across(
     def kernel(backend):
         final, o = kernels.linear(
             q, k, v, log_decay, run=run, backend=backend, interpret=interpreted())
-        return o + _entering(q, log_decay, run, lambda total: state_before(final, total))
+        begin = functools.partial(state_before, final)
+        return o + _entering(q, log_decay, run, begin)
 
     o = pick(
         implementation, xla=lambda: _recur(q, k, v, log_decay, run, chunk, before)[1],

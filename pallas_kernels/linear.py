@@ -71,11 +71,12 @@ def linear(
     (b, t, h, d), width = q.shape, v.shape[3]
     channels = log_decay is not None and log_decay.ndim == 4
     device = tables.device_kind()
-    sizes = [tables.chunks(device, f"linear_{way}", tables.Shape(
-        t, t, d, width, q.dtype.itemsize), channels, tile, backend)
-        for way in ("forward", "backward")]
-    static = Static(float(scale), jnp.dtype(dtype), *sizes,
-                    tables.vmem(device, backend), backend, interpret)
+    shape = tables.Shape(t, t, d, width, q.dtype.itemsize)
+    numbers = lambda which: tables.chunks(device, which, shape, channels, tile, backend)
+    static = Static(
+        float(scale), jnp.dtype(dtype), numbers("linear_forward"),
+        numbers("linear_backward"), tables.vmem(device, backend), backend, interpret,
+    )
     if log_decay is not None and not channels:
         log_decay = jnp.maximum(log_decay.astype(F32), FLOOR)
     flags = None if run is None else flagged(run)

@@ -1,11 +1,13 @@
 """Linear attention with decay on TPU (Mosaic): the state stays on the chip.
 
-The last axis of the grid is time. A step takes a block of some chunks, which are written
-out one after the other: only the short update of the state ties them together, so that
-the matrix unit has the pairs of the next chunk to do while it waits for one. The state
-[V,D] float32 waits in fast memory for the next step. Of all states only those that
-blocks begin with are written out, for the backward pass, which walks the blocks from
-the last to the first and makes the states between their chunks again.
+The last axis of the grid is time. A step takes a block of some chunks and does each
+step of their arithmetic for all of them, since the matrix unit has something to do only
+where products that do not wait for each other stand side by side in the program; only
+the short updates of the state are a chain. The state [V,D] float32 waits in fast memory
+for the next step, whole: it has at most 256 x 256 numbers, and the pairs of a chunk are
+then made once. Of all states only those that blocks begin with are written out, for the
+backward pass, which walks the blocks from the last to the first, adds up dk and dv of
+a key head over its query heads, and makes the states between the chunks again.
 
 What limits it, of H heads at D = V = 128 in bfloat16 and chunks of 128: 8 * 128 flops a
 token and channel, and 8 bytes of q, k, v and o, are 128 flops a byte; a v6e has 560 for
@@ -16,108 +18,17 @@ it is from that.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels import linear_tpu_channels as channels
-from pallas_kernels.steps_linear import F32, FLOOR, Steady, Still, Tokens, dot
-from pallas_kernels.steps_tpu import column
-
-
-class Call(NamedTuple):
-    """What is static: T tokens in blocks of chunks of c, `groups` query heads of a key
-    head in one program; widths D and V as they were."""
-
-    t: int
-    block: int
-    c: int
-    groups: int
-    scale: float
-    vmem: int
-    interpret: Any
-
-
-class Arrays(NamedTuple):
-    """What a kernel reads, T a multiple of a block; None for what there is not.
-
-    q, do [B,H,T,D|V], k, v [B,K,T,D|V]; g [H], [B,H,1,T] or [B,H,T,D]; flags [B,1,T];
-    state, d_state [B,H,V,D]; begun [B,H,N,V,D]: the state that each block begins with;
-    sums: the two matrices of `linear_tpu_channels`.
-    """
-
-    q: Any
-    k: Any
-    v: Any
-    g: Any
-    flags: Any
-    state: Any = None
-    do: Any = None
-    begun: Any = None
-    d_state: Any = None
-    sums: Any = None
-
-
-class Here:
-    """A block of one head: its chunks, each with its decay."""
-
-    def __init__(self, call: Call, x: Arrays, head, n):
-        self.call, self.x, self.head, self.n = call, x, head, n
-        self.chunks = [slice(m, m + call.c) for m in range(0, call.block, call.c)]
-
-    def real(self, at: slice):
-        """Which tokens are there [c,1]; None for all."""
-        if self.x.flags is None:
-            return None
-        return column(self.x.flags[0, :, at].astype(F32)) > 0.5
-
-    def rows(self, ref, at: slice):
-        """Tokens of q, k, v or do [c,X], padding as zeros."""
-        a, real = ref[0, 0, at], self.real(at)
-        return a if real is None else jnp.where(real, a, jnp.zeros_like(a))
-
-    @property
-    def by_channel(self) -> bool:
-        """Whether each channel has its decay."""
-        return self.x.sums is not None
-
-    def fades(self) -> list[Any]:
-        """The decay inside each chunk."""
-        call, g = self.call, self.x.g
-        if self.by_channel:
-            own = [self.channels(at) for at in self.chunks]
-            return channels.joint(call.c, call.scale, own, self.x.sums[0])
-        if g is None:
-            return [Still(call.c, call.scale)] * len(self.chunks)
-        if len(g.shape) > 1:
-            return [Tokens(call.c, call.scale, g[0, 0, :, at]) for at in self.chunks]
-        left = call.t - self.n * call.block
-        count = lambda at: jnp.clip(left - at.start, 0, call.c)
-        return [Steady(call.c, call.scale, g[self.head], count(at))
-                for at in self.chunks]
-
-    def channels(self, at: slice):
-        """Log decays [c,D]."""
-        g = jnp.maximum(self.x.g[0, 0, at].astype(F32), FLOOR)
-        if self.x.flags is None:
-            return g
-        flag = column(self.x.flags[0, :, at].astype(F32))
-        return jnp.where(flag > 1.5, FLOOR, jnp.where(flag > 0.5, g, 0.0))
-
-    def pairs(self, fades, qk) -> list[Any]:
-        """Pairs of each chunk [c,c]; qk: its q and k."""
-        if self.by_channel:
-            return channels.pairs(fades, qk)
-        return [fade.pairs(*own) for fade, own in zip(fades, qk)]
-
-    def back(self, fades, qk, given) -> list[Any]:
-        """Gradients of each chunk; given: what `Still.back` takes but for q and k."""
-        if self.by_channel:
-            return channels.back(fades, qk, given, self.x.sums[1])
-        return [fade.back(*own, *more) for fade, own, more in zip(fades, qk, given)]
+from pallas_kernels.steps_linear import F32, dot
+from pallas_kernels.steps_linear_tpu import (
+    Arrays, Call, Here, arrays, specs, tokens, turned
+)
 
 
 def _states(fades, rows, s) -> list[Any]:
@@ -213,70 +124,12 @@ def _add(g, sums, outs, at: slice, values) -> None:
         sums[n][at] = before + value
 
 
-def _pad(a, axis: int, size: int):
-    widths = [(0, 0)] * a.ndim
-    widths[axis] = (0, -a.shape[axis] % size)
-    return jnp.pad(a, widths)
-
-
-def _tokens(a, size: int):
-    """[B,T,H,X] -> [B,H,T,X] with T a multiple of `size` and X one of 8."""
-    return _pad(_pad(a, 1, size), 3, 8).transpose(0, 2, 1, 3)
-
-
-def _turned(a):
-    """A state [B,H,V,D] with widths that are multiples of 8."""
-    return _pad(_pad(a, 2, 8), 3, 8)
-
-
-def _arrays(call: Call, flags, q, k, v, g, state) -> Arrays:
-    size, by_channel = call.block, g is not None and g.ndim == 4
-    if g is not None and g.ndim == 3:
-        g = _pad(g.transpose(0, 2, 1)[:, :, None], 3, size)
-    elif by_channel:
-        g = _tokens(g, size)
-    flags = None if flags is None else _pad(flags, 1, size)[:, None]
-    return Arrays(*(_tokens(a, size) for a in (q, k, v)), g, flags,
-                  None if state is None else _turned(state),
-                  sums=channels.matrices(call.c) if by_channel else None)
-
-
-def _specs(call: Call, x: Arrays, query, key, block) -> Arrays:
-    """How each array is cut; query, key, block: of a grid step, after the batch's row.
-    """
-    size = call.block
-    tile = lambda a, head: pl.BlockSpec(
-        (1, 1, size, a.shape[3]), lambda b, *at: (b, head(*at), block(*at), 0))
-    whole = lambda a: pl.BlockSpec(
-        (1, 1, *a.shape[2:]), lambda b, *at: (b, query(*at), 0, 0))
-    g = None
-    if x.g is not None and x.g.ndim == 1:
-        g = pl.BlockSpec(memory_space=pltpu.SMEM)
-    elif x.g is not None and x.g.shape[2] == 1:
-        g = pl.BlockSpec((1, 1, 1, size),
-                         lambda b, *at: (b, query(*at), 0, block(*at)))
-    elif x.g is not None:
-        g = tile(x.g, query)
-    some = lambda a, spec: None if a is None else spec(a)
-    return Arrays(
-        tile(x.q, query), tile(x.k, key), tile(x.v, key), g,
-        some(x.flags, lambda a: pl.BlockSpec(
-            (1, 1, size), lambda b, *at: (b, 0, block(*at)))),
-        some(x.state, whole), some(x.do, lambda a: tile(a, query)),
-        some(x.begun, lambda a: pl.BlockSpec(
-            (1, 1, 1, *a.shape[3:]), lambda b, *at: (b, query(*at), block(*at), 0, 0))),
-        some(x.d_state, whole),
-        some(x.sums, lambda both: tuple(
-            pl.BlockSpec(a.shape, lambda *at: (0, 0)) for a in both)),
-    )
-
-
-def _launch(call: Call, body, grid, x: Arrays, specs: Arrays, outs, out_specs, scratch,
+def _launch(call: Call, body, grid, x: Arrays, cut: Arrays, outs, out_specs, scratch,
             name: str) -> Any:
-    order = ("parallel", "parallel", *["arbitrary"] * (len(grid) - 2))
+    order: Any = ("parallel", "parallel", *["arbitrary"] * (len(grid) - 2))
     return pl.pallas_call(
         lambda x, *refs: body(call, x, refs[:len(outs)], refs[len(outs):]),
-        grid=grid, in_specs=(specs,), out_shape=outs, out_specs=out_specs,
+        grid=grid, in_specs=(cut,), out_shape=outs, out_specs=out_specs,
         scratch_shapes=scratch, interpret=call.interpret, name=name,
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=order, vmem_limit_bytes=call.vmem),
@@ -294,21 +147,21 @@ def forward(static, flags, q, k, v, g, state, save: bool):
     states [B,H,N,V,D] that blocks of the backward pass begin with."""
     (b, t, h, d), width = q.shape, v.shape[3]
     call = _call(static, static.back if save else static.ahead, t, h // k.shape[2])
-    x = _arrays(call, flags, q, k, v, g, state)
+    x = arrays(call, flags, q, k, v, g, state)
     steps = x.q.shape[2] // call.block
-    specs = _specs(call, x, lambda h, n: h, lambda h, n: h // call.groups,
-                   lambda h, n: n)
+    cut = specs(call, x, lambda h, n: h, lambda h, n: h // call.groups,
+                lambda h, n: n)
     (_, _, rows, lanes), vlanes = x.state.shape, x.v.shape[3]
     outs = [jax.ShapeDtypeStruct(x.state.shape, F32),
             jax.ShapeDtypeStruct((b, h, x.q.shape[2], vlanes), static.dtype)]
-    out_specs = [specs.state, pl.BlockSpec((1, 1, call.block, vlanes),
-                                           lambda b, h, n: (b, h, n, 0))]
+    out_specs = [cut.state, pl.BlockSpec((1, 1, call.block, vlanes),
+                                         lambda b, h, n: (b, h, n, 0))]
     if save:
         outs.append(jax.ShapeDtypeStruct((b, h, steps, rows, lanes), F32))
         out_specs.append(pl.BlockSpec((1, 1, 1, rows, lanes),
                                       lambda b, h, n: (b, h, n, 0, 0)))
     after, o, *begun = _launch(
-        call, _forward, (b, h, steps), x, specs, outs, out_specs,
+        call, _forward, (b, h, steps), x, cut, outs, out_specs,
         [pltpu.VMEM((rows, lanes), F32)], "linear_forward")
     o = o[:, :, :t, :width].transpose(0, 2, 1, 3)
     return after[:, :, :width, :d], o, begun[0] if save else None
@@ -320,13 +173,13 @@ def backward(static, flags, q, k, v, g, state, begun, d_state, do):
     rows, lanes = begun.shape[3:]
     groups = _together(h // heads, rows * lanes * 4, static.vmem)
     call = _call(static, static.back, t, groups)
-    x = _arrays(call, flags, q, k, v, g, None)._replace(
-        do=_tokens(do, call.block), begun=begun, d_state=_turned(d_state))
+    x = arrays(call, flags, q, k, v, g, None)._replace(
+        do=tokens(do, call.block), begun=begun, d_state=turned(d_state))
     n = begun.shape[2]
     query = lambda kv, back, g: kv * groups + g
     block = lambda kv, back, g: n - 1 - back
-    specs = _specs(call, x, query, lambda kv, back, g: kv * groups // (h // heads),
-                   block)
+    cut = specs(call, x, query, lambda kv, back, g: kv * groups // (h // heads),
+                block)
     own = pl.BlockSpec((1, groups, rows, lanes), lambda b, kv, *at: (b, kv, 0, 0))
     once = lambda a: pl.BlockSpec((1, 1, call.block, a.shape[3]),
                                   lambda b, kv, back, g: (b, kv, n - 1 - back, 0))
@@ -336,17 +189,17 @@ def backward(static, flags, q, k, v, g, state, begun, d_state, do):
             *(jax.ShapeDtypeStruct((b, many, full, a.shape[3]), kind)
               for a in (x.k, x.v)),
             jax.ShapeDtypeStruct(x.d_state.shape, F32)]
-    out_specs = [specs.q, once(x.k), once(x.v), own]
+    out_specs = [cut.q, once(x.k), once(x.v), own]
     if g is not None:
         line = jax.ShapeDtypeStruct((b, h, 1, full), F32)
         outs.append(jax.ShapeDtypeStruct(x.g.shape, F32) if g.ndim == 4 else line)
-        out_specs.append(specs.g if g.ndim == 4 else pl.BlockSpec(
+        out_specs.append(cut.g if g.ndim == 4 else pl.BlockSpec(
             (1, 1, 1, call.block), lambda b, *at: (b, query(*at), 0, block(*at))))
     scratch = [pltpu.VMEM((groups, rows, lanes), F32)]
     if groups > 1:
         scratch += [pltpu.VMEM((call.block, a.shape[3]), F32) for a in (x.k, x.v)]
     dq, dk, dv, before, *dg = _launch(
-        call, _backward, (b, many, n, groups), x, specs, outs, out_specs, scratch,
+        call, _backward, (b, many, n, groups), x, cut, outs, out_specs, scratch,
         "linear_backward")
     dk, dv = (a.reshape(b, heads, -1, *a.shape[2:]).sum(2).astype(k.dtype)
               if many > heads else a for a in (dk, dv))

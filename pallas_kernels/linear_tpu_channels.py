@@ -1,5 +1,5 @@
-"""Decays of channels on TPU: the chunks of a block have their sums of decays made by one
-matrix product, and their pairs level by level, so that no product waits for another.
+"""Decays of channels on TPU: one matrix product makes the sums of decays of all chunks
+of a block, and their pairs level by level, so that no product waits for another.
 
 All sums of a chunk are one matrix of 0 and 1, [sums * c, c], times the decays [c,D].
 The chunks of a block stand beside each other as columns, the three bfloat16 parts of
@@ -89,8 +89,8 @@ def back(fades: Sequence[Joint], rows, given, matrix) -> list[Gradients]:
     """Gradients of all chunks; given: dp, entered, left and held of each."""
     found = [f.start_back(*r, *own) for f, r, own in zip(fades, rows, given)]
     for s in levels(fades[0].c):
-        found = [f.more_back(s, one, *r, own[0])
-                 for f, one, r, own in zip(fades, found, rows, given)]
+        found = [f.more_back(s, one, q, k, own[0])
+                 for f, one, (q, k), own in zip(fades, found, rows, given)]
     beside = [jnp.concatenate([f.gradients[s] for f in fades], 1)
               for s in names(fades[0].c)]
     dg = jnp.zeros((fades[0].c, beside[0].shape[1]), F32)

@@ -4,9 +4,10 @@ Two passes. The first is sequential over chunks and parallel over tiles of the s
 passes the state on and writes down what each chunk begins with. The second has all
 chunks at once: pairs inside a chunk, and queries against its state. The backward pass
 is the first pass twice, forward for the states, which are not kept from the forward
-pass, and from the other end for their gradients, and then all chunks at once. A chunk's
-dk and dv of each query head are added up over the heads of a key head by XLA. No
-atomics, and so the same bits each time.
+pass, and from the other end for their gradients, and then all chunks at once, in a
+program for dv and one for dq, dk and dg. All sums over key channels are of parts, so
+that few channels are in registers at a time. dk and dv of each query head are added up
+over the heads of a key head by XLA. No atomics, and so the same bits each time.
 
 States are carried in float32 and written down in the type of q, in which the matrix
 units take them. What limits it: with H heads at D = V = 128, bfloat16 and chunks of 64
@@ -103,7 +104,8 @@ class Here:
     def rows(self, ref, head, first=0, width: int | None = None):
         """A tile of q, k, v or do [c,width], 0 at padding and beyond the end."""
         width = width or self.call.lanes
-        return load(*self.cut(ref, head, first, width, self.real), 0)
+        at, inside = self.cut(ref, head, first, width, self.real)
+        return load(at, inside, 0)
 
     def write(self, ref, value, head, first=0) -> None:
         """The reverse of `rows`; at padding too, where the value is 0."""
@@ -304,7 +306,13 @@ def backward(static, flags, q, k, v, g, state, begun, d_state, do):
     if h > heads:
         share = lambda a: a.reshape(b, t, heads, -1, a.shape[3]).sum(3)
         dk, dv = share(dk).astype(k.dtype), share(dv).astype(v.dtype)
-    dg = None if g is None else dg[0] if g.ndim == 4 else dg[0].sum(2).swapaxes(1, 2)
-    if flags is not None and g is not None and g.ndim == 4:
-        dg = jnp.where(flags[:, :, None, None] == 1, dg, 0)
-    return dq, dk, dv, dg, before
+    return dq, dk, dv, _decay(flags, g, dg), before
+
+
+def _decay(flags, g, dg):
+    """dg [B,T,H] or [B,T,H,D], 0 where the decay is not that of `g`."""
+    if g is None:
+        return None
+    if g.ndim < 4:
+        return dg[0].sum(2).swapaxes(1, 2)
+    return dg[0] if flags is None else jnp.where(flags[..., None, None] == 1, dg[0], 0)

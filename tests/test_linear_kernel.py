@@ -149,7 +149,8 @@ def test_a_long_row(backend, kind, t):
     cut = lambda a: a if a.ndim == 1 else a[:, -tail:]
     args = [cut(a) for a in (q, k, v)]
     zero = np.zeros((1, 1, 8, 8))
-    decays = np.broadcast_to(cut(g) if g.ndim == 4 else cut(g)[..., None], args[0].shape)
+    decays = cut(g) if g.ndim == 4 else cut(g)[..., None]
+    decays = np.broadcast_to(decays, args[0].shape)
     (want_state, want), _ = recurrence(*args, decays, zero, np.ones((1, tail), int),
                                        args[2], zero)
     close(state, want_state), close(o[:, -100:], want[:, -100:])

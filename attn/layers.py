@@ -33,10 +33,13 @@ class MultiHead(Layer):
     """An attention with its projections (Vaswani et al., 2017) arXiv:1706.03762.
 
     attention: any attention of this library; if it learns something, its parameters are
-    under `attention`. heads H, kv_heads K (H is a multiple), head_dim D (by default
-    what the attention asks for as `feature_dim`, else E/H), value_dim V (E/H).
+    under `attention`. One that asks a question of its own and says `reads_q = False`
+    gets the shape of q only, and there is no projection for it. heads H, kv_heads K (H
+    is a multiple), head_dim D (by default what the attention asks for as `feature_dim`,
+    else E/H), value_dim V (E/H).
     position: `RoPE()` or None; an attention with a field `rope` keeps keys as they were
-    before the rotation and gets the position handed over instead. qk_norm: RMSNorm over
+    before the rotation and gets the position handed over instead (a learned one keeps
+    its own). qk_norm: RMSNorm over
     D with a learned scale. sinks: a learned logit without value a head, for `Softmax`.
     out_norm: RMSNorm of what is attended to, over the channels of each head ("head") or
     of all ("all"). out_gate: times silu or sigmoid of a projection of x ("silu",
@@ -124,7 +127,7 @@ class MultiHead(Layer):
     def _bound(self):
         """The attention as this layer uses it; a learned one is its child."""
         attention = self.attention
-        if self._hands_over():
+        if self._hands_over() and not isinstance(attention, nn.Module):
             attention = dataclasses.replace(attention, rope=self.position)
         return attention
 
@@ -191,14 +194,18 @@ class MultiHead(Layer):
         dense = functools.partial(
             nn.DenseGeneral, use_bias=self.use_bias, dtype=self.dtype, kernel_init=_INIT
         )
-        q = dense((self.heads, d), name="q")(x)
+        reads_q = getattr(self.attention, "reads_q", True)
+        if reads_q:
+            q = dense((self.heads, d), name="q")(x)
+        else:
+            q = jax.ShapeDtypeStruct((*x.shape[:2], self.heads, d), self.dtype)
         k = dense((keys, d), name="k")(source)
         v = dense((keys, v_dim), name="v")(source)
         if self.qk_norm:
-            q = nn.RMSNorm(dtype=self.dtype, name="q_norm")(q)
+            q = nn.RMSNorm(dtype=self.dtype, name="q_norm")(q) if reads_q else q
             k = nn.RMSNorm(dtype=self.dtype, name="k_norm")(k)
         if self.position is not None and not self._hands_over():
-            q = self.position.rotate(q, q_pos)
+            q = self.position.rotate(q, q_pos) if reads_q else q
             k = self.position.rotate(k, kv_pos)
         return q, k, v
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib.util
-from typing import Any, Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,12 +13,11 @@ import numpy as np
 
 from pallas_kernels import tables
 from pallas_kernels.blocks import blocks
+from pallas_kernels.case import BF16, F32, Case, struct, with_gradients
+from pallas_kernels.cases_recurrent import recurrent
 from pallas_kernels.decode import decode
 from pallas_kernels.flash import flash
-from pallas_kernels.linear import linear
 from pallas_kernels.schedule import FULL, MASKED, Tiling, asked, fitted, paths
-
-BF16, F32 = jnp.bfloat16, jnp.float32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,25 +45,6 @@ class Window(Causal):
         return some & (i[0] - j[1] <= self.left), every & (i[1] - j[0] <= self.left)
 
 
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """One program. build(target) -> (f, arguments as ShapeDtypeStructs, trips on TPU by
-    the start of a kernel's name: (passes of each tile region, lines, grid steps)).
-    flops: of one run, for the share of the peak; moved: bytes that have to move; whole:
-    XLA's own programs are of interest too; peer: not ours, beside which ours stand."""
-
-    build: Callable[[Any], tuple[Callable, tuple, dict[str, Any]]]
-    flops: float = 0.0
-    moved: float = 0.0
-    whole: bool = False
-    peer: bool = False
-
-
-def struct(*shape, dtype=BF16):
-    """An array that is not there."""
-    return jax.ShapeDtypeStruct(shape, dtype)
-
-
 def passes(device: str, t, d, v, h, mask, tile=None, itemsize=2, packed=False,
            matrix=False) -> dict[str, Any]:
     """Trips of the flash kernels, in the order of their programs; runs of `packed`
@@ -87,14 +67,6 @@ def passes(device: str, t, d, v, h, mask, tile=None, itemsize=2, packed=False,
         lines = h * table.shape[kernel == "flash_backward"]
         trips[kernel] = tuple(counts), lines, sum(counts)
     return trips
-
-
-def with_gradients(f: Callable) -> Callable:
-    """(args, cotangent) -> the gradients of f's first result."""
-    def both(args, do):
-        return jax.vjp(lambda *a: f(*a), *args)[1](do)
-
-    return both
 
 
 def attention(target, *, backend, backward, t, d, h=8, k=8, v=None, mask=Causal(),
@@ -216,34 +188,6 @@ def cached(target, *, backend, b=8, h=32, k=8, d=128, s=32768, bits=16, page=Non
     return f, (args,), trips if backend == "tpu" and not statistics else {}
 
 
-def recurrence(target, *, backend, backward, t, d, h=16, k=None, decay="head",
-               dtype=BF16, packed=False, tile=None):
-    """linear, forward or forward and backward; o in the type of q."""
-    arrays = [struct(1, t, n, d, dtype=dtype) for n in (h, k or h, k or h)]
-    shapes = {"head": (h,), "token": (1, t, h), "channel": (1, t, h, d)}
-    if decay in shapes:
-        arrays.append(struct(*shapes[decay], dtype=F32))
-    runs = [struct(1, t, dtype=jnp.int32)] if packed else [None]
-    shape = tables.Shape(t, t, d, d, jnp.dtype(dtype).itemsize)
-    trips = {}
-    for way in ("forward", "backward") if backend == "tpu" else ():
-        block = tables.chunks(target.kind, f"linear_{'backward' if backward else way}",
-                              shape, decay == "channel", tile)[0]
-        steps = h * -(-t // block)
-        trips[f"linear_{way}"] = (steps,), h, steps
-
-    def f(runs, *args):
-        return linear(*args, run=runs[0], dtype=dtype, tile=tile, backend=backend)[1]
-
-    if not backward:
-        return f, (runs, *arrays), {n: c for n, c in trips.items() if "forward" in n}
-
-    def both(runs, args, do):
-        return with_gradients(lambda *a: f(runs, *a))(args, do)
-
-    return both, (runs, arrays, struct(1, t, h, d, dtype=dtype)), trips
-
-
 def work(t, d, v=None, h=8, causal=True, backward=False) -> float:
     """Flops by the field's convention: backward is 2.5 times forward."""
     return (2 * h * t * t * (d + (v or d)) / (2 if causal else 1)
@@ -268,23 +212,6 @@ DECODE: dict[str, dict[str, Any]] = {
     "": {}, " int8": {"bits": 8}, " int4": {"bits": 4}, " pages of 128": {"page": 128},
     " statistics": {"statistics": True},
 }
-LINEAR: dict[str, dict[str, Any]] = {
-    "head T8192 D128 H16": {"t": 8192, "d": 128},
-    "token T8192 D128 H16": {"t": 8192, "d": 128, "decay": "token"},
-    "channel T8192 D128 H16": {"t": 8192, "d": 128, "decay": "channel"},
-    "none T8192 D128 H16": {"t": 8192, "d": 128, "decay": "none"},
-    "head T8192 D64 H16": {"t": 8192, "d": 64},
-    "channel T8192 D64 H16": {"t": 8192, "d": 64, "decay": "channel"},
-    "token T8192 D256 H16": {"t": 8192, "d": 256, "decay": "token"},
-    "channel T8192 D256 H16": {"t": 8192, "d": 256, "decay": "channel"},
-    "packed T4096 D128 H8 K2": {"t": 4096, "d": 128, "h": 8, "k": 2, "packed": True},
-    "packed channel T4096 D128 H8 K2": {
-        "t": 4096, "d": 128, "h": 8, "k": 2, "decay": "channel", "packed": True},
-    "odd T1000 D24 H4 float32": {
-        "t": 1000, "d": 24, "h": 4, "decay": "token", "dtype": F32},
-    "odd channel T1000 D24 H4 float32": {
-        "t": 1000, "d": 24, "h": 4, "decay": "channel", "dtype": F32},
-}
 PEER = "causal T8192 D128 H8"
 SPLASH = ((1024, 1024, 1024), (1024, 1024, 512), (2048, 2048, 512))  # the best of many
 
@@ -305,9 +232,7 @@ def cases(target) -> dict[str, Case]:
                 found[f"flash {way}{label} {name}"] = Case(
                     functools.partial(attention, **more, **options), flops)
             if backend != "mosaic":
-                for name, options in LINEAR.items():
-                    found[f"linear {way}{label} {name}"] = Case(
-                        functools.partial(recurrence, **more, **options))
+                found |= recurrent(backend, way, label)
                 found[f"blocks {way}{label} T8192 D128 H16 K2 n16x64"] = Case(
                     functools.partial(chosen, **more))
         for name, options in DECODE.items() if backend != "mosaic" else ():

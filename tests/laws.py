@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 
 from attn import dispatch
+from attn.aaren import Aaren
 from attn.based import Based
 from attn.essa import Essa
 from attn.flow import Flow
@@ -27,6 +28,7 @@ from attn.layers import MultiHead
 from attn.lightning import Lightning
 from attn.masks import Causal, Sink, Window
 from attn.positions import ALiBi, RoPE
+from attn.rat import RAT
 from attn.retnet import RetNet
 from attn.snapkv import SnapKV
 from attn.softmax import Softmax
@@ -107,6 +109,7 @@ class Entry:
     flops: float = 2.0
     decode: float = 1.0
     sharded: bool = True
+    slot: int = 1
 
     def __post_init__(self):
         ready = lambda a: Learned(a) if isinstance(a, nn.Module) else a
@@ -154,8 +157,11 @@ ENTRIES = {
     "flow_normal": Entry(
         Flow(causal=False), (Flow(causal=False, eps=1e-9), Flow(causal=False)), flops=1
     ),
+    "rat": Entry(RAT(chunk=4), slot=4),
     "essa": Entry(Essa(), flops=1),
     "based": Entry(Based(), (Based(compact=True), Based()), flops=1, decode=0),
+    "aaren": Entry(Aaren(), (Aaren(chunk=4), Aaren()), flops=1, decode=0),
+    "aaren_pool": Entry(Aaren(causal=False), flops=1),
     "landmark": Entry(Landmark(block=3), (Landmark(block=T), Softmax())),
     "landmark_rope": Entry(Landmark(block=3, rope=RoPE())),
     "landmark_top": Entry(Landmark(block=3, top_k=9), decode=1.0),
@@ -457,7 +463,7 @@ def test_a_step_past_the_memory_is_never_silent(name):
     if ENTRIES[name].decode == 0 and name != "snapkv":
         pytest.skip("its memory has no end")
     state = attention.init_state(4, q[:, :1], k, v)
-    room = state.k.shape[1]  # 4, or as many as make whole blocks
+    room = state.k.shape[1] * ENTRIES[name].slot  # 4, or as many as make whole blocks
     with pytest.raises(ValueError, match=f"memory of {room}"):
         for t in range(room + 1):
             state, _ = attention.step(state, *(a[:, t:t + 1] for a in (q, k, v)))

@@ -1,0 +1,256 @@
+"""RAT (Wei et al., 2025) arXiv:2507.04416: recurrence in chunks, softmax across them.
+
+Neighbours are summed up, distant tokens are looked up. Inside a chunk of L tokens a
+gate mixes every new key and value into running ones, channel by channel; a query then
+looks at the running state of its own chunk and at what every earlier chunk ended with,
+by one softmax. There are L times fewer keys to look at and remember than tokens.
+
+    k'_t = g_t k'_(t-1) + (1 - g_t) k_t,  v' alike,  both from 0 at a chunk's first token
+    o_t = softmax(D^-0.5 q_t.[k' at ends of earlier chunks, k'_t]) [v' likewise]
+    g = sigmoid(x W + b)
+
+q and k' are rotated by the number of their chunk, so a token's own state is at distance
+0. L = 1 is attention (of gated keys and values), L >= T a gated recurrence.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from attn import cache as caches
+from attn.cache import Cache
+from attn.masks import Causal
+from attn.positions import RoPE
+from attn.segments import place
+from attn.shapes import check
+from attn.sharding import gather, over_mesh
+from attn.softmax import attend
+
+_INIT = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
+
+
+class RATState(NamedTuple):
+    """What chunks ended with, k [B,C,H,D] rotated and v [B,C,H,V], and their numbers
+    pos [B,C,1], -1 if there is none; own_k [B,H,D], own_v [B,H,V] float32: the running
+    state of the present chunk; end [B] int32 the next token's position; segment [B]
+    int32 the last token's segment, -1 before the first."""
+
+    k: jax.Array
+    v: jax.Array
+    pos: jax.Array
+    own_k: jax.Array
+    own_v: jax.Array
+    end: jax.Array
+    segment: jax.Array
+
+
+class RAT(nn.Module):
+    """RAT (Wei et al., 2025) arXiv:2507.04416: recurrence within, attention across.
+
+    chunk: L, tokens of a chunk. rope: turns q and k' by chunk numbers. scale: of q.k',
+    by default D^-0.5. out_gate: what it asks of `MultiHead`. Channel n of k and of v
+    have one gate (if V is not D, the wider has more). With K < H keys are repeated
+    before the recurrence; the authors share q and k between every H/K-th head. Gates
+    need the tokens x. Packed segments and padding are
+    proposed here: chunks are counted from the beginning of a segment.
+    """
+
+    chunk: int = 16
+    scale: float | None = None
+    rope: RoPE | None = RoPE()
+    out_gate: str | None = "sigmoid"
+    axis: str | None = None
+    implementation: str | None = None
+
+    def __post_init__(self):
+        if self.chunk < 1:
+            raise ValueError(f"RAT: chunk={self.chunk}: expected 1 or more")
+        super().__post_init__()
+
+    def __call__(self, q, k, v, *, x=None, segments=None):
+        """All tokens at once. q [B,T,H,D], k [B,S,K,D], v [B,S,K,V], x [B,T,E] ->
+        [B,T,H,V]."""
+        k, v = self._checked(q, k, v, segments)
+        b, t, h, d = q.shape
+        now = place(segments, b, t)
+        run = None if segments is None else now.run
+        letters = "BTHD BTHD BTHV BTHD BT BT -> BTHV"
+        return over_mesh(self._local, letters, self.axis)(
+            q, k, v, self.gates(q, v, x), now.pos, run
+        )
+
+    def init_state(self, size, q, k, v, *, x=None) -> RATState:
+        """An empty memory for `size` tokens, up to a whole chunk; q, k, v give shapes.
+        """
+        b, _, h, _ = q.shape
+        like = lambda a: jax.ShapeDtypeStruct((b, 1, h, a.shape[-1]), v.dtype)
+        slots = -(-size // self.chunk) if size > 0 else size
+        ends = caches.empty(like(k), like(v), slots)
+        zeros = lambda a: jnp.zeros((b, h, a.shape[-1]), jnp.float32)
+        return _state(ends, zeros(k), zeros(v))
+
+    def step(self, state, q, k, v, *, x=None, segments=None):
+        """The next T tokens -> state, [B,T,H,V]. Past the state's size: ValueError, and
+        NaN inside a trace."""
+        k, v = self._checked(q, k, v, segments)
+        b, t, h, d = q.shape
+        if not isinstance(state, RATState) or state.own_k.shape != (b, h, d):
+            raise ValueError(f"state: expected a RATState of {(b, h, d)} a chunk")
+        now = place(segments, b, t, state.end, state.segment)
+        size = state.k.shape[1] * self.chunk
+        caches.check_room(now.end, size)
+        own = state.own_k, state.own_v
+        gates = self.gates(q, v, x)
+        own_k, own_v = self._running(k, v, gates, now.pos, now.run, own)
+        last = own_k[:, -1], own_v[:, -1]  # padding hands on what was before it
+        ends = self._ends(own_k, own_v, now.pos, now.run, v.dtype)
+        held = Cache(state.k, state.v, state.pos, state.end, state.segment)
+        if t == 1:
+            # a chunk that ends now is not seen by its own last token
+            both, runs = held, jnp.ones(held.k.shape[:2], jnp.int32)
+        else:
+            places = now._replace(pos=ends.number, run=ends.run)
+            both, runs = caches.joined(held, ends.k, ends.v, places)
+        o = self._read(
+            q, own_k, own_v, now.pos, now.run, both.k, both.v, both.pos[..., 0], runs
+        )
+        newest = now.run.max(1, keepdims=True)
+        stays = (ends.run == newest) & (ends.run > 0)
+        # where a sequence began, what is held is of another one
+        began = (now.run > 1).any(1)[:, None, None]
+        held = held._replace(pos=jnp.where(began, -1, held.pos))
+        after = caches.append(
+            held, ends.k, ends.v, now._replace(pos=ends.number, run=ends.run),
+            jnp.where(stays, ends.number, -1),
+        )
+        after = after._replace(end=now.end, segment=now.last)
+        return _state(after, *last), caches.spoil(o, now.end, size)
+
+    def _checked(self, q, k, v, segments):
+        """k and v with H heads."""
+        check(q, k, v, segments=segments, aligned=True)
+        if isinstance(segments, tuple):
+            raise NotImplementedError(
+                "a pair of segments: queries and keys are read in step, one array"
+            )
+        return (jnp.repeat(a, q.shape[2] // a.shape[2], 2) for a in (k, v))
+
+    @nn.compact
+    def gates(self, q, v, x) -> jax.Array:
+        """The logits of g [B,T,H,max(D,V)] float32, of tokens x [B,T,E]."""
+        if x is None:
+            raise ValueError("x is None: RAT makes its gates from the tokens [B,T,E]")
+
+        def slow(key, shape, dtype=jnp.float32):
+            # gates that forget within 1 to L-1 tokens (Tallec & Ollivier, 2018)
+            least = jax.random.uniform(key, shape, dtype, 1, max(self.chunk - 1, 1))
+            return jnp.log(least)
+
+        shape = q.shape[2], max(q.shape[3], v.shape[3])
+        dense = nn.DenseGeneral(shape, use_bias=False, kernel_init=_INIT, name="gate")
+        bias = self.param("gate_bias", slow, shape, jnp.float32)
+        return dense(x.astype(jnp.float32)) + bias[None, None]
+
+    def _local(self, q, k, v, logit, pos, run) -> jax.Array:
+        own_k, own_v = self._running(k, v, logit, pos, run)
+        ends = self._ends(own_k, own_v, pos, run, v.dtype)
+        at = ends.number, None if run is None else ends.run
+        parts = (gather(a, self.axis) for a in (ends.k, ends.v, *at))
+        return self._read(q, own_k, own_v, pos, run, *parts)
+
+    def _running(self, k, v, logit, pos, run, before=None):
+        """k' [B,T,H,D], v' [B,T,H,V] float32; before: those of the token in front."""
+        keep, add = jax.nn.sigmoid(logit), jax.nn.sigmoid(-logit)
+        starts = (pos % self.chunk == 0)[..., None, None]
+        keep = jnp.where(starts, 0, keep)
+        if run is not None:
+            real = (run > 0)[..., None, None]
+            keep, add = jnp.where(real, keep, 1), jnp.where(real, add, 0)
+        own = [slice(None, a.shape[-1]) for a in (k, v)]
+        new = [add[..., n] * a.astype(jnp.float32) for n, a in zip(own, (k, v))]
+
+        def join(a, b):
+            held = [b[0][..., n] * x + y for n, x, y in zip(own, a[1:], b[1:])]
+            return b[0] * a[0], *held
+
+        decay, *states = jax.lax.associative_scan(join, (keep, *new), axis=1)
+        decays = [decay[..., n] for n in own]
+        if self.axis is not None and before is None:
+            edge = lambda arrays: [a[:, -1] for a in arrays]
+            before = self._shards_before(edge(decays), edge(states))
+        if before is not None:
+            states = [
+                s + d * b[:, None] for s, d, b in zip(states, decays, before)
+            ]
+        return states
+
+    def _shards_before(self, decays, states):
+        """What the shards in front of this one leave, of their decays and states."""
+        parts = jax.lax.all_gather((decays, states), self.axis)
+        me = jax.lax.axis_index(self.axis)
+
+        def pass_on(held, shard):
+            n, (decays, new) = shard
+            after = [d * a + b for d, a, b in zip(decays, held, new)]
+            return [jnp.where(n < me, b, a) for a, b in zip(held, after)], None
+
+        zero = [jnp.zeros_like(s) for s in states]
+        order = jnp.arange(jax.lax.axis_size(self.axis))
+        return jax.lax.scan(pass_on, zero, (order, parts))[0]
+
+    def _ends(self, own_k, own_v, pos, run, dtype) -> Ends:
+        """What the chunks that end among these tokens leave, at most one in L."""
+        t = pos.shape[1]
+        last = pos % self.chunk == self.chunk - 1
+        if run is not None:
+            last = last & (run > 0)
+        order = jnp.argsort(~last, axis=1, stable=True)[:, : -(-t // self.chunk)]
+        take = lambda a: jnp.take_along_axis(
+            a, order.reshape(order.shape + (1,) * (a.ndim - 2)), 1
+        )
+        there, number = take(last), take(pos) // self.chunk
+        ones = jnp.ones_like(pos) if run is None else run
+        k = self._turned(take(own_k), number).astype(dtype)
+        v = take(own_v).astype(dtype)
+        runs = jnp.where(there, take(ones), 0)
+        return Ends(k, v, jnp.where(there, number, -1), runs)
+
+    def _turned(self, a, number) -> jax.Array:
+        return a if self.rope is None else self.rope.rotate(a, number)
+
+    def _read(self, q, own_k, own_v, pos, run, k, v, kv_pos, kv_run) -> jax.Array:
+        scale = q.shape[-1] ** -0.5 if self.scale is None else self.scale
+        number = pos // self.chunk
+        far, lse = attend(
+            self._turned(q, number), k, v, mask=Causal(), q_pos=number - 1,
+            kv_pos=kv_pos, q_run=run, kv_run=kv_run, scale=scale,
+            implementation=self.implementation,
+        )
+        own = scale * (q.astype(jnp.float32) * own_k).sum(-1, keepdims=True)
+        lse = jnp.where(jnp.isfinite(lse), lse, -1e30)  # nothing is far away yet
+        ahead = own - jnp.moveaxis(lse, 1, 2)[..., None]
+        far = far.astype(jnp.float32)
+        o = far * jax.nn.sigmoid(-ahead) + own_v * jax.nn.sigmoid(ahead)
+        if run is not None:
+            o = jnp.where((run > 0)[..., None, None], o, 0)
+        return o.astype(q.dtype)
+
+
+class Ends(NamedTuple):
+    """Keys and values [B,n,H,.] at the ends of chunks, and their numbers and runs
+    [B,n], -1 and 0 where there are fewer."""
+
+    k: jax.Array
+    v: jax.Array
+    number: jax.Array
+    run: jax.Array
+
+
+def _state(cache: Cache, own_k, own_v) -> RATState:
+    return RATState(
+        cache.k, cache.v, cache.pos, own_k, own_v, cache.end, cache.segment
+    )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib.util
-from typing import Any, Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,12 +13,11 @@ import numpy as np
 
 from pallas_kernels import tables
 from pallas_kernels.blocks import blocks
+from pallas_kernels.case import BF16, F32, Case, struct, with_gradients
+from pallas_kernels.cases_recurrent import recurrent
 from pallas_kernels.decode import decode
 from pallas_kernels.flash import flash
-from pallas_kernels.scan import CHUNK, scan
 from pallas_kernels.schedule import FULL, MASKED, Tiling, asked, fitted, paths
-
-BF16, F32 = jnp.bfloat16, jnp.float32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,25 +45,6 @@ class Window(Causal):
         return some & (i[0] - j[1] <= self.left), every & (i[1] - j[0] <= self.left)
 
 
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """One program. build(target) -> (f, arguments as ShapeDtypeStructs, trips on TPU by
-    the start of a kernel's name: (passes of each tile region, lines, grid steps)).
-    flops: of one run, for the share of the peak; moved: bytes that have to move; whole:
-    XLA's own programs are of interest too; peer: not ours, beside which ours stand."""
-
-    build: Callable[[Any], tuple[Callable, tuple, dict[str, Any]]]
-    flops: float = 0.0
-    moved: float = 0.0
-    whole: bool = False
-    peer: bool = False
-
-
-def struct(*shape, dtype=BF16):
-    """An array that is not there."""
-    return jax.ShapeDtypeStruct(shape, dtype)
-
-
 def passes(device: str, t, d, v, h, mask, tile=None, itemsize=2, packed=False,
            matrix=False) -> dict[str, Any]:
     """Trips of the flash kernels, in the order of their programs; runs of `packed`
@@ -87,14 +67,6 @@ def passes(device: str, t, d, v, h, mask, tile=None, itemsize=2, packed=False,
         lines = h * table.shape[kernel == "flash_backward"]
         trips[kernel] = tuple(counts), lines, sum(counts)
     return trips
-
-
-def with_gradients(f: Callable) -> Callable:
-    """(args, cotangent) -> the gradients of f's first result."""
-    def both(args, do):
-        return jax.vjp(lambda *a: f(*a), *args)[1](do)
-
-    return both
 
 
 def attention(target, *, backend, backward, t, d, h=8, k=8, v=None, mask=Causal(),
@@ -216,29 +188,6 @@ def cached(target, *, backend, b=8, h=32, k=8, d=128, s=32768, bits=16, page=Non
     return f, (args,), trips if backend == "tpu" and not statistics else {}
 
 
-def prefixes(target, *, backend, backward, t=8192, h=8, k=8, v=64, dtype=BF16,
-             packed=False):
-    """scan: softmax over every prefix."""
-    args = struct(1, t, h, dtype=F32), struct(1, t, k, v, dtype=dtype)
-    state = tuple(struct(1, h, *width, dtype=F32) for width in ((), (), (v,)))
-    runs = [struct(1, t, dtype=jnp.int32)] if packed else []
-
-    def f(runs, s, v, *state):
-        return scan(s, v, state, run=runs[0] if runs else None, dtype=dtype,
-                    backend=backend)
-
-    steps = h * -(-t // CHUNK["tpu"])
-    trips = {"scan": ((steps,), steps, steps)} if backend == "tpu" else {}
-    if not backward:
-        return f, (runs, *args, *state), trips
-
-    def both(runs, args, cotangent):
-        return with_gradients(lambda *a: f(runs, *a))(args, cotangent)
-
-    do = struct(1, t, h, v, dtype=dtype)
-    return both, (runs, (*args, *state), (state, do)), trips
-
-
 def work(t, d, v=None, h=8, causal=True, backward=False) -> float:
     """Flops by the field's convention: backward is 2.5 times forward."""
     return (2 * h * t * t * (d + (v or d)) / (2 if causal else 1)
@@ -263,12 +212,6 @@ DECODE: dict[str, dict[str, Any]] = {
     "": {}, " int8": {"bits": 8}, " int4": {"bits": 4}, " pages of 128": {"page": 128},
     " statistics": {"statistics": True},
 }
-SCAN: dict[str, dict[str, Any]] = {
-    "T8192 V64 H8": {},
-    "T8192 V256 H8": {"v": 256},
-    "T8192 V128 H16 K4 packed": {"v": 128, "h": 16, "k": 4, "packed": True},
-    "odd T1000 V24 H4 float32": {"t": 1000, "v": 24, "h": 4, "k": 4, "dtype": F32},
-}
 PEER = "causal T8192 D128 H8"
 SPLASH = ((1024, 1024, 1024), (1024, 1024, 512), (2048, 2048, 512))  # the best of many
 
@@ -289,11 +232,9 @@ def cases(target) -> dict[str, Case]:
                 found[f"flash {way}{label} {name}"] = Case(
                     functools.partial(attention, **more, **options), flops)
             if backend != "mosaic":
+                found |= recurrent(backend, way, label)
                 found[f"blocks {way}{label} T8192 D128 H16 K2 n16x64"] = Case(
                     functools.partial(chosen, **more))
-                for name, options in SCAN.items():
-                    found[f"scan {way}{label} {name}"] = Case(
-                        functools.partial(prefixes, **more, **options))
         for name, options in DECODE.items() if backend != "mosaic" else ():
             bits = options.get("bits", 16)
             found[f"decode{label} B8 S32768 H32 K8{name}"] = Case(

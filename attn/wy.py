@@ -144,9 +144,8 @@ def _inside(q, k, v, beta, g, runs: Runs):
     """What does not depend on the state: q as it meets the state the chunk begins with,
     the weights p [N,B,H,c,c] of what is written, k as it writes into the state the
     chunk ends with, and u = u_0 - w S_0 as u_0 [N,B,H,c,V] and w [N,B,H,c,D]."""
-    before = jnp.tril(jnp.ones(runs.seen.shape[-2:], bool), -1)
-    before = runs.seen & before.reshape(1, 1, 1, *before.shape)
-    a = only(before, beta * pairs(k, k, g))
+    before = jnp.tril(jnp.ones((1, 1, 1, q.shape[3], q.shape[3]), bool), -1)
+    a = only(before, only(runs.seen, beta * pairs(k, k, g)))
     p = only(runs.seen, pairs(q, k, g))
     early, late = k, k
     if g is not None:

@@ -1,0 +1,74 @@
+"""The arithmetic of one chunk of the delta rule: who decays how much against whom, and
+the inverse of its triangular system. The same on TPU and GPU, on values in a kernel.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Callable, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+CHUNK = 64
+BLOCK = 16  # rows of a triangular system that are solved one after the other
+ROWS = 8  # numbers a token and head
+F32 = jnp.float32
+
+
+class Side(NamedTuple):
+    """Numbers of a chunk's tokens, as rows [1,CHUNK] or columns [CHUNK,1].
+
+    beta; coarse + fine: the log decay since the chunk began; run: 0 for padding;
+    enter: the factor that the state the chunk begins with has at the token; leave: the
+    factor that the token has in the state the chunk ends with; keep: the factor
+    between the two states, in the first place of a row.
+    """
+
+    beta: Any
+    coarse: Any
+    fine: Any
+    run: Any
+    enter: Any
+    leave: Any
+    keep: Any
+
+
+def grid(c: int = CHUNK) -> tuple[jax.Array, jax.Array]:
+    """Numbers of row and column [c,c]."""
+    return tuple(jax.lax.broadcasted_iota(jnp.int32, (c, c), n) for n in (0, 1))
+
+
+def fades(own: Side, row: Side, gated: bool) -> jax.Array:
+    """What token j (a column) still counts at token i (a row): exp of the log decay
+    between them where j <= i and both are of one run, else 0."""
+    i, j = grid()
+    seen = (i >= j) & (own.run == row.run) & (own.run > 0)
+    if not gated:
+        return jnp.where(seen, 1.0, 0.0)
+    between = (own.coarse - row.coarse) + (own.fine - row.fine)
+    return jnp.where(seen, jnp.exp(jnp.where(seen, between, 0.0)), 0.0)
+
+
+def strict(a: jax.Array) -> jax.Array:
+    """`a` below its diagonal."""
+    i, j = grid()
+    return jnp.where(i > j, a, 0.0)
+
+
+def merged(x: jax.Array, a: jax.Array, dot: Callable) -> jax.Array:
+    """(I + a)^-1 from x, the inverses of its blocks on the diagonal: two blocks and the
+    corner E below them are one block, whose corner is -x E x."""
+    (i, j), size = grid(), BLOCK.bit_length() - 1
+    while 1 << size < CHUNK:
+        below = ((i >> size) == (j >> size) + 1) & (((i >> size) & 1) == 1)
+        corner = jnp.where(below, a, 0.0)
+        x = x - dot(x, dot(corner, x))
+        size += 1
+    return x
+
+
+def decayed(w: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """From w, the product of each pair's weight and its gradient: the sums over a row
+    and over a column, whose difference is the gradient of the token's log decay."""
+    w = strict(w)  # a token does not decay against itself
+    return w.sum(1, keepdims=True), w.sum(0, keepdims=True)

@@ -65,10 +65,3 @@ def merged(x: jax.Array, a: jax.Array, dot: Callable) -> jax.Array:
         x = x - dot(x, dot(corner, x))
         size += 1
     return x
-
-
-def decayed(w: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """From w, the product of each pair's weight and its gradient: the sums over a row
-    and over a column, whose difference is the gradient of the token's log decay."""
-    w = strict(w)  # a token does not decay against itself
-    return w.sum(1, keepdims=True), w.sum(0, keepdims=True)

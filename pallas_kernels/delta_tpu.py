@@ -19,7 +19,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.delta_chunk import (
-    BLOCK, CHUNK, ROWS, Side, decayed, fades, grid, merged, strict
+    BLOCK, CHUNK, ROWS, Side, fades, grid, merged, strict
 )
 from pallas_kernels.steps_tpu import F32, dot
 
@@ -109,7 +109,7 @@ def _backward(static, side_ref, q_ref, k_ref, v_ref, do_ref, states_ref, x_ref, 
     dp = scale * fade * dot(do, ul, NT)
     da = -strict(dot(y.astype(low), ul, NT))
     dkk = own.beta * strict(fade * da)
-    by_row, by_column = decayed(dp * dot(q, k, NT) + own.beta * kk * da)
+    pair = strict(dp * dot(q, k, NT) + own.beta * kk * da)  # weights' gradients
     dpl, dkkl = dp.astype(low), dkk.astype(low)
     from_state = dot(do, held, NT)
     dq = (scale * own.enter) * from_state + dot(dpl, k, NN)
@@ -124,11 +124,11 @@ def _backward(static, side_ref, q_ref, k_ref, v_ref, do_ref, states_ref, x_ref, 
     dleave = across(u * later)
     lane = jax.lax.broadcasted_iota(jnp.int32, (CHUNK, ROWS), 1)
     place = lambda n, a: jnp.where(lane == n, a, 0.0)
-    columns = place(0, dbeta) + place(2, by_row) + place(4, denter) + place(5, dleave)
+    columns = place(0, dbeta) + place(2, across(pair)) + place(4, denter) + place(5, dleave)
     kept = jnp.sum(ds * held.astype(F32))
     i = jax.lax.broadcasted_iota(jnp.int32, (ROWS, CHUNK), 0)
     j = jax.lax.broadcasted_iota(jnp.int32, (ROWS, CHUNK), 1)
-    rows = jnp.where(i == 2, -by_column, 0.0)
+    rows = jnp.where(i == 2, -pair.sum(0, keepdims=True), 0.0)
     rows = rows + jnp.where((i == 6) & (j == 0), kept, 0.0)
     dside_ref[0, 0, 0] = columns.T + rows
     # the state that the chunk began with

@@ -38,7 +38,11 @@ class MultiHead(Layer):
     position: `RoPE()` or None; an attention with a field `rope` keeps keys as they were
     before the rotation and gets the position handed over instead. qk_norm: RMSNorm over
     D with a learned scale. sinks: a learned logit without value a head, for `Softmax`.
-    dtype: of the computation; parameters are float32.
+    out_norm: RMSNorm of what is attended to, over the channels of each head ("head") or
+    of all ("all"). out_gate: times silu or sigmoid of a projection of x ("silu",
+    "sigmoid"), through gate_rank channels if that is given. A learned attention may ask
+    for these three by fields of the same names. dtype: of the computation; parameters
+    are float32.
     """
 
     attention: Any
@@ -49,6 +53,9 @@ class MultiHead(Layer):
     position: RoPE | None = RoPE()
     qk_norm: bool = False
     sinks: bool = False
+    out_norm: str | None = None
+    out_gate: str | None = None
+    gate_rank: int | None = None
     use_bias: bool = False
     dtype: Any = jnp.float32
 
@@ -77,6 +84,7 @@ class MultiHead(Layer):
             if noisy and self.has_rng("dropout"):
                 options["key"] = self.make_rng("dropout")
             o = attention(q, k, v, **options)
+        o = self._gated(x, self._normed(o))
         y = nn.DenseGeneral(
             x.shape[-1], axis=(-2, -1), use_bias=self.use_bias, dtype=self.dtype,
             kernel_init=_INIT, name="out",
@@ -133,6 +141,39 @@ class MultiHead(Layer):
         return asked or e // self.heads, self.value_dim or (
             self.head_dim or e // self.heads
         )
+
+    def _asked(self, name: str) -> Any:
+        """An option of this layer, or what a learned attention asks for."""
+        own = getattr(self, name)
+        if own is None and isinstance(self.attention, nn.Module):
+            return getattr(self.attention, name, None)
+        return own
+
+    def _normed(self, o):
+        over = self._asked("out_norm")
+        if over is None:
+            return o
+        axes: dict[str, tuple[int, ...]] = {"head": (-1,), "all": (-2, -1)}
+        if over not in axes:
+            raise ValueError(f"out_norm={over!r}: expected one of {tuple(axes)}")
+        norm = nn.RMSNorm(
+            dtype=self.dtype, reduction_axes=axes[over], feature_axes=axes[over],
+            name="out_norm",
+        )
+        return norm(o)
+
+    def _gated(self, x, o):
+        name, rank = self._asked("out_gate"), self._asked("gate_rank")
+        if name is None:
+            return o
+        if name not in ("silu", "sigmoid"):
+            raise ValueError(f"out_gate={name!r}: expected 'silu' or 'sigmoid'")
+        dense = functools.partial(
+            nn.DenseGeneral, use_bias=False, dtype=self.dtype, kernel_init=_INIT
+        )
+        if rank is not None:
+            x = dense(rank, name="gate_down")(x)
+        return o * getattr(nn, name)(dense(o.shape[2:], name="gate")(x))
 
     def _positions(self, x, source, state, pos, segments):
         if pos is not None:

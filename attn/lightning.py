@@ -113,10 +113,9 @@ class Lightning:
         q_run, kv_run = self._runs(q, k, segments, ordered)
         k, v = (spread_heads(a, q.shape[2], self.axis) for a in (k, v))
         letters = "BTHD BSKD BSKV H BT BS -> BTHV"
-        o = over_mesh(self._local, letters, self.axis)(
+        return over_mesh(self._local, letters, self.axis)(
             q, k, v, self._log_decay(q), q_run, kv_run
         )
-        return (o * self.scale).astype(v.dtype)
 
     def init_state(self, size, q, k, v, *, x=None) -> LinearState:
         """An empty memory for `size` tokens; q, k, v give shapes."""
@@ -131,12 +130,11 @@ class Lightning:
         check_state(state, (q.shape[0], q.shape[2], q.shape[3], v.shape[3]))
         now = place(segments, q.shape[0], q.shape[1], state.end, state.segment)
         run = None if segments is None else now.run
-        xla = lambda: recur(
-            q, k, v, self._log_decay(q), state=state.memory, run=run, chunk=self.chunk
+        memory, o = recur(
+            q, k, v, self._log_decay(q), state=state.memory, run=run, chunk=self.chunk,
+            scale=self.scale, dtype=v.dtype, implementation=self.implementation,
         )
-        memory, o = pick(self.implementation, xla=xla)
-        after = LinearState(memory, now.end, now.last)
-        return after, (o * self.scale).astype(v.dtype)
+        return LinearState(memory, now.end, now.last), o
 
     def _check_stream(self) -> None:
         if not self.causal:
@@ -163,19 +161,19 @@ class Lightning:
         return run, run
 
     def _local(self, q, k, v, log_decay, q_run, kv_run) -> jax.Array:
-        xla = lambda: self._xla(q, k, v, log_decay, q_run, kv_run)
-        return pick(self.implementation, xla=xla)
-
-    def _xla(self, q, k, v, log_decay, q_run, kv_run) -> jax.Array:
         if not self.causal and log_decay is None:
-            return whole(q, k, v, q_run=q_run, kv_run=kv_run, axis=self.axis)
-        one_way = lambda reverse: across(
+            xla = lambda: whole(q, k, v, q_run=q_run, kv_run=kv_run, axis=self.axis)
+            return (pick(self.implementation, xla=xla) * self.scale).astype(v.dtype)
+        one_way = lambda reverse, dtype: across(
             q, k, v, log_decay, run=q_run, chunk=self.chunk, axis=self.axis,
-            reverse=reverse,
+            reverse=reverse, scale=self.scale, dtype=dtype,
+            implementation=self.implementation,
         )
         if self.causal:
-            return one_way(False)
-        return one_way(False) + one_way(True) - _own(q, k, v, q_run)
+            return one_way(False, v.dtype)
+        twice = self.scale * _own(q, k, v, q_run)
+        o = one_way(False, jnp.float32) + one_way(True, jnp.float32) - twice
+        return o.astype(v.dtype)
 
 
 def _own(q, k, v, run) -> jax.Array:

@@ -14,7 +14,7 @@ decays that lie between two tokens, so that any decay, however strong, is safe.
 from __future__ import annotations
 
 import functools
-from typing import Callable, NamedTuple
+from typing import Any, Callable, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from attn.chunks import (
     Runs, chunked, filled, only, pairs, pairs_by_channel, prefix, runs_of, unchunked,
 )
+from attn.dispatch import pick
 from attn.shapes import check
 from attn.sharding import gather
 
@@ -70,20 +71,29 @@ def recur(
     state: jax.Array | None = None,
     run: jax.Array | None = None,
     chunk: int = 64,
+    scale: float = 1.0,
+    dtype: Any = jnp.float32,
+    implementation: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """The recurrence over T tokens -> state [B,H,D,V], o [B,T,H,V], both float32.
+    """The recurrence over T tokens -> state [B,H,D,V] float32, scale o [B,T,H,V].
 
     q [B,T,H,D], k [B,T,K,D], v [B,T,K,V]; log_decay [H], [B,T,H] or [B,T,H,D], at most
     0; state [B,H,D,V] is seen by tokens of run 1. run [B,T] as in `attn.segments`:
-    padding writes nothing, does not decay, and its output is 0.
+    padding writes nothing, does not decay, and its output is 0. dtype: of o.
     """
     _check(q, k, v, log_decay, state, run, chunk)
     if state is None:
         b, _, h, d = q.shape
         state = jnp.zeros((b, h, d, v.shape[-1]), jnp.float32)
-    if q.shape[1] == 1:
-        return one(state, q, k, v, log_decay, run=run)
-    return _recur(q, k, v, log_decay, run, chunk, lambda local, g, runs: (state, 1))
+
+    def xla():
+        if q.shape[1] == 1:
+            return one(state, q, k, v, log_decay, run=run)
+        begin = lambda local, g, runs: (state, 1)
+        return _recur(q, k, v, log_decay, run, chunk, begin)
+
+    after, o = pick(implementation, xla=xla)
+    return after, (o if scale == 1 else o * scale).astype(dtype)
 
 
 def one(
@@ -123,8 +133,11 @@ def across(
     chunk: int = 64,
     axis: str | None = None,
     reverse: bool = False,
+    scale: float = 1.0,
+    dtype: Any = jnp.float32,
+    implementation: str | None = None,
 ) -> jax.Array:
-    """o [B,T,H,V] float32 of `recur` where T is split over mesh axis `axis`, inside
+    """o [B,T,H,V] of `recur` where T is split over mesh axis `axis`, inside
     `shard_map` (LASP-2, Sun et al., 2025, arXiv:2502.07563): every shard gathers one
     state of each, whatever T is. Runs are numbered in the global view. `reverse` reads
     from the last token to the first. Without an axis it is `recur` without a state.
@@ -137,7 +150,10 @@ def across(
     if reverse and run is not None:
         run = flip(only(run > 0, 2**30 - run))  # runs have to rise, read this way too
     if axis is None:
-        return flip(recur(q, k, v, log_decay, run=run, chunk=chunk)[1])
+        return flip(recur(
+            q, k, v, log_decay, run=run, chunk=chunk, scale=scale, dtype=dtype,
+            implementation=implementation,
+        )[1])
 
     def before(local, g, runs):
         final, _ = _travel(jnp.zeros_like(local[0]), local, g, runs)
@@ -146,7 +162,9 @@ def across(
         last = None if run is None else run.max(1)
         return prefix(final, total, last, axis, reverse=reverse, alike=alike)
 
-    return flip(_recur(q, k, v, log_decay, run, chunk, before)[1])
+    xla = lambda: _recur(q, k, v, log_decay, run, chunk, before)[1]
+    o = pick(implementation, xla=xla)
+    return flip((o if scale == 1 else o * scale).astype(dtype))
 
 
 def whole(

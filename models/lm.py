@@ -159,10 +159,11 @@ class LM(nn.Module):
 
     attention: one per layer; an entry may also be a `Layer` of its own, such as
     `BaseConv()`. width E, heads H, kv_heads K, head_dim D, hidden: width of the SwiGLU
-    (by default 8/3 E up to a multiple of 16; 0 for none). tied: the head is the
-    embedding. dtype: of the computation, parameters are float32. With `Landmark` layers
-    a landmark token goes in after every block of text tokens and its outputs are left
-    out, so that the model stays a function of the text.
+    (by default 8/3 E up to a multiple of 16; 0 for none). position, qk_norm, out_norm,
+    out_gate: see `MultiHead`. tied: the head is the embedding. dtype: of the
+    computation, parameters are float32. With `Landmark` layers a landmark token goes in
+    after every block of text tokens and its outputs are left out, so that the model
+    stays a function of the text.
     """
 
     vocab: int = 256
@@ -174,6 +175,8 @@ class LM(nn.Module):
     hidden: int | None = None
     position: RoPE | None = RoPE()
     qk_norm: bool = False
+    out_norm: str | None = None
+    out_gate: str | None = None
     tied: bool = True
     scan: bool = False
     remat: bool = False
@@ -212,7 +215,8 @@ class LM(nn.Module):
             Block(
                 a if isinstance(a, Layer) else MultiHead(
                     a, self.heads, self.kv_heads, self.head_dim,
-                    position=self.position, qk_norm=self.qk_norm, dtype=self.dtype,
+                    position=self.position, qk_norm=self.qk_norm,
+                    out_norm=self.out_norm, out_gate=self.out_gate, dtype=self.dtype,
                     parent=None,
                 ),
                 hidden, self.dtype, parent=None,

@@ -137,3 +137,31 @@ def test_wrong_calls(layer, args, error, message):
         args = X, layer.init_state(T, X)
     with pytest.raises(error, match=message):
         layer.init(jax.random.key(0), *args)
+
+
+@pytest.mark.parametrize("over,gate,rank", [
+    ("head", "silu", None), ("all", "sigmoid", 3), (None, "silu", None),
+])
+def test_norm_and_gate_of_the_output(over, gate, rank):
+    layer = MultiHead(
+        Softmax(), heads=H, out_norm=over, out_gate=gate, gate_rank=rank, position=None
+    )
+    params, y = made(layer, X)
+    p = params["params"]
+    q, k, v = (jnp.einsum("bte,ehd->bthd", X, p[n]["kernel"]) for n in "qkv")
+    o = Softmax()(q, k, v)
+    if over is not None:
+        axes = -1 if over == "head" else (-2, -1)
+        o = o / jnp.sqrt((o * o).mean(axes, keepdims=True) + 1e-6)
+        assert p["out_norm"]["scale"].shape == o.shape[3 if over == "head" else 2:]
+    x = X if rank is None else X @ p["gate_down"]["kernel"]
+    g = jnp.einsum("bte,ehd->bthd", x, p["gate"]["kernel"])
+    o = o * (jax.nn.silu(g) if gate == "silu" else jax.nn.sigmoid(g))
+    close(y, jnp.einsum("bthd,hde->bte", o, p["out"]["kernel"]))
+
+
+def test_wrong_norms_and_gates_are_named():
+    for wrong, message in (({"out_norm": "layer"}, "out_norm='layer'"),
+                           ({"out_gate": "tanh"}, "out_gate='tanh'")):
+        with pytest.raises(ValueError, match=message):
+            made(MultiHead(Softmax(), heads=H, **wrong), X)

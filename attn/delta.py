@@ -48,15 +48,15 @@ class Delta(nn.Module):
     channel over `conv` tokens (0 for none) and silu; queries and keys then get length
     1. Positions are not needed: `MultiHead(Delta(), position=None)`.
 
-    norm, gate: what `MultiHead` does to the output. chunk: tokens that are computed at
-    once; it changes the time, not the result.
+    out_norm, out_gate: what `MultiHead` does to the output. chunk: tokens that XLA's
+    form computes at once; it changes the time, not the result.
     """
 
     gated: bool = False
     negative: bool = False
     conv: int = 4
-    norm: bool = True
-    gate: str | None = "silu"
+    out_norm: str | None = "head"
+    out_gate: str | None = "silu"
     chunk: int = 64
     axis: str | None = None
     implementation: str | None = None
@@ -73,6 +73,11 @@ class Delta(nn.Module):
         """All tokens at once. q [B,T,H,D], k [B,T,K,D], v [B,T,K,V], and x [B,T,E] the
         tokens that they were made from -> [B,T,H,V]."""
         check(q, k, v, segments=segments, aligned=True)
+        if self.axis is not None:
+            raise NotImplementedError(
+                f"axis={self.axis!r}: what a shard does to the state of the delta rule "
+                "is a matrix [D,D], which is not passed on yet; expected None"
+            )
         now = self._place(q, segments)
         return self._apply(None, now, q, k, v, x, segments is not None)[1]
 
@@ -115,27 +120,31 @@ class Delta(nn.Module):
         run, memory, q_tail, k_tail, v_tail = now.run if packed else None, *[None] * 4
         if state is not None:
             memory, q_tail, k_tail, v_tail = state[:4]
+        low = v.dtype
         q_tail, q = self._short("q", q, q_tail, run)
         k_tail, k = self._short("k", k, k_tail, run)
         v_tail, v = self._short("v", v, v_tail, run)
         beta, log_decay = self._gates(x.astype(jnp.float32), q.shape[2])
+        q, k, v = (a.astype(low) for a in (_unit(q), _unit(k), v))
         memory, o = delta_rule(
-            _unit(q), _unit(k), v, beta, log_decay, state=memory, run=run,
-            chunk=self.chunk, scale=q.shape[3] ** -0.5, dtype=v.dtype, axis=self.axis,
+            q, k, v, beta, log_decay, state=memory, run=run,
+            chunk=self.chunk, scale=q.shape[3] ** -0.5, dtype=low,
             implementation=self.implementation,
         )
         return DeltaState(memory, q_tail, k_tail, v_tail, now.end, now.last), o
 
     def _short(self, name: str, a, tail, run) -> tuple[Any, jax.Array]:
-        """q, k or v after its convolution and silu; and the next tail."""
+        """The next tail; and q, k or v after its convolution and silu, float32."""
+        wide = a.astype(jnp.float32)  # what follows is rounded once, at its end
         if not self.conv:
-            return tail, nn.silu(a)
-        flat = a.reshape(*a.shape[:2], -1)
+            return tail, nn.silu(wide)
+        flat = wide.reshape(*a.shape[:2], a.shape[2] * a.shape[3])
         fans = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
         shape = self.conv, flat.shape[2]
         weight = self.param(f"{name}_conv", fans, shape, jnp.float32)
+        tail = None if tail is None else tail.astype(jnp.float32)
         tail, flat = shortconv(flat, weight, state=tail, run=run)
-        return tail, nn.silu(flat).reshape(a.shape)
+        return tail.astype(a.dtype), nn.silu(flat).reshape(a.shape)
 
     def _gates(self, x, h: int) -> tuple[jax.Array, jax.Array | None]:
         """beta and the log decay [B,T,H], float32."""
@@ -151,9 +160,7 @@ class Delta(nn.Module):
 
 def _unit(a):
     """Vectors of length 1; one that is 0 stays 0."""
-    wide = a.astype(jnp.float32)
-    length = jax.lax.rsqrt((wide * wide).sum(-1, keepdims=True) + 1e-6)
-    return (wide * length).astype(a.dtype)
+    return a * jax.lax.rsqrt((a * a).sum(-1, keepdims=True) + 1e-6)
 
 
 def _fades(key, shape):

@@ -25,8 +25,9 @@ import jax
 import jax.numpy as jnp
 
 from attn.chunks import Runs, chunked, filled, only, pairs, runs_of, unchunked
-from attn.dispatch import pick
+from attn.dispatch import interpreted, pick
 from attn.linear import FLOOR
+from pallas_kernels.delta import delta
 
 BLOCK = 16  # rows of a triangular system that are solved one after the other
 
@@ -43,7 +44,6 @@ def delta_rule(
     chunk: int = 64,
     scale: float = 1.0,
     dtype: Any = jnp.float32,
-    axis: str | None = None,
     implementation: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """The rule over T tokens -> state [B,H,D,V] float32, o [B,T,H,V] in `dtype`.
@@ -54,19 +54,21 @@ def delta_rule(
     log_decay None, [H] or [B,T,H], at most 0; state [B,H,D,V] is seen by tokens of run
     1. run [B,T] as in `attn.segments`: padding writes nothing, does not decay, and its
     output is 0. Keys need not be unit vectors, but |k|^2 beta > 2 makes memories grow.
+    chunk: of XLA's form; it changes the time, not the result.
     """
     _check(q, k, v, beta, log_decay, state, run, chunk)
-    if axis is not None:
-        raise NotImplementedError(
-            f"axis={axis!r}: the delta rule's state cannot be summed over shards, "
-            "what a shard does to it is a matrix [D,D]; expected None"
-        )
     if state is None:
         (b, _, h), d = beta.shape, q.shape[3]
         state = jnp.zeros((b, h, d, v.shape[3]), jnp.float32)
     xla = lambda: _xla(q, k, v, beta, log_decay, state, run, chunk, scale)
-    state, o = pick(implementation, xla=xla)
-    return state, o.astype(dtype)
+    kernel = lambda backend: lambda: delta(
+        q, k, v, beta, log_decay, state=state, run=run, scale=scale, backend=backend,
+        interpret=interpreted(),
+    )
+    if implementation is None and q.shape[1] == 1:
+        implementation = "xla"  # one token makes no chunk
+    after, o = pick(implementation, xla=xla, gpu=kernel("triton"), tpu=kernel("tpu"))
+    return after, o.astype(dtype)
 
 
 def one(

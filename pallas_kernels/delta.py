@@ -110,7 +110,8 @@ def sides(beta, log_decay, run) -> jax.Array:
     shape = b, h, run.shape[1] // CHUNK, CHUNK
     r = split(run[..., None])
     present = jax.lax.cummax(jnp.pad(run, ((0, 0), (1, 0)), constant_values=1), axis=1)
-    first, last = present[:, None, :-1:CHUNK, None], present[:, None, CHUNK::CHUNK, None]
+    first, last = (
+        a[:, None, :, None] for a in (present[:, :-1:CHUNK], present[:, CHUNK::CHUNK]))
     coarse = fine = jnp.zeros((1, 1, *shape[2:]), F32)
     if log_decay is not None:
         g = jnp.maximum(log_decay.astype(F32), FLOOR)

@@ -21,7 +21,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
 from pallas_kernels.delta_chunk import (
-    BLOCK, CHUNK, ROWS, Side, fades, grid, merged, strict
+    BLOCK, CHUNK, ROWS, Side, fades, merged, strict
 )
 from pallas_kernels.steps_triton import F32, dot, lanes, load, power
 from pallas_kernels.tables import Tile
@@ -54,7 +54,7 @@ class Here(NamedTuple):
 
     def tokens(self, ref, n, first=0, size: int | None = None):
         """The chunk's tokens [CHUNK,size], 0 beyond the end; all lanes without size."""
-        return load(*self.at(ref, n, first, size or power(ref.shape[3])), 0)
+        return _read(self.at(ref, n, first, size or power(ref.shape[3])))
 
     def write(self, ref, value, n, first=0, size: int | None = None) -> None:
         """The reverse of `tokens`."""
@@ -70,6 +70,12 @@ class Here(NamedTuple):
     def keep(self, side, n):
         """The factor between two states."""
         return side[self.b, self.h, n, Side._fields.index("keep"), 0]
+
+
+def _read(where):
+    """What is at a place and inside, 0 elsewhere."""
+    at, inside = where
+    return load(at, inside, 0)
 
 
 def _part(ref, lead, first, size: int):
@@ -150,7 +156,7 @@ def _forward(static, heads: int, columns: int, side, q_ref, k_ref, v_ref, x_ref,
         return (here.keep(side, n) * state
                 + dot(k, (leave * u).astype(k.dtype), 0, 0))
 
-    start = load(*_part(start_ref, (b, h), first, columns), 0)
+    start = _read(_part(start_ref, (b, h), first, columns))
     state = jax.lax.fori_loop(0, side.shape[2], step, start)
     _put(final_ref, (b, h), first, state)
 
@@ -179,7 +185,7 @@ def _reverse(static, heads: int, columns: int, side, q_ref, k_ref, do_ref, x_ref
         entered = (static.scale * enter) * do.astype(F32)
         return grad + dot(q, entered.astype(k.dtype), 0, 0)
 
-    end = load(*_part(end_ref, (b, h), first, columns), 0)
+    end = _read(_part(end_ref, (b, h), first, columns))
     grad = jax.lax.fori_loop(0, many, step, end)
     _put(start_ref, (b, h), first, grad)
 
@@ -198,7 +204,7 @@ def _gradients(static, heads: int, columns: int, side, q_ref, k_ref, v_ref, do_r
         first = c * columns
         part = lambda ref: here.tokens(ref, n, first, columns)
         v, do, y = part(v_ref), part(do_ref), part(y_ref)
-        held, ds = (load(*_part(ref, (b, h, n), first, columns), 0)
+        held, ds = (_read(_part(ref, (b, h, n), first, columns))
                     for ref in (states_ref, grads_ref))
         ks = dot(k, held, 1, 0)
         r = v.astype(F32) - own.enter * ks
@@ -269,7 +275,7 @@ def forward(static, side, q, k, v, state, keep: bool):
 
 def backward(static, side, q, k, v, kept, d_final, do):
     """The gradients of side, of q, k and v a head [B,T,H,.], and of the state."""
-    (b, h, many), (d, width) = side.shape[:3], d_final.shape[2:]
+    (b, h, many), width = side.shape[:3], d_final.shape[3]
     out, (_, tile, inside) = jax.ShapeDtypeStruct, static.tiles
     states, x, p = kept
     wide = lambda a, kind: out((b, static.t, h, a.shape[3]), kind)

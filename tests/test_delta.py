@@ -136,8 +136,6 @@ def test_wrong_calls_say_what_was_expected():
         given = {"q": q, "k": k, "v": v, "beta": beta, "log_decay": g} | change
         with pytest.raises(ValueError, match=message):
             delta_rule(**given)
-    with pytest.raises(NotImplementedError, match="summed over shards"):
-        delta_rule(q, k, v, beta, axis="seq")
 
 
 LAYERS = {

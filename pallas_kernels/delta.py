@@ -127,8 +127,8 @@ def sides(beta, log_decay, run) -> jax.Array:
     leave = jnp.where(here(last), leave, 0)
     keep = jnp.where(first == last, jnp.exp(end(coarse) + end(fine)), 0)
     keep = jnp.pad(keep, ((0, 0), (0, 0), (0, 0), (0, CHUNK - 1)))
-    rows = split(wide(beta)), coarse, fine, r.astype(F32), enter, leave, keep
-    rows = [jnp.broadcast_to(a, shape) for a in rows]
+    found = split(wide(beta)), coarse, fine, r.astype(F32), enter, leave, keep
+    rows = [jnp.broadcast_to(a, shape) for a in found]
     rows += [jnp.zeros(shape, F32)] * (ROWS - len(rows))
     return jnp.stack(rows, 3)
 

@@ -35,7 +35,8 @@ class Side(NamedTuple):
 
 def grid(c: int = CHUNK) -> tuple[jax.Array, jax.Array]:
     """Numbers of row and column [c,c]."""
-    return tuple(jax.lax.broadcasted_iota(jnp.int32, (c, c), n) for n in (0, 1))
+    i, j = (jax.lax.broadcasted_iota(jnp.int32, (c, c), n) for n in (0, 1))
+    return i, j
 
 
 def fades(own: Side, row: Side, gated: bool) -> jax.Array:

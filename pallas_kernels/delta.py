@@ -32,9 +32,9 @@ FLOOR = -128.0  # exp of it is 0 in float32, so a log decay below it says nothin
 
 
 class Static(NamedTuple):
-    """What is known of one call: T tokens; whether they decay; tile: on GPU of the
-    passes over chunks (columns: of the state) and within chunks; vmem: bytes of fast
-    memory that a kernel may use, on TPU."""
+    """What is known of one call: T tokens; whether they decay; tiles: on GPU, of the
+    two kernels of the forward pass and the two of the backward pass, columns: of the
+    state; vmem: bytes of fast memory that a kernel may use, on TPU."""
 
     t: int
     scale: float
@@ -93,7 +93,7 @@ def _tiles(q, v, tile, backend: str) -> tuple[tables.Tile, ...]:
     ask = None if tile is None else (CHUNK, *tile)
     return tuple(
         tables.tile(tables.device_kind(), f"delta_{kind}", shape, ask, backend)
-        for kind in ("forward", "backward", "inside")
+        for kind in ("inside", "forward", "backward", "gradients")
     )
 
 

@@ -56,10 +56,10 @@ def strict(a: jax.Array) -> jax.Array:
     return jnp.where(i > j, a, 0.0)
 
 
-def merged(x: jax.Array, a: jax.Array, dot: Callable) -> jax.Array:
-    """(I + a)^-1 from x, the inverses of its blocks on the diagonal: two blocks and the
-    corner E below them are one block, whose corner is -x E x."""
-    (i, j), size = grid(), BLOCK.bit_length() - 1
+def merged(x: jax.Array, a: jax.Array, dot: Callable, block: int = BLOCK):
+    """(I + a)^-1 [CHUNK,CHUNK] from x, the inverses of its blocks on the diagonal: two
+    blocks and the corner E below them are one block, whose corner is -x E x."""
+    (i, j), size = grid(), block.bit_length() - 1
     while 1 << size < CHUNK:
         below = ((i >> size) == (j >> size) + 1) & (((i >> size) & 1) == 1)
         corner = jnp.where(below, a, 0.0)

@@ -27,6 +27,8 @@ from pallas_kernels.steps_triton import F32, dot, lanes, load, power
 from pallas_kernels.tables import Tile
 from pallas_kernels.tile import both
 
+BF16 = jnp.bfloat16
+
 
 class Here(NamedTuple):
     """Of which head and row of the batch a program reads chunk n."""
@@ -95,10 +97,19 @@ def _put(ref, lead, first, value) -> None:
     triton.store(at, value.astype(ref.dtype), mask=inside)
 
 
-def inverse(a):
-    """(I + a)^-1 of a strictly lower triangular a [CHUNK,CHUNK]."""
-    many = CHUNK // BLOCK
-    shape = many, BLOCK, many, BLOCK
+def product(a, b):
+    """A product of float32 matrices on tensor cores, of the first 16 bits of each
+    number: three products of parts in bfloat16."""
+    halves = lambda a: ((high := a.astype(BF16)), (a - high.astype(F32)).astype(BF16))
+    (a, a_rest), (b, b_rest) = halves(a), halves(b)
+    return dot(a, b, 1, 0) + (dot(a, b_rest, 1, 0) + dot(a_rest, b, 1, 0))
+
+
+def inverse(a, block: int):
+    """(I + a)^-1 of a strictly lower triangular a [CHUNK,CHUNK], by substitution in
+    blocks of `block` rows, which are merged by products."""
+    many = CHUNK // block
+    shape = many, block, many, block
     iota = lambda shape, n: jax.lax.broadcasted_iota(jnp.int32, shape, n)
     own = iota(shape, 0) == iota(shape, 2)
     blocks = jnp.where(own, a.reshape(shape), 0.0).sum(2)
@@ -110,9 +121,9 @@ def inverse(a):
         return x - column[:, :, None] * row[:, None, :]
 
     x = jnp.where(i == j, 1.0, 0.0)
-    x = jax.lax.fori_loop(0, BLOCK - 1, out_of_those_below, x)
+    x = jax.lax.fori_loop(0, block - 1, out_of_those_below, x)
     x = jnp.where(own, jnp.broadcast_to(x[:, :, None], shape), 0.0)
-    return merged(x.reshape(CHUNK, CHUNK), a, lambda x, y: dot(x, y, 1, 0))
+    return merged(x.reshape(CHUNK, CHUNK), a, product, block)
 
 
 def _sides(here: Here, side, n):
@@ -128,10 +139,12 @@ def _inside(static, heads: int, side, q_ref, k_ref, x_ref, p_ref):
     own, row = _sides(here, side, n)
     fade = fades(own, row, static.gated)
     q, k = here.tokens(q_ref, n), here.tokens(k_ref, n)
-    a = strict(own.beta * fade * dot(k, k, 1, 1))
-    triton.store(x_ref.at[b, h, n], inverse(a).astype(x_ref.dtype))
     p = static.scale * fade * dot(q, k, 1, 1)
     triton.store(p_ref.at[b, h, n], p.astype(p_ref.dtype))
+    a = strict(own.beta * fade * dot(k, k, 1, 1))
+    # to be exact, substitution takes fewer instructions than products of float32
+    x = inverse(a, CHUNK if k.dtype == F32 else BLOCK)
+    triton.store(x_ref.at[b, h, n], x.astype(x_ref.dtype))
 
 
 def _forward(static, heads: int, columns: int, side, q_ref, k_ref, v_ref, x_ref, p_ref,
@@ -259,7 +272,7 @@ def forward(static, side, q, k, v, state, keep: bool):
     that chunks begin with [B,H,N,D,V], the inverses and the weights of the outputs
     [B,H,N,CHUNK,CHUNK]."""
     (b, h, many), (d, width) = side.shape[:3], state.shape[2:]
-    out, (tile, _, inside) = jax.ShapeDtypeStruct, static.tiles
+    out, (inside, tile, *_) = jax.ShapeDtypeStruct, static.tiles
     square = out((b, h, many, CHUNK, CHUNK), q.dtype)
     x, p = _launch(static, inside, functools.partial(_inside, static, h),
                    (many, h, b), (side, q, k), [square, square], "delta_inside")
@@ -276,7 +289,7 @@ def forward(static, side, q, k, v, state, keep: bool):
 def backward(static, side, q, k, v, kept, d_final, do):
     """The gradients of side, of q, k and v a head [B,T,H,.], and of the state."""
     (b, h, many), width = side.shape[:3], d_final.shape[3]
-    out, (_, tile, inside) = jax.ShapeDtypeStruct, static.tiles
+    out, (*_, tile, inside) = jax.ShapeDtypeStruct, static.tiles
     states, x, p = kept
     wide = lambda a, kind: out((b, static.t, h, a.shape[3]), kind)
     outs = [wide(v, q.dtype), out(states.shape, q.dtype), out(d_final.shape, F32)]

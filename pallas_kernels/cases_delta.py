@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import tables
 from pallas_kernels.delta import delta
 from pallas_kernels.delta_chunk import CHUNK
 
@@ -33,7 +34,11 @@ def rule(target, *, backend, backward, t, d, v=None, h=16, k=None, gated=True,
     if gated:
         given["log_decay"] = struct((1, t, h), F32)
     runs = {"run": struct((1, t), jnp.int32)} if packed else {}
-    steps = h * -(-t // CHUNK)
+    steps = 0
+    if backend == "tpu":
+        shape = tables.Shape(t, t, d, v or d, jnp.dtype(dtype).itemsize)
+        many = tile[0] if tile else tables.chunks(target.kind, shape)
+        steps = h * -(-t // (many * CHUNK))
     trips = {f"delta_{way}": ((steps,), h, steps)
              for way in ("forward", "backward")[:1 + backward] if backend == "tpu"}
 

@@ -24,22 +24,25 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import Refused, tables
-from pallas_kernels.delta_chunk import CHUNK, ROWS
+from pallas_kernels.delta_chunk import CHUNK, ROWS, Side
 from pallas_kernels.flash import DTYPES, WIDEST, check_tpu
 
 F32 = jnp.float32
+KERNELS = "inside", "forward", "backward", "gradients"  # on GPU
 FLOOR = -128.0  # exp of it is 0 in float32, so a log decay below it says nothing more
 
 
 class Static(NamedTuple):
     """What is known of one call: T tokens; whether they decay; tiles: on GPU, of the
     two kernels of the forward pass and the two of the backward pass, columns: of the
-    state; vmem: bytes of fast memory that a kernel may use, on TPU."""
+    state; pieces: chunks of a grid step, and vmem: bytes of fast memory that a kernel
+    may use, on TPU."""
 
     t: int
     scale: float
     gated: bool
     tiles: tuple[tables.Tile, ...]
+    pieces: int
     vmem: int
     backend: str
     interpret: Any
@@ -64,8 +67,8 @@ def delta(
     beta [B,T,H]; q, k [B,T,.,D] and v [B,T,.,V] have a number of heads that divides H;
     log_decay None, [H] or [B,T,H], at most 0; state [B,H,D,V]: None for zeros; run
     [B,T]: 0 is padding, a new number begins with an empty state, 1 sees `state`.
-    backend: "tpu" or "triton"; tile: columns of the state, warps and stages, on GPU.
-    Raises Refused for what the kernel does not do.
+    backend: "tpu" or "triton"; tile: chunks of a grid step on TPU; columns of the
+    state, warps and stages on GPU. Raises Refused for what the kernel does not do.
     """
     (b, t, h), (d, width) = beta.shape, (q.shape[3], v.shape[3])
     if not q.dtype == k.dtype == v.dtype or q.dtype not in DTYPES:
@@ -79,58 +82,59 @@ def delta(
     if state is None:
         state = jnp.zeros((b, h, d, width), F32)
     static = Static(
-        t, scale, log_decay is not None, _tiles(q, v, tile, backend),
+        t, scale, log_decay is not None, *_tiles(q, v, tile, backend),
         tables.vmem(tables.device_kind(), backend), backend, interpret,
     )
-    side = sides(beta, log_decay, run)
+    side = sides(beta, log_decay, run, static.pieces * CHUNK)
     return _delta(static, side, q, k, v, state.astype(F32))
 
 
-def _tiles(q, v, tile, backend: str) -> tuple[tables.Tile, ...]:
+def _tiles(q, v, tile, backend: str) -> tuple[tuple[tables.Tile, ...], int]:
+    """Tiles of the kernels on GPU, and chunks of a grid step on TPU."""
+    device, width = tables.device_kind(), v.shape[3]
+    shape = tables.Shape(CHUNK, width, q.shape[3], width, q.dtype.itemsize)
     if backend == "tpu":
-        return ()
-    shape = tables.Shape(CHUNK, v.shape[3], q.shape[3], v.shape[3], q.dtype.itemsize)
+        most = tile[0] if tile else tables.chunks(device, shape)
+        return (), min(most, -(-q.shape[1] // CHUNK))
     ask = None if tile is None else (CHUNK, *tile)
-    return tuple(
-        tables.tile(tables.device_kind(), f"delta_{kind}", shape, ask, backend)
-        for kind in ("inside", "forward", "backward", "gradients")
-    )
+    return tuple(tables.tile(device, f"delta_{kind}", shape, ask, backend)
+                 for kind in KERNELS), 1
 
 
-def sides(beta, log_decay, run) -> jax.Array:
-    """What a chunk's tokens are beside q, k and v [B,H,N,8,CHUNK] float32, see
-    `delta_chunk.ROWS`."""
+def sides(beta, log_decay, run, step: int) -> jax.Array:
+    """What a chunk's tokens are beside q, k and v [B,H,N,ROWS,CHUNK] float32, see
+    `delta_chunk.Side`; T is padded to a multiple of `step`."""
     b, t, h = beta.shape
     run = jnp.ones((1, t), jnp.int32) if run is None else run
-    run = jnp.pad(run, ((0, 0), (0, -t % CHUNK)))
-    real = (run > 0)[..., None]
-    wide = lambda a: jnp.where(real, jnp.pad(
-        a.astype(F32), ((0, 0), (0, -t % CHUNK), (0, 0))), 0)
+    run = jnp.pad(run, ((0, 0), (0, -t % step)))
     split = lambda a: a.reshape(a.shape[0], -1, CHUNK, a.shape[2]).transpose(0, 3, 1, 2)
+    real = lambda a: split(jnp.where((run > 0)[..., None], jnp.pad(
+        a.astype(F32), ((0, 0), (0, -t % step), (0, 0))), 0))
     shape = b, h, run.shape[1] // CHUNK, CHUNK
-    r = split(run[..., None])
-    present = jax.lax.cummax(jnp.pad(run, ((0, 0), (1, 0)), constant_values=1), axis=1)
-    first, last = (
-        a[:, None, :, None] for a in (present[:, :-1:CHUNK], present[:, CHUNK::CHUNK]))
     coarse = fine = jnp.zeros((1, 1, *shape[2:]), F32)
     if log_decay is not None:
         g = jnp.maximum(log_decay.astype(F32), FLOOR)
-        g = split(wide(jnp.broadcast_to(g, beta.shape)))
-        # multiples of 1/256, whose sums are exact, and a small rest: the decay between
-        # two neighbours stays exact behind a token that decays strongly
-        step = jax.lax.stop_gradient(jnp.round(g * 256) / 256)
-        coarse, fine = jnp.cumsum(step, 3), jnp.cumsum(g - step, 3)
-    end = lambda a: a[..., -1:]
-    here = lambda a: (r == a) & (r > 0)
-    enter = jnp.where(here(first), jnp.exp(coarse + fine), 0)
+        coarse, fine = _clock(real(jnp.broadcast_to(g, beta.shape)))
+    present = jax.lax.cummax(jnp.pad(run, ((0, 0), (1, 0)), constant_values=1), axis=1)
+    first, last = (
+        a[:, None, :, None] for a in (present[:, :-1:CHUNK], present[:, CHUNK::CHUNK]))
+    r, end = split(run[..., None]), lambda a: a[..., -1:]
+    of = lambda a: (r == a) & (r > 0)
+    enter = jnp.where(of(first), jnp.exp(coarse + fine), 0)
     leave = jnp.exp((end(coarse) - coarse) + (end(fine) - fine))
-    leave = jnp.where(here(last), leave, 0)
     keep = jnp.where(first == last, jnp.exp(end(coarse) + end(fine)), 0)
     keep = jnp.pad(keep, ((0, 0), (0, 0), (0, 0), (0, CHUNK - 1)))
-    found = split(wide(beta)), coarse, fine, r.astype(F32), enter, leave, keep
+    found = Side(real(beta), coarse, fine, r.astype(F32), enter,
+                 jnp.where(of(last), leave, 0), keep)
     rows = [jnp.broadcast_to(a, shape) for a in found]
-    rows += [jnp.zeros(shape, F32)] * (ROWS - len(rows))
-    return jnp.stack(rows, 3)
+    return jnp.stack(rows + [jnp.zeros(shape, F32)] * (ROWS - len(rows)), 3)
+
+
+def _clock(g) -> tuple[jax.Array, jax.Array]:
+    """Cumulated log decays: multiples of 1/256, whose sums are exact, and a small rest,
+    so that the decay of two neighbours stays exact behind one that decays strongly."""
+    step = jax.lax.stop_gradient(jnp.round(g * 256) / 256)
+    return jnp.cumsum(step, 3), jnp.cumsum(g - step, 3)
 
 
 def _kernels(static: Static) -> Any:

@@ -111,30 +111,32 @@ def sides(beta, log_decay, run, step: int) -> jax.Array:
     real = lambda a: split(jnp.where((run > 0)[..., None], jnp.pad(
         a.astype(F32), ((0, 0), (0, -t % step), (0, 0))), 0))
     shape = b, h, run.shape[1] // CHUNK, CHUNK
-    coarse = fine = jnp.zeros((1, 1, *shape[2:]), F32)
+    coarse = fine = later = jnp.zeros((1, 1, *shape[2:]), F32)
     if log_decay is not None:
         g = jnp.maximum(log_decay.astype(F32), FLOOR)
-        coarse, fine = _clock(real(jnp.broadcast_to(g, beta.shape)))
+        coarse, fine, later = _clocks(real(jnp.broadcast_to(g, beta.shape)))
     present = jax.lax.cummax(jnp.pad(run, ((0, 0), (1, 0)), constant_values=1), axis=1)
     first, last = (
         a[:, None, :, None] for a in (present[:, :-1:CHUNK], present[:, CHUNK::CHUNK]))
     r, end = split(run[..., None]), lambda a: a[..., -1:]
     of = lambda a: (r == a) & (r > 0)
     enter = jnp.where(of(first), jnp.exp(coarse + fine), 0)
-    leave = jnp.exp((end(coarse) - coarse) + (end(fine) - fine))
     keep = jnp.where(first == last, jnp.exp(end(coarse) + end(fine)), 0)
     keep = jnp.pad(keep, ((0, 0), (0, 0), (0, 0), (0, CHUNK - 1)))
     found = Side(real(beta), coarse, fine, r.astype(F32), enter,
-                 jnp.where(of(last), leave, 0), keep)
+                 jnp.where(of(last), jnp.exp(later), 0), keep)
     rows = [jnp.broadcast_to(a, shape) for a in found]
     return jnp.stack(rows + [jnp.zeros(shape, F32)] * (ROWS - len(rows)), 3)
 
 
-def _clock(g) -> tuple[jax.Array, jax.Array]:
-    """Cumulated log decays: multiples of 1/256, whose sums are exact, and a small rest,
-    so that the decay of two neighbours stays exact behind one that decays strongly."""
+def _clocks(g) -> tuple[jax.Array, ...]:
+    """Log decays from the chunk's beginning to a token, itself included: multiples of
+    1/256, whose sums are exact, and a small rest, so that the decay of two neighbours
+    stays exact behind one that decays strongly; and from behind a token to the end."""
     step = jax.lax.stop_gradient(jnp.round(g * 256) / 256)
-    return jnp.cumsum(step, 3), jnp.cumsum(g - step, 3)
+    behind = jnp.pad(g[..., 1:], ((0, 0),) * 3 + ((0, 1),))
+    return (jnp.cumsum(step, 3), jnp.cumsum(g - step, 3),
+            jax.lax.cumsum(behind, 3, reverse=True))
 
 
 def _kernels(static: Static) -> Any:

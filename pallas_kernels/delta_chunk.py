@@ -56,13 +56,29 @@ def strict(a: jax.Array) -> jax.Array:
     return jnp.where(i > j, a, 0.0)
 
 
-def merged(x: jax.Array, a: jax.Array, dot: Callable, block: int = BLOCK):
-    """(I + a)^-1 [CHUNK,CHUNK] from x, the inverses of its blocks on the diagonal: two
-    blocks and the corner E below them are one block, whose corner is -x E x."""
+def merged(xs: list, systems: list, dot: Callable, block: int = BLOCK) -> list:
+    """(I + a)^-1 of each system a [CHUNK,CHUNK] from x, the inverses of its blocks on
+    the diagonal: two blocks and the corner E below them are one, with corner -x E x."""
     (i, j), size = grid(), block.bit_length() - 1
     while 1 << size < CHUNK:
         below = ((i >> size) == (j >> size) + 1) & (((i >> size) & 1) == 1)
-        corner = jnp.where(below, a, 0.0)
-        x = x - dot(x, dot(corner, x))
+        corners = [jnp.where(below, a, 0.0) for a in systems]
+        corners = [dot(corner, x) for corner, x in zip(corners, xs)]
+        xs = [x - dot(x, corner) for corner, x in zip(corners, xs)]
         size += 1
-    return x
+    return xs
+
+
+def halved(dot: Callable) -> Callable:
+    """`dot` of float32 matrices by their first 16 bits, on units that multiply
+    bfloat16: three products of parts."""
+    def product(a, b):
+        (a, a_rest), (b, b_rest) = _halves(a), _halves(b)
+        return dot(a, b) + (dot(a, b_rest) + dot(a_rest, b))
+
+    return product
+
+
+def _halves(a):
+    high = a.astype(jnp.bfloat16)
+    return high, (a - high.astype(F32)).astype(jnp.bfloat16)

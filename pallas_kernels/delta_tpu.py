@@ -20,25 +20,37 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.delta_chunk import (
-    BLOCK, CHUNK, ROWS, Side, fades, grid, merged, strict
+    BLOCK, CHUNK, ROWS, Side, fades, grid, halved, merged, strict
 )
 from pallas_kernels.steps_tpu import F32, dot
 
 NT, NN, TN = ((1,), (1,)), ((1,), (0,)), ((0,), (0,))
 
 
-def inverse(a):
-    """(I + a)^-1 of a strictly lower triangular a [CHUNK,CHUNK]."""
+def inverses(systems: list, exact: bool) -> list:
+    """(I + a)^-1 of each strictly lower triangular a [CHUNK,CHUNK]."""
     i, j = grid()
-    x = jnp.where(i == j, 1.0, 0.0)
     many = CHUNK // BLOCK
+    own = (i // BLOCK) == (j // BLOCK)
+    blocks = [jnp.where(own, a, 0.0) for a in systems]
+    # the lanes of every block on those of the first
+    blocks = [sum_of(a[:, n * BLOCK:(n + 1) * BLOCK] for n in range(many))
+              for a in blocks]
+    a = jnp.concatenate(blocks)
+    x = jnp.concatenate([jnp.where(i == j, 1.0, 0.0)] * len(systems))
+    apart = -1, BLOCK, CHUNK
     for n in range(BLOCK - 1):  # row n of every block is done: out of those below
-        at = j == (i - i % BLOCK) + n
-        column = jnp.where(at, a, 0.0).sum(1, keepdims=True)
-        row = x.reshape(many, BLOCK, CHUNK)[:, n:n + 1]
-        row = jnp.broadcast_to(row, (many, BLOCK, CHUNK)).reshape(CHUNK, CHUNK)
-        x = x - column * row
-    return merged(x, a, lambda x, y: dot(x, y, NN))
+        row = x.reshape(apart)[:, n:n + 1]
+        row = jnp.broadcast_to(row, x.reshape(apart).shape).reshape(x.shape)
+        x = x - a[:, n:n + 1] * row
+    xs = [x[m * CHUNK:(m + 1) * CHUNK] for m in range(len(systems))]
+    product = lambda x, y: dot(x, y, NN)
+    return merged(xs, systems, product if exact else halved(product))
+
+
+def sum_of(parts):
+    """The sum of some arrays."""
+    return functools.reduce(jnp.add, parts)
 
 
 def _sides(side):
@@ -63,16 +75,16 @@ def _forward(static, keep: bool, side_ref, q_ref, k_ref, v_ref, start_ref, o_ref
     def _():
         state[...] = start_ref[0, 0]
 
-    low, ready = q_ref.dtype, []
+    low, ready, systems = q_ref.dtype, [], []
     for m in range(static.pieces):  # what needs no state: all chunks side by side
         q, k = _cut((q_ref, k_ref), m)
         own, row = _sides(side_ref[0, 0, m])
         fade = fades(own, row, static.gated)
-        x = inverse(strict(own.beta * fade * dot(k, k, NT))).astype(low)
-        p = static.scale * fade * dot(q, k, NT)
-        ready.append((own, row, x, p.astype(low)))
-    s = state[...]
-    for m, (own, row, x, p) in enumerate(ready):
+        systems.append(strict(own.beta * fade * dot(k, k, NT)))
+        ready.append((own, row, (static.scale * fade * dot(q, k, NT)).astype(low)))
+    s, xs = state[...], inverses(systems, low == F32)
+    for m, (own, row, p) in enumerate(ready):
+        x = xs[m].astype(low)
         q, k, v = _cut((q_ref, k_ref, v_ref), m)
         held = s.astype(low)
         r = v.astype(F32) - own.enter * dot(k, held, NN)
@@ -151,7 +163,7 @@ def _gradients(static, given, sides, held, x, ds):
     at = Side._fields.index
     lane = jax.lax.broadcasted_iota(jnp.int32, (CHUNK, ROWS), 1)
     placed = [jnp.where(lane == at(name), a, 0.0) for name, a in columns.items()]
-    side = functools.reduce(jnp.add, placed).T
+    side = sum_of(placed).T
     i, j = (jax.lax.broadcasted_iota(jnp.int32, side.shape, n) for n in (0, 1))
     kept = jnp.sum(ds * held.astype(F32))
     side = side - jnp.where(i == at("fine"), pair.sum(0, keepdims=True), 0.0)

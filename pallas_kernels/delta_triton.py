@@ -21,13 +21,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
 from pallas_kernels.delta_chunk import (
-    BLOCK, CHUNK, ROWS, Side, fades, merged, strict
+    BLOCK, CHUNK, ROWS, Side, fades, halved, merged, strict
 )
 from pallas_kernels.steps_triton import F32, dot, lanes, load, power
 from pallas_kernels.tables import Tile
 from pallas_kernels.tile import both
-
-BF16 = jnp.bfloat16
 
 
 class Here(NamedTuple):
@@ -97,14 +95,6 @@ def _put(ref, lead, first, value) -> None:
     triton.store(at, value.astype(ref.dtype), mask=inside)
 
 
-def product(a, b):
-    """A product of float32 matrices on tensor cores, of the first 16 bits of each
-    number: three products of parts in bfloat16."""
-    halves = lambda a: ((high := a.astype(BF16)), (a - high.astype(F32)).astype(BF16))
-    (a, a_rest), (b, b_rest) = halves(a), halves(b)
-    return dot(a, b, 1, 0) + (dot(a, b_rest, 1, 0) + dot(a_rest, b, 1, 0))
-
-
 def inverse(a, block: int):
     """(I + a)^-1 of a strictly lower triangular a [CHUNK,CHUNK], by substitution in
     blocks of `block` rows, which are merged by products."""
@@ -123,7 +113,8 @@ def inverse(a, block: int):
     x = jnp.where(i == j, 1.0, 0.0)
     x = jax.lax.fori_loop(0, block - 1, out_of_those_below, x)
     x = jnp.where(own, jnp.broadcast_to(x[:, :, None], shape), 0.0)
-    return merged(x.reshape(CHUNK, CHUNK), a, product, block)
+    product = halved(lambda x, y: dot(x, y, 1, 0))
+    return merged([x.reshape(CHUNK, CHUNK)], [a], product, block)[0]
 
 
 def _sides(here: Here, side, n):

@@ -82,14 +82,14 @@ def delta(
     if state is None:
         state = jnp.zeros((b, h, d, width), F32)
     static = Static(
-        t, scale, log_decay is not None, *_tiles(q, v, tile, backend),
+        t, scale, log_decay is not None, *_tiles(q, v, b * h, tile, backend),
         tables.vmem(tables.device_kind(), backend), backend, interpret,
     )
     side = sides(beta, log_decay, run, static.pieces * CHUNK)
     return _delta(static, side, q, k, v, state.astype(F32))
 
 
-def _tiles(q, v, tile, backend: str) -> tuple[tuple[tables.Tile, ...], int]:
+def _tiles(q, v, heads: int, tile, backend: str) -> tuple[tuple[tables.Tile, ...], int]:
     """Tiles of the kernels on GPU, and chunks of a grid step on TPU."""
     device, width = tables.device_kind(), v.shape[3]
     shape = tables.Shape(CHUNK, width, q.shape[3], width, q.dtype.itemsize)
@@ -97,8 +97,19 @@ def _tiles(q, v, tile, backend: str) -> tuple[tuple[tables.Tile, ...], int]:
         most = tile[0] if tile else tables.chunks(device, shape)
         return (), min(most, -(-q.shape[1] // CHUNK))
     ask = None if tile is None else (CHUNK, *tile)
-    return tuple(tables.tile(device, f"delta_{kind}", shape, ask, backend)
-                 for kind in KERNELS), 1
+    found = [tables.tile(device, f"delta_{kind}", shape, ask, backend)
+             for kind in KERNELS]
+    if tile is None:
+        # what passes over the chunks takes fewer columns where processors would idle
+        found[1:3] = (_narrowed(a, width, heads) for a in found[1:3])
+    return tuple(found), 1
+
+
+def _narrowed(tile: tables.Tile, width: int, heads: int) -> tables.Tile:
+    columns = tile.columns
+    while columns > 16 and 2 * heads * -(-width // columns) <= tables.cores():
+        columns //= 2
+    return tile._replace(columns=columns)
 
 
 def sides(beta, log_decay, run, step: int) -> jax.Array:

@@ -122,10 +122,8 @@ class MultiHead(Layer):
             )
 
     def _bound(self):
-        """The attention as this layer uses it: a learned one becomes a child."""
+        """The attention as this layer uses it; a learned one is its child."""
         attention = self.attention
-        if isinstance(attention, nn.Module):
-            attention = attention.clone(parent=self, name="attention")
         if self._hands_over():
             attention = dataclasses.replace(attention, rope=self.position)
         return attention

@@ -19,9 +19,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from attn.decayed import attend, follow, run_of
 from attn.dispatch import pick
-from attn.linear import LinearState, across, check_state, empty, recur, whole
-from attn.segments import place
+from attn.linear import LinearState, across, empty, whole
 from attn.shapes import check
 from attn.sharding import over_mesh, spread_heads
 
@@ -110,12 +110,17 @@ class Lightning:
         """All tokens at once. q [B,T,H,D], k [B,S,K,D], v [B,S,K,V] -> [B,T,H,V]."""
         ordered = self.causal or self.slopes != "none"
         check(q, k, v, segments=segments, aligned=ordered)
-        q_run, kv_run = self._runs(q, k, segments, ordered)
+        log_decay = self._log_decay(q)
+        if self.causal:
+            how = self._how() | {"axis": self.axis}
+            return attend(q, k, v, log_decay, segments=segments, **how)
+        q_run, kv_run = self._runs(q, segments, ordered)
         k, v = (spread_heads(a, q.shape[2], self.axis) for a in (k, v))
         letters = "BTHD BSKD BSKV H BT BS -> BTHV"
-        return over_mesh(self._local, letters, self.axis)(
-            q, k, v, self._log_decay(q), q_run, kv_run
+        o = over_mesh(self._two_sided, letters, self.axis)(
+            q, k, v, log_decay, q_run, kv_run
         )
+        return (o * self.scale).astype(v.dtype)
 
     def init_state(self, size, q, k, v, *, x=None) -> LinearState:
         """An empty memory for `size` tokens; q, k, v give shapes."""
@@ -127,14 +132,9 @@ class Lightning:
         """The next T tokens -> state, [B,T,H,V]; the state does not grow."""
         self._check_stream()
         check(q, k, v, segments=segments, aligned=True)
-        check_state(state, (q.shape[0], q.shape[2], q.shape[3], v.shape[3]))
-        now = place(segments, q.shape[0], q.shape[1], state.end, state.segment)
-        run = None if segments is None else now.run
-        memory, o = recur(
-            q, k, v, self._log_decay(q), state=state.memory, run=run, chunk=self.chunk,
-            scale=self.scale, dtype=v.dtype, implementation=self.implementation,
+        return follow(
+            state, q, k, v, self._log_decay(q), segments=segments, **self._how()
         )
-        return LinearState(memory, now.end, now.last), o
 
     def _check_stream(self) -> None:
         if not self.causal:
@@ -148,32 +148,27 @@ class Lightning:
         s = slopes(q.shape[2], self.slopes, self.layer, self.layers)
         return jnp.asarray(-s, jnp.float32)
 
-    def _runs(self, q, k, segments, ordered: bool):
-        if segments is None:
-            return None, None
-        if isinstance(segments, tuple):
-            if ordered:
-                raise NotImplementedError(
-                    "a pair of segments: queries and keys are read in step, one array"
-                )
+    def _how(self) -> dict:
+        return {
+            "chunk": self.chunk, "scale": self.scale,
+            "implementation": self.implementation,
+        }
+
+    def _runs(self, q, segments, ordered: bool):
+        if isinstance(segments, tuple) and not ordered:
             return tuple(a.astype(jnp.int32) for a in segments)
-        run = place(segments, q.shape[0], q.shape[1]).run
+        run = run_of(segments, q)
         return run, run
 
-    def _local(self, q, k, v, log_decay, q_run, kv_run) -> jax.Array:
-        if not self.causal and log_decay is None:
+    def _two_sided(self, q, k, v, log_decay, q_run, kv_run) -> jax.Array:
+        if log_decay is None:
             xla = lambda: whole(q, k, v, q_run=q_run, kv_run=kv_run, axis=self.axis)
-            return (pick(self.implementation, xla=xla) * self.scale).astype(v.dtype)
-        one_way = lambda reverse, dtype: across(
+            return pick(self.implementation, xla=xla)
+        one_way = lambda reverse: across(
             q, k, v, log_decay, run=q_run, chunk=self.chunk, axis=self.axis,
-            reverse=reverse, scale=self.scale, dtype=dtype,
-            implementation=self.implementation,
+            reverse=reverse, implementation=self.implementation,
         )
-        if self.causal:
-            return one_way(False, v.dtype)
-        twice = self.scale * _own(q, k, v, q_run)
-        o = one_way(False, jnp.float32) + one_way(True, jnp.float32) - twice
-        return o.astype(v.dtype)
+        return one_way(False) + one_way(True) - _own(q, k, v, q_run)
 
 
 def _own(q, k, v, run) -> jax.Array:

@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import pathlib
 import time
-from typing import Any, NamedTuple
+from typing import Any, Callable, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -98,21 +98,35 @@ class Fit(NamedTuple):
     tokens_per_second: float
 
 
+class Objective(NamedTuple):
+    """What a model is trained for. loss(model, params, batch, key) gives the loss of a
+    batch and what it is a mean over: (sum, count). inputs: the array of a batch that
+    the model takes; its size is what speed is counted in."""
+
+    loss: Callable[..., tuple[jax.Array, jax.Array]]
+    inputs: str = "tokens"
+
+
+def next_token(model, params, batch: dict, key) -> tuple[jax.Array, jax.Array]:
+    """Cross entropy in nats of the targets: (sum, count)."""
+    logits: Any = model.apply(
+        params, batch["tokens"], segments=batch.get("segments"), rngs={"dropout": key}
+    )
+    return loss(logits, batch["targets"])
+
+
+TEXT = Objective(next_token)
+
+
 class NotFinite(ValueError):
     """The loss was not finite."""
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=2)
-def update(model: nn.Module, plan: Plan, state: State, batch: dict) -> tuple:
-    """One step of training -> state, mean loss per target in nats."""
-    def one(params, part, key):
-        logits: Any = model.apply(
-            params, part["tokens"], segments=part.get("segments"),
-            rngs={"dropout": key},
-        )
-        return loss(logits, part["targets"])
-
-    count = jnp.maximum((batch["targets"] >= 0).sum(), 1)
+@functools.partial(jax.jit, static_argnums=(0, 1, 4), donate_argnums=2)
+def update(
+    model: nn.Module, plan: Plan, state: State, batch: dict, objective: Objective = TEXT
+) -> tuple:
+    """One step of training -> state, mean loss."""
     parts = jax.tree.map(
         lambda a: a.reshape(plan.accumulate, -1, *a.shape[1:]), batch
     )
@@ -120,15 +134,20 @@ def update(model: nn.Module, plan: Plan, state: State, batch: dict) -> tuple:
     keys = jax.random.split(key, plan.accumulate)
 
     def add(carry, at):
-        (nats, _), grads = jax.value_and_grad(one, has_aux=True)(state.params, *at)
-        return jax.tree.map(jnp.add, carry, (nats, grads)), None
+        one = lambda params: objective.loss(model, params, *at)
+        (total, count), grads = jax.value_and_grad(one, has_aux=True)(state.params)
+        return jax.tree.map(jnp.add, carry, (total, count, grads)), None
 
-    zero = (jnp.float32(0), jax.tree.map(jnp.zeros_like, state.params))
+    zeros = jax.tree.map(jnp.zeros_like, state.params)
+    first = jax.tree.map(lambda a: a[0], (parts, keys))
+    kind = jax.eval_shape(lambda: objective.loss(model, state.params, *first)[1])
+    zero = (jnp.float32(0), jnp.zeros((), kind.dtype), zeros)
     if plan.accumulate == 1:
-        (nats, grads), _ = add(zero, jax.tree.map(lambda a: a[0], (parts, keys)))
+        (total, count, grads), _ = add(zero, first)
     else:
-        (nats, grads), _ = jax.lax.scan(add, zero, (parts, keys))
-    mean = nats / count
+        (total, count, grads), _ = jax.lax.scan(add, zero, (parts, keys))
+    count = jnp.maximum(count, 1)
+    mean = total / count
     grads = jax.tree.map(lambda g: g / count, grads)
     change, moments = plan.optimizer().update(grads, state.moments, state.params)
     params = optax.apply_updates(state.params, change)
@@ -155,10 +174,12 @@ def evaluate(
     return {"loss": sums[0] / max(sums[2], 1), "accuracy": sums[1] / max(sums[2], 1)}
 
 
-def start(model: nn.Module, plan: Plan, source: Any) -> State:
+def start(
+    model: nn.Module, plan: Plan, source: Any, objective: Objective = TEXT
+) -> State:
     """The state before the first step."""
-    tokens = jnp.zeros((plan.mesh[0], source.length), jnp.int32)
-    params = jax.jit(model.init)(jax.random.key(plan.seed), tokens)
+    inputs = jnp.zeros_like(source.batch(0, plan.mesh[0])[objective.inputs])
+    params = jax.jit(model.init)(jax.random.key(plan.seed), inputs)
     moments = plan.optimizer().init(params)
     return State(params, moments, jnp.int32(0), jnp.int32(-1))
 
@@ -169,17 +190,19 @@ def fit(
     plan: Plan,
     folder: pathlib.Path | None = None,
     *,
+    objective: Objective = TEXT,
     label: str = "train",
     quiet: bool = False,
 ) -> Fit:
     """Trains `model` on `source`; with a folder, goes on from its newest checkpoint.
 
     `NotFinite` names the step at which the loss was not finite, and the last checkpoint
-    before it. quiet: no progress bar.
+    before it. objective: what is made small; by default the loss of the next token.
+    quiet: no progress bar.
     """
     checkpoints = Checkpoints(folder)
     with _mesh(plan.mesh) as place:
-        state = place(start(model, plan, source), False)
+        state = place(start(model, plan, source, objective), False)
         if checkpoints.latest is not None:
             state = checkpoints.restore(state)
         done = int(state.step)
@@ -189,12 +212,15 @@ def fit(
             clock, since = time.perf_counter(), done
             for step in range(done, plan.steps):
                 batch = source.batch(step, plan.batch)
-                state, mean = update(model, plan, state, place(batch, True))
+                state, mean = update(
+                    model, plan, state, place(batch, True), objective
+                )
                 last = step + 1 == plan.steps
                 if (step + 1) % plan.log == 0 or last:
                     value = float(mean)
                     spent, clock = time.perf_counter() - clock, time.perf_counter()
-                    rates.append((step + 1 - since) * batch["tokens"].size / spent)
+                    seen = (step + 1 - since) * batch[objective.inputs].size
+                    rates.append(seen / spent)
                     since = step + 1
                     _stop_if_bad(state, checkpoints)
                     metrics.add(step=step + 1, loss=value)

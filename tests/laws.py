@@ -20,11 +20,15 @@ import pytest
 from attn import dispatch
 from attn.based import Based
 from attn.delta import Delta
+from attn.essa import Essa
+from attn.flow import Flow
+from attn.gla import GLA
 from attn.landmark import Landmark
 from attn.layers import MultiHead
 from attn.lightning import Lightning
 from attn.masks import Causal, Sink, Window
 from attn.positions import ALiBi, RoPE
+from attn.retnet import RetNet
 from attn.snapkv import SnapKV
 from attn.softmax import Softmax
 from tests import cost
@@ -63,12 +67,13 @@ class Learned:
 
     @staticmethod
     def _tokens(q, k, v):
-        if any(a.ndim != 4 for a in (q, k, v)) or q.shape[1] != k.shape[1]:
+        if any(a.ndim != 4 or 0 in a.shape for a in (q, k, v)):
             return None  # a wrong call, which has to be refused for q, k and v
-        flat = [a.reshape(*a.shape[:2], a.shape[2] * a.shape[3]) for a in (q, k, v)]
-        if len({a.shape[:2] for a in flat}) > 1:
+        if len({a.shape[:2] for a in (q, k, v)}) > 1:
             return None
-        return jnp.concatenate([a.astype(q.dtype) for a in flat], -1)
+        # the mean over heads is the same for repeated ones
+        each = q.reshape(*q.shape[:2], -1), k.mean(2), v.mean(2)
+        return jnp.concatenate([a.astype(q.dtype) for a in each], -1)
 
     @property
     def _params(self):
@@ -138,6 +143,19 @@ ENTRIES = {
         Lightning(), (Lightning(slopes="none"), Lightning(slopes="none", chunk=4)),
         flops=1, decode=0,
     ),
+    "retnet": Entry(
+        RetNet(), (RetNet(first=99), Lightning(slopes="none", scale=D ** -0.5)),
+        flops=1, decode=0,
+    ),
+    "gla": Entry(
+        GLA(), (GLA(temperature=1e9), Lightning(slopes="none", scale=D ** -0.5)),
+        flops=1, decode=0,
+    ),
+    "flow": Entry(Flow(), (Flow(chunk=3), Flow()), flops=1, decode=0),
+    "flow_normal": Entry(
+        Flow(causal=False), (Flow(causal=False, eps=1e-9), Flow(causal=False)), flops=1
+    ),
+    "essa": Entry(Essa(), flops=1),
     "based": Entry(Based(), (Based(compact=True), Based()), flops=1, decode=0),
     "delta": Entry(
         Delta(), (Delta(chunk=4), Delta()), flops=1, decode=0, sharded=False

@@ -1,0 +1,76 @@
+"""Decayed: the two calls that every attention over the linear recurrence has.
+
+`attend` takes all tokens at once, over a mesh if there is an axis, and `follow` the
+next ones after a state. The decay is made before, in the global view, so that a paper's
+file holds its rule and little else.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+
+from attn.linear import LinearState, across, check_state, recur
+from attn.segments import place
+from attn.shapes import check
+from attn.sharding import over_mesh, spread_heads
+
+FORM = {1: "H", 3: "BTH", 4: "BTHD"}  # letters of a decay, by its number of axes
+
+
+def attend(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    log_decay: jax.Array | None = None,
+    *,
+    segments: Any = None,
+    axis: str | None = None,
+    **how: Any,
+) -> jax.Array:
+    """o [B,T,H,V] in v's dtype, each token after those before it. q [B,T,H,D], k
+    [B,T,K,D], v [B,T,K,V], log_decay [H], [B,T,H] or [B,T,H,D]; segments [B,T]. how:
+    chunk, scale and implementation of `attn.linear.recur`."""
+    check(q, k, v, segments=segments, aligned=True)
+    run = run_of(segments, q)
+    k, v = (spread_heads(a, q.shape[2], axis) for a in (k, v))
+    form = "." if log_decay is None else FORM[log_decay.ndim]
+
+    def local(q, k, v, log_decay, run):
+        return across(q, k, v, log_decay, run=run, axis=axis, dtype=v.dtype, **how)
+
+    letters = f"BTHD BTKD BTKV {form} BT -> BTHV"
+    return over_mesh(local, letters, axis)(q, k, v, log_decay, run)
+
+
+def follow(
+    state: LinearState,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    log_decay: jax.Array | None = None,
+    *,
+    segments: jax.Array | None = None,
+    **how: Any,
+) -> tuple[LinearState, jax.Array]:
+    """The next T tokens -> state, o [B,T,H,V] in v's dtype; arguments as `attend`."""
+    check(q, k, v, segments=segments, aligned=True)
+    check_state(state, (q.shape[0], q.shape[2], q.shape[3], v.shape[3]))
+    now = place(segments, q.shape[0], q.shape[1], state.end, state.segment)
+    run = None if segments is None else now.run
+    memory, o = recur(
+        q, k, v, log_decay, state=state.memory, run=run, dtype=v.dtype, **how
+    )
+    return LinearState(memory, now.end, now.last), o
+
+
+def run_of(segments: Any, q: jax.Array) -> jax.Array | None:
+    """Runs [B,T] of the segments; NotImplementedError for a pair of them."""
+    if segments is None:
+        return None
+    if isinstance(segments, tuple):
+        raise NotImplementedError(
+            "a pair of segments: queries and keys are read in step, one array"
+        )
+    return place(segments, q.shape[0], q.shape[1]).run

@@ -1,0 +1,89 @@
+"""Essa (Zhang et al., 2023) arXiv:2307.14010: pixels compare spectra by correlation.
+
+Two pixels of a hyperspectral image belong together if their spectra have one shape,
+however bright they are. The correlation coefficient of two spectra measures just that,
+and attention whose weight is the exponential of its square is approximated to the
+second order: the zeroth gives v itself, the second the squares of the centred channels,
+of which only those of one channel with itself are kept. The sum over keys comes first,
+so the cost grows with the number of pixels, not with its square.
+
+    q' = (q - mean(q))^2 / (|q - mean(q)|^2 + 1e-7), k' in the same way
+    o_t = v_t + S^-0.5 sum_d q'_td / |q'_t| sum_s k'_sd / |k'_.d| v_s
+
+Means are over the channels of a token. q' is normed over channels, k' over tokens,
+channel by channel.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from attn.decayed import run_of
+from attn.dispatch import pick
+from attn.linear import whole
+from attn.shapes import check
+from attn.sharding import over_mesh, spread_heads
+
+
+@dataclasses.dataclass(frozen=True)
+class Essa:
+    """Essa (Zhang et al., 2023) arXiv:2307.14010: attention by spectral correlation.
+
+    It has no causal order: a key's norm is over all tokens. residual: v_t is added,
+    the zeroth order of the expansion; without it queries may come from elsewhere, which
+    is proposed here, as are several heads, packed segments and padding (norms and S
+    count the tokens of a segment). eps: beside the sum of squares of a token.
+    """
+
+    residual: bool = True
+    eps: float = 1e-7
+    axis: str | None = None
+    implementation: str | None = None
+
+    def __post_init__(self):
+        if self.eps <= 0:
+            raise ValueError(f"Essa: eps={self.eps}: expected more than 0")
+
+    def __call__(self, q, k, v, *, x=None, segments=None):
+        """All tokens at once. q [B,T,H,D], k [B,S,K,D], v [B,S,K,V] -> [B,T,H,V]."""
+        check(q, k, v, segments=segments, aligned=self.residual)
+        if not isinstance(segments, tuple):
+            segments = (run_of(segments, q),) * 2
+        k, v = (spread_heads(a, q.shape[2], self.axis) for a in (k, v))
+        f = over_mesh(self._local, "BTHD BSKD BSKV BT BS -> BTHV", self.axis)
+        o = pick(self.implementation, xla=lambda: f(q, k, v, *segments))
+        return o.astype(v.dtype)
+
+    def _local(self, q, k, v, q_run, kv_run) -> jax.Array:
+        def sums(a, b, w):
+            return whole(a, b, w, q_run=q_run, kv_run=kv_run, axis=self.axis)
+
+        q, k = self._squares(q), self._squares(k)
+        one, ones = jnp.ones_like(q[..., :1]), jnp.ones_like(k[..., :1])
+        count = sums(one, ones, ones)
+        total = sums(one, ones, k * k)  # of each channel, over the query's segment
+        q = q * _inverse_root((q * q).sum(-1, keepdims=True)) * _inverse_root(total)
+        o = sums(q, k, v) * _inverse_root(count)
+        if not self.residual:
+            return o
+        own = jnp.repeat(v.astype(jnp.float32), o.shape[2] // v.shape[2], 2)
+        return o + (own if kv_run is None else _real(own, kv_run))
+
+    def _squares(self, x: jax.Array) -> jax.Array:
+        """Squares of the centred channels over their sum, float32."""
+        x = x.astype(jnp.float32)
+        x = x - x.mean(-1, keepdims=True)
+        return x * x / ((x * x).sum(-1, keepdims=True) + self.eps)
+
+
+def _real(a: jax.Array, run: jax.Array) -> jax.Array:
+    return jnp.where(run[..., None, None] > 0, a, 0)
+
+
+def _inverse_root(a: jax.Array) -> jax.Array:
+    """1 / max(sqrt(a), 1e-12), and 0 for a = 0, where what is divided is 0 too."""
+    root = jnp.sqrt(jnp.where(a > 0, a, 1))
+    return jnp.where(a > 0, 1 / jnp.maximum(root, 1e-12), 0)

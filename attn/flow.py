@@ -1,0 +1,224 @@
+"""Flow (Wu et al., 2022) arXiv:2202.06258: attention as a flow that is conserved.
+
+Keys are sources and queries are sinks of a flow of information through the capacities
+phi(q).phi(k). If every sink may only take in one unit, sources have to compete for it;
+if every source may only give out one, sinks have to share it. Both are sums of a linear
+attention with numbers instead of values, so the softmax over sources and the gate of
+sinks that they give cost no more than the attention itself.
+
+    I_t = phi(q_t).sum_s phi(k_s)              O_s = phi(k_s).sum_t phi(q_t)
+    I'_t = phi(q_t).sum_s phi(k_s) / O_s       O'_s = phi(k_s).sum_t phi(q_t) / I_t
+    o_t = sigmoid(I'_t T/S) phi(q_t)/I_t sum_s phi(k_s)^T v_s c_s,
+    c = S softmax(O')
+
+with phi = sigmoid and a small number added to both factors of the first four. In causal
+order every sum ends at the token's own time and is a mean over the n tokens until then;
+c_s is fixed when s comes and is not shared out anew later.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Callable, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from attn.decayed import run_of
+from attn.dispatch import pick
+from attn.linear import across, recur, whole
+from attn.segments import place
+from attn.shapes import check
+from attn.sharding import over_mesh
+
+FEATURES = ("sigmoid", "relu")
+
+
+class FlowState(NamedTuple):
+    """Sums over the tokens so far, float32: keys, queries, sources, sinks [B,H,D,1] of
+    phi(k), phi(q), phi(k)/O and phi(q)/I; total [B,H,1,1] of exp(O'); memory
+    [B,H,D,V]. end [B] int32 the next token's position; segment [B] int32 the last
+    token's segment, -1 before the first."""
+
+    keys: jax.Array
+    queries: jax.Array
+    sources: jax.Array
+    sinks: jax.Array
+    total: jax.Array
+    memory: jax.Array
+    end: jax.Array
+    segment: jax.Array
+
+
+Sums = Callable[[str, jax.Array, jax.Array, jax.Array], jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Flow:
+    """Flow (Wu et al., 2022) arXiv:2202.06258: linear attention with competition.
+
+    causal=False is the paper's normal form, for self and cross attention. clamp: O' is
+    held within it before the exponential; the authors' code has 1, and 5 and 10 for
+    language and reinforcement learning (at most 80). feature: "sigmoid", or "relu" as
+    in their code for the Long Range Arena. chunk: tokens of a block; it changes the
+    time, not the result. Padding and packed segments are proposed here: sums, T, S and
+    n count the real tokens of a segment. With K < H keys are repeated, so that every
+    query head has flows of its own.
+    """
+
+    causal: bool = True
+    clamp: float = 1.0
+    feature: str = "sigmoid"
+    eps: float = 1e-6
+    chunk: int = 64
+    axis: str | None = None
+    implementation: str | None = None
+
+    def __post_init__(self):
+        if not 0 < self.clamp <= 80:
+            raise ValueError(f"Flow: clamp={self.clamp}: expected 0 < clamp <= 80")
+        if self.feature not in FEATURES:
+            raise ValueError(
+                f"Flow: feature={self.feature!r}: expected one of {FEATURES}"
+            )
+        if self.eps <= 0:
+            raise ValueError(f"Flow: eps={self.eps}: expected more than 0")
+        if self.chunk < 1:
+            raise ValueError(f"Flow: chunk={self.chunk}: expected 1 or more")
+
+    def __call__(self, q, k, v, *, x=None, segments=None):
+        """All tokens at once. q [B,T,H,D], k [B,S,K,D], v [B,S,K,V] -> [B,T,H,V]."""
+        check(q, k, v, segments=segments, aligned=self.causal)
+        b, t, h, _ = q.shape
+        k, v = (jnp.repeat(a, h // a.shape[2], 2) for a in (k, v))
+        if self.causal:
+            more = (place(segments, b, t).pos, run_of(segments, q))
+            f = over_mesh(self._causal, "BTHD BTHD BTHV BT BT -> BTHV", self.axis)
+            return f(q, k, v, *more).astype(v.dtype)
+        if not isinstance(segments, tuple):
+            segments = (run_of(segments, q),) * 2
+        f = over_mesh(self._normal, "BTHD BSHD BSHV BT BS -> BTHV", self.axis)
+        xla = lambda: f(q, k, v, *segments)
+        return pick(self.implementation, xla=xla).astype(v.dtype)
+
+    def init_state(self, size, q, k, v, *, x=None) -> FlowState:
+        """An empty memory for `size` tokens; q, k, v give shapes."""
+        self._check_stream()
+        if size < 1:
+            raise ValueError(f"size: a memory for {size} tokens, expected 1 or more")
+        named = zip(FlowState._fields, self._shapes(q, v))
+        zeros = {name: jnp.zeros(shape, jnp.float32) for name, shape in named}
+        b = q.shape[0]
+        return FlowState(
+            **zeros, end=jnp.zeros((b,), jnp.int32),
+            segment=jnp.full((b,), -1, jnp.int32),
+        )
+
+    def step(self, state, q, k, v, *, x=None, segments=None):
+        """The next T tokens -> state, [B,T,H,V]; the state does not grow."""
+        self._check_stream()
+        check(q, k, v, segments=segments, aligned=True)
+        for name, shape in zip(FlowState._fields, self._shapes(q, v)):
+            if getattr(state, name).shape != shape:
+                raise ValueError(
+                    f"state holds {name} {getattr(state, name).shape}: expected {shape}"
+                )
+        b, t, h, _ = q.shape
+        k, v = (jnp.repeat(a, h // a.shape[2], 2) for a in (k, v))
+        now = place(segments, b, t, state.end, state.segment)
+        run = None if segments is None else now.run
+        after = {}
+
+        def sums(name, a, b, w):
+            after[name], o = recur(
+                a, b, w, state=getattr(state, name), run=run, chunk=self.chunk,
+                implementation=self.implementation,
+            )
+            return o
+
+        o = self._ordered(sums, q, k, v, now.pos)
+        return FlowState(**after, end=now.end, segment=now.last), o.astype(v.dtype)
+
+    def _check_stream(self) -> None:
+        if not self.causal:
+            raise NotImplementedError(
+                "step: causal=False lets tokens see later ones: no stream"
+            )
+
+    def _shapes(self, q, v) -> tuple:
+        b, _, h, d = q.shape
+        vectors = ((b, h, d, 1),) * 4
+        return (*vectors, (b, h, 1, 1), (b, h, d, v.shape[-1]))
+
+    def _phi(self, x: jax.Array) -> jax.Array:
+        x = x.astype(jnp.float32)
+        if self.feature == "sigmoid":
+            return jax.nn.sigmoid(x)
+        return jax.nn.relu(x) + 1e-6
+
+    def _causal(self, q, k, v, pos, run) -> jax.Array:
+        def sums(name, a, b, w):
+            return across(
+                a, b, w, run=run, chunk=self.chunk, axis=self.axis,
+                implementation=self.implementation,
+            )
+
+        return self._ordered(sums, q, k, v, pos)
+
+    def _ordered(self, sums: Sums, q, k, v, pos) -> jax.Array:
+        """o [B,T,H,V] float32; sums(name, a, b, w) is sum_(s<=t) (a_t.b_s) w_s."""
+        n = (pos + 1).astype(jnp.float32)[..., None, None]
+        sink, source = self._phi(q), self._phi(k)
+        flow = self._flow(sums)
+        ones = jnp.ones_like(sink[..., :1])
+        incoming = flow("keys", sink, source, ones) / n
+        outgoing = flow("queries", source, sink, ones) / n
+        taken = flow("sources", sink, source, 1 / outgoing) / n
+        given = self._clamped(flow("sinks", source, sink, 1 / incoming) / n)
+        weight = jnp.exp(given)
+        share = weight * n / _nonzero(sums("total", ones, ones, weight))
+        o = sums("memory", sink, source, v.astype(jnp.float32) * share)
+        return o * jax.nn.sigmoid(taken) / (incoming * n)
+
+    def _normal(self, q, k, v, q_run, kv_run) -> jax.Array:
+        """o [B,T,H,V] float32, every sum over all tokens of the run."""
+        sink, source = self._phi(q), self._phi(k)
+
+        def into(a, b, w):
+            return whole(a, b, w, q_run=q_run, kv_run=kv_run, axis=self.axis)
+
+        def out_of(a, b, w):
+            return whole(a, b, w, q_run=kv_run, kv_run=q_run, axis=self.axis)
+
+        def among(w):
+            one = jnp.ones_like(w)
+            return whole(one, one, w, q_run=kv_run, kv_run=kv_run, axis=self.axis)
+
+        by = lambda f: self._flow(lambda _, *args: f(*args))
+        at_q, at_k = jnp.ones_like(sink[..., :1]), jnp.ones_like(source[..., :1])
+        incoming = by(into)("keys", sink, source, at_k)
+        outgoing = by(out_of)("queries", source, sink, at_q)
+        taken = by(into)("sources", sink, source, 1 / outgoing)
+        given = self._clamped(by(out_of)("sinks", source, sink, 1 / incoming))
+        weight = jnp.exp(given)
+        share = weight * among(at_k) / _nonzero(among(weight))
+        # T and S of the run, as many queries and keys as there are
+        queries = whole(at_q, at_q, at_q, q_run=q_run, kv_run=q_run, axis=self.axis)
+        ratio = queries / _nonzero(into(at_q, at_k, at_k))
+        o = into(sink, source, v.astype(jnp.float32) * share)
+        return o * jax.nn.sigmoid(taken * ratio) / incoming
+
+    def _flow(self, sums: Sums) -> Sums:
+        """(a + eps).(sum_s b_s w_s + eps), of nonnegative a and b."""
+        def flow(name, a, b, w):
+            a = a + self.eps
+            return sums(name, a, b, w) + self.eps * a.sum(-1, keepdims=True)
+
+        return flow
+
+    def _clamped(self, flow: jax.Array) -> jax.Array:
+        return jnp.clip(flow, -self.clamp, self.clamp)
+
+
+def _nonzero(a: jax.Array) -> jax.Array:
+    return jnp.where(a > 0, a, 1)

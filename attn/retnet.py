@@ -1,0 +1,73 @@
+"""RetNet (Sun et al., 2023) arXiv:2307.08621: one fixed decay a head, near to 1.
+
+Retention is what is left of attention when the softmax goes and a token's weight halves
+after a fixed number of steps: about 22 in the first head and twice as many in every
+next one. The same sums are a matrix of all pairs, chunks that pass on a state, or a
+recurrence of one state a head.
+
+    S_t = gamma_h S_{t-1} + k_t^T v_t,    o_t = D^-0.5 q_t S_t
+    gamma_h = 1 - 2^(-5-h),  h = 0 .. H-1
+
+The layer of the paper rotates q and k (`MultiHead(position=RoPE())`), norms each head
+and gates with silu: `MultiHead(RetNet(), out_norm="head", out_gate="silu")`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from attn.decayed import attend, follow
+from attn.linear import LinearState, empty
+
+
+@dataclasses.dataclass(frozen=True)
+class RetNet:
+    """RetNet (Sun et al., 2023) arXiv:2307.08621: linear attention with fixed decay.
+
+    first: the decay of head h is gamma = 1 - 2^(-first-h). scale: of q.k, by default
+    D^-0.5. chunk: tokens of a block; it changes the time, not the result.
+    """
+
+    first: float = 5.0
+    scale: float | None = None
+    chunk: int = 64
+    axis: str | None = None
+    implementation: str | None = None
+
+    def __post_init__(self):
+        if self.first <= 0:
+            raise ValueError(f"RetNet: first={self.first}: expected more than 0")
+        if self.chunk < 1:
+            raise ValueError(f"RetNet: chunk={self.chunk}: expected 1 or more")
+
+    def __call__(self, q, k, v, *, x=None, segments=None):
+        """All tokens at once. q [B,T,H,D], k [B,S,K,D], v [B,S,K,V] -> [B,T,H,V]."""
+        return attend(
+            q, k, v, self._log_decay(q), segments=segments, axis=self.axis,
+            **self._how(q),
+        )
+
+    def init_state(self, size, q, k, v, *, x=None) -> LinearState:
+        """An empty memory for `size` tokens; q, k, v give shapes."""
+        b, _, h, d = q.shape
+        return empty(size, b, h, d, v.shape[-1])
+
+    def step(self, state, q, k, v, *, x=None, segments=None):
+        """The next T tokens -> state, [B,T,H,V]; the state does not grow."""
+        return follow(
+            state, q, k, v, self._log_decay(q), segments=segments, **self._how(q)
+        )
+
+    def _log_decay(self, q) -> jax.Array:
+        gap = 2.0 ** -(self.first + np.arange(q.shape[2] if len(q.shape) > 2 else 1))
+        return jnp.asarray(np.log1p(-gap), jnp.float32)
+
+    def _how(self, q) -> dict:
+        scale = q.shape[-1] ** -0.5 if self.scale is None else self.scale
+        return {
+            "chunk": self.chunk, "scale": scale, "implementation": self.implementation
+        }

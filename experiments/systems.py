@@ -92,8 +92,10 @@ def pairs(q, k, gate, width: int) -> dict[str, Pair]:
     rate = jnp.exp(-slopes(1)[0])
     top = jnp.exp(k[:, 0] - k[:, 0].max())[:, None]
     by_channel = lambda v: recur(*headed(q, unit, v), headed(jnp.log(gate))[0])
+    fading = jnp.log(1 - one / 2)
+    at_one = lambda a: a[None, :, None]
     erasing = lambda v: delta_rule(
-        *headed(q, unit, v), one[None, :, None], jnp.log(1 - one / 2)[None, :, None]
+        at_one(q), at_one(unit), at_one(v), at_one(one), at_one(fading)
     )
     return {
         "softmax": (plain(Softmax()), dsf.softmax(q, k, width)),
@@ -106,7 +108,7 @@ def pairs(q, k, gate, width: int) -> dict[str, Pair]:
         "gla": (lambda v: by_channel(v)[1][0, :, 0], dsf.decayed(
             q, unit, jnp.log(gate), width)),
         "gated delta": (lambda v: erasing(v)[1][0, :, 0], dsf.delta(
-            q, unit, one, jnp.log(1 - one / 2), width)),
+            q, unit, one, fading, width)),
         "aaren": (lambda v: prefixes(k[None, :, :1], headed(v)[0])[1][0, :, 0],
                   dsf.normalised(jnp.ones_like(top), top, width)),
     }

@@ -1,8 +1,8 @@
 """Tile tables: how large a kernel's tiles are, per device and class of shapes.
 
 The numbers are data (`tiles.json`), written by `python -m pallas_kernels.tune`; here is
-how a call finds its row. A device that has none takes the row of "default", or on a
-GPU that of "default gpu".
+how a call finds its row. A device that has none takes the row of "default"; a GPU that
+of its model in another make, or else that of "default gpu".
 """
 
 from __future__ import annotations
@@ -99,8 +99,15 @@ def row(device: str, backend: str = "tpu") -> dict[str, Any]:
     """The table of a device."""
     table = _table()
     other = table["default" if backend == "tpu" else "default gpu"]
-    own = table.get(device, other)
+    own = table.get(device) or next(
+        (table[name] for name in table if _model(name) == _model(device)), other)
     return own if ("vmem_mib" in own) == (backend == "tpu") else other
+
+
+def _model(device: str) -> str:
+    """NVIDIA A100 for NVIDIA A100-SXM4-80GB; a device of another maker is its own."""
+    words = device.replace("-", " ").split()
+    return " ".join(words[:2]) if words[:1] == ["NVIDIA"] else device
 
 
 def vmem(device: str, backend: str = "tpu") -> int:

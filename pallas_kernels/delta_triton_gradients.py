@@ -92,8 +92,9 @@ def keys(static, heads: int, tile: Tile, side, q_ref, k_ref, do_ref, y_ref, left
     """dq and dk of one chunk for some key channels, and what they add to the gradient
     of `enter`."""
     place, h, b = (pl.program_id(a) for a in range(3))
-    many = side.shape[2]
-    n, at = jax.lax.rem(place, many), jax.lax.div(place, many)
+    # a chunk's programs are neighbours: they read the same of v's channels
+    parts = denter_ref.shape[2]
+    n, at = jax.lax.div(place, parts), jax.lax.rem(place, parts)
     here, (rows, columns, _) = Here(static, b, h, heads), tile
     top = at * rows
     beta, enter = here.columns(side, n, "beta", "enter")

@@ -34,9 +34,9 @@ FLOOR = -128.0  # exp of it is 0 in float32, so a log decay below it says nothin
 
 class Static(NamedTuple):
     """What is known of one call: T tokens; whether they decay; tiles: on GPU, of the
-    two kernels of the forward pass and the three of the backward pass, rows and
-    columns: of the state; pieces: chunks of a grid step, and vmem: bytes of fast memory that a kernel
-    may use, on TPU."""
+    two kernels of the forward pass and the three of the backward pass, rows and columns
+    of the state; pieces: chunks of a grid step, and vmem: bytes of fast memory that a
+    kernel may use, on TPU."""
 
     t: int
     scale: float
@@ -94,7 +94,7 @@ def _tiles(q, v, heads: int, tile, backend: str) -> tuple[tuple[tables.Tile, ...
     device, width = tables.device_kind(), v.shape[3]
     shape = tables.Shape(q.shape[3], width, q.shape[3], width, q.dtype.itemsize)
     if backend == "tpu":
-        most = tile[0] if tile else tables.chunks_a_step(device, shape)
+        most = tile[0] if tile else tables.number(device, "delta", shape)
         return (), min(most, -(-q.shape[1] // CHUNK))
     ask = None if tile is None else (CHUNK, *tile)
     found = [tables.tile(device, f"delta_{kind}", shape, ask, backend)

@@ -16,10 +16,10 @@ again by programs of other columns or of heads that share keys is left to the ca
     forward 16/64, needed        52 G  0.05 ms      0.35 G  0.07 ms
     forward 16/64, kernels      137 G  0.14 ms      0.73 G  0.15 ms
     backward 16/32, needed       64 G  0.07 ms      0.34 G  0.07 ms
-    backward 16/32, kernels     112 G  0.11 ms      2.42 G  0.50 ms
+    backward 16/32, kernels     112 G  0.11 ms      2.44 G  0.51 ms
 
-Backward, the states and their gradients are 0.94 of the 2.42 GB, the float32 gradients
-of keys and queries a head, written and added up, 0.60. Not in these numbers: the passes
+Backward, the states and their gradients are 0.67 of the 2.44 GB, the float32 gradients
+of keys and queries a head, written and added up, 0.54. Not in these numbers: the passes
 over states take their 128 steps of 5 products one after the other.
 
 Source: see `pallas_kernels/delta.py`; the division into kernels follows the published

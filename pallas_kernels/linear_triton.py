@@ -167,8 +167,8 @@ def _place(call: Call, x: Arrays):
 
 def _add_up(call: Call, x: Arrays, here: Here, n, first, state, key: bool):
     """Pairs of a chunk [c,c], and what queries get from the state, or, for `key`, keys
-    from its gradient [c,values]; sums over key channels, MOST of them at a time, or fewer
-    where each has decays of its own."""
+    from its gradient [c,values]; sums over key channels, MOST of them at a time, or
+    fewer where each has decays of its own."""
     by_channel = x.g is not None and len(x.g.shape) == 4
     width = call.keys if by_channel else min(call.lanes, MOST)
 

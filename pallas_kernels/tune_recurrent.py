@@ -54,7 +54,7 @@ def candidates(backend: str, which: str) -> Iterator[tuple[int, ...]]:
                 (32, 64), (32, 64), WARPS, (16, 32, 64)):
             yield c, values, warps, 1, 64, 4, 3, keys, warps, 1
     elif which == "scan":
-        yield from ((n,) for n in (16, 32, 64, 128))
+        yield from ((n,) for n in (16, 32, 64))
     elif which in ("delta_forward", "delta_backward"):
         yield from itertools.product((64,), (16, 32, 64), WARPS, (1, 2))
     else:

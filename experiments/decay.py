@@ -51,7 +51,8 @@ class Config:
     def networks(self) -> dict[str, nn.Module]:
         """The networks by name. TransNormer's gate takes E^2 parameters a layer, so its
         SGLU is narrower: 4 + 1 matrices, and 3 of E x hidden."""
-        size = {"vocab": self.text.vocab, "width": self.width, "heads": self.heads}
+        size: dict[str, Any] = {
+            "vocab": self.text.vocab, "width": self.width, "heads": self.heads}
         hidden = -(-8 * self.width // 48) * 16
         normer = lambda slopes: TransNormer(
             **size, depth=self.depth, hidden=hidden - self.width // 3,

@@ -117,7 +117,7 @@ def run(config_: Config) -> dict[str, Any]:
 
 def row(config_: Config, attention: Any) -> dict[str, Any]:
     """The numbers of one attention, trained anew. growth: the exponent of its memory
-    in the length, of the network without its convolution's few numbers or with."""
+    in the length, 0 if it is constant and 1 if it is in proportion."""
     task = config_.recall(attention)
     model = task.model()
     scores = recall.scores(task, model, recall.trained(task))
@@ -138,7 +138,8 @@ def leads(rows: list[dict[str, Any]]) -> dict[str, float]:
     """How much more Based recalls than each attention of fixed memory that is not
     smaller: the best Based of at most its bytes, less its own recall; and over Based
     themselves, the least that recall rises by from one size to the next."""
-    based = sorted((r["state_bytes"], r["recall"]) for r in rows if r["kind"] == "Based")
+    based = sorted(
+        (r["state_bytes"], r["recall"]) for r in rows if r["kind"] == "Based")
     found = {}
     for one in rows:
         within = [recall for size, recall in based if size <= one["state_bytes"]]

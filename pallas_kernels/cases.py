@@ -15,6 +15,7 @@ from pallas_kernels import tables
 from pallas_kernels.blocks import blocks
 from pallas_kernels.case import BF16, F32, Case, struct, with_gradients
 from pallas_kernels.cases_recurrent import recurrent
+from pallas_kernels.cases_delta import DELTA, rule, work as delta_work
 from pallas_kernels.decode import decode
 from pallas_kernels.flash import flash
 from pallas_kernels.schedule import FULL, MASKED, Tiling, asked, fitted, paths
@@ -233,6 +234,10 @@ def cases(target) -> dict[str, Case]:
                     functools.partial(attention, **more, **options), flops)
             if backend != "mosaic":
                 found |= recurrent(backend, way, label)
+                for name, options in DELTA.items():
+                    found[f"delta {way}{label} {name}"] = Case(
+                        functools.partial(rule, **more, **options),
+                        delta_work(backward=way == "backward", **options))
                 found[f"blocks {way}{label} T8192 D128 H16 K2 n16x64"] = Case(
                     functools.partial(chosen, **more))
         for name, options in DECODE.items() if backend != "mosaic" else ():

@@ -164,6 +164,12 @@ def _even(n: int, size: int, step: int) -> int:
     return -(-n // (count * step)) * step
 
 
+def chunks_a_step(device: str, shape: Shape) -> int:
+    """How many chunks of the delta rule a grid step takes on TPU."""
+    table = row(device)["delta"]
+    return table.get(shape.label) or table[shape.label.replace("d192", "d256")]
+
+
 def holds_queries(budget: int, shape: tuple[int, ...], groups: int, itemsize: int):
     """Whether dq of a key head's queries, float32 and as it is written, leaves room."""
     _, _, t, d = shape

@@ -13,7 +13,9 @@ RESULT
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
+import functools
 import json
 import pathlib
 import sys
@@ -22,9 +24,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from rich import box
+from rich import box, progress
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 
 from attn.flow import Flow
@@ -51,6 +52,7 @@ class Config:
     heads: int = knob(4, "heads H")
     width: int = knob(32, "width of a head D")
     rounds: int = knob(7, "how often each is timed")
+    keep: bool = knob(True, "keep freed memory in the process, where glibc is used")
     quiet: bool = knob(False, "no progress bar and no table")
     folder: str | None = knob(None, "where results go; None makes a new folder")
 
@@ -69,6 +71,8 @@ def run(config_: Config) -> dict[str, Any]:
     """Times all -> for each pass and attention the exponent of a token's time in T, its
     growth (slowest over fastest T) and microseconds a token at the ends."""
     folder = open_folder("constant", config_.folder, config.command(config_))
+    if config_.keep:
+        keep_memory()
     rows = timed(config_)
     found = {
         "command": config.command(config_), "jax": jax.__version__,
@@ -85,6 +89,16 @@ def run(config_: Config) -> dict[str, Any]:
     return numbers | {"folder": str(folder)}
 
 
+def keep_memory() -> None:
+    """Tells glibc to keep what was freed. It gives large arrays back to the system, and
+    the next call then pays for every page anew: time of the system, not of attention.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(-4, 0)  # M_MMAP_MAX
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+
+
 def timed(config_: Config) -> list[dict[str, Any]]:
     """A row a pass and attention: lengths, us (microseconds a token at each), growth,
     exponent of us in T."""
@@ -92,14 +106,15 @@ def timed(config_: Config) -> list[dict[str, Any]]:
     jobs = [(p, a, t) for t in config_.lengths for p in config_.passes
             for a in config_.attentions
             if p == "decode" or not exact(a) or t <= config_.limit]
-    silent = {"disable": config_.quiet, "console": Console(stderr=True)}
-    for which, attention, t in track(jobs, "compiling", **silent):
+    track = functools.partial(
+        progress.track, disable=config_.quiet, console=Console(stderr=True))
+    for which, attention, t in track(jobs, "compiling"):
         x = _inputs(config_, attention, t)
         x = x.last if which == "decode" else x
         calls[which, attention, t] = prepared(attention, x, which)
     often = {job: repeats(call) for job, call in calls.items()}
     best = dict.fromkeys(calls, np.inf)
-    for _ in track(range(config_.rounds), "timing", **silent):
+    for _ in track(range(config_.rounds), "timing"):
         for job, call in calls.items():
             best[job] = min(best[job], seconds(call, often[job]))
     rows = []
@@ -125,9 +140,10 @@ def _inputs(config_: Config, attention: Any, t: int):
 
 def table(config_: Config, rows: list[dict[str, Any]]) -> Table:
     """The rows for the terminal."""
-    found = Table(title="microseconds a token", box=box.SIMPLE_HEAD, pad_edge=False)
+    found = Table(title="microseconds a token", box=box.SIMPLE_HEAD, pad_edge=False,
+                  collapse_padding=True)
     found.add_column("pass")
-    found.add_column("attention", overflow="fold")
+    found.add_column("attention", overflow="fold", min_width=11)
     for title in (*(f"T={t:,}" for t in config_.lengths), "growth", "exponent"):
         found.add_column(title, justify="right")
     for row in rows:

@@ -26,6 +26,7 @@ from rich.console import Console
 from rich.table import Table
 
 from attn.based import Based
+from attn.delta import Delta
 from attn.gla import GLA
 from attn.lightning import Lightning
 from attn.masks import Causal, Window
@@ -52,6 +53,7 @@ class Config:
             Softmax(mask=Causal() & Window(31)),
             Lightning(),
             GLA(),
+            Delta(),
             Softmax(),
         ),
         "the list; Window(n) sees n tokens back and the present one",
@@ -167,16 +169,17 @@ def decoding(config_: Config) -> list[float]:
 
 def table(config_: Config, rows: list[dict[str, Any]]) -> Table:
     """The rows for the terminal, with the bytes that a step of decoding reads."""
-    found = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    found = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     found.add_column("attention", overflow="fold", min_width=22)
+    ends = [0, len(config_.lengths) - 1]
     titles = ["recall", "memory\nbytes", f"us a token\nat {config_.stream:,}"]
-    titles += [f"bytes read\nat T={length:,}" for length in config_.lengths]
+    titles += [f"bytes read\nat {config_.lengths[n]:,}" for n in ends]
     for title in titles:
         found.add_column(title, justify="right")
     for one in rows:
         found.add_row(
             one["attention"], f"{one['recall']:.1%}", f"{one['state_bytes']:,}",
-            f"{one['decode_us']:.1f}", *(f"{size:,}" for size in one["sizes"]))
+            f"{one['decode_us']:.1f}", *(f"{one['sizes'][n]:,}" for n in ends))
     return found
 
 

@@ -23,6 +23,7 @@ GPU, the shapes of the field's tables:
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import sys
 from typing import Any, Callable, NamedTuple
@@ -35,6 +36,7 @@ from rich.progress import track
 from rich.table import Table
 
 from attn.based import Based
+from attn.delta import Delta
 from attn.flow import Flow
 from attn.gla import GLA
 from attn.landmark import Landmark
@@ -57,7 +59,7 @@ class Config:
 
     attentions: tuple = knob(
         (Softmax(), Softmax(mask=Causal() & Window(256)), Landmark(), Lightning(),
-         Based(), Flow(), GLA(), RAT()),
+         Based(), Flow(), GLA(), Delta(gated=True), RAT()),
         "the contenders; jax.nn is always there, other peers where installed",
     )
     lengths: tuple[int, ...] = knob((512, 1024, 2048, 4096), "sequence lengths T")
@@ -181,7 +183,7 @@ def _makers(config_: Config, which: str) -> dict[str, Maker]:
     for name, make in linear_peers(which).items():
         found[name] = Maker(make, None, True, False)
     for attention in config_.attentions:
-        make = lambda x, attention=attention: prepared(attention, x, which)
+        make = functools.partial(prepared, attention, which=which)
         found[config.show(attention)] = Maker(
             make, attention, False, exact(attention))
     return found

@@ -32,7 +32,7 @@ from attn.rat import RAT
 from attn.softmax import Softmax
 from experiments import config, lm, recall
 from experiments.config import knob
-from experiments.contenders import repeats, seconds
+from experiments.contenders import keep_memory, repeats, seconds
 from experiments.data import Corpus, Text
 from experiments.runs import open_folder
 from experiments.train import evaluate
@@ -46,6 +46,7 @@ class Config:
     tokens: int = knob(8192, "tokens T of a timed layer")
     layer_width: int = knob(128, "its model width E, of 4 heads")
     rounds: int = knob(7, "how often each layer is timed")
+    keep: bool = knob(True, "keep freed memory in the process, where glibc is used")
     text: Corpus = knob(Text(length=256), "the text, and the tokens of a row")
     chunk: int = knob(16, "L of the language model beside softmax and L = T")
     layers: int = knob(2, "layers of the language models")
@@ -88,6 +89,8 @@ def run(config_: Config) -> dict[str, Any]:
     """Times and trains -> speedup over Softmax and slots kept by L, loss (nats a token)
     of softmax, of RAT and of the recurrence, recall by L, and the folder."""
     folder = open_folder("chunksize", config_.folder, config.command(config_))
+    if config_.keep:
+        keep_memory()
     found = timed(config_) | losses(config_) | recalls(config_)
     (folder / "chunksize.json").write_text(json.dumps(found, indent=1) + "\n")
     picture(config_, found, folder / "chunksize.png")

@@ -13,7 +13,6 @@ RESULT
 
 from __future__ import annotations
 
-import ctypes
 import dataclasses
 import functools
 import json
@@ -34,7 +33,9 @@ from attn.retnet import RetNet
 from attn.softmax import Softmax
 from experiments import config
 from experiments.config import knob
-from experiments.contenders import PASSES, exact, inputs, prepared, repeats, seconds
+from experiments.contenders import (
+    PASSES, exact, inputs, keep_memory, prepared, repeats, seconds
+)
 from experiments.runs import open_folder
 
 
@@ -87,16 +88,6 @@ def run(config_: Config) -> dict[str, Any]:
         name = f"{row['pass']} {row['attention']}"
         numbers |= {f"{name} {key}": row[key] for key in ("exponent", "growth")}
     return numbers | {"folder": str(folder)}
-
-
-def keep_memory() -> None:
-    """Tells glibc to keep what was freed. It gives large arrays back to the system, and
-    the next call then pays for every page anew: time of the system, not of attention.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(-4, 0)  # M_MMAP_MAX
-        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
 def timed(config_: Config) -> list[dict[str, Any]]:

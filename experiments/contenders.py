@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import time
 from typing import Any, Callable, NamedTuple
@@ -108,6 +109,16 @@ def _stream(attention: Any, x: Inputs) -> Callable[[], Any]:
     jax.block_until_ready(call())
     call.moved = sum(a.nbytes for a in jax.tree.leaves(held[0]))  # type: ignore
     return call
+
+
+def keep_memory() -> None:
+    """Tells glibc to keep what was freed. It gives large arrays back to the system, and
+    the next call then pays for every page anew: time of the system, not of attention.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(-4, 0)  # M_MMAP_MAX
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
 def repeats(call: Callable[[], Any]) -> int:

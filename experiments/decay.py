@@ -8,7 +8,12 @@ softmax, SwiGLU) of about as many parameters.
 
     python -m experiments.decay
 
-RESULT
+takes 1 to 3 minutes on 2 cores (3:07 beside other jobs). 300 steps of 8 rows of 256
+bytes, the paper's claim in direction: TransNormer ends at 1.960 nats a byte on held-out
+text, 1.4% above softmax (1.933), and 2.186 without decay, 13.1% above. Both have
+246,000 parameters (245,856 and 246,240). The other claim, speed, is no matter at 256
+tokens: 14,299 tokens a second of training against 17,758. One seed; nothing else was
+tried.
 """
 
 from __future__ import annotations

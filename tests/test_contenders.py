@@ -7,10 +7,12 @@ import numpy as np
 import pytest
 
 from attn.gla import GLA
-from attn.lightning import Lightning
+from attn.lightning import Lightning, slopes
+from attn.linear import recur
 from attn.masks import Causal, Window
 from attn.rat import RAT
 from attn.softmax import Softmax
+from attn.wy import delta_rule
 from experiments import contenders, peers, speed
 from experiments.breakeven import break_even, crossing, table
 
@@ -95,8 +97,16 @@ def test_break_even_is_against_the_best_exact_contender():
 def test_ejkernel_where_it_is_installed():
     pytest.importorskip("ejkernel")
     x = contenders.inputs(**SIZES | {"kv_heads": 4})
-    for name, make in peers.linear_peers("forward").items():
-        assert make(x)().shape == (1, 12, 4, 8), name
+    made = {name: make(x)() for name, make in peers.linear_peers("forward").items()}
+    q, k, v = x[:3]
+    decay = jnp.asarray(-slopes(4), jnp.float32)
+    own = recur(q, k, v, decay, scale=8**-0.5)[1]
+    np.testing.assert_allclose(made["ejkernel decay"], own, atol=1e-4)
+    q, k = (a / jnp.linalg.norm(a, axis=-1, keepdims=True) for a in (q, k))
+    own = delta_rule(q, k, v, *peers.gates(x), scale=8**-0.5)[1]
+    np.testing.assert_allclose(made["ejkernel gated delta"], own, atol=1e-4)
+    for make in peers.linear_peers("both").values():
+        assert make(x)()[0].shape == q.shape
     assert peers.linear_peers("decode") == {}
 
 

@@ -105,8 +105,8 @@ def test_ejkernel_where_it_is_installed():
     q, k = (a / jnp.linalg.norm(a, axis=-1, keepdims=True) for a in (q, k))
     own = delta_rule(q, k, v, *peers.gates(x), scale=8**-0.5)[1]
     np.testing.assert_allclose(made["ejkernel gated delta"], own, atol=1e-4)
-    for make in peers.linear_peers("both").values():
-        assert make(x)()[0].shape == q.shape
+    both = peers.linear_peers("both")["ejkernel gated delta"]
+    assert both(x)()[0].shape == q.shape
     assert peers.linear_peers("decode") == {}
 
 

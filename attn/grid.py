@@ -122,9 +122,9 @@ class MDTPE(nn.Module):
 
     dims: the grid, all tokens of it; heads H: each has q_a, k_a [E/H] and one decay,
     and norm_a is of each head's channels, so that little but the sign of q_a.k_a is
-    left. decay_param: lambda = sigmoid(p) as in the
-    author's code, or "exp", exp(-exp(p)). chunk: tokens of a block of the recurrence;
-    it changes the time, not the result.
+    left. decay_param: lambda = sigmoid(p) as in the author's code, or "exp",
+    exp(-exp(p)). chunk: tokens of a block of the recurrence; it changes the time, not
+    the result.
     """
 
     dims: tuple[int, ...]

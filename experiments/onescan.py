@@ -117,16 +117,15 @@ def scans(side: int) -> dict[str, Callable]:
     """The contenders as f(q, k, v, log_decay), all forward: LightNet's one scan without
     order, and decays that multiply, over the rows from the front, also from the back,
     and also both ways over the columns."""
-    columns = np.arange(side * side).reshape(side, side).T.reshape(-1)
+    def turned(a):
+        b, t, *rest = a.shape
+        return a.reshape(b, side, side, *rest).swapaxes(1, 2).reshape(a.shape)
 
-    def ways(many: int, q, k, v, g):
-        one = lambda *args, reverse: across(*args, reverse=reverse)
-        o = sum(one(q, k, v, g, reverse=r) for r in (False, True)[:many])
-        if many == 4:
-            # the columns of a square are the rows of its transpose, and back again
-            turned = [a[:, columns] for a in (q, k, v, g)]
-            o = o + sum(one(*turned, reverse=r) for r in (False, True))[:, columns]
-        return o
+    def ways(many: int, *args):
+        both = lambda args: sum(across(*args, reverse=r) for r in (False, True))
+        o = both(args)
+        # the columns of a square are the rows of its transpose, and back again
+        return o if many == 2 else o + turned(both([turned(a) for a in args]))
 
     found: dict[str, Callable] = {
         "one scan": lambda q, k, v, g: LightNet(causal=False)(q, k, v),
@@ -151,9 +150,7 @@ def timing(config_: Config) -> dict[str, float]:
         compiled = jax.jit(f).lower(*args).compile()
         calls[name] = lambda compiled=compiled: compiled(*args)
     times = {name: repeats(call) for name, call in calls.items()}
-    spent = {
-        name: np.zeros(config_.rounds) for name in calls
-    }
+    spent = {name: np.zeros(config_.rounds) for name in calls}
     for n in range(config_.rounds):
         for name, call in calls.items():
             spent[name][n] = seconds(call, times[name])

@@ -59,7 +59,9 @@ class Flow:
 
     causal=False is the paper's normal form, for self and cross attention. clamp: O' is
     held within it before the exponential; the authors' code has 1, and 5 and 10 for
-    language and reinforcement learning (at most 80). feature: "sigmoid", or "relu" as
+    language and reinforcement learning (at most 80). compete=False sets c to 1 and
+    allocate=False the gate of sinks: without both it is plain linear attention.
+    feature: "sigmoid", or "relu" as
     in their code for the Long Range Arena. chunk: tokens of a block; it changes the
     time, not the result. Padding and packed segments are proposed here: sums, T, S and
     n count the real tokens of a segment. With K < H keys are repeated, so that every
@@ -67,6 +69,8 @@ class Flow:
     """
 
     causal: bool = True
+    compete: bool = True
+    allocate: bool = True
     clamp: float = 1.0
     feature: str = "sigmoid"
     eps: float = 1e-6
@@ -177,36 +181,51 @@ class Flow:
         given = self._clamped(flow("sinks", source, sink, 1 / incoming) / n)
         weight = jnp.exp(given)
         share = weight * n / _nonzero(sums("total", ones, ones, weight))
-        o = sums("memory", sink, source, v.astype(jnp.float32) * share)
-        return o * jax.nn.sigmoid(taken) / (incoming * n)
+        o = sums("memory", sink, source, self._shared(v, share))
+        return self._allocated(o, taken) / (incoming * n)
+
+    def shares(self, q, k) -> jax.Array:
+        """c [B,S,H] of the normal form, for q [B,T,H,D] and k [B,S,H,D]: 1 for a source
+        that has its equal share."""
+        return self._flows(self._phi(q), self._phi(k), None, None)[2][..., 0]
 
     def _normal(self, q, k, v, q_run, kv_run) -> jax.Array:
         """o [B,T,H,V] float32, every sum over all tokens of the run."""
         sink, source = self._phi(q), self._phi(k)
+        incoming, taken, share = self._flows(sink, source, q_run, kv_run)
+        o = whole(
+            sink, source, self._shared(v, share), q_run=q_run, kv_run=kv_run,
+            axis=self.axis,
+        )
+        return self._allocated(o, taken) / incoming
 
-        def into(a, b, w):
-            return whole(a, b, w, q_run=q_run, kv_run=kv_run, axis=self.axis)
+    def _flows(self, sink, source, q_run, kv_run) -> tuple[jax.Array, ...]:
+        """Of the normal form: I [B,T,H,1], I' T/S [B,T,H,1] and c [B,S,H,1]."""
+        def sums(to, of):
+            return lambda _, a, b, w: whole(
+                a, b, w, q_run=to, kv_run=of, axis=self.axis
+            )
 
-        def out_of(a, b, w):
-            return whole(a, b, w, q_run=kv_run, kv_run=q_run, axis=self.axis)
-
-        def among(w):
-            one = jnp.ones_like(w)
-            return whole(one, one, w, q_run=kv_run, kv_run=kv_run, axis=self.axis)
-
-        by = lambda f: self._flow(lambda _, *args: f(*args))
+        into, out_of = sums(q_run, kv_run), sums(kv_run, q_run)
         at_q, at_k = jnp.ones_like(sink[..., :1]), jnp.ones_like(source[..., :1])
-        incoming = by(into)("keys", sink, source, at_k)
-        outgoing = by(out_of)("queries", source, sink, at_q)
-        taken = by(into)("sources", sink, source, 1 / outgoing)
-        given = self._clamped(by(out_of)("sinks", source, sink, 1 / incoming))
-        weight = jnp.exp(given)
+        incoming = self._flow(into)("keys", sink, source, at_k)
+        outgoing = self._flow(out_of)("queries", source, sink, at_q)
+        taken = self._flow(into)("sources", sink, source, 1 / outgoing)
+        given = self._flow(out_of)("sinks", source, sink, 1 / incoming)
+        weight = jnp.exp(self._clamped(given))
+        among = lambda w: sums(kv_run, kv_run)("", at_k, at_k, w)
         share = weight * among(at_k) / _nonzero(among(weight))
         # T and S of the run, as many queries and keys as there are
-        queries = whole(at_q, at_q, at_q, q_run=q_run, kv_run=q_run, axis=self.axis)
-        ratio = queries / _nonzero(into(at_q, at_k, at_k))
-        o = into(sink, source, v.astype(jnp.float32) * share)
-        return o * jax.nn.sigmoid(taken * ratio) / incoming
+        queries = sums(q_run, q_run)("", at_q, at_q, at_q)
+        ratio = queries / _nonzero(into("", at_q, at_k, at_k))
+        return incoming, taken * ratio, share
+
+    def _shared(self, v, share) -> jax.Array:
+        v = v.astype(jnp.float32)
+        return v * share if self.compete else v
+
+    def _allocated(self, o, flow) -> jax.Array:
+        return o * jax.nn.sigmoid(flow) if self.allocate else o
 
     def _flow(self, sums: Sums) -> Sums:
         """(a + eps).(sum_s b_s w_s + eps), of nonnegative a and b."""

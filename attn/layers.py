@@ -33,8 +33,10 @@ class MultiHead(Layer):
     """An attention with its projections (Vaswani et al., 2017) arXiv:1706.03762.
 
     attention: any attention of this library; if it learns something, its parameters are
-    under `attention`. heads H, kv_heads K (H is a multiple), head_dim D (by default
-    what the attention asks for as `feature_dim`, else E/H), value_dim V (E/H).
+    under `attention`. One that asks a question of its own and says `reads_q = False`
+    gets the shape of q only, and there is no projection for it. heads H, kv_heads K (H
+    is a multiple), head_dim D (by default what the attention asks for as `feature_dim`,
+    else E/H), value_dim V (E/H).
     position: `RoPE()`, `MDLRPE(dims)` or None; an attention with a field `rope` keeps
     keys as they were before the rotation and gets the position handed over instead (a
     learned one keeps its own). qk_norm: RMSNorm over D with a learned scale. sinks: a
@@ -192,14 +194,18 @@ class MultiHead(Layer):
         dense = functools.partial(
             nn.DenseGeneral, use_bias=self.use_bias, dtype=self.dtype, kernel_init=_INIT
         )
-        q = dense((self.heads, d), name="q")(x)
+        reads_q = getattr(self.attention, "reads_q", True)
+        if reads_q:
+            q = dense((self.heads, d), name="q")(x)
+        else:
+            q = jax.ShapeDtypeStruct((*x.shape[:2], self.heads, d), self.dtype)
         k = dense((keys, d), name="k")(source)
         v = dense((keys, v_dim), name="v")(source)
         if self.qk_norm:
-            q = nn.RMSNorm(dtype=self.dtype, name="q_norm")(q)
+            q = nn.RMSNorm(dtype=self.dtype, name="q_norm")(q) if reads_q else q
             k = nn.RMSNorm(dtype=self.dtype, name="k_norm")(k)
         if self.position is not None and not self._hands_over():
-            q = self.position.rotate(q, q_pos)
+            q = self.position.rotate(q, q_pos) if reads_q else q
             k = self.position.rotate(k, kv_pos)
         return q, k, v
 

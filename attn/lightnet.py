@@ -26,11 +26,12 @@ from attn.chunks import only
 from attn.decayed import attend, follow, run_of
 from attn.dispatch import pick
 from attn.linear import LinearState, whole
-from attn.logsum import Mass, nothing, running
+from attn.scan import prefix
 from attn.segments import place
 from attn.shapes import check
 from attn.sharding import over_mesh
 
+LOW = -1e30  # the largest of no keys; finite, as differences of two have to be
 ACTIVATIONS = ("silu", None)
 
 
@@ -50,6 +51,15 @@ class LightNetState(NamedTuple):
     def z(self) -> jax.Array:
         """log of the sum of exp(keys) [B,H,D], -inf before the first."""
         return self.top + jnp.log(self.total)
+
+
+class Mass(NamedTuple):
+    """The sum of exp(keys) = exp(top) total, [...,D] float32: the largest key, and a
+    sum that is measured from it. Keys of any size are safe then, and differences of two
+    masses, or of a key and one, keep the precision that a small number has."""
+
+    top: jax.Array
+    total: jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,23 +185,25 @@ class LightNet:
 
     def _shares(self, k, run, before: tuple):
         """exp(k_t - z_t), z_{t-1} - z_t [B,T,H,D], and the sums after each token."""
-        run = jnp.ones(k.shape[:2], jnp.int32) if run is None else run
-        # padding stands in the run before it
-        present = jax.lax.cummax(jnp.maximum(run, 1), axis=1)
-        f = over_mesh(
-            self._running, "BTHD BT BT BHD BHD -> BTHD BTHD BTHD BTHD", self.axis
-        )
-        share, log_decay, *after = f(k, run > 0, present, *before)
+        letters = "BTHD BT BHD BHD -> BTHD BTHD BTHD BTHD"
+        f = over_mesh(self._running, letters, self.axis)
+        share, log_decay, *after = f(k, run, *before)
         return share, log_decay, after
 
-    def _running(self, k, real, present, *before) -> tuple:
-        last, now = running(k, real, present, before, self.axis)
+    def _running(self, k, run, *before) -> tuple:
+        # no gradient flows through top, on which top + log(total) does not depend
+        top, held = jax.lax.stop_gradient(k), Mass(*before)
+        token = Mass(*nothing(k.shape)), Mass(top, jnp.exp(k - top))
+        _, (last, now) = prefix(
+            _shifted, token, state=(held, held), run=run, chunk=self.chunk,
+            axis=self.axis,
+        )
         (old_top, old), (new_top, new) = (self._begun(a) for a in (last, now))
-        real = real[..., None, None]
-        share = only(real, jnp.exp(jnp.where(real, k - new_top, 0)) / new)
+        real = None if run is None else (run > 0)[..., None, None]
+        share = only(real, jnp.exp(only(real, k - new_top)) / new)
         log_decay = old_top - new_top + jnp.log(old) - jnp.log(new)
         # rounding may make it positive, but no decay is
-        return share, jnp.where(log_decay > 0, 0, log_decay), now.top, now.total
+        return share, jnp.where(log_decay > 0, 0, log_decay), *now
 
     def _begun(self, mass: Mass) -> tuple[jax.Array, jax.Array]:
         """top and total > 0 with what stands in front of the first token."""
@@ -234,6 +246,22 @@ class LightNet:
     def _sums(self, each, run) -> jax.Array:
         one = jnp.ones_like(each[..., :1])
         return whole(one, one, each, q_run=run, kv_run=run, axis=self.axis)
+
+
+def nothing(shape: tuple[int, ...]) -> Mass:
+    """The mass of no keys."""
+    return Mass(jnp.full(shape, LOW, jnp.float32), jnp.zeros(shape, jnp.float32))
+
+
+def _joined(a: Mass, b: Mass) -> Mass:
+    """The mass of the keys of both."""
+    top = jnp.maximum(a.top, b.top)
+    return Mass(top, a.total * jnp.exp(a.top - top) + b.total * jnp.exp(b.top - top))
+
+
+def _shifted(a: tuple[Mass, Mass], b: tuple[Mass, Mass]) -> tuple[Mass, Mass]:
+    """`_joined` of stretches of tokens, first without the last token of them."""
+    return _joined(a[1], b[0]), _joined(a[1], b[1])
 
 
 def _largest(k: jax.Array, run: jax.Array) -> jax.Array:

@@ -22,9 +22,10 @@ import jax.numpy as jnp
 from attn.chunks import (
     Runs, chunked, filled, only, pairs, pairs_by_channel, prefix, runs_of, unchunked,
 )
-from attn.dispatch import pick
+from attn.dispatch import interpreted, pick
 from attn.shapes import check
 from attn.sharding import gather
+from pallas_kernels import linear as kernels
 
 # exp of it is 0 in float32, so a log decay below it says nothing more
 FLOOR = -128.0
@@ -92,8 +93,17 @@ def recur(
         begin = lambda local, g, runs: (state, 1)
         return _recur(q, k, v, log_decay, run, chunk, begin)
 
-    after, o = pick(implementation, xla=xla)
-    return after, (o if scale == 1 else o * scale).astype(dtype)
+    def scaled():
+        after, o = xla()
+        return after, (o if scale == 1 else o * scale).astype(dtype)
+
+    if q.shape[1] == 1 and implementation is None:
+        return scaled()  # a chunk of one token would be padding
+    kernel = lambda backend: lambda: kernels.linear(
+        q, k, v, log_decay, state=state, run=run, scale=scale, dtype=dtype,
+        backend=backend, interpret=interpreted(),
+    )
+    return pick(implementation, xla=scaled, tpu=kernel("tpu"), gpu=kernel("triton"))
 
 
 def one(
@@ -155,16 +165,46 @@ def across(
             implementation=implementation,
         )[1])
 
-    def before(local, g, runs):
-        final, _ = _travel(jnp.zeros_like(local[0]), local, g, runs)
-        total = None if g is None else g.sum(3).sum(0) * (len(local) / len(g))
+    def state_before(final, total):
         alike = run is None and (log_decay is None or log_decay.ndim == 1)
         last = None if run is None else run.max(1)
         return prefix(final, total, last, axis, reverse=reverse, alike=alike)
 
-    xla = lambda: _recur(q, k, v, log_decay, run, chunk, before)[1]
-    o = pick(implementation, xla=xla)
+    def before(local, g, runs):
+        final, _ = _travel(jnp.zeros_like(local[0]), local, g, runs)
+        total = None if g is None else g.sum(3).sum(0) * (len(local) / len(g))
+        return state_before(final, total)
+
+    def kernel(backend):
+        final, o = kernels.linear(
+            q, k, v, log_decay, run=run, backend=backend, interpret=interpreted())
+        begin = functools.partial(state_before, final)
+        return o + _entering(q, log_decay, run, begin)
+
+    o = pick(
+        implementation, xla=lambda: _recur(q, k, v, log_decay, run, chunk, before)[1],
+        tpu=lambda: kernel("tpu"), gpu=lambda: kernel("triton"),
+    )
     return flip((o if scale == 1 else o * scale).astype(dtype))
+
+
+def _entering(q, log_decay, run, begin: Callable) -> jax.Array:
+    """o [B,T,H,V] float32 of the state alone that a shard begins with: begin(total log
+    decay [B|1,H,1|D] or None) gives it, and its run."""
+    g = None
+    if log_decay is not None:
+        g = jnp.maximum(log_decay.astype(jnp.float32), FLOOR)
+        if g.ndim == 1:
+            g = jnp.broadcast_to(g[None, None], (1, q.shape[1], *g.shape))
+        g = g if g.ndim == 4 else g[..., None]
+        g = g if run is None else only(run[..., None, None] > 0, g)
+    state, present = begin(None if g is None else g.sum(1))
+    q = q.astype(jnp.float32)
+    q = q if g is None else q * jnp.exp(jnp.cumsum(g, 1))
+    if run is not None:
+        present = jnp.broadcast_to(jnp.asarray(present, run.dtype), run.shape[:1])
+        q = only(((run == present[:, None]) & (run > 0))[..., None, None], q)
+    return jnp.einsum("bthd,bhdv->bthv", q, state)
 
 
 def whole(

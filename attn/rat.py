@@ -5,7 +5,7 @@ gate mixes every new key and value into running ones, channel by channel; a quer
 looks at the running state of its own chunk and at what every earlier chunk ended with,
 by one softmax. There are L times fewer keys to look at and remember than tokens.
 
-    k'_t = g_t k'_(t-1) + (1 - g_t) k_t,  v' alike,  both from 0 at a chunk's first token
+    k'_t = g_t k'_(t-1) + (1 - g_t) k_t,  v' alike,  each chunk begins with 0
     o_t = softmax(D^-0.5 q_t.[k' at ends of earlier chunks, k'_t]) [v' likewise]
     g = sigmoid(x W + b)
 

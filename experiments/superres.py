@@ -14,6 +14,7 @@ import dataclasses
 import sys
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -38,6 +39,19 @@ class Alone:
         return v
 
 
+class Over(nn.Module):
+    """What a network adds to bicubic interpolation."""
+
+    network: ESSAformer
+
+    def __call__(self, x, train: bool = False):
+        """x [B,h,w,bands] -> [B,s h,s w,bands]."""
+        b, h, w, bands = x.shape
+        s = self.network.scale
+        smooth = jax.image.resize(x, (b, s * h, s * w, bands), "cubic")
+        return smooth + self.network(x, train)
+
+
 @dataclasses.dataclass(frozen=True)
 class Config:
     """One network on one source of images."""
@@ -49,12 +63,14 @@ class Config:
     rate: float = knob(2e-3, "peak learning rate")
     seed: int = knob(0, "of data and parameters")
     dropout: float = knob(0.0, "share of channels dropped; the authors' code has 0.2")
+    skip: bool = knob(True, "learn what is missing in bicubic; the paper's has no skip")
     alone: bool = knob(True, "also train the network without attention")
     quiet: bool = knob(False, "no progress bar and no table")
 
-    def model(self, attention: Any) -> ESSAformer:
+    def model(self, attention: Any) -> nn.Module:
         """The network."""
-        return ESSAformer(self.data.scale, self.width, attention, self.dropout)
+        network = ESSAformer(self.data.scale, self.width, attention, self.dropout)
+        return Over(network) if self.skip else network
 
     def plan(self) -> Plan:
         """The training, of the mean absolute error, which is proposed here."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib.util
-from typing import Any, Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,11 +13,12 @@ import numpy as np
 
 from pallas_kernels import tables
 from pallas_kernels.blocks import blocks
+from pallas_kernels.case import BF16, F32, Case, struct, with_gradients
+from pallas_kernels.cases_recurrent import recurrent
+from pallas_kernels.cases_delta import DELTA, rule, work as delta_work
 from pallas_kernels.decode import decode
 from pallas_kernels.flash import flash
 from pallas_kernels.schedule import FULL, MASKED, Tiling, asked, fitted, paths
-
-BF16, F32 = jnp.bfloat16, jnp.float32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,25 +46,6 @@ class Window(Causal):
         return some & (i[0] - j[1] <= self.left), every & (i[1] - j[0] <= self.left)
 
 
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """One program. build(target) -> (f, arguments as ShapeDtypeStructs, trips on TPU by
-    the start of a kernel's name: (passes of each tile region, lines, grid steps)).
-    flops: of one run, for the share of the peak; moved: bytes that have to move; whole:
-    XLA's own programs are of interest too; peer: not ours, beside which ours stand."""
-
-    build: Callable[[Any], tuple[Callable, tuple, dict[str, Any]]]
-    flops: float = 0.0
-    moved: float = 0.0
-    whole: bool = False
-    peer: bool = False
-
-
-def struct(*shape, dtype=BF16):
-    """An array that is not there."""
-    return jax.ShapeDtypeStruct(shape, dtype)
-
-
 def passes(device: str, t, d, v, h, mask, tile=None, itemsize=2, packed=False,
            matrix=False) -> dict[str, Any]:
     """Trips of the flash kernels, in the order of their programs; runs of `packed`
@@ -86,14 +68,6 @@ def passes(device: str, t, d, v, h, mask, tile=None, itemsize=2, packed=False,
         lines = h * table.shape[kernel == "flash_backward"]
         trips[kernel] = tuple(counts), lines, sum(counts)
     return trips
-
-
-def with_gradients(f: Callable) -> Callable:
-    """(args, cotangent) -> the gradients of f's first result."""
-    def both(args, do):
-        return jax.vjp(lambda *a: f(*a), *args)[1](do)
-
-    return both
 
 
 def attention(target, *, backend, backward, t, d, h=8, k=8, v=None, mask=Causal(),
@@ -259,6 +233,11 @@ def cases(target) -> dict[str, Case]:
                 found[f"flash {way}{label} {name}"] = Case(
                     functools.partial(attention, **more, **options), flops)
             if backend != "mosaic":
+                found |= recurrent(backend, way, label)
+                for name, options in DELTA.items():
+                    found[f"delta {way}{label} {name}"] = Case(
+                        functools.partial(rule, **more, **options),
+                        delta_work(backward=way == "backward", **options))
                 found[f"blocks {way}{label} T8192 D128 H16 K2 n16x64"] = Case(
                     functools.partial(chosen, **more))
         for name, options in DECODE.items() if backend != "mosaic" else ():

@@ -136,6 +136,21 @@ def tile(device: str, kernel: str, shape: Shape, asked: tuple | None = None,
     return Tile(rows, columns, (chunk if columns % chunk == 0 else columns,))
 
 
+def chunks(device: str, kernel: str, shape: Shape, channels: bool = False,
+           asked: tuple | None = None, backend: str = "tpu") -> tuple[int, ...]:
+    """The numbers of a recurrence in chunks. On TPU: tokens of a grid step, and of a
+    chunk; on a GPU: tokens of a chunk; value channels of a program, warps, stages; both
+    widths of a tile of the pass over states, warps, stages; key channels at a time, and
+    of the program for their gradients warps, stages. Decays by channel have a row of
+    their own; `asked` replaces the first numbers."""
+    name = kernel if backend == "tpu" else f"{backend}_{kernel}"
+    table = row(device, backend)[name]
+    label = shape.label + (" channels" if channels else "")
+    numbers = entry(table, label)
+    first = list(asked or ())
+    return tuple(first + numbers[len(first):])
+
+
 TILES = 10 * MIB  # what the tiles of the backward pass may need
 MATRIX = 1024  # a tile of an operand [T,S] is that large at most
 LANES = 128  # of a register
@@ -147,6 +162,12 @@ def _even(n: int, size: int, step: int) -> int:
     count = -(-n // size)
     step = LANES if count == 1 else step
     return -(-n // (count * step)) * step
+
+
+def chunks_a_step(device: str, shape: Shape) -> int:
+    """How many chunks of the delta rule a grid step takes on TPU."""
+    table = row(device)["delta"]
+    return table.get(shape.label) or table[shape.label.replace("d192", "d256")]
 
 
 def holds_queries(budget: int, shape: tuple[int, ...], groups: int, itemsize: int):

@@ -85,6 +85,18 @@ def test_gradients_are_those_of_the_definition():
         assert abs(found - slope) <= 2e-5 * abs(slope) + 1e-5
 
 
+def test_without_competition_and_allocation_it_is_linear_attention():
+    q, k, v = inputs()
+    a, c = (np.asarray(jax.nn.sigmoid(x), np.float64) for x in (q, k))
+    c, w = (np.repeat(x, 2, 2) for x in (c, np.asarray(v, np.float64)))
+    pairs = np.einsum("bthd,bshd->bhts", a, c)
+    for causal in (True, False):
+        p = np.tril(pairs) if causal else pairs
+        want = np.einsum("bhts,bshv->bthv", p / p.sum(-1, keepdims=True), w)
+        o = Flow(causal=causal, compete=False, allocate=False, eps=1e-9)(q, k, v)
+        close(o, want)
+
+
 def test_competition_is_frozen_and_causal_is_not_the_masked_normal_form():
     q, k, v = inputs()
     normal = Flow(causal=False)(q, k, v)

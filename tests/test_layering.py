@@ -19,7 +19,7 @@ BELOW = {
 SHARED = {
     "__init__", "masks", "segments", "shapes", "dispatch", "sharding", "positions",
     "tiles", "cache", "blockcache", "layers", "chunks", "linear", "blocks", "grouped",
-    "softmax", "baseconv", "decayed", "grid", "logsum",
+    "softmax", "baseconv", "decayed", "scan", "triples", "wy", "grid",
 }
 FILES = [path for package in BELOW for path in sorted((ROOT / package).glob("*.py"))]
 FAMILIES = [path for path in FILES if path.parent.name == "attn"

@@ -186,7 +186,8 @@ def test_the_cheapest_candidate_is_kept():
 @pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
 def test_every_target_has_cases_and_its_peers_are_marked(target):
     found = cases.cases(target)
-    assert {n.split()[0] for n in found} == {"flash", "blocks", "decode", "peer"} - (
+    assert {n.split()[0] for n in found} == {
+        "flash", "blocks", "decode", "linear", "scan", "peer"} - (
         set() if any(c.peer for c in found.values()) else {"peer"})
     assert all(c.peer == n.startswith("peer") for n, c in found.items())
     decoding = next(c for n, c in found.items() if n.startswith("decode"))

@@ -1,0 +1,165 @@
+"""Aaren (Feng et al., 2024) arXiv:2405.13956: attention of one query is an RNN.
+
+If every token asks the same question, the answer over tokens 1..t follows from the
+answer over 1..t-1 and the token t alone: softmax attention is a recurrent network whose
+state is a maximum and two sums a head. All prefixes are computed at once by a scan, and
+a stream needs the same memory however long it is.
+
+    s_i = scale q.k_i,    o_t = sum_{i <= t} exp(s_i) v_i / sum_{i <= t} exp(s_i)
+
+in the stable form of `attn/scan.py`. The query asks for no position, so order has to
+come with the tokens: by embeddings, by rotated keys, or by the layers below.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from attn.dispatch import pick
+from attn.linear import by_run
+from attn.scan import Triple, across, attend, empty, join, total
+from attn.segments import place
+from attn.shapes import check
+from attn.sharding import gather, over_mesh, spread_heads
+
+
+class AarenState(NamedTuple):
+    """memory: the triple of the current sequence, m, u [B,H] and w [B,H,V] float32; end
+    [B] int32 the next token's position; segment [B] int32 the last token's segment, -1
+    before the first."""
+
+    memory: Triple
+    end: jax.Array
+    segment: jax.Array
+
+
+class Aaren(nn.Module):
+    """Aaren (Feng et al., 2024) arXiv:2405.13956: a learned query, growing prefixes.
+
+    `query` [H,D] is learned, the q of a call gives only shapes, and `MultiHead` makes
+    no projection for it. The paper's layer holds a query token [E] and projects it, so
+    that a block of width 512 has 3,152,896 parameters where a transformer's has
+    3,152,384. Token and projection are constants of each other: here they are folded
+    into the one vector that they make, which is the same set of functions with E^2
+    parameters fewer, trained along other paths. Two things are proposed here, since the
+    paper's are not known: the initial queries, normal with deviation 0.02, and `scale`,
+    by default D^-0.5.
+
+    causal=False is the many-to-one form: every token gets the answer over all keys of
+    its sequence, self or cross. chunk: tokens of a block; it changes the time, not the
+    result. `step` takes one token or a block of them.
+    """
+
+    scale: float | None = None
+    causal: bool = True
+    chunk: int = 64
+    axis: str | None = None
+    implementation: str | None = None
+    reads_q = False
+
+    def __post_init__(self):
+        if self.chunk < 1:
+            raise ValueError(f"Aaren: chunk={self.chunk}: expected 1 or more")
+        super().__post_init__()
+
+    def __call__(self, q, k, v, *, x=None, segments=None):
+        """All tokens at once. q [B,T,H,D] (its shape), k [B,S,K,D], v [B,S,K,V] ->
+        [B,T,H,V]."""
+        check(q, k, v, segments=segments, aligned=self.causal)
+        q_run, kv_run = self._runs(q, segments)
+        scores = self._scores(q, k)
+        v = spread_heads(v, q.shape[2], self.axis)
+        if self.causal:
+            f = lambda s, v, run: across(
+                s, v, run=run, chunk=self.chunk, dtype=v.dtype, axis=self.axis,
+                implementation=self.implementation)
+            return over_mesh(f, "BSH BSKV BS -> BTHV", self.axis)(scores, v, kv_run)
+        if q_run is None:
+            pool = over_mesh(self._pool, "BSH BSKV -> BHV", self.axis)
+            pooled = pick(self.implementation, xla=lambda: pool(scores, v))
+            return jnp.broadcast_to(pooled[:, None], (*q.shape[:3], v.shape[-1]))
+        f = over_mesh(self._pool_runs, "BSH BSKV BT BS -> BTHV", self.axis)
+        return f(scores, v, q_run, kv_run)
+
+    def init_state(self, size, q, k, v, *, x=None) -> AarenState:
+        """An empty memory for `size` tokens; q, k, v give shapes."""
+        self._check_stream()
+        if size < 1:
+            raise ValueError(f"size: a memory for {size} tokens, expected 1 or more")
+        b, _, h, _ = q.shape
+        clock = jnp.zeros((b,), jnp.int32)
+        return AarenState(empty(b, h, v.shape[-1]), clock, clock - 1)
+
+    def step(self, state, q, k, v, *, x=None, segments=None):
+        """The next T tokens -> state, [B,T,H,V]; the state does not grow."""
+        self._check_stream()
+        check(q, k, v, segments=segments, aligned=True)
+        if not isinstance(state, AarenState):
+            raise ValueError(
+                f"state is a {type(state).__name__}: expected an AarenState"
+            )
+        now = place(segments, q.shape[0], q.shape[1], state.end, state.segment)
+        memory, o = attend(
+            self._scores(q, k), v, state=state.memory, chunk=self.chunk, dtype=v.dtype,
+            run=None if segments is None else now.run,
+            implementation=self.implementation)
+        return AarenState(memory, now.end, now.last), o
+
+    @nn.compact
+    def _scores(self, q, k) -> jax.Array:
+        """s [B,S,H] float32."""
+        (_, _, h, d), heads = q.shape, k.shape[2]
+        init = nn.initializers.normal(0.02)
+        query = self.param("query", init, (h, d), jnp.float32)
+        query = query * (d**-0.5 if self.scale is None else self.scale)
+        s = jnp.einsum(
+            "bskd,kgd->bskg", k.astype(jnp.float32), query.reshape(heads, -1, d),
+            precision=jax.lax.Precision.HIGHEST)
+        return s.reshape(*s.shape[:2], h)
+
+    def _check_stream(self) -> None:
+        if not self.causal:
+            raise NotImplementedError(
+                "step: causal=False lets tokens see later ones: no stream"
+            )
+
+    def _runs(self, q, segments):
+        if segments is None:
+            return None, None
+        if isinstance(segments, tuple):
+            if self.causal:
+                raise NotImplementedError(
+                    "a pair of segments: queries and keys are read in step, one array"
+                )
+            return tuple(a.astype(jnp.int32) for a in segments)
+        run = place(segments, q.shape[0], q.shape[1]).run
+        return run, run
+
+    def _pool(self, scores, v) -> jax.Array:
+        """The answer over all keys [B,H,V]."""
+        found: Any = total(scores, v)
+        if self.axis is not None:
+            b, h = found.u.shape
+            parts = jax.lax.all_gather(found, self.axis)
+            first = empty(b, h, v.shape[-1])
+            found, _ = jax.lax.scan(lambda a, b: (join(a, b), None), first, parts)
+        o = found.w / jnp.where(found.u > 0, found.u, 1)[..., None]
+        return o.astype(v.dtype)
+
+    def _pool_runs(self, scores, v, q_run, kv_run) -> jax.Array:
+        """The answer over all keys of each token's run [B,T,H,V]."""
+        scores, v, kv_run = (gather(a, self.axis) for a in (scores, v, kv_run))
+        # a query stands behind the keys of its run, as a token that weighs nothing
+        keys = jnp.stack([scores, jnp.ones_like(scores)], -1)
+
+        def read(q, keys, v, run):
+            s = jnp.where(keys[..., 1] > 0, keys[..., 0], -jnp.inf)
+            return attend(s, v, run=run, chunk=self.chunk, dtype=v.dtype,
+                          implementation=self.implementation)[1]
+
+        nobody = jnp.zeros((*q_run.shape, 1, 1), v.dtype)
+        return by_run(read, nobody, keys, v, q_run, kv_run)

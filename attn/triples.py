@@ -1,0 +1,202 @@
+"""Triples: softmax over every prefix, in chunks whose tokens meet in one product.
+
+Inside a chunk P[t,i] = exp(s_i - m_t), i <= t, with the running maximum m_t: w = P v
+and u = P 1. Between chunks one triple travels (see `attn/scan.py`). The gradient goes
+the same way back. With r_t = 1/u_t and delta_t = do_t.o_t = sum_i P[t,i] r_t do_t.v_i,
+
+    ds_i = sum_t P[t,i] r_t (do_t.v_i - delta_t),    dv_i = sum_t P[t,i] r_t do_t
+
+over t >= i; of later chunks only G = sum exp(ref - m_t) r_t do_t and h, the same of
+delta, are known, where ref is the running maximum at the first token of the chunk
+behind: s_i <= ref <= m_t, so that no exponent is positive. Where one token has nearly
+all of the weight, do_t.v_i - delta_t is a small difference of large numbers: both are
+measured from do_t.v of the token with the greatest score, which makes it exact.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from attn.chunks import only, unchunked
+
+F32 = jnp.float32
+# sums in float32 are what makes scores of any size safe
+einsum = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
+
+
+def exp(a: jax.Array, m: jax.Array) -> jax.Array:
+    """exp(a - m) for a <= m, and 0 where both are -inf."""
+    return jnp.exp(a - jnp.where(m == -jnp.inf, 0, m))
+
+
+class Chunks(NamedTuple):
+    """One call, cut: s [N,B,K,G,c] (-inf: padding), v [N,B,K,c,V], present [N,B,c]: the
+    run at each token or, at padding, before it; None: there is one run."""
+
+    s: jax.Array
+    v: jax.Array
+    present: jax.Array | None
+
+    def seen(self) -> jax.Array:
+        """Which token i each token t sees [N|1,B|1,1,1,c,c]."""
+        c = self.s.shape[-1]
+        order = jnp.tril(jnp.ones((1, 1, 1, 1, c, c), bool))
+        if self.present is None:
+            return order
+        r = self.present[:, :, None, None]
+        return order & (r[..., None] == r[..., None, :])
+
+    def runs(self, at: int) -> jax.Array:
+        """The run [N,B,1,1] at token `at` of each chunk."""
+        if self.present is None:
+            return jnp.ones((self.s.shape[0], 1, 1, 1), jnp.int32)
+        return self.present[:, :, at, None, None]
+
+    def of(self, run: jax.Array) -> jax.Array | None:
+        """Which tokens belong to the run [N,B,1,1] of each chunk: [N,B,1,1,c]."""
+        if self.present is None:
+            return None
+        return self.present[:, :, None, None] == run[..., None]
+
+
+def cut(scores, v, run, c: int) -> Chunks:
+    """Chunks of c tokens."""
+    (b, t, h), k = scores.shape, v.shape[2]
+    widen = lambda a, **how: jnp.pad(
+        a, [(0, 0), (0, -t % c)] + [(0, 0)] * (a.ndim - 2), **how
+    )
+    s, present = scores.astype(F32), None
+    if run is not None:
+        s = jnp.where(run[..., None] > 0, s, -jnp.inf)
+        present = jnp.maximum(jax.lax.cummax(run, axis=1), 1)
+        present = widen(present, mode="edge").reshape(b, -1, c).swapaxes(0, 1)
+    s = widen(s, constant_values=-jnp.inf).reshape(b, -1, c, k, h // k)
+    v = widen(v.astype(F32)).reshape(b, -1, c, *v.shape[2:])
+    return Chunks(s.transpose(1, 0, 3, 4, 2), v.transpose(1, 0, 3, 2, 4), present)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def attend(chunk: int, dtype: Any, scores, v, run, m, u, w):
+    """((m, u, w), o) of `attn.scan.attend`."""
+    return _ahead(chunk, dtype, scores, v, run, m, u, w)[0]
+
+
+def _ahead(chunk: int, dtype, scores, v, run, m, u, w):
+    (b, t, h), k = scores.shape, v.shape[2]
+    x = cut(scores, v, run, min(chunk, t))
+    split = lambda a: a.reshape(b, k, h // k, *a.shape[2:])
+    last, starts = _travel(x, split(m), split(u), split(w))
+    run_before, m_before, u_before, w_before = starts
+    enters = x.of(run_before)
+    logits = jnp.where(x.seen(), x.s[..., None, :], -jnp.inf)
+    m_in = m_before[..., None]
+    m_in = m_in if enters is None else jnp.where(enters, m_in, -jnp.inf)
+    tops = jnp.maximum(logits.max(-1), m_in)
+    p, fade = exp(logits, tops[..., None]), exp(m_in, tops)
+    sums = p.sum(-1) + fade * u_before[..., None]
+    values = einsum("nbkgti,nbkiv->nbkgtv", p, x.v)
+    values = values + fade[..., None] * w_before[..., None, :]
+    o = values / jnp.where(sums > 0, sums, 1)[..., None]
+    o = unchunked(o.reshape(*o.shape[:2], h, *o.shape[4:]), t)
+    if run is not None:
+        o = only(run[..., None, None] > 0, o)
+    o = o.astype(dtype)
+    state = tuple(a.reshape(b, h, *a.shape[3:]) for a in last)
+    return (state, o), (scores, v, run, starts, tops, sums)
+
+
+def _travel(x: Chunks, m, u, w):
+    """The last triple, [B,K,G] and [B,K,G,V], and what each chunk begins with: (run,
+    m, u, w), with N in front."""
+    ends = x.runs(-1)
+    own = x.of(ends)
+    s = x.s if own is None else jnp.where(own, x.s, -jnp.inf)
+    top = s.max(-1)
+    p = exp(s, top[..., None])
+    local = top, p.sum(-1), einsum("nbkgi,nbkiv->nbkgv", p, x.v)
+
+    def pass_on(carry, chunk):
+        run, m, u, w = carry
+        end, (top, total, values) = chunk
+        m_in = jnp.where(run == end, m, -jnp.inf)
+        new = jnp.maximum(m_in, top)
+        fade, mine = exp(m_in, new), exp(top, new)
+        values = w * fade[..., None] + values * mine[..., None]
+        return (end, new, u * fade + total * mine, values), carry
+
+    first = jnp.ones_like(ends[0]), m, u, w
+    (_, *last), starts = jax.lax.scan(pass_on, first, (ends, local))
+    return last, starts
+
+
+def _back(chunk: int, dtype, saved, cotangents):
+    scores, v, run, starts, tops, sums = saved
+    (_, du, dw), do = cotangents
+    (b, t, h), k = scores.shape, v.shape[2]
+    x = cut(scores, v, run, min(chunk, t))
+    split = lambda a: a.reshape(b, k, h // k, *a.shape[2:])
+    do = do.astype(F32)
+    do = do if run is None else only(run[..., None, None] > 0, do)
+    do = cut(scores, do, None, min(chunk, t)).v
+    do = do.reshape(*do.shape[:2], k, h // k, *do.shape[3:])
+    r = jnp.where(sums > 0, 1 / jnp.where(sums > 0, sums, 1), 0)
+    p, asked, level, delta = _weights(x, starts, tops, r, do)
+    ds = (p * (asked - delta[..., None])).sum(-2)
+    dv = einsum("nbkgti,nbkgtv->nbkiv", p, do)
+    first, behind = _return(x, tops, r, do, level + delta, split(du), split(dw))
+    ds, dv = _reached(x, behind, ds, dv)
+    merge = lambda a: a.reshape(b, h, *a.shape[3:])
+    whole = lambda a: unchunked(a, t)
+    ds = whole(ds.reshape(*ds.shape[:2], h, -1, 1))[..., 0]
+    run_0, ref, g, h_first = first
+    fade = jnp.where(run_0 == 1, exp(starts[1][0], ref), 0)
+    state = jnp.zeros((b, h), F32), merge(-fade * h_first), merge(fade[..., None] * g)
+    return ds.astype(scores.dtype), whole(dv).astype(v.dtype), None, *state
+
+
+def _weights(x: Chunks, starts, tops, r, do):
+    """P r and do.v - level [N,B,K,G,t,i]; level and delta - level [N,B,K,G,t]."""
+    run_before, m_before, u_before, w_before = starts
+    logits = jnp.where(x.seen(), x.s[..., None, :], -jnp.inf)
+    p = exp(logits, tops[..., None])
+    asked = einsum("nbkgtv,nbkiv->nbkgti", do, x.v)
+    greatest = p == 1
+    level = only(greatest, asked).sum(-1) / jnp.maximum(greatest.sum(-1), 1)
+    asked, p = asked - level[..., None], p * r[..., None]
+    fade = only(x.of(run_before), exp(m_before[..., None], tops)) * r
+    carried = einsum("nbkgtv,nbkgv->nbkgt", do, w_before) - level * u_before[..., None]
+    return p, asked, level, (p * asked).sum(-1) + fade * carried
+
+
+def _reached(x: Chunks, behind, ds, dv):
+    """ds and dv with what later chunks ask for."""
+    run, ref, g, h = behind
+    e = only(x.of(run), exp(x.s, ref[..., None]))
+    ds = ds + e * (einsum("nbkiv,nbkgv->nbkgi", x.v, g) - h[..., None])
+    return ds, dv + einsum("nbkgi,nbkgv->nbkiv", e, g)
+
+
+def _return(x: Chunks, tops, r, do, delta, du, dw):
+    """What the tokens from a chunk on ask of those before it: (run, ref, G, h) of the
+    first chunk, and of the chunk behind each, with N in front."""
+    runs, refs = x.runs(0), tops[..., 0]
+    weight = exp(refs[..., None], tops) * r
+    weight = only(x.of(runs), weight)
+    local = einsum("nbkgt,nbkgtv->nbkgv", weight, do), (weight * delta).sum(-1)
+
+    def pass_on(carry, chunk):
+        run, ref, g, h = carry
+        own, mine, (g_own, h_own) = chunk
+        fade = jnp.where(run == own, exp(mine, ref), 0)
+        return (own, mine, g_own + fade[..., None] * g, h_own + fade * h), carry
+
+    # the last triple asks for exp(s_i - m_T) (du + v_i.dw)
+    last = x.runs(-1)[-1], tops[-1, ..., -1], dw, -du
+    return jax.lax.scan(pass_on, last, (runs, refs, local), reverse=True)
+
+
+attend.defvjp(_ahead, _back)

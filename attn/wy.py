@@ -1,0 +1,223 @@
+"""The delta rule, with and without decay: a memory that corrects what it holds.
+
+    S' = exp(g_t) S_{t-1},  u_t = beta_t (v_t - k_t S'),  S_t = S' + k_t^T u_t,
+    o_t = scale q_t S_t,    S [D,V] in float32
+
+A linear attention adds v_t to whatever k_t already stood for; here only the difference
+from what the memory answers to k_t is written, a share beta_t of it. Every u depends on
+those before it, inside a chunk by a lower triangular system whose solution is linear in
+the state that the chunk begins with (the WY form of a product of Householder matrices):
+
+    (I + A) u = beta (v - exp(G) k S_0),    A_ij = beta_i exp(G_i - G_j) k_i.k_j, j < i
+
+so all chunks are solved at once, and only the state travels between them, by a scan.
+Only exponents <= 0 are computed, and the result does not depend on the chunk's size.
+
+Sources: DeltaNet (Yang et al., 2024, arXiv:2406.06484); with the decay, Gated DeltaNet
+(Yang et al., 2024, arXiv:2412.06464).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from attn.chunks import Runs, chunked, filled, only, pairs, runs_of, unchunked
+from attn.dispatch import interpreted, pick
+from attn.linear import FLOOR
+from pallas_kernels.delta import delta
+
+BLOCK = 16  # rows of a triangular system that are solved one after the other
+
+
+def delta_rule(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    beta: jax.Array,
+    log_decay: jax.Array | None = None,
+    *,
+    state: jax.Array | None = None,
+    run: jax.Array | None = None,
+    chunk: int = 64,
+    scale: float = 1.0,
+    dtype: Any = jnp.float32,
+    implementation: str | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """The rule over T tokens -> state [B,H,D,V] float32, o [B,T,H,V] in `dtype`.
+
+    beta [B,T,H] says what H is; q [B,T,.,D], k [B,T,.,D] and v [B,T,.,V] have H heads
+    each, or a number that divides it and serves H/. neighbours: grouped keys and
+    values, or, as Gated DeltaNet has them, fewer queries and keys than values.
+    log_decay None, [H] or [B,T,H], at most 0; state [B,H,D,V] is seen by tokens of run
+    1. run [B,T] as in `attn.segments`: padding writes nothing, does not decay, and its
+    output is 0. Keys need not be unit vectors, but |k|^2 beta > 2 makes memories grow.
+    chunk: of XLA's form; it changes the time, not the result.
+    """
+    _check(q, k, v, beta, log_decay, state, run, chunk)
+    if state is None:
+        (b, _, h), d = beta.shape, q.shape[3]
+        state = jnp.zeros((b, h, d, v.shape[3]), jnp.float32)
+    xla = lambda: _xla(q, k, v, beta, log_decay, state, run, chunk, scale)
+    kernel = lambda backend: lambda: delta(
+        q, k, v, beta, log_decay, state=state, run=run, scale=scale, backend=backend,
+        interpret=interpreted(),
+    )
+    if implementation is None and q.shape[1] == 1:
+        implementation = "xla"  # one token makes no chunk
+    after, o = pick(implementation, xla=xla, gpu=kernel("triton"), tpu=kernel("tpu"))
+    return after, o.astype(dtype)
+
+
+def one(
+    state: jax.Array,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    beta: jax.Array,
+    log_decay: jax.Array | None = None,
+    *,
+    run: jax.Array | None = None,
+    scale: float = 1.0,
+) -> tuple[jax.Array, jax.Array]:
+    """`delta_rule` for T = 1, as in decoding: no system is solved. -> state, o, both
+    float32."""
+    h = beta.shape[2]
+    q, k, v = (
+        jnp.repeat(a[:, 0].astype(jnp.float32), h // a.shape[2], 1) for a in (q, k, v)
+    )
+    old = state
+    if run is not None:
+        r = run[:, :, None, None]
+        old = only(r <= 1, old)
+    if log_decay is not None:
+        g = jnp.maximum(log_decay.astype(jnp.float32), FLOOR)
+        g = g[None] if g.ndim == 1 else g[:, 0]
+        old = old * jnp.exp(g)[..., None, None]
+    answer = jnp.einsum("bhd,bhdv->bhv", k, old)
+    u = beta[:, 0, :, None].astype(jnp.float32) * (v - answer)
+    after = old + jnp.einsum("bhd,bhv->bhdv", k, u)
+    if run is not None:
+        after = jnp.where(r > 0, after, state)
+        q = only(r[..., 0] > 0, q)
+    return after, scale * jnp.einsum("bhd,bhdv->bhv", q, after)[:, None]
+
+
+def _xla(q, k, v, beta, log_decay, state, run, chunk: int, scale: float):
+    t, h = beta.shape[1:]
+    if t == 1:
+        return one(state, q, k, v, beta, log_decay, run=run, scale=scale)
+    c = min(chunk, t)
+    row = filled(run, t, c)
+    q, k, v = (chunked(a, c, h) for a in (q, k, v))
+    beta, g = chunked(beta[..., None], c), _decay(log_decay, t, c)
+    if row is not None:
+        real = (row > 0).reshape(row.shape[0], -1, 1, c, 1).swapaxes(0, 1)
+        beta, g = only(real, beta), None if g is None else only(real, g)
+    runs = runs_of(row, c)
+    # the backward pass solves a chunk again, and keeps no more of it than the solution
+    q, p, k, u, w = jax.checkpoint(_inside)(q * scale, k, v, beta, g, runs)
+    factor = jnp.ones((1,) * 5) if g is None else jnp.exp(g.sum(3))[..., None]
+    factor = only(runs.keeps, factor)
+    factor = jnp.broadcast_to(factor, (k.shape[0], *factor.shape[1:]))
+
+    def pass_on(state, chunk):
+        factor, k, u, w = chunk
+        u = u - w @ state
+        return factor * state + k.swapaxes(-1, -2) @ u, (state, u)
+
+    state, (states, u) = jax.lax.scan(pass_on, state, (factor, k, u, w))
+    return state, unchunked(q @ states + p @ u, t)
+
+
+def _decay(log_decay, t: int, c: int) -> jax.Array | None:
+    """Log decays as chunks [N,B|1,H,c,1]."""
+    if log_decay is None:
+        return None
+    g = jnp.maximum(log_decay.astype(jnp.float32), FLOOR)
+    if g.ndim == 1:
+        g = jnp.broadcast_to(g[None, None], (1, t, *g.shape))
+    return chunked(g[..., None], c)
+
+
+def _inside(q, k, v, beta, g, runs: Runs):
+    """What does not depend on the state: q as it meets the state the chunk begins with,
+    the weights p [N,B,H,c,c] of what is written, k as it writes into the state the
+    chunk ends with, and u = u_0 - w S_0 as u_0 [N,B,H,c,V] and w [N,B,H,c,D]."""
+    before = jnp.tril(jnp.ones((1, 1, 1, q.shape[3], q.shape[3]), bool), -1)
+    a = only(before, only(runs.seen, beta * pairs(k, k, g)))
+    p = only(runs.seen, pairs(q, k, g))
+    early, late = k, k
+    if g is not None:
+        fade = jnp.exp(jnp.cumsum(g, 3))
+        later = jnp.concatenate([g[..., 1:, :], jnp.zeros_like(g[..., :1, :])], 3)
+        q, early = q * fade, k * fade
+        late = k * jnp.exp(jax.lax.cumsum(later, 3, reverse=True))
+    right = jnp.concatenate([v, only(runs.enters, early)], -1) * beta
+    solved, width = inverse(a) @ right, v.shape[-1]
+    u, w = solved[..., :width], solved[..., width:]
+    return only(runs.enters, q), p, only(runs.stays, late), u, w
+
+
+@jax.custom_jvp
+def inverse(a: jax.Array) -> jax.Array:
+    """(I + a)^-1 for a strictly lower triangular a [...,c,c]: blocks of 16 rows by
+    substitution, which are then merged, two and two, by products."""
+    c = a.shape[-1]
+    size = BLOCK
+    while size < c:
+        size *= 2
+    a = jnp.pad(a, [(0, 0)] * (a.ndim - 2) + [(0, size - c)] * 2)
+    return _merged(a)[..., :c, :c]
+
+
+def _merged(a: jax.Array) -> jax.Array:
+    half = a.shape[-1] // 2
+    if half < BLOCK:
+        return _substituted(a)
+    both = jnp.stack([a[..., :half, :half], a[..., half:, half:]])
+    first, last = _merged(both)
+    corner = -last @ (a[..., half:, :half] @ first)
+    above = jnp.concatenate([first, jnp.zeros_like(first)], -1)
+    return jnp.concatenate([above, jnp.concatenate([corner, last], -1)], -2)
+
+
+def _substituted(a: jax.Array) -> jax.Array:
+    x = jnp.broadcast_to(jnp.eye(a.shape[-1], dtype=a.dtype), a.shape)
+    for j in range(a.shape[-1] - 1):  # row j is done: take it out of those below
+        x = x - a[..., j:j + 1] * x[..., j:j + 1, :]
+    return x
+
+
+@inverse.defjvp
+def _(primals, tangents):
+    x = inverse(*primals)
+    return x, -x @ tangents[0] @ x
+
+
+def _check(q, k, v, beta, log_decay, state, run, chunk: int) -> None:
+    for name, a, letters in (("q", q, "[B,T,H,D]"), ("k", k, "[B,T,K,D]"),
+                             ("v", v, "[B,T,K,V]"), ("beta", beta, "[B,T,H]")):
+        if a.ndim != letters.count(",") + 1 or 0 in a.shape:
+            raise ValueError(f"{name} has shape {a.shape}: expected {letters}, no 0")
+    (b, t, h), d, width = beta.shape, q.shape[3], v.shape[3]
+    for name, a, last in (("q", q, d), ("k", k, d), ("v", v, width)):
+        if a.shape[:2] != (b, t) or a.shape[3] != last or h % a.shape[2]:
+            raise ValueError(
+                f"{name} has shape {a.shape}: expected {(b, t)}, heads that divide "
+                f"H={h} (that of beta), and width {last}"
+            )
+    if chunk < 1:
+        raise ValueError(f"chunk={chunk}: expected 1 or more tokens")
+    if log_decay is not None and log_decay.shape not in ((h,), (b, t, h)):
+        raise ValueError(
+            f"log_decay has shape {log_decay.shape}: expected {(h,)} or {(b, t, h)}"
+        )
+    if state is not None and state.shape != (b, h, d, width):
+        raise ValueError(
+            f"state has shape {state.shape}: expected {(b, h, d, width)}"
+        )
+    if run is not None and run.shape != (b, t):
+        raise ValueError(f"run has shape {run.shape}: expected {(b, t)}")

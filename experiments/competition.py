@@ -1,0 +1,157 @@
+"""Flowformer against plain linear attention: digits as long sequences of pixels.
+
+A digit of 8 x 8 pixels, each drawn as 4 x 4, is a sequence of 1,024 tokens, and the
+network has to say which digit it is (after the Image task of the Long Range Arena; Tay
+et al., 2020, arXiv:2011.04006). Conservation of flow makes sources compete and sinks
+share (Flowformer; Wu et al., 2022, arXiv:2202.06258): Flow should do better than the
+same linear attention without the two, and come near softmax. How unequally the sources
+of the trained network share is the ratio of the largest to the smallest c of a head.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from attn.flow import Flow
+from attn.masks import Full
+from attn.softmax import Softmax
+from experiments import config
+from experiments.config import knob
+from experiments.images import Digits
+from experiments.train import Objective, Plan, fit
+from models.pixels import PixelNet
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """The attentions and the task."""
+
+    attentions: tuple = knob(
+        (Flow(causal=False), Flow(causal=False, compete=False),
+         Flow(causal=False, compete=False, allocate=False), Softmax(mask=Full())),
+        "what is compared, each in all layers",
+    )
+    zoom: int = knob(4, "pixels a side for each of the digit's 8")
+    width: int = knob(32, "model width E")
+    heads: int = knob(4, "heads H")
+    layers: int = knob(2, "layers")
+    steps: int = knob(300, "training steps")
+    batch: int = knob(16, "pictures a step")
+    rate: float = knob(5e-3, "peak learning rate")
+    seeds: int = knob(1, "networks trained of each, of different seeds")
+    quiet: bool = knob(False, "no progress bar and no table")
+
+    def data(self, split: str = "train") -> Digits:
+        """The pictures."""
+        return Digits(zoom=self.zoom, split=split)
+
+    def model(self, attention: Any) -> PixelNet:
+        """The network; a learned vector says where a pixel is."""
+        return PixelNet(
+            width=self.width, heads=self.heads, attention=(attention,) * self.layers,
+            table=True,
+        )
+
+    def plan(self, seed: int) -> Plan:
+        """The training."""
+        return Plan(steps=self.steps, batch=self.batch, rate=self.rate, seed=seed,
+                    warmup=self.steps // 10)
+
+
+TINY = Config(attentions=(Flow(causal=False),), zoom=1, width=8, heads=2, layers=1,
+              steps=2, batch=4, quiet=True)
+
+
+def named(model, params, batch: dict, key) -> tuple[jax.Array, jax.Array]:
+    """Cross entropy of the labels in nats: (sum, count)."""
+    logits = model.apply(params, batch["x"], rngs={"dropout": key})
+    nats = optax.softmax_cross_entropy_with_integer_labels(logits, batch["labels"])
+    return nats.sum(), jnp.float32(nats.size)
+
+
+def accuracy(model: nn.Module, params: Any, data: Digits) -> float:
+    """The share of held-out pictures that are named right."""
+    whole = data.whole()
+    right = 0
+    read = jax.jit(model.apply)
+    for at in range(0, len(whole["labels"]), 60):
+        part = slice(at, at + 60)
+        guess = np.asarray(read(params, whole["x"][part])).argmax(-1)
+        right += int((guess == whole["labels"][part]).sum())
+    return right / len(whole["labels"])
+
+
+def run(config_: Config) -> dict[str, Any]:
+    """Trains and measures -> of each attention the accuracy (mean over seeds) and
+    training pixels a second."""
+    found: dict[str, Any] = {}
+    for attention in config_.attentions:
+        name, model = config.show(attention), config_.model(attention)
+        scores, speeds = [], []
+        for seed in range(config_.seeds):
+            fitted = fit(
+                model, config_.data(), config_.plan(seed),
+                objective=Objective(named, "x"), label=name, quiet=config_.quiet,
+            )
+            scores.append(accuracy(model, fitted.params, config_.data("valid")))
+            speeds.append(fitted.tokens_per_second)
+        found[f"{name} accuracy"] = float(np.mean(scores))
+        found[f"{name} pixels_per_second"] = float(np.median(speeds))
+        if isinstance(attention, Flow) and attention.compete:
+            found[f"{name} largest_over_smallest"] = inequality(
+                config_, model, fitted.params)
+    if not config_.quiet:
+        _show(config_, found)
+    return found
+
+
+def inequality(config_: Config, model: nn.Module, params: Any) -> float:
+    """The largest over the smallest c of a head, the median over pictures, heads and
+    layers. c is what Flow gives for values that are ones at one key and 0 elsewhere,
+    over what it gives without competition."""
+    images = config_.data("valid").batch(0, 4)["x"]
+    ratios = []
+
+    def watch(next_fun, args, kwargs, context):
+        if isinstance(context.module, nn.DenseGeneral):
+            out = next_fun(*args, **kwargs)
+            if context.module.name in ("q", "k") and context.method_name == "__call__":
+                seen.append(out)
+            return out
+        return next_fun(*args, **kwargs)
+
+    seen: list[jax.Array] = []
+    with nn.intercept_methods(watch):
+        model.apply(params, images)
+    for q, k in zip(seen[::2], seen[1::2]):
+        share = Flow(causal=False).shares(q, k)
+        ratios.append(np.asarray(share.max(1) / share.min(1)).ravel())
+    return float(np.median(np.concatenate(ratios)))
+
+
+def _show(config_: Config, found: dict[str, Any]) -> None:
+    table = Table(title=f"{(8 * config_.zoom) ** 2:,} pixels", box=box.SIMPLE)
+    for title in ("attention", "accuracy", "pixels/s", "max c / min c"):
+        table.add_column(title, justify="left" if title == "attention" else "right")
+    for attention in config_.attentions:
+        name = config.show(attention)
+        ratio = found.get(f"{name} largest_over_smallest")
+        table.add_row(name, f"{found[f'{name} accuracy']:.1%}",
+                      f"{found[f'{name} pixels_per_second']:,.0f}",
+                      "" if ratio is None else f"{ratio:.2f}")
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    config.main(run, Config, __doc__, sys.argv[1:])

@@ -1,0 +1,185 @@
+"""One linear system: attention, state space models and recurrent networks compared.
+
+Every mechanism here that is linear in its values has an operator Phi, its matrix of
+attention, and a system h_t = A_t h_{t-1} + B_t u_t, y_t = C_t h_t that ought to have
+the same one (DSF; Sieber et al., 2024, arXiv:2405.15731). Phi of the attention is made
+by differentiating its output by its values, Phi of the system from its matrices; the
+first table says how far apart they are, in float64. Then, what the paper says of
+softmax and of the selective SSM: softmax is the limit of linear attention with more and
+more features; attention and an SSM with one decay coincide exactly if its gains and
+decays come from the normaliser (E1), which a change of 1% breaks; and with the coupling
+of gain and decay in S6 one free number fixes all the normalisers (E2).
+
+    python -m experiments.systems
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from typing import Any, Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from attn import dsf
+from attn.based import Based, features
+from attn.dsf import DSF
+from attn.lightning import Lightning, slopes
+from attn.linear import recur
+from attn.retnet import RetNet
+from attn.scan import attend as prefixes
+from attn.softmax import Softmax
+from attn.wy import delta_rule
+from experiments import config
+from experiments.config import knob
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """The sizes of what is compared."""
+
+    tokens: int = knob(24, "sequence length T")
+    width: int = knob(4, "width D of q and k")
+    values: int = knob(3, "width V of values")
+    orders: int = knob(8, "orders of the expansion of softmax")
+    seed: int = knob(0, "of the numbers")
+    quiet: bool = knob(False, "no tables")
+
+
+TINY = Config(tokens=6, width=3, values=2, orders=4, quiet=True)
+
+Pair = tuple[Callable[[jax.Array], jax.Array], DSF]
+
+
+def run(config_: Config) -> dict[str, Any]:
+    """Compares -> plain numbers: how far operators are apart, relative to the largest
+    value, and the errors of the expansion."""
+    with jax.enable_x64(True), jax.default_matmul_precision("highest"):
+        q, k, v, gate = numbers(config_)
+        apart = {
+            name: float(_apart(f, system, v))
+            for name, (f, system) in pairs(q, k, gate, v.shape[1]).items()
+        }
+        found: dict[str, Any] = {f"apart_{n}": x for n, x in apart.items()}
+        found |= expansion(q, k, v, config_.orders) | conditions(q, k, gate, v.shape[1])
+    if not config_.quiet:
+        _show(found)
+    return found
+
+
+def numbers(config_: Config):
+    """q, k [T,D], v [T,V] and gates [T,D] in (0,1), float64."""
+    rng = np.random.default_rng(config_.seed)
+    draw = lambda n: jnp.asarray(rng.normal(size=(config_.tokens, n)))
+    d = config_.width
+    return draw(d), draw(d), draw(config_.values), jax.nn.sigmoid(draw(d))
+
+
+def pairs(q, k, gate, width: int) -> dict[str, Pair]:
+    """The mechanisms as functions of their values, each with its system."""
+    d = q.shape[1]
+    scale = d**-0.5
+    one, all_ones = gate[:, 0], jnp.ones_like(gate[:, 0])
+    unit = k / jnp.linalg.norm(k, axis=1, keepdims=True)
+    headed = lambda *args: tuple(a[None, :, None] for a in args)
+    plain = lambda f: lambda v: f(*headed(q, k, v))[0, :, 0]
+    fade = lambda a: jnp.broadcast_to(jnp.log(a), (len(q),))
+    rate = jnp.exp(-slopes(1)[0])
+    top = jnp.exp(k[:, 0] - k[:, 0].max())[:, None]
+    by_channel = lambda v: recur(*headed(q, unit, v), headed(jnp.log(gate))[0])
+    fading = jnp.log(1 - one / 2)
+    at_one = lambda a: a[None, :, None]
+    erasing = lambda v: delta_rule(
+        at_one(q), at_one(unit), at_one(v), at_one(one), at_one(fading)
+    )
+    return {
+        "softmax": (plain(Softmax()), dsf.softmax(q, k, width)),
+        "linear": (plain(Lightning(slopes="none")), dsf.separable(
+            q, k, all_ones, width)),
+        "lightning": (plain(Lightning()), dsf.decayed(q, k, fade(rate), width)),
+        "retnet": (plain(RetNet()), dsf.decayed(
+            scale * q, k, fade(jnp.float64(1 - 2**-5)), width)),
+        "based": (plain(Based()), dsf.normalised(features(q), features(k), width)),
+        "gla": (lambda v: by_channel(v)[1][0, :, 0], dsf.decayed(
+            q, unit, jnp.log(gate), width)),
+        "gated delta": (lambda v: erasing(v)[1][0, :, 0], dsf.delta(
+            q, unit, one, fading, width)),
+        "aaren": (lambda v: prefixes(k[None, :, :1], headed(v)[0])[1][0, :, 0],
+                  dsf.normalised(jnp.ones_like(top), top, width)),
+    }
+
+
+def _apart(f: Callable, system: DSF, v) -> jax.Array:
+    """How far the attention, both scans and the system's operator are apart."""
+    want = system.transfer()
+    y = jnp.einsum("tpjd,jd->tp", want, v)
+    errors = [
+        jnp.abs(dsf.operator(f, v) - want).max() / jnp.abs(want).max(),
+        *(jnp.abs(system.scan(v, parallel=way) - y).max() / jnp.abs(y).max()
+          for way in (False, True)),
+    ]
+    return jnp.stack(errors).max()
+
+
+def expansion(q, k, v, orders: int) -> dict[str, float]:
+    """The largest error of softmax's expansion of even order, as it is and with half
+    the logits."""
+    found = {}
+    for name, share in (("", 1.0), ("_half", 0.5)):
+        exact = dsf.softmax(share * q, k, v.shape[1]).scan(v)
+        for p in range(2, orders + 1, 2):
+            left, right = dsf.taylor(share * q, p), dsf.taylor(k, p)
+            y = dsf.normalised(left, right, v.shape[1]).scan(v)
+            found[f"taylor{p}{name}"] = float(jnp.abs(y - exact).max())
+    return found
+
+
+def conditions(q, k, gate, width: int) -> dict[str, float]:
+    """E1: attention with normalisers eta against an SSM with gains 1/eta and decays
+    eta_(t-1)/eta_t, and with gains 1% off. E2: S6's coupling, decay = exp(-gain), with
+    the normalisers that it allows and with those of the tokens."""
+    eta = jnp.exp(gate.sum(1))
+    attention = dsf.separable(q, k, eta, width)
+    log_decay = jnp.log(eta[:-1] / eta[1:])
+    log_decay = jnp.concatenate([log_decay[:1] * 0, log_decay])
+
+    def ssm(gain, log_decay):
+        return dsf.decayed(q, k * gain[:, None], log_decay, width)
+
+    coupled = lambda eta: ssm(1 / eta, -1 / eta)
+    forced = [eta[0]]
+    for _ in range(len(q) - 1):
+        # the one eta > 0 with eta exp(-1/eta) = the eta before, by bisection
+        low, high = forced[-1], forced[-1] * 4 + 4
+        for _ in range(200):
+            middle = (low + high) / 2
+            under = middle * jnp.exp(-1 / middle) < forced[-1]
+            low, high = jnp.where(under, middle, low), jnp.where(under, high, middle)
+        forced.append((low + high) / 2)
+    allowed = jnp.stack(forced)
+    wrong = 1 / eta * (1 + 0.01 * jnp.sign(gate[:, 0] - 0.5))
+    apart = lambda a, b: float(dsf.distance(a, b))
+    return {
+        "E1_equal": apart(attention, ssm(1 / eta, log_decay)),
+        "E1_gain_off_by_1_percent": apart(attention, ssm(wrong, log_decay)),
+        "E2_allowed": apart(dsf.separable(q, k, allowed, width), coupled(allowed)),
+        "E2_by_token": apart(attention, coupled(eta)),
+    }
+
+
+def _show(found: dict[str, float]) -> None:
+    table = Table(title="largest difference, over the largest value", box=box.SIMPLE)
+    table.add_column("compared")
+    table.add_column("apart", justify="right")
+    for name, value in found.items():
+        table.add_row(name.replace("apart_", "Phi: "), f"{value:.2e}")
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    config.main(run, Config, __doc__, sys.argv[1:])

@@ -1,0 +1,178 @@
+"""The delta rule, with and without decay, forward and backward, as a kernel.
+
+    S' = exp(g_t) S_{t-1},  u_t = beta_t (v_t - k_t S'),  S_t = S' + k_t^T u_t,
+    o_t = scale q_t S_t
+
+Inside a chunk of 64 tokens every u depends on those before it, by a lower triangular
+system that is inverted on the chip; the state travels from chunk to chunk in float32.
+What a token decays, and which tokens belong together, is worked out before the kernel
+as eight numbers a token and head, so that its gradient is XLA's: the kernel returns the
+gradient of these numbers. The backward pass reads the states that chunks begin with,
+and passes from the last chunk to the first. No atomics: the same bits each time.
+
+Sources: the chunked form of DeltaNet (Yang et al., 2024, arXiv:2406.06484) and Gated
+DeltaNet (Yang et al., 2024, arXiv:2412.06464); the gradients are derived here.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import Refused, tables
+from pallas_kernels.delta_chunk import CHUNK, ROWS, Side
+from pallas_kernels.flash import DTYPES, WIDEST, check_tpu
+
+F32 = jnp.float32
+KERNELS = "inside", "forward", "backward", "gradients"  # on GPU
+FLOOR = -128.0  # exp of it is 0 in float32, so a log decay below it says nothing more
+
+
+class Static(NamedTuple):
+    """What is known of one call: T tokens; whether they decay; tiles: on GPU, of the
+    two kernels of the forward pass and the two of the backward pass, columns: of the
+    state; pieces: chunks of a grid step, and vmem: bytes of fast memory that a kernel
+    may use, on TPU."""
+
+    t: int
+    scale: float
+    gated: bool
+    tiles: tuple[tables.Tile, ...]
+    pieces: int
+    vmem: int
+    backend: str
+    interpret: Any
+
+
+def delta(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    beta: jax.Array,
+    log_decay: jax.Array | None = None,
+    *,
+    state: jax.Array | None = None,
+    run: jax.Array | None = None,
+    scale: float = 1.0,
+    tile: tuple[int, ...] | None = None,
+    backend: str = "tpu",
+    interpret: Any = False,
+) -> tuple[jax.Array, jax.Array]:
+    """The rule over T tokens -> state [B,H,D,V] float32, o [B,T,H,V] in v's dtype.
+
+    beta [B,T,H]; q, k [B,T,.,D] and v [B,T,.,V] have a number of heads that divides H;
+    log_decay None, [H] or [B,T,H], at most 0; state [B,H,D,V]: None for zeros; run
+    [B,T]: 0 is padding, a new number begins with an empty state, 1 sees `state`.
+    backend: "tpu" or "triton"; tile: chunks of a grid step on TPU; columns of the
+    state, warps and stages on GPU. Raises Refused for what the kernel does not do.
+    """
+    (b, t, h), (d, width) = beta.shape, (q.shape[3], v.shape[3])
+    if not q.dtype == k.dtype == v.dtype or q.dtype not in DTYPES:
+        raise Refused(f"q, k, v are {q.dtype}, {k.dtype}, {v.dtype}: one of "
+                      "bfloat16, float16, float32 for all three")
+    for name, n in (("D", d), ("V", width)):
+        if n > WIDEST:
+            raise Refused(f"{name}={n}: at most {WIDEST}")
+    if backend == "tpu":
+        check_tpu(q, interpret)
+    if state is None:
+        state = jnp.zeros((b, h, d, width), F32)
+    static = Static(
+        t, scale, log_decay is not None, *_tiles(q, v, b * h, tile, backend),
+        tables.vmem(tables.device_kind(), backend), backend, interpret,
+    )
+    side = sides(beta, log_decay, run, static.pieces * CHUNK)
+    return _delta(static, side, q, k, v, state.astype(F32))
+
+
+def _tiles(q, v, heads: int, tile, backend: str) -> tuple[tuple[tables.Tile, ...], int]:
+    """Tiles of the kernels on GPU, and chunks of a grid step on TPU."""
+    device, width = tables.device_kind(), v.shape[3]
+    shape = tables.Shape(CHUNK, width, q.shape[3], width, q.dtype.itemsize)
+    if backend == "tpu":
+        most = tile[0] if tile else tables.chunks_a_step(device, shape)
+        return (), min(most, -(-q.shape[1] // CHUNK))
+    ask = None if tile is None else (CHUNK, *tile)
+    found = [tables.tile(device, f"delta_{kind}", shape, ask, backend)
+             for kind in KERNELS]
+    if tile is None:
+        # what passes over the chunks takes fewer columns where processors would idle
+        found[1:3] = (_narrowed(a, width, heads) for a in found[1:3])
+    return tuple(found), 1
+
+
+def _narrowed(tile: tables.Tile, width: int, heads: int) -> tables.Tile:
+    columns = tile.columns
+    while columns > 16 and 2 * heads * -(-width // columns) <= tables.cores():
+        columns //= 2
+    return tile._replace(columns=columns)
+
+
+def sides(beta, log_decay, run, step: int) -> jax.Array:
+    """What a chunk's tokens are beside q, k and v [B,H,N,ROWS,CHUNK] float32, see
+    `delta_chunk.Side`; T is padded to a multiple of `step`."""
+    b, t, h = beta.shape
+    run = jnp.ones((1, t), jnp.int32) if run is None else run
+    run = jnp.pad(run, ((0, 0), (0, -t % step)))
+    split = lambda a: a.reshape(a.shape[0], -1, CHUNK, a.shape[2]).transpose(0, 3, 1, 2)
+    real = lambda a: split(jnp.where((run > 0)[..., None], jnp.pad(
+        a.astype(F32), ((0, 0), (0, -t % step), (0, 0))), 0))
+    shape = b, h, run.shape[1] // CHUNK, CHUNK
+    coarse = fine = later = jnp.zeros((1, 1, *shape[2:]), F32)
+    if log_decay is not None:
+        g = jnp.maximum(log_decay.astype(F32), FLOOR)
+        coarse, fine, later = _clocks(real(jnp.broadcast_to(g, beta.shape)))
+    present = jax.lax.cummax(jnp.pad(run, ((0, 0), (1, 0)), constant_values=1), axis=1)
+    first, last = (
+        a[:, None, :, None] for a in (present[:, :-1:CHUNK], present[:, CHUNK::CHUNK]))
+    r, end = split(run[..., None]), lambda a: a[..., -1:]
+    of = lambda a: (r == a) & (r > 0)
+    enter = jnp.where(of(first), jnp.exp(coarse + fine), 0)
+    keep = jnp.where(first == last, jnp.exp(end(coarse) + end(fine)), 0)
+    keep = jnp.pad(keep, ((0, 0), (0, 0), (0, 0), (0, CHUNK - 1)))
+    found = Side(real(beta), coarse, fine, r.astype(F32), enter,
+                 jnp.where(of(last), jnp.exp(later), 0), keep)
+    rows = [jnp.broadcast_to(a, shape) for a in found]
+    return jnp.stack(rows + [jnp.zeros(shape, F32)] * (ROWS - len(rows)), 3)
+
+
+def _clocks(g) -> tuple[jax.Array, ...]:
+    """Log decays from the chunk's beginning to a token, itself included: multiples of
+    1/256, whose sums are exact, and a small rest, so that the decay of two neighbours
+    stays exact behind one that decays strongly; and from behind a token to the end."""
+    step = jax.lax.stop_gradient(jnp.round(g * 256) / 256)
+    behind = jnp.pad(g[..., 1:], ((0, 0),) * 3 + ((0, 1),))
+    return (jnp.cumsum(step, 3), jnp.cumsum(g - step, 3),
+            jax.lax.cumsum(behind, 3, reverse=True))
+
+
+def _kernels(static: Static) -> Any:
+    """The module with the passes of the call's backend."""
+    return importlib.import_module(f"pallas_kernels.delta_{static.backend}")
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _delta(static: Static, side, q, k, v, state):
+    return _kernels(static).forward(static, side, q, k, v, state, False)[:2]
+
+
+def _ahead(static: Static, side, q, k, v, state):
+    final, o, *kept = _kernels(static).forward(static, side, q, k, v, state, True)
+    return (final, o), (side, q, k, v, kept)
+
+
+def _back(static: Static, saved, cotangents):
+    side, q, k, v, kept = saved
+    d_final, do = cotangents
+    found = _kernels(static).backward(static, side, q, k, v, kept, d_final, do)
+    d_side, dq, dk, dv, d_state = found
+    share = lambda a, like: a.reshape(
+        *like.shape[:3], -1, like.shape[3]).sum(3).astype(like.dtype)
+    return d_side, share(dq, q), share(dk, k), share(dv, v), d_state
+
+
+_delta.defvjp(_ahead, _back)

@@ -1,0 +1,148 @@
+"""Linear attention with decay, forward and backward, as a kernel.
+
+    S_t = exp(g_t) S_{t-1} + k_t^T v_t,    o_t = scale q_t S_t,    S [D,V] in float32
+
+Tokens of a chunk meet directly, through a small masked matrix of q.k; chunks meet
+through the state. The backward pass is the same recurrence from the other end: it
+carries the gradient of the state, and makes each chunk again from q, k, v and the state
+that the chunk began with. Everything is deterministic.
+
+Sources: Qin et al., 2024, arXiv:2401.04658 (constant decay); Sun et al., 2023,
+arXiv:2307.08621 (the chunked form); Yang et al., 2023, arXiv:2312.06635 (decays by
+token and channel). Sorting the pairs of a chunk by the highest bit in which their
+numbers differ, so that decays of channels need matrix products only and no exponent is
+positive, is proposed here (`pallas_kernels/steps_linear.py`).
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import Refused, tables
+from pallas_kernels.steps_linear import F32, FLOOR
+
+DTYPES = (jnp.bfloat16, jnp.float32)
+WIDEST = 256
+
+
+class Static(NamedTuple):
+    """What is known of one call. ahead, back: numbers of the tile table, of the forward
+    and of the backward pass; vmem: bytes of fast memory, on TPU."""
+
+    scale: float
+    dtype: Any
+    ahead: tuple[int, ...]
+    back: tuple[int, ...]
+    vmem: int
+    backend: str
+    interpret: Any
+
+
+def linear(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    log_decay: jax.Array | None = None,
+    *,
+    state: jax.Array | None = None,
+    run: jax.Array | None = None,
+    scale: float = 1.0,
+    dtype: Any = F32,
+    tile: tuple[int, ...] | None = None,
+    backend: str = "tpu",
+    interpret: Any = False,
+) -> tuple[jax.Array, jax.Array]:
+    """The recurrence over T tokens -> state [B,H,D,V] float32, o [B,T,H,V] `dtype`.
+
+    q [B,T,H,D], k [B,T,K,D], v [B,T,K,V] of one type; query head h reads key head
+    h // (H/K). log_decay, at most 0: None, [H], [B,T,H] or [B,T,H,D]. state [B,H,D,V]
+    is seen by tokens of run 1. run [B,T] int: 0 is padding, which writes nothing, does
+    not decay, and whose output is 0; a new run, they rise along the row, begins with an
+    empty state. tile: the numbers of the tile table, or the first of them. backend:
+    "tpu" or "triton"; interpret: run on a CPU, slowly. Raises Refused for what the
+    kernel does not do.
+    """
+    check(q, k, v, log_decay)
+    (b, t, h, d), width = q.shape, v.shape[3]
+    channels = log_decay is not None and log_decay.ndim == 4
+    device = tables.device_kind()
+    shape = tables.Shape(t, t, d, width, q.dtype.itemsize)
+    numbers = lambda which: tables.chunks(device, which, shape, channels, tile, backend)
+    static = Static(
+        float(scale), jnp.dtype(dtype), numbers("linear_forward"),
+        numbers("linear_backward"), tables.vmem(device, backend), backend, interpret,
+    )
+    if log_decay is not None and not channels:
+        log_decay = jnp.maximum(log_decay.astype(F32), FLOOR)
+    flags = None if run is None else flagged(run)
+    if flags is not None and not channels:
+        log_decay = _broken(log_decay, flags, h)
+    if state is None:
+        state = jnp.zeros((b, h, d, width), F32)
+    turned = state.astype(F32).swapaxes(2, 3)
+    turned, o = _linear(static, flags, q, k, v, log_decay, turned)
+    return turned.swapaxes(2, 3), o
+
+
+def check(q, k, v, log_decay) -> None:
+    """Raises Refused for widths and types that no kernel takes."""
+    if not q.dtype == k.dtype == v.dtype or q.dtype not in DTYPES:
+        raise Refused(f"q, k, v are {q.dtype}, {k.dtype}, {v.dtype}: bfloat16 or "
+                      "float32 for all three")
+    for name, n in (("D", q.shape[3]), ("V", v.shape[3])):
+        if n > WIDEST:
+            raise Refused(f"{name}={n}: at most {WIDEST}")
+    if min(q.shape) < 1:
+        raise Refused(f"q has shape {q.shape}: it holds nothing")
+
+
+def flagged(run: jax.Array) -> jax.Array:
+    """[B,T] int32: 0 for padding, 2 for the first token of a new run, 1 for others."""
+    run = run.astype(jnp.int32)
+    first = jnp.ones_like(run[:, :1])
+    present = jax.lax.cummax(jnp.concatenate([first, run[:, :-1]], 1), axis=1)
+    return jnp.where(run > 0, jnp.where(run != present, 2, 1), 0)
+
+
+def _broken(g, flags, h: int) -> jax.Array:
+    """Log decays [B,T,H] that forget all where a run begins, and nothing at padding."""
+    flags = flags[:, :, None]
+    g = jnp.zeros((1, 1, h), F32) if g is None else g if g.ndim == 3 else g[None, None]
+    return jnp.where(flags == 1, g, jnp.where(flags == 2, FLOOR, 0.0))
+
+
+def _kernels(static: Static) -> Any:
+    """The module with `forward` and `backward` of the call's backend."""
+    return importlib.import_module(f"pallas_kernels.linear_{static.backend}")
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _linear(static: Static, flags, q, k, v, g, state):
+    """The turned state [B,H,V,D] and o."""
+    return _kernels(static).forward(static, flags, q, k, v, g, state, save=False)[:2]
+
+
+def _ahead(static: Static, flags, q, k, v, g, state):
+    after, o, begun = _kernels(static).forward(static, flags, q, k, v, g, state,
+                                               save=True)
+    return (after, o), (flags, q, k, v, g, state, begun)
+
+
+def _back(static: Static, saved, cotangents):
+    flags, q, k, v, g, state, begun = saved
+    d_state, do = cotangents
+    dq, dk, dv, dg, d_before = _kernels(static).backward(
+        static, flags, q, k, v, g, state, begun, d_state.astype(F32),
+        do.astype(q.dtype))
+    if g is not None and g.ndim == 1:
+        dg = dg.sum((0, 1))
+    dg = None if g is None else dg.astype(g.dtype)
+    return None, dq, dk, dv, dg, d_before
+
+
+_linear.defvjp(_ahead, _back)

@@ -1,0 +1,318 @@
+"""Linear attention with decay for GPU by Triton, on sm80 and newer.
+
+Two passes. The first is sequential over chunks and parallel over tiles of the state: it
+passes the state on and writes down what each chunk begins with. The second has all
+chunks at once: pairs inside a chunk, and queries against its state. The backward pass
+is the first pass twice, forward for the states, which are not kept from the forward
+pass, and from the other end for their gradients, and then all chunks at once, in a
+program for dv and one for dq, dk and dg. All sums over key channels are of parts, so
+that few channels are in registers at a time. dk and dv of each query head are added up
+over the heads of a key head by XLA. No atomics, and so the same bits each time.
+
+States are carried in float32 and written down in the type of q, in which the matrix
+units take them. What limits it: with H heads at D = V = 128, bfloat16 and chunks of 64
+a token moves 8 D bytes of q, k, v, o, 4 D of k and v once more, and twice 2 D V / 64
+of the states, 20 D in all, for 4 D (64 + D) flops: 38 flops a byte, where an H200 has
+206 for each byte that it can move. So bytes over bandwidth are the limit, not flops.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton
+
+from pallas_kernels.steps_linear import (
+    F32, FLOOR, Channels, Steady, Still, Tokens, dot
+)
+from pallas_kernels.steps_triton import load, power
+from pallas_kernels.tile import both
+
+
+class Call(NamedTuple):
+    """What is static: T tokens in chunks of c, `groups` query heads a key head; lanes
+    of q and k; value channels of a program; widths of a tile of the state; key channels
+    of a program that makes their gradients; and each program's warps and stages."""
+
+    t: int
+    c: int
+    groups: int
+    scale: float
+    lanes: int
+    values: int
+    state: tuple[int, int]
+    keys: int
+    how: tuple[int, int]
+    state_how: tuple[int, int]
+    keys_how: tuple[int, int]
+    interpret: Any
+
+    @property
+    def chunks(self) -> int:
+        """How many chunks there are."""
+        return -(-self.t // self.c)
+
+
+class Arrays(NamedTuple):
+    """What a kernel reads where it lies; None for what there is not.
+
+    q, do [B,T,H,D|V], k, v [B,T,K,D|V]; g [H], [B,T,H] or [B,T,H,D]; flags [B,T];
+    state: one [B,H,V,D], or those of chunks [B,H,N,V,D], and d_state the same of their
+    gradients; V and D are multiples of their tiles there.
+    """
+
+    q: Any
+    k: Any
+    v: Any
+    g: Any
+    flags: Any
+    do: Any = None
+    state: Any = None
+    d_state: Any = None
+
+
+class Here:
+    """A chunk of one head of one row of the batch."""
+
+    def __init__(self, call: Call, x: Arrays, b, h, n):
+        self.call, self.x, self.b, self.h = call, x, b, h
+        self.kv = h // call.groups
+        self.start, c = n * call.c, call.c
+        number = self.start + jax.lax.broadcasted_iota(jnp.int32, (c,), 0)
+        self.inside = number < call.t if call.t % c else None
+        self.real, self.flag = self.inside, None
+        if x.flags is not None:
+            self.flag = load(x.flags.at[b, pl.ds(self.start, c)], self.inside, 0)
+            self.real = both(self.inside, self.flag > 0)
+
+    def cut(self, ref, head, first, width: int, where):
+        """Tokens and lanes of an array [B,T,H,X], and which of them are there."""
+        zero = self.start * 0
+        at = ref.at[self.b, pl.ds(self.start, self.call.c), head,
+                    pl.ds(zero + first, width)]
+        found = None if where is None else where[:, None]
+        if ref.shape[3] != power(ref.shape[3]):  # tiles cover that many lanes
+            lane = first + jax.lax.broadcasted_iota(
+                jnp.int32, (self.call.c, width), 1)
+            found = both(found, lane < ref.shape[3])
+        size = (self.call.c, width)
+        return at, None if found is None else jnp.broadcast_to(found, size)
+
+    def rows(self, ref, head, first=0, width: int | None = None):
+        """A tile of q, k, v or do [c,width], 0 at padding and beyond the end."""
+        width = width or self.call.lanes
+        at, inside = self.cut(ref, head, first, width, self.real)
+        return load(at, inside, 0)
+
+    def write(self, ref, value, head, first=0) -> None:
+        """The reverse of `rows`; at padding too, where the value is 0."""
+        at, inside = self.cut(ref, head, first, value.shape[1], self.inside)
+        triton.store(at, value.astype(ref.dtype), mask=inside)
+
+    def fade(self, first=0, width: int | None = None) -> Still:
+        """The decay inside the chunk, of some of the key channels."""
+        call, g = self.call, self.x.g
+        if g is None:
+            return Still(call.c, call.scale)
+        if len(g.shape) == 1:
+            count = jnp.minimum(call.t - self.start, call.c)
+            return Steady(call.c, call.scale, g[self.h], count)
+        if len(g.shape) == 3:
+            at = g.at[self.b, pl.ds(self.start, call.c), self.h]
+            return Tokens(call.c, call.scale, load(at, self.inside, 0)[None, :])
+        own = self.rows(g, self.h, first, width).astype(F32)
+        own = jnp.maximum(own, FLOOR)
+        if self.flag is not None:
+            own = jnp.where(self.flag[:, None] > 1, FLOOR, own)
+        return Channels(call.c, call.scale, own, rolled=True)
+
+
+def _states(call: Call, reverse: bool, x: Arrays, each_ref, last_ref):
+    """Passes a tile of the state on, and writes down the states in between."""
+    place, h, b = (pl.program_id(n) for n in range(3))
+    tall, wide = call.state
+    across = each_ref.shape[4] // wide
+    v0, d0 = jax.lax.div(place, across) * tall, jax.lax.rem(place, across) * wide
+    tile = pl.ds(v0, tall), pl.ds(d0, wide)
+
+    def step(i, s):
+        n = call.chunks - 1 - i if reverse else i
+        here = Here(call, x, b, h, n)
+        triton.store(each_ref.at[b, h, n, *tile], s.astype(each_ref.dtype))
+        fade = here.fade(d0, wide)
+        if reverse:
+            value = here.rows(x.do, h, v0, tall)
+            key = fade.enter(here.rows(x.q, h, d0, wide))
+        else:
+            value = here.rows(x.v, here.kv, v0, tall)
+            key = fade.leave(here.rows(x.k, here.kv, d0, wide))
+        return fade.kept(s) + dot(value, key.astype(value.dtype), 0, 0)
+
+    begin = triton.load(x.state.at[b, h, *tile])
+    s = jax.lax.fori_loop(0, call.chunks, step, begin)
+    triton.store(last_ref.at[b, h, *tile], s)
+
+
+def _place(call: Call, x: Arrays):
+    """The chunk of this program, its head and number, and the first value channel."""
+    place, h, b = (pl.program_id(n) for n in range(3))
+    n, first = jax.lax.rem(place, call.chunks), jax.lax.div(place, call.chunks)
+    return Here(call, x, b, h, n), h, n, first * call.values
+
+
+def _add_up(call: Call, x: Arrays, here: Here, n, first, state, key: bool):
+    """Pairs of a chunk [c,c], and what queries get from the state, or, for `key`, keys
+    from its gradient [c,values]; sums over key channels, of which those with decays of
+    their own are taken some at a time."""
+    by_channel = x.g is not None and len(x.g.shape) == 4
+    width = call.keys if by_channel else call.lanes
+
+    def step(i, carry):
+        d0 = i * width
+        q = here.rows(x.q, here.h, d0, width)
+        k = here.rows(x.k, here.kv, d0, width)
+        tile = pl.ds(first, call.values), pl.ds(d0, width)
+        s = triton.load(state.at[here.b, here.h, n, *tile])
+        fade = here.fade(d0, width)
+        a = (fade.leave(k) if key else fade.enter(q)).astype(q.dtype)
+        return carry[0] + fade.pairs(q, k), carry[1] + dot(a, s, 1, 1)
+
+    zeros = lambda width: jnp.zeros((call.c, width), F32)
+    carry = zeros(call.c), zeros(call.values)
+    return jax.lax.fori_loop(0, call.lanes // width, step, carry)
+
+
+def _outputs(call: Call, x: Arrays, o_ref):
+    """o of a chunk, some of its channels."""
+    here, h, n, first = _place(call, x)
+    pairs, o = _add_up(call, x, here, n, first, x.state, False)
+    v = here.rows(x.v, here.kv, first, call.values)
+    here.write(o_ref, o + dot(pairs.astype(v.dtype), v, 1, 0), h, first)
+
+
+def _values(call: Call, x: Arrays, dv_ref):
+    """dv of a chunk, some of its channels."""
+    here, h, n, first = _place(call, x)
+    pairs, dv = _add_up(call, x, here, n, first, x.d_state, True)
+    do = here.rows(x.do, h, first, call.values)
+    here.write(dv_ref, dv + dot(pairs.astype(do.dtype), do, 0, 0), h, first)
+
+
+def _keys(call: Call, x: Arrays, dq_ref, dk_ref, *dg_ref):
+    """dq and dk of a chunk for some of its key channels, and what they add to dg, over
+    its value channels tile by tile."""
+    place, h, b = (pl.program_id(n) for n in range(3))
+    n, part = jax.lax.rem(place, call.chunks), jax.lax.div(place, call.chunks)
+    d0 = part * call.keys
+    here = Here(call, x, b, h, n)
+
+    def step(i, carry):
+        dp, entered, left, held = carry
+        first = i * call.values
+        v = here.rows(x.v, here.kv, first, call.values)
+        do = here.rows(x.do, h, first, call.values)
+        tile = pl.ds(first, call.values), pl.ds(d0, call.keys)
+        s, ds = (triton.load(a.at[b, h, n, *tile]) for a in (x.state, x.d_state))
+        together = (s.astype(F32) * ds.astype(F32)).sum(0, keepdims=True)
+        return (dp + dot(do, v, 1, 1), entered + dot(do, s, 1, 0),
+                left + dot(v, ds, 1, 0), held + together)
+
+    zeros = lambda *shape: jnp.zeros(shape, F32)
+    carry = (zeros(call.c, call.c), zeros(call.c, call.keys),
+             zeros(call.c, call.keys), zeros(1, call.keys))
+    carry = jax.lax.fori_loop(0, x.state.shape[3] // call.values, step, carry)
+    q, k = here.rows(x.q, h, d0, call.keys), here.rows(x.k, here.kv, d0, call.keys)
+    found = here.fade(d0, call.keys).back(q, k, *carry)
+    here.write(dq_ref, found.dq, h, d0)
+    here.write(dk_ref, found.dk, h, d0)
+    if dg_ref and len(x.g.shape) == 4:
+        here.write(dg_ref[0], found.dg, h, d0)
+    elif dg_ref:
+        at = dg_ref[0].at[b, h, part, pl.ds(here.start, call.c)]
+        triton.store(at, found.dg.sum(0), mask=here.inside)
+
+
+def _launch(call: Call, kernel, grid, x: Arrays, outs, how, name: str) -> Any:
+    warps, stages = how
+    return pl.pallas_call(
+        lambda x, *refs: kernel(call, x, *refs), grid=grid, out_shape=outs,
+        interpret=call.interpret, name=name,
+        compiler_params=triton.CompilerParams(num_warps=warps, num_stages=stages),
+    )(x)
+
+
+def _call(static, numbers, q, k, v) -> Call:
+    c, values, warps, stages, side, *rest = numbers
+    lanes, wide = power(q.shape[3]), power(v.shape[3])
+    keys, *keys_how = rest[2:]
+    return Call(q.shape[1], c, q.shape[2] // k.shape[2], static.scale, lanes,
+                min(values, wide), (min(side, wide), min(side, lanes)),
+                min(keys, lanes), (warps, stages), tuple(rest[:2]),
+                tuple(keys_how), static.interpret)
+
+
+def _pass(call: Call, x: Arrays, state, reverse: bool):
+    """The states that chunks begin with [B,H,N,V,D], or, in `reverse`, the gradients of
+    those that they end with, and the last one [B,H,V,D] float32."""
+    b, h, width, d = state.shape
+    tall, wide = power(width), call.lanes
+    state = jnp.pad(state, ((0, 0), (0, 0), (0, tall - width), (0, wide - d)))
+    outs = [jax.ShapeDtypeStruct((b, h, call.chunks, tall, wide), x.q.dtype),
+            jax.ShapeDtypeStruct(state.shape, F32)]
+    grid = tall // call.state[0] * (wide // call.state[1]), h, b
+    each, last = _launch(
+        call, lambda call, x, *refs: _states(call, reverse, x, *refs), grid,
+        x._replace(state=state), outs, call.state_how,
+        "linear_state_gradients" if reverse else "linear_states")
+    return each, last[:, :, :width, :d]
+
+
+def forward(static, flags, q, k, v, g, state, save: bool):
+    """The turned state [B,H,V,D] after the last token, o [B,T,H,V]; nothing to save."""
+    b, t, h, _ = q.shape
+    call = _call(static, static.ahead, q, k, v)
+    x = Arrays(q, k, v, g, flags)
+    each, last = _pass(call, x, state, False)
+    out = jax.ShapeDtypeStruct((b, t, h, v.shape[3]), static.dtype)
+    grid = call.chunks * (each.shape[3] // call.values), h, b
+    o = _launch(call, _outputs, grid, x._replace(state=each), out, call.how,
+                "linear_outputs")
+    return last, o, None
+
+
+def backward(static, flags, q, k, v, g, state, begun, d_state, do):
+    """dq, dk, dv, dg and the gradient of the turned state that came in."""
+    b, t, h, _ = q.shape
+    heads = k.shape[2]
+    call = _call(static, static.back, q, k, v)
+    x = Arrays(q, k, v, g, flags, do)
+    states, _ = _pass(call, x, state, False)
+    gradients, before = _pass(call, x, d_state, True)
+    kind = k.dtype if h == heads else F32
+    own = lambda a: jax.ShapeDtypeStruct((b, t, h, a.shape[3]), kind)
+    x = x._replace(state=states, d_state=gradients)
+    grid = call.chunks * (states.shape[3] // call.values), h, b
+    dv = _launch(call, _values, grid, x, own(v), call.how, "linear_backward_values")
+    outs = [jax.ShapeDtypeStruct(q.shape, q.dtype), own(k)]
+    if g is not None:
+        parts = (b, h, call.lanes // call.keys, t)
+        outs.append(jax.ShapeDtypeStruct(g.shape if g.ndim == 4 else parts, F32))
+    grid = call.chunks * (call.lanes // call.keys), h, b
+    dq, dk, *dg = _launch(call, _keys, grid, x, outs, call.keys_how,
+                          "linear_backward_keys")
+    if h > heads:
+        share = lambda a: a.reshape(b, t, heads, -1, a.shape[3]).sum(3)
+        dk, dv = share(dk).astype(k.dtype), share(dv).astype(v.dtype)
+    return dq, dk, dv, _decay(flags, g, dg), before
+
+
+def _decay(flags, g, dg):
+    """dg [B,T,H] or [B,T,H,D], 0 where the decay is not that of `g`."""
+    if g is None:
+        return None
+    if g.ndim < 4:
+        return dg[0].sum(2).swapaxes(1, 2)
+    return dg[0] if flags is None else jnp.where(flags[..., None, None] == 1, dg[0], 0)

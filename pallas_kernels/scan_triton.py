@@ -1,0 +1,308 @@
+"""Softmax over every prefix on GPU by Triton: chunks are programs, side by side.
+
+Every chunk's own triple is made first; a scan over the chunks, logarithmic in their
+number, gives what each begins with, and then all chunks are computed at once. On the
+way back a chunk computes what its tokens ask of each other and of those before it, a
+scan from the last chunk to the first adds that up, and a last pass adds what has
+reached each chunk. Arrays are read where they lie, [B,T,H] and [B,T,K,V].
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton
+
+from pallas_kernels.scan import (
+    F32, Saved, asked, fade, inverse, product, weighted, weights
+)
+from pallas_kernels.steps_triton import block, dot, load, pieces, write, zeros
+
+LOWEST = -jnp.inf
+
+
+class Arrays(NamedTuple):
+    """What kernels read; None for what a pass or call does not use.
+
+    s [B,T,H] float32; v [B,T,K,V]; code [B,T]; m, u [B,H,T]; do [B,T,H,V]; m_in, u_in
+    [B,H,N], w_in [B,H,N,V], run_in [B,N]: what a chunk begins with; ends [B,N]: the run
+    it ends with; ref, h [B,H,N], g [B,H,N,V] and run [B,N]: what later chunks ask for.
+    """
+
+    s: Any
+    v: Any
+    code: Any = None
+    m: Any = None
+    u: Any = None
+    do: Any = None
+    m_in: Any = None
+    u_in: Any = None
+    w_in: Any = None
+    run_in: Any = None
+    ends: Any = None
+    ref: Any = None
+    h: Any = None
+    g: Any = None
+    run: Any = None
+
+
+class Here:
+    """One chunk: `c` tokens from `n * c` on, of row b."""
+
+    def __init__(self, c: int, x: Arrays):
+        self.x, self.c = x, c
+        self.n, self.head, self.b = (pl.program_id(a) for a in range(3))
+        self.start = self.n * c
+        self.t = x.s.shape[1]
+        self.number = self.start + jax.lax.broadcasted_iota(jnp.int32, (c,), 0)
+        self.inside = self.number < self.t if self.t % c else None
+
+    def scores(self, h):
+        """s [c], -inf beyond the end."""
+        at = self.x.s.at[self.b, pl.ds(self.start, self.c), h]
+        return load(at, self.inside, LOWEST)
+
+    def code(self):
+        """code [c], 0 beyond the end; None if there is one run."""
+        if self.x.code is None:
+            return None
+        return load(self.x.code.at[self.b, pl.ds(self.start, self.c)], self.inside, 0)
+
+    def line(self, ref, h, other):
+        """[c] of a [B,H,T] array, `other` beyond the end."""
+        at = ref.at[self.b, h, pl.ds(self.start, self.c)]
+        return load(at, self.inside, other)
+
+    def tile(self, ref, h):
+        """[c,V] of a [B,T,H,V] array, in pieces."""
+        return block(ref, self.b, self.start, self.c, h)
+
+    def one(self, ref, h):
+        """The number of a [B,H,N] array."""
+        return ref[self.b, h, self.n]
+
+    def wide(self, ref, h):
+        """[V] of a [B,H,N,V] array, in pieces."""
+        found = []
+        for at, inside in _lanes(ref, self.b, h, self.n):
+            found.append(load(at, inside, 0.0))
+        return found
+
+    def put(self, ref, value, h):
+        """The reverse of `wide`, a piece each."""
+        for (at, inside), piece in zip(_lanes(ref, self.b, h, self.n), value):
+            triton.store(at, piece, mask=inside)
+
+    def put_line(self, at, value):
+        """[c] tokens at a place."""
+        triton.store(at, value, mask=self.inside)
+
+    def seen(self, code, tokens: int):
+        """Which token sees which, tokens t along axis `tokens`."""
+        i, t = (jax.lax.broadcasted_iota(jnp.int32, (self.c, self.c), n)
+                for n in (1 - tokens, tokens))
+        if code is None:
+            return i <= t
+        own, run = code, jnp.abs(code)
+        own, run = (own[:, None], run[None]) if tokens else (own[None], run[:, None])
+        return (i <= t) & (own == run)
+
+
+def _lanes(ref, b, h, n):
+    zero = n * 0
+    for first, size in pieces(ref.shape[3]):
+        lane = jax.lax.broadcasted_iota(jnp.int32, (size,), 0)
+        inside = None if first + size <= ref.shape[3] else first + lane < ref.shape[3]
+        yield ref.at[b, h, n, pl.ds(zero + first, size)], inside
+
+
+def _totals(c, x: Arrays, m_ref, u_ref, w_ref):
+    here = Here(c, x)
+    h, group = here.head, x.s.shape[2] // x.v.shape[2]
+    s, code = here.scores(h), here.code()
+    if code is not None:
+        s = jnp.where(code == x.ends[here.b, here.n], s, LOWEST)
+    m = s.max(0)
+    p = fade(s, m)
+    m_ref[here.b, h, here.n], u_ref[here.b, h, here.n] = m, p.sum(0)
+    values = here.tile(x.v, h // group)
+    here.put(w_ref, [(p[:, None] * v.astype(F32)).sum(0) for v in values], h)
+
+
+def _forward(c, x: Arrays, o_ref, m_ref, u_ref):
+    here = Here(c, x)
+    h, group = here.head, x.s.shape[2] // x.v.shape[2]
+    s, code, m_in = here.scores(h), here.code(), here.one(x.m_in, h)
+    if code is not None:
+        enters = jnp.abs(code) == x.run_in[here.b, here.n]
+        m_in = jnp.where(enters, m_in, LOWEST)
+    seen = here.seen(code, 0)
+    m = jnp.maximum(jnp.where(seen, s[None], LOWEST).max(1), m_in)
+    p, share = weights(s[None], m[:, None], seen), fade(m_in, m)
+    u = p.sum(1) + share * here.one(x.u_in, h)
+    r = inverse(u, code)[:, None]
+    o = []
+    for v, w in zip(here.tile(x.v, h // group), here.wide(x.w_in, h)):
+        o.append((weighted(dot, p, v, 1) + share[:, None] * w[None]) * r)
+    write(o_ref, o, here.b, here.start, c, h)
+    for ref, value in ((m_ref, m), (u_ref, u)):
+        here.put_line(ref.at[here.b, h, pl.ds(here.start, c)], value)
+
+
+def _inside(c, x: Arrays, ds_ref, dv_ref, g_ref, h_ref):
+    """What a chunk's tokens ask of each other, for the heads of a group in turn, and of
+    those before."""
+    here = Here(c, x)
+    k, group = here.head, x.s.shape[2] // x.v.shape[2]
+    code, values = here.code(), here.tile(x.v, here.head)
+
+    def step(j, dv):
+        h = k * group + j
+        s, do = here.scores(h), here.tile(x.do, h)
+        m, u = here.line(x.m, h, jnp.inf), here.line(x.u, h, 0.0)
+        r, m_in, own = inverse(u, code), here.one(x.m_in, h), m
+        if code is not None:
+            present = jnp.abs(code)
+            m_in = jnp.where(present == x.run_in[here.b, here.n], m_in, LOWEST)
+            own = jnp.where(present == x.run[here.b, here.n], m, jnp.inf)
+        share, weight = fade(m_in, m), fade(here.one(x.ref, h), own) * r
+        parts = [product(dot, v, d, 1, 1) for v, d in zip(values, do)]
+        a = functools.reduce(operator.add, parts)
+        before = functools.reduce(operator.add, [
+            (d.astype(F32) * w[None]).sum(1)
+            for d, w in zip(do, here.wide(x.w_in, h))])
+        p = weights(s[:, None], m[None], here.seen(code, 1))
+        ds, p, delta = asked(
+            p, a, r[None], share[None], before[None], here.one(x.u_in, h))
+        here.put_line(ds_ref.at[here.b, pl.ds(here.start, c), h], ds.sum(1))
+        here.put(g_ref, [(weight[:, None] * d.astype(F32)).sum(0) for d in do], h)
+        h_ref[here.b, h, here.n] = (weight * delta.sum(0)).sum(0)
+        return tuple(a + weighted(dot, p, d, 1) for a, d in zip(dv, do))
+
+    dv = jax.lax.fori_loop(0, group, step, zeros(c, x.v.shape[3]))
+    write(dv_ref, dv, here.b, here.start, c, k)
+
+
+def _reached(c, x: Arrays, given, ds_ref, dv_ref):
+    """ds and dv with what later chunks ask for."""
+    here = Here(c, x)
+    k, group = here.head, x.s.shape[2] // x.v.shape[2]
+    code, values = here.code(), here.tile(x.v, here.head)
+
+    def step(j, dv):
+        h = k * group + j
+        s, g = here.scores(h), here.wide(x.g, h)
+        if code is not None:
+            s = jnp.where(code == x.run[here.b, here.n], s, LOWEST)
+        e = fade(s, here.one(x.ref, h))
+        along = [(v.astype(F32) * one[None]).sum(1) for v, one in zip(values, g)]
+        along = functools.reduce(operator.add, along)
+        at = pl.ds(here.start, c)
+        own = load(given[0].at[here.b, at, h], here.inside, 0.0)
+        here.put_line(ds_ref.at[here.b, at, h], own + e * (along - here.one(x.h, h)))
+        return tuple(a + e[:, None] * one[None] for a, one in zip(dv, g))
+
+    dv = jax.lax.fori_loop(0, group, step, here.tile(given[1], k))
+    write(dv_ref, dv, here.b, here.start, c, k)
+
+
+def _launch(static, kernel, heads: int, x: Arrays, outs, name: str, *more) -> Any:
+    """pallas_call on whole arrays, a program for each chunk, head and row."""
+    grid = -(-x.s.shape[1] // static.chunk), heads, x.s.shape[0]
+    wide = max(n for _, n in pieces(x.v.shape[3]))
+    return pl.pallas_call(
+        functools.partial(kernel, static.chunk), grid=grid, out_shape=outs,
+        interpret=static.interpret, name=name,
+        compiler_params=triton.CompilerParams(
+            num_warps=4 if wide <= 64 and x.do is None and x.v.dtype != F32 else 8,
+            num_stages=1),
+    )(x, *more)
+
+
+def _join(a, b):
+    """Neighbouring stretches (run, m, u, w): another run replaces the one before."""
+    same = a[0][:, None] == b[0][:, None]
+    left = jnp.where(same, a[1], LOWEST)
+    m = jnp.maximum(left, b[1])
+    x, y = fade(left, m), fade(b[1], m)
+    return b[0], m, a[2] * x + b[2] * y, a[3] * x[..., None] + b[3] * y[..., None]
+
+
+def _hand(a, b):
+    """The same of (run, ref, h, G) from the last chunk to the first: a is behind b."""
+    same = a[0][:, None] == b[0][:, None]
+    x = fade(jnp.where(same, b[1], LOWEST), a[1])
+    return b[0], b[1], b[2] + a[2] * x, b[3] + a[3] * x[..., None]
+
+
+def _over(op, parts):
+    """All joins along the chunks of (run [B,N], [B,H,N], [B,H,N], [B,H,N,V])."""
+    first = [jnp.moveaxis(a, n, 0) for a, n in zip(parts, (1, 2, 2, 2))]
+    step = jax.vmap(op)
+    found = jax.lax.associative_scan(step, tuple(first))
+    return tuple(jnp.moveaxis(a, 0, n) for a, n in zip(found, (1, 2, 2, 2)))
+
+
+def _struct(*shape, dtype=F32):
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def _runs(code, c: int, many: int):
+    """|code| at the first and at the last token of each chunk [B,N]."""
+    if code is None:
+        return None, None
+    short = many * c - code.shape[1]
+    present = jnp.pad(jnp.abs(code), ((0, 0), (0, short)), mode="edge")
+    return present[:, ::c], present[:, c - 1::c]
+
+
+def forward(static, code, s, v, m, u, w):
+    """((m, u, w), o, Saved)."""
+    (b, t, h), c = s.shape, static.chunk
+    many = -(-t // c)
+    ends = _runs(code, c, many)[1]
+    x = Arrays(s, v, code, ends=ends)
+    one, wide = _struct(b, h, many), _struct(b, h, many, v.shape[3])
+    parts = _launch(static, _totals, h, x, [one, one, wide], "scan_totals")
+    run = jnp.ones((b, many), jnp.int32) if ends is None else ends
+    ahead = lambda first, a: jnp.concatenate([first, a], 2)
+    starts = _over(_join, (
+        jnp.concatenate([jnp.ones((b, 1), jnp.int32), run], 1),
+        *(ahead(a[:, :, None], p) for a, p in zip((m, u, w), parts))))
+    last = tuple(a[:, :, -1] for a in starts[1:])
+    run_in = None if ends is None else starts[0][:, :-1]
+    m_in, u_in, w_in = (a[:, :, :-1] for a in starts[1:])
+    x = x._replace(m_in=m_in, u_in=u_in, w_in=w_in, run_in=run_in)
+    line = _struct(b, h, t)
+    outs = [_struct(b, t, h, v.shape[3], dtype=static.dtype), line, line]
+    o, ms, us = _launch(static, _forward, h, x, outs, "scan_forward")
+    return last, o, Saved(ms, us, m_in, u_in, w_in, run_in)
+
+
+def backward(static, code, s, v, saved: Saved, do, du, dw):
+    """ds, dv, and G [B,H,V] and h [B,H] of the first chunk."""
+    (b, t, h), c = s.shape, static.chunk
+    many, k = -(-t // c), v.shape[2]
+    starts, ends = _runs(code, c, many)
+    ref = saved.m[:, :, ::c]
+    x = Arrays(s, v, code, saved.m, saved.u, do, *saved[2:], ref=ref, run=starts)
+    outs = [_struct(b, t, h), _struct(*v.shape), _struct(b, h, many, v.shape[3]),
+            _struct(b, h, many)]
+    ds, dv, g, gap = _launch(static, _inside, k, x, outs, "scan_backward")
+    run = jnp.ones((b, many), jnp.int32) if starts is None else starts
+    final = run[:, -1:] if ends is None else ends[:, -1:]
+    behind = lambda a, last: jnp.concatenate([a, last[:, :, None]], 2)
+    turn = lambda parts: tuple(jnp.flip(a, n) for a, n in zip(parts, (1, 2, 2, 2)))
+    run, ref, gap, g = turn(_over(_hand, turn((
+        jnp.concatenate([run, final], 1), behind(ref, saved.m[:, :, -1]),
+        behind(gap, -du), behind(g, dw)))))
+    x = x._replace(ref=ref[:, :, 1:], h=gap[:, :, 1:], g=g[:, :, 1:], do=None,
+                   run=None if code is None else run[:, 1:])
+    outs = [_struct(b, t, h), jax.ShapeDtypeStruct(v.shape, v.dtype)]
+    ds, dv = _launch(static, _reached, k, x, outs, "scan_backward_reached", (ds, dv))
+    return ds, dv, (g[:, :, 0], gap[:, :, 0])

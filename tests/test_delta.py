@@ -1,0 +1,207 @@
+"""The delta rule against the float64 recurrence, token by token."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from attn.delta import Delta
+from attn.wy import delta_rule, inverse, one
+from tests.delta_oracle import B, H, RUNS, close, held, inputs, recurrence
+
+SCALE = 0.5
+
+
+def both(f):
+    """(out, gradients) of f at args, given the cotangents."""
+    @jax.jit
+    def run(args, cotangents):
+        out, back = jax.vjp(f, *args)
+        return out, back(cotangents)
+
+    return run
+
+
+@pytest.mark.parametrize("t", [1, 37])
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("kind", ["none", "head", "token", "strong", "mixed"])
+def test_it_is_the_recurrence(kind, packed, t):
+    for top, heads, chunk in ((1.0, (H, 2, 2), 16), (2.0, (2, 2, H), 64)):
+        *args, d_o, d_state = inputs(t, kind, top, heads)
+        run = np.array(RUNS[t] if packed else np.ones((B, t)), np.int32)
+        g = np.float64(0) if args[4] is None else args[4]
+        want, grads = recurrence(
+            *args[:4], g, args[5], run, SCALE, d_o, d_state)
+        f = lambda q, k, v, beta, g, state: delta_rule(
+            q, k, v, beta, g, state=state, run=run if packed else None, chunk=chunk,
+            scale=SCALE, implementation="xla",
+        )
+        held(*both(f)(args, (d_state, d_o)), want, grads, args[4])
+
+
+@pytest.mark.parametrize("kind", ["none", "token"])
+@pytest.mark.parametrize("alike", [False, True])
+def test_long_rows_stay_exact(kind, alike):
+    # alike: all keys are one, so that each token overwrites the one before it
+    *args, d_o, d_state = inputs(400, kind, 2.0, b=1, d=16, width=16, h=2,
+                                 heads=(2, 2, 2))
+    if alike:
+        args[1] = np.broadcast_to(args[1][:, :1], args[1].shape)
+    run, g = np.ones((1, 400), np.int32), args[4]
+    want, grads = recurrence(*args[:4], np.float64(0) if g is None else g, args[5],
+                             run, 1.0, d_o, d_state)
+    f = lambda q, k, v, beta, g, state: delta_rule(q, k, v, beta, g, state=state)
+    held(*both(f)(args, (d_state, d_o)), want, grads, g)
+
+
+def test_the_chunk_is_only_a_tile():
+    q, k, v, beta, g, state, *_ = inputs(37, "mixed")
+    want = delta_rule(q, k, v, beta, g, state=state)
+    for chunk in (1, 7, 1000):
+        for a, b in zip(delta_rule(q, k, v, beta, g, state=state, chunk=chunk), want):
+            close(a, b)
+
+
+def test_one_token_is_a_chunk_of_one():
+    q, k, v, beta, g, state, *_ = inputs(2)
+    for run in (None, np.array([[1, 0], [1, 5]], np.int32)):
+        want, rows = delta_rule(q, k, v, beta, g, state=state, run=run, scale=SCALE)
+        now = state
+        for t in range(2):
+            part = (a[:, t:t + 1] for a in (q, k, v, beta, g))
+            at = None if run is None else np.minimum(run[:, t:t + 1], t + 1)
+            now, o = one(now, *part, run=at, scale=SCALE)
+            close(o, rows[:, t:t + 1])
+        close(now, want)
+
+
+def test_pieces_are_the_whole():
+    q, k, v, beta, g, state, *_ = inputs(37)
+    want, rows = delta_rule(q, k, v, beta, g, state=state)
+    for piece in (1, 4, 16):
+        now, outs = state, []
+        step = jax.jit(lambda s, *a: delta_rule(*a, state=s))
+        for at in range(0, 37, piece):
+            part = (a[:, at:at + piece] for a in (q, k, v, beta, g))
+            now, o = step(now, *part)
+            outs.append(o)
+        close(now, want), close(jnp.concatenate(outs, 1), rows)
+
+
+def test_low_precision_reads_low_and_computes_high():
+    q, k, v, beta, g, state, *_ = inputs(37)
+    low = tuple(jnp.asarray(a, jnp.bfloat16) for a in (q, k, v))
+    with jax.numpy_dtype_promotion("strict"):
+        have = delta_rule(*low, beta, g, state=state, dtype=jnp.bfloat16)
+    want = delta_rule(*(a.astype(jnp.float32) for a in low), beta, g, state=state)
+    assert have[1].dtype == jnp.bfloat16
+    close(have[0], want[0]), close(have[1].astype(jnp.float32), want[1], 2**-8)
+
+
+def test_the_inverse_is_an_inverse_and_so_is_its_gradient():
+    rng = np.random.default_rng(0)
+    for c in (1, 5, 16, 37, 64):
+        a = np.tril(rng.normal(size=(3, c, c)) / 4, -1).astype(np.float32)
+        x = inverse(jnp.asarray(a))
+        exact = np.linalg.inv(np.eye(c) + a.astype(np.float64))
+        close(x, exact)
+        d = rng.normal(size=a.shape).astype(np.float32)
+        (back,) = jax.vjp(inverse, jnp.asarray(a))[1](jnp.asarray(d))
+        turned = exact.swapaxes(1, 2)
+        close(back, -turned @ d @ turned, 1.5e-5)
+
+
+def test_any_length_is_finite():
+    shape = jax.eval_shape(lambda: jnp.zeros((1, 43884, 1, 16)))
+    q = jnp.full(shape.shape, 0.25)
+    beta, g = jnp.full((1, 43884, 1), 1.9), jnp.full((1, 43884, 1), -1e-4)
+    f = jax.jit(functools.partial(delta_rule, chunk=64))
+    for a in f(q, q, q, beta, g):
+        assert np.isfinite(a).all()
+
+
+def test_wrong_calls_say_what_was_expected():
+    q, k, v, beta, g, state, *_ = inputs(5)
+    for message, change in {
+        r"beta has shape .* expected \[B,T,H\]": {"beta": beta[..., None]},
+        "k has shape .*divide H=4": {"k": np.concatenate([k, k[:, :, :1]], 2)},
+        "v has shape .* expected": {"v": v[:, :3]},
+        "log_decay has shape": {"log_decay": g[..., :2]},
+        "state has shape": {"state": state[:, :1]},
+        "run has shape": {"run": np.ones((B, 4), np.int32)},
+        "chunk=0": {"chunk": 0},
+    }.items():
+        given = {"q": q, "k": k, "v": v, "beta": beta, "log_decay": g} | change
+        with pytest.raises(ValueError, match=message):
+            delta_rule(**given)
+
+
+LAYERS = {
+    "plain": Delta(chunk=8), "no_conv": Delta(conv=0, negative=True),
+    "gated": Delta(gated=True, chunk=8), "negative": Delta(gated=True, negative=True),
+}
+SEGMENTS = np.array([[1] * 5 + [2] * 8 + [0] * 3, [0] * 2 + [1] * 6 + [3] * 8])
+
+
+def layer_inputs(t=16):
+    keys = jax.random.split(jax.random.key(0), 4)
+    shapes = (B, t, H, 8), (B, t, 2, 8), (B, t, 2, 12), (B, t, 20)
+    return [jax.random.normal(key, shape) for key, shape in zip(keys, shapes)]
+
+
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_stream_of_the_layer_is_the_whole(name, packed):
+    layer, (q, k, v, x) = LAYERS[name], layer_inputs()
+    segments = jnp.asarray(SEGMENTS) if packed else None
+    params = layer.init(jax.random.key(1), q, k, v, x=x)
+    want = jax.jit(lambda *a: layer.apply(params, *a, x=x, segments=segments))(q, k, v)
+    if packed:
+        assert (np.asarray(want)[SEGMENTS == 0] == 0).all()
+        alone = layer.apply(params, *(a[:1, 5:13] for a in (q, k, v)), x=x[:1, 5:13])
+        close(want[:1, 5:13], alone, 1e-5)
+    step = jax.jit(lambda s, seg, x, *a: layer.apply(
+        params, s, *a, x=x, segments=seg, method="step"))
+    for piece in (1, 8):
+        state, outs = layer.init_state(16, q, k, v), []
+        for at in range(0, 16, piece):
+            part = slice(at, at + piece)
+            seg = None if segments is None else segments[:, part]
+            state, o = step(state, seg, *(a[:, part] for a in (x, q, k, v)))
+            outs.append(o)
+        close(jnp.concatenate(outs, 1), want, 1e-5)
+
+
+def test_the_layer_is_its_equation():
+    q, k, v, x = layer_inputs()
+    layer = Delta(gated=True, negative=True, conv=0)
+    params = layer.init(jax.random.key(1), q, k, v, x=x)
+    own = {n: np.asarray(a, np.float64) for n, a in params["params"].items()
+           if n in ("A_log", "dt_bias")}
+    own |= {n: np.asarray(params["params"][n]["kernel"], np.float64)
+            for n in ("beta", "decay")}
+    silu = lambda a: a / (1 + np.exp(-a))
+    unit = lambda a: a / np.sqrt((a * a).sum(-1, keepdims=True) + 1e-6)
+    a = [np.asarray(a, np.float64) for a in (q, k, v, x)]
+    beta = 2 / (1 + np.exp(-a[3] @ own["beta"]))
+    g = -np.exp(own["A_log"]) * np.log1p(np.exp(a[3] @ own["decay"] + own["dt_bias"]))
+    state, zeros = np.zeros((B, H, 8, 12)), np.zeros((B, 16, H, 12))
+    want, _ = recurrence(unit(silu(a[0])), unit(silu(a[1])), silu(a[2]), beta, g, state,
+                         np.ones((B, 16), int), 8**-0.5, zeros, state)
+    close(layer.apply(params, q, k, v, x=x), want[1], 1e-5)
+    assert (0 < np.exp(own["A_log"])).all() and (np.exp(own["A_log"]) <= 16).all()
+
+
+def test_the_layer_says_what_was_expected():
+    q, k, v, x = layer_inputs()
+    with pytest.raises(ValueError, match="Delta: conv=-1"):
+        Delta(conv=-1)
+    for wrong in (None, x[:, :3]):
+        with pytest.raises(ValueError, match="x .*expected the tokens"):
+            Delta().init(jax.random.key(0), q, k, v, x=wrong)
+    with pytest.raises(NotImplementedError, match="axis='seq'"):
+        Delta(axis="seq").init(jax.random.key(0), q, k, v, x=x)
+    with pytest.raises(NotImplementedError, match="pair of segments"):
+        Delta()(q, k, v, x=x, segments=(SEGMENTS, SEGMENTS))

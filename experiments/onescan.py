@@ -43,9 +43,10 @@ class Config:
     width: int = knob(32, "model width E")
     layers: int = knob(2, "layers")
     heads: int = knob(4, "heads H")
-    steps: int = knob(600, "training steps")
+    steps: int = knob(1200, "training steps")
     batch: int = knob(64, "digits a step")
     rate: float = knob(4e-3, "peak learning rate")
+    decay: float = knob(0.1, "weight decay")
     seed: int = knob(0, "of data and parameters")
     side: int = knob(64, "pixels of a side in the timing; T is its square")
     rounds: int = knob(7, "how often each is timed")
@@ -70,8 +71,8 @@ class Config:
     def plan(self) -> Plan:
         """The training."""
         return Plan(
-            steps=self.steps, batch=self.batch, rate=self.rate, decay=0.0, log=20,
-            warmup=self.steps // 10, seed=self.seed,
+            steps=self.steps, batch=self.batch, rate=self.rate, decay=self.decay,
+            log=20, warmup=self.steps // 10, seed=self.seed,
         )
 
 

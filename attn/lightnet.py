@@ -145,8 +145,8 @@ class LightNet:
             held, *self._turned(q, share, now.pos, now.pos), wide,
             self._spread(log_decay), segments=segments, **self._how(d),
         )
-        mass = (a[:, -1] for a in after)
-        state = LightNetState(held.memory, *mass, held.end, held.segment)
+        top, total = (a[:, -1] for a in after)
+        state = LightNetState(held.memory, top, total, held.end, held.segment)
         return state, o.astype(v.dtype)
 
     def _check_stream(self) -> None:
@@ -191,7 +191,7 @@ class LightNet:
         return share, log_decay, after
 
     def _running(self, k, run, *before) -> tuple:
-        # no gradient flows through top, on which top + log(total) does not depend
+        # a constant: top + log(total) does not depend on where it is measured from
         top, held = jax.lax.stop_gradient(k), Mass(*before)
         token = Mass(*nothing(k.shape)), Mass(top, jnp.exp(k - top))
         _, (last, now) = prefix(

@@ -40,16 +40,18 @@ class Alone:
 
 
 class Over(nn.Module):
-    """What a network adds to bicubic interpolation."""
+    """Bicubic interpolation and what a network adds to it, at first nothing."""
 
     network: ESSAformer
 
+    @nn.compact
     def __call__(self, x, train: bool = False):
         """x [B,h,w,bands] -> [B,s h,s w,bands]."""
         b, h, w, bands = x.shape
         s = self.network.scale
         smooth = jax.image.resize(x, (b, s * h, s * w, bands), "cubic")
-        return smooth + self.network(x, train)
+        share = self.param("share", nn.initializers.zeros, (), jnp.float32)
+        return smooth + share * self.network(x, train)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -86,10 +86,9 @@ class Config:
 
 
 TINY = Config(
-    attentions=(Based(feature_dim=2), Softmax(mask=Causal() & Window(3)), GLA(),
-                Softmax()),
-    pairs=2, length=16, vocab=32, width=16, steps=2, batch=4, lengths=(16, 32),
-    stream=16, rounds=1, quiet=True,
+    attentions=(Based(feature_dim=2), Softmax(mask=Causal() & Window(3))), pairs=2,
+    length=16, vocab=32, width=16, steps=2, batch=4, lengths=(16, 32), stream=16,
+    rounds=1, quiet=True,
 )
 
 

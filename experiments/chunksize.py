@@ -95,8 +95,8 @@ class Config:
 
 
 TINY = Config(
-    chunks=(1, 4), tokens=16, layer_width=16, rounds=1, text=Text(length=32), chunk=4,
-    layers=1, width=16, text_steps=2, recall_chunks=(1, 16), pairs=2, length=16,
+    chunks=(4,), tokens=16, layer_width=16, rounds=1, text=Text(length=32), chunk=4,
+    layers=1, width=16, text_steps=2, recall_chunks=(16,), pairs=2, length=16,
     recall_width=16, recall_steps=2, quiet=True,
 )
 

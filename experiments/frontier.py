@@ -9,7 +9,26 @@ step of decoding reads all of it, so its growth with the length is printed as we
 
     python -m experiments.frontier
 
-RESULT
+takes 2 to 5 minutes on 2 cores (5:21 beside other jobs). Recall of 16 pairs in 64
+tokens, bytes of a sequence's memory, and microseconds of a decoding step at T = 4096:
+
+    Based(feature_dim=2)                   32.9%     2,092      263
+    Based(feature_dim=4)                   75.2%     5,732      194
+    Based(feature_dim=8, compact=True)     97.6%    11,972      220
+    Based(feature_dim=8)                   97.6%    19,252      214
+    a window of 8                           1.2%     4,400      223
+    a window of 16                          2.3%     8,528      230
+    a window of 32                         52.6%    16,784      239
+    Lightning()                            61.7%    16,656      205
+    GLA()                                   4.9%    16,656      374
+    Delta()                                99.3%    18,960      306
+    Softmax()                              99.8%    33,296    5,122
+
+Recall of Based rises with its state. The best Based of at most its bytes is 32, 73 and
+45 points ahead of the windows and 36 ahead of Lightning; Delta is 1.8 points ahead of
+it. (The compact state is the same function, so it recalls the same with less.)
+All memories but that of softmax are as large at any length (exponent 0; softmax 1.00).
+GLA learns next to nothing in 800 steps at this rate; NOTE
 """
 
 from __future__ import annotations
@@ -86,10 +105,9 @@ class Config:
 
 
 TINY = Config(
-    attentions=(Based(feature_dim=2), Softmax(mask=Causal() & Window(3)), GLA(),
-                Softmax()),
-    pairs=2, length=16, vocab=32, width=16, steps=2, batch=4, lengths=(16, 32),
-    stream=16, rounds=1, quiet=True,
+    attentions=(Based(feature_dim=2), Softmax(mask=Causal() & Window(3))), pairs=2,
+    length=16, vocab=32, width=16, steps=2, batch=4, lengths=(16, 32), stream=16,
+    rounds=1, quiet=True,
 )
 
 

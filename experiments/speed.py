@@ -5,9 +5,13 @@ slows all of them; a figure is the median of the rounds, a ratio the median of t
 ratios to jax.nn.dot_product_attention in the same round: 2 is twice as fast. Inputs are
 iid normal and attention is causal. The pass "both" is forward and backward; "decode" is
 one token more for a memory of T. Peers take part where they are installed: cuDNN,
-tokamax, torch. What does the whole of causal attention is also given as a share of a
-large matrix product that the same process timed, a decoding step by the bytes of its
-memory as a share of a large copy.
+tokamax, torch, ejkernel. What does the whole of causal attention is also given as a
+share of a large matrix product that the same process timed, a decoding step by the
+bytes of its memory as a share of a large copy. Attentions that learn something read
+tokens [B,T,H V] as well, iid normal, and their backward pass is also that of their
+parameters. A second table says from how many tokens on a contender stays faster than
+the best exact one, peers included: "< T" if from the first length on, "> T" if not even
+at the last, else on a line between two lengths.
 
     python -m experiments.speed --lengths='(2048, 4096)' --attentions='(Softmax(),)'
 

@@ -163,7 +163,7 @@ def delta(q, k, beta, log_decay, width: int) -> DSF:
     """The gated delta rule: A = exp(g_t) (I - beta_t k_t k_t^T), which is not diagonal;
     q, k [T,n], beta, log_decay [T]."""
     eye = jnp.eye(k.shape[1], dtype=k.dtype)
-    erase = eye - beta[:, None, None] * k[:, :, None] * k[:, None]
+    erase = eye[None] - beta[:, None, None] * k[:, :, None] * k[:, None]
     a = jnp.exp(log_decay)[:, None, None] * erase
     a = jax.vmap(lambda a: jnp.kron(jnp.eye(width, dtype=a.dtype), a))(a)
     return DSF(a, _inward(k * beta[:, None], width), _outward(q, width))

@@ -1,25 +1,18 @@
-"""Contenders: attentions and the peers they are timed against, ready to be called.
-
-A peer takes part where it is installed and runs: cuDNN and tokamax's kernels on a GPU,
-tokamax's on a TPU, its chunked form and torch's scaled_dot_product_attention on a CPU
-(torch's on a GPU as well). What a peer refuses is said once and left out.
-"""
+"""Contenders: attentions ready to be called and timed, and what a device can do."""
 
 from __future__ import annotations
 
+import ctypes
 import functools
-import importlib.util
 import time
 from typing import Any, Callable, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from attn.masks import Causal
 from attn.softmax import Softmax
 
-PEER = "jax.nn"
 PASSES = ("forward", "both", "decode")
 SECONDS = 0.02  # how long one timing lasts at least
 
@@ -46,20 +39,42 @@ def inputs(batch, t, heads, kv_heads, d, v, dtype) -> Inputs:
                     for key, shape in zip(keys, shapes)))
 
 
-def prepared(f: Any, x: Inputs, which: str) -> Callable[[], Any]:
-    """A call of f, compiled and run once. f: an attention, or a function of q, k, v."""
+def prepared(f: Any, x: Inputs, which: str, gates: tuple = ()) -> Callable[[], Any]:
+    """A call of f, compiled and run once. f: an attention, or a function of q, k, v and
+    gates. The gradients of a learned attention are also those of its tokens and
+    parameters, those of a function those of its gates."""
     if which == "decode" and hasattr(f, "init_state"):
         return _stream(f, x)
+    f, more = bound(f, x)
+    more += gates
 
     def both(do, *args):
         return jax.vjp(f, *args)[1](do)
 
     if which == "both":
-        call = functools.partial(jax.jit(both), x.do, *x[:3])
+        call = functools.partial(jax.jit(both), x.do, *x[:3], *more)
     else:
-        call = functools.partial(jax.jit(f), *x[:3])
+        call = functools.partial(jax.jit(f), *x[:3], *more)
     jax.block_until_ready(call())
     return call
+
+
+def bound(f: Any, x: Inputs, method: str = "__call__") -> tuple[Callable, tuple]:
+    """(function of arrays and of more, more): what a learned attention needs besides
+    its arrays, tokens [B,T,H V] that are iid normal, and parameters; () for others."""
+    if not hasattr(f, "apply"):
+        return getattr(f, method) if method != "__call__" else f, ()
+    b, t = x.k.shape[:2]
+    width = x.q.shape[2] * x.v.shape[3]
+    tokens = jax.random.normal(jax.random.key(1), (b, t, width)).astype(x.q.dtype)
+    first = [a[:, :1] for a in (*x[:3], tokens)]
+    params = f.init(jax.random.key(2), *first[:3], x=first[3])
+
+    def apply(*args):
+        *arrays, tokens, params = args
+        return f.apply(params, *arrays, x=tokens, method=method)
+
+    return apply, (tokens, params)
 
 
 def _stream(attention: Any, x: Inputs) -> Callable[[], Any]:
@@ -67,14 +82,19 @@ def _stream(attention: Any, x: Inputs) -> Callable[[], Any]:
     away to the call, so that it is written in place; a cache forgets the token again, a
     recurrent memory reads it once more."""
     t = x.k.shape[1]
-    cut = lambda part: (x.k[:, part], x.v[:, part])
+    advance, more = bound(attention, x, "step")
+
+    def cut(part):
+        own = (more[0][:, part], *more[1:]) if more else ()
+        return (x.k[:, part], x.v[:, part], *own)
+
     before, last = slice(None, t - 1), slice(t - 1, None)
     queries = jnp.broadcast_to(x.q, (x.k.shape[0], t, *x.q.shape[2:]))
     state = attention.init_state(t, queries, x.k, x.v)
-    state, _ = jax.jit(attention.step)(state, queries[:, :t - 1], *cut(before))
+    state, _ = jax.jit(advance)(state, queries[:, :t - 1], *cut(before))
 
-    def step(state, q, k, v):
-        after, o = attention.step(state, q, k, v)
+    def step(state, q, *args):
+        after, o = advance(state, q, *args)
         # positions and counts as they were: the same step again
         same = lambda new, old: new if jnp.issubdtype(new.dtype, jnp.floating) else old
         return jax.tree.map(same, after, state), o
@@ -91,56 +111,14 @@ def _stream(attention: Any, x: Inputs) -> Callable[[], Any]:
     return call
 
 
-def peers(which: str) -> dict[str, Callable[[Inputs], Callable[[], Any]]]:
-    """What prepares a call of each peer that may run here, by name; jax.nn first."""
-    where = jax.default_backend()
-    causal = which != "decode"  # one query sees all keys
-    own = jax.nn.dot_product_attention
-    forms: dict[str, Callable] = {PEER: functools.partial(own, is_causal=causal)}
-    if where == "gpu":
-        forms["cuDNN"] = functools.partial(
-            own, is_causal=causal, implementation="cudnn")
-    if importlib.util.find_spec("tokamax") is not None:
-        import tokamax
-
-        kinds = {"gpu": ("mosaic", "triton"), "tpu": ("mosaic",)}
-        for kind in kinds.get(where, ("xla_chunked",)):
-            forms[f"tokamax {kind}"] = functools.partial(
-                tokamax.dot_product_attention, is_causal=causal, implementation=kind)
-    found: dict[str, Callable[[Inputs], Callable[[], Any]]] = {
-        name: functools.partial(prepared, f, which=which) for name, f in forms.items()}
-    if importlib.util.find_spec("torch") is not None and where in ("cpu", "gpu"):
-        found["torch SDPA"] = functools.partial(_torch, which=which)
-    return found
-
-
-def _torch(x: Inputs, which: str) -> Callable[[], Any]:
-    """torch's attention on the same numbers; a call waits for its result itself."""
-    import torch
-
-    place = "cuda" if jax.default_backend() == "gpu" else "cpu"
-    if place == "cuda" and not torch.cuda.is_available():
-        raise NotImplementedError("torch SDPA: this torch has no CUDA")
-    kind = getattr(torch, jnp.dtype(x.q.dtype).name)
-    turned = lambda a: torch.from_numpy(
-        np.array(a.astype(jnp.float32))).to(place, kind).transpose(1, 2)
-    q, k, v, do = map(turned, x)
-    f = functools.partial(
-        torch.nn.functional.scaled_dot_product_attention,
-        is_causal=which != "decode", enable_gqa=q.shape[1] != k.shape[1])
-    wait = torch.cuda.synchronize if place == "cuda" else lambda: None
-
-    def call():
-        if which != "both":
-            with torch.no_grad():
-                f(q, k, v)
-        else:
-            args = [a.detach().requires_grad_() for a in (q, k, v)]
-            torch.autograd.grad(f(*args), args, do)
-        wait()
-
-    call()
-    return call
+def keep_memory() -> None:
+    """Tells glibc to keep what was freed. It gives large arrays back to the system, and
+    the next call then pays for every page anew: time of the system, not of attention.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(-4, 0)  # M_MMAP_MAX
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
 def repeats(call: Callable[[], Any]) -> int:

@@ -100,7 +100,7 @@ class Pairs(Source):
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Photos(Pairs):
     """Pieces of a colour photograph that comes with scikit-learn: china.jpg, a temple,
-    or flower.jpg. The right third is held out."""
+    or flower.jpg. The middle third of its columns is held out."""
 
     name: str = "china.jpg"
 
@@ -114,14 +114,14 @@ class Photos(Pairs):
         return 3
 
     def draw(self, rng: np.random.Generator, size: int) -> Batch:
-        image = _photo(self.name)
-        cut = image.shape[1] * 2 // 3
-        image = image[:, :cut] if self.split == "train" else image[:, cut:]
-        side = self.size * self.scale
-        most = min(image.shape[:2])
+        image, side = _photo(self.name), self.size * self.scale
+        height, third = image.shape[0], image.shape[1] // 3
+        most = min(height, third)
         self.require("size", side <= most, f"size * scale of {most} or less")
-        rows = rng.integers(image.shape[0] - side + 1, size=size)
-        columns = rng.integers(image.shape[1] - side + 1, size=size)
+        rows = rng.integers(height - side + 1, size=size)
+        columns = rng.integers(third - side + 1, size=size)
+        sides = rng.integers(2, size=size) * 2 if self.split == "train" else 1
+        columns = columns + third * sides
         return self.pair(np.stack([
             image[r:r + side, c:c + side] for r, c in zip(rows, columns)
         ]))

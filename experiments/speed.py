@@ -5,9 +5,13 @@ slows all of them; a figure is the median of the rounds, a ratio the median of t
 ratios to jax.nn.dot_product_attention in the same round: 2 is twice as fast. Inputs are
 iid normal and attention is causal. The pass "both" is forward and backward; "decode" is
 one token more for a memory of T. Peers take part where they are installed: cuDNN,
-tokamax, torch. What does the whole of causal attention is also given as a share of a
-large matrix product that the same process timed, a decoding step by the bytes of its
-memory as a share of a large copy.
+tokamax, torch, ejkernel. What does the whole of causal attention is also given as a
+share of a large matrix product that the same process timed, a decoding step by the
+bytes of its memory as a share of a large copy. Attentions that learn something read
+tokens [B,T,H V] as well, iid normal, and their backward pass is also that of their
+parameters. A second table says from how many tokens on a contender stays faster than
+the best exact one, peers included: "< T" if from the first length on, "> T" if not even
+at the last, else on a line between two lengths.
 
     python -m experiments.speed --lengths='(2048, 4096)' --attentions='(Softmax(),)'
 
@@ -23,6 +27,7 @@ GPU, the shapes of the field's tables:
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import sys
 from typing import Any, Callable, NamedTuple
@@ -35,16 +40,20 @@ from rich.progress import track
 from rich.table import Table
 
 from attn.based import Based
+from attn.delta import Delta
+from attn.flow import Flow
+from attn.gla import GLA
 from attn.landmark import Landmark
 from attn.lightning import Lightning
 from attn.masks import Causal, Window
+from attn.rat import RAT
 from attn.softmax import Softmax
-from experiments import config
+from experiments import breakeven, config
 from experiments.config import knob
 from experiments.contenders import (
-    PASSES, PEER, Inputs, exact, flops, inputs, limits, peers, prepared, repeats,
-    seconds
+    PASSES, Inputs, exact, flops, inputs, limits, prepared, repeats, seconds
 )
+from experiments.peers import PEER, linear_peers, peers
 from experiments.runs import open_folder
 
 
@@ -54,7 +63,7 @@ class Config:
 
     attentions: tuple = knob(
         (Softmax(), Softmax(mask=Causal() & Window(256)), Landmark(), Lightning(),
-         Based()),
+         Based(), Flow(), GLA(), Delta(gated=True), RAT()),
         "the contenders; jax.nn is always there, other peers where installed",
     )
     lengths: tuple[int, ...] = knob((512, 1024, 2048, 4096), "sequence lengths T")
@@ -85,7 +94,8 @@ TINY = Config(
 
 
 def run(config_: Config) -> dict[str, Any]:
-    """Times all -> {"LENGTH PASS NAME": ratio to jax.nn} and the folder."""
+    """Times all -> {"LENGTH PASS NAME": ratio to jax.nn}, {"break-even PASS NAME":
+    tokens} and the folder."""
     folder = open_folder("speed", config_.folder, config.command(config_))
     console = Console(stderr=True)
     rates = limits(config_.dtype)
@@ -96,22 +106,26 @@ def run(config_: Config) -> dict[str, Any]:
         rows += measure(config_, t, which, rates, absent)
     for name, why in absent.items():
         console.print(f"left out: {name}: {why}", highlight=False)
-    device = jax.devices()[0]
+    device, crossed = jax.devices()[0], breakeven.break_even(rows)
     found = {
         "command": config.command(config_), "jax": jax.__version__,
         "device": device.device_kind, "dtype": jnp.dtype(config_.dtype).name,
         "matmul_flops": rates[0], "copy_bytes": rates[1], "absent": absent,
-        "rows": rows,
+        "rows": rows, "break_even": crossed,
     }
     (folder / "speed.json").write_text(json.dumps(found, indent=1) + "\n")
     picture(found, folder / "speed.png")
     Console().print(table(rows), f"{device.device_kind}, jax {jax.__version__}: matrix "
                     f"product {rates[0] / 1e12:.3g} TFLOP/s, copy {rates[1] / 1e9:.4g} "
                     "GB/s", highlight=False)
-    numbers = {
+    if crossed:
+        Console().print(breakeven.table(crossed))
+    numbers: dict[str, Any] = {
         f"{r['length']} {r['pass']} {r['name']}": r["ratio"] for r in rows
         if r["name"] != PEER
     }
+    for one in crossed:
+        numbers[f"break-even {one['pass']} {one['name']}"] = one["length"]
     return numbers | {"folder": str(folder)}
 
 
@@ -121,7 +135,8 @@ def measure(config_: Config, t: int, which: str, rates: tuple[float, float],
     `rates`; a peer that refuses goes into `absent` with its reason."""
     calls: dict[str, Callable] = {}
     works: dict[str, float | None] = {}
-    for name, one in _makers(config_, which).items():
+    makers = _makers(config_, which)
+    for name, one in makers.items():
         x = _inputs(config_, one.subject, t)
         try:
             calls[name] = one.make(x.last if which == "decode" else x)
@@ -132,7 +147,7 @@ def measure(config_: Config, t: int, which: str, rates: tuple[float, float],
             absent.setdefault(name, text[:160])
             continue
         works[name] = flops(x.last if which == "decode" else x, which) \
-            if exact(one.subject) else None
+            if one.exact else None
     times = {name: repeats(call) for name, call in calls.items()}
     spent: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(config_.rounds):
@@ -143,7 +158,8 @@ def measure(config_: Config, t: int, which: str, rates: tuple[float, float],
     for name, each in spent.items():
         median = float(np.median(each))
         row = {"length": t, "pass": which, "name": name, "ms": median * 1000,
-               "ratio": float(np.median(peer / np.asarray(each)))}
+               "ratio": float(np.median(peer / np.asarray(each))),
+               "exact": makers[name].exact}
         work = works[name]
         if which != "decode" and work is not None:
             row["share"] = work / median / rates[0]
@@ -155,20 +171,25 @@ def measure(config_: Config, t: int, which: str, rates: tuple[float, float],
 
 
 class Maker(NamedTuple):
-    """What prepares a contender's call; subject: the attention, None for a peer."""
+    """What prepares a contender's call; subject: the attention, None for a peer; exact:
+    whether it computes causal softmax attention."""
 
     make: Callable[[Inputs], Callable]
     subject: Any
     peer: bool
+    exact: bool
 
 
 def _makers(config_: Config, which: str) -> dict[str, Maker]:
     """All contenders of a pass by name, jax.nn first."""
-    found = {name: Maker(make, None, name != PEER)
+    found = {name: Maker(make, None, name != PEER, True)
              for name, make in peers(which).items()}
+    for name, make in linear_peers(which).items():
+        found[name] = Maker(make, None, True, False)
     for attention in config_.attentions:
-        make = lambda x, attention=attention: prepared(attention, x, which)
-        found[config.show(attention)] = Maker(make, attention, False)
+        make = functools.partial(prepared, attention, which=which)
+        found[config.show(attention)] = Maker(
+            make, attention, False, exact(attention))
     return found
 
 

@@ -2,10 +2,18 @@
 
 An image is made four times smaller by means of 4 x 4 pixels; the network and bicubic
 interpolation make it large again, and the signal-to-noise ratio says how close they
-come (ESSAformer; Zhang et al., 2023, arXiv:2307.14010). The network is trained on one
-photograph that comes with scikit-learn and asked about the other, or on cubes of 31
-bands made of mixed materials (`--data='Spectra()'`). Beside it stands the same network
-in which every pixel attends to itself alone.
+come (ESSAformer; Zhang et al., 2023, arXiv:2307.14010). Beside it stands the same
+network in which every pixel attends to itself alone. So short a training needs bicubic
+interpolation to begin with, which the paper's network does not add (`--skip=False`).
+
+    python -m experiments.superres
+    python -m experiments.superres --data='Spectra(size=8)'
+
+take 2 to 4 minutes each on 2 cores that had other work. On cubes of 31 bands, made of
+four materials, ESSAformer gets 27.57 dB, bicubic 25.68: 1.9 dB more. On a photograph
+that comes with scikit-learn, of three bands, learned from its sides and asked about its
+middle, it gets 28.71 dB, bicubic 28.69: nothing to speak of. What does not show is the
+attention: the network without it gets 27.68 and 28.72 dB, as much.
 """
 
 from __future__ import annotations
@@ -40,27 +48,29 @@ class Alone:
 
 
 class Over(nn.Module):
-    """What a network adds to bicubic interpolation."""
+    """Bicubic interpolation and what a network adds to it, at first nothing."""
 
     network: ESSAformer
 
+    @nn.compact
     def __call__(self, x, train: bool = False):
         """x [B,h,w,bands] -> [B,s h,s w,bands]."""
         b, h, w, bands = x.shape
         s = self.network.scale
         smooth = jax.image.resize(x, (b, s * h, s * w, bands), "cubic")
-        return smooth + self.network(x, train)
+        share = self.param("share", nn.initializers.zeros, (), jnp.float32)
+        return smooth + share * self.network(x, train)
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
     """One network on one source of images."""
 
-    data: Pairs = knob(Photos(), "the images: Photos() or Spectra()")
+    data: Pairs = knob(Photos(size=8), "the images: Photos() or Spectra()")
     width: int = knob(16, "channels inside the network")
-    steps: int = knob(300, "training steps")
+    steps: int = knob(1000, "training steps")
     batch: int = knob(8, "images a step")
-    rate: float = knob(2e-3, "peak learning rate")
+    rate: float = knob(3e-3, "peak learning rate")
     seed: int = knob(0, "of data and parameters")
     dropout: float = knob(0.0, "share of channels dropped; the authors' code has 0.2")
     skip: bool = knob(True, "learn what is missing in bicubic; the paper's has no skip")

@@ -4,7 +4,8 @@ Every mechanism here that is linear in its values has an operator Phi, its matri
 attention, and a system h_t = A_t h_{t-1} + B_t u_t, y_t = C_t h_t that ought to have
 the same one (DSF; Sieber et al., 2024, arXiv:2405.15731). Phi of the attention is made
 by differentiating its output by its values, Phi of the system from its matrices; the
-first table says how far apart they are, in float64. Then, what the paper says of
+numbers say how far apart they are, in float32, in which mechanisms compute. Then, in
+float64, what the paper says of
 softmax and of the selective SSM: softmax is the limit of linear attention with more and
 more features; attention and an SSM with one decay coincide exactly if its gains and
 decays come from the normaliser (E1), which a change of 1% breaks; and with the coupling
@@ -59,13 +60,13 @@ Pair = tuple[Callable[[jax.Array], jax.Array], DSF]
 def run(config_: Config) -> dict[str, Any]:
     """Compares -> plain numbers: how far operators are apart, relative to the largest
     value, and the errors of the expansion."""
-    with jax.enable_x64(True), jax.default_matmul_precision("highest"):
+    found: dict[str, Any] = {}
+    with jax.default_matmul_precision("highest"):
         q, k, v, gate = numbers(config_)
-        apart = {
-            name: float(_apart(f, system, v))
-            for name, (f, system) in pairs(q, k, gate, v.shape[1]).items()
-        }
-        found: dict[str, Any] = {f"apart_{n}": x for n, x in apart.items()}
+        for name, (f, system) in pairs(q, k, gate, v.shape[1]).items():
+            found[f"apart_{name}"] = float(_apart(f, system, v))
+    with jax.enable_x64(True):
+        q, k, v, gate = numbers(config_)
         found |= expansion(q, k, v, config_.orders) | conditions(q, k, gate, v.shape[1])
     if not config_.quiet:
         _show(found)
@@ -73,7 +74,7 @@ def run(config_: Config) -> dict[str, Any]:
 
 
 def numbers(config_: Config):
-    """q, k [T,D], v [T,V] and gates [T,D] in (0,1), float64."""
+    """q, k [T,D], v [T,V] and gates [T,D] in (0,1), of the default float type."""
     rng = np.random.default_rng(config_.seed)
     draw = lambda n: jnp.asarray(rng.normal(size=(config_.tokens, n)))
     d = config_.width
@@ -86,14 +87,15 @@ def pairs(q, k, gate, width: int) -> dict[str, Pair]:
     scale = d**-0.5
     one, all_ones = gate[:, 0], jnp.ones_like(gate[:, 0])
     unit = k / jnp.linalg.norm(k, axis=1, keepdims=True)
-    headed = lambda *args: tuple(a[None, :, None] for a in args)
-    plain = lambda f: lambda v: f(*headed(q, k, v))[0, :, 0]
+    at_one = lambda a: a[None, :, None]  # of one sequence, the one head
+    plain = lambda f: lambda v: f(at_one(q), at_one(k), at_one(v))[0, :, 0]
     fade = lambda a: jnp.broadcast_to(jnp.log(a), (len(q),))
     rate = jnp.exp(-slopes(1)[0])
     top = jnp.exp(k[:, 0] - k[:, 0].max())[:, None]
-    by_channel = lambda v: recur(*headed(q, unit, v), headed(jnp.log(gate))[0])
+    by_channel = lambda v: recur(
+        at_one(q), at_one(unit), at_one(v), at_one(jnp.log(gate))
+    )
     fading = jnp.log(1 - one / 2)
-    at_one = lambda a: a[None, :, None]
     erasing = lambda v: delta_rule(
         at_one(q), at_one(unit), at_one(v), at_one(one), at_one(fading)
     )
@@ -103,13 +105,13 @@ def pairs(q, k, gate, width: int) -> dict[str, Pair]:
             q, k, all_ones, width)),
         "lightning": (plain(Lightning()), dsf.decayed(q, k, fade(rate), width)),
         "retnet": (plain(RetNet()), dsf.decayed(
-            scale * q, k, fade(jnp.float64(1 - 2**-5)), width)),
+            scale * q, k, fade(jnp.asarray(1 - 2**-5, q.dtype)), width)),
         "based": (plain(Based()), dsf.normalised(features(q), features(k), width)),
         "gla": (lambda v: by_channel(v)[1][0, :, 0], dsf.decayed(
             q, unit, jnp.log(gate), width)),
         "gated delta": (lambda v: erasing(v)[1][0, :, 0], dsf.delta(
             q, unit, one, fading, width)),
-        "aaren": (lambda v: prefixes(k[None, :, :1], headed(v)[0])[1][0, :, 0],
+        "aaren": (lambda v: prefixes(k[None, :, :1], at_one(v))[1][0, :, 0],
                   dsf.normalised(jnp.ones_like(top), top, width)),
     }
 

@@ -16,7 +16,7 @@ NAMES = ("softmax", "linear", "lightning", "retnet", "based", "gla", "gated delt
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_mechanism_is_its_system(name):
-    q, k, v, gate = (a.astype(jnp.float32) for a in systems.numbers(SIZES))
+    q, k, v, gate = systems.numbers(SIZES)
     found = systems.pairs(q, k, gate, v.shape[1])
     assert set(found) >= set(NAMES)
     f, system = found[name]
@@ -24,8 +24,8 @@ def test_a_mechanism_is_its_system(name):
 
 
 def test_one_operator_has_many_states():
-    q, k, v, gate = systems.numbers(SIZES)
     with jax.enable_x64(True):
+        q, k, v, gate = systems.numbers(SIZES)
         system = dsf.decayed(q, k, jnp.log(gate), 2)
         other = system.rescaled(1 + gate[:, 0])
         assert dsf.distance(system, other) < 1e-12

@@ -1,0 +1,205 @@
+"""Recall against state: what an attention of fixed memory answers, by its size.
+
+Arora et al., 2024 (arXiv:2402.18668) measure how much of an associative recall task a
+mechanism answers (`experiments.recall`) against the bytes that it keeps of a sequence:
+a larger state recalls more, and the Taylor features of Based recall more than a sliding
+window, or a linear attention with blunt weights, of the same size. Each attention here
+learns the same task in the same network; the memory then read is the one it keeps. A
+step of decoding reads all of it, so its growth with the length is printed as well.
+
+    python -m experiments.frontier
+
+takes 2 to 5 minutes on 2 cores (5:21 beside other jobs). Recall of 16 pairs in 64
+tokens, bytes of a sequence's memory, and microseconds of a decoding step at T = 4096:
+
+    Based(feature_dim=2)                   32.9%     2,092      263
+    Based(feature_dim=4)                   75.2%     5,732      194
+    Based(feature_dim=8, compact=True)     97.6%    11,972      220
+    Based(feature_dim=8)                   97.6%    19,252      214
+    a window of 8                           1.2%     4,400      223
+    a window of 16                          2.3%     8,528      230
+    a window of 32                         52.6%    16,784      239
+    Lightning()                            61.7%    16,656      205
+    GLA()                                   4.9%    16,656      374
+    Delta()                                99.3%    18,960      306
+    Softmax()                              99.8%    33,296    5,122
+
+Recall of Based rises with its state. The best Based of at most its bytes is 32, 73 and
+45 points ahead of the windows and 36 ahead of Lightning; Delta is 1.8 points ahead of
+it. (The compact state is the same function, so it recalls the same with less.)
+All memories but that of softmax are as large at any length (exponent 0; softmax 1.00).
+GLA learns next to nothing in 800 steps at this rate; NOTE
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from typing import Any
+
+import jax
+import numpy as np
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from attn.based import Based
+from attn.delta import Delta
+from attn.gla import GLA
+from attn.lightning import Lightning
+from attn.masks import Causal, Window
+from attn.softmax import Softmax
+from experiments import config, recall, report
+from experiments.config import knob
+from experiments.contenders import inputs, prepared, repeats, seconds
+from experiments.runs import open_folder
+from models.lm import state_bytes
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """What is compared, on what size of the task."""
+
+    attentions: tuple = knob(
+        (
+            Based(feature_dim=2),
+            Based(feature_dim=4),
+            Based(feature_dim=8, compact=True),
+            Based(feature_dim=8),
+            Softmax(mask=Causal() & Window(7)),
+            Softmax(mask=Causal() & Window(15)),
+            Softmax(mask=Causal() & Window(31)),
+            Lightning(),
+            GLA(),
+            Delta(),
+            Softmax(),
+        ),
+        "the list; Window(n) sees n tokens back and the present one",
+    )
+    pairs: int = knob(16, "keys with values in a sequence")
+    length: int = knob(64, "tokens of a sequence")
+    vocab: int = knob(256, "token ids; the lower half are keys, the upper half values")
+    width: int = knob(64, "model width E")
+    steps: int = knob(800, "training steps")
+    batch: int = knob(16, "sequences a step")
+    rate: float = knob(1e-2, "peak learning rate")
+    lengths: tuple = knob((256, 1024, 4096, 16384), "at which memory is counted")
+    stream: int = knob(4096, "tokens in memory where a step of decoding is timed")
+    rounds: int = knob(9, "how often each step is timed")
+    seed: int = knob(0, "of data and parameters")
+    quiet: bool = knob(False, "no progress bars and no table")
+    folder: str | None = knob(None, "where results go; None makes a new folder")
+
+    def __post_init__(self):
+        if not self.attentions or not self.lengths:
+            raise ValueError("attentions or lengths: expected one or more, not ()")
+
+    def recall(self, attention: Any) -> recall.Config:
+        """The run of one attention."""
+        return recall.Config(
+            attention=attention, pairs=self.pairs, length=self.length,
+            vocab=self.vocab, width=self.width, steps=self.steps, batch=self.batch,
+            rate=self.rate, seed=self.seed, quiet=self.quiet,
+        )
+
+
+TINY = Config(
+    attentions=(Based(feature_dim=2), Softmax(mask=Causal() & Window(3))), pairs=2,
+    length=16, vocab=32, width=16, steps=2, batch=4, lengths=(16, 32), stream=16,
+    rounds=1, quiet=True,
+)
+
+
+def run(config_: Config) -> dict[str, Any]:
+    """Trains and measures -> for each attention recall, state_bytes, decode_us and the
+    exponent of its memory; the smallest lead of Based over those of a fixed memory."""
+    folder = open_folder("frontier", config_.folder, config.command(config_))
+    console = Console(stderr=True, quiet=config_.quiet)
+    times, rows = decoding(config_), []
+    for n, attention in enumerate(config_.attentions, 1):
+        console.print(f"[bold]{n}/{len(config_.attentions)} {config.show(attention)}")
+        rows.append(row(config_, attention) | {"decode_us": 1e6 * times[n - 1]})
+    found = {
+        "command": config.command(config_), "jax": jax.__version__,
+        "device": jax.devices()[0].device_kind, "rows": rows,
+    }
+    (folder / "frontier.json").write_text(json.dumps(found, indent=1) + "\n")
+    report.recall_picture(rows, folder / "frontier.png")
+    if not config_.quiet:
+        Console().print(table(config_, rows))
+    numbers = {
+        f"{one['attention']} {name}": one[name] for one in rows
+        for name in ("recall", "state_bytes", "growth", "decode_us")
+    }
+    return numbers | leads(rows) | {"folder": str(folder)}
+
+
+def row(config_: Config, attention: Any) -> dict[str, Any]:
+    """The numbers of one attention, trained anew. growth: the exponent of its memory
+    in the length, 0 if it is constant and 1 if it is in proportion."""
+    task = config_.recall(attention)
+    model = task.model()
+    scores = recall.scores(task, model, recall.trained(task))
+    sizes = [state_bytes(model, length) for length in config_.lengths]
+    ends = [np.log(end / start) for start, end in (
+        (config_.lengths[0], config_.lengths[-1]), (sizes[0], sizes[-1]))]
+    return {
+        "attention": config.show(attention), "kind": type(attention).__name__,
+        "recall": scores["recall"], "chance": scores["chance"],
+        "state_bytes": scores["state_bytes"], "recall_state": scores["state_bytes"],
+        "train_loss": scores["train_loss"], "sizes": sizes,
+        "growth": float(ends[1] / ends[0]) if ends[0] else 0.0,
+        "command": config.command(task),
+    }
+
+
+def leads(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """How much more Based recalls than each attention of fixed memory that is not
+    smaller: the best Based of at most its bytes, less its own recall; and over Based
+    themselves, the least that recall rises by from one size to the next."""
+    based = sorted(
+        (r["state_bytes"], r["recall"]) for r in rows if r["kind"] == "Based")
+    found = {}
+    for one in rows:
+        within = [recall for size, recall in based if size <= one["state_bytes"]]
+        if one["kind"] != "Based" and one["growth"] < 0.5 and within:
+            found[f"lead over {one['attention']}"] = max(within) - one["recall"]
+    if len(based) > 1:
+        rises = np.diff([recall for _, recall in based])
+        found["least rise of Based"] = float(rises.min())
+    return found
+
+
+def decoding(config_: Config) -> list[float]:
+    """Seconds of one more token of each attention, 4 heads of 64 channels, with
+    `stream` tokens in memory: the median of rounds in which all take turns."""
+    calls = []
+    for attention in config_.attentions:
+        d = getattr(attention, "feature_dim", None) or 64
+        x = inputs(1, config_.stream, 4, 4, d, 64, np.float32)
+        calls.append(prepared(attention, x.last, "decode"))
+    often = [repeats(call) for call in calls]
+    spent = [[seconds(call, n) for call, n in zip(calls, often)]
+             for _ in range(config_.rounds)]
+    return np.median(spent, 0).tolist()
+
+
+def table(config_: Config, rows: list[dict[str, Any]]) -> Table:
+    """The rows for the terminal, with the bytes that a step of decoding reads."""
+    found = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    found.add_column("attention", overflow="fold", min_width=22)
+    ends = [0, len(config_.lengths) - 1]
+    titles = ["recall", "memory\nbytes", f"us a token\nat {config_.stream:,}"]
+    titles += [f"bytes read\nat {config_.lengths[n]:,}" for n in ends]
+    for title in titles:
+        found.add_column(title, justify="right")
+    for one in rows:
+        found.add_row(
+            one["attention"], f"{one['recall']:.1%}", f"{one['state_bytes']:,}",
+            f"{one['decode_us']:.1f}", *(f"{one['sizes'][n]:,}" for n in ends))
+    return found
+
+
+if __name__ == "__main__":
+    config.main(run, Config, __doc__, sys.argv[1:])

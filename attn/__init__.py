@@ -7,10 +7,11 @@ and `step` for the next tokens. Import one by `from attn.landmark import Landmar
 Mechanisms            tiles, linear, wy, chunks, decayed, scan, triples, blocks,
                       grouped, cache, blockcache
 Exact attention       softmax
-Linear attention      lightning, retnet, gla, based, delta, flow, essa
+Linear attention      lightning, retnet, gla, lightnet, based, delta, flow, essa
 Recurrent             aaren, rat
 One form for all      dsf
 Sparse, retrieval     landmark
 Cache compression     snapkv
-Around them           masks, positions, segments, layers, baseconv, sharding, dispatch
+Around them           masks, positions, grid, segments, layers, baseconv, sharding,
+                      dispatch
 """

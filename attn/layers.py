@@ -37,10 +37,10 @@ class MultiHead(Layer):
     gets the shape of q only, and there is no projection for it. heads H, kv_heads K (H
     is a multiple), head_dim D (by default what the attention asks for as `feature_dim`,
     else E/H), value_dim V (E/H).
-    position: `RoPE()` or None; an attention with a field `rope` keeps keys as they were
-    before the rotation and gets the position handed over instead (a learned one keeps
-    its own). qk_norm: RMSNorm over
-    D with a learned scale. sinks: a learned logit without value a head, for `Softmax`.
+    position: `RoPE()`, `MDLRPE(dims)` or None; an attention with a field `rope` keeps
+    keys as they were before the rotation and gets the position handed over instead (a
+    learned one keeps its own). qk_norm: RMSNorm over D with a learned scale. sinks: a
+    learned logit without value a head, for `Softmax`.
     out_norm: RMSNorm of what is attended to, over the channels of each head ("head") or
     of all ("all"). out_gate: times silu or sigmoid of a projection of x ("silu",
     "sigmoid"), through gate_rank channels if that is given. A learned attention may ask
@@ -53,7 +53,7 @@ class MultiHead(Layer):
     kv_heads: int | None = None
     head_dim: int | None = None
     value_dim: int | None = None
-    position: RoPE | None = RoPE()
+    position: Any = RoPE()
     qk_norm: bool = False
     sinks: bool = False
     out_norm: str | None = None
@@ -104,7 +104,7 @@ class MultiHead(Layer):
             raise NotImplementedError(
                 f"{type(self.attention).__name__} has no causal order: no stream"
             )
-        return self.attention.init_state(
+        return self._bound().init_state(
             size, like(self.heads, d), like(keys, d), like(keys, v), x=x
         )
 

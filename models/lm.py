@@ -173,7 +173,7 @@ class LM(nn.Module):
     kv_heads: int | None = None
     head_dim: int | None = None
     hidden: int | None = None
-    position: RoPE | None = RoPE()
+    position: Any = RoPE()
     qk_norm: bool = False
     out_norm: str | None = None
     out_gate: str | None = None
@@ -215,7 +215,7 @@ class LM(nn.Module):
             Block(
                 a if isinstance(a, Layer) else MultiHead(
                     a, self.heads, self.kv_heads, self.head_dim,
-                    position=self.position, qk_norm=self.qk_norm,
+                    position=unbound(self.position), qk_norm=self.qk_norm,
                     out_norm=self.out_norm, out_gate=self.out_gate, dtype=self.dtype,
                     parent=None,
                 ),

@@ -37,7 +37,7 @@ def rule(target, *, backend, backward, t, d, v=None, h=16, k=None, gated=True,
     steps = 0
     if backend == "tpu":
         shape = tables.Shape(t, t, d, v or d, jnp.dtype(dtype).itemsize)
-        many = tile[0] if tile else tables.chunks_a_step(target.kind, shape)
+        many = tile[0] if tile else tables.number(target.kind, "delta", shape)
         steps = h * -(-t // (many * CHUNK))
     trips = {f"delta_{way}": ((steps,), h, steps)
              for way in ("forward", "backward")[:1 + backward] if backend == "tpu"}

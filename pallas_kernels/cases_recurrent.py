@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from pallas_kernels import tables
 from pallas_kernels.case import BF16, F32, Case, struct, with_gradients
 from pallas_kernels.linear import linear
-from pallas_kernels.scan import CHUNK, scan
+from pallas_kernels.scan import scan
 
 
 def recurrence(target, *, backend, backward, t, d, h=16, k=None, decay="head",
@@ -52,8 +52,11 @@ def prefixes(target, *, backend, backward, t=8192, h=8, k=8, v=64, dtype=BF16,
         return scan(s, v, state, run=runs[0] if runs else None, dtype=dtype,
                     backend=backend)
 
-    steps = h * -(-t // CHUNK["tpu"])
-    trips = {"scan": ((steps,), steps, steps)} if backend == "tpu" else {}
+    trips = {}
+    if backend == "tpu":
+        shape = tables.Shape(t, t, v, v, jnp.dtype(dtype).itemsize)
+        steps = h * -(-t // tables.number(target.kind, "scan", shape))
+        trips = {"scan": ((steps,), steps, steps)}
     if not backward:
         return f, (runs, *args, *state), trips
 

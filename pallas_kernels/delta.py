@@ -28,15 +28,15 @@ from pallas_kernels.delta_chunk import CHUNK, ROWS, Side
 from pallas_kernels.flash import DTYPES, WIDEST, check_tpu
 
 F32 = jnp.float32
-KERNELS = "inside", "forward", "backward", "gradients"  # on GPU
+KERNELS = "inside", "forward", "backward", "values", "keys"  # on GPU
 FLOOR = -128.0  # exp of it is 0 in float32, so a log decay below it says nothing more
 
 
 class Static(NamedTuple):
     """What is known of one call: T tokens; whether they decay; tiles: on GPU, of the
-    two kernels of the forward pass and the two of the backward pass, columns: of the
-    state; pieces: chunks of a grid step, and vmem: bytes of fast memory that a kernel
-    may use, on TPU."""
+    two kernels of the forward pass and the three of the backward pass, rows and columns
+    of the state; pieces: chunks of a grid step, and vmem: bytes of fast memory that a
+    kernel may use, on TPU."""
 
     t: int
     scale: float
@@ -92,9 +92,9 @@ def delta(
 def _tiles(q, v, heads: int, tile, backend: str) -> tuple[tuple[tables.Tile, ...], int]:
     """Tiles of the kernels on GPU, and chunks of a grid step on TPU."""
     device, width = tables.device_kind(), v.shape[3]
-    shape = tables.Shape(CHUNK, width, q.shape[3], width, q.dtype.itemsize)
+    shape = tables.Shape(q.shape[3], width, q.shape[3], width, q.dtype.itemsize)
     if backend == "tpu":
-        most = tile[0] if tile else tables.chunks_a_step(device, shape)
+        most = tile[0] if tile else tables.number(device, "delta", shape)
         return (), min(most, -(-q.shape[1] // CHUNK))
     ask = None if tile is None else (CHUNK, *tile)
     found = [tables.tile(device, f"delta_{kind}", shape, ask, backend)

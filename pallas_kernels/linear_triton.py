@@ -31,6 +31,8 @@ from pallas_kernels.steps_linear import (
 from pallas_kernels.steps_triton import load, power
 from pallas_kernels.tile import both
 
+MOST = 128  # key channels in registers at a time
+
 
 class Call(NamedTuple):
     """What is static: T tokens in chunks of c, `groups` query heads a key head; lanes
@@ -165,10 +167,10 @@ def _place(call: Call, x: Arrays):
 
 def _add_up(call: Call, x: Arrays, here: Here, n, first, state, key: bool):
     """Pairs of a chunk [c,c], and what queries get from the state, or, for `key`, keys
-    from its gradient [c,values]; sums over key channels, of which those with decays of
-    their own are taken some at a time."""
+    from its gradient [c,values]; sums over key channels, MOST of them at a time, or
+    fewer where each has decays of its own."""
     by_channel = x.g is not None and len(x.g.shape) == 4
-    width = call.keys if by_channel else call.lanes
+    width = call.keys if by_channel else min(call.lanes, MOST)
 
     def step(i, carry):
         d0 = i * width

@@ -19,13 +19,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import Refused
+from pallas_kernels import Refused, tables
 
 F32 = jnp.float32
 DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
 WIDEST = 256
-# tokens of a chunk: a TPU has few and large steps, a GPU a program for each
-CHUNK = {"tpu": 256, "triton": 64}
 
 
 class Static(NamedTuple):
@@ -75,11 +73,12 @@ def scan(
     if backend == "tpu" and v.dtype == jnp.float16 and not interpret:
         raise Refused("float16 on TPU: its vector units have no such type")
     short = 128 if backend == "tpu" else 16
-    t = scores.shape[1]
-    size = chunk or min(CHUNK[backend], -(-t // short) * short)
+    t, width = scores.shape[1], v.shape[3]
+    shape = tables.Shape(t, t, width, width, v.dtype.itemsize)
+    size = chunk or min(
+        tables.number(tables.device_kind(), "scan", shape, backend),
+        -(-t // short) * short)
     if backend == "triton":
-        if chunk is None and v.dtype == F32:
-            size = min(size, CHUNK[backend] // 2)  # else registers spill
         size = max(1 << (size - 1).bit_length(), 16)
     static = Static(size, jnp.dtype(dtype), backend, interpret)
     code = None

@@ -1,12 +1,14 @@
 """Tile tables: how large a kernel's tiles are, per device and class of shapes.
 
 The numbers are data (`tiles.json`), written by `python -m pallas_kernels.tune`; here is
-how a call finds its row. A device that has none takes the row of "default", or on a
-GPU that of "default gpu".
+how a call finds its row. A device that has none takes the row of "default"; a GPU that
+of its model in another make, or else that of "default gpu".
 """
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import functools
 import json
 import pathlib
@@ -99,8 +101,30 @@ def row(device: str, backend: str = "tpu") -> dict[str, Any]:
     """The table of a device."""
     table = _table()
     other = table["default" if backend == "tpu" else "default gpu"]
-    own = table.get(device, other)
+    own = table.get(device) or next(
+        (table[name] for name in table if _model(name) == _model(device)), other)
     return own if ("vmem_mib" in own) == (backend == "tpu") else other
+
+
+@contextlib.contextmanager
+def trial(device: str, name: str, label: str, numbers: Any, backend: str = "tpu"):
+    """Inside, calls find other numbers in the table."""
+    table = _table()
+    before, own = table.get(device), copy.deepcopy(row(device, backend))
+    own[name][label] = numbers
+    table[device] = own
+    try:
+        yield
+    finally:
+        del table[device]
+        if before is not None:
+            table[device] = before
+
+
+def _model(device: str) -> str:
+    """NVIDIA A100 for NVIDIA A100-SXM4-80GB; a device of another maker is its own."""
+    words = device.replace("-", " ").split()
+    return " ".join(words[:2]) if words[:1] == ["NVIDIA"] else device
 
 
 def vmem(device: str, backend: str = "tpu") -> int:
@@ -164,9 +188,11 @@ def _even(n: int, size: int, step: int) -> int:
     return -(-n // (count * step)) * step
 
 
-def chunks_a_step(device: str, shape: Shape) -> int:
-    """How many chunks of the delta rule a grid step takes on TPU."""
-    table = row(device)["delta"]
+def number(device: str, kernel: str, shape: Shape, backend: str = "tpu") -> int:
+    """The one number of a kernel that has no more: of the delta rule on TPU the chunks
+    that a grid step takes, of the scan the tokens of a chunk."""
+    name = kernel if backend == "tpu" else f"{backend}_{kernel}"
+    table = row(device, backend)[name]
     return table.get(shape.label) or table[shape.label.replace("d192", "d256")]
 
 

@@ -26,6 +26,7 @@ from attn.flow import Flow
 from attn.gla import GLA
 from attn.landmark import Landmark
 from attn.layers import MultiHead
+from attn.lightnet import LightNet
 from attn.lightning import Lightning
 from attn.masks import Causal, Sink, Window
 from attn.positions import ALiBi, RoPE
@@ -157,6 +158,13 @@ ENTRIES = {
     "flow": Entry(Flow(), (Flow(chunk=3), Flow()), flops=1, decode=0),
     "flow_normal": Entry(
         Flow(causal=False), (Flow(causal=False, eps=1e-9), Flow(causal=False)), flops=1
+    ),
+    "lightnet": Entry(
+        LightNet(), (LightNet(init_lse=-40.0, chunk=3), LightNet()), flops=1, decode=0
+    ),
+    "lightnet_normal": Entry(
+        LightNet(causal=False),
+        (LightNet(causal=False, init_lse=-40.0), LightNet(causal=False)), flops=1,
     ),
     "rat": Entry(RAT(chunk=4), slot=4),
     "essa": Entry(Essa(), flops=1),

@@ -66,6 +66,14 @@ def test_the_kernel_is_the_recurrence(name, backend):
         np.testing.assert_array_equal(a, b)
 
 
+def test_key_channels_in_parts():
+    """By the table's tiles, of 16 and 32 channels, neither of which divides D."""
+    *args, d_o, d_state = inputs(70, "token", heads=(H, 2, 2), d=40)
+    want = recurrence(*args, np.ones((B, 70), np.int32), SCALE, d_o, d_state)
+    ask = of("triton", tile=None), args, None, (d_state, d_o)
+    held(*results(*ask), *want, args[4])
+
+
 @BACKENDS
 def test_all_padding_gives_nothing_and_keeps_the_state(backend):
     *args, d_o, d_state = inputs(70)

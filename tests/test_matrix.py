@@ -159,6 +159,7 @@ def test_a_function_of_ones_own_compiles(capsys):
 @pytest.mark.parametrize("words, message", [
     (["--targets", "v9"], "--targets=v9: expected some of v4,v5e"),
     (["--timed"], "--timed: cpu is none of the targets"),
+    (["--kernels", "flash,rnn"], "--kernels=rnn: expected some of flash,linear"),
 ])
 def test_wrong_words_of_tune_get_one_sentence(words, message, capsys):
     assert tune.main(words) == 2
@@ -181,6 +182,37 @@ def test_the_cheapest_candidate_is_kept():
     row = tune.tuned(TARGETS["sm90a"], cost, ("mosaic", "triton"))
     assert row["triton_flash_backward"]["d256 f16"] == [32, 64, 4, 1]
     assert row["mosaic_flash_forward"]["d256 v256"] == [128, 64, 1]
+
+
+@pytest.mark.parametrize("name, backend", [("v5e", "tpu"), ("sm80", "triton")])
+def test_a_candidate_of_the_recurrent_kernels_is_in_the_table(name, backend):
+    target, seen = TARGETS[name], {}
+    before = json.dumps(tables.row(target.kind, backend))
+
+    def cost(target, backend, which, width, tile):
+        _, args, _ = tune.program(target, backend, which, width, tile)
+        table, kind = tune.place(backend, which, f"d{width}", width)
+        found = tables.row(target.kind, backend)[table][kind]
+        assert found == (tile[0] if isinstance(found, int) else list(tile)) and args
+        seen[table, kind] = tile
+        return tile
+
+    row = tune.tuned(target, cost, (backend,), ("linear", "delta", "scan"))
+    assert len(seen) == (12 if backend == "tpu" else 20)
+    assert json.dumps(tables.row(target.kind, backend)) == before
+    if backend == "tpu":
+        assert row["delta"]["d128 f16"] == 1 and row["scan"]["d256 f16"] == 128
+        assert row["linear_backward"]["d128 f16 channels"] == [256, 64]
+    else:
+        assert row["triton_delta_keys"]["d128 f16"] == [32, 32, 4, 1]
+        assert row["triton_scan"]["d256 f16"] == 16
+
+
+def test_a_gpu_takes_the_row_of_its_model():
+    own = tables.row("NVIDIA A100-SXM4-80GB", "triton")
+    assert tables.row("NVIDIA A100 80GB PCIe", "triton") is own
+    assert tables.row("NVIDIA B200", "triton") is tables.row("default gpu", "triton")
+    assert tables.row("TPU v5 lite") is not tables.row("TPU v5")
 
 
 @pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)

@@ -1,0 +1,271 @@
+"""LightNet (Qin et al., 2024) arXiv:2405.21022: one scan for any number of dimensions.
+
+In every channel of the key, tokens share out one unit of weight by a softmax over time.
+A new token takes its share from all before it alike, so what is held is always a mean.
+Decays that multiply depend on the order, and a picture needs a scan from each side of
+it; a share does not, and once the sum runs over all tokens, one scan in any order does.
+
+    z_t = log sum_(s<=t) exp(k_s)
+    S_t = diag(exp(z_{t-1} - z_t)) S_{t-1} + exp(k_t - z_t)^T v_t
+    o_t = c silu(q_t) S_t,    c = D^-0.5
+    without an order: o_t = c silu(q_t) sum_s exp(k_s - z_S)^T v_s, s = 1 .. S
+
+The more tokens there are, the less a new one counts: decays tend to 1, shares to 1/t.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from attn.chunks import only
+from attn.decayed import attend, follow, run_of
+from attn.dispatch import pick
+from attn.linear import LinearState, whole
+from attn.scan import prefix
+from attn.segments import place
+from attn.shapes import check
+from attn.sharding import over_mesh
+
+LOW = -1e30  # the largest of no keys; finite, as differences of two have to be
+ACTIVATIONS = ("silu", None)
+
+
+class LightNetState(NamedTuple):
+    """memory [B,H,D,V] float32 (2D rows under a rotation that doubles channels); top
+    and total [B,H,D] float32: the largest key, and the sum of exp(key - top); end [B]
+    int32 the next token's position; segment [B] int32 the last token's segment, -1
+    before the first."""
+
+    memory: jax.Array
+    top: jax.Array
+    total: jax.Array
+    end: jax.Array
+    segment: jax.Array
+
+    @property
+    def z(self) -> jax.Array:
+        """log of the sum of exp(keys) [B,H,D], -inf before the first."""
+        return self.top + jnp.log(self.total)
+
+
+class Mass(NamedTuple):
+    """The sum of exp(keys) = exp(top) total, [...,D] float32: the largest key, and a
+    sum that is measured from it. Keys of any size are safe then, and differences of two
+    masses, or of a key and one, keep the precision that a small number has."""
+
+    top: jax.Array
+    total: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class LightNet:
+    """LightNet (Qin et al., 2024) arXiv:2405.21022: keys are a softmax over time.
+
+    It learns nothing itself. The rest of the paper's layer is `MultiHead(out_norm=
+    "all", out_gate="silu", gate_rank=128, head_dim=128, value_dim=E/H, position=None)`:
+    a norm over all channels and a gate of low rank. causal=False is the one scan over
+    all tokens, for self and cross attention. scale: of q.k, by default D^-0.5 (1 in the
+    first author's later code). activation: of q. init_lse: z before the first token,
+    -inf, or 0 as in that code, which adds 1 to every sum; without an order that is
+    proposed here. rope: a position encoding, which turns silu(q) and the shares
+    exp(k - z), not the keys; `MultiHead` hands its own over. chunk: tokens of a block;
+    it changes the time, not the result. With K < H keys are repeated.
+    """
+
+    causal: bool = True
+    scale: float | None = None
+    activation: str | None = "silu"
+    init_lse: float = -math.inf
+    rope: Any = None
+    chunk: int = 64
+    axis: str | None = None
+    implementation: str | None = None
+
+    def __post_init__(self):
+        if self.activation not in ACTIVATIONS:
+            raise ValueError(
+                f"LightNet: activation={self.activation!r}: expected one of "
+                f"{ACTIVATIONS}"
+            )
+        if not self.init_lse < math.inf:
+            raise ValueError(
+                f"LightNet: init_lse={self.init_lse}: expected -inf or a finite number"
+            )
+        if self.chunk < 1:
+            raise ValueError(f"LightNet: chunk={self.chunk}: expected 1 or more")
+
+    def __call__(self, q, k, v, *, x=None, segments=None):
+        """All tokens at once. q [B,T,H,D], k [B,S,K,D], v [B,S,K,V] -> [B,T,H,V]."""
+        check(q, k, v, segments=segments, aligned=self.causal)
+        q, k, wide = self._ready(q, k, v)
+        b, t, h, d = q.shape
+        if not self.causal:
+            return self._unordered(q, k, wide, segments).astype(v.dtype)
+        run = run_of(segments, q)
+        pos = place(segments, b, t).pos
+        share, log_decay, _ = self._shares(k, run, nothing((b, h, d)))
+        o = attend(
+            *self._turned(q, share, pos, pos), wide, self._spread(log_decay),
+            segments=segments, axis=self.axis, **self._how(d),
+        )
+        return o.astype(v.dtype)
+
+    def init_state(self, size, q, k, v, *, x=None) -> LightNetState:
+        """An empty memory for `size` tokens; q, k, v give shapes."""
+        self._check_stream()
+        if size < 1:
+            raise ValueError(f"size: a memory for {size} tokens, expected 1 or more")
+        b, _, h, d = q.shape
+        memory = jnp.zeros((b, h, self._rows(d), v.shape[-1]), jnp.float32)
+        return LightNetState(
+            memory, *nothing((b, h, d)), jnp.zeros((b,), jnp.int32),
+            jnp.full((b,), -1, jnp.int32),
+        )
+
+    def step(self, state, q, k, v, *, x=None, segments=None):
+        """The next T tokens -> state, [B,T,H,V]; the state does not grow."""
+        self._check_stream()
+        check(q, k, v, segments=segments, aligned=True)
+        b, t, h, d = q.shape
+        want = (b, h, self._rows(d), v.shape[-1])
+        if not isinstance(state, LightNetState) or state.memory.shape != want:
+            raise ValueError(f"state: expected a LightNetState with memory {want}")
+        q, k, wide = self._ready(q, k, v)
+        now = place(segments, b, t, state.end, state.segment)
+        run = None if segments is None else now.run
+        one = dataclasses.replace(self, axis=None)
+        share, log_decay, after = one._shares(k, run, (state.top, state.total))
+        held = LinearState(state.memory, state.end, state.segment)
+        held, o = follow(
+            held, *self._turned(q, share, now.pos, now.pos), wide,
+            self._spread(log_decay), segments=segments, **self._how(d),
+        )
+        top, total = (a[:, -1] for a in after)
+        state = LightNetState(held.memory, top, total, held.end, held.segment)
+        return state, o.astype(v.dtype)
+
+    def _check_stream(self) -> None:
+        if not self.causal:
+            raise NotImplementedError(
+                "step: causal=False lets tokens see later ones: no stream"
+            )
+
+    def _ready(self, q, k, v) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """float32, k and v with H heads, q after its activation."""
+        q, k, v = (a.astype(jnp.float32) for a in (q, k, v))
+        k, v = (jnp.repeat(a, q.shape[2] // a.shape[2], 2) for a in (k, v))
+        return (jax.nn.silu(q) if self.activation else q), k, v
+
+    def _how(self, d: int) -> dict:
+        return {
+            "chunk": self.chunk, "scale": self._factor(d),
+            "implementation": self.implementation,
+        }
+
+    def _factor(self, d: int) -> float:
+        return d ** -0.5 if self.scale is None else self.scale
+
+    def _rows(self, d: int) -> int:
+        return 2 * d if getattr(self.rope, "doubles", False) else d
+
+    def _turned(self, q, share, q_pos, kv_pos) -> tuple[jax.Array, jax.Array]:
+        if self.rope is None:
+            return q, share
+        return self.rope.rotate(q, q_pos), self.rope.rotate(share, kv_pos)
+
+    def _spread(self, log_decay) -> jax.Array:
+        """One decay for each row of the memory."""
+        d = log_decay.shape[-1]
+        return jnp.tile(log_decay, self._rows(d) // d)
+
+    def _shares(self, k, run, before: tuple):
+        """exp(k_t - z_t), z_{t-1} - z_t [B,T,H,D], and the sums after each token."""
+        letters = "BTHD BT BHD BHD -> BTHD BTHD BTHD BTHD"
+        f = over_mesh(self._running, letters, self.axis)
+        share, log_decay, *after = f(k, run, *before)
+        return share, log_decay, after
+
+    def _running(self, k, run, *before) -> tuple:
+        # a constant: top + log(total) does not depend on where it is measured from
+        top, held = jax.lax.stop_gradient(k), Mass(*before)
+        token = Mass(*nothing(k.shape)), Mass(top, jnp.exp(k - top))
+        _, (last, now) = prefix(
+            _shifted, token, state=(held, held), run=run, chunk=self.chunk,
+            axis=self.axis,
+        )
+        (old_top, old), (new_top, new) = (self._begun(a) for a in (last, now))
+        real = None if run is None else (run > 0)[..., None, None]
+        share = only(real, jnp.exp(only(real, k - new_top)) / new)
+        log_decay = old_top - new_top + jnp.log(old) - jnp.log(new)
+        # rounding may make it positive, but no decay is
+        return share, jnp.where(log_decay > 0, 0, log_decay), *now
+
+    def _begun(self, mass: Mass) -> tuple[jax.Array, jax.Array]:
+        """top and total > 0 with what stands in front of the first token."""
+        top, total = mass.top, mass.total
+        if self.init_lse > -math.inf:
+            top = jnp.maximum(top, self.init_lse)
+            total = total * jnp.exp(mass.top - top) + jnp.exp(self.init_lse - top)
+        return top, jnp.where(total > 0, total, 1)
+
+    def _unordered(self, q, k, v, segments) -> jax.Array:
+        """Every query sees every key of its run, or simply every key."""
+        pair = segments if isinstance(segments, tuple) else (segments, segments)
+        places = [place(g, *a.shape[:2]) for g, a in zip(pair, (q, k))]
+        share = self._softmax(k, None if segments is None else places[1].run)
+        turned = self._turned(q, share, *(p.pos for p in places))
+        if segments is not None and not isinstance(segments, tuple):
+            pair = tuple(p.run for p in places)
+
+        def local(q, share, v, q_run, kv_run):
+            return whole(q, share, v, q_run=q_run, kv_run=kv_run, axis=self.axis)
+
+        f = over_mesh(local, "BTHD BSHD BSHV BT BS -> BTHV", self.axis)
+        o = pick(self.implementation, xla=lambda: f(*turned, v, *pair))
+        return o * self._factor(q.shape[-1])
+
+    def _softmax(self, k, run) -> jax.Array:
+        """exp(k_s - z) [B,S,H,D], z over all keys of the run."""
+        top = jax.lax.stop_gradient(k)
+        top = top.max(1, keepdims=True) if run is None else _largest(top, run)
+        top = jnp.maximum(top, self.init_lse)
+        each = jnp.exp(k - top)
+        if run is None:
+            total = each.sum(1, keepdims=True)
+        else:
+            each = only((run > 0)[..., None, None], each)
+            total = over_mesh(self._sums, "BSHD BS -> BSHD", self.axis)(each, run)
+        total = total + jnp.exp(self.init_lse - top)
+        return each / jnp.where(total > 0, total, 1)
+
+    def _sums(self, each, run) -> jax.Array:
+        one = jnp.ones_like(each[..., :1])
+        return whole(one, one, each, q_run=run, kv_run=run, axis=self.axis)
+
+
+def nothing(shape: tuple[int, ...]) -> Mass:
+    """The mass of no keys."""
+    return Mass(jnp.full(shape, LOW, jnp.float32), jnp.zeros(shape, jnp.float32))
+
+
+def _joined(a: Mass, b: Mass) -> Mass:
+    """The mass of the keys of both."""
+    top = jnp.maximum(a.top, b.top)
+    return Mass(top, a.total * jnp.exp(a.top - top) + b.total * jnp.exp(b.top - top))
+
+
+def _shifted(a: tuple[Mass, Mass], b: tuple[Mass, Mass]) -> tuple[Mass, Mass]:
+    """`_joined` of stretches of tokens, first without the last token of them."""
+    return _joined(a[1], b[0]), _joined(a[1], b[1])
+
+
+def _largest(k: jax.Array, run: jax.Array) -> jax.Array:
+    """The largest of k [B,S,H,D] in each token's run [B,S], numbered up to S."""
+    many = k.shape[1] + 1
+    best = jax.vmap(lambda a, r: jax.ops.segment_max(a, r, many))(k, run)
+    return jnp.take_along_axis(best, run[..., None, None], 1)

@@ -28,7 +28,10 @@ Recall of Based rises with its state. The best Based of at most its bytes is 32,
 45 points ahead of the windows and 36 ahead of Lightning; Delta is 1.8 points ahead of
 it. (The compact state is the same function, so it recalls the same with less.)
 All memories but that of softmax are as large at any length (exponent 0; softmax 1.00).
-GLA learns next to nothing in 800 steps at this rate; NOTE
+GLA learns next to nothing in 800 steps at this rate. At 3e-3, tried for five of them by
+`experiments.recall`, GLA recalls 34.6%, and the others less than above: Lightning 5.8%,
+the window of 32 52.4%, Based of 4 and 8 55.1% and 83.5%. One seed; 800 steps do not
+show what a longer training would reach.
 """
 
 from __future__ import annotations

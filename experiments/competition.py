@@ -6,6 +6,15 @@ et al., 2020, arXiv:2011.04006). Conservation of flow makes sources compete and 
 share (Flowformer; Wu et al., 2022, arXiv:2202.06258): Flow should do better than the
 same linear attention without the two, and come near softmax. How unequally the sources
 of the trained network share is the ratio of the largest to the smallest c of a head.
+
+    python -m experiments.competition
+
+takes about 12 minutes on 2 cores that have other work. Of 360 held-out digits it names
+84.7% with Flow, 86.1% without competition, 86.7% without allocation as well, and 88.9%
+with softmax, at 31,000, 37,000, 70,000 and 9,600 pixels a second of training. So what
+shows is the cost, a third of softmax's; what does not show, after 200 steps and with
+one seed, is that competition helps: 2 points, 7 digits, less. The sources of a head
+share by 1.6 to 1. Nothing else was tried.
 """
 
 from __future__ import annotations
@@ -46,7 +55,7 @@ class Config:
     width: int = knob(32, "model width E")
     heads: int = knob(4, "heads H")
     layers: int = knob(2, "layers")
-    steps: int = knob(300, "training steps")
+    steps: int = knob(200, "training steps")
     batch: int = knob(16, "pictures a step")
     rate: float = knob(5e-3, "peak learning rate")
     seeds: int = knob(1, "networks trained of each, of different seeds")

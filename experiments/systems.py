@@ -12,6 +12,13 @@ decays come from the normaliser (E1), which a change of 1% breaks; and with the 
 of gain and decay in S6 one free number fixes all the normalisers (E2).
 
     python -m experiments.systems
+
+takes 1 to 3 minutes on 2 cores, nearly all of it compilation. The mechanisms, softmax,
+linear, Lightning, RetNet, Based, GLA, gated delta and Aaren, are at most 2.8e-7 from
+their systems. The error of the expansion at orders 2, 4, 6 and 8 is 0.38, 0.16, 0.053
+and 0.0092, and 0.068 to 1.8e-5 with logits half as large. E1 holds to 3e-16, gains that
+are 1% off break it by 1%; E2 holds to 6e-16 for the normalisers that it allows, and by
+0.73 not for others.
 """
 
 from __future__ import annotations

@@ -3,6 +3,8 @@
 import importlib.util
 import json
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 from pallas_kernels import (
@@ -206,6 +208,21 @@ def test_a_candidate_of_the_recurrent_kernels_is_in_the_table(name, backend):
     else:
         assert row["triton_delta_keys"]["d128 f16"] == [32, 32, 4, 1]
         assert row["triton_scan"]["d256 f16"] == 16
+
+
+def test_a_timed_candidate_has_decays_below_one(monkeypatch):
+    shapes = (jax.ShapeDtypeStruct((1, 64), "float32"),
+              jax.ShapeDtypeStruct((1, 64, 16), "bfloat16"))
+    seen = []
+
+    def f(g, k):
+        jax.debug.callback(lambda g: seen.append(g.max()), g)
+        return k * jnp.exp(g)[..., None]
+
+    monkeypatch.setattr(tune, "program", lambda *_: (f, shapes, {}))
+    assert tune.timed_cost(TARGETS["v5e"], "tpu", "delta", 128, (1,)) > 0
+    jax.effects_barrier()
+    assert len(seen) == tune.ROUNDS + 1 and max(seen) <= 0
 
 
 def test_a_gpu_takes_the_row_of_its_model():

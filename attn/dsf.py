@@ -178,6 +178,27 @@ def additive(q: jax.Array, k: jax.Array, width: int) -> DSF:
                _inward(jnp.exp(k - z), width), _outward(q, width))
 
 
+def chunked(gate: jax.Array, p: jax.Array, chunk: int) -> DSF:
+    """RAT: gates g [T,d] sum the values of a chunk up, and weights p [T,C+1] mix what
+    the C chunks end with and, last, the running sum. The state is that sum and, as in
+    a cache, a place a chunk, which is written when it ends."""
+    (t, d), ends = gate.shape, p.shape[1] - 1
+    a, b = [], []
+    eye, n = jnp.eye(d, dtype=gate.dtype), (ends + 1) * d
+    for i in range(t):
+        keep = jnp.diag(gate[i]) * (i % chunk != 0)
+        move, into = jnp.eye(n, dtype=gate.dtype), jnp.zeros((n, d), gate.dtype)
+        written = [ends] + [i // chunk] * (i % chunk == chunk - 1)
+        for place in written:
+            rows = slice(place * d, (place + 1) * d)
+            move = move.at[rows].set(0).at[rows, ends * d:].set(keep)
+            into = into.at[rows].set(jnp.diag(1 - gate[i]))
+        a.append(move)
+        b.append(into)
+    c = jax.vmap(lambda p: jnp.kron(p[None], eye))(p)
+    return DSF(jnp.stack(a), jnp.stack(b), c)
+
+
 def s6(delta_logit, a, b, c, skip) -> DSF:
     """The selective SSM (Gu & Dao, 2023, arXiv:2312.00752): delta_logit [T,d], rates a
     [d,n] > 0, b and c [T,n], skip [d]. A is discretised exactly, B by Euler."""

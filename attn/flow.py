@@ -169,20 +169,31 @@ class Flow:
 
         return self._ordered(sums, q, k, v, pos)
 
+    def gains(self, q, k) -> tuple[jax.Array, jax.Array]:
+        """Of the causal form: what the sum of a sink is multiplied with [B,T,H,1], and
+        c [B,T,H,1], so that o_t = gain_t phi(q_t) sum_(s<=t) phi(k_s)^T v_s c_s. q and
+        k [B,T,H,D]."""
+        sums = lambda _, a, b, w: recur(a, b, w, chunk=self.chunk)[1]
+        pos = jnp.arange(q.shape[1])[None]
+        return self._gains(sums, self._phi(q), self._phi(k), pos)
+
     def _ordered(self, sums: Sums, q, k, v, pos) -> jax.Array:
         """o [B,T,H,V] float32; sums(name, a, b, w) is sum_(s<=t) (a_t.b_s) w_s."""
-        n = (pos + 1).astype(jnp.float32)[..., None, None]
         sink, source = self._phi(q), self._phi(k)
-        flow = self._flow(sums)
-        ones = jnp.ones_like(sink[..., :1])
+        gain, share = self._gains(sums, sink, source, pos)
+        return gain * sums("memory", sink, source, v.astype(jnp.float32) * share)
+
+    def _gains(self, sums: Sums, sink, source, pos) -> tuple[jax.Array, jax.Array]:
+        n = (pos + 1).astype(jnp.float32)[..., None, None]
+        flow, ones = self._flow(sums), jnp.ones_like(sink[..., :1])
         incoming = flow("keys", sink, source, ones) / n
         outgoing = flow("queries", source, sink, ones) / n
         taken = flow("sources", sink, source, 1 / outgoing) / n
         given = self._clamped(flow("sinks", source, sink, 1 / incoming) / n)
         weight = jnp.exp(given)
         share = weight * n / _nonzero(sums("total", ones, ones, weight))
-        o = sums("memory", sink, source, self._shared(v, share))
-        return self._allocated(o, taken) / (incoming * n)
+        gain = self._allocated(1 / (incoming * n), taken)
+        return gain, share if self.compete else jnp.ones_like(share)
 
     def shares(self, q, k) -> jax.Array:
         """c [B,S,H] of the normal form, for q [B,T,H,D] and k [B,S,H,D]: 1 for a source
@@ -193,8 +204,9 @@ class Flow:
         """o [B,T,H,V] float32, every sum over all tokens of the run."""
         sink, source = self._phi(q), self._phi(k)
         incoming, taken, share = self._flows(sink, source, q_run, kv_run)
+        v = v.astype(jnp.float32)
         o = whole(
-            sink, source, self._shared(v, share), q_run=q_run, kv_run=kv_run,
+            sink, source, v * share if self.compete else v, q_run=q_run, kv_run=kv_run,
             axis=self.axis,
         )
         return self._allocated(o, taken) / incoming
@@ -219,10 +231,6 @@ class Flow:
         queries = sums(q_run, q_run)("", at_q, at_q, at_q)
         ratio = queries / _nonzero(into("", at_q, at_k, at_k))
         return incoming, taken * ratio, share
-
-    def _shared(self, v, share) -> jax.Array:
-        v = v.astype(jnp.float32)
-        return v * share if self.compete else v
 
     def _allocated(self, o, flow) -> jax.Array:
         return o * jax.nn.sigmoid(flow) if self.allocate else o

@@ -13,12 +13,12 @@ of gain and decay in S6 one free number fixes all the normalisers (E2).
 
     python -m experiments.systems
 
-takes 1 to 3 minutes on 2 cores, nearly all of it compilation. The mechanisms, softmax,
-linear, Lightning, RetNet, Based, GLA, gated delta and Aaren, are at most 2.8e-7 from
-their systems. The error of the expansion at orders 2, 4, 6 and 8 is 0.38, 0.16, 0.053
-and 0.0092, and 0.068 to 1.8e-5 with logits half as large. E1 holds to 3e-16, gains that
-are 1% off break it by 1%; E2 holds to 6e-16 for the normalisers that it allows, and by
-0.73 not for others.
+takes 1 to 3 minutes on 2 cores, nearly all of it compilation. The mechanisms (softmax,
+linear, Lightning, RetNet, Based, GLA, gated delta, Flow, LightNet, RAT, Aaren) are at
+most 2.8e-7 from their systems. The error of the expansion at orders 2, 4, 6 and 8 is
+0.38, 0.16, 0.053 and 0.0092, and 0.068 to 1.8e-5 with logits half as large. E1 holds to
+3e-16, gains that are 1% off break it by 1%; E2 holds to 6e-16 for the normalisers that
+it allows, and not for others, by 0.73.
 """
 
 from __future__ import annotations
@@ -37,8 +37,11 @@ from rich.table import Table
 from attn import dsf
 from attn.based import Based, features
 from attn.dsf import DSF
+from attn.flow import Flow
+from attn.lightnet import LightNet
 from attn.lightning import Lightning, slopes
 from attn.linear import recur
+from attn.rat import RAT
 from attn.retnet import RetNet
 from attn.scan import attend as prefixes
 from attn.softmax import Softmax
@@ -106,6 +109,7 @@ def pairs(q, k, gate, width: int) -> dict[str, Pair]:
     erasing = lambda v: delta_rule(
         at_one(q), at_one(unit), at_one(v), at_one(one), at_one(fading)
     )
+    gain, share = (a[0, :, 0] for a in Flow().gains(at_one(q), at_one(k)))
     return {
         "softmax": (plain(Softmax()), dsf.softmax(q, k, width)),
         "linear": (plain(Lightning(slopes="none")), dsf.separable(
@@ -118,9 +122,37 @@ def pairs(q, k, gate, width: int) -> dict[str, Pair]:
             q, unit, jnp.log(gate), width)),
         "gated delta": (lambda v: erasing(v)[1][0, :, 0], dsf.delta(
             q, unit, one, fading, width)),
+        "flow": (plain(Flow()), dsf.separable(
+            gain * jax.nn.sigmoid(q), share * jax.nn.sigmoid(k), all_ones, width)),
+        "lightnet": (plain(LightNet(activation=None, scale=1.0)), dsf.additive(
+            q, k, width)),
+        "rat": _rat(q, k, width),
         "aaren": (lambda v: prefixes(k[None, :, :1], at_one(v))[1][0, :, 0],
                   dsf.normalised(jnp.ones_like(top), top, width)),
     }
+
+
+def _rat(q, k, width: int, chunk: int = 3) -> Pair:
+    """RAT, whose gates are made of q, with its parameters drawn once."""
+    module, at_one = RAT(chunk=chunk, rope=None), lambda a: a[None, :, None]
+    x, v = q[None], jnp.zeros((1, len(q), 1, width), q.dtype)
+    params = module.init(jax.random.key(0), at_one(q), at_one(k), v, x=x)
+    logits: Any = module.apply(params, at_one(q), v, x, method="gates")
+    gate = jax.nn.sigmoid(logits[0, :, 0])
+    own: list[jax.Array] = []
+    for t in range(len(q)):
+        g = gate[t, : k.shape[1]]
+        own.append((1 - g) * k[t] + (g * own[-1] if t % chunk else 0))
+    number, ends = jnp.arange(len(q)) // chunk, jnp.stack(own)[chunk - 1::chunk]
+    far = jnp.where(jnp.arange(len(ends))[None] < number[:, None], q @ ends.T, -jnp.inf)
+    near = (q * jnp.stack(own)).sum(1, keepdims=True)
+    p = jax.nn.softmax(jnp.concatenate([far, near], 1) * q.shape[1] ** -0.5, -1)
+
+    def f(v):
+        o: Any = module.apply(params, at_one(q), at_one(k), at_one(v), x=x)
+        return o[0, :, 0]
+
+    return f, dsf.chunked(gate[:, :width], p, chunk)
 
 
 def _apart(f: Callable, system: DSF, v) -> jax.Array:

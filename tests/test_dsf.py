@@ -11,7 +11,7 @@ from experiments import systems
 
 SIZES = systems.Config(tokens=9, width=3, values=2, quiet=True)
 NAMES = ("softmax", "linear", "lightning", "retnet", "based", "gla", "gated delta",
-         "aaren")
+         "flow", "lightnet", "rat", "aaren")
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -16,13 +16,15 @@ class Case:
     """One program. build(target) -> (f, arguments as ShapeDtypeStructs, trips on TPU by
     the start of a kernel's name: (passes of each tile region, lines, grid steps)).
     flops: of one run, for the share of the peak; moved: bytes that have to move; whole:
-    XLA's own programs are of interest too; peer: not ours, beside which ours stand."""
+    XLA's own programs are of interest too; peer: not ours, beside which ours stand;
+    kin: another case is so near that `--quick` leaves this one out."""
 
     build: Callable[[Any], tuple[Callable, tuple, dict[str, Any]]]
     flops: float = 0.0
     moved: float = 0.0
     whole: bool = False
     peer: bool = False
+    kin: bool = False
 
 
 def struct(*shape, dtype=BF16):

@@ -237,7 +237,9 @@ def cases(target) -> dict[str, Case]:
                 for name, options in DELTA.items():
                     found[f"delta {way}{label} {name}"] = Case(
                         functools.partial(rule, **more, **options),
-                        delta_work(backward=way == "backward", **options))
+                        delta_work(backward=way == "backward", **options),
+                        kin=not name.startswith(("gated T8192 D128 H16", "odd",
+                                                 "packed")))
                 found[f"blocks {way}{label} T8192 D128 H16 K2 n16x64"] = Case(
                     functools.partial(chosen, **more))
         for name, options in DECODE.items() if backend != "mosaic" else ():

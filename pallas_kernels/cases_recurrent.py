@@ -84,6 +84,7 @@ LINEAR: dict[str, dict[str, Any]] = {
     "odd channel T1000 D24 H4 float32": {
         "t": 1000, "d": 24, "h": 4, "decay": "channel", "dtype": F32},
 }
+KIN = ("token T8192", "none T8192", "T8192 D64", "T8192 D256", "packed T4096")
 SCAN: dict[str, dict[str, Any]] = {
     "T8192 V64 H8": {},
     "T8192 V256 H8": {"v": 256},
@@ -98,6 +99,8 @@ def recurrent(backend: str, way: str, label: str) -> dict[str, Case]:
     for kernel, build, table in (("linear", recurrence, LINEAR),
                                  ("scan", prefixes, SCAN)):
         for name, options in table.items():
-            found[f"{kernel} {way}{label} {name}"] = Case(functools.partial(
-                build, backend=backend, backward=way == "backward", **options))
+            build_it = functools.partial(
+                build, backend=backend, backward=way == "backward", **options)
+            kin = kernel == "linear" and any(part in name for part in KIN)
+            found[f"{kernel} {way}{label} {name}"] = Case(build_it, kin=kin)
     return found

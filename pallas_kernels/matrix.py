@@ -113,7 +113,8 @@ def chosen(given: argparse.Namespace, name: str) -> dict[str, Any]:
 
     if given.function:
         return {given.function: own_case(given.function, given.shapes)}
-    return {n: c for n, c in cases(TARGETS[name]).items() if given.cases in n}
+    return {n: c for n, c in cases(TARGETS[name]).items()
+            if given.cases in n and not (given.quick and c.kin)}
 
 
 def work(given: argparse.Namespace) -> int:
@@ -140,7 +141,8 @@ def compile_all(given: argparse.Namespace) -> dict[str, Any] | None:
         with tempfile.TemporaryDirectory() as folder, \
                 tempfile.NamedTemporaryFile(suffix=".json") as out:
             more = ["--cases", given.cases, "--out", out.name, "--function",
-                    given.function, "--shapes", given.shapes]
+                    given.function, "--shapes", given.shapes,
+                    *["--quick"] * given.quick]
             process = worker("pallas_kernels.matrix", name, folder, *more,
                              stdout=subprocess.PIPE, text=True)
             for _ in process.stdout:
@@ -171,6 +173,8 @@ def parsed(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--shapes", default="", help="its arguments: 'bf16[8,128] ...'")
     parser.add_argument("--write", action="store_true", help="record the figures")
     parser.add_argument("--check", action="store_true", help="compare with the record")
+    parser.add_argument("--quick", action="store_true",
+                        help="leave out cases that another one is very near to")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--out", help=argparse.SUPPRESS)
     return parser.parse_args(arguments)
@@ -210,7 +214,8 @@ def main(arguments: list[str]) -> int:
     show(found)
     old = json.loads(RECORD.read_text()) if RECORD.exists() else {"cases": {}}
     if given.write:
-        again = () if given.cases or given.function else given.targets.split(",")
+        part = given.cases or given.function or given.quick
+        again = () if part else given.targets.split(",")
         kept = {n: one for n, one in old["cases"].items()
                 if n.partition(" ")[0] not in again}
         record(kept | found)

@@ -254,3 +254,13 @@ def test_the_record_is_green_and_whole():
               if "error" in found and not found.get("peer")]
     assert not broken
     assert matrix.PAGE.read_text() == matrix_table.page(record)
+
+
+def test_quick_leaves_a_near_relative_of_all_that_it_leaves_out():
+    whole, quick = (
+        matrix.chosen(matrix.parsed(words), "v5e") for words in ([], ["--quick"])
+    )
+    kind = lambda name: tuple(name.split()[:2])
+    assert set(quick) < set(whole)
+    assert set(map(kind, quick)) == set(map(kind, whole))
+    assert not any(case.kin for case in quick.values())

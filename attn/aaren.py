@@ -22,9 +22,9 @@ import jax.numpy as jnp
 from attn.dispatch import pick
 from attn.linear import by_run
 from attn.scan import Triple, across, attend, empty, join, total
-from attn.segments import place
+from attn.segments import place, runs
 from attn.shapes import check
-from attn.sharding import gather, over_mesh, spread_heads
+from attn.sharding import Axis, gather, over_mesh, spread_heads
 
 
 class AarenState(NamedTuple):
@@ -57,7 +57,7 @@ class Aaren(nn.Module):
     scale: float | None = None
     causal: bool = True
     chunk: int = 64
-    axis: str | None = None
+    axis: Axis | None = None
     implementation: str | None = None
     reads_q = False
 
@@ -70,7 +70,7 @@ class Aaren(nn.Module):
         """All tokens at once. q [B,T,H,D] (its shape), k [B,S,K,D], v [B,S,K,V] ->
         [B,T,H,V]."""
         check(q, k, v, segments=segments, aligned=self.causal)
-        q_run, kv_run = self._runs(q, segments)
+        q_run, kv_run = runs(segments, q, self.causal)
         scores = self._scores(q, k)
         v = spread_heads(v, q.shape[2], self.axis)
         if self.causal:
@@ -126,18 +126,6 @@ class Aaren(nn.Module):
             raise NotImplementedError(
                 "step: causal=False lets tokens see later ones: no stream"
             )
-
-    def _runs(self, q, segments):
-        if segments is None:
-            return None, None
-        if isinstance(segments, tuple):
-            if self.causal:
-                raise NotImplementedError(
-                    "a pair of segments: queries and keys are read in step, one array"
-                )
-            return tuple(a.astype(jnp.int32) for a in segments)
-        run = place(segments, q.shape[0], q.shape[1]).run
-        return run, run
 
     def _pool(self, scores, v) -> jax.Array:
         """The answer over all keys [B,H,V]."""

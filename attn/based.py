@@ -23,9 +23,9 @@ import numpy as np
 from attn.chunks import Runs, chunked, filled, only, prefix, runs_of, unchunked
 from attn.dispatch import pick
 from attn.linear import LinearState, by_run, check_state, empty, one
-from attn.segments import place
+from attn.segments import place, runs
 from attn.shapes import check
-from attn.sharding import gather, over_mesh, spread_heads
+from attn.sharding import Axis, gather, over_mesh, spread_heads
 
 
 def features(x: jax.Array, compact: bool = False) -> jax.Array:
@@ -63,7 +63,7 @@ class Based:
     normalize: bool = True
     causal: bool = True
     chunk: int = 128
-    axis: str | None = None
+    axis: Axis | None = None
     implementation: str | None = None
 
     def __post_init__(self):
@@ -77,7 +77,7 @@ class Based:
     def __call__(self, q, k, v, *, x=None, segments=None):
         """All tokens at once. q [B,T,H,D], k [B,S,K,D], v [B,S,K,V] -> [B,T,H,V]."""
         check(q, k, v, segments=segments, aligned=self.causal)
-        q_run, kv_run = self._runs(q, segments)
+        q_run, kv_run = runs(segments, q, self.causal)
         k, v = (spread_heads(a, q.shape[2], self.axis) for a in (k, v))
         letters = "BTHD BSKD BSKV BT BS -> BTHV"
         o = over_mesh(self._local, letters, self.axis)(q, k, v, q_run, kv_run)
@@ -109,18 +109,6 @@ class Based:
     def _memory(self, q, width: int) -> tuple[int, int, int, int]:
         b, _, h, d = q.shape
         return b, h, 1 + d + (d * (d + 1) // 2 if self.compact else d * d), width
-
-    def _runs(self, q, segments):
-        if segments is None:
-            return None, None
-        if isinstance(segments, tuple):
-            if self.causal:
-                raise NotImplementedError(
-                    "a pair of segments: queries and keys are read in step, one array"
-                )
-            return tuple(a.astype(jnp.int32) for a in segments)
-        run = place(segments, q.shape[0], q.shape[1]).run
-        return run, run
 
     def _summed(self, v: jax.Array) -> jax.Array:
         """v as float32, with a column of ones behind it for the sum of weights."""

@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from attn.sharding import Axis
+
 
 class Runs(NamedTuple):
     """Which tokens of a chunk see what; None means all do. seen [N,B,1,c,c]: token j by
@@ -80,7 +82,7 @@ def prefix(
     final: jax.Array,
     total: jax.Array | None,
     last: jax.Array | None,
-    axis: str,
+    axis: Axis,
     *,
     reverse: bool = False,
     alike: bool = True,

@@ -12,9 +12,9 @@ from typing import Any
 import jax
 
 from attn.linear import LinearState, across, check_state, recur
-from attn.segments import place
+from attn.segments import place, runs
 from attn.shapes import check
-from attn.sharding import over_mesh, spread_heads
+from attn.sharding import Axis, over_mesh, spread_heads
 
 FORM = {1: "H", 3: "BTH", 4: "BTHD"}  # letters of a decay, by its number of axes
 
@@ -26,14 +26,14 @@ def attend(
     log_decay: jax.Array | None = None,
     *,
     segments: Any = None,
-    axis: str | None = None,
+    axis: Axis | None = None,
     **how: Any,
 ) -> jax.Array:
     """o [B,T,H,V] in v's dtype, each token after those before it. q [B,T,H,D], k
     [B,T,K,D], v [B,T,K,V], log_decay [H], [B,T,H] or [B,T,H,D]; segments [B,T]. how:
     chunk, scale and implementation of `attn.linear.recur`."""
     check(q, k, v, segments=segments, aligned=True)
-    run = run_of(segments, q)
+    run, _ = runs(segments, q)
     k, v = (spread_heads(a, q.shape[2], axis) for a in (k, v))
     form = "." if log_decay is None else FORM[log_decay.ndim]
 
@@ -63,14 +63,3 @@ def follow(
         q, k, v, log_decay, state=state.memory, run=run, dtype=v.dtype, **how
     )
     return LinearState(memory, now.end, now.last), o
-
-
-def run_of(segments: Any, q: jax.Array) -> jax.Array | None:
-    """Runs [B,T] of the segments; NotImplementedError for a pair of them."""
-    if segments is None:
-        return None
-    if isinstance(segments, tuple):
-        raise NotImplementedError(
-            "a pair of segments: queries and keys are read in step, one array"
-        )
-    return place(segments, q.shape[0], q.shape[1]).run

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from attn.baseconv import shortconv
 from attn.segments import Place, place
 from attn.shapes import check
+from attn.sharding import Axis
 from attn.wy import delta_rule
 
 
@@ -58,7 +59,7 @@ class Delta(nn.Module):
     out_norm: str | None = "head"
     out_gate: str | None = "silu"
     chunk: int = 64
-    axis: str | None = None
+    axis: Axis | None = None
     implementation: str | None = None
 
     def __post_init__(self):
@@ -78,7 +79,7 @@ class Delta(nn.Module):
                 f"axis={self.axis!r}: what a shard does to the state of the delta rule "
                 "is a matrix [D,D], which is not passed on yet; expected None"
             )
-        now = self._place(q, segments)
+        now = place(segments, q.shape[0], q.shape[1])
         return self._apply(None, now, q, k, v, x, segments is not None)[1]
 
     def init_state(self, size, q, k, v, *, x=None) -> DeltaState:
@@ -99,15 +100,10 @@ class Delta(nn.Module):
         check(q, k, v, segments=segments, aligned=True)
         if not isinstance(state, DeltaState):
             raise ValueError(f"state is a {type(state).__name__}: expected DeltaState")
-        now = self._place(q, segments, state.end, state.segment)
+        now = place(
+            segments, q.shape[0], q.shape[1], state.end, state.segment
+        )
         return self._apply(state, now, q, k, v, x, segments is not None)
-
-    def _place(self, q, segments, *before) -> Place:
-        if isinstance(segments, tuple):
-            raise NotImplementedError(
-                "a pair of segments: queries and keys are read in step, one array"
-            )
-        return place(segments, q.shape[0], q.shape[1], *before)
 
     @nn.compact
     def _apply(self, state, now: Place, q, k, v, x, packed: bool):

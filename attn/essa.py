@@ -21,11 +21,11 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from attn.decayed import run_of
 from attn.dispatch import pick
 from attn.linear import whole
+from attn.segments import runs
 from attn.shapes import check
-from attn.sharding import over_mesh, spread_heads
+from attn.sharding import Axis, over_mesh, spread_heads
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Essa:
 
     residual: bool = True
     eps: float = 1e-7
-    axis: str | None = None
+    axis: Axis | None = None
     implementation: str | None = None
 
     def __post_init__(self):
@@ -50,11 +50,10 @@ class Essa:
     def __call__(self, q, k, v, *, x=None, segments=None):
         """All tokens at once. q [B,T,H,D], k [B,S,K,D], v [B,S,K,V] -> [B,T,H,V]."""
         check(q, k, v, segments=segments, aligned=self.residual)
-        if not isinstance(segments, tuple):
-            segments = (run_of(segments, q),) * 2
+        where = runs(segments, q, ordered=False)
         k, v = (spread_heads(a, q.shape[2], self.axis) for a in (k, v))
         f = over_mesh(self._local, "BTHD BSKD BSKV BT BS -> BTHV", self.axis)
-        o = pick(self.implementation, xla=lambda: f(q, k, v, *segments))
+        o = pick(self.implementation, xla=lambda: f(q, k, v, *where))
         return o.astype(v.dtype)
 
     def _local(self, q, k, v, q_run, kv_run) -> jax.Array:

@@ -24,12 +24,11 @@ from typing import Callable, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from attn.decayed import run_of
 from attn.dispatch import pick
 from attn.linear import across, recur, whole
-from attn.segments import place
+from attn.segments import place, runs
 from attn.shapes import check
-from attn.sharding import over_mesh
+from attn.sharding import Axis, over_mesh
 
 FEATURES = ("sigmoid", "relu")
 
@@ -75,7 +74,7 @@ class Flow:
     feature: str = "sigmoid"
     eps: float = 1e-6
     chunk: int = 64
-    axis: str | None = None
+    axis: Axis | None = None
     implementation: str | None = None
 
     def __post_init__(self):
@@ -96,13 +95,11 @@ class Flow:
         b, t, h, _ = q.shape
         k, v = (jnp.repeat(a, h // a.shape[2], 2) for a in (k, v))
         if self.causal:
-            more = (place(segments, b, t).pos, run_of(segments, q))
+            more = place(segments, b, t).pos, runs(segments, q)[0]
             f = over_mesh(self._causal, "BTHD BTHD BTHV BT BT -> BTHV", self.axis)
             return f(q, k, v, *more).astype(v.dtype)
-        if not isinstance(segments, tuple):
-            segments = (run_of(segments, q),) * 2
         f = over_mesh(self._normal, "BTHD BSHD BSHV BT BS -> BTHV", self.axis)
-        xla = lambda: f(q, k, v, *segments)
+        xla = lambda: f(q, k, v, *runs(segments, q, ordered=False))
         return pick(self.implementation, xla=xla).astype(v.dtype)
 
     def init_state(self, size, q, k, v, *, x=None) -> FlowState:

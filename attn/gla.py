@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from attn.decayed import attend, follow
 from attn.linear import LinearState, empty
 from attn.shapes import check
+from attn.sharding import Axis
 
 _INIT = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
 
@@ -36,7 +37,7 @@ class GLA(nn.Module):
     out_norm: str | None = "head"
     out_gate: str | None = "silu"
     chunk: int = 64
-    axis: str | None = None
+    axis: Axis | None = None
     implementation: str | None = None
 
     def __post_init__(self):

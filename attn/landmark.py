@@ -26,7 +26,7 @@ from attn.grouped import Far, Row, compact, grouped, irregular, regular
 from attn.positions import RoPE
 from attn.segments import Place, place
 from attn.shapes import check
-from attn.sharding import gather, over_mesh, spread_heads
+from attn.sharding import Axis, gather, over_mesh, spread_heads
 
 SELECTIONS = ("per_token_and_head", "max_over_heads", "max_over_tokens")
 
@@ -60,7 +60,7 @@ class Landmark:
     scale: float | None = None
     dropout: float = 0.0
     jump: int = 0
-    axis: str | None = None
+    axis: Axis | None = None
     implementation: str | None = None
 
     def __post_init__(self):
@@ -94,10 +94,6 @@ class Landmark:
         key: a PRNG key, for dropout and jumps.
         """
         check(q, k, v, segments=segments, aligned=True)
-        if isinstance(segments, tuple):
-            raise NotImplementedError(
-                "a pair of segments: queries and keys are read in step, one array"
-            )
         now = place(segments, q.shape[0], q.shape[1])
         queries = keys = self._row(now, segments is not None, landmark)
         hops, gates = (None, None) if key is None else jax.random.split(key)

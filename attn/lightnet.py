@@ -23,13 +23,13 @@ import jax
 import jax.numpy as jnp
 
 from attn.chunks import only
-from attn.decayed import attend, follow, run_of
+from attn.decayed import attend, follow
 from attn.dispatch import pick
 from attn.linear import LinearState, whole
 from attn.scan import prefix
-from attn.segments import place
+from attn.segments import place, runs
 from attn.shapes import check
-from attn.sharding import over_mesh
+from attn.sharding import Axis, over_mesh
 
 LOW = -1e30  # the largest of no keys; finite, as differences of two have to be
 ACTIVATIONS = ("silu", None)
@@ -83,7 +83,7 @@ class LightNet:
     init_lse: float = -math.inf
     rope: Any = None
     chunk: int = 64
-    axis: str | None = None
+    axis: Axis | None = None
     implementation: str | None = None
 
     def __post_init__(self):
@@ -106,7 +106,7 @@ class LightNet:
         b, t, h, d = q.shape
         if not self.causal:
             return self._unordered(q, k, wide, segments).astype(v.dtype)
-        run = run_of(segments, q)
+        run, _ = runs(segments, q)
         pos = place(segments, b, t).pos
         share, log_decay, _ = self._shares(k, run, nothing((b, h, d)))
         o = attend(
@@ -219,14 +219,13 @@ class LightNet:
         places = [place(g, *a.shape[:2]) for g, a in zip(pair, (q, k))]
         share = self._softmax(k, None if segments is None else places[1].run)
         turned = self._turned(q, share, *(p.pos for p in places))
-        if segments is not None and not isinstance(segments, tuple):
-            pair = tuple(p.run for p in places)
+        of = runs(segments, q, ordered=False)
 
         def local(q, share, v, q_run, kv_run):
             return whole(q, share, v, q_run=q_run, kv_run=kv_run, axis=self.axis)
 
         f = over_mesh(local, "BTHD BSHD BSHV BT BS -> BTHV", self.axis)
-        o = pick(self.implementation, xla=lambda: f(*turned, v, *pair))
+        o = pick(self.implementation, xla=lambda: f(*turned, v, *of))
         return o * self._factor(q.shape[-1])
 
     def _softmax(self, k, run) -> jax.Array:

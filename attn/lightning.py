@@ -19,11 +19,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attn.decayed import attend, follow, run_of
+from attn.decayed import attend, follow
 from attn.dispatch import pick
 from attn.linear import LinearState, across, empty, whole
+from attn.segments import runs
 from attn.shapes import check
-from attn.sharding import over_mesh, spread_heads
+from attn.sharding import Axis, over_mesh, spread_heads
 
 RULES = ("code", "paper", "fla", "none")
 
@@ -80,7 +81,7 @@ class Lightning:
     scale: float = 1.0
     causal: bool = True
     chunk: int = 64
-    axis: str | None = None
+    axis: Axis | None = None
     implementation: str | None = None
 
     def __post_init__(self):
@@ -114,7 +115,7 @@ class Lightning:
         if self.causal:
             how = self._how() | {"axis": self.axis}
             return attend(q, k, v, log_decay, segments=segments, **how)
-        q_run, kv_run = self._runs(q, segments, ordered)
+        q_run, kv_run = runs(segments, q, ordered)
         k, v = (spread_heads(a, q.shape[2], self.axis) for a in (k, v))
         letters = "BTHD BSKD BSKV H BT BS -> BTHV"
         o = over_mesh(self._two_sided, letters, self.axis)(
@@ -153,12 +154,6 @@ class Lightning:
             "chunk": self.chunk, "scale": self.scale,
             "implementation": self.implementation,
         }
-
-    def _runs(self, q, segments, ordered: bool):
-        if isinstance(segments, tuple) and not ordered:
-            return tuple(a.astype(jnp.int32) for a in segments)
-        run = run_of(segments, q)
-        return run, run
 
     def _two_sided(self, q, k, v, log_decay, q_run, kv_run) -> jax.Array:
         if log_decay is None:

@@ -24,7 +24,7 @@ from attn.chunks import (
 )
 from attn.dispatch import interpreted, pick
 from attn.shapes import check
-from attn.sharding import gather
+from attn.sharding import Axis, gather
 from pallas_kernels import linear as kernels
 
 # exp of it is 0 in float32, so a log decay below it says nothing more
@@ -141,7 +141,7 @@ def across(
     *,
     run: jax.Array | None = None,
     chunk: int = 64,
-    axis: str | None = None,
+    axis: Axis | None = None,
     reverse: bool = False,
     scale: float = 1.0,
     dtype: Any = jnp.float32,
@@ -214,7 +214,7 @@ def whole(
     *,
     q_run: jax.Array | None = None,
     kv_run: jax.Array | None = None,
-    axis: str | None = None,
+    axis: Axis | None = None,
 ) -> jax.Array:
     """o = q (K^T V) [B,T,H,V] float32: every query sees every key of its run, whatever
     their order. q [B,T,H,D], k [B,S,K,D], v [B,S,K,V], runs [B,T] and [B,S], 0 is
@@ -256,7 +256,7 @@ def _recur(q, k, v, log_decay, run, chunk: int, begin: Callable):
     block = min(BLOCK, t) if log_decay is not None and log_decay.ndim == 4 else 1
     c = -(-min(chunk, t) // block) * block
     row = filled(run, t, c)
-    g = _decay(log_decay, row, t, c)
+    g = decays(log_decay, row, t, c)
     q, k, v = chunked(q, c), chunked(k, c, h), chunked(v, c, h)
     runs = runs_of(row, c, 0)
     # the backward pass computes a chunk again, and keeps no more of it than q, k and v
@@ -267,8 +267,9 @@ def _recur(q, k, v, log_decay, run, chunk: int, begin: Callable):
     return after, unchunked(o + jax.checkpoint(_outside)(q, g, runs, states), t)
 
 
-def _decay(log_decay, row, t: int, c: int) -> jax.Array | None:
-    """Log decays as [N|1,B|1,H,c,1|D], 0 at padding."""
+def decays(log_decay, row, t: int, c: int) -> jax.Array | None:
+    """Log decays as chunks [N|1,B|1,H,c,1|D], 0 at padding; row: of
+    `attn.chunks.filled`."""
     if log_decay is None:
         return None
     g = jnp.maximum(log_decay.astype(jnp.float32), FLOOR)

@@ -27,7 +27,7 @@ from attn.masks import Causal
 from attn.positions import RoPE
 from attn.segments import place
 from attn.shapes import check
-from attn.sharding import gather, over_mesh
+from attn.sharding import Axis, gather, over_mesh
 from attn.softmax import attend
 
 _INIT = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
@@ -63,7 +63,7 @@ class RAT(nn.Module):
     scale: float | None = None
     rope: RoPE | None = RoPE()
     out_gate: str | None = "sigmoid"
-    axis: str | None = None
+    axis: Axis | None = None
     implementation: str | None = None
 
     def __post_init__(self):
@@ -133,10 +133,6 @@ class RAT(nn.Module):
     def _checked(self, q, k, v, segments):
         """k and v with H heads."""
         check(q, k, v, segments=segments, aligned=True)
-        if isinstance(segments, tuple):
-            raise NotImplementedError(
-                "a pair of segments: queries and keys are read in step, one array"
-            )
         return (jnp.repeat(a, q.shape[2] // a.shape[2], 2) for a in (k, v))
 
     @nn.compact

@@ -22,6 +22,7 @@ import numpy as np
 
 from attn.decayed import attend, follow
 from attn.linear import LinearState, empty
+from attn.sharding import Axis
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +36,7 @@ class RetNet:
     first: float = 5.0
     scale: float | None = None
     chunk: int = 64
-    axis: str | None = None
+    axis: Axis | None = None
     implementation: str | None = None
 
     def __post_init__(self):

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 
 from attn import triples
 from attn.dispatch import interpreted, pick
+from attn.sharding import Axis
 from pallas_kernels import scan as kernels
 
 
@@ -55,7 +56,7 @@ def prefix(
     state: Any = None,
     run: jax.Array | None = None,
     chunk: int = 64,
-    axis: str | None = None,
+    axis: Axis | None = None,
 ) -> tuple[Any, Any]:
     """The joins of all prefixes -> the last one [B,...], all of them [B,T,...].
 
@@ -103,7 +104,7 @@ def tagged(op: Callable) -> Callable:
     return step
 
 
-def before(op: Callable, last: jax.Array, final: Any, axis: str, first: Any) -> Any:
+def before(op: Callable, last: jax.Array, final: Any, axis: Axis, first: Any) -> Any:
     """(run, stretch) of all tokens before this shard: one is gathered of every shard.
     last [B]: its last run, 0 if it has none; final [B,...]: its stretch, `first`: the
     pair that comes before all."""
@@ -169,7 +170,7 @@ def across(
     run: jax.Array | None = None,
     chunk: int = 64,
     dtype: Any = jnp.float32,
-    axis: str | None = None,
+    axis: Axis | None = None,
     implementation: str | None = None,
 ) -> jax.Array:
     """o of `attend` where T is split over mesh axis `axis`, inside `shard_map`: every

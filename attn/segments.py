@@ -8,7 +8,7 @@ followed by decoding without a gap.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -40,9 +40,14 @@ def place(
     """Positions and runs of the next `length` tokens of `batch` rows.
 
     segments [B,T] int or None: ids, 0 for padding; None goes on with the same sequence.
+    NotImplementedError for a pair of them: these tokens ask and answer in step.
     end, last [B]: of the state that these tokens follow; None for the start of a row.
     A token continues the sequence of the token before it if both have the same id.
     """
+    if isinstance(segments, tuple):
+        raise NotImplementedError(
+            "a pair of segments: queries and keys are read in step, one array"
+        )
     end = jnp.zeros((batch,), jnp.int32) if end is None else end
     last = jnp.full((batch,), -1, jnp.int32) if last is None else last
     t = jnp.arange(length, dtype=jnp.int32)[None]
@@ -71,3 +76,15 @@ def place(
     pos = jnp.where(real, time - start, 0)
     after = time[:, -1] + 1 - start[:, -1]
     return Place(pos, run, after, ids[:, -1])
+
+
+def runs(segments: Any, q: Any, ordered: bool = True) -> tuple[Any, Any]:
+    """Runs [B,T] and [B,S] of queries like q [B,T,...] and of keys, None without
+    segments. ordered: queries and keys are read in step, one array for both; without
+    an order the ids of a pair are runs themselves."""
+    if segments is None:
+        return None, None
+    if isinstance(segments, tuple) and not ordered:
+        return tuple(a.astype(jnp.int32) for a in segments)
+    run = place(segments, q.shape[0], q.shape[1]).run
+    return run, run

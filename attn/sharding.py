@@ -7,6 +7,7 @@ the global view and handed in by letters, so that no code asks where it is.
 
 from __future__ import annotations
 
+import math
 from typing import Any, Callable
 
 import jax
@@ -14,28 +15,45 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 HOME = {"B": "data", "H": "model", "K": "model"}
+Axis = str | tuple[str, ...]  # several axes are one, the first the slowest
 
 
-def mesh_of(axis: str):
+def mesh_of(axis: Axis):
     """The mesh in force. ValueError if there is none or it lacks `axis`."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh is None or mesh.empty:
         raise ValueError(
             f"axis={axis!r} but there is no mesh: expected `with jax.set_mesh(mesh):`"
         )
-    if axis not in mesh.axis_names:
-        raise ValueError(f"axis={axis!r}: expected one of the mesh's {mesh.axis_names}")
+    for name in names_of(axis):
+        if name not in mesh.axis_names:
+            raise ValueError(
+                f"axis={axis!r}: expected one of the mesh's {mesh.axis_names}"
+            )
     return mesh
 
 
-def spec(letters: str, axis: str) -> PartitionSpec:
+def names_of(axis: Axis) -> tuple[str, ...]:
+    """The names of the mesh axes that `axis` stands for."""
+    return (axis,) if isinstance(axis, str) else tuple(axis)
+
+
+def devices_of(axis: Axis | None) -> int:
+    """Over how many devices the mesh in force splits `axis`; 1 for None."""
+    if axis is None:
+        return 1
+    mesh = mesh_of(axis)
+    return math.prod(mesh.shape[name] for name in names_of(axis))
+
+
+def spec(letters: str, axis: Axis) -> PartitionSpec:
     """How an array lies on the mesh: "BTHD" -> (data, axis, model, None)."""
     names = mesh_of(axis).axis_names
     homes = {c: a for c, a in HOME.items() if a in names} | {"T": axis, "S": axis}
     return PartitionSpec(*(homes.get(c) for c in letters))
 
 
-def over_mesh(f: Callable, letters: str, axis: str | None) -> Callable:
+def over_mesh(f: Callable, letters: str, axis: Axis | None) -> Callable:
     """`f` on the shards of its arguments; `f` itself when `axis` is None.
 
     letters: "BTHD BSKD -> BTHV": one word an argument (None arguments and pytrees of
@@ -44,13 +62,13 @@ def over_mesh(f: Callable, letters: str, axis: str | None) -> Callable:
     """
     if axis is None:
         return f
-    mesh = mesh_of(axis)
+    mesh_of(axis)
     ins, outs = (side.split() for side in letters.split(" -> "))
     out_specs = tuple(spec(word, axis) for word in outs)
 
     def sharded(*arrays: Any):
         for word, array in zip(ins, arrays, strict=True):
-            _check_divisible(word, array, axis, mesh)
+            _check_divisible(word, array, axis)
         return jax.shard_map(
             f,
             in_specs=tuple(spec(word, axis) for word in ins),
@@ -61,24 +79,24 @@ def over_mesh(f: Callable, letters: str, axis: str | None) -> Callable:
     return sharded
 
 
-def _check_divisible(word: str, array: Any, axis: str, mesh: Any) -> None:
+def _check_divisible(word: str, array: Any, axis: Axis) -> None:
     for leaf in jax.tree.leaves(array):
         for letter, size, name in zip(word, leaf.shape, spec(word, axis)):
-            if name is not None and size % mesh.shape[name]:
+            if size % (devices := devices_of(name)):
                 raise ValueError(
-                    f"{letter}={size} cannot be split over the {mesh.shape[name]} "
+                    f"{letter}={size} cannot be split over the {devices} "
                     f"devices of mesh axis {name!r}: expected a multiple"
                 )
 
 
-def gather(a: jax.Array | None, axis: str | None, dim: int = 1) -> jax.Array | None:
+def gather(a: jax.Array | None, axis: Axis | None, dim: int = 1) -> jax.Array | None:
     """Every shard's part of `a` along `dim`, in order; `a` itself without an axis."""
     if axis is None or a is None:
         return a
     return jax.lax.all_gather(a, axis, axis=dim, tiled=True)
 
 
-def spread_heads(a: jax.Array, heads: int, axis: str | None) -> jax.Array:
+def spread_heads(a: jax.Array, heads: int, axis: Axis | None) -> jax.Array:
     """k or v [B,S,K,.] repeated, if K is too small for the `model` axis of the mesh, to
     as few heads as that axis can split; `heads` is H."""
     if axis is None:

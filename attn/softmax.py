@@ -24,7 +24,7 @@ from attn.dispatch import interpreted, pick
 from attn.masks import Causal, Full, Mask
 from attn.segments import place
 from attn.shapes import check
-from attn.sharding import gather, over_mesh, spread_heads
+from attn.sharding import Axis, gather, over_mesh, spread_heads
 from pallas_kernels.flash import flash
 from pallas_kernels.tile import NEVER
 
@@ -120,7 +120,7 @@ class Softmax:
     softcap: float | None = None
     score: Callable | None = None
     dropout: float = 0.0
-    axis: str | None = None
+    axis: Axis | None = None
     implementation: str | None = None
 
     def __post_init__(self):

@@ -26,7 +26,7 @@ import jax.numpy as jnp
 
 from attn.chunks import Runs, chunked, filled, only, pairs, runs_of, unchunked
 from attn.dispatch import interpreted, pick
-from attn.linear import FLOOR
+from attn.linear import FLOOR, decays
 from pallas_kernels.delta import delta
 
 BLOCK = 16  # rows of a triangular system that are solved one after the other
@@ -112,10 +112,9 @@ def _xla(q, k, v, beta, log_decay, state, run, chunk: int, scale: float):
     c = min(chunk, t)
     row = filled(run, t, c)
     q, k, v = (chunked(a, c, h) for a in (q, k, v))
-    beta, g = chunked(beta[..., None], c), _decay(log_decay, t, c)
+    beta, g = chunked(beta[..., None], c), decays(log_decay, row, t, c)
     if row is not None:
-        real = (row > 0).reshape(row.shape[0], -1, 1, c, 1).swapaxes(0, 1)
-        beta, g = only(real, beta), None if g is None else only(real, g)
+        beta = only((row > 0).reshape(row.shape[0], -1, 1, c, 1).swapaxes(0, 1), beta)
     runs = runs_of(row, c)
     # the backward pass solves a chunk again, and keeps no more of it than the solution
     q, p, k, u, w = jax.checkpoint(_inside)(q * scale, k, v, beta, g, runs)
@@ -130,16 +129,6 @@ def _xla(q, k, v, beta, log_decay, state, run, chunk: int, scale: float):
 
     state, (states, u) = jax.lax.scan(pass_on, state, (factor, k, u, w))
     return state, unchunked(q @ states + p @ u, t)
-
-
-def _decay(log_decay, t: int, c: int) -> jax.Array | None:
-    """Log decays as chunks [N,B|1,H,c,1]."""
-    if log_decay is None:
-        return None
-    g = jnp.maximum(log_decay.astype(jnp.float32), FLOOR)
-    if g.ndim == 1:
-        g = jnp.broadcast_to(g[None, None], (1, t, *g.shape))
-    return chunked(g[..., None], c)
 
 
 def _inside(q, k, v, beta, g, runs: Runs):

@@ -24,10 +24,7 @@ import sys
 from typing import Any
 
 import flax.linen as nn
-import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -37,8 +34,8 @@ from attn.masks import Full
 from attn.softmax import Softmax
 from experiments import config
 from experiments.config import knob
-from experiments.images import Digits
-from experiments.train import Objective, Plan, fit
+from experiments.images import LABELS, Digits, accuracy
+from experiments.train import Plan, fit
 from models.pixels import PixelNet
 
 
@@ -82,25 +79,6 @@ TINY = Config(attentions=(Flow(causal=False),), zoom=1, width=8, heads=2, layers
               steps=2, batch=4, quiet=True)
 
 
-def named(model, params, batch: dict, key) -> tuple[jax.Array, jax.Array]:
-    """Cross entropy of the labels in nats: (sum, count)."""
-    logits = model.apply(params, batch["x"], rngs={"dropout": key})
-    nats = optax.softmax_cross_entropy_with_integer_labels(logits, batch["labels"])
-    return nats.sum(), jnp.float32(nats.size)
-
-
-def accuracy(model: nn.Module, params: Any, data: Digits) -> float:
-    """The share of held-out pictures that are named right."""
-    whole = data.whole()
-    right = 0
-    read = jax.jit(model.apply)
-    for at in range(0, len(whole["labels"]), 60):
-        part = slice(at, at + 60)
-        guess = np.asarray(read(params, whole["x"][part])).argmax(-1)
-        right += int((guess == whole["labels"][part]).sum())
-    return right / len(whole["labels"])
-
-
 def run(config_: Config) -> dict[str, Any]:
     """Trains and measures -> of each attention the accuracy (mean over seeds) and
     training pixels a second."""
@@ -111,9 +89,9 @@ def run(config_: Config) -> dict[str, Any]:
         for seed in range(config_.seeds):
             fitted = fit(
                 model, config_.data(), config_.plan(seed),
-                objective=Objective(named, "x"), label=name, quiet=config_.quiet,
+                objective=LABELS, label=name, quiet=config_.quiet,
             )
-            scores.append(accuracy(model, fitted.params, config_.data("valid")))
+            scores.append(accuracy(model, fitted.params, config_.data("valid").whole()))
             speeds.append(fitted.tokens_per_second)
         found[f"{name} accuracy"] = float(np.mean(scores))
         found[f"{name} pixels_per_second"] = float(np.median(speeds))
@@ -127,23 +105,15 @@ def run(config_: Config) -> dict[str, Any]:
 
 def inequality(config_: Config, model: nn.Module, params: Any) -> float:
     """The largest over the smallest c of a head, the median over pictures, heads and
-    layers. c is what Flow gives for values that are ones at one key and 0 elsewhere,
-    over what it gives without competition."""
+    layers."""
     images = config_.data("valid").batch(0, 4)["x"]
+    projections = lambda module, _: module.name in ("q", "k")
+    _, found = model.apply(
+        params, images, capture_intermediates=projections, mutable=["intermediates"]
+    )
     ratios = []
-
-    def watch(next_fun, args, kwargs, context):
-        if isinstance(context.module, nn.DenseGeneral):
-            out = next_fun(*args, **kwargs)
-            if context.module.name in ("q", "k") and context.method_name == "__call__":
-                seen.append(out)
-            return out
-        return next_fun(*args, **kwargs)
-
-    seen: list[jax.Array] = []
-    with nn.intercept_methods(watch):
-        model.apply(params, images)
-    for q, k in zip(seen[::2], seen[1::2]):
+    for layer in found["intermediates"]["layers"].values():
+        q, k = (layer["mixer"][n]["__call__"][0] for n in "qk")
         share = Flow(causal=False).shares(q, k)
         ratios.append(np.asarray(share.max(1) / share.min(1)).ravel())
     return float(np.median(np.concatenate(ratios)))

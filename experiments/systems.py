@@ -74,7 +74,7 @@ def run(config_: Config) -> dict[str, Any]:
     with jax.default_matmul_precision("highest"):
         q, k, v, gate = numbers(config_)
         for name, (f, system) in pairs(q, k, gate, v.shape[1]).items():
-            found[f"apart_{name}"] = float(_apart(f, system, v))
+            found[f"apart_{name}"] = float(apart(f, system, v))
     with jax.enable_x64(True):
         q, k, v, gate = numbers(config_)
         found |= expansion(q, k, v, config_.orders) | conditions(q, k, gate, v.shape[1])
@@ -155,7 +155,7 @@ def _rat(q, k, width: int, chunk: int = 3) -> Pair:
     return f, dsf.chunked(gate[:, :width], p, chunk)
 
 
-def _apart(f: Callable, system: DSF, v) -> jax.Array:
+def apart(f: Callable, system: DSF, v) -> jax.Array:
     """How far the attention, both scans and the system's operator are apart."""
     want = system.transfer()
     y = jnp.einsum("tpjd,jd->tp", want, v)

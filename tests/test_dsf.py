@@ -20,7 +20,7 @@ def test_a_mechanism_is_its_system(name):
     found = systems.pairs(q, k, gate, v.shape[1])
     assert set(found) >= set(NAMES)
     f, system = found[name]
-    assert systems._apart(f, system, v) < 2e-6
+    assert systems.apart(f, system, v) < 2e-6
 
 
 def test_one_operator_has_many_states():

@@ -96,12 +96,15 @@ def gather(a: jax.Array | None, axis: Axis | None, dim: int = 1) -> jax.Array | 
     return jax.lax.all_gather(a, axis, axis=dim, tiled=True)
 
 
-def spread_heads(a: jax.Array, heads: int, axis: Axis | None) -> jax.Array:
-    """k or v [B,S,K,.] repeated, if K is too small for the `model` axis of the mesh, to
-    as few heads as that axis can split; `heads` is H."""
+def spread_heads(
+    a: jax.Array, heads: int, axis: Axis | None, swapped: Axis | None = None
+) -> jax.Array:
+    """k or v [B,S,K,.] repeated, if K is too small for the mesh, to as few heads as its
+    axis `model`, and the one that heads are `swapped` over, can split; heads is H."""
     if axis is None:
         return a
-    devices = mesh_of(axis).shape.get("model", 1)
+    model = mesh_of(axis).shape.get("model", 1)
+    devices = model * devices_of(swapped)
     if a.shape[2] % devices == 0:
         return a
     repeat = next(
@@ -110,8 +113,9 @@ def spread_heads(a: jax.Array, heads: int, axis: Axis | None) -> jax.Array:
         None,
     )
     if repeat is None:
+        beside = f" and the {devices // model} of {swapped!r}" if swapped else ""
         raise ValueError(
-            f"H={heads} heads cannot be split over the {devices} devices of mesh axis "
-            "'model': expected a multiple"
+            f"H={heads} heads cannot be split over the {model} devices of mesh axis "
+            f"'model'{beside}: expected a multiple"
         )
     return jnp.repeat(a, repeat, axis=2)

@@ -22,9 +22,10 @@ from attn import cache as caches
 from attn import tiles
 from attn.dispatch import interpreted, pick
 from attn.masks import Causal, Full, Mask
+from attn.exchange import EXCHANGES, exchanged, split_axis
 from attn.segments import place
 from attn.shapes import check
-from attn.sharding import Axis, gather, over_mesh, spread_heads
+from attn.sharding import Axis, over_mesh, spread_heads
 from pallas_kernels.flash import flash
 from pallas_kernels.tile import NEVER
 
@@ -111,8 +112,8 @@ class Softmax:
     forgets (a window, a window with sinks), a ring of just those that can be seen.
 
     `score` is a function of positions such as `ALiBi(heads)`; `dropout` acts when the
-    call is given a `key`. With `axis`, every shard gathers k and v (LASP-2H, Sun et
-    al., 2025, arXiv:2502.07563).
+    call is given a `key`. axis: the mesh axis that tokens are split over; exchange: how
+    its shards meet, "gather", "ring", "zigzag" or "swap" (see `attn/exchange.py`).
     """
 
     mask: Mask = Causal()
@@ -121,9 +122,14 @@ class Softmax:
     score: Callable | None = None
     dropout: float = 0.0
     axis: Axis | None = None
+    exchange: str = "gather"
     implementation: str | None = None
 
     def __post_init__(self):
+        if self.exchange not in EXCHANGES:
+            raise ValueError(
+                f"Softmax: exchange={self.exchange!r}: expected one of {EXCHANGES}"
+            )
         if not 0 <= self.dropout < 1:
             raise ValueError(f"Softmax: dropout={self.dropout}: expected in [0, 1)")
         if self.softcap is not None and self.softcap <= 0:
@@ -143,7 +149,9 @@ class Softmax:
         value, key a PRNG key for dropout. T != S aligns the last tokens.
         """
         check(q, k, v, segments=segments)
-        return self._attend(q, k, v, self._places(q, k, segments), bias, sink, key)
+        counted = segments is None and q.shape[1] == k.shape[1]
+        where = self._places(q, k, segments)
+        return self._attend(q, k, v, where, bias, sink, key, counted)
 
     def init_state(self, size, q, k, v, *, x=None):
         """An empty memory for `size` tokens; q, k, v give shapes and dtypes."""
@@ -201,8 +209,7 @@ class Softmax:
         if segments is None:
             if self.axis is None:
                 return None, None, None, None
-            ones = lambda n: jnp.ones((b, n), jnp.int32)
-            return count(t, s - t), count(s, 0), ones(t), ones(s)
+            return count(t, s - t), count(s, 0), None, None
         if not isinstance(segments, tuple):
             here = place(segments, b, t)
             return here.pos, here.pos, here.run, here.run
@@ -213,27 +220,50 @@ class Softmax:
             q_pos = q_pos + _count(kv_seg, q_seg) - _count(q_seg, q_seg)
         return q_pos, kv_pos, q_seg, kv_seg
 
-    def _attend(self, q, k, v, where, bias, sink, key):
+    def _attend(self, q, k, v, where, bias, sink, key, counted=False):
         heads = jnp.arange(q.shape[2], dtype=jnp.int32)
         rows = jnp.arange(q.shape[0], dtype=jnp.int32)
-        if self.axis is not None and key is not None and self.dropout:
-            raise NotImplementedError("dropout over a mesh axis is not there yet")
-        k, v = (spread_heads(a, q.shape[2], self.axis) for a in (k, v))
+        if self.axis is not None:
+            self._check_exchange(bias, key)
+            swapped = split_axis(self.axis, self.exchange)[1]
+            k, v = (spread_heads(a, q.shape[2], self.axis, swapped) for a in (k, v))
         letters = "BTHD BSKD BSKV H B BT BS BT BS " + _letters(bias) + " H . -> BTHV"
-        return over_mesh(self._local, letters, self.axis)(
+        local = functools.partial(self._local, counted)
+        return over_mesh(local, letters, self.axis)(
             q, k, v, heads, rows, *where, bias, sink, key
         )
 
+    def _check_exchange(self, bias, key) -> None:
+        if key is not None and self.dropout:
+            raise NotImplementedError("dropout over a mesh axis is not there yet")
+        one = not isinstance(self.axis, tuple) or len(self.axis) == 1
+        if bias is not None and not (self.exchange == "gather" and one):
+            raise NotImplementedError(
+                "a bias array over a mesh axis: its keys do not travel, expected "
+                "exchange='gather' over one axis"
+            )
+
     def _local(
-        self, q, k, v, head, batch, q_pos, kv_pos, q_run, kv_run, bias, sink, key
+        self, counted, q, k, v, head, batch, q_pos, kv_pos, q_run, kv_run, bias, sink,
+        key,
     ):
-        k, v, kv_pos, kv_run = (gather(a, self.axis) for a in (k, v, kv_pos, kv_run))
-        return attend(
-            q, k, v, mask=self.mask, head=head, q_pos=q_pos, kv_pos=kv_pos,
-            q_run=q_run, kv_run=kv_run, scale=self.scale, softcap=self.softcap,
-            score=self.score, bias=bias, sink=sink, dropout=self.dropout, key=key,
-            batch=batch, implementation=self.implementation,
-        )[0]
+        where = {"q_pos": q_pos, "kv_pos": kv_pos, "q_run": q_run, "kv_run": kv_run}
+        told = {
+            "mask": self.mask, "head": head, "scale": self.scale, "sink": sink,
+            "softcap": self.softcap, "score": self.score,
+            "implementation": self.implementation,
+        }
+        if self.axis is None:
+            return attend(
+                q, k, v, bias=bias, dropout=self.dropout, key=key, batch=batch,
+                **where, **told,
+            )[0]
+        if bias is not None:
+            told["bias"] = bias
+        return exchanged(
+            attend, q, k, v, axis=self.axis, exchange=self.exchange, counted=counted,
+            **where, **told,
+        )
 
 
 def _letters(bias) -> str:

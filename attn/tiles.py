@@ -82,6 +82,8 @@ def attend(
     dropout: float = 0.0,
     key: jax.Array | None = None,
     batch: jax.Array | None = None,
+    shift: int = 0,
+    given: tuple[jax.Array, jax.Array] | None = None,
     tile: tuple[int, int] | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Exact attention in memory linear in T: o [B,T,H,V] and lse [B,H,T] float32.
@@ -97,14 +99,17 @@ def attend(
     `attn.segments`. head [H]: the global head numbers, for masks that read them.
     dropout: the share of weights set to 0, if `key` is given; the choice is a hash of
     (key, batch row, head, query index, key index), so no tile or pass can disagree on
-    it. keep [B,H,T,S] bool gives the choice instead. Source: see the module.
+    it. keep [B,H,T,S] bool gives the choice instead. shift: how many tokens further on
+    the queries stand, where positions count. given: the o and lse that these queries
+    have with all of their keys, if k and v are a part of those: they are what comes
+    back, nothing is computed, and the gradients are the part's. Source: see the module.
     """
     b, t, h, d = q.shape
     s, heads = k.shape[1], k.shape[2]
     bq, bk = tile or tile_for(t, s)
     tp, sp = -(-t // bq) * bq, -(-s // bk) * bk
     counted = q_pos is None and kv_pos is None
-    offset = s - t if counted else None
+    offset = s - t + shift if counted else None
     if not counted and (q_pos is None or kv_pos is None):
         raise ValueError("q_pos and kv_pos go together: expected both or neither")
     scale = d**-0.5 if scale is None else scale
@@ -145,7 +150,14 @@ def attend(
         bias = bias if bias.shape[4] == 1 else _pad(bias, 4, sp)
     if sink is not None:
         sink = sink.astype(jnp.float32).reshape(heads, h // heads)
-    o, lse = _tiled(plan, side, grouped, keys, vals, bias, sink)
+    arrays = grouped, keys, vals, bias, sink
+    if given is None:
+        o, lse = _tiled(plan, side, *arrays)
+    else:
+        o, lse = given[0].astype(jnp.float32).reshape(b, t, heads, h // heads, -1), (
+            given[1].reshape(b, heads, h // heads, t))
+        o = _pad(o.transpose(0, 2, 3, 1, 4), 3, tp)
+        o, lse = _part(plan, side, *arrays, o, _pad(lse, 3, tp, NEVER))
     o = o.transpose(0, 3, 1, 2, 4).reshape(b, tp, h, -1)[:, :t]
     return o.astype(v.dtype), lse.reshape(b, h, tp)[:, :, :t]
 
@@ -353,3 +365,16 @@ def _add_bias(dbias, ds, tile, i, j):
 
 
 _tiled.defvjp(_forward, _backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _part(plan: Plan, side: Side, q, k, v, bias, sink, o, lse):
+    """`_tiled` of a part of the keys, with the o and lse of them all, which it gives
+    back."""
+    return o, lse
+
+
+_part.defvjp(
+    lambda plan, *arrays: (arrays[-2:], arrays),
+    lambda plan, *rest: (*_backward(plan, *rest), None, None),
+)

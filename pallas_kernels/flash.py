@@ -55,6 +55,8 @@ def flash(
     dropout: float = 0.0,
     key: jax.Array | None = None,
     batch: jax.Array | None = None,
+    shift: int = 0,
+    given: tuple[jax.Array, jax.Array] | None = None,
     tile: tuple[int, ...] | None = None,
     backend: str = "tpu",
     interpret: Any = False,
@@ -67,8 +69,11 @@ def flash(
     [B,S] or [B,S,K] are given (-1: an empty slot). q_run [B|1,T], kv_run [B|1,S]: a
     token sees its own run, and run 0 is padding. A logit is scale * q.k, capped, plus
     score(h, i, j), plus bias [B|1,H|1,T|1,S|1]; sink [H] is a logit without value.
-    dropout acts when there is a `key`, or by `keep` [B,H,T,S] bool. tile: queries and
-    keys of a tile. Rows that see nothing give o = 0, lse = -inf and no gradient.
+    dropout acts when there is a `key`, or by `keep` [B,H,T,S] bool. shift: how many
+    tokens further on the queries stand, where positions count. given: the o and lse
+    that the queries have with all of their keys, if k and v are a part of those: they
+    come back, and only gradients are computed. tile: queries and keys of a tile. Rows
+    that see nothing give o = 0, lse = -inf and no gradient.
     backend: "tpu", "triton" or "mosaic" (Hopper). interpret: run on a CPU, slowly.
 
     Raises Refused for what the kernel does not do. Sources: see the module.
@@ -88,7 +93,7 @@ def flash(
     for name, f in (("mask", mask), ("score", score)):
         check_elementwise(name, f, backend)
     device = tables.device_kind()
-    offset = s - t if q_pos is None else None
+    offset = s - t + shift if q_pos is None else None
     shape = tables.Shape(t, s, d, width, q.dtype.itemsize,
                          bias is not None or keep is not None)
     pick = lambda which: tables.tile(device, which, shape, tile, backend)
@@ -113,6 +118,8 @@ def flash(
         kv_pos[..., None] if kv_pos is not None and kv_pos.ndim == 2 else kv_pos,
         q_run, kv_run, keep, _seed(key) if random else None, batch if random else None,
     )
+    if given is not None:
+        return _part(static, side, q, k, v, bias, sink, *given)
     return _flash(static, side, q, k, v, bias, sink)
 
 
@@ -208,3 +215,16 @@ def _back(static: Static, saved, cotangents):
 
 
 _flash.defvjp(_ahead, _back)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _part(static: Static, side: Side, q, k, v, bias, sink, o, lse):
+    """`_flash` of a part of the keys, with the o and lse of them all, which it gives
+    back."""
+    return o.astype(v.dtype), lse
+
+
+_part.defvjp(
+    lambda static, *arrays: ((arrays[-2].astype(arrays[3].dtype), arrays[-1]), arrays),
+    lambda static, *rest: (*_back(static, *rest), None, None),
+)

@@ -144,8 +144,12 @@ def stateless(name):
 
 SINKS = Causal() & (Window(5) | Sink(2))
 ENTRIES = {
-    "softmax": Entry(Softmax(), (Softmax(mask=Causal() & Window(99)), Softmax())),
-    "window": Entry(Softmax(SINKS, softcap=5.0, score=ALiBi(4)), flops=1, decode=0),
+    "softmax": Entry(
+        Softmax(exchange="zigzag"), (Softmax(mask=Causal() & Window(99)), Softmax())
+    ),
+    "window": Entry(
+        Softmax(SINKS, softcap=5.0, score=ALiBi(4), exchange="ring"), flops=1, decode=0
+    ),
     "lightning": Entry(
         Lightning(), (Lightning(slopes="none"), Lightning(slopes="none", chunk=4)),
         flops=1, decode=0,

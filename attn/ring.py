@@ -1,0 +1,254 @@
+"""Ring: exact attention while keys and values travel from shard to shard.
+
+Every shard keeps its queries. The keys and values of the others come by, from both
+neighbours at once, and while one shard's are attended to the next ones are already on
+their way. What each gives is joined by its log-sum-exp, in float32. Going back they
+travel again, with their gradients one step behind them, which at last are sent home.
+No shard ever holds more of the others than two pieces of each direction (Ring
+Attention, Liu et al., 2023, arXiv:2310.01889; that the two directions share the way is
+proposed here). What the mask hides from every shard does not travel at all: of a window
+only the neighbours' part.
+
+In a causal ring the first shard has little to do and the last one everything. Zigzag
+gives shard p of P the p-th and the (2P-1-p)-th of 2P pieces, so that each does the same
+work in every step; the tokens are exchanged when the attention begins and when it ends.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, Callable, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from attn.masks import FOREVER, Causal, Mask
+from attn.rounds import WAYS, Call, Pair, ends, own, pairs, schedule
+from attn.zigzag import collected, dealt
+from pallas_kernels.tile import NEVER
+
+
+MANY = 16  # shards
+
+
+class Side(NamedTuple):
+    """Arrays of a call that have no gradient: head [H], q_pos [B,T], q_run [B,T]."""
+
+    head: Any
+    q_pos: Any
+    q_run: Any
+
+
+class Keys(NamedTuple):
+    """What travels: k and v of one shard, and where they stand [B,S]."""
+
+    k: jax.Array
+    v: jax.Array
+    pos: Any
+    run: Any
+
+
+def ring(
+    attend: Callable,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    axis: str,
+    mask: Mask,
+    head: Any,
+    q_pos: Any,
+    kv_pos: Any,
+    q_run: Any = None,
+    kv_run: Any = None,
+    sink: jax.Array | None = None,
+    counted: bool = False,
+    balanced: bool = False,
+    **options: Any,
+) -> tuple[jax.Array, jax.Array]:
+    """`attend` over all shards of mesh axis `axis`, inside `shard_map` -> o [B,T,H,V]
+    in v's dtype and lse [B,H,T] float32 of this shard's queries.
+
+    Arguments are those of `attn.softmax.attend` for this shard, options its others.
+    counted: positions are 0, 1, 2, ... over the shards, there are no runs, and T = S.
+    balanced: zigzag, for a causal mask that never forgets; the work of other masks is
+    even as it is. ValueError if it cannot cut a shard in two.
+    """
+    shards = jax.lax.axis_size(axis)
+    balanced &= shards > 1 and mask.causal and mask.reach().left >= FOREVER
+    zigzag = balanced and counted and mask == Causal() and not options.get("score")
+    # with a score every step is a program of its own
+    loops = not options.get("score") or shards <= MANY
+    counted &= zigzag or (mask.relative and not balanced and loops)
+    told = tuple(sorted(options.items()))
+    call = Call(attend, axis, shards, mask, told, counted, zigzag)
+    if balanced:
+        for name, a in (("T", q), ("S", k)):
+            if a.shape[1] % 2:
+                raise ValueError(
+                    f"{name}={shards * a.shape[1]} cannot be dealt in zigzag to the "
+                    f"{shards} devices of mesh axis {axis!r}: expected a multiple of "
+                    f"{2 * shards}"
+                )
+        q, k, v, q_pos, kv_pos, q_run, kv_run = jax.tree.map(
+            lambda a: dealt(a, axis), (q, k, v, q_pos, kv_pos, q_run, kv_run)
+        )
+    side, keys = Side(head, q_pos, q_run), Keys(k, v, kv_pos, kv_run)
+    if counted:
+        side, keys = Side(head, None, None), Keys(k, v, None, None)
+    o, lse = _ring(call, side, keys.pos, keys.run, q, k, v, sink)
+    return (collected(o, axis), collected(lse, axis, 2)) if balanced else (o, lse)
+
+
+def join(o, lse, new_o, new_lse) -> tuple[jax.Array, jax.Array]:
+    """o [B,T,H,V] and lse [B,H,T] of two sets of keys as those of both, in float32."""
+    top = jnp.maximum(lse, new_lse)
+    base = jnp.where(jnp.isfinite(top), top, 0)
+    a, b = jnp.exp(lse - base), jnp.exp(new_lse - base)
+    some = a + b > 0
+    safe = jnp.where(some, a + b, 1)
+    share = lambda w: (w / safe).swapaxes(1, 2)[..., None]
+    o = o.astype(jnp.float32) * share(a) + new_o.astype(jnp.float32) * share(b)
+    return o, jnp.where(some, base + jnp.log(safe), NEVER)
+
+
+def _journey(call: Call, keys: Keys, t: int, state: Any, visit: Callable) -> Any:
+    """state after `visit(state, n, step, moving)` of all steps; moving: the keys that
+    are here in step n, of each way."""
+    moving = {way: keys for way in WAYS}
+    for steps in schedule(call, t):
+        first, last = steps[0], steps[-1]
+        moved = lambda moving: {w: move(call, moving[w], w) for w in first.ways}
+        moving = moved(moving)
+
+        def loop(carry, n):
+            state, moving = carry
+            return (visit(state, n, first, moving), moved(moving)), None
+
+        if len(steps) > 1:
+            order = jnp.arange(first.n, last.n)
+            (state, moving), _ = jax.lax.scan(loop, (state, moving), order)
+        state = visit(state, last.n, last, moving)
+    return state
+
+
+def move(call: Call, tree: Any, way: int) -> Any:
+    """Everything goes `way` shards on."""
+    to = [(p, (p + way) % call.shards) for p in range(call.shards)]
+    return jax.tree.map(lambda a: jax.lax.ppermute(a, call.axis, to), tree)
+
+
+def _take(a: Any, piece: tuple[Any, int], dim: int = 1) -> Any:
+    if a is None or a.shape[dim] == piece[1]:
+        return a
+    return jax.lax.dynamic_slice_in_dim(a, *piece, dim)
+
+
+def _put(a: jax.Array, part: jax.Array, piece: tuple[Any, int], dim: int = 1):
+    part = part.astype(a.dtype)
+    if a.shape[dim] == piece[1]:
+        return part
+    return jax.lax.dynamic_update_slice_in_dim(a, part, piece[0], dim)
+
+
+def _meet(call: Call, side: Side, pair: Pair, q, keys: Keys, sink=None, given=None):
+    """o and lse of a pair's queries with its keys, as a function of both and `sink`."""
+    cut = Keys(*(_take(a, pair.columns) for a in keys))
+    where: dict[str, Any] = {"shift": pair.shift}
+    if pair.shift is None:
+        where = {
+            "q_pos": _take(side.q_pos, pair.rows), "kv_pos": cut.pos,
+            "q_run": _take(side.q_run, pair.rows), "kv_run": cut.run,
+        }
+    if given is not None:
+        where["given"] = tuple(_take(a, pair.rows, n + 1) for n, a in enumerate(given))
+    f = lambda q, k, v, sink: call.attend(
+        q, k, v, mask=pair.mask, head=side.head, sink=sink, **where,
+        **dict(call.options),
+    )
+    return f, (_take(q, pair.rows), cut.k, cut.v, sink)
+
+
+def _if(when: Any, f: Callable, state: Any) -> Any:
+    return f(state) if when is True else jax.lax.cond(when, f, lambda s: s, state)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _ring(call: Call, side: Side, kv_pos, kv_run, q, k, v, sink):
+    return _forward(call, side, kv_pos, kv_run, q, k, v, sink)[0]
+
+
+def _forward(call: Call, side: Side, kv_pos, kv_run, q, k, v, sink):
+    keys = Keys(k, v, kv_pos, kv_run)
+    f, args = _meet(call, side, own(call, q, k), q, keys, sink)
+    o, lse = f(*args)
+
+    def visit(state, n, step, moving):
+        for way, kinds in zip(step.ways, step.kinds):
+            r = n if way > 0 else call.shards - n
+            for pair in pairs(call, r, kinds, q.shape[1], k.shape[1]):
+                def add(state, pair=pair, way=way):
+                    f, args = _meet(call, side, pair, q, moving[way])
+                    old = [_take(a, pair.rows, d) for d, a in enumerate(state, 1)]
+                    new = join(*old, *f(*args))
+                    return tuple(
+                        _put(a, b, pair.rows, d)
+                        for d, (a, b) in enumerate(zip(state, new), 1)
+                    )
+
+                state = _if(pair.when, add, state)
+        return state
+
+    state = o.astype(jnp.float32), lse
+    o, lse = _journey(call, keys, q.shape[1], state, visit)
+    o = o.astype(v.dtype)
+    return (o, lse), (side, keys, q, sink, o, lse)
+
+
+def _backward(call: Call, saved, cotangents):
+    side, keys, q, sink, o, lse = saved
+    # keys travel again: those that came by before are not kept until now
+    keys, cotangents = jax.lax.optimization_barrier((keys, cotangents))
+    t, s = q.shape[1], keys.k.shape[1]
+
+    def gradients(pair, keys, sink=None):
+        f, args = _meet(call, side, pair, q, keys, sink, (o, lse))
+        given = tuple(_take(a, pair.rows, n + 1) for n, a in enumerate(cotangents))
+        return jax.vjp(f, *args)[1](given)
+
+    dq, dk, dv, dsink = gradients(own(call, q, keys.k), keys, sink)
+    wide = lambda a: a.astype(jnp.float32)
+
+    def visit(state, n, step, moving):
+        dq, sums = state
+        after = {}
+        for way, kinds in zip(step.ways, step.kinds):
+            r = n if way > 0 else call.shards - n
+            found = dq, *(jnp.zeros_like(a, jnp.float32) for a in keys[:2])
+            for pair in pairs(call, r, kinds, t, s):
+                def add(found, pair=pair, way=way):
+                    parts = gradients(pair, moving[way])
+                    pieces = pair.rows, pair.columns, pair.columns
+                    return tuple(
+                        _put(a, _take(a, at) + wide(b), at)
+                        for a, b, at in zip(found, parts, pieces)
+                    )
+
+                found = _if(pair.when, add, found)
+            dq, new = found[0], found[1:]
+            if way in sums:
+                new = jax.tree.map(jnp.add, new, move(call, sums[way], way))
+            after[way] = new
+        # of a way that has ended, the sums stay where they are
+        return dq, {**sums, **after}
+
+    dk, dv = wide(dk), wide(dv)
+    dq, sums = _journey(call, keys, t, (wide(dq), {}), visit)
+    for way, far in ends(call, t).items():
+        home = move(call, sums[way], -way * far)
+        dk, dv = dk + home[0], dv + home[1]
+    low = lambda d, a: d.astype(a.dtype)
+    return None, None, None, low(dq, q), low(dk, keys.k), low(dv, keys.v), dsink
+
+
+_ring.defvjp(_forward, _backward)

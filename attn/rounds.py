@@ -1,0 +1,136 @@
+"""Rounds: which keys arrive at a shard in which step, and what it computes with them.
+
+In step n of a ring the keys of the shard n before and of the one n behind arrive. If
+positions simply count and only their differences matter, how far apart they stand is
+known before anything runs: steps in which the mask hides everything are left out, those
+in which it hides nothing need no mask and can share one loop.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+from typing import Any, Callable, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from attn.masks import Full, Mask
+
+WAYS = (1, -1)  # keys come from the shards before, and from those behind
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """What is known of one call. attend: the attention of a shard's queries to keys;
+    options: what it is told; counted: positions are 0, 1, 2, ... over the shards and
+    only their differences count; zigzag: pieces p and 2P-1-p are here, and the mask is
+    `Causal()`."""
+
+    attend: Callable
+    axis: str
+    shards: int
+    mask: Mask
+    options: tuple[tuple[str, Any], ...]
+    counted: bool
+    zigzag: bool
+
+
+class Pair(NamedTuple):
+    """A piece of the queries with a piece of the keys, each (first, how many). shift:
+    how many tokens further on the queries stand, None where arrays say it; when:
+    whether they meet, a traced bool or True."""
+
+    rows: tuple[Any, int]
+    columns: tuple[Any, int]
+    mask: Mask
+    shift: int | None
+    when: Any = True
+
+
+class Step(NamedTuple):
+    """The step in which keys arrive from n shards away. ways: where from; kinds: of
+    each, what is left of the mask if they stand before the queries, and if behind (None
+    for nothing), or None where that is not known."""
+
+    n: int
+    ways: tuple[int, ...]
+    kinds: tuple[Any, ...]
+
+
+def schedule(call: Call, t: int) -> list[list[Step]]:
+    """The steps behind a shard's own keys, where neighbours of one form, which one loop
+    can do, stand together. t: tokens of a shard."""
+    half = call.shards // 2
+    lasts = half, call.shards - 1 - half
+    every = [
+        [kinds_of(call, n if way > 0 else call.shards - n, t)
+         for n in range(1, last + 1)]
+        for way, last in zip(WAYS, lasts)
+    ]
+    reach = [
+        max((n + 1 for n, kinds in enumerate(e) if kinds != (None, None)), default=0)
+        for e in every
+    ]
+    steps = []
+    for n in range(1, max(reach) + 1):
+        ways = tuple(way for way, far in zip(WAYS, reach) if n <= far)
+        kinds = tuple(e[n - 1] for e, far in zip(every, reach) if n <= far)
+        steps.append(Step(n, ways, kinds))
+    return [list(same) for _, same in itertools.groupby(steps, functools.partial(
+        _form, call))]
+
+
+def _form(call: Call, step: Step) -> tuple:
+    """Steps that are alike in this are of one form; the first is always alone."""
+    every = dict(call.options).get("score") is None and all(
+        m in (None, Full()) for kinds in step.kinds if kinds for m in kinds
+    )
+    return step.ways, step.kinds, 0 if every and step.n > 1 else step.n
+
+
+def kinds_of(call: Call, r: int, t: int) -> tuple | None:
+    """What is left of the mask between queries and the keys of the shard r before, and,
+    where the ring closes, of the shard so far behind; None if only arrays know."""
+    if not call.counted or call.zigzag:
+        return None
+    left = []
+    for shift in (r * t, (r - call.shards) * t):
+        queries = np.int64(shift), np.int64(shift + t - 1)
+        some, every = call.mask.bounds(queries, (np.int64(0), np.int64(t - 1)))
+        seen = Full() if np.all(every) else call.mask
+        left.append(seen if np.any(some) else None)
+    return tuple(left)
+
+
+def pairs(call: Call, r: Any, kinds: tuple | None, t: int, s: int) -> list[Pair]:
+    """What this shard computes with the keys of the one r before it, cyclically."""
+    rows, columns = (0, t), (0, s)
+    if not call.counted:
+        return [Pair(rows, columns, call.mask, None)]
+    later = jax.lax.axis_index(call.axis) >= r  # the keys stand before the queries
+    if kinds is None:
+        half = t // 2
+        same = jnp.where(later, 0, half), half
+        return [Pair((half, half), (0, half), Full(), 0), Pair(same, same, Full(), 0)]
+    if kinds == (Full(), Full()) and dict(call.options).get("score") is None:
+        return [Pair(rows, columns, Full(), 0)]
+    exact = isinstance(r, int)  # in a loop all that is seen is seen whole
+    shifts = (r * t, (r - call.shards) * t) if exact else (0, 0)
+    found = zip(kinds, shifts, (later, ~later))
+    return [Pair(rows, columns, m, at, when) for m, at, when in found if m is not None]
+
+
+def own(call: Call, q, k) -> Pair:
+    """A shard's queries with its own keys: dealt in zigzag, they still stand in order.
+    """
+    shift = 0 if call.counted else None
+    return Pair((0, q.shape[1]), (0, k.shape[1]), call.mask, shift)
+
+
+def ends(call: Call, t: int) -> dict[int, int]:
+    """How many steps the keys of each way travel."""
+    steps = [step for steps in schedule(call, t) for step in steps]
+    return {way: step.n for step in steps for way in step.ways}

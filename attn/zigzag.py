@@ -1,0 +1,48 @@
+"""Zigzag: tokens laid out so that causal attention is the same work on every shard.
+
+The tokens are cut into 2P pieces and shard p of P gets the p-th and the (2P-1-p)-th:
+one that sees little and one that sees much. Zhu, zhuzilin/ring-flash-attention (2024)
+and Llama 3 (Dubey et al., 2024, arXiv:2407.21783) balance causal rings so. Each half of
+a shard has one destination that no other shard's has, so two permutations do it.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+
+def dealt(a: jax.Array, axis: str, dim: int = 1) -> jax.Array:
+    """Natural order to zigzag, inside `shard_map`: shard p gets pieces p and 2P-1-p of
+    2P along `dim`, whose length on a shard is even."""
+    shards = jax.lax.axis_size(axis)
+    sent = [
+        jax.lax.ppermute(half, axis, [(p, _owner(2 * p + n, shards))
+                                      for p in range(shards)])
+        for n, half in enumerate(jnp.split(a, 2, dim))
+    ]
+    return jnp.concatenate(_turned(sent, axis), dim)
+
+
+def collected(a: jax.Array, axis: str, dim: int = 1) -> jax.Array:
+    """The inverse of `dealt`."""
+    shards = jax.lax.axis_size(axis)
+    halves = _turned(jnp.split(a, 2, dim), axis)
+    back = [
+        jax.lax.ppermute(half, axis, [(_owner(2 * p + n, shards), p)
+                                      for p in range(shards)])
+        for n, half in enumerate(halves)
+    ]
+    return jnp.concatenate(back, dim)
+
+
+def _owner(piece: int, shards: int) -> int:
+    return min(piece, 2 * shards - 1 - piece)
+
+
+def _turned(pair: list[jax.Array], axis: str) -> tuple[jax.Array, jax.Array]:
+    """A pair on shards of even number, else (b, a): even pieces are their early ones,
+    and the late ones of the others."""
+    a, b = pair
+    even = jax.lax.axis_index(axis) % 2 == 0
+    return jnp.where(even, a, b), jnp.where(even, b, a)

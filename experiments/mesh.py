@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import mesh_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from models import placement
@@ -127,6 +127,13 @@ def abstract(tree: Any, mesh: Mesh | None, fsdp: bool) -> Any:
     return jax.tree.map(
         lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), tree, where
     )
+
+
+def whole(tree: Any) -> Any:
+    """A copy of `tree` on one device of every host, for what is too small to share."""
+    if jax.process_count() > 1:
+        tree = multihost_utils.process_allgather(tree, tiled=True)
+    return jax.device_put(tree, jax.local_devices()[0])
 
 
 def sizes_of(mesh: Mesh) -> Sizes:

@@ -7,6 +7,7 @@ again ends bit-identical to one that never stopped.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import pathlib
@@ -217,7 +218,8 @@ def _like(a: Any) -> jax.ShapeDtypeStruct:
 def abstract(model: nn.Module, plan: Plan, inputs: Any, mesh: Any) -> State:
     """The shapes of the state and where each lies on `mesh`, or on one device for None;
     inputs: the array that the model takes, or its shape. Nothing is computed."""
-    made = jax.eval_shape(functools.partial(_initial, model, plan, _like(inputs)))
+    with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
+        made = jax.eval_shape(functools.partial(_initial, model, plan, _like(inputs)))
     return meshes.abstract(made, mesh, plan.fsdp)
 
 
@@ -259,6 +261,7 @@ def fit(
     objective: what is made small; by default the loss of the next token. quiet: no
     progress bar.
     """
+    check(model, plan, source, objective)
     checkpoints = Checkpoints(folder)
     first = jax.process_index() == 0
     with meshes.in_force(plan.mesh) as mesh:
@@ -271,7 +274,6 @@ def fit(
             clock, since = time.perf_counter(), done
             for step in range(done, plan.steps):
                 batch = source.batch(step, plan.batch)
-                meshes.check(plan.mesh, plan.accumulate, batch)
                 state, mean = update(
                     model, plan, state, meshes.put(batch, mesh), objective
                 )
@@ -293,13 +295,25 @@ def fit(
         return Fit(state.params, metrics.rows, speed)
 
 
+def check(
+    model: nn.Module, plan: Plan, source: Any, objective: Objective = TEXT
+) -> None:
+    """ValueError or NotImplementedError, in one sentence, if `fit` cannot run this plan
+    on the devices there are: too few of them, or sizes that they cannot split."""
+    batch = source.batch(0, plan.batch)
+    with meshes.in_force(plan.mesh) as mesh:
+        meshes.check(plan.mesh, plan.accumulate, batch)
+        if mesh is not None:
+            spread = meshes.spread(model, plan.mesh)
+            abstract(spread, plan, batch[objective.inputs], mesh)
+
+
 def _resumed(model, plan, source, objective, checkpoints, mesh) -> State:
     """The newest checkpoint, read straight to where it lies; else a new state."""
-    inputs = source.batch(0, plan.mesh[0])
-    meshes.check(plan.mesh, 1, inputs)
     if checkpoints.latest is None:
         return start(model, plan, source, objective)
-    return checkpoints.restore(abstract(model, plan, inputs[objective.inputs], mesh))
+    inputs = source.batch(0, plan.mesh[0])[objective.inputs]
+    return checkpoints.restore(abstract(model, plan, inputs, mesh))
 
 
 def _stop_if_bad(state: State, checkpoints: Checkpoints) -> None:

@@ -26,8 +26,9 @@ from attn.softmax import Softmax
 from experiments import config
 from experiments.config import knob
 from experiments.data import Corpus, Text
+from experiments.mesh import whole
 from experiments.runs import open_folder
-from experiments.train import Fit, Plan, evaluate, fit
+from experiments.train import Fit, Plan, check, evaluate, fit
 from models.generate import generate, stream
 from models.lm import LM, loss, state_bytes
 
@@ -48,6 +49,7 @@ class Config:
     remat: bool = knob(False, "compute layers again in the backward pass")
     dtype: Any = knob(jnp.float32, "of the computation; parameters are float32")
     mesh: tuple[int, int, int] = knob((1, 1, 1), "devices along data, seq and model")
+    fsdp: bool = knob(True, "split parameters over all devices, not over model alone")
     seed: int = knob(0, "of data, parameters and sampling")
     prompt: str = knob("def ", "what the sample begins with")
     sample: int = knob(120, "tokens of the sample")
@@ -75,6 +77,7 @@ class Config:
         return Plan(
             steps=self.steps, batch=self.batch, rate=self.rate, warmup=self.steps // 10,
             accumulate=self.accumulate, seed=self.seed, mesh=self.mesh,
+            fsdp=self.fsdp,
         )
 
 
@@ -86,15 +89,17 @@ TINY = Config(
 
 def run(config_: Config) -> dict[str, Any]:
     """Trains, evaluates and samples -> plain numbers; see `scores`."""
-    config_.text.batch(0, 1)  # a text that cannot be read ends here, without a folder
+    # what cannot be read or split ends here, without a folder
+    check(config_.model(), config_.plan(), config_.text)
     folder = open_folder("lm", config_.folder, config.command(config_))
     fitted = trained(config_, folder)
     model = config_.model()
     found = scores(config_, model, fitted)
+    params = whole(fitted.params)
     if config_.sample:
         prompt = config_.text.encode(config_.prompt).tolist()
         new = generate(
-            model, fitted.params, [prompt], length=config_.sample,
+            model, params, [prompt], length=config_.sample,
             temperature=config_.temperature, seed=config_.seed,
         )[0]
         found["sample"] = config_.prompt + config_.text.decode(np.asarray(new))
@@ -111,13 +116,15 @@ def scores(config_: Config, model: LM, fitted: Fit) -> dict[str, Any]:
     """bits_per_byte and accuracy on held-out text, training tokens_per_second,
     decode_ms per token after a row of text, state_bytes of a row, parameters."""
     held_out = dataclasses.replace(config_.text, split="valid")
-    found = evaluate(model, fitted.params, held_out, 8, config_.batch)
+    found = evaluate(
+        model, fitted.params, held_out, 8, config_.batch, mesh=config_.mesh
+    )
     row = held_out.batch(0, 1)["tokens"]
     return {
         "bits_per_byte": found["loss"] / math.log(2) / held_out.bytes_per_token,
         "accuracy": found["accuracy"],
         "tokens_per_second": fitted.tokens_per_second,
-        "decode_ms": decode_ms(model, fitted.params, row, config_.decode),
+        "decode_ms": decode_ms(model, whole(fitted.params), row, config_.decode),
         "state_bytes": state_bytes(model, config_.text.length),
         "parameters": sum(a.size for a in jax.tree.leaves(fitted.params)),
     }
@@ -129,9 +136,10 @@ def streamed_bits(config_: Config, model: LM, fitted: Fit) -> float:
     held_out = dataclasses.replace(config_.text, split="valid")
     half = config_.text.length // 2
     nats = count = 0.0
+    params = whole(fitted.params)
     for step in range(4):
         batch = held_out.batch(step, config_.batch)
-        logits = stream(model, fitted.params, batch["tokens"], half)
+        logits = stream(model, params, batch["tokens"], half)
         found = loss(logits[:, half:], jnp.asarray(batch["targets"])[:, half:])
         nats, count = nats + float(found[0]), count + float(found[1])
     return nats / count / math.log(2) / held_out.bytes_per_token

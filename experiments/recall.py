@@ -26,8 +26,9 @@ from attn.softmax import Softmax
 from experiments import config
 from experiments.config import knob
 from experiments.data import Cycle, Recall
+from experiments.mesh import whole
 from experiments.runs import open_folder
-from experiments.train import Fit, Plan, evaluate, fit
+from experiments.train import Fit, Plan, check, evaluate, fit
 from models.generate import stream
 from models.lm import LM, state_bytes
 
@@ -45,6 +46,7 @@ class Config:
     steps: int = knob(800, "training steps")
     batch: int = knob(16, "sequences a step")
     rate: float = knob(1e-2, "peak learning rate")
+    mesh: tuple[int, int, int] = knob((1, 1, 1), "devices along data, seq and model")
     seed: int = knob(0, "of data and parameters")
     quiet: bool = knob(False, "no progress bar")
     folder: str | None = knob(None, "where to keep the run, to go on after a stop")
@@ -78,7 +80,7 @@ class Config:
         """The training."""
         return Plan(
             steps=self.steps, batch=self.batch, rate=self.rate, seed=self.seed,
-            warmup=self.steps // 10, decay=0.0, log=20,
+            warmup=self.steps // 10, decay=0.0, log=20, mesh=self.mesh,
         )
 
 
@@ -87,6 +89,7 @@ TINY = Config(pairs=2, length=16, vocab=32, width=16, steps=2, batch=4, quiet=Tr
 
 def run(config_: Config) -> dict[str, Any]:
     """Trains and evaluates -> plain numbers; see `scores`."""
+    check(config_.model(), config_.plan(), config_.lessons())
     folder = None
     if config_.folder is not None:
         folder = open_folder("recall", config_.folder, config.command(config_))
@@ -105,16 +108,19 @@ def scores(config_: Config, model: LM, fitted: Fit) -> dict[str, Any]:
     valid = config_.task(config_.pairs, "valid")
     cut = 2 * config_.pairs
     hits = targets = 0
+    params = whole(fitted.params)
     for step in range(4):
         batch = valid.batch(step, config_.batch)
-        logits = stream(model, fitted.params, batch["tokens"], cut)
+        logits = stream(model, params, batch["tokens"], cut)
         answers = np.asarray(logits.argmax(-1))
         asked = batch["targets"] >= 0
         hits += int((answers == batch["targets"])[asked].sum())
         targets += int(asked.sum())
     return {
         "recall": hits / targets,
-        "at_once": evaluate(model, fitted.params, valid, 4, config_.batch)["accuracy"],
+        "at_once": evaluate(
+            model, fitted.params, valid, 4, config_.batch, mesh=config_.mesh
+        )["accuracy"],
         "chance": 2 / config_.vocab,
         "state_bytes": state_bytes(model, config_.length, cut),
         "train_loss": fitted.rows[-1]["loss"],

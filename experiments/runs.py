@@ -9,10 +9,15 @@ from __future__ import annotations
 import datetime
 import json
 import pathlib
+import shlex
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+
+from experiments.distributed import agreed
+
+ELSEWHERE = ("--mesh", "--fsdp", "--quiet")  # where and how loud, but not what
 
 
 def new_folder(name: str, root: str = "results") -> pathlib.Path:
@@ -33,14 +38,19 @@ def new_folder(name: str, root: str = "results") -> pathlib.Path:
 
 def open_folder(name: str, folder: str | None, command: str) -> pathlib.Path:
     """The folder of a run: a new one, or `folder`, which must be empty, absent or from
-    the same command. ValueError otherwise."""
+    the same command, on whatever mesh. ValueError otherwise. On many hosts the first
+    one opens it for all."""
+    return pathlib.Path(agreed(lambda: str(_opened(name, folder, command))))
+
+
+def _opened(name: str, folder: str | None, command: str) -> pathlib.Path:
     path = new_folder(name) if folder is None else pathlib.Path(folder)
     if path.exists() and not path.is_dir():
         raise ValueError(f"folder={folder}: this is a file, expected a folder")
     path.mkdir(parents=True, exist_ok=True)
     note = path / "command.txt"
     if note.exists():
-        if note.read_text().strip() != command.strip():
+        if _work(note.read_text()) != _work(command):
             raise ValueError(
                 f"folder={folder} holds another run ({note.read_text().strip()}): "
                 "expected the same command, or another folder"
@@ -50,6 +60,12 @@ def open_folder(name: str, folder: str | None, command: str) -> pathlib.Path:
     else:
         note.write_text(command.strip() + "\n")
     return path
+
+
+def _work(command: str) -> list[str]:
+    """The words of a command that say what is computed."""
+    words = shlex.split(command)
+    return [word for word in words if word.partition("=")[0] not in ELSEWHERE]
 
 
 class Metrics:
@@ -83,7 +99,8 @@ def read_lines(path: pathlib.Path) -> list[dict[str, Any]]:
 
 class Checkpoints:
     """The newest checkpoints of a run: plain arrays, written by orbax under a temporary
-    name and then renamed, so that a kill leaves no half of one under a step's name."""
+    name and then renamed, so that a kill leaves no half of one under a step's name.
+    Every host writes and reads the parts of arrays that its own devices hold."""
 
     def __init__(self, folder: pathlib.Path | None, keep: int = 2):
         self.folder = None if folder is None else (folder / "checkpoints").absolute()

@@ -19,14 +19,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import NamedSharding, PartitionSpec
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from experiments import mesh as meshes
+from experiments.progress import progress
 from experiments.runs import Checkpoints, Metrics
 from models.lm import loss
-
-AXES = ("data", "seq", "model")
+from models.placement import lay
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +33,9 @@ class Plan:
 
     rate: the peak learning rate; it ends at `final` times that. accumulate: a batch is
     split in so many parts, whose gradients are added up. decay: weight decay, on
-    matrices only. mesh: devices along data, seq and model.
+    matrices only. mesh: devices along data, seq and model. fsdp: parameters and moments
+    are split over all devices and gathered where they are used, which moves at most
+    half as much again as adding up gradients does; without it only `model` splits them.
     """
 
     steps: int = 500
@@ -50,6 +50,7 @@ class Plan:
     log: int = 10
     save: int = 100
     mesh: tuple[int, int, int] = (1, 1, 1)
+    fsdp: bool = True
 
     def __post_init__(self):
         for name in ("steps", "batch", "accumulate", "log", "save"):
@@ -127,18 +128,17 @@ def update(
     model: nn.Module, plan: Plan, state: State, batch: dict, objective: Objective = TEXT
 ) -> tuple:
     """One step of training -> state, mean loss."""
-    parts = jax.tree.map(
-        lambda a: a.reshape(plan.accumulate, -1, *a.shape[1:]), batch
-    )
+    parts = _parts(batch, plan.accumulate)
     key = jax.random.fold_in(jax.random.key(plan.seed), state.step)
     keys = jax.random.split(key, plan.accumulate)
 
     def add(carry, at):
         one = lambda params: objective.loss(model, params, *at)
         (total, count), grads = jax.value_and_grad(one, has_aux=True)(state.params)
+        grads = meshes.constrain(grads, plan.fsdp)
         return jax.tree.map(jnp.add, carry, (total, count, grads)), None
 
-    zeros = jax.tree.map(jnp.zeros_like, state.params)
+    zeros = meshes.constrain(jax.tree.map(jnp.zeros_like, state.params), plan.fsdp)
     first = jax.tree.map(lambda a: a[0], (parts, keys))
     kind = jax.eval_shape(lambda: objective.loss(model, state.params, *first)[1])
     zero = (jnp.float32(0), jnp.zeros((), kind.dtype), zeros)
@@ -152,7 +152,18 @@ def update(
     change, moments = plan.optimizer().update(grads, state.moments, state.params)
     params = optax.apply_updates(state.params, change)
     bad = jnp.where((state.bad < 0) & ~jnp.isfinite(mean), state.step, state.bad)
-    return State(params, moments, state.step + 1, bad), mean
+    after = State(params, moments, state.step + 1, bad)
+    return meshes.constrain(after, plan.fsdp), mean
+
+
+def _parts(batch: dict, many: int) -> dict:
+    """[B,...] -> [many,B/many,...]. Part n has every row n mod `many`, so that a device
+    keeps the rows that it has."""
+    def split(a):
+        a = a.reshape(-1, many, *a.shape[1:]).swapaxes(0, 1)
+        return lay(a, ".BT" if a.ndim == 3 else ".B" + "." * (a.ndim - 2))
+
+    return jax.tree.map(split, batch)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -165,23 +176,71 @@ def measure(model: nn.Module, params: Any, batch: dict) -> tuple:
 
 
 def evaluate(
-    model: nn.Module, params: Any, source: Any, batches: int, size: int
+    model: nn.Module, params: Any, source: Any, batches: int, size: int,
+    mesh: meshes.Sizes = (1, 1, 1),
 ) -> dict[str, float]:
-    """Mean loss in nats and accuracy over `batches` batches of `size` rows."""
+    """Mean loss in nats and accuracy over `batches` batches of `size` rows, on the mesh
+    that the parameters lie on."""
     sums = np.zeros(3)
-    for step in range(batches):
-        sums += np.asarray(measure(model, params, source.batch(step, size)), np.float64)
+    with meshes.in_force(mesh) as devices:
+        model = meshes.spread(model, mesh)
+        for step in range(batches):
+            batch = source.batch(step, size)
+            meshes.check(mesh, 1, batch)
+            found = measure(model, params, meshes.put(batch, devices))
+            sums += np.asarray(found, np.float64)
     return {"loss": sums[0] / max(sums[2], 1), "accuracy": sums[1] / max(sums[2], 1)}
 
 
 def start(
     model: nn.Module, plan: Plan, source: Any, objective: Objective = TEXT
 ) -> State:
-    """The state before the first step."""
-    inputs = jnp.zeros_like(source.batch(0, plan.mesh[0])[objective.inputs])
-    params = jax.jit(model.init)(jax.random.key(plan.seed), inputs)
-    moments = plan.optimizer().init(params)
-    return State(params, moments, jnp.int32(0), jnp.int32(-1))
+    """The state before the first step. On the mesh in force, if there is one, no device
+    ever holds more of it than its own part."""
+    like = _like(source.batch(0, plan.mesh[0])[objective.inputs])
+    make = functools.partial(_initial, model, plan, like)
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh is None or mesh.empty:
+        return jax.jit(make)()
+    return jax.jit(lambda: meshes.constrain(make(), plan.fsdp))()
+
+
+def _initial(model: nn.Module, plan: Plan, like: Any) -> State:
+    inputs = jnp.zeros(like.shape, like.dtype)
+    params = model.init(jax.random.key(plan.seed), inputs)
+    return State(params, plan.optimizer().init(params), jnp.int32(0), jnp.int32(-1))
+
+
+def _like(a: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(a.shape, jax.dtypes.canonicalize_dtype(a.dtype))
+
+
+def abstract(model: nn.Module, plan: Plan, inputs: Any, mesh: Any) -> State:
+    """The shapes of the state and where each lies on `mesh`, or on one device for None;
+    inputs: the array that the model takes, or its shape. Nothing is computed."""
+    with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
+        made = jax.eval_shape(functools.partial(_initial, model, plan, _like(inputs)))
+    return meshes.abstract(made, mesh, plan.fsdp)
+
+
+def lower(
+    model: nn.Module, plan: Plan, mesh: Any, batch_shapes: dict,
+    objective: Objective = TEXT,
+) -> jax.stages.Lowered:
+    """`update`, the step that `fit` takes, lowered for the devices of `mesh`, which
+    need not be there; nothing is computed. mesh and batch_shapes, a shape and dtype for
+    each array of a batch, take the place of `plan.mesh` and `plan.batch`.
+
+    >>> lower(model, plan, mesh, shapes).compile().memory_analysis()
+    """
+    sizes = meshes.sizes_of(mesh)
+    batch = {name: _like(a) for name, a in batch_shapes.items()}
+    meshes.check(sizes, plan.accumulate, batch)
+    with jax.set_mesh(mesh):
+        model = meshes.spread(model, sizes)
+        state = abstract(model, plan, batch[objective.inputs], mesh)
+        batch = meshes.shapes(batch, mesh)
+        return update.lower(model, plan, state, batch, objective)
 
 
 def fit(
@@ -194,26 +253,29 @@ def fit(
     label: str = "train",
     quiet: bool = False,
 ) -> Fit:
-    """Trains `model` on `source`; with a folder, goes on from its newest checkpoint.
+    """Trains `model` on `source`; with a folder, goes on from its newest checkpoint,
+    which may come from another mesh.
 
-    `NotFinite` names the step at which the loss was not finite, and the last checkpoint
-    before it. objective: what is made small; by default the loss of the next token.
-    quiet: no progress bar.
+    On a mesh every attention that names no axis of its own gets "seq". `NotFinite`
+    names the step at which the loss was not finite, and the last checkpoint before it.
+    objective: what is made small; by default the loss of the next token. quiet: no
+    progress bar.
     """
+    check(model, plan, source, objective)
     checkpoints = Checkpoints(folder)
-    with _mesh(plan.mesh) as place:
-        state = place(start(model, plan, source, objective), False)
-        if checkpoints.latest is not None:
-            state = checkpoints.restore(state)
+    first = jax.process_index() == 0
+    with meshes.in_force(plan.mesh) as mesh:
+        model = meshes.spread(model, plan.mesh)
+        state = _resumed(model, plan, source, objective, checkpoints, mesh)
         done = int(state.step)
-        metrics = Metrics(folder / "metrics.jsonl" if folder else None, done)
+        metrics = Metrics(folder / "metrics.jsonl" if folder and first else None, done)
         rates: list[float] = []
-        with _progress(label, plan.steps, done, quiet) as show:
+        with progress(label, plan.steps, done, quiet or not first) as show:
             clock, since = time.perf_counter(), done
             for step in range(done, plan.steps):
                 batch = source.batch(step, plan.batch)
                 state, mean = update(
-                    model, plan, state, place(batch, True), objective
+                    model, plan, state, meshes.put(batch, mesh), objective
                 )
                 last = step + 1 == plan.steps
                 if (step + 1) % plan.log == 0 or last:
@@ -233,6 +295,27 @@ def fit(
         return Fit(state.params, metrics.rows, speed)
 
 
+def check(
+    model: nn.Module, plan: Plan, source: Any, objective: Objective = TEXT
+) -> None:
+    """ValueError or NotImplementedError, in one sentence, if `fit` cannot run this plan
+    on the devices there are: too few of them, or sizes that they cannot split."""
+    batch = source.batch(0, plan.batch)
+    with meshes.in_force(plan.mesh) as mesh:
+        meshes.check(plan.mesh, plan.accumulate, batch)
+        if mesh is not None:
+            spread = meshes.spread(model, plan.mesh)
+            abstract(spread, plan, batch[objective.inputs], mesh)
+
+
+def _resumed(model, plan, source, objective, checkpoints, mesh) -> State:
+    """The newest checkpoint, read straight to where it lies; else a new state."""
+    if checkpoints.latest is None:
+        return start(model, plan, source, objective)
+    inputs = source.batch(0, plan.mesh[0])[objective.inputs]
+    return checkpoints.restore(abstract(model, plan, inputs, mesh))
+
+
 def _stop_if_bad(state: State, checkpoints: Checkpoints) -> None:
     if int(state.bad) < 0:
         return
@@ -242,46 +325,3 @@ def _stop_if_bad(state: State, checkpoints: Checkpoints) -> None:
     )
     checkpoints.close()
     raise NotFinite(f"the loss was not finite at step {int(state.bad) + 1}; {kept}")
-
-
-@contextlib.contextmanager
-def _mesh(sizes: tuple[int, int, int]):
-    """Puts the mesh in force and gives a function that lays arrays on it."""
-    wanted = int(np.prod(sizes))
-    if wanted > jax.device_count():
-        raise ValueError(
-            f"mesh={sizes} needs {wanted} devices: there are {jax.device_count()}"
-        )
-    if wanted == 1:
-        yield lambda tree, split: tree
-        return
-    mesh = jax.make_mesh(
-        sizes, AXES, axis_types=(jax.sharding.AxisType.Auto,) * 3,
-        devices=jax.devices()[:wanted],
-    )
-    rows, all_of_it = PartitionSpec("data", "seq"), PartitionSpec()
-
-    def lay(tree, split):
-        return jax.device_put(tree, NamedSharding(mesh, rows if split else all_of_it))
-
-    with jax.set_mesh(mesh):
-        yield lay
-
-
-@contextlib.contextmanager
-def _progress(label: str, steps: int, done: int, quiet: bool):
-    """A progress bar on the error stream, with the loss and the speed."""
-    columns = (
-        TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/"),
-        TextColumn("{task.total} steps"), TextColumn("{task.fields[note]}"),
-        TimeRemainingColumn(),
-    )
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, disable=quiet) as bar:
-        task = bar.add_task(label, total=steps, completed=done, note="compiling")
-
-        def show(step: int, value: float, rate: float) -> None:
-            note = f"loss {value:.3f}, {rate:,.0f} tok/s"
-            bar.update(task, completed=step, note=note)
-
-        yield show

@@ -20,9 +20,10 @@ from attn.landmark import Landmark, interleave
 from attn.layers import Layer, MultiHead
 from attn.positions import RoPE
 from attn.softmax import Softmax
+from models.placement import lay
+from models.vocabulary import Embed
 
 _INIT = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
-_EMBED = nn.initializers.normal(0.02)
 
 
 class SwiGLU(nn.Module):
@@ -54,10 +55,10 @@ class Block(nn.Module):
         y = nn.RMSNorm(dtype=self.dtype, name="mixer_norm")(x)
         y = self.mixer(y, state, segments=segments)
         state, y = (None, y) if state is None else y
-        x = x + y
+        x = lay(x + y, "BTE")
         if self.hidden:
             y = nn.RMSNorm(dtype=self.dtype, name="mlp_norm")(x)
-            x = x + SwiGLU(self.hidden, self.dtype, name="mlp")(y)
+            x = lay(x + SwiGLU(self.hidden, self.dtype, name="mlp")(y), "BTE")
         return state, x
 
 
@@ -190,9 +191,7 @@ class LM(nn.Module):
                 f"LM: width={self.width}: expected a multiple of heads={self.heads}"
             )
         more = 1 if self.landmark_block else 0
-        self.embed = nn.Embed(
-            self.vocab + more, self.width, dtype=self.dtype, embedding_init=_EMBED
-        )
+        self.embed = Embed(self.vocab + more, self.width, self.dtype)
         self.layers = Layers(Pattern(self.blocks()), self.scan, self.remat)
         self.norm = nn.RMSNorm(dtype=self.dtype)
         if not self.tied:
@@ -238,14 +237,15 @@ class LM(nn.Module):
             tokens, segments, index = interleave(
                 tokens, segments, *clock, block=self.landmark_block, landmark=self.vocab
             )
-        after, x = self.layers(self.embed(tokens), state, segments)
+        x = lay(self.embed(tokens), "BTE")
+        after, x = self.layers(x, state, segments)
         if index is not None:
             x = jnp.take_along_axis(x, index[..., None], 1)
         if at is not None:
             x = jnp.take_along_axis(x, at[:, None, None], 1)[:, 0]
         x = self.norm(x)
         logits = self.embed.attend(x)[..., : self.vocab] if self.tied else self.head(x)
-        logits = logits.astype(jnp.float32)
+        logits = lay(logits.astype(jnp.float32), "BTN" if at is None else "BN")
         return logits if state is None else (after, logits)
 
     def init_state(self, size: int, tokens: Any) -> tuple:
@@ -269,7 +269,9 @@ def state_bytes(model: Any, size: int, prompt: int | None = None) -> int:
 def loss(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Cross entropy in nats: (sum, count) over targets [B,T] >= 0, from logits
     [B,T,vocab]; -1 has no loss."""
-    real = targets >= 0
-    log_p = jax.nn.log_softmax(logits.astype(jnp.float32))
-    own = jnp.take_along_axis(log_p, jnp.maximum(targets, 0)[..., None], -1)[..., 0]
-    return -jnp.where(real, own, 0).sum(), real.sum()
+    real, logits = targets >= 0, logits.astype(jnp.float32)
+    # a comparison, not an index: where the vocabulary is split, sums are all that moves
+    ids = jnp.arange(logits.shape[-1]).reshape(1, 1, -1)
+    own = jnp.where(ids == targets[..., None], logits, 0).sum(-1)
+    nats = jax.nn.logsumexp(logits, -1) - own
+    return jnp.where(real, nats, 0).sum(), real.sum()

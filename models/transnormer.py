@@ -25,9 +25,10 @@ from attn.layers import Layer
 from attn.lightning import Lightning
 from attn.linear import LinearState
 from attn.segments import place
+from models.placement import lay
+from models.vocabulary import Embed
 
 _INIT = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
-_EMBED = nn.initializers.normal(0.02)
 VARIANTS, WHERE = ("paper", "example"), ("first", "rest", None)
 
 
@@ -174,9 +175,7 @@ class TransNormer(nn.Module):
     dtype: Any = jnp.float32
 
     def setup(self):
-        self.embed = nn.Embed(
-            self.vocab, self.width, dtype=self.dtype, embedding_init=_EMBED
-        )
+        self.embed = Embed(self.vocab, self.width, self.dtype)
         self.mixers = self.layers()
         hidden = 2 * self.width if self.hidden is None else self.hidden
         self.channels = [SGLU(hidden, self.dtype) for _ in range(self.depth)]
@@ -210,20 +209,20 @@ class TransNormer(nn.Module):
         """
         if tokens.ndim != 2 or 0 in tokens.shape:
             raise ValueError(f"tokens have shape {tokens.shape}: expected [B,T], T > 0")
-        x, after = self.embed(tokens), []
+        x, after = lay(self.embed(tokens), "BTE"), []
         for n, (mixer, channel) in enumerate(zip(self.mixers, self.channels)):
             if state is None:
                 y = mixer(srmsnorm(x), segments=segments)
             else:
                 own, y = mixer(srmsnorm(x), state[n], segments=segments)
                 after.append(own)
-            x = x + y
-            x = x + channel(srmsnorm(x))
+            x = lay(x + y, "BTE")
+            x = lay(x + channel(srmsnorm(x)), "BTE")
         if at is not None:
             x = jnp.take_along_axis(x, at[:, None, None], 1)[:, 0]
         x = srmsnorm(x)
         logits = self.embed.attend(x) if self.tied else self.head(x)
-        logits = logits.astype(jnp.float32)
+        logits = lay(logits.astype(jnp.float32), "BTN" if at is None else "BN")
         return logits if state is None else (tuple(after), logits)
 
     def init_state(self, size: int, tokens: Any) -> tuple[LinearState, ...]:

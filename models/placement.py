@@ -1,0 +1,217 @@
+"""Placement: which device keeps which part of a model's parameters.
+
+A mesh has the axes `data`, `seq` and `model`. Tensor parallelism (Shoeybi et al., 2019)
+arXiv:1909.08053 splits heads, hidden channels and the vocabulary over `model`. What is
+left of a matrix is split over all other devices, those along the tokens too, as in ZeRO
+(Rajbhandari et al., 2019) arXiv:1910.02054, and gathered where a layer needs it.
+
+Rules go by the end of a parameter's path and by its shape, so the moments of an
+optimiser, which end in the same path, lie where their parameters do.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+import itertools
+import math
+from typing import Any
+
+import flax.linen as nn
+import jax
+from jax.sharding import PartitionSpec
+
+from attn.layers import Layer
+from attn.sharding import Axis
+
+# letters of the axes of a parameter: H heads, F channels within a layer and N ids of
+# the vocabulary are split over `model`; E, D, R (a rank) and W (taps) are not
+RULES = (
+    ("embed/embedding", "NE"),
+    ("head/kernel", "EN"),
+    ("head/bias", "N"),
+    ("[qkv]/kernel", "EHD"),
+    ("[qkv]/bias", "HD"),
+    ("gate/kernel", "EHD"),
+    ("gate_up/kernel", "RHD"),
+    ("gate_up/bias", "HD"),
+    ("out/kernel", "HDE"),
+    ("out_norm/scale", "HD"),
+    ("[qkv]_conv", "WF"),
+    ("attention/beta/kernel", "EH"),
+    ("attention/decay/kernel", "EH"),
+    ("gate_bias", "HD"),
+    ("attention/query", "HD"),
+    ("theta", "HD"),
+    ("sink", "H"),
+    ("A_log", "H"),
+    ("dt_bias", "H"),
+    ("[qkvu]/kernel", "EF"),
+    ("gate/kernel", "EF"),
+    ("gate_up/kernel", "RF"),
+    ("up/kernel", "EF"),
+    ("out/kernel", "FE"),
+)
+SPLIT = "HFN"
+SMALL = 1024  # a matrix with fewer numbers is not worth a message
+
+
+def specs(tree: Any, mesh: Any, fsdp: bool = True) -> Any:
+    """The PartitionSpec of every leaf of `tree`, parameters or what is shaped like
+    them; leaves need a shape only. mesh: concrete or abstract. fsdp: split over `data`
+    and `seq` too, not over `model` alone."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, a: spec(_name(path), a.shape, mesh, fsdp), tree
+    )
+
+
+def spec(name: str, shape: tuple[int, ...], mesh: Any, fsdp: bool = True):
+    """Where the parameter `name`, a path with slashes, lies.
+
+    With fsdp the largest axis that is left and can be split is split over the mesh axes
+    that are left. Vectors and matrices below `SMALL` numbers stay whole.
+    """
+    homes: list = list(tensor_spec(name, shape, mesh))
+    homes += [None] * (len(shape) - len(homes))
+    if not fsdp or len(shape) < 2 or math.prod(shape) < SMALL:
+        return _trimmed(homes)
+    for axes in _groups(mesh, taken="model" in homes):
+        devices = math.prod(mesh.shape[name] for name in axes)
+        free = [n for n, home in enumerate(homes)
+                if home is None and shape[n] % devices == 0]
+        if free:
+            at = max(free, key=lambda n: shape[n])
+            homes[at] = axes if len(axes) > 1 else axes[0]
+            break
+    return _trimmed(homes)
+
+
+def tensor_spec(name: str, shape: tuple[int, ...], mesh: Any) -> PartitionSpec:
+    """How the parameter `name` lies while its layer computes: over `model` alone.
+
+    Whole if the axis that `model` would split is not a multiple: heads of k and v that
+    are fewer than the devices, which every device then computes and takes its own from.
+    """
+    devices = mesh.shape.get("model", 1)
+    for pattern, letters in RULES:
+        known = fnmatch.fnmatch(f"/{name}", f"*/{pattern}")
+        if known and len(letters) == len(shape) and devices > 1:
+            return _trimmed([
+                "model" if letter in SPLIT and size % devices == 0 else None
+                for letter, size in zip(letters, shape)
+            ])
+    return PartitionSpec()
+
+
+def table(tree: Any, mesh: Any, fsdp: bool = True) -> str:
+    """A line for each leaf of `tree`: name, shape, spec, bytes a device; and the sum.
+
+    >>> print(table(jax.eval_shape(model.init, key, tokens), mesh))
+    """
+    rows = [("parameter", "shape", "over", "bytes a device")]
+    total = 0
+    for path, a in jax.tree_util.tree_leaves_with_path(tree):
+        where = spec(_name(path), a.shape, mesh, fsdp)
+        size = device_bytes(a, where, mesh)
+        total += size
+        shape = "x".join(map(str, a.shape)) or "-"
+        rows.append((_name(path), shape, _written(where), f"{size:,}"))
+    rows.append(("sum", "", "", f"{total:,}"))
+    wide = [max(len(row[n]) for row in rows) for n in range(4)]
+    return "\n".join(
+        f"{a:<{wide[0]}}  {b:<{wide[1]}}  {c:<{wide[2]}}  {d:>{wide[3]}}"
+        for a, b, c, d in rows
+    )
+
+
+def device_bytes(a: Any, where: PartitionSpec, mesh: Any) -> int:
+    """Bytes of `a`, an array or its shape, that one device of the mesh holds."""
+    parts = math.prod(mesh.shape[name] for name in _names(where))
+    return a.size * a.dtype.itemsize // parts
+
+
+def lay(x: jax.Array, letters: str) -> jax.Array:
+    """`x` itself, laid on the mesh in force: "BTE" is over data, seq and not at all;
+    N, the ids of a vocabulary, is over model. Axes that are no multiple, and everything
+    where there is no mesh, are left to the compiler."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh is None or mesh.empty:
+        return x
+    homes = {"B": "data", "T": "seq", "N": "model", "H": "model", "F": "model"}
+    free = PartitionSpec.UNCONSTRAINED
+    fits = lambda home, size: size % mesh.shape.get(home, size + 1) == 0
+    where = [
+        None if letter not in homes else
+        homes[letter] if fits(homes[letter], size) else free
+        for letter, size in zip(letters, x.shape, strict=True)
+    ]
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*where))
+
+
+def over(model: Any, axis: Axis, strict: bool = True) -> Any:
+    """`model` with the tokens of every attention split over the mesh axis `axis`, but
+    for attentions that name an axis themselves. A `Layer` without an attention, such as
+    a short convolution, is left to the compiler. NotImplementedError for an attention
+    that has no `axis`, unless not `strict`: then it, and one that drops weights, stays.
+    """
+    if "attention" not in getattr(model, "__dataclass_fields__", {}):
+        return model
+    found = model.attention
+    many = isinstance(found, (tuple, list))
+    new = tuple(_split(a, axis, strict) for a in (found if many else (found,)))
+    return _replaced(model, attention=new if many else new[0])
+
+
+def _split(attention: Any, axis: Axis, strict: bool) -> Any:
+    if isinstance(attention, Layer):
+        return over(attention, axis, strict)
+    has = hasattr(attention, "axis")
+    if strict and not has:
+        raise NotImplementedError(
+            f"{type(attention).__name__} cannot be split over mesh axis {axis!r}: "
+            "expected an attention with a field `axis`, or one device along it"
+        )
+    noisy = getattr(attention, "dropout", 0)
+    if not has or attention.axis is not None or noisy and not strict:
+        return attention
+    return _replaced(attention, axis=axis)
+
+
+def _replaced(value: Any, **fields: Any) -> Any:
+    if isinstance(value, nn.Module):
+        return value.clone(**fields)
+    return dataclasses.replace(value, **fields)
+
+
+def _groups(mesh: Any, taken: bool) -> list[tuple[str, ...]]:
+    """The sets of mesh axes that may hold a parameter, the most devices first."""
+    names = [n for n in mesh.axis_names
+             if mesh.shape[n] > 1 and not (taken and n == "model")]
+    found = [group for size in range(1, len(names) + 1)
+             for group in itertools.combinations(names, size)]
+    return sorted(found, key=lambda g: -math.prod(mesh.shape[n] for n in g))
+
+
+def _name(path: tuple) -> str:
+    return "/".join(
+        str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key))))
+        for key in path
+    )
+
+
+def _names(where: PartitionSpec) -> list[str]:
+    homes = [home for home in where if home is not None]
+    return [n for home in homes for n in (home if isinstance(home, tuple) else (home,))]
+
+
+def _trimmed(homes: list) -> PartitionSpec:
+    while homes and homes[-1] is None:
+        homes = homes[:-1]
+    return PartitionSpec(*homes)
+
+
+def _written(where: PartitionSpec) -> str:
+    one = lambda home: "-" if home is None else (
+        "+".join(home) if isinstance(home, tuple) else home
+    )
+    return ", ".join(map(one, where)) or "whole"

@@ -23,12 +23,11 @@ import jax
 import jax.numpy as jnp
 
 from attn.masks import FOREVER, Causal, Mask
-from attn.rounds import WAYS, Call, Pair, ends, own, pairs, schedule
+from attn.rounds import (
+    MANY, WAYS, Call, Pair, Step, alike, ends, own, pairs, schedule,
+)
 from attn.zigzag import collected, dealt
 from pallas_kernels.tile import NEVER
-
-
-MANY = 16  # shards
 
 
 class Side(NamedTuple):
@@ -115,20 +114,56 @@ def join(o, lse, new_o, new_lse) -> tuple[jax.Array, jax.Array]:
 def _journey(call: Call, keys: Keys, t: int, state: Any, visit: Callable) -> Any:
     """state after `visit(state, n, step, moving)` of all steps; moving: the keys that
     are here in step n, of each way."""
-    moving = {way: keys for way in WAYS}
-    for steps in schedule(call, t):
+    plan = schedule(call, t)
+    on = lambda moving, ways: {way: move(call, moving[way], way) for way in ways}
+    moving = on({way: keys for way in WAYS}, plan[0][0].ways) if plan else {}
+    for place, steps in enumerate(plan):
         first, last = steps[0], steps[-1]
-        moved = lambda moving: {w: move(call, moving[w], w) for w in first.ways}
-        moving = moved(moving)
 
         def loop(carry, n):
             state, moving = carry
-            return (visit(state, n, first, moving), moved(moving)), None
+            return (visit(state, n, first, moving), on(moving, first.ways)), None
 
-        if len(steps) > 1:
-            order = jnp.arange(first.n, last.n)
+        looped = call.looped and len(steps) > 1
+        order = jnp.arange(first.n, last.n + looped)
+        if len(order):
             (state, moving), _ = jax.lax.scan(loop, (state, moving), order)
-        state = visit(state, last.n, last, moving)
+        if not looped:
+            # on their way before the last ones that are here are looked at
+            here, rest = moving, plan[place + 1:]
+            moving = on(moving, rest[0][0].ways) if rest else {}
+            state = visit(state, last.n, last, here)
+    return state
+
+
+def _each(call: Call, n, step: Step, moving, t: int, s: int, state, add: Callable):
+    """state after `add(state, pair, keys)` of all pairs that meet in a step."""
+    found = []
+    for way, kinds in zip(step.ways, step.kinds):
+        r = n if way > 0 else call.shards - n
+        found += [(way, pair) for pair in pairs(call, r, kinds, t, s)]
+    for same in alike(found):
+        if not call.looped or len(same) == 1:
+            for way, pair in same:
+                state = _if(pair.when, functools.partial(
+                    add, pair=pair, keys=moving[way]), state)
+            continue
+        stacked = jax.tree.map(lambda *a: jnp.stack(a), *moving.values())
+        at = [list(moving).index(way) for way, _ in same]
+        told = [(p.rows[0], p.columns[0], p.when) for _, p in same]
+        order = jnp.array(at), *(jnp.stack([*map(jnp.asarray, a)]) for a in zip(*told))
+        one = same[0][1]
+
+        def loop(state, told):
+            n, row, column, when = told
+            keys = jax.tree.map(lambda a: a[n], stacked)
+            pair = one._replace(
+                rows=(row, one.rows[1]), columns=(column, one.columns[1]))
+            always = all(p.when is True for _, p in same)
+            f = functools.partial(add, pair=pair, keys=keys)
+            return _if(True if always else when, f, state), None
+
+        state, _ = jax.lax.scan(loop, state, order)
     return state
 
 
@@ -183,21 +218,16 @@ def _forward(call: Call, side: Side, kv_pos, kv_run, q, k, v, sink):
     f, args = _meet(call, side, own(call, q, k), q, keys, sink)
     o, lse = f(*args)
 
-    def visit(state, n, step, moving):
-        for way, kinds in zip(step.ways, step.kinds):
-            r = n if way > 0 else call.shards - n
-            for pair in pairs(call, r, kinds, q.shape[1], k.shape[1]):
-                def add(state, pair=pair, way=way):
-                    f, args = _meet(call, side, pair, q, moving[way])
-                    old = [_take(a, pair.rows, d) for d, a in enumerate(state, 1)]
-                    new = join(*old, *f(*args))
-                    return tuple(
-                        _put(a, b, pair.rows, d)
-                        for d, (a, b) in enumerate(zip(state, new), 1)
-                    )
+    def add(state, pair, keys):
+        f, args = _meet(call, side, pair, q, keys)
+        old = [_take(a, pair.rows, d) for d, a in enumerate(state, 1)]
+        new = join(*old, *f(*args))
+        return tuple(
+            _put(a, b, pair.rows, d) for d, (a, b) in enumerate(zip(state, new), 1)
+        )
 
-                state = _if(pair.when, add, state)
-        return state
+    def visit(state, n, step, moving):
+        return _each(call, n, step, moving, q.shape[1], k.shape[1], state, add)
 
     state = o.astype(jnp.float32), lse
     o, lse = _journey(call, keys, q.shape[1], state, visit)
@@ -219,31 +249,32 @@ def _backward(call: Call, saved, cotangents):
     dq, dk, dv, dsink = gradients(own(call, q, keys.k), keys, sink)
     wide = lambda a: a.astype(jnp.float32)
 
+    zeros = lambda: tuple(jnp.zeros_like(a, jnp.float32) for a in keys[:2])
+
     def visit(state, n, step, moving):
         dq, sums = state
-        after = {}
+        new = {}
         for way, kinds in zip(step.ways, step.kinds):
-            r = n if way > 0 else call.shards - n
-            found = dq, *(jnp.zeros_like(a, jnp.float32) for a in keys[:2])
-            for pair in pairs(call, r, kinds, t, s):
-                def add(found, pair=pair, way=way):
-                    parts = gradients(pair, moving[way])
-                    pieces = pair.rows, pair.columns, pair.columns
-                    return tuple(
-                        _put(a, _take(a, at) + wide(b), at)
-                        for a, b, at in zip(found, parts, pieces)
-                    )
+            def add(found, pair, keys):
+                parts = gradients(pair, keys)
+                pieces = pair.rows, pair.columns, pair.columns
+                return tuple(
+                    _put(a, _take(a, at) + wide(b), at)
+                    for a, b, at in zip(found, parts, pieces)
+                )
 
-                found = _if(pair.when, add, found)
-            dq, new = found[0], found[1:]
+            one = step._replace(ways=(way,), kinds=(kinds,))
+            here = {way: moving[way]}
+            dq, *found = _each(call, n, one, here, t, s, (dq, *zeros()), add)
             if way in sums:
-                new = jax.tree.map(jnp.add, new, move(call, sums[way], way))
-            after[way] = new
+                found = map(jnp.add, found, move(call, sums[way], way))
+            new[way] = tuple(found)
         # of a way that has ended, the sums stay where they are
-        return dq, {**sums, **after}
+        return dq, sums | new
 
     dk, dv = wide(dk), wide(dv)
-    dq, sums = _journey(call, keys, t, (wide(dq), {}), visit)
+    begun = {way: zeros() for way in ends(call, t)} if call.looped else {}
+    dq, sums = _journey(call, keys, t, (wide(dq), begun), visit)
     for way, far in ends(call, t).items():
         home = move(call, sums[way], -way * far)
         dk, dv = dk + home[0], dv + home[1]

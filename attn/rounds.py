@@ -20,6 +20,7 @@ import numpy as np
 from attn.masks import Full, Mask
 
 WAYS = (1, -1)  # keys come from the shards before, and from those behind
+MANY = 16  # shards; with more, steps share one program, else each has its own
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +37,12 @@ class Call:
     options: tuple[tuple[str, Any], ...]
     counted: bool
     zigzag: bool
+
+    @property
+    def looped(self) -> bool:
+        """Whether a loop is made of whatever can be: a smaller program, that moves a
+        little more."""
+        return self.shards > MANY
 
 
 class Pair(NamedTuple):
@@ -84,11 +91,12 @@ def schedule(call: Call, t: int) -> list[list[Step]]:
 
 
 def _form(call: Call, step: Step) -> tuple:
-    """Steps that are alike in this are of one form; the first is always alone."""
+    """Steps that are alike in this are of one form."""
     every = dict(call.options).get("score") is None and all(
         m in (None, Full()) for kinds in step.kinds if kinds for m in kinds
     )
-    return step.ways, step.kinds, 0 if every and step.n > 1 else step.n
+    first = step.n == 1 and not call.looped
+    return step.ways, step.kinds, 0 if every and not first else step.n
 
 
 def kinds_of(call: Call, r: int, t: int) -> tuple | None:
@@ -121,6 +129,12 @@ def pairs(call: Call, r: Any, kinds: tuple | None, t: int, s: int) -> list[Pair]
     shifts = (r * t, (r - call.shards) * t) if exact else (0, 0)
     found = zip(kinds, shifts, (later, ~later))
     return [Pair(rows, columns, m, at, when) for m, at, when in found if m is not None]
+
+
+def alike(found: list[tuple[int, Pair]]) -> list[list[tuple[int, Pair]]]:
+    """(way, pair) of one step, those that one program can do together."""
+    form = lambda at: (at[1].rows[1], at[1].columns[1], at[1].mask, at[1].shift)
+    return [list(same) for _, same in itertools.groupby(found, form)]
 
 
 def own(call: Call, q, k) -> Pair:

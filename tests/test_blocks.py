@@ -8,7 +8,7 @@ import pytest
 from attn import blocks
 from attn.masks import Causal, Full
 from attn.softmax import logits, values, weights
-from tests import cost
+from experiments import cost
 from tests.laws import close, gradients
 
 B, T, H, K, D, V, BLOCK = 2, 22, 4, 2, 8, 12, 4

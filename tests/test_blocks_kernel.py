@@ -12,7 +12,7 @@ from attn import blocks
 from attn.masks import Causal, Full, Window
 from pallas_kernels import Refused, blocks_triton, tables
 from pallas_kernels.blocks import Static, blocks as attention, inverse
-from tests import cost
+from experiments import cost
 from tests.test_flash import BACKENDS, close, normal, results
 
 B, T, S, H, K, D, V, BLOCK = 2, 37, 45, 4, 2, 8, 12, 8

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from attn import dispatch
+from attn import dispatch, rounds
 from attn.masks import Causal, Full, Sink, Window
 from attn.positions import ALiBi
 from attn.softmax import Softmax, attend
@@ -113,6 +113,19 @@ def test_other_meshes(way, sizes):
     want = both(Softmax(), args, w)
     with jax.set_mesh(mesh(**sizes)):
         have = both(Softmax(axis="seq", exchange=way), args, w)
+    close(have[0], want[0])
+    for a, b in zip(have[1], want[1]):
+        close(a, b, "gradient")
+
+
+@pytest.mark.parametrize("case", ["causal", "full", "window", "sinks"])
+@pytest.mark.parametrize("way", ["ring", "zigzag"])
+def test_steps_that_share_a_program(way, case, monkeypatch):
+    monkeypatch.setattr(rounds, "MANY", 1)
+    args, w = inputs(), jnp.ones((B, T, H, V))
+    want = both(CASES[case], args, w)
+    with jax.set_mesh(mesh(seq=8)):
+        have = both(dataclasses.replace(CASES[case], axis="seq", exchange=way), args, w)
     close(have[0], want[0])
     for a, b in zip(have[1], want[1]):
         close(a, b, "gradient")

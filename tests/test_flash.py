@@ -18,7 +18,7 @@ from pallas_kernels import (
     Refused, flash_mosaic, flash_tpu, flash_triton, schedule, tables
 )
 from pallas_kernels.flash import flash
-from tests import cost
+from experiments import cost
 
 B, T, S, H, K, D, V = 2, 37, 37, 4, 2, 8, 12
 TILE = (16, 16)

@@ -13,7 +13,7 @@ from attn.positions import RoPE
 from attn.segments import place
 from attn.softmax import Softmax
 from models.lm import LM
-from tests import cost
+from experiments import cost
 from tests.laws import close, gradients, stream
 
 B, T, H, K, D, V = 2, 23, 4, 2, 8, 12

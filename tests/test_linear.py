@@ -9,7 +9,7 @@ import pytest
 
 from attn.linear import across, one, recur, whole
 from attn.sharding import over_mesh
-from tests import cost
+from experiments import cost
 
 B, H, K, D, V = 2, 4, 2, 8, 12
 FORWARD, GRADIENT = 2e-6, 1.5e-5

@@ -14,7 +14,7 @@ from attn.masks import Causal, Window
 from attn.snapkv import SnapKV
 from attn.softmax import Softmax
 from models.lm import LM, Pattern, loss, stack, state_bytes, unstack
-from tests import cost
+from experiments import cost
 from tests.laws import close
 
 HYBRID = (BaseConv(), Lightning(), Based(feature_dim=4),

@@ -9,7 +9,7 @@ import pytest
 
 from attn.scan import Triple, across, attend, empty, join, prefix, total
 from attn.sharding import over_mesh
-from tests import cost
+from experiments import cost
 from tests.test_linear import close
 
 B, H, K, V = 2, 4, 2, 12

@@ -11,7 +11,7 @@ from attn import dispatch
 from attn.scan import Triple, attend, empty
 from pallas_kernels import Refused
 from pallas_kernels.scan import scan
-from tests import cost
+from experiments import cost
 from tests.test_linear import close
 from tests.test_scan import B, H, K, RUNS, V, check, inputs
 

@@ -8,6 +8,7 @@ of a conditional is taken, and a loop without a static length is an error.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from typing import Any, Callable
 
 import jax
@@ -22,42 +23,58 @@ FREE = ("reshape", "broadcast_in_dim", "transpose", "squeeze", "slice", "concate
 
 def flops(f: Callable, *args: Any) -> float:
     """Floating point operations of f(*args); args may be ShapeDtypeStructs."""
-    return _of(jax.make_jaxpr(f)(*args).jaxpr)
+    return sum(work(jax.make_jaxpr(f)(*args).jaxpr).values())
 
 
-def _of(jaxpr: Any) -> float:
-    return sum(_equation(e) for e in jaxpr.eqns)
+def work(jaxpr: Any) -> Counter:
+    """Operations of a program, of all devices: in matrix products ("matmul"), in each
+    kernel by its name, and in the rest ("other")."""
+    total: Counter[str] = Counter()
+    for equation in jaxpr.eqns:
+        total.update(_equation(equation))
+    return total
 
 
-def _equation(e: Any) -> float:
+def _equation(e: Any) -> Counter:
     name, p = e.primitive.name, e.params
     if name == "dot_general":
         (contract, _), _ = p["dimension_numbers"]
         inner = math.prod(e.invars[0].aval.shape[n] for n in contract)
-        return 2 * inner * _size(e.outvars[0])
+        return Counter({"matmul": 2 * inner * _size(e.outvars[0])})
     if name == "scan":
-        return p["length"] * _of(p["jaxpr"].jaxpr)
+        return _times(p["length"], work(p["jaxpr"].jaxpr))
     if name == "while":
         raise ValueError("a loop without a static length has no cost")
     if name == "cond":
-        return max(_of(b.jaxpr) for b in p["branches"])
+        branches = [work(b.jaxpr) for b in p["branches"]]
+        return max(branches, key=lambda c: sum(c.values()))
     if name == "pallas_call":
-        return math.prod(p["grid_mapping"].grid) * _of(p["jaxpr"])
+        each = sum(work(p["jaxpr"]).values())
+        return Counter({_called(p): math.prod(p["grid_mapping"].grid) * each})
     if name == "shard_map":
-        return p["mesh"].size * _of(p["jaxpr"])
+        return _times(p["mesh"].size, work(p["jaxpr"]))
     if name == "sort" or name == "top_k":
         n = e.invars[0].aval.shape[-1]
-        return _size(e.invars[0]) * max(math.log2(max(n, 2)), 1)
+        return Counter({"other": _size(e.invars[0]) * max(math.log2(max(n, 2)), 1)})
     inner = [v for v in p.values() if hasattr(v, "jaxpr") or hasattr(v, "eqns")]
     if inner and name not in REDUCTIONS and not name.startswith("scatter"):
-        return sum(_of(getattr(v, "jaxpr", v)) for v in inner[:1])
+        return work(getattr(inner[0], "jaxpr", inner[0]))
     if name in FREE:
-        return 0
+        return Counter()
     if name in REDUCTIONS:
-        return _size(e.invars[0])
+        return Counter(other=_size(e.invars[0]))
     if name.startswith("scatter"):
-        return _size(e.invars[2])
-    return sum(_size(v) for v in e.outvars)
+        return Counter(other=_size(e.invars[2]))
+    return Counter(other=sum(_size(v) for v in e.outvars))
+
+
+def _times(n: int, count: Counter) -> Counter:
+    return Counter({name: n * value for name, value in count.items()})
+
+
+def _called(params: dict) -> str:
+    """The name that a kernel was given."""
+    return str(params.get("name") or params["name_and_src_info"]).split(" ")[0]
 
 
 def _size(v: Any) -> int:
@@ -66,7 +83,8 @@ def _size(v: Any) -> int:
 
 def memory(f: Callable, *args: Any) -> int:
     """Bytes that the compiled f(*args) needs beside its arguments and results."""
-    return jax.jit(f).lower(*args).compile().memory_analysis().temp_size_in_bytes
+    found: Any = jax.jit(f).lower(*args).compile().memory_analysis()
+    return found.temp_size_in_bytes
 
 
 def slope(costs: list[float]) -> float:

@@ -162,7 +162,7 @@ class Flow:
             return across(
                 a, b, w, run=run, chunk=self.chunk, axis=self.axis,
                 implementation=self.implementation,
-            )
+            )[1]
 
         return self._ordered(sums, q, k, v, pos)
 

@@ -24,7 +24,9 @@ from attn.linear import by_run
 from attn.scan import Triple, across, attend, empty, join, total
 from attn.segments import place, runs
 from attn.shapes import check
-from attn.sharding import Axis, gather, over_mesh, spread_heads
+from attn.sharding import (
+    Axis, gather, over_mesh, splits, spread_heads, stacked,
+)
 
 
 class AarenState(NamedTuple):
@@ -72,12 +74,9 @@ class Aaren(nn.Module):
         check(q, k, v, segments=segments, aligned=self.causal)
         q_run, kv_run = runs(segments, q, self.causal)
         scores = self._scores(q, k)
-        v = spread_heads(v, q.shape[2], self.axis)
         if self.causal:
-            f = lambda s, v, run: across(
-                s, v, run=run, chunk=self.chunk, dtype=v.dtype, axis=self.axis,
-                implementation=self.implementation)
-            return over_mesh(f, "BSH BSKV BS -> BTHV", self.axis)(scores, v, kv_run)
+            return self._prefixes(None, scores, v, kv_run, self.axis)[1]
+        v = spread_heads(v, q.shape[2], self.axis)
         if q_run is None:
             pool = over_mesh(self._pool, "BSH BSKV -> BHV", self.axis)
             pooled = pick(self.implementation, xla=lambda: pool(scores, v))
@@ -103,10 +102,9 @@ class Aaren(nn.Module):
                 f"state is a {type(state).__name__}: expected an AarenState"
             )
         now = place(segments, q.shape[0], q.shape[1], state.end, state.segment)
-        memory, o = attend(
-            self._scores(q, k), v, state=state.memory, chunk=self.chunk, dtype=v.dtype,
-            run=None if segments is None else now.run,
-            implementation=self.implementation)
+        memory, o = self._prefixes(
+            state.memory, self._scores(q, k), v,
+            None if segments is None else now.run, splits(self.axis, q.shape[1]))
         return AarenState(memory, now.end, now.last), o
 
     @nn.compact
@@ -121,6 +119,19 @@ class Aaren(nn.Module):
             precision=jax.lax.Precision.HIGHEST)
         return s.reshape(*s.shape[:2], h)
 
+    def _prefixes(self, state, scores, v, run, axis: Axis | None):
+        """The triple of all tokens, None for none over an axis; and o [B,T,H,V]."""
+        def local(state, scores, v, run):
+            after, o = across(
+                scores, v, state=state and Triple(*state), run=run, chunk=self.chunk,
+                dtype=v.dtype, axis=axis, implementation=self.implementation)
+            return *(after or [None] * 3), o
+
+        v = spread_heads(v, scores.shape[2], axis)
+        letters = "BH BTH BTKV BT -> BH BH BHV BTHV"
+        *after, o = over_mesh(local, letters, axis)(state, scores, v, run)
+        return None if after[0] is None else Triple(*after), o
+
     def _check_stream(self) -> None:
         if not self.causal:
             raise NotImplementedError(
@@ -132,7 +143,7 @@ class Aaren(nn.Module):
         found: Any = total(scores, v)
         if self.axis is not None:
             b, h = found.u.shape
-            parts = jax.lax.all_gather(found, self.axis)
+            parts = stacked(found, self.axis)
             first = empty(b, h, v.shape[-1])
             found, _ = jax.lax.scan(lambda a, b: (join(a, b), None), first, parts)
         o = found.w / jnp.where(found.u > 0, found.u, 1)[..., None]

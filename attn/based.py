@@ -15,17 +15,19 @@ beside v makes both sums at once. Models mix it with windows of softmax attentio
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attn.chunks import Runs, chunked, filled, only, prefix, runs_of, unchunked
+from attn.chunks import Runs, chunked, filled, only, runs_of, unchunked
 from attn.dispatch import pick
 from attn.linear import LinearState, by_run, check_state, empty, one
 from attn.segments import place, runs
 from attn.shapes import check
-from attn.sharding import Axis, gather, over_mesh, spread_heads
+from attn.sharding import Axis, gather, over_mesh, splits, spread_heads
+from attn.shards import prefix
 
 
 def features(x: jax.Array, compact: bool = False) -> jax.Array:
@@ -96,7 +98,13 @@ class Based:
         check_state(state, self._memory(q, v.shape[-1] + self.normalize))
         now = place(segments, q.shape[0], q.shape[1], state.end, state.segment)
         run = None if segments is None else now.run
-        xla = lambda: self._recur(q, k, self._summed(v), run, state.memory)
+        here = dataclasses.replace(self, axis=splits(self.axis, q.shape[1]))
+        k, v = (spread_heads(a, q.shape[2], here.axis) for a in (k, v))
+        f = over_mesh(
+            lambda q, k, v, *rest: here._recur(q, k, here._summed(v), *rest),
+            "BTHD BTKD BTKV BT BHDV -> BHDV BTHV", here.axis,
+        )
+        xla = lambda: f(q, k, v, run, state.memory)
         memory, o = pick(self.implementation, xla=xla)
         return LinearState(memory, now.end, now.last), self._divided(o).astype(v.dtype)
 
@@ -140,25 +148,29 @@ class Based:
     def _map(self, x: jax.Array) -> jax.Array:
         return features(x.astype(jnp.float32), self.compact)
 
-    def _recur(self, q, k, v, run, state=None) -> tuple[jax.Array, jax.Array]:
+    def _recur(self, q, k, v, run, state=None) -> tuple[Any, jax.Array]:
         """The sums over j <= t -> state [B,H,P,V], o [B,T,H,V]; features are made for a
-        chunk at a time. With an axis the state before this shard comes from the mesh.
-        """
+        chunk at a time. With an axis the state before this shard comes from the mesh,
+        and the last one is that after all shards, None if none came in."""
         b, t, h, _ = q.shape
-        if state is None:
-            state = jnp.zeros(self._memory(q, v.shape[-1]), jnp.float32)
+        zeros = jnp.zeros(self._memory(q, v.shape[-1]), jnp.float32)
+        before = zeros if state is None else state
         if t == 1 and self.axis is None:
-            return one(state, self._map(q), self._map(k), v, run=run)
-        c = min(self.chunk, t)
+            return one(before, self._map(q), self._map(k), v, run=run)
+        c, copies = min(self.chunk, t), h // k.shape[2]
         row = filled(run, t, c)
         q, k, v = chunked(q, c), chunked(k, c, h), chunked(v, c, h)
         carried: jax.Array | int = 1
         if self.axis is not None:
-            final = self._scan(state, None, k, v, runs_of(row, c, 0))[0]
+            few = lambda a: a[:, :, ::copies]  # one state serves its query heads
+            final = self._scan(
+                zeros[:, ::copies], None, few(k), few(v), runs_of(row, c, 0))[0]
             last = None if run is None else run.max(1)
-            state, carried = prefix(final, None, last, self.axis)
-        state, o = self._scan(state, q, k, v, runs_of(row, c, carried))
-        return state, unchunked(o, t)
+            begun = prefix(final, None, last, self.axis, state=state)
+            carried, before = begun.run, begun.state
+            before = jnp.repeat(before, h // before.shape[1], 1)
+        after, o = self._scan(before, q, k, v, runs_of(row, c, carried))
+        return begun.after if self.axis is not None else after, unchunked(o, t)
 
     def _scan(self, state, q, k, v, runs: Runs):
         """The state after all chunks, and o [N,B,H,c,V] unless q is None."""

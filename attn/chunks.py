@@ -2,7 +2,7 @@
 
 A row of T tokens becomes N chunks of c tokens, [N,B,H,c,X]. The masks of `Runs` say
 which tokens of a chunk belong together and to the state that passes through it; `pairs`
-are the weights between the tokens of one chunk, `prefix` the state between shards.
+are the weights between the tokens of one chunk.
 """
 
 from __future__ import annotations
@@ -11,8 +11,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-
-from attn.sharding import Axis
 
 
 class Runs(NamedTuple):
@@ -76,44 +74,6 @@ def unchunked(o: jax.Array, t: int) -> jax.Array:
     """The inverse of `chunked`: [N,B,H,c,V] -> [B,T,H,V]."""
     n, b, h, c, v = o.shape
     return o.transpose(1, 0, 3, 2, 4).reshape(b, n * c, h, v)[:, :t]
-
-
-def prefix(
-    final: jax.Array,
-    total: jax.Array | None,
-    last: jax.Array | None,
-    axis: Axis,
-    *,
-    reverse: bool = False,
-    alike: bool = True,
-) -> tuple[jax.Array, jax.Array | int]:
-    """The state that a shard begins with, and its run: P' = exp(total) P + final over
-    the shards before this one, or behind it if `reverse`.
-
-    final [B,H,D,V]: a shard's state at its end without the others; total [B|1,H,1|D]:
-    its log decay, `alike` on all shards or not; last [B]: its last run, 0 if it has
-    none. Exact where the run goes on; a run that began in between drops the state.
-    """
-    mine = final, None if alike else total, last
-    parts = jax.lax.all_gather(mine, axis)
-    shards, me = jax.lax.axis_size(axis), jax.lax.axis_index(axis)
-    order = jnp.arange(shards)
-    if reverse:
-        parts, me = jax.tree.map(lambda a: jnp.flip(a, 0), parts), shards - 1 - me
-
-    def pass_on(carry, part):
-        state, present = carry
-        n, (added, own, newest) = part
-        own = total if alike else own
-        after = state if own is None else state * jnp.exp(own)[..., None]
-        now = present if newest is None else jnp.maximum(present, newest)
-        after = only((now == present)[:, None, None, None], after) + added
-        present = jnp.where(n < me, now, present)
-        return (jnp.where(n < me, after, state), present), None
-
-    first = jnp.zeros_like(final), jnp.ones(final.shape[:1], jnp.int32)
-    (state, present), _ = jax.lax.scan(pass_on, first, (order, parts))
-    return state, 1 if last is None else present
 
 
 def pairs(q: jax.Array, k: jax.Array, g: jax.Array | None) -> jax.Array:

@@ -11,10 +11,10 @@ from typing import Any
 
 import jax
 
-from attn.linear import LinearState, across, check_state, recur
+from attn.linear import LinearState, across, check_state
 from attn.segments import place, runs
 from attn.shapes import check
-from attn.sharding import Axis, over_mesh, spread_heads
+from attn.sharding import Axis, over_mesh, splits, spread_heads
 
 FORM = {1: "H", 3: "BTH", 4: "BTHD"}  # letters of a decay, by its number of axes
 
@@ -34,14 +34,7 @@ def attend(
     chunk, scale and implementation of `attn.linear.recur`."""
     check(q, k, v, segments=segments, aligned=True)
     run, _ = runs(segments, q)
-    k, v = (spread_heads(a, q.shape[2], axis) for a in (k, v))
-    form = "." if log_decay is None else FORM[log_decay.ndim]
-
-    def local(q, k, v, log_decay, run):
-        return across(q, k, v, log_decay, run=run, axis=axis, dtype=v.dtype, **how)
-
-    letters = f"BTHD BTKD BTKV {form} BT -> BTHV"
-    return over_mesh(local, letters, axis)(q, k, v, log_decay, run)
+    return _over(axis, None, q, k, v, log_decay, run, how)[1]
 
 
 def follow(
@@ -52,14 +45,30 @@ def follow(
     log_decay: jax.Array | None = None,
     *,
     segments: jax.Array | None = None,
+    axis: Axis | None = None,
     **how: Any,
 ) -> tuple[LinearState, jax.Array]:
-    """The next T tokens -> state, o [B,T,H,V] in v's dtype; arguments as `attend`."""
+    """The next T tokens -> state, o [B,T,H,V] in v's dtype; arguments as `attend`. The
+    state is whole on every shard of `axis`, and T is split where that can be done."""
     check(q, k, v, segments=segments, aligned=True)
     check_state(state, (q.shape[0], q.shape[2], q.shape[3], v.shape[3]))
     now = place(segments, q.shape[0], q.shape[1], state.end, state.segment)
     run = None if segments is None else now.run
-    memory, o = recur(
-        q, k, v, log_decay, state=state.memory, run=run, dtype=v.dtype, **how
+    memory, o = _over(
+        splits(axis, q.shape[1]), state.memory, q, k, v, log_decay, run, how
     )
     return LinearState(memory, now.end, now.last), o
+
+
+def _over(axis, state, q, k, v, log_decay, run, how) -> tuple[Any, jax.Array]:
+    """The state after the tokens, None for none over an axis, and o."""
+    k, v = (spread_heads(a, q.shape[2], axis) for a in (k, v))
+    form = "." if log_decay is None else FORM[log_decay.ndim]
+
+    def local(state, q, k, v, log_decay, run):
+        return across(
+            q, k, v, log_decay, state=state, run=run, axis=axis, dtype=v.dtype, **how
+        )
+
+    letters = f"BHDV BTHD BTKD BTKV {form} BT -> BHDV BTHV"
+    return over_mesh(local, letters, axis)(state, q, k, v, log_decay, run)

@@ -18,11 +18,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from attn.baseconv import shortconv
+from attn.baseconv import across as convolved
 from attn.segments import Place, place
 from attn.shapes import check
-from attn.sharding import Axis
-from attn.wy import delta_rule
+from attn.sharding import Axis, mesh_of, over_mesh, splits, spread_heads
+from attn.wy import across
 
 
 class DeltaState(NamedTuple):
@@ -74,13 +74,8 @@ class Delta(nn.Module):
         """All tokens at once. q [B,T,H,D], k [B,T,K,D], v [B,T,K,V], and x [B,T,E] the
         tokens that they were made from -> [B,T,H,V]."""
         check(q, k, v, segments=segments, aligned=True)
-        if self.axis is not None:
-            raise NotImplementedError(
-                f"axis={self.axis!r}: what a shard does to the state of the delta rule "
-                "is a matrix [D,D], which is not passed on yet; expected None"
-            )
         now = place(segments, q.shape[0], q.shape[1])
-        return self._apply(None, now, q, k, v, x, segments is not None)[1]
+        return self._apply(None, now, q, k, v, x, segments is not None, self.axis)[1]
 
     def init_state(self, size, q, k, v, *, x=None) -> DeltaState:
         """An empty memory for `size` tokens, which does not grow; q, k, v give shapes.
@@ -103,44 +98,66 @@ class Delta(nn.Module):
         now = place(
             segments, q.shape[0], q.shape[1], state.end, state.segment
         )
-        return self._apply(state, now, q, k, v, x, segments is not None)
+        axis = splits(self.axis, q.shape[1])
+        return self._apply(state, now, q, k, v, x, segments is not None, axis)
 
     @nn.compact
-    def _apply(self, state, now: Place, q, k, v, x, packed: bool):
+    def _apply(self, state, now: Place, q, k, v, x, packed: bool, axis: Axis | None):
         """The state after the tokens, and o [B,T,H,V]."""
         if x is None or x.shape[:2] != q.shape[:2]:
             raise ValueError(
                 f"x {None if x is None else x.shape}: expected the tokens "
                 f"{q.shape[:2]} that q, k and v were made from, [B,T,E]"
             )
-        run, memory, q_tail, k_tail, v_tail = now.run if packed else None, *[None] * 4
-        if state is not None:
-            memory, q_tail, k_tail, v_tail = state[:4]
-        low = v.dtype
-        q_tail, q = self._short("q", q, q_tail, run)
-        k_tail, k = self._short("k", k, k_tail, run)
-        v_tail, v = self._short("v", v, v_tail, run)
+        run, low = now.run if packed else None, v.dtype
+        memory, *tails = [None] * 4 if state is None else state[:4]
+        tails, (q, k, v) = self._short((q, k, v), tails, run, axis)
         beta, log_decay = self._gates(x.astype(jnp.float32), q.shape[2])
+        k, v = (spread_heads(a, q.shape[2], axis) for a in (k, v))
         q, k, v = (a.astype(low) for a in (_unit(q), _unit(k), v))
-        memory, o = delta_rule(
-            q, k, v, beta, log_decay, state=memory, run=run,
-            chunk=self.chunk, scale=q.shape[3] ** -0.5, dtype=low,
-            implementation=self.implementation,
-        )
+
+        def local(state, q, k, v, beta, log_decay, run):
+            return across(
+                q, k, v, beta, log_decay, state=state, run=run, chunk=self.chunk,
+                axis=axis, scale=q.shape[3] ** -0.5, dtype=low,
+                implementation=self.implementation,
+            )
+
+        letters = "BHDV BTHD BTKD BTKV BTH BTH BT -> BHDV BTHV"
+        memory, o = over_mesh(local, letters, axis)(
+            memory, q, k, v, beta, log_decay, run)
+        q_tail, k_tail, v_tail = tails
         return DeltaState(memory, q_tail, k_tail, v_tail, now.end, now.last), o
 
-    def _short(self, name: str, a, tail, run) -> tuple[Any, jax.Array]:
-        """The next tail; and q, k or v after its convolution and silu, float32."""
-        wide = a.astype(jnp.float32)  # what follows is rounded once, at its end
+    def _short(self, arrays, tails, run, axis: Axis | None) -> tuple[Any, list]:
+        """The next tails; and q, k, v after their convolutions and silu, float32."""
+        # what follows is rounded once, at its end
+        wide = [a.astype(jnp.float32) for a in arrays]
         if not self.conv:
-            return tail, nn.silu(wide)
-        flat = wide.reshape(*a.shape[:2], a.shape[2] * a.shape[3])
+            return tails, [nn.silu(a) for a in wide]
+        flat = [a.reshape(*a.shape[:2], a.shape[2] * a.shape[3]) for a in wide]
         fans = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
-        shape = self.conv, flat.shape[2]
-        weight = self.param(f"{name}_conv", fans, shape, jnp.float32)
-        tail = None if tail is None else tail.astype(jnp.float32)
-        tail, flat = shortconv(flat, weight, state=tail, run=run)
-        return tail.astype(a.dtype), nn.silu(flat).reshape(a.shape)
+        weights = [
+            self.param(f"{name}_conv", fans, (self.conv, a.shape[2]), jnp.float32)
+            for name, a in zip("qkv", flat)
+        ]
+        streams = tails[0] is not None
+        tails = [a.astype(jnp.float32) for a in tails] if streams else None
+        channels = [_home(a.shape[2], axis) for a in arrays]
+        of = lambda before: " ".join(before + c for c in channels)
+        letters = f"{of('BT')} {of('.')} {of('B.')} BT -> {of('B.')} {of('BT')}"
+
+        def local(*arrays):
+            after, found = convolved(
+                arrays[:3], arrays[3:6], states=arrays[6:9] if streams else None,
+                run=arrays[9], axis=axis,
+            )
+            return *(after or (None, None, None)), *found
+
+        found = over_mesh(local, letters, axis)(
+            *flat, *weights, *(tails or [None] * 3), run)
+        after = [b if b is None else b.astype(a.dtype) for a, b in zip(arrays, found)]
+        return after, [nn.silu(b).reshape(a.shape) for a, b in zip(arrays, found[3:])]
 
     def _gates(self, x, h: int) -> tuple[jax.Array, jax.Array | None]:
         """beta and the log decay [B,T,H], float32."""
@@ -152,6 +169,13 @@ class Delta(nn.Module):
         fade = jnp.exp(self.param("A_log", _fades, (h,))).reshape(1, 1, h)
         bias = self.param("dt_bias", _steps, (h,)).reshape(1, 1, h)
         return beta, -fade * nn.softplus(dense("decay") + bias)
+
+
+def _home(heads: int, axis: Axis | None) -> str:
+    """The letter of the channels of so many heads: whole where the mesh cannot split
+    the heads."""
+    split = axis is None or heads % mesh_of(axis).shape.get("model", 1) == 0
+    return "H" if split else "."
 
 
 def _unit(a):

@@ -19,7 +19,8 @@ c_s is fixed when s comes and is not shared out anew later.
 from __future__ import annotations
 
 import dataclasses
-from typing import Callable, NamedTuple
+import functools
+from typing import Any, Callable, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +29,7 @@ from attn.dispatch import pick
 from attn.linear import across, recur, whole
 from attn.segments import place, runs
 from attn.shapes import check
-from attn.sharding import Axis, over_mesh
+from attn.sharding import Axis, over_mesh, splits
 
 FEATURES = ("sigmoid", "relu")
 
@@ -49,7 +50,7 @@ class FlowState(NamedTuple):
     segment: jax.Array
 
 
-Sums = Callable[[str, jax.Array, jax.Array, jax.Array], jax.Array]
+Sums = Callable[[Any, jax.Array, jax.Array, jax.Array], jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +97,9 @@ class Flow:
         k, v = (jnp.repeat(a, h // a.shape[2], 2) for a in (k, v))
         if self.causal:
             more = place(segments, b, t).pos, runs(segments, q)[0]
-            f = over_mesh(self._causal, "BTHD BTHD BTHV BT BT -> BTHV", self.axis)
+            f = over_mesh(
+                lambda *a: self._causal(self.axis, *a)[1],
+                "BTHD BTHD BTHV BT BT -> BTHV", self.axis)
             return f(q, k, v, *more).astype(v.dtype)
         f = over_mesh(self._normal, "BTHD BSHD BSHV BT BS -> BTHV", self.axis)
         xla = lambda: f(q, k, v, *runs(segments, q, ordered=False))
@@ -128,17 +131,13 @@ class Flow:
         k, v = (jnp.repeat(a, h // a.shape[2], 2) for a in (k, v))
         now = place(segments, b, t, state.end, state.segment)
         run = None if segments is None else now.run
-        after = {}
-
-        def sums(name, a, b, w):
-            after[name], o = recur(
-                a, b, w, state=getattr(state, name), run=run, chunk=self.chunk,
-                implementation=self.implementation,
-            )
-            return o
-
-        o = self._ordered(sums, q, k, v, now.pos)
-        return FlowState(**after, end=now.end, segment=now.last), o.astype(v.dtype)
+        axis = splits(self.axis, t)
+        f = over_mesh(
+            functools.partial(self._causal, axis),
+            "BTHD BTHD BTHV BT BT BHDV -> BHDV BTHV", axis)
+        after, o = f(q, k, v, now.pos, run, state[:6])
+        named = dict(zip(FlowState._fields, after))
+        return FlowState(**named, end=now.end, segment=now.last), o.astype(v.dtype)
 
     def _check_stream(self) -> None:
         if not self.causal:
@@ -157,14 +156,24 @@ class Flow:
             return jax.nn.sigmoid(x)
         return jax.nn.relu(x) + 1e-6
 
-    def _causal(self, q, k, v, pos, run) -> jax.Array:
-        def sums(name, a, b, w):
-            return across(
-                a, b, w, run=run, chunk=self.chunk, axis=self.axis,
-                implementation=self.implementation,
-            )
+    def _causal(self, axis, q, k, v, pos, run, state=None) -> tuple:
+        """The sums after all tokens, if there were some before, and o [B,T,H,V]."""
+        held = dict(zip(FlowState._fields, state)) if state else {}
+        after: dict[str, jax.Array] = {}
 
-        return self._ordered(sums, q, k, v, pos)
+        def sums(names, a, b, w):
+            # sums that do not need each other are heads of one
+            before = [held[name] for name in names if state]
+            now, o = across(
+                a, b, w, state=jnp.concatenate(before, 1) if state else None, run=run,
+                chunk=self.chunk, axis=axis, implementation=self.implementation,
+            )
+            if now is not None:
+                after.update(zip(names, jnp.split(now, len(names), 1)))
+            return o
+
+        o = self._ordered(sums, q, k, v, pos)
+        return tuple(after[name] for name in held), o
 
     def gains(self, q, k) -> tuple[jax.Array, jax.Array]:
         """Of the causal form: what the sum of a sink is multiplied with [B,T,H,1], and
@@ -175,20 +184,22 @@ class Flow:
         return self._gains(sums, self._phi(q), self._phi(k), pos)
 
     def _ordered(self, sums: Sums, q, k, v, pos) -> jax.Array:
-        """o [B,T,H,V] float32; sums(name, a, b, w) is sum_(s<=t) (a_t.b_s) w_s."""
+        """o [B,T,H,V] float32; sums(names, a, b, w) is sum_(s<=t) (a_t.b_s) w_s, for
+        the heads of each name."""
         sink, source = self._phi(q), self._phi(k)
         gain, share = self._gains(sums, sink, source, pos)
-        return gain * sums("memory", sink, source, v.astype(jnp.float32) * share)
+        return gain * sums(("memory",), sink, source, v.astype(jnp.float32) * share)
 
     def _gains(self, sums: Sums, sink, source, pos) -> tuple[jax.Array, jax.Array]:
         n = (pos + 1).astype(jnp.float32)[..., None, None]
-        flow, ones = self._flow(sums), jnp.ones_like(sink[..., :1])
-        incoming = flow("keys", sink, source, ones) / n
-        outgoing = flow("queries", source, sink, ones) / n
-        taken = flow("sources", sink, source, 1 / outgoing) / n
-        given = self._clamped(flow("sinks", source, sink, 1 / incoming) / n)
-        weight = jnp.exp(given)
-        share = weight * n / _nonzero(sums("total", ones, ones, weight))
+        both = lambda a, b: jnp.concatenate([a, b], 2)
+        ones, ends = jnp.ones_like(sink[..., :1]), (both(sink, source),
+                                                    both(source, sink))
+        flow = lambda names, w: jnp.split(self._flow(sums)(names, *ends, w) / n, 2, 2)
+        incoming, outgoing = flow(("keys", "queries"), both(ones, ones))
+        taken, given = flow(("sources", "sinks"), both(1 / outgoing, 1 / incoming))
+        weight = jnp.exp(self._clamped(given))
+        share = weight * n / _nonzero(sums(("total",), ones, ones, weight))
         gain = self._allocated(1 / (incoming * n), taken)
         return gain, share if self.compete else jnp.ones_like(share)
 

@@ -53,8 +53,7 @@ class GLA(nn.Module):
         [B,T,H,V]."""
         check(q, k, v, segments=segments, aligned=True)
         return attend(
-            q, k, v, self.log_decay(q, x), segments=segments, axis=self.axis,
-            **self._how(q),
+            q, k, v, self.log_decay(q, x), segments=segments, **self._how(q),
         )
 
     def init_state(self, size, q, k, v, *, x=None) -> LinearState:
@@ -81,5 +80,6 @@ class GLA(nn.Module):
     def _how(self, q) -> dict:
         scale = q.shape[-1] ** -0.5 if self.scale is None else self.scale
         return {
-            "chunk": self.chunk, "scale": scale, "implementation": self.implementation
+            "chunk": self.chunk, "scale": scale, "axis": self.axis,
+            "implementation": self.implementation,
         }

@@ -16,6 +16,7 @@ The more tokens there are, the less a new one counts: decays tend to 1, shares t
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -29,7 +30,7 @@ from attn.linear import LinearState, whole
 from attn.scan import prefix
 from attn.segments import place, runs
 from attn.shapes import check
-from attn.sharding import Axis, over_mesh
+from attn.sharding import Axis, over_mesh, splits
 
 LOW = -1e30  # the largest of no keys; finite, as differences of two have to be
 ACTIVATIONS = ("silu", None)
@@ -108,10 +109,11 @@ class LightNet:
             return self._unordered(q, k, wide, segments).astype(v.dtype)
         run, _ = runs(segments, q)
         pos = place(segments, b, t).pos
-        share, log_decay, _ = self._shares(k, run, nothing((b, h, d)))
+        share, log_decay, *_ = self._shares(
+            k, run, nothing((b, h, d)), self.axis, ends=False)
         o = attend(
             *self._turned(q, share, pos, pos), wide, self._spread(log_decay),
-            segments=segments, axis=self.axis, **self._how(d),
+            segments=segments, **self._how(d),
         )
         return o.astype(v.dtype)
 
@@ -138,14 +140,13 @@ class LightNet:
         q, k, wide = self._ready(q, k, v)
         now = place(segments, b, t, state.end, state.segment)
         run = None if segments is None else now.run
-        one = dataclasses.replace(self, axis=None)
-        share, log_decay, after = one._shares(k, run, (state.top, state.total))
+        share, log_decay, top, total = self._shares(
+            k, run, (state.top, state.total), splits(self.axis, t))
         held = LinearState(state.memory, state.end, state.segment)
         held, o = follow(
             held, *self._turned(q, share, now.pos, now.pos), wide,
             self._spread(log_decay), segments=segments, **self._how(d),
         )
-        top, total = (a[:, -1] for a in after)
         state = LightNetState(held.memory, top, total, held.end, held.segment)
         return state, o.astype(v.dtype)
 
@@ -163,7 +164,7 @@ class LightNet:
 
     def _how(self, d: int) -> dict:
         return {
-            "chunk": self.chunk, "scale": self._factor(d),
+            "chunk": self.chunk, "scale": self._factor(d), "axis": self.axis,
             "implementation": self.implementation,
         }
 
@@ -183,27 +184,28 @@ class LightNet:
         d = log_decay.shape[-1]
         return jnp.tile(log_decay, self._rows(d) // d)
 
-    def _shares(self, k, run, before: tuple):
-        """exp(k_t - z_t), z_{t-1} - z_t [B,T,H,D], and the sums after each token."""
-        letters = "BTHD BT BHD BHD -> BTHD BTHD BTHD BTHD"
-        f = over_mesh(self._running, letters, self.axis)
-        share, log_decay, *after = f(k, run, *before)
-        return share, log_decay, after
+    def _shares(self, k, run, before: tuple, axis: Axis | None, ends: bool = True):
+        """exp(k_t - z_t), z_{t-1} - z_t [B,T,H,D], and the sums after all tokens, or
+        None and None."""
+        f = functools.partial(self._running, axis, ends)
+        letters = "BTHD BT BHD BHD -> BTHD BTHD BHD BHD"
+        return over_mesh(f, letters, axis)(k, run, *before)
 
-    def _running(self, k, run, *before) -> tuple:
+    def _running(self, axis: Axis | None, ends: bool, k, run, *before) -> tuple:
         # a constant: top + log(total) does not depend on where it is measured from
         top, held = jax.lax.stop_gradient(k), Mass(*before)
         token = Mass(*nothing(k.shape)), Mass(top, jnp.exp(k - top))
-        _, (last, now) = prefix(
-            _shifted, token, state=(held, held), run=run, chunk=self.chunk,
-            axis=self.axis,
+        after, (last, now) = prefix(
+            _shifted, token, state=(held, held), run=run, chunk=self.chunk, axis=axis,
+            ends=ends,
         )
         (old_top, old), (new_top, new) = (self._begun(a) for a in (last, now))
         real = None if run is None else (run > 0)[..., None, None]
         share = only(real, jnp.exp(only(real, k - new_top)) / new)
         log_decay = old_top - new_top + jnp.log(old) - jnp.log(new)
         # rounding may make it positive, but no decay is
-        return share, jnp.where(log_decay > 0, 0, log_decay), *now
+        log_decay = jnp.where(log_decay > 0, 0, log_decay)
+        return share, log_decay, *(after[1] if ends else (None, None))
 
     def _begun(self, mass: Mass) -> tuple[jax.Array, jax.Array]:
         """top and total > 0 with what stands in front of the first token."""

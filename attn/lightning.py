@@ -113,8 +113,7 @@ class Lightning:
         check(q, k, v, segments=segments, aligned=ordered)
         log_decay = self._log_decay(q)
         if self.causal:
-            how = self._how() | {"axis": self.axis}
-            return attend(q, k, v, log_decay, segments=segments, **how)
+            return attend(q, k, v, log_decay, segments=segments, **self._how())
         q_run, kv_run = runs(segments, q, ordered)
         k, v = (spread_heads(a, q.shape[2], self.axis) for a in (k, v))
         letters = "BTHD BSKD BSKV H BT BS -> BTHV"
@@ -152,7 +151,7 @@ class Lightning:
     def _how(self) -> dict:
         return {
             "chunk": self.chunk, "scale": self.scale,
-            "implementation": self.implementation,
+            "axis": self.axis, "implementation": self.implementation,
         }
 
     def _two_sided(self, q, k, v, log_decay, q_run, kv_run) -> jax.Array:
@@ -162,7 +161,7 @@ class Lightning:
         one_way = lambda reverse: across(
             q, k, v, log_decay, run=q_run, chunk=self.chunk, axis=self.axis,
             reverse=reverse, implementation=self.implementation,
-        )
+        )[1]
         return one_way(False) + one_way(True) - _own(q, k, v, q_run)
 
 

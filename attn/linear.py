@@ -20,11 +20,12 @@ import jax
 import jax.numpy as jnp
 
 from attn.chunks import (
-    Runs, chunked, filled, only, pairs, pairs_by_channel, prefix, runs_of, unchunked,
+    Runs, chunked, filled, only, pairs, pairs_by_channel, runs_of, unchunked,
 )
 from attn.dispatch import interpreted, pick
 from attn.shapes import check
 from attn.sharding import Axis, gather
+from attn.shards import Before, prefix
 from pallas_kernels import linear as kernels
 
 # exp of it is 0 in float32, so a log decay below it says nothing more
@@ -90,7 +91,7 @@ def recur(
     def xla():
         if q.shape[1] == 1:
             return one(state, q, k, v, log_decay, run=run)
-        begin = lambda local, g, runs: (state, 1)
+        begin = lambda local, g, runs: Before(state, 1, None)
         return _recur(q, k, v, log_decay, run, chunk, begin)
 
     def scaled():
@@ -139,6 +140,7 @@ def across(
     v: jax.Array,
     log_decay: jax.Array | None = None,
     *,
+    state: jax.Array | None = None,
     run: jax.Array | None = None,
     chunk: int = 64,
     axis: Axis | None = None,
@@ -146,51 +148,80 @@ def across(
     scale: float = 1.0,
     dtype: Any = jnp.float32,
     implementation: str | None = None,
-) -> jax.Array:
-    """o [B,T,H,V] of `recur` where T is split over mesh axis `axis`, inside
-    `shard_map` (LASP-2, Sun et al., 2025, arXiv:2502.07563): every shard gathers one
-    state of each, whatever T is. Runs are numbered in the global view. `reverse` reads
-    from the last token to the first. Without an axis it is `recur` without a state.
+) -> tuple[jax.Array | None, jax.Array]:
+    """`recur` where T is split over mesh axis `axis`, inside `shard_map` -> state, o
+    (LASP-2, Sun et al., 2025, arXiv:2502.07563).
+
+    Every shard gathers one state of each, whatever T is, and in the backward pass one
+    gradient of a state. state [B,H,D,V] is the same on all shards, and so is the one
+    given back; it is None over an axis where none came in. Runs are numbered in the
+    global view. `reverse` reads from the last token to the first, without a state.
+    Without an axis it is `recur`.
     """
-    _check(q, k, v, log_decay, None, run, chunk)
+    _check(q, k, v, log_decay, state, run, chunk)
+    if reverse and state is not None:
+        raise ValueError("reverse=True with a state: expected None, no stream ends so")
     flip = lambda a: jnp.flip(a, 1) if reverse else a
     q, k, v = flip(q), flip(k), flip(v)
     if log_decay is not None and log_decay.ndim > 1:
         log_decay = flip(log_decay)
     if reverse and run is not None:
         run = flip(only(run > 0, 2**30 - run))  # runs have to rise, read this way too
+    how: dict[str, Any] = {"chunk": chunk, "implementation": implementation}
     if axis is None:
-        return flip(recur(
-            q, k, v, log_decay, run=run, chunk=chunk, scale=scale, dtype=dtype,
-            implementation=implementation,
-        )[1])
+        after, o = recur(
+            q, k, v, log_decay, state=state, run=run, scale=scale, dtype=dtype, **how
+        )
+        return after, flip(o)
+    join = functools.partial(
+        _joined, run=run, state=state, axis=axis, reverse=reverse,
+        copies=q.shape[2] // k.shape[2] if log_decay is None else 1,
+        alike=run is None and (log_decay is None or log_decay.ndim == 1),
+    )
+    after, o = _split(q, k, v, log_decay, run, join, **how)
+    return after, flip((o if scale == 1 else o * scale).astype(dtype))
 
-    def state_before(final, total):
-        alike = run is None and (log_decay is None or log_decay.ndim == 1)
-        last = None if run is None else run.max(1)
-        return prefix(final, total, last, axis, reverse=reverse, alike=alike)
 
+def _joined(final, total, *, run, state, axis, reverse, copies, alike) -> Before:
+    """What this shard begins with, given its state at the end [B,H,D,V] and log decay
+    [B|1,H,1|D]. Without decay `copies` query heads have one state, and one is gathered;
+    a decay is of query heads, and then so are the states that it makes."""
+    factor = None if total is None else jnp.exp(total)
+    last = None if run is None else run.max(1)
+    found = prefix(
+        final[:, ::copies], factor, last, axis, state=state, alike=alike,
+        reverse=reverse,
+    )
+    copies = final.shape[1] // found.state.shape[1]
+    return found._replace(state=jnp.repeat(found.state, copies, 1))
+
+
+def _split(q, k, v, log_decay, run, join: Callable, chunk: int, implementation):
+    """The state after all shards and o [B,T,H,V] float32 of this one."""
     def before(local, g, runs):
         final, _ = _travel(jnp.zeros_like(local[0]), local, g, runs)
         total = None if g is None else g.sum(3).sum(0) * (len(local) / len(g))
-        return state_before(final, total)
+        return join(final, total)
 
     def kernel(backend):
         final, o = kernels.linear(
             q, k, v, log_decay, run=run, backend=backend, interpret=interpreted())
-        begin = functools.partial(state_before, final)
-        return o + _entering(q, log_decay, run, begin)
+        begun, entered = entering(q, log_decay, run, functools.partial(join, final))
+        return begun.after, o + entered
 
-    o = pick(
-        implementation, xla=lambda: _recur(q, k, v, log_decay, run, chunk, before)[1],
-        tpu=lambda: kernel("tpu"), gpu=lambda: kernel("triton"),
+    def xla():
+        after, o, begun = _recurred(q, k, v, log_decay, run, chunk, before)
+        return begun.after, o
+
+    return pick(
+        implementation, xla=xla, tpu=lambda: kernel("tpu"),
+        gpu=lambda: kernel("triton"),
     )
-    return flip((o if scale == 1 else o * scale).astype(dtype))
 
 
-def _entering(q, log_decay, run, begin: Callable) -> jax.Array:
-    """o [B,T,H,V] float32 of the state alone that a shard begins with: begin(total log
-    decay [B|1,H,1|D] or None) gives it, and its run."""
+def entering(q, log_decay, run, begin: Callable) -> tuple[Before, jax.Array]:
+    """What `begin` gives, and o [B,T,H,V] float32 of that state alone. begin(total log
+    decay [B|1,H,1|D] or None) -> `Before`."""
     g = None
     if log_decay is not None:
         g = jnp.maximum(log_decay.astype(jnp.float32), FLOOR)
@@ -198,13 +229,13 @@ def _entering(q, log_decay, run, begin: Callable) -> jax.Array:
             g = jnp.broadcast_to(g[None, None], (1, q.shape[1], *g.shape))
         g = g if g.ndim == 4 else g[..., None]
         g = g if run is None else only(run[..., None, None] > 0, g)
-    state, present = begin(None if g is None else g.sum(1))
+    begun = begin(None if g is None else g.sum(1))
     q = q.astype(jnp.float32)
     q = q if g is None else q * jnp.exp(jnp.cumsum(g, 1))
     if run is not None:
-        present = jnp.broadcast_to(jnp.asarray(present, run.dtype), run.shape[:1])
+        present = jnp.broadcast_to(jnp.asarray(begun.run, run.dtype), run.shape[:1])
         q = only(((run == present[:, None]) & (run > 0))[..., None, None], q)
-    return jnp.einsum("bthd,bhdv->bthv", q, state)
+    return begun, jnp.einsum("bthd,bhdv->bthv", q, begun.state)
 
 
 def whole(
@@ -218,8 +249,9 @@ def whole(
 ) -> jax.Array:
     """o = q (K^T V) [B,T,H,V] float32: every query sees every key of its run, whatever
     their order. q [B,T,H,D], k [B,S,K,D], v [B,S,K,V], runs [B,T] and [B,S], 0 is
-    padding. With `axis`, T and S are split over that mesh axis: one state is summed,
-    or, with runs, the keys and values are gathered."""
+    padding. With `axis`, T and S are split over that mesh axis: one state is summed by
+    an all-reduce, forward and backward, which moves about 2/W of the bytes of LASP-2's
+    all-gather; or, with runs, the keys and values are gathered."""
     if kv_run is not None:
         keys, values, runs = (gather(a, axis) for a in (k, v, kv_run))
         sums = lambda q, k, v, run: recur(q, k, v, run=run)[1]
@@ -251,7 +283,12 @@ def by_run(recurrence: Callable, q, k, v, q_run, kv_run) -> jax.Array:
 
 
 def _recur(q, k, v, log_decay, run, chunk: int, begin: Callable):
-    """`begin(local, g, runs)` gives the state before the first chunk, and its run."""
+    return _recurred(q, k, v, log_decay, run, chunk, begin)[:2]
+
+
+def _recurred(q, k, v, log_decay, run, chunk: int, begin: Callable):
+    """The last state, o, and what `begin(local, g, runs)` gave: the state before the
+    first chunk, and its run."""
     t, h = q.shape[1:3]
     block = min(BLOCK, t) if log_decay is not None and log_decay.ndim == 4 else 1
     c = -(-min(chunk, t) // block) * block
@@ -261,10 +298,11 @@ def _recur(q, k, v, log_decay, run, chunk: int, begin: Callable):
     runs = runs_of(row, c, 0)
     # the backward pass computes a chunk again, and keeps no more of it than q, k and v
     o, local = jax.checkpoint(functools.partial(_inside, block=block))(q, k, v, g, runs)
-    state, carried = begin(local, g, runs)
-    runs = runs_of(row, c, carried)
-    after, states = _travel(state, local, g, runs)
-    return after, unchunked(o + jax.checkpoint(_outside)(q, g, runs, states), t)
+    begun = begin(local, g, runs)
+    runs = runs_of(row, c, begun.run)
+    after, states = _travel(begun.state, local, g, runs)
+    o = unchunked(o + jax.checkpoint(_outside)(q, g, runs, states), t)
+    return after, o, begun
 
 
 def decays(log_decay, row, t: int, c: int) -> jax.Array | None:

@@ -15,7 +15,7 @@ q and k' are rotated by the number of their chunk, so a token's own state is at 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -25,9 +25,10 @@ from attn import cache as caches
 from attn.cache import Cache
 from attn.masks import Causal
 from attn.positions import RoPE
+from attn.scan import before
 from attn.segments import place
 from attn.shapes import check
-from attn.sharding import Axis, gather, over_mesh
+from attn.sharding import Axis, over_mesh
 from attn.softmax import attend
 
 _INIT = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
@@ -154,12 +155,20 @@ class RAT(nn.Module):
     def _local(self, q, k, v, logit, pos, run) -> jax.Array:
         own_k, own_v = self._running(k, v, logit, pos, run)
         ends = self._ends(own_k, own_v, pos, run, v.dtype)
-        at = ends.number, None if run is None else ends.run
-        parts = (gather(a, self.axis) for a in (ends.k, ends.v, *at))
-        return self._read(q, own_k, own_v, pos, run, *parts)
+        if self.axis is not None:
+            # what is read of all tokens: one in L, keys and values side by side
+            where = jnp.stack([ends.number, ends.run], -1)
+            sent = jnp.concatenate([ends.k, ends.v], -1), where
+            both, at = (
+                jax.lax.all_gather(a, self.axis, axis=1, tiled=True) for a in sent)
+            k, v = jnp.split(both, [k.shape[3]], -1)
+            ends = Ends(k, v, at[..., 0], at[..., 1])
+        runs = None if run is None else ends.run
+        return self._read(
+            q, own_k, own_v, pos, run, ends.k, ends.v, ends.number, runs)
 
-    def _running(self, k, v, logit, pos, run, before=None):
-        """k' [B,T,H,D], v' [B,T,H,V] float32; before: those of the token in front."""
+    def _running(self, k, v, logit, pos, run, held=None):
+        """k' [B,T,H,D], v' [B,T,H,V] float32; held: those of the token in front."""
         keep, add = jax.nn.sigmoid(logit), jax.nn.sigmoid(-logit)
         starts = (pos % self.chunk == 0)[..., None, None]
         keep = jnp.where(starts, 0, keep)
@@ -170,33 +179,27 @@ class RAT(nn.Module):
         new = [add[..., n] * a.astype(jnp.float32) for n, a in zip(own, (k, v))]
 
         def join(a, b):
-            held = [b[0][..., n] * x + y for n, x, y in zip(own, a[1:], b[1:])]
-            return b[0] * a[0], *held
+            after = [b[0][..., n] * x + y for n, x, y in zip(own, a[1:], b[1:])]
+            return b[0] * a[0], *after
 
         decay, *states = jax.lax.associative_scan(join, (keep, *new), axis=1)
+        edge = lambda arrays: tuple(a[:, -1] for a in arrays)
         decays = [decay[..., n] for n in own]
-        if self.axis is not None and before is None:
-            edge = lambda arrays: [a[:, -1] for a in arrays]
-            before = self._shards_before(edge(decays), edge(states))
-        if before is not None:
+        if self.axis is not None and held is None:
+            held = self._shards_before(join, edge([decay, *states]), self.axis)
+        if held is not None:
             states = [
-                s + d * b[:, None] for s, d, b in zip(states, decays, before)
+                s + d * b[:, None] for s, d, b in zip(states, decays, held)
             ]
         return states
 
-    def _shards_before(self, decays, states):
-        """What the shards in front of this one leave, of their decays and states."""
-        parts = jax.lax.all_gather((decays, states), self.axis)
-        me = jax.lax.axis_index(self.axis)
-
-        def pass_on(held, shard):
-            n, (decays, new) = shard
-            after = [d * a + b for d, a, b in zip(decays, held, new)]
-            return [jnp.where(n < me, b, a) for a, b in zip(held, after)], None
-
-        zero = [jnp.zeros_like(s) for s in states]
-        order = jnp.arange(jax.lax.axis_size(self.axis))
-        return jax.lax.scan(pass_on, zero, (order, parts))[0]
+    def _shards_before(self, join, last, axis: Axis) -> Any:
+        """What the shards in front of this one leave, of what each ends with."""
+        one = jnp.ones(last[0].shape[:1], jnp.int32)
+        decay, *states = last
+        nothing = jnp.ones_like(decay), *map(jnp.zeros_like, states)
+        (_, found), _ = before(join, one, last, axis, (one, nothing))
+        return found[1:]
 
     def _ends(self, own_k, own_v, pos, run, dtype) -> Ends:
         """What the chunks that end among these tokens leave, at most one in L."""

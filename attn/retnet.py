@@ -48,8 +48,7 @@ class RetNet:
     def __call__(self, q, k, v, *, x=None, segments=None):
         """All tokens at once. q [B,T,H,D], k [B,S,K,D], v [B,S,K,V] -> [B,T,H,V]."""
         return attend(
-            q, k, v, self._log_decay(q), segments=segments, axis=self.axis,
-            **self._how(q),
+            q, k, v, self._log_decay(q), segments=segments, **self._how(q),
         )
 
     def init_state(self, size, q, k, v, *, x=None) -> LinearState:
@@ -70,5 +69,6 @@ class RetNet:
     def _how(self, q) -> dict:
         scale = q.shape[-1] ** -0.5 if self.scale is None else self.scale
         return {
-            "chunk": self.chunk, "scale": scale, "implementation": self.implementation
+            "chunk": self.chunk, "scale": scale, "axis": self.axis,
+            "implementation": self.implementation,
         }

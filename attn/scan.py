@@ -14,6 +14,7 @@ product (`attn/triples.py`) or as kernels.
 
 from __future__ import annotations
 
+import functools
 from typing import Any, Callable, NamedTuple
 
 import jax
@@ -21,7 +22,7 @@ import jax.numpy as jnp
 
 from attn import triples
 from attn.dispatch import interpreted, pick
-from attn.sharding import Axis
+from attn.sharding import Axis, stacked
 from pallas_kernels import scan as kernels
 
 
@@ -57,6 +58,7 @@ def prefix(
     run: jax.Array | None = None,
     chunk: int = 64,
     axis: Axis | None = None,
+    ends: bool = True,
 ) -> tuple[Any, Any]:
     """The joins of all prefixes -> the last one [B,...], all of them [B,T,...].
 
@@ -65,7 +67,8 @@ def prefix(
     came before, seen by run 1. run [B,T] as in `attn.segments`: a new run begins anew,
     padding changes nothing, and what stands at it is what came before it; where nothing
     did, its own leaf. axis: the mesh axis that T is split over, inside `shard_map`;
-    shards gather one stretch each, and the last join is that of the shard.
+    shards gather one stretch each, and all give the last join, or None where it is not
+    wanted (`ends`).
     """
     some = jax.tree.leaves(leaves)[0]
     (b, t), c = some.shape[:2], min(chunk, some.shape[1])
@@ -74,20 +77,22 @@ def prefix(
     cut = lambda a: fill(a).reshape(b, -1, c, *a.shape[2:]).swapaxes(0, 1)
     step = tagged(op)
     inside = jax.lax.associative_scan(step, jax.tree.map(cut, (run, leaves)), axis=2)
-    ends = jax.tree.map(lambda a: a[:, :, -1], inside)
+    tips = jax.tree.map(lambda a: a[:, :, -1], inside)
     first = jnp.ones((b,), jnp.int32), state
     if state is None:
-        first = jnp.zeros((b,), jnp.int32), jax.tree.map(lambda a: a[0], ends[1])
+        first = jnp.zeros((b,), jnp.int32), jax.tree.map(lambda a: a[0], tips[1])
+    after: Any = None
     if axis is not None:
-        begin = jax.tree.map(lambda a: a[0], ends)
-        rest = jax.tree.map(lambda a: a[1:], ends)
-        own, _ = jax.lax.scan(lambda x, end: (step(x, end), None), begin, rest)
-        first = before(op, own[0], own[1], axis, first)
-    last, starts = jax.lax.scan(lambda x, end: (step(x, end), x), first, ends)
+        begin = jax.tree.map(lambda a: a[0], tips)
+        rest = jax.tree.map(lambda a: a[1:], tips)
+        own, _ = jax.lax.scan(lambda x, tip: (step(x, tip), None), begin, rest)
+        first, after = before(op, own[0], own[1], axis, first, ends)
+    last, starts = jax.lax.scan(lambda x, tip: (step(x, tip), x), first, tips)
     wide = lambda a: jnp.broadcast_to(a[:, :, None], (*a.shape[:2], c, *a.shape[2:]))
     _, found = step(jax.tree.map(wide, starts), inside)
     whole = lambda a: a.swapaxes(0, 1).reshape(b, -1, *a.shape[3:])[:, :t]
-    return last[1], jax.tree.map(whole, found)
+    last = last if axis is None else after
+    return last[1] if ends else None, jax.tree.map(whole, found)
 
 
 def tagged(op: Callable) -> Callable:
@@ -104,19 +109,69 @@ def tagged(op: Callable) -> Callable:
     return step
 
 
-def before(op: Callable, last: jax.Array, final: Any, axis: Axis, first: Any) -> Any:
-    """(run, stretch) of all tokens before this shard: one is gathered of every shard.
-    last [B]: its last run, 0 if it has none; final [B,...]: its stretch, `first`: the
-    pair that comes before all."""
-    parts = jax.lax.all_gather((last, final), axis)
-    order, me = jnp.arange(jax.lax.axis_size(axis)), jax.lax.axis_index(axis)
+def before(
+    op: Callable, last: jax.Array, final: Any, axis: Axis, first: Any,
+    ends: bool = False,
+) -> tuple[Any, Any]:
+    """(run, stretch) of all tokens before this shard, and, if `ends`, of all tokens of
+    all shards, else None. last [B]: its last run, 0 if it has none; final [B,...]: its
+    stretch, `first`: the pair that comes before all. One all-gather of stretches, and
+    in the backward pass one of their gradients, from which every shard takes its own
+    by going the same way again.
+    """
+    return _before((op, axis, ends), last, final, *first)
 
-    def pass_on(carry, at):
-        n, part = at
-        after = tagged(op)(carry, part)
-        return jax.tree.map(lambda a, b: jnp.where(n < me, a, b), after, carry), None
 
-    return jax.lax.scan(pass_on, first, (order, parts))[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _before(how: tuple, last, final, run, state):
+    return _ahead(how, last, final, run, state)[0]
+
+
+def _ahead(how: tuple, last, final, run, state):
+    op, axis, ends = how
+    lasts, parts = stacked((last, final), axis)
+    after, starts = _joined(op, run, lasts, state, parts)
+    mine = _of(axis, starts)
+    return (mine, after if ends else None), (run, lasts, state, parts)
+
+
+def _joined(op: Callable, run, lasts, state, parts):
+    """The pair behind all shards, and those that shards begin with [W,...]."""
+    step = tagged(op)
+    pass_on = lambda pair, part: (step(pair, part), pair)
+    return jax.lax.scan(pass_on, (run, state), (lasts, parts))
+
+
+def _of(axis: Axis, parts: Any) -> Any:
+    """This shard's part."""
+    me = jax.lax.axis_index(axis)
+    return jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, me, 0, False), parts)
+
+
+def _back(how: tuple, saved, cotangents):
+    op, axis, ends = how
+    run, lasts, state, parts = saved
+    (_, d_mine), d_after = cotangents
+    sent = (d_mine, d_after[1]) if ends else d_mine
+    found = stacked(sent, axis)
+    d_starts, d_ends = found if ends else (found, None)
+    # every shard gave the last one, so its cotangents add up
+    d_last = jax.tree.map(lambda a: a.sum(0), d_ends) if ends else jax.tree.map(
+        jnp.zeros_like, state)
+
+    def stretches(state, parts):
+        (_, after), (_, starts) = _joined(op, run, lasts, state, parts)
+        return after, starts
+
+    _, back = jax.vjp(stretches, state, parts)
+    d_state, d_parts = back((d_last, d_starts))
+    # a value that all shards hold has the sum of their gradients
+    me = jax.lax.axis_index(axis)
+    d_state = jax.tree.map(lambda a: jnp.where(me == 0, a, 0), d_state)
+    return None, _of(axis, d_parts), None, d_state
+
+
+_before.defvjp(_ahead, _back)
 
 
 def total(scores: jax.Array, v: jax.Array, run: jax.Array | None = None) -> Triple:
@@ -167,29 +222,34 @@ def across(
     scores: jax.Array,
     v: jax.Array,
     *,
+    state: Triple | None = None,
     run: jax.Array | None = None,
     chunk: int = 64,
     dtype: Any = jnp.float32,
     axis: Axis | None = None,
     implementation: str | None = None,
-) -> jax.Array:
-    """o of `attend` where T is split over mesh axis `axis`, inside `shard_map`: every
-    shard gathers one triple of each, and one is scattered back for the gradient. Runs
-    are numbered in the global view. Without an axis it is `attend`."""
+) -> tuple[Triple | None, jax.Array]:
+    """`attend` where T is split over mesh axis `axis`, inside `shard_map`: every shard
+    gathers one triple of each, and one gradient of a triple for the backward pass. The
+    state is the same on all shards, and so is the one given back; it is None over an
+    axis where none came in. Runs are numbered in the global view. Without an axis it is
+    `attend`."""
     options: dict[str, Any] = {
         "chunk": chunk, "dtype": dtype, "implementation": implementation
     }
     if axis is None:
-        return attend(scores, v, run=run, **options)[1]
-    check(scores, v, None, run, chunk)
+        return attend(scores, v, state=state, run=run, **options)
+    check(scores, v, state, run, chunk)
     b, _, h = scores.shape
     one = jnp.ones((b,), jnp.int32)
     last = one if run is None else run.max(1)
-    first = one, empty(b, h, v.shape[-1])
-    present, state = before(join, last, total(scores, v, run), axis, first)
+    first = one, empty(b, h, v.shape[-1]) if state is None else state
+    found = before(join, last, total(scores, v, run), axis, first, state is not None)
+    (present, begun), after = found
     if run is not None:
         run = jnp.where(run > 0, run - present[:, None] + 1, 0)
-    return attend(scores, v, state=state, run=run, **options)[1]
+    o = attend(scores, v, state=begun, run=run, **options)[1]
+    return after[1] if after else None, o
 
 
 def check(scores, v, state, run, chunk: int) -> None:

@@ -96,6 +96,44 @@ def gather(a: jax.Array | None, axis: Axis | None, dim: int = 1) -> jax.Array | 
     return jax.lax.all_gather(a, axis, axis=dim, tiled=True)
 
 
+def stacked(tree: Any, axis: Axis) -> Any:
+    """Every shard's arrays, in order [W,...], by one all-gather: they travel as one
+    array of float32, which holds the halves of int32 exactly."""
+    leaves, form = jax.tree.flatten(tree)
+    if len(leaves) == 1 and leaves[0].dtype == jnp.float32:
+        return jax.tree.unflatten(form, [jax.lax.all_gather(leaves[0], axis)])
+    flat = [part.reshape(-1) for a in leaves for part in _floats(a)]
+    found = jax.lax.all_gather(jnp.concatenate(flat), axis)
+    parts, at = [], 0
+    for a in leaves:
+        halves = []
+        for _ in _floats(a):
+            halves.append(found[:, at:at + a.size].reshape(-1, *a.shape))
+            at += a.size
+        parts.append(_restored(halves, a.dtype))
+    return jax.tree.unflatten(form, parts)
+
+
+def _floats(a: jax.Array) -> tuple[jax.Array, ...]:
+    if jnp.issubdtype(a.dtype, jnp.integer):
+        a = a.astype(jnp.int32)
+        return (a >> 16).astype(jnp.float32), (a & 0xFFFF).astype(jnp.float32)
+    return (a.astype(jnp.float32),)
+
+
+def _restored(halves: list, dtype) -> jax.Array:
+    if len(halves) == 1:
+        return halves[0].astype(dtype)
+    high, low = (a.astype(jnp.int32) for a in halves)
+    return ((high << 16) | low).astype(dtype)
+
+
+def splits(axis: Axis | None, length: int) -> Axis | None:
+    """`axis` if it can split `length` tokens. None if not, and for a single token: such
+    a step is made in the global view."""
+    return None if length == 1 or length % devices_of(axis) else axis
+
+
 def spread_heads(
     a: jax.Array, heads: int, axis: Axis | None, swapped: Axis | None = None
 ) -> jax.Array:

@@ -19,7 +19,8 @@ Sources: DeltaNet (Yang et al., 2024, arXiv:2406.06484); with the decay, Gated D
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+from typing import Any, Callable
 
 import jax
 import jax.numpy as jnp
@@ -27,9 +28,12 @@ import jax.numpy as jnp
 from attn.chunks import Runs, chunked, filled, only, pairs, runs_of, unchunked
 from attn.dispatch import interpreted, pick
 from attn.linear import FLOOR, decays
-from pallas_kernels.delta import delta
+from attn.sharding import Axis
+from attn.shards import Before, prefix
+from attn.triangular import inverse
+from pallas_kernels.delta import WIDEST, delta
 
-BLOCK = 16  # rows of a triangular system that are solved one after the other
+NONE = 2**30  # the first run of a shard that has no tokens, behind all others
 
 
 def delta_rule(
@@ -105,10 +109,102 @@ def one(
     return after, scale * jnp.einsum("bhd,bhdv->bhv", q, after)[:, None]
 
 
+def across(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    beta: jax.Array,
+    log_decay: jax.Array | None = None,
+    *,
+    state: jax.Array | None = None,
+    run: jax.Array | None = None,
+    chunk: int = 64,
+    axis: Axis | None = None,
+    scale: float = 1.0,
+    dtype: Any = jnp.float32,
+    implementation: str | None = None,
+) -> tuple[jax.Array | None, jax.Array]:
+    """`delta_rule` where T is split over mesh axis `axis`, inside `shard_map` -> state,
+    o. The form over a mesh is proposed here.
+
+    A shard maps the state that comes in to A S + M: every shard gathers A and M, [D,D]
+    and [D,V] a head of beta, of each, whatever T is, and in the backward pass one
+    gradient of a state. state [B,H,D,V] is the same on all shards, and so is the one
+    given back; it is None over an axis where none came in. Runs are numbered in the
+    global view. Without an axis it is `delta_rule`.
+    """
+    options: dict[str, Any] = {"chunk": chunk, "implementation": implementation}
+    if axis is None:
+        return delta_rule(q, k, v, beta, log_decay, state=state, run=run, scale=scale,
+                          dtype=dtype, **options)
+    _check(q, k, v, beta, log_decay, state, run, chunk)
+    first = last = None
+    if run is not None:
+        # what comes in can only matter to the shard's first run, which is 1 in here
+        first, last = jnp.where(run > 0, run, NONE).min(1), run.max(1)
+        run = only(run > 0, run - first[:, None] + 1)
+    join = functools.partial(_joined, v.shape[3], first, last, axis, state)
+    xla = lambda: _shard(q, k, v, beta, log_decay, run, chunk, scale, join)
+    kernel = lambda backend: lambda: _kernel_shard(
+        q, k, v, beta, log_decay, run, scale, join, backend)
+    after, o = pick(implementation, xla=xla, gpu=kernel("triton"), tpu=kernel("tpu"))
+    return after, o.astype(dtype)
+
+
+def _joined(width: int, first, last, axis, state, final) -> Before:
+    """What this shard's first run begins with, given [M | A] [B,H,D,V+D]."""
+    found = prefix(final[..., :width], final[..., width:], last, axis, state=state)
+    if first is None:
+        return found
+    own = (found.run == first)[:, None, None, None]
+    return found._replace(state=only(own, found.state))
+
+
+def _unknown(b: int, h: int, d: int, width: int) -> jax.Array:
+    """[0 | I] [B,H,D,V+D]: as a state without values to write, its last columns become
+    A, and what queries read there is how they depend on the state that comes in."""
+    eye = jnp.broadcast_to(jnp.eye(d, dtype=jnp.float32), (b, h, d, d))
+    return jnp.concatenate([jnp.zeros((b, h, d, width), jnp.float32), eye], -1)
+
+
+def _shard(q, k, v, beta, log_decay, run, chunk: int, scale: float, join: Callable):
+    (b, t, h), d, width = beta.shape, q.shape[3], v.shape[3]
+    q, p, k, u, w, factor = _solved(q, k, v, beta, log_decay, run, chunk, scale)
+    wide = jnp.pad(u, [(0, 0)] * 4 + [(0, d)])
+    final, (states, _) = _travel(_unknown(b, h, d, width), factor, k, wide, w)
+    begun = join(final)
+    states = states[..., :width] + states[..., width:] @ begun.state[None]
+    return begun.after, unchunked(q @ states + p @ (u - w @ states), t)
+
+
+def _kernel_shard(q, k, v, beta, log_decay, run, scale, join: Callable, backend: str):
+    (b, _, h), d, width = beta.shape, q.shape[3], v.shape[3]
+    rule = lambda v, state: delta(
+        q, k, v, beta, log_decay, state=state, run=run, scale=scale, backend=backend,
+        interpret=interpreted(),
+    )
+    state, silent = _unknown(b, h, d, width), jnp.zeros((*v.shape[:3], d), v.dtype)
+    if width + d <= WIDEST:
+        final, o = rule(jnp.concatenate([v, silent], -1), state)
+    else:
+        both = rule(v, state[..., :width]), rule(silent, state[..., width:])
+        final, o = (jnp.concatenate(a, -1) for a in zip(*both))
+    begun, o = join(final), o.astype(jnp.float32)
+    entered = jnp.einsum("bthd,bhdv->bthv", o[..., width:], begun.state)
+    return begun.after, o[..., :width] + entered
+
+
 def _xla(q, k, v, beta, log_decay, state, run, chunk: int, scale: float):
-    t, h = beta.shape[1:]
-    if t == 1:
+    if beta.shape[1] == 1:
         return one(state, q, k, v, beta, log_decay, run=run, scale=scale)
+    q, p, k, u, w, factor = _solved(q, k, v, beta, log_decay, run, chunk, scale)
+    state, (states, u) = _travel(state, factor, k, u, w)
+    return state, unchunked(q @ states + p @ u, beta.shape[1])
+
+
+def _solved(q, k, v, beta, log_decay, run, chunk: int, scale: float):
+    """`_inside` of all chunks, and the factors of the states that they begin with."""
+    t, h = beta.shape[1:]
     c = min(chunk, t)
     row = filled(run, t, c)
     q, k, v = (chunked(a, c, h) for a in (q, k, v))
@@ -120,15 +216,17 @@ def _xla(q, k, v, beta, log_decay, state, run, chunk: int, scale: float):
     q, p, k, u, w = jax.checkpoint(_inside)(q * scale, k, v, beta, g, runs)
     factor = jnp.ones((1,) * 5) if g is None else jnp.exp(g.sum(3))[..., None]
     factor = only(runs.keeps, factor)
-    factor = jnp.broadcast_to(factor, (k.shape[0], *factor.shape[1:]))
+    return q, p, k, u, w, jnp.broadcast_to(factor, (k.shape[0], *factor.shape[1:]))
 
+
+def _travel(state, factor, k, u, w):
+    """The last state, and those that chunks begin with and what they then write."""
     def pass_on(state, chunk):
         factor, k, u, w = chunk
         u = u - w @ state
         return factor * state + k.swapaxes(-1, -2) @ u, (state, u)
 
-    state, (states, u) = jax.lax.scan(pass_on, state, (factor, k, u, w))
-    return state, unchunked(q @ states + p @ u, t)
+    return jax.lax.scan(pass_on, state, (factor, k, u, w))
 
 
 def _inside(q, k, v, beta, g, runs: Runs):
@@ -148,42 +246,6 @@ def _inside(q, k, v, beta, g, runs: Runs):
     solved, width = inverse(a) @ right, v.shape[-1]
     u, w = solved[..., :width], solved[..., width:]
     return only(runs.enters, q), p, only(runs.stays, late), u, w
-
-
-@jax.custom_jvp
-def inverse(a: jax.Array) -> jax.Array:
-    """(I + a)^-1 for a strictly lower triangular a [...,c,c]: blocks of 16 rows by
-    substitution, which are then merged, two and two, by products."""
-    c = a.shape[-1]
-    size = BLOCK
-    while size < c:
-        size *= 2
-    a = jnp.pad(a, [(0, 0)] * (a.ndim - 2) + [(0, size - c)] * 2)
-    return _merged(a)[..., :c, :c]
-
-
-def _merged(a: jax.Array) -> jax.Array:
-    half = a.shape[-1] // 2
-    if half < BLOCK:
-        return _substituted(a)
-    both = jnp.stack([a[..., :half, :half], a[..., half:, half:]])
-    first, last = _merged(both)
-    corner = -last @ (a[..., half:, :half] @ first)
-    above = jnp.concatenate([first, jnp.zeros_like(first)], -1)
-    return jnp.concatenate([above, jnp.concatenate([corner, last], -1)], -2)
-
-
-def _substituted(a: jax.Array) -> jax.Array:
-    x = jnp.broadcast_to(jnp.eye(a.shape[-1], dtype=a.dtype), a.shape)
-    for j in range(a.shape[-1] - 1):  # row j is done: take it out of those below
-        x = x - a[..., j:j + 1] * x[..., j:j + 1, :]
-    return x
-
-
-@inverse.defjvp
-def _(primals, tangents):
-    x = inverse(*primals)
-    return x, -x @ tangents[0] @ x
 
 
 def _check(q, k, v, beta, log_decay, state, run, chunk: int) -> None:

@@ -146,7 +146,7 @@ def scans(side: int) -> dict[str, Callable]:
         return a.reshape(b, side, side, *rest).swapaxes(1, 2).reshape(a.shape)
 
     def ways(many: int, *args):
-        both = lambda args: sum(across(*args, reverse=r) for r in (False, True))
+        both = lambda args: sum(across(*args, reverse=r)[1] for r in (False, True))
         o = both(args)
         # the columns of a square are the rows of its transpose, and back again
         return o if many == 2 else o + turned(both([turned(a) for a in args]))

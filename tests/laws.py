@@ -39,7 +39,7 @@ from experiments import cost
 # relative errors; never loosened in a test of one attention
 TOLERANCE = {"float32": 1e-5, "gradient": 2e-5, "low": 2.0}
 B, T, H, K, D, V = 2, 16, 4, 2, 8, 12
-MESHES = ((1, 4, 2), (2, 4, 1), (1, 2, 4))
+MESHES = ((1, 4, 2), (2, 4, 1), (1, 2, 4), (1, 8, 1))
 SEGMENTS = np.array([[1] * 5 + [2] * 8 + [0] * 3, [0] * 2 + [1] * 6 + [3] * 8])
 
 
@@ -183,10 +183,10 @@ ENTRIES = {
     "aaren": Entry(Aaren(), (Aaren(chunk=4), Aaren()), flops=1, decode=0),
     "aaren_pool": Entry(Aaren(causal=False), flops=1, kernel=False),
     "delta": Entry(
-        Delta(), (Delta(chunk=4), Delta()), flops=1, decode=0, sharded=False
+        Delta(), (Delta(chunk=4), Delta()), flops=1, decode=0
     ),
     "delta_gated": Entry(
-        Delta(gated=True, negative=True, conv=2), flops=1, decode=0, sharded=False
+        Delta(gated=True, negative=True, conv=2), flops=1, decode=0
     ),
     "landmark": Entry(
         Landmark(block=3), (Landmark(block=T), Softmax()), kernel=False
@@ -368,9 +368,10 @@ def test_the_limit(name):
 def test_sharding_changes_nothing(name, sizes):
     q, k, v = inputs()
     attention = ENTRIES[name].attention
-    # grouped heads and packed segments take turns on the meshes
+    # grouped heads and packed segments take turns on the meshes; the convolutions of
+    # the delta rule have weights for the channels of K heads
     segments = jnp.asarray(SEGMENTS) if sizes == MESHES[0] else None
-    if sizes != MESHES[1]:
+    if sizes != MESHES[1] and not name.startswith("delta"):
         k, v = (jnp.repeat(a, H // K, 2) for a in (k, v))
     whole = lambda q, k, v: attention(q, k, v, segments=segments)
     split = lambda q, k, v: given(attention, axis="seq")(
@@ -389,6 +390,37 @@ def test_sharding_changes_nothing(name, sizes):
     close(have[0], want[0])
     for a, b in zip(have[1], want[1]):
         close(a, b, "gradient")
+
+
+@LAW
+def test_stepping_over_a_mesh_is_stepping(name):
+    """A prompt is split over eight devices, and single tokens follow it."""
+    stateless(name)
+    q, k, v = inputs(t=T + 3)
+    segments = jnp.concatenate(
+        [jnp.asarray(SEGMENTS), jnp.asarray([[4] * 3, [3] * 3])], 1)
+    attention = ENTRIES[name].attention
+
+    def streamed(attention, segments):
+        f = jax.jit(lambda s, q, k, v, seg: attention.step(s, q, k, v, segments=seg))
+        state, outs = attention.init_state(2 * T, q[:, :1], k, v), []
+        for part in (slice(0, T), *(slice(T + i, T + i + 1) for i in range(3))):
+            seg = None if segments is None else segments[:, part]
+            state, o = f(state, *(a[:, part] for a in (q, k, v)), seg)
+            outs.append(o)
+        return jnp.concatenate(outs, 1), state
+
+    seg = segments if name in ("delta_gated", "aaren", "lightnet", "flow") else None
+    want, held = streamed(attention, seg)
+    mesh = jax.make_mesh(
+        (1, 8, 1), ("data", "seq", "model"),
+        axis_types=(jax.sharding.AxisType.Auto,) * 3,
+    )
+    with jax.set_mesh(mesh):
+        have, state = streamed(given(attention, axis="seq"), seg)
+    close(have, want)
+    for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(held), strict=True):
+        close(np.nan_to_num(a, neginf=-1e9), np.nan_to_num(b, neginf=-1e9))
 
 
 @LAW

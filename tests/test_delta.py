@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from attn.delta import Delta
-from attn.wy import delta_rule, inverse, one
+from attn.triangular import inverse
+from attn.wy import delta_rule, one
 from tests.delta_oracle import B, H, RUNS, close, held, inputs, recurrence
 
 SCALE = 0.5
@@ -201,7 +202,5 @@ def test_the_layer_says_what_was_expected():
     for wrong in (None, x[:, :3]):
         with pytest.raises(ValueError, match="x .*expected the tokens"):
             Delta().init(jax.random.key(0), q, k, v, x=wrong)
-    with pytest.raises(NotImplementedError, match="axis='seq'"):
-        Delta(axis="seq").init(jax.random.key(0), q, k, v, x=x)
     with pytest.raises(NotImplementedError, match="pair of segments"):
         Delta()(q, k, v, x=x, segments=(SEGMENTS, SEGMENTS))

@@ -180,14 +180,14 @@ def test_sharding_changes_nothing(platform, kind, packed, reverse, monkeypatch):
     form = {None: ".", 1: "H", 3: "BTH", 4: "BTHD"}[None if g is None else g.ndim]
     split = lambda *args: over_mesh(
         lambda *a: across(*a[:4], run=a[4], axis="seq", reverse=reverse,
-                          implementation="pallas"),
+                          implementation="pallas")[1],
         f"BTHD BTKD BTKV {form} BT -> BTHV", "seq")(*args)
 
     def results(f):
         out, back = jax.jit(lambda *a: jax.vjp(f, *a))(q, k, v, g)
         return out, back(d_o)
 
-    want = results(lambda *a: across(*a, run=run, reverse=reverse))
+    want = results(lambda *a: across(*a, run=run, reverse=reverse)[1])
     mesh = jax.make_mesh((1, 4, 2), ("data", "seq", "model"),
                          axis_types=(jax.sharding.AxisType.Auto,) * 3)
     with jax.set_mesh(mesh):

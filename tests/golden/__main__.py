@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import pathlib
 import sys
 from typing import Any, Iterator
@@ -119,4 +120,6 @@ def main(paths: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    # meshes of the cases; read when the first array is made
+    os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
     sys.exit(main(sys.argv[1:]))

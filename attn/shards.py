@@ -1,0 +1,161 @@
+"""Shards: what a shard's state owes to the shards before it, by one collective.
+
+Each shard of a recurrence reads its own tokens from an empty state. What it does to the
+state that really comes in is affine, S_out = A S_in + M, so it is enough that every
+shard gathers the pair (A, M) of each and joins those in front of it (LASP-2, Sun et
+al., 2025, arXiv:2502.07563):
+
+    P_0 = S,  P_(w+1) = A_w P_w + M_w
+
+The gradient goes the same way from the other end: every shard gathers the cotangents
+dP_w and joins those behind it, R_w = dP_(w+1) + A_(w+1)^T R_(w+1), which is dM_w. Both
+ways it is one all-gather whose size does not depend on T. An all-gather moves W-1
+states to a shard, more than the hops of a chain do, but in one step that may overlap
+with the work inside the shards.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from attn.chunks import only
+from attn.sharding import Axis, stacked
+
+
+class Before(NamedTuple):
+    """What a shard begins with, state [B,H,D,V] and its run [B] (1 without runs), and
+    the state after all shards, None if nothing was there before them."""
+
+    state: jax.Array
+    run: jax.Array | int
+    after: jax.Array | None
+
+
+class _How(NamedTuple):
+    axis: Axis
+    alike: bool
+    reverse: bool
+
+
+def prefix(
+    added: jax.Array,
+    factor: jax.Array | None,
+    last: jax.Array | None,
+    axis: Axis,
+    *,
+    state: jax.Array | None = None,
+    alike: bool = False,
+    reverse: bool = False,
+) -> Before:
+    """The state that a shard begins with, inside `shard_map`.
+
+    added M [B,H,D,V] float32: a shard's state at its end without the others. factor:
+    what multiplies the state that comes in, None for 1, [B|1,H,1|D] for each row, or
+    matrices A [B,H,D,D]; `alike` on all shards, and then not gathered, or not. last
+    [B]: the shard's last run, 0 if it has none; a run that began in between drops the
+    state. state [B,H,D,V]: what comes before the first shard, of run 1; then the state
+    after the last shard is given too, on every shard. Without a factor M may be of
+    fewer heads that divide H. `reverse`: the shards behind come first.
+    """
+    how = _How(axis, alike or factor is None, reverse)
+    before, run, after = _prefix(how, added, factor, last, state)
+    return Before(before, 1 if last is None else run, after)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _prefix(how: _How, added, factor, last, state):
+    return _ahead(how, added, factor, last, state)[0]
+
+
+def _ahead(how: _How, added, factor, last, state):
+    order, me = _order(how)
+    sent = added, None if how.alike else factor, last
+    parts = _turned(how, stacked(sent, how.axis))
+
+    def pass_on(carry, part):
+        now, run, mine = carry
+        n, (new, own, newest) = part
+        mine = jax.tree.map(lambda a, b: jnp.where(n == me, a, b), (now, run), mine)
+        then = run if newest is None else jnp.maximum(run, newest)
+        keep = None if newest is None else then == run
+        passed = _times(factor if how.alike else own, now)
+        new = jnp.repeat(new, now.shape[1] // new.shape[1], 1)
+        return (_kept(keep, passed) + new, then, mine), keep
+
+    start = jnp.zeros_like(added) if state is None else state
+    first = start, jnp.ones(added.shape[:1], jnp.int32)
+    (after, _, mine), keeps = jax.lax.scan(pass_on, (*first, first), (order, parts))
+    out = *mine, None if state is None else after
+    met = None if factor is None else mine[0]
+    return out, (factor, parts[1], keeps, met, state is not None, added.shape[1])
+
+
+def _back(how: _How, saved, cotangents):
+    factor, factors, keeps, met, streams, heads = saved
+    d_before, _, d_after = cotangents
+    order, me = _order(how)
+    sent = (d_before, d_after) if streams else d_before
+    parts = _turned(how, stacked(sent, how.axis))
+    parts, ends = parts if streams else (parts, None)
+
+    def pass_on(carry, part):
+        behind, mine = carry
+        n, own, keep, d = part
+        mine = jnp.where(n == me, behind, mine)
+        passed = _times(factor if how.alike else own, behind, True)
+        return (d + _kept(keep, passed), mine), None
+
+    # every shard gave the state after all, so its cotangents add up
+    last = jnp.zeros_like(d_before) if ends is None else ends.sum(0)
+    xs = order, factors, keeps, parts
+    (first, mine), _ = jax.lax.scan(pass_on, (last, last), xs, reverse=True)
+    # a value that all shards hold has the sum of their gradients
+    d_state = jnp.where(me == 0, first, 0) if streams else None
+    b, h, d, v = mine.shape
+    d_added = mine.reshape(b, heads, h // heads, d, v).sum(2)
+    if factor is None:
+        return d_added, None, None, d_state
+    keep = None if keeps is None else keeps[me]
+    d_factor = _share(factor, _kept(keep, mine), met)
+    return d_added, d_factor, None, d_state
+
+
+_prefix.defvjp(_ahead, _back)
+
+
+def _order(how: _How) -> tuple[jax.Array, jax.Array]:
+    """Numbers of the shards, and of this one, in the order in which they are read."""
+    shards, me = jax.lax.axis_size(how.axis), jax.lax.axis_index(how.axis)
+    return jnp.arange(shards), shards - 1 - me if how.reverse else me
+
+
+def _turned(how: _How, parts: Any) -> Any:
+    return jax.tree.map(lambda a: jnp.flip(a, 0), parts) if how.reverse else parts
+
+
+def _kept(keep: jax.Array | None, a: jax.Array) -> jax.Array:
+    return only(None if keep is None else keep[:, None, None, None], a)
+
+
+def _times(factor, state, transposed: bool = False) -> jax.Array:
+    """A S, or A^T S."""
+    if factor is None:
+        return state
+    if factor.ndim == 3:
+        return state * factor[..., None]
+    form = "bhed,bhev->bhdv" if transposed else "bhde,bhev->bhdv"
+    return jnp.einsum(form, factor, state, precision=jax.lax.Precision.HIGHEST)
+
+
+def _share(factor, d_after, before) -> jax.Array:
+    """The gradient of the factor in A S, given those of A S and S."""
+    if factor.ndim == 4:
+        return jnp.einsum("bhdv,bhev->bhde", d_after, before,
+                          precision=jax.lax.Precision.HIGHEST)
+    each = (d_after * before).sum(-1)
+    wide = [n for n in range(3) if factor.shape[n] == 1 and each.shape[n] > 1]
+    return each.sum(tuple(wide), keepdims=True)

@@ -1,0 +1,226 @@
+"""Collectives: what a compiled program moves between devices, read from its text.
+
+    compiled = jax.jit(f).lower(*args).compile()
+    collectives(compiled.as_text())     # {"all-gather": [98304]}: bytes of the results
+
+The text is XLA's optimised HLO, of any backend, of a program that ran or of one that
+was compiled for devices that are not there. What stands in the body of a loop counts as
+often as the loop runs, where the text says so (`known_trip_count`); else once, and
+`uncounted` is set on it. All branches of a condition count.
+
+    python -m experiments.collectives FILE    # prints one line an instruction
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+import sys
+from typing import Iterator
+
+KINDS = (
+    "all-gather", "all-reduce", "reduce-scatter", "collective-permute", "all-to-all",
+    "collective-broadcast", "ragged-all-to-all",
+)
+BITS = {
+    "pred": 8, "token": 0, "bf16": 16, "c64": 64, "c128": 128,
+    "s4": 4, "u4": 4, "s2": 2, "u2": 2,
+}
+_HEAD = re.compile(r"^\s*(?:ENTRY\s+)?%?([\w.\-]+)\s+\(.*\)\s*->\s*.*\{\s*$")
+_LINE = re.compile(r"^\s*(?:ROOT\s+)?%?([\w.\-]+)\s*=\s*(.*)$")
+_ARRAY = re.compile(r"([a-z]\w*)\[([\d,<= ]*)\]")
+_CALLED = re.compile(
+    r"(?:body|condition|to_apply|calls|true_computation|false_computation|"
+    r"called_computations|branch_computations)=(\{[^}]*\}|%?[\w.\-]+)"
+)
+_TRIPS = re.compile(r'"?known_trip_count"?\s*:\s*\{\s*"?n"?\s*:\s*"?(\d+)')
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """One instruction. bytes: of its result on one device; group: devices that take
+    part together; times: how often it runs; uncounted: it
+    stands in a loop whose trips are not known, each of which counted as one."""
+
+    kind: str
+    name: str
+    bytes: int
+    group: int
+    times: int = 1
+    uncounted: bool = False
+
+
+def collectives(text: str) -> dict[str, list[int]]:
+    """Bytes of the result of every collective that one run of the compiled program
+    makes, by kind: one number a time it runs."""
+    found: dict[str, list[int]] = {}
+    for each in instructions(text):
+        found.setdefault(each.kind, []).extend([each.bytes] * each.times)
+    return found
+
+
+def instructions(text: str) -> list[Collective]:
+    """The collectives of a compiled program in the order of its text. ValueError if the
+    text is not that of a compiled program."""
+    bodies, entry = _computations(text)
+    times = _times(bodies, entry)
+    head = text.split("\n", 1)[0]
+    counts = re.findall(r"(?:num_partitions|replica_count)=(\d+)", head)
+    devices = math.prod(map(int, counts))
+    found = []
+    for name, lines in bodies.items():
+        count, known = times.get(name, (0, True))
+        for line in lines if count else ():
+            one = _collective(line)
+            if one is not None:
+                found.append(dataclasses.replace(
+                    one, times=count, uncounted=not known, group=one.group or devices))
+    return found
+
+
+def _computations(text: str) -> tuple[dict[str, list[str]], str]:
+    """The lines of every computation, and the name of the one that runs first."""
+    bodies: dict[str, list[str]] = {}
+    entry, lines = "", None
+    for line in text.splitlines():
+        head = _HEAD.match(line)
+        if head and " = " not in line.split("->")[0]:
+            lines = bodies.setdefault(head[1], [])
+            entry = head[1] if line.lstrip().startswith("ENTRY") else entry
+        elif line.strip() == "}":
+            lines = None
+        elif lines is not None and _LINE.match(line):
+            lines.append(line)
+    if not entry:
+        raise ValueError("text: no ENTRY computation, expected compiled.as_text()")
+    return bodies, entry
+
+
+def _times(bodies: dict, entry: str) -> dict[str, tuple[int, bool]]:
+    """How often each computation runs, and whether that is known."""
+    found: dict[str, tuple[int, bool]] = {}
+
+    def visit(name: str, count: int, known: bool) -> None:
+        before, sure = found.get(name, (0, True))
+        found[name] = before + count, sure and known
+        for line in bodies.get(name, ()):
+            for callee, trips in _called(line):
+                visit(callee, count * (trips or 1), known and trips is not None)
+
+    visit(entry, 1, True)
+    return found
+
+
+def _called(line: str) -> Iterator[tuple[str, int | None]]:
+    """Computations that an instruction runs, and how often, None if nobody knows."""
+    opcode = _opcode(line)
+    if opcode.removesuffix("-start") in KINDS:
+        return  # a sum of two numbers
+    if opcode in ("async-update", "async-done"):
+        return  # counted where it starts
+    trips: int | None = 1
+    if opcode == "while":
+        known = _TRIPS.search(line)
+        trips = int(known[1]) if known else None
+    for names in _CALLED.findall(line):
+        for name in names.strip("{}").split(","):
+            yield name.strip().lstrip("%"), trips
+
+
+def _opcode(line: str) -> str:
+    match = _LINE.match(line)
+    rest = _past_shape(match[2]) if match else ""
+    return rest.split("(", 1)[0].strip()
+
+
+def _past_shape(text: str) -> str:
+    """What follows the shape that an instruction's text begins with."""
+    if not text.startswith("("):
+        return text.split(" ", 1)[-1].lstrip()
+    depth = 0
+    for at, letter in enumerate(text):
+        depth += (letter == "(") - (letter == ")")
+        if not depth:
+            return text[at + 1:].lstrip()
+    return ""
+
+
+def _collective(line: str) -> Collective | None:
+    match, opcode = _LINE.match(line), _opcode(line)
+    if match is None:
+        return None
+    kind = opcode.removesuffix("-start")
+    if kind not in KINDS:
+        return None
+    shape = match[2][: len(match[2]) - len(_past_shape(match[2]))]
+    started = opcode.endswith("-start")
+    return Collective(kind, match[1], _result(shape, kind, started), _group(line))
+
+
+def _result(shape: str, kind: str, started: bool) -> int:
+    """Bytes of the result. The shape of a start names operands before results (and
+    signals behind them), except that of an all-reduce, which has results only."""
+    if not started or kind == "all-reduce":
+        return sum(map(_bytes, _ARRAY.findall(shape)))
+    parts = _parts(shape)
+    chosen = parts[1] if len(parts) > 1 else shape
+    return sum(map(_bytes, _ARRAY.findall(chosen)))
+
+
+def _parts(shape: str) -> list[str]:
+    """The outermost members of a tuple shape."""
+    inner, depth, parts = shape.strip()[1:-1], 0, [""]
+    for letter in inner:
+        depth += (letter in "([{") - (letter in ")]}")
+        if letter == "," and not depth:
+            parts.append("")
+        else:
+            parts[-1] += letter
+    return parts
+
+
+def _bytes(array: tuple[str, str]) -> int:
+    kind, shape = array
+    bits = BITS.get(kind)
+    if bits is None:
+        number = re.match(r"[a-z]+(\d+)", kind)
+        bits = int(number[1]) if number else 0
+    count = 1
+    for size in re.findall(r"\d+", shape):
+        count *= int(size)
+    return -(-count * bits // 8)
+
+
+def _group(line: str) -> int:
+    """Devices of one group, 0 for all of them."""
+    listed = re.search(r"replica_groups=\{\{([\d,]+)\}", line)
+    if listed:
+        return len(listed[1].split(","))
+    grid = re.search(r"replica_groups=\[(\d+),(\d+)\]", line)
+    if grid:
+        return int(grid[2])
+    return len(set(re.findall(r"\d+", _pairs(line))))
+
+
+def _pairs(line: str) -> str:
+    found = re.search(r"source_target_pairs=\{(\{[\d,{}]*\})\}", line)
+    return found[1] if found else ""
+
+
+def main(paths: list[str]) -> int:
+    """Prints the collectives of each file."""
+    if not paths:
+        print(__doc__)
+        return 2
+    for path in paths:
+        with open(path) as file:
+            for each in instructions(file.read()):
+                mark = " (a loop of unknown length)" if each.uncounted else ""
+                print(f"{each.kind:20} {each.bytes:12} bytes x {each.times}, groups of "
+                      f"{each.group}: {each.name}{mark}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -3,12 +3,11 @@
     python -m experiments.distributed --coordinator=host0:1234 --count=2 --index=0 \\
         lm --mesh='(2,2,2)' --folder=/shared/run
 
-and the same with --index=1 on the second host. On TPU pods, under Slurm and under Open
-MPI no option is needed; elsewhere the environment of jax does as well, namely
-JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID. The mesh names the
-devices of all hosts. Every host reads the same text, keeps the rows and tokens of its
-own devices and writes its own part of a checkpoint, so the folder of the run must be
-one that all hosts see. Only the first host prints and writes metrics.
+and the same with --index=1 on the second host. On TPU pods, under Slurm, Open MPI and
+Kubernetes no option is needed. The mesh names the devices of all hosts. Every host
+reads the same text, keeps the rows and tokens of its own devices and writes its own
+part of a checkpoint, so the folder of the run must be one that all hosts see. Only the
+first host prints and writes metrics.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ LONGEST = 4096  # bytes of what the first host tells the others
 class Hosts:
     """Who takes part: the address host:port of the first host, how many there are and
     which one this is, from 0. All or none must be given; None leaves it to jax, which
-    asks the pod, the scheduler or the environment."""
+    asks the pod or the scheduler."""
 
     coordinator: str | None = None
     count: int | None = None
@@ -63,7 +62,9 @@ def join(hosts: Hosts = Hosts(), patience: int = 300) -> None:
     except (RuntimeError, ValueError) as error:
         reason = str(error).strip().partition("\n")[0][:200]
         raise ValueError(
-            f"{hosts}: the hosts did not come together: {reason}"
+            f"the hosts did not come together ({reason.rstrip('.')}): expected every "
+            "one to run this, with --coordinator, --count and --index unless a "
+            "scheduler knows them"
         ) from None
 
 

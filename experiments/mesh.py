@@ -21,9 +21,8 @@ Sizes = tuple[int, int, int]
 
 
 def make(sizes: Sizes) -> Mesh:
-    """The mesh of the first devices there are. Neighbours along `model`, then `seq`,
-    are near each other; where slow links join parts of a pod, `data` goes over them.
-    ValueError if there are too few devices, or hosts would be left without work."""
+    """The mesh of the first devices there are, `arranged`. ValueError if there are too
+    few, or if devices of many hosts would be left out."""
     wanted, there = int(np.prod(sizes)), jax.device_count()
     if wanted > there:
         raise ValueError(f"mesh={sizes} needs {wanted} devices: there are {there}")
@@ -32,19 +31,22 @@ def make(sizes: Sizes) -> Mesh:
             f"mesh={sizes} has {wanted} devices: expected all {there} of the "
             f"{jax.process_count()} hosts"
         )
-    devices = jax.devices()[:wanted]
+    return arranged(sizes, jax.devices()[:wanted])
+
+
+def arranged(sizes: Sizes, devices: Any) -> Mesh:
+    """These devices, which need not be there, as a mesh. Neighbours along `model`, then
+    `seq`, are near each other; `data` goes over the slow links between slices of pods.
+    ValueError if it cannot."""
     slices = len({getattr(d, "slice_index", 0) for d in devices})
     if slices == 1:
-        return jax.make_mesh(
-            sizes, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices
-        )
-    data, *near = sizes
-    if data % slices:
-        raise ValueError(f"mesh={sizes}: data={data}: expected a multiple of the "
+        placed = mesh_utils.create_device_mesh(sizes, devices)
+    elif sizes[0] % slices:
+        raise ValueError(f"mesh={sizes}: data={sizes[0]}: expected a multiple of the "
                          f"{slices} slices of the pod")
-    placed = mesh_utils.create_hybrid_device_mesh(
-        (data // slices, *near), (slices, 1, 1), devices
-    )
+    else:
+        near = (sizes[0] // slices, *sizes[1:])
+        placed = mesh_utils.create_hybrid_device_mesh(near, (slices, 1, 1), devices)
     return Mesh(placed, AXES, axis_types=(AxisType.Auto,) * 3)
 
 
@@ -117,8 +119,7 @@ def constrain(tree: Any, fsdp: bool) -> Any:
 def abstract(tree: Any, mesh: Mesh | None, fsdp: bool) -> Any:
     """The shapes of a tree of parameters, each with where it lies."""
     if mesh is None:
-        here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        where = jax.tree.map(lambda a: here, tree)
+        where = jax.tree.map(lambda a: _alone(), tree)
     else:
         where = jax.tree.map(
             lambda s: NamedSharding(mesh, s), placement.specs(tree, mesh, fsdp),
@@ -142,10 +143,14 @@ def sizes_of(mesh: Mesh) -> Sizes:
     return data, seq, model
 
 
-def shapes(batch: Any, mesh: Mesh) -> Any:
+def shapes(batch: Any, mesh: Mesh | None) -> Any:
     """The shapes of a batch, each with where it lies."""
-    return jax.tree.map(
-        lambda a: jax.ShapeDtypeStruct(
-            a.shape, a.dtype, sharding=NamedSharding(mesh, rows(a))
-        ), batch,
-    )
+    def one(a):
+        where = _alone() if mesh is None else NamedSharding(mesh, rows(a))
+        return jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=where)
+
+    return jax.tree.map(one, batch)
+
+
+def _alone() -> jax.sharding.Sharding:
+    return jax.sharding.SingleDeviceSharding(jax.devices()[0])

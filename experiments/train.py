@@ -7,87 +7,26 @@ again ends bit-identical to one that never stopped.
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
 import functools
 import pathlib
 import time
-from typing import Any, Callable, NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 
 from experiments import mesh as meshes
 from experiments.progress import progress
 from experiments.runs import Checkpoints, Metrics
+from experiments.step import TEXT, Objective, Plan, State
+from experiments.step import abstract, lower, next_token, start, trace, update
 from models.lm import loss
-from models.placement import lay
 
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """How to train: AdamW with linear warm-up and cosine decay, gradients clipped.
-
-    rate: the peak learning rate; it ends at `final` times that. accumulate: a batch is
-    split in so many parts, whose gradients are added up. decay: weight decay, on
-    matrices only. mesh: devices along data, seq and model. fsdp: parameters and moments
-    are split over all devices and gathered where they are used, which moves at most
-    half as much again as adding up gradients does; without it only `model` splits them.
-    """
-
-    steps: int = 500
-    batch: int = 16
-    rate: float = 3e-3
-    warmup: int = 50
-    final: float = 0.1
-    decay: float = 0.1
-    clip: float = 1.0
-    accumulate: int = 1
-    seed: int = 0
-    log: int = 10
-    save: int = 100
-    mesh: tuple[int, int, int] = (1, 1, 1)
-    fsdp: bool = True
-
-    def __post_init__(self):
-        for name in ("steps", "batch", "accumulate", "log", "save"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: expected 1 or more")
-        if self.batch % self.accumulate:
-            raise ValueError(
-                f"accumulate={self.accumulate}: expected to divide batch={self.batch}"
-            )
-        if self.rate <= 0 or self.warmup < 0:
-            raise ValueError(
-                f"rate={self.rate}, warmup={self.warmup}: expected > 0 and >= 0"
-            )
-        if len(self.mesh) != 3 or min(self.mesh) < 1:
-            raise ValueError(f"mesh={self.mesh}: expected sizes of data, seq, model")
-
-    def optimizer(self) -> optax.GradientTransformation:
-        """The optimiser of this plan."""
-        warmup = min(self.warmup, self.steps // 2)
-        schedule = optax.warmup_cosine_decay_schedule(
-            0.0, self.rate, warmup, self.steps, self.rate * self.final
-        )
-        matrices = lambda params: jax.tree.map(lambda a: a.ndim > 1, params)
-        return optax.chain(
-            optax.clip_by_global_norm(self.clip),
-            optax.adamw(schedule, b2=0.95, weight_decay=self.decay, mask=matrices),
-        )
-
-
-class State(NamedTuple):
-    """All that a run needs to go on. bad: the first step with a loss that was not
-    finite, -1 if there was none."""
-
-    params: Any
-    moments: Any
-    step: jax.Array
-    bad: jax.Array
+__all__ = [
+    "TEXT", "Objective", "Plan", "State", "abstract", "check", "evaluate", "fit",
+    "lower", "next_token", "start", "update",
+]
 
 
 class Fit(NamedTuple):
@@ -99,71 +38,8 @@ class Fit(NamedTuple):
     tokens_per_second: float
 
 
-class Objective(NamedTuple):
-    """What a model is trained for. loss(model, params, batch, key) gives the loss of a
-    batch and what it is a mean over: (sum, count). inputs: the array of a batch that
-    the model takes; its size is what speed is counted in."""
-
-    loss: Callable[..., tuple[jax.Array, jax.Array]]
-    inputs: str = "tokens"
-
-
-def next_token(model, params, batch: dict, key) -> tuple[jax.Array, jax.Array]:
-    """Cross entropy in nats of the targets: (sum, count)."""
-    logits: Any = model.apply(
-        params, batch["tokens"], segments=batch.get("segments"), rngs={"dropout": key}
-    )
-    return loss(logits, batch["targets"])
-
-
-TEXT = Objective(next_token)
-
-
 class NotFinite(ValueError):
     """The loss was not finite."""
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1, 4), donate_argnums=2)
-def update(
-    model: nn.Module, plan: Plan, state: State, batch: dict, objective: Objective = TEXT
-) -> tuple:
-    """One step of training -> state, mean loss."""
-    parts = _parts(batch, plan.accumulate)
-    key = jax.random.fold_in(jax.random.key(plan.seed), state.step)
-    keys = jax.random.split(key, plan.accumulate)
-
-    def add(carry, at):
-        one = lambda params: objective.loss(model, params, *at)
-        (total, count), grads = jax.value_and_grad(one, has_aux=True)(state.params)
-        grads = meshes.constrain(grads, plan.fsdp)
-        return jax.tree.map(jnp.add, carry, (total, count, grads)), None
-
-    zeros = meshes.constrain(jax.tree.map(jnp.zeros_like, state.params), plan.fsdp)
-    first = jax.tree.map(lambda a: a[0], (parts, keys))
-    kind = jax.eval_shape(lambda: objective.loss(model, state.params, *first)[1])
-    zero = (jnp.float32(0), jnp.zeros((), kind.dtype), zeros)
-    if plan.accumulate == 1:
-        (total, count, grads), _ = add(zero, first)
-    else:
-        (total, count, grads), _ = jax.lax.scan(add, zero, (parts, keys))
-    count = jnp.maximum(count, 1)
-    mean = total / count
-    grads = jax.tree.map(lambda g: g / count, grads)
-    change, moments = plan.optimizer().update(grads, state.moments, state.params)
-    params = optax.apply_updates(state.params, change)
-    bad = jnp.where((state.bad < 0) & ~jnp.isfinite(mean), state.step, state.bad)
-    after = State(params, moments, state.step + 1, bad)
-    return meshes.constrain(after, plan.fsdp), mean
-
-
-def _parts(batch: dict, many: int) -> dict:
-    """[B,...] -> [many,B/many,...]. Part n has every row n mod `many`, so that a device
-    keeps the rows that it has."""
-    def split(a):
-        a = a.reshape(-1, many, *a.shape[1:]).swapaxes(0, 1)
-        return lay(a, ".BT" if a.ndim == 3 else ".B" + "." * (a.ndim - 2))
-
-    return jax.tree.map(split, batch)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -190,57 +66,6 @@ def evaluate(
             found = measure(model, params, meshes.put(batch, devices))
             sums += np.asarray(found, np.float64)
     return {"loss": sums[0] / max(sums[2], 1), "accuracy": sums[1] / max(sums[2], 1)}
-
-
-def start(
-    model: nn.Module, plan: Plan, source: Any, objective: Objective = TEXT
-) -> State:
-    """The state before the first step. On the mesh in force, if there is one, no device
-    ever holds more of it than its own part."""
-    like = _like(source.batch(0, plan.mesh[0])[objective.inputs])
-    make = functools.partial(_initial, model, plan, like)
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh is None or mesh.empty:
-        return jax.jit(make)()
-    return jax.jit(lambda: meshes.constrain(make(), plan.fsdp))()
-
-
-def _initial(model: nn.Module, plan: Plan, like: Any) -> State:
-    inputs = jnp.zeros(like.shape, like.dtype)
-    params = model.init(jax.random.key(plan.seed), inputs)
-    return State(params, plan.optimizer().init(params), jnp.int32(0), jnp.int32(-1))
-
-
-def _like(a: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(a.shape, jax.dtypes.canonicalize_dtype(a.dtype))
-
-
-def abstract(model: nn.Module, plan: Plan, inputs: Any, mesh: Any) -> State:
-    """The shapes of the state and where each lies on `mesh`, or on one device for None;
-    inputs: the array that the model takes, or its shape. Nothing is computed."""
-    with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
-        made = jax.eval_shape(functools.partial(_initial, model, plan, _like(inputs)))
-    return meshes.abstract(made, mesh, plan.fsdp)
-
-
-def lower(
-    model: nn.Module, plan: Plan, mesh: Any, batch_shapes: dict,
-    objective: Objective = TEXT,
-) -> jax.stages.Lowered:
-    """`update`, the step that `fit` takes, lowered for the devices of `mesh`, which
-    need not be there; nothing is computed. mesh and batch_shapes, a shape and dtype for
-    each array of a batch, take the place of `plan.mesh` and `plan.batch`.
-
-    >>> lower(model, plan, mesh, shapes).compile().memory_analysis()
-    """
-    sizes = meshes.sizes_of(mesh)
-    batch = {name: _like(a) for name, a in batch_shapes.items()}
-    meshes.check(sizes, plan.accumulate, batch)
-    with jax.set_mesh(mesh):
-        model = meshes.spread(model, sizes)
-        state = abstract(model, plan, batch[objective.inputs], mesh)
-        batch = meshes.shapes(batch, mesh)
-        return update.lower(model, plan, state, batch, objective)
 
 
 def fit(
@@ -299,13 +124,13 @@ def check(
     model: nn.Module, plan: Plan, source: Any, objective: Objective = TEXT
 ) -> None:
     """ValueError or NotImplementedError, in one sentence, if `fit` cannot run this plan
-    on the devices there are: too few of them, or sizes that they cannot split."""
+    on the devices there are: too few of them, sizes that they cannot split, an
+    attention that cannot be split. The step is traced, which `fit` need not do again.
+    """
     batch = source.batch(0, plan.batch)
     with meshes.in_force(plan.mesh) as mesh:
         meshes.check(plan.mesh, plan.accumulate, batch)
-        if mesh is not None:
-            spread = meshes.spread(model, plan.mesh)
-            abstract(spread, plan, batch[objective.inputs], mesh)
+        trace(meshes.spread(model, plan.mesh), plan, mesh, batch, objective)
 
 
 def _resumed(model, plan, source, objective, checkpoints, mesh) -> State:

@@ -19,7 +19,8 @@ BELOW = {
 SHARED = {
     "__init__", "masks", "segments", "shapes", "dispatch", "sharding", "positions",
     "tiles", "cache", "blockcache", "layers", "chunks", "linear", "blocks", "grouped",
-    "softmax", "baseconv", "decayed", "scan", "triples", "wy", "grid",
+    "softmax", "baseconv", "decayed", "scan", "triples", "wy", "grid", "partial",
+    "template", "mixers",
 }
 ANALYSES = {"dsf"}  # papers that say what attention is, not another one
 FILES = [path for package in BELOW for path in sorted((ROOT / package).glob("*.py"))]

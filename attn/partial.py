@@ -140,15 +140,17 @@ def distributed(
     kv_pos = _filled(kv_pos, devices_of(names), -1)
     k, v = (spread_heads(a, h, names) for a in (k, v))
 
+    grid = devices_of(rows) > 1, devices_of(columns) > 1
+
     def local(q, k, v, head, q_pos, kv_pos, q_run, kv_run):
         k, v, kv_pos, kv_run = (
-            gather(a, rows or None) for a in (k, v, kv_pos, kv_run)
+            gather(a, rows if grid[0] else None) for a in (k, v, kv_pos, kv_run)
         )
         part = normalized(*attend(
             q, k, v, mask=mask, head=head, q_pos=q_pos, kv_pos=kv_pos, q_run=q_run,
             kv_run=kv_run, scale=scale, implementation=implementation,
         ))
-        return output(merge(part, columns) if columns else part).astype(v.dtype)
+        return output(merge(part, columns) if grid[1] else part).astype(v.dtype)
 
     at = {"T": rows, "S": names}
     place = lambda word: spec(word, at["S" if "S" in word else "T"])

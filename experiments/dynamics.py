@@ -26,9 +26,9 @@ from attn.masks import Full
 from attn.mixers import Depthwise, FNet, LongConv
 from attn.softmax import Softmax
 from experiments import config, spread
+from experiments.coins import Majority
 from experiments.config import knob
 from experiments.images import LABELS, Digits, accuracy
-from experiments.puzzles import Majority
 from experiments.runs import open_folder
 from experiments.spread import Hardware
 from experiments.source import Cycle
@@ -114,7 +114,8 @@ class Config:
 
 TINY = Config(
     mixers=(FNet(), Softmax(mask=Full())), cuts=(2, 1), width=8, heads=2, layers=1,
-    length=16, steps=2, coin_steps=2, batch=2, coin_batch=2, tokens=32, quiet=True,
+    length=16, steps=2, coin_steps=2, batch=2, coin_batch=2, tokens=32, devices=2,
+    quiet=True,
 )
 
 
@@ -131,7 +132,8 @@ def run(config_: Config) -> dict[str, Any]:
     rows, times = [], {}
     if config_.tokens:
         width = 2 * config_.width
-        rows = spread.measured(config_.tokens, config_.heads, width)
+        rows = spread.measured(
+            config_.tokens, config_.heads, width, config_.devices)
         times = {t: spread.modelled(t, config_.heads, width, config_.hardware)
                  for t in (config_.tokens, config_.far)}
     found = {"command": config.command(config_), "jax": jax.__version__,

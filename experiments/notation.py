@@ -33,6 +33,7 @@ FILES = (
     "attn/positions.py",
     "experiments/text.py",
     "experiments/puzzles.py",
+    "experiments/coins.py",
 )
 PACKAGES = ("attn", "models")
 LONGEST = 10_000  # elements of a repeated tuple

@@ -5,11 +5,14 @@ methods: `__call__(q, k, v)` for all tokens at once, `init_state` for an empty m
 and `step` for the next tokens. Import one by `from attn.landmark import Landmark`.
 
 Mechanisms            tiles, linear, wy, chunks, decayed, scan, triples, blocks,
-                      grouped, cache, blockcache
+                      grouped, partial, cache, blockcache
 Exact attention       softmax
-Linear attention      lightning, retnet, gla, lightnet, based, delta, flow, essa
+Linear attention      lightning, retnet, gla, lightnet, based, delta, flow, essa,
+                      lineartransformer
+Low rank              linformer
 Recurrent             aaren, rat
-One form for all      dsf
+One form for all      dsf, template
+Fixed patterns        mixers
 Sparse, retrieval     landmark
 Cache compression     snapkv
 Around them           masks, positions, grid, segments, layers, baseconv, sharding,

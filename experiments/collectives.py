@@ -19,6 +19,8 @@ import re
 import sys
 from typing import Iterator
 
+import numpy as np
+
 KINDS = (
     "all-gather", "all-reduce", "reduce-scatter", "collective-permute", "all-to-all",
     "collective-broadcast", "ragged-all-to-all",
@@ -39,16 +41,25 @@ _TRIPS = re.compile(r'"?known_trip_count"?\s*:\s*\{\s*"?n"?\s*:\s*"?(\d+)')
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """One instruction. bytes: of its result on one device; group: devices that take
-    part together; times: how often it runs; uncounted: it
-    stands in a loop whose trips are not known, each of which counted as one."""
+    """One instruction. bytes: of its result on one device; members: devices of the
+    first group that takes part together, by their place in the mesh; pairs: from where
+    to where a permutation goes; hidden: it is begun, and waited for later; times: how
+    often it runs; uncounted: it stands in a loop whose trips are not known, each of
+    which counted as one."""
 
     kind: str
     name: str
     bytes: int
-    group: int
+    members: tuple[int, ...]
+    pairs: tuple[tuple[int, int], ...] = ()
+    hidden: bool = False
     times: int = 1
     uncounted: bool = False
+
+    @property
+    def group(self) -> int:
+        """How many devices take part together."""
+        return len(self.members)
 
 
 def collectives(text: str) -> dict[str, list[int]]:
@@ -70,12 +81,13 @@ def instructions(text: str) -> list[Collective]:
     devices = math.prod(map(int, counts))
     found = []
     for name, lines in bodies.items():
-        count, known = times.get(name, (0, True))
+        count, known, hidden = times.get(name, (0, True, False))
         for line in lines if count else ():
             one = _collective(line)
             if one is not None:
                 found.append(dataclasses.replace(
-                    one, times=count, uncounted=not known, group=one.group or devices))
+                    one, times=count, uncounted=not known, hidden=hidden or one.hidden,
+                    members=one.members or tuple(range(devices))))
     return found
 
 
@@ -97,18 +109,20 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str]:
     return bodies, entry
 
 
-def _times(bodies: dict, entry: str) -> dict[str, tuple[int, bool]]:
-    """How often each computation runs, and whether that is known."""
-    found: dict[str, tuple[int, bool]] = {}
+def _times(bodies: dict, entry: str) -> dict[str, tuple[int, bool, bool]]:
+    """How often each computation runs, whether that is known, and whether others go on
+    meanwhile."""
+    found: dict[str, tuple[int, bool, bool]] = {}
 
-    def visit(name: str, count: int, known: bool) -> None:
-        before, sure = found.get(name, (0, True))
-        found[name] = before + count, sure and known
+    def visit(name: str, count: int, known: bool, hidden: bool) -> None:
+        before, sure, aside = found.get(name, (0, True, False))
+        found[name] = before + count, sure and known, aside or hidden
         for line in bodies.get(name, ()):
+            beside = hidden or _opcode(line) == "async-start"
             for callee, trips in _called(line):
-                visit(callee, count * (trips or 1), known and trips is not None)
+                visit(callee, count * (trips or 1), known and trips is not None, beside)
 
-    visit(entry, 1, True)
+    visit(entry, 1, True, False)
     return found
 
 
@@ -155,7 +169,10 @@ def _collective(line: str) -> Collective | None:
         return None
     shape = match[2][: len(match[2]) - len(_past_shape(match[2]))]
     started = opcode.endswith("-start")
-    return Collective(kind, match[1], _result(shape, kind, started), _group(line))
+    return Collective(
+        kind, match[1], _result(shape, kind, started), _members(line), _pairs(line),
+        started,
+    )
 
 
 def _result(shape: str, kind: str, started: bool) -> int:
@@ -192,20 +209,25 @@ def _bytes(array: tuple[str, str]) -> int:
     return -(-count * bits // 8)
 
 
-def _group(line: str) -> int:
-    """Devices of one group, 0 for all of them."""
-    listed = re.search(r"replica_groups=\{\{([\d,]+)\}", line)
-    if listed:
-        return len(listed[1].split(","))
-    grid = re.search(r"replica_groups=\[(\d+),(\d+)\]", line)
+def _members(line: str) -> tuple[int, ...]:
+    """Devices of the first group, () for all of them."""
+    if listed := re.search(r"replica_groups=\{\{([\d,]+)\}", line):
+        return tuple(map(int, listed[1].split(",")))
+    grid = re.search(
+        r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line)
     if grid:
-        return int(grid[2])
-    return len(set(re.findall(r"\d+", _pairs(line))))
+        order = np.arange(int(grid[1]) * int(grid[2]))
+        order = order.reshape([int(n) for n in grid[3].split(",")])
+        if grid[4]:
+            order = order.transpose([int(n) for n in grid[4].split(",")])
+        return tuple(order.reshape(int(grid[1]), -1)[0].tolist())
+    return tuple(sorted({n for pair in _pairs(line) for n in pair}))
 
 
-def _pairs(line: str) -> str:
+def _pairs(line: str) -> tuple[tuple[int, int], ...]:
     found = re.search(r"source_target_pairs=\{(\{[\d,{}]*\})\}", line)
-    return found[1] if found else ""
+    pairs = re.findall(r"\{(\d+),(\d+)\}", found[1] if found else "")
+    return tuple((int(a), int(b)) for a, b in pairs)
 
 
 def main(paths: list[str]) -> int:

@@ -3,8 +3,8 @@
 The text is read with `ast`, never evaluated. It holds literals, tuples, lists and
 dicts, `+` and `* n` of tuples, `&`, `|` and `~` of masks, `jnp.bfloat16`, and names and
 calls of dataclasses: a name `Landmark` is the class `Landmark` in `attn/landmark.py`
-(or in `models/landmark.py`), a mask, a position, a data source, or a class of the
-module that reads.
+(or in `models/landmark.py`), a mask, a mixer, a position, a data source, or a class of
+the module that reads.
 """
 
 from __future__ import annotations
@@ -29,9 +29,11 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 # every class of these files has a name; of the packages, one class a file
 FILES = (
     "attn/masks.py",
+    "attn/mixers.py",
     "attn/positions.py",
     "experiments/text.py",
     "experiments/puzzles.py",
+    "experiments/coins.py",
 )
 PACKAGES = ("attn", "models")
 LONGEST = 10_000  # elements of a repeated tuple

@@ -187,15 +187,15 @@ def trace(
     update.eval_shape(model, plan, state, meshes.shapes(batch, mesh), objective)
 
 
-def lower(
+def staged(
     model: nn.Module, plan: Plan, mesh: Any, batch_shapes: dict,
     objective: Objective = TEXT,
-) -> jax.stages.Lowered:
-    """`update`, the step that `fit` takes, lowered for the devices of `mesh`, which
-    need not be there; nothing is computed. mesh and batch_shapes, a shape and dtype for
-    each array of a batch, take the place of `plan.mesh` and `plan.batch`.
+) -> tuple[jax.stages.Traced, jax.stages.Lowered]:
+    """`update`, the step that `fit` takes, traced and lowered for the devices of
+    `mesh`, which need not be there; nothing is computed. mesh and batch_shapes, a shape
+    and dtype for each array of a batch, take the place of `plan.mesh` and `plan.batch`.
 
-    >>> lower(model, plan, mesh, shapes).compile().memory_analysis()
+    >>> staged(model, plan, mesh, shapes)[1].compile().memory_analysis()
     """
     sizes = meshes.sizes_of(mesh)
     batch = {name: _like(a) for name, a in batch_shapes.items()}
@@ -204,4 +204,5 @@ def lower(
         model = meshes.spread(model, sizes)
         state = abstract(model, plan, batch[objective.inputs], mesh)
         batch = meshes.shapes(batch, mesh)
-        return update.lower(model, plan, state, batch, objective)
+        traced = update.trace(model, plan, state, batch, objective)
+        return traced, traced.lower()

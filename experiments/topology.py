@@ -44,15 +44,15 @@ class Pod:
 
     @property
     def peak(self) -> float | None:
-        return self.target and self.target.peak
+        return None if self.target is None else self.target.peak
 
     @property
     def link(self) -> float | None:
-        return self.target and LINK[self.target.name]
+        return None if self.target is None else LINK[self.target.name]
 
     @property
     def memory(self) -> int | None:
-        return self.target and MEMORY[self.target.name]
+        return None if self.target is None else MEMORY[self.target.name]
 
     def mesh(self, sizes: Sizes) -> Mesh:
         """The devices along data, seq and model, neighbours near each other.
@@ -93,7 +93,7 @@ class Pod:
 
 
 def pod(name: str) -> Pod:
-    """The pod of that name. ValueError if there is none, or libtpu is not installed."""
+    """The pod of that name. ValueError if there is none, or libtpu is missing."""
     if name == "cpu":
         return Pod(name, tuple(jax.devices()))
     target = TARGETS.get(name.partition(":")[0])

@@ -20,12 +20,12 @@ from experiments import mesh as meshes
 from experiments.progress import progress
 from experiments.runs import Checkpoints, Metrics
 from experiments.step import TEXT, Objective, Plan, State
-from experiments.step import abstract, lower, next_token, start, trace, update
+from experiments.step import abstract, next_token, staged, start, trace, update
 from models.lm import loss
 
 __all__ = [
     "TEXT", "Objective", "Plan", "State", "abstract", "check", "evaluate", "fit",
-    "lower", "next_token", "start", "update",
+    "next_token", "staged", "start", "update",
 ]
 
 

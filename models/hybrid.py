@@ -21,6 +21,8 @@ LLAMA3_8B: dict[str, Any] = {
     "vocab": 128256, "width": 4096, "heads": 32, "kv_heads": 8, "hidden": 14336,
     "tied": False, "dtype": jnp.bfloat16, "scan": True, "remat": True,
 }
+# Linear-Llama3-1B, of 16 layers, as LASP-2 gives it; its hidden width is taken here
+LLAMA3_1B = LLAMA3_8B | {"width": 2048, "heads": 16, "kv_heads": None, "hidden": 5504}
 
 
 def layers(
@@ -43,8 +45,5 @@ def hybrid_8b(every: int = 4, linear: Any = Lightning(), exact: Any = Softmax())
 
 
 def hybrid_1b(every: int = 4, linear: Any = Lightning(), exact: Any = Softmax()) -> LM:
-    """Linear-Llama3-1B of LASP-2: 16 layers of width 2048, 16 heads."""
-    return LM(
-        vocab=128256, width=2048, heads=16, hidden=5504, tied=False, scan=True,
-        remat=True, dtype=jnp.bfloat16, attention=layers(16, every, linear, exact),
-    )
+    """The sizes of Linear-Llama3-1B with `layers(16, every, linear, exact)`."""
+    return LM(attention=layers(16, every, linear, exact), **LLAMA3_1B)

@@ -14,7 +14,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from attn.layers import MultiHead
+from attn.layers import Layer, MultiHead
 from attn.masks import Full
 from attn.softmax import Softmax
 from models.lm import Block, Layers, Pattern, unbound
@@ -27,8 +27,9 @@ class PixelNet(nn.Module):
     """A classifier of images: [B,h,w,C] -> logits [B,classes], float32.
 
     attention: one per layer, any that reads all tokens at once; those without causal
-    order see the whole picture. width E, heads H, kv_heads K, head_dim D, value_dim V,
-    hidden: width of the SwiGLU (by default 8/3 E up to a multiple of 16; 0 for none).
+    order see the whole picture; an entry may also be a `Layer` of its own, such as
+    `FNet()`. width E, heads H, kv_heads K, head_dim D, value_dim V, hidden: width of
+    the SwiGLU (by default 8/3 E up to a multiple of 16; 0 for none).
     patch: pixels of a token's side. Where a token is can be told by `position`, what
     `MultiHead` turns q and k with; by `encoder`, a module [B,T,E] -> [B,T,E] that takes
     the place of the embedding's output; by `table`, a learned vector a place that is
@@ -79,8 +80,8 @@ class PixelNet(nn.Module):
         hidden = -(-8 * self.width // 48) * 16 if self.hidden is None else self.hidden
         return tuple(
             Block(
-                MultiHead(
-                    unbound(a), self.heads, self.kv_heads, self.head_dim,
+                a if isinstance(a, Layer) else MultiHead(
+                    a, self.heads, self.kv_heads, self.head_dim,
                     self.value_dim, position=unbound(self.position),
                     qk_norm=self.qk_norm, out_norm=self.out_norm,
                     out_gate=self.out_gate, gate_rank=self.gate_rank, dtype=self.dtype,
@@ -88,7 +89,7 @@ class PixelNet(nn.Module):
                 ),
                 hidden, self.dtype, parent=None,
             )
-            for a in self.attention
+            for a in map(unbound, self.attention)
         )
 
 

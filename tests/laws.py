@@ -28,6 +28,8 @@ from attn.landmark import Landmark
 from attn.layers import MultiHead
 from attn.lightnet import LightNet
 from attn.lightning import Lightning
+from attn.lineartransformer import LinearTransformer
+from attn.linformer import Linformer
 from attn.masks import Causal, Sink, Window
 from attn.positions import ALiBi, RoPE
 from attn.rat import RAT
@@ -188,6 +190,14 @@ ENTRIES = {
     "delta_gated": Entry(
         Delta(gated=True, negative=True, conv=2), flops=1, decode=0
     ),
+    "lineartransformer": Entry(
+        LinearTransformer(), (LinearTransformer(chunk=3), LinearTransformer()), flops=1,
+        decode=0,
+    ),
+    "lineartransformer_normal": Entry(
+        LinearTransformer(causal=False), flops=1, kernel=False
+    ),
+    "linformer": Entry(Linformer(length=2**14, rank=4), flops=1, kernel=False),
     "landmark": Entry(
         Landmark(block=3), (Landmark(block=T), Softmax()), kernel=False
     ),

@@ -1,0 +1,109 @@
+"""LinearTransformer (Katharopoulos et al., 2020) arXiv:2006.16236: a kernel in factors.
+
+Softmax weighs a key by exp(q.k); any positive function of q and k makes an attention,
+and one that is a product of features of each lets the sum over keys come first. What is
+left of the past is one matrix and one vector a head: transformers are RNNs.
+
+    o_t = sum_j (phi(q_t).phi(k_j)) v_j / sum_j phi(q_t).phi(k_j),    phi = elu + 1
+
+over j <= t in causal order, else over all. A column of ones beside v makes both sums.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from attn.dispatch import pick
+from attn.linear import LinearState, across, check_state, empty, recur, whole
+from attn.segments import place, runs
+from attn.shapes import check
+from attn.sharding import Axis, over_mesh, spread_heads
+
+
+@dataclasses.dataclass(frozen=True)
+class LinearTransformer:
+    """LinearTransformer (Katharopoulos et al., 2020) arXiv:2006.16236: phi = elu + 1.
+
+    causal=False drops the order of tokens, for self and cross attention. eps: beside
+    the sum of weights, as in the authors' code. chunk: tokens of a block; it changes
+    the time, not the result.
+    """
+
+    causal: bool = True
+    eps: float = 1e-6
+    chunk: int = 64
+    axis: Axis | None = None
+    implementation: str | None = None
+
+    def __post_init__(self):
+        if self.eps < 0:
+            raise ValueError(f"LinearTransformer: eps={self.eps}: expected 0 or more")
+        if self.chunk < 1:
+            raise ValueError(
+                f"LinearTransformer: chunk={self.chunk}: expected 1 or more"
+            )
+
+    def __call__(self, q, k, v, *, x=None, segments=None):
+        """All tokens at once. q [B,T,H,D], k [B,S,K,D], v [B,S,K,V] -> [B,T,H,V]."""
+        check(q, k, v, segments=segments, aligned=self.causal)
+        where = runs(segments, q, self.causal)
+        k, v = (spread_heads(a, q.shape[2], self.axis) for a in (k, v))
+        letters = "BTHD BSKD BSKV BT BS -> BTHV"
+        return over_mesh(self._local, letters, self.axis)(q, k, v, *where)
+
+    def init_state(self, size, q, k, v, *, x=None) -> LinearState:
+        """An empty memory for `size` tokens [B,H,D,V+1]: sums of phi(k) v, and in the
+        last column of phi(k). q, k, v give shapes."""
+        self._check_stream()
+        return empty(size, *self._memory(q, v))
+
+    def step(self, state, q, k, v, *, x=None, segments=None):
+        """The next T tokens -> state, [B,T,H,V]; the state does not grow."""
+        self._check_stream()
+        check(q, k, v, segments=segments, aligned=True)
+        check_state(state, self._memory(q, v))
+        now = place(segments, q.shape[0], q.shape[1], state.end, state.segment)
+        memory, o = recur(
+            _phi(q), _phi(k), _beside_one(v), state=state.memory,
+            run=None if segments is None else now.run, chunk=self.chunk,
+            implementation=self.implementation,
+        )
+        return LinearState(memory, now.end, now.last), self._divided(o).astype(v.dtype)
+
+    def _check_stream(self) -> None:
+        if not self.causal:
+            raise NotImplementedError(
+                "step: causal=False lets tokens see later ones: no stream"
+            )
+
+    def _memory(self, q, v) -> tuple[int, int, int, int]:
+        b, _, h, d = q.shape
+        return b, h, d, v.shape[-1] + 1
+
+    def _local(self, q, k, v, q_run, kv_run) -> jax.Array:
+        args = _phi(q), _phi(k), _beside_one(v)
+        if self.causal:
+            _, o = across(
+                *args, run=kv_run, chunk=self.chunk, axis=self.axis,
+                implementation=self.implementation,
+            )
+        else:
+            o = pick(self.implementation, xla=lambda: whole(
+                *args, q_run=q_run, kv_run=kv_run, axis=self.axis))
+        return self._divided(o).astype(v.dtype)
+
+    def _divided(self, o: jax.Array) -> jax.Array:
+        total = o[..., -1:]
+        return o[..., :-1] / jnp.where(total > 0, total + self.eps, 1)
+
+
+def _phi(x: jax.Array) -> jax.Array:
+    return jax.nn.elu(x.astype(jnp.float32)) + 1
+
+
+def _beside_one(v: jax.Array) -> jax.Array:
+    v = v.astype(jnp.float32)
+    return jnp.concatenate([v, jnp.ones_like(v[..., :1])], -1)

@@ -1,0 +1,252 @@
+"""A unified view: does context help, which mixers use it, and what do devices add?
+
+Claims of "A Unified View of Long-Sequence Models towards Modeling Million-Scale
+Dependencies", scaled down.
+
+    python -m experiments.dynamics
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+import sys
+from typing import Any
+
+import jax
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from attn.layers import Layer, MultiHead
+from attn.linformer import Linformer
+from attn.lineartransformer import LinearTransformer
+from attn.masks import Full
+from attn.mixers import Depthwise, FNet, LongConv
+from attn.softmax import Softmax
+from experiments import config, spread
+from experiments.coins import Majority
+from experiments.config import knob
+from experiments.images import LABELS, Digits, accuracy
+from experiments.runs import open_folder
+from experiments.spread import Hardware
+from experiments.source import Cycle
+from experiments.train import Plan, evaluate, fit
+from models.lm import LM
+from models.pixels import PixelNet
+
+TASKS = ("digits", "majority")
+
+
+class Pieces(Layer):
+    """A mixer that sees pieces of `length` tokens, each as a sequence of its own."""
+
+    mixer: Layer
+    length: int
+
+    def __call__(self, x, state=None, *, context=None, pos=None, segments=None):
+        """x [B,T,E] -> [B,T,E]."""
+        pieces = x.reshape(-1, self.length, x.shape[-1])
+        return self.mixer(pieces, segments=segments).reshape(x.shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """The mixers, the two tasks, and the attention that is spread over devices."""
+
+    mixers: tuple = knob(
+        (Softmax(mask=Full()), LinearTransformer(causal=False), Linformer(rank=32),
+         FNet(), LongConv(), Depthwise()),
+        "what is compared, each in all layers; `length` becomes that of the context",
+    )
+    tasks: tuple[str, ...] = knob(TASKS, "digits, majority or both")
+    cuts: tuple[int, ...] = knob((4, 2, 1), "pieces that a sequence is cut into")
+    width: int = knob(32, "model width E")
+    heads: int = knob(2, "heads H")
+    layers: int = knob(2, "layers of the network that reads digits")
+    coin_layers: int = knob(1, "layers of the network that counts coins")
+    length: int = knob(512, "tokens of a row of coins")
+    steps: int = knob(150, "training steps on digits")
+    coin_steps: int = knob(150, "training steps on coins")
+    batch: int = knob(32, "digits a step")
+    coin_batch: int = knob(16, "rows of coins a step")
+    rate: float = knob(5e-3, "peak learning rate")
+    seed: int = knob(0, "of data and parameters")
+    tokens: int = knob(4096, "tokens of the attention over devices, 0 for none")
+    devices: int = knob(8, "the most devices; on a CPU they are asked for")
+    far: int = knob(131072, "tokens in the model of time")
+    hardware: Hardware = knob(Hardware(), "peaks in the model of time, of an RTX 4090")
+    quiet: bool = knob(False, "no progress bar and no table")
+    folder: str | None = knob(None, "where results go; None makes a new folder")
+
+    def __post_init__(self):
+        if unknown := set(self.tasks) - set(TASKS):
+            raise ValueError(f"tasks={sorted(unknown)}: expected some of {TASKS}")
+        for cut in self.cuts:
+            if cut < 1 or self.length % cut or 64 % cut:
+                raise ValueError(
+                    f"cuts={cut}: expected to divide 64 and length={self.length}"
+                )
+
+    def layer(self, mixer: Any, context: int) -> Pieces:
+        """The mixer over pieces of `context` tokens."""
+        if hasattr(mixer, "length"):
+            mixer = mixer.clone(length=context, parent=None)
+        if not isinstance(mixer, Layer):
+            mixer = MultiHead(mixer, self.heads, position=None, parent=None)
+        return Pieces(mixer, context, parent=None)
+
+    def coins(self, split: str = "train", bias: float = 0.0) -> Majority:
+        """Coins of which the most frequent side is asked for."""
+        return Majority(length=self.length, seed=self.seed, split=split, bias=bias)
+
+    def lessons(self) -> Cycle:
+        """What is trained on: coins with a bias and fair ones in turn; of fair ones
+        alone the difference is too small to begin with."""
+        return Cycle((self.coins(bias=0.5), self.coins()))
+
+    def plan(self, steps: int, batch: int) -> Plan:
+        """The training."""
+        return Plan(steps=steps, batch=batch, rate=self.rate, seed=self.seed,
+                    warmup=steps // 10, log=25)
+
+
+TINY = Config(
+    mixers=(FNet(), Softmax(mask=Full())), cuts=(2, 1), width=8, heads=2, layers=1,
+    length=16, steps=2, coin_steps=2, batch=2, coin_batch=2, tokens=32, devices=2,
+    quiet=True,
+)
+
+
+def run(config_: Config) -> dict[str, Any]:
+    """Trains, counts and models -> accuracies by task, mixer and context, and the
+    numbers of `experiments.spread`."""
+    spread.many(config_.devices)
+    folder = open_folder("dynamics", config_.folder, config.command(config_))
+    scores = {task: learned(config_, task) for task in config_.tasks}
+    if "majority" in scores:  # and what the coins in sight allow
+        contexts = [config_.length // cut for cut in config_.cuts]
+        scores["majority"]["the best possible"] = {
+            at: config_.coins().best(at) for at in contexts}
+    rows, times = [], {}
+    if config_.tokens:
+        width = 2 * config_.width
+        rows = spread.measured(
+            config_.tokens, config_.heads, width, config_.devices)
+        times = {t: spread.modelled(t, config_.heads, width, config_.hardware)
+                 for t in (config_.tokens, config_.far)}
+    found = {"command": config.command(config_), "jax": jax.__version__,
+             "scores": scores, "spread": rows, "times": times}
+    (folder / "dynamics.json").write_text(json.dumps(found, indent=1) + "\n")
+    if scores:
+        picture(scores, folder / "dynamics.png")
+    if not config_.quiet:
+        show(scores, rows, times)
+    return {"folder": str(folder)} | numbers(scores, rows, times)
+
+
+def learned(config_: Config, task: str) -> dict[str, dict[int, float]]:
+    """Mixer -> context -> the share of right answers on held-out data."""
+    found: dict[str, dict[int, float]] = {}
+    length = 64 if task == "digits" else config_.length
+    for mixer in config_.mixers:
+        name = config.show(mixer)
+        for cut in config_.cuts:
+            layer = config_.layer(mixer, length // cut)
+            train = digits if task == "digits" else majority
+            label = f"{task}, context {length // cut}, {name}"
+            found.setdefault(name, {})[length // cut] = train(config_, layer, label)
+    return found
+
+
+def digits(config_: Config, layer: Pieces, label: str) -> float:
+    """The share of held-out digits that are named rightly."""
+    model = PixelNet(width=config_.width, heads=config_.heads, table=True,
+                     attention=(layer,) * config_.layers)
+    plan = config_.plan(config_.steps, config_.batch)
+    source = Digits(seed=config_.seed)
+    fitted = fit(model, source, plan, objective=LABELS, label=label,
+                 quiet=config_.quiet)
+    held = dataclasses.replace(source, split="valid").whole()
+    return accuracy(model, fitted.params, held)
+
+
+def majority(config_: Config, layer: Pieces, label: str) -> float:
+    """The share of right answers about 512 held-out rows of coins."""
+    held, size = config_.coins("valid"), config_.coin_batch
+    model = LM(vocab=held.vocab, width=config_.width, heads=config_.heads,
+               attention=(layer,) * config_.coin_layers)
+    plan = config_.plan(config_.coin_steps, size)
+    fitted = fit(model, config_.lessons(), plan, label=label, quiet=config_.quiet)
+    batches = min(512, 8 * config_.coin_steps) // size
+    return evaluate(model, fitted.params, held, batches, size)["accuracy"]
+
+
+def numbers(scores: dict, rows: list, times: dict) -> dict[str, Any]:
+    """All of it as plain numbers."""
+    found = {f"{task} {name} context {at}": score for task, each in scores.items()
+             for name, by in each.items() for at, score in by.items()}
+    for row in rows:
+        found |= {f"{row['devices']} devices {key}": row[key]
+                  for key in ("error", "tiles", "dense", "ring", "gathered", "reduced")}
+    for t, each in times.items():
+        found |= {f"T={t} {name} ms": 1e3 * value for name, value in each.items()}
+    return found
+
+
+def show(scores: dict, rows: list, times: dict) -> None:
+    """The tables for the terminal."""
+    for task, each in scores.items():
+        contexts = list(next(iter(each.values())))
+        table = Table(title=f"{task}: right answers by context", box=box.MARKDOWN)
+        table.add_column("mixer", overflow="fold")
+        for at in contexts:
+            table.add_column(f"{at} tokens", justify="right")
+        for name, by in each.items():
+            table.add_row(name, *(f"{by[at]:.1%}" for at in contexts))
+        Console().print(table)
+    if rows:
+        table = Table(title="a device of a grid, MB", box=box.MARKDOWN)
+        for title in ("grid", "error", "tiles", "logits", "ring", "gather", "hand",
+                      "reduce", "hand"):
+            table.add_column(title, justify="right", no_wrap=True)
+        for row in rows:
+            sizes = (row["tiles"], row["dense"], row["ring"], row["gathered"],
+                     row["by hand"]["gathered"], row["reduced"],
+                     row["by hand"]["reduced"])
+            table.add_row(f"{row['rows']}x{row['columns']}", f"{row['error']:.0e}",
+                          *(f"{size / 1e6:.2f}" for size in sizes))
+        Console().print(table)
+    for t, each in times.items():
+        one, vanilla = each["1 device"], each["vanilla"]
+        table = Table(title=f"T = {t:,}, modelled", box=box.MARKDOWN)
+        for title in ("", "ms", "times as fast as vanilla", "as 1 device in tiles"):
+            table.add_column(title, justify="right")
+        for name, value in each.items():
+            table.add_row(name, f"{1e3 * value:.3f}", f"{vanilla / value:.1f}",
+                          f"{one / value:.2f}")
+        Console().print(table)
+
+
+def picture(scores: dict, path: pathlib.Path) -> None:
+    """Right answers against context, a line a mixer, a panel a task."""
+    from experiments.report import plt
+
+    figure, axes = plt.subplots(1, len(scores), figsize=(4.5 * len(scores), 3.8),
+                                layout="constrained", squeeze=False)
+    for ax, (task, each) in zip(axes[0], scores.items()):
+        for name, by in each.items():
+            ax.plot(list(by), list(by.values()), "o-", label=name)
+        ax.set(xscale="log", title=task, xlabel="tokens that can meet",
+               ylabel="right answers", ylim=(0, 1.03))
+        ax.set_xticks(list(by), [f"{at}" for at in by])
+        ax.grid(alpha=0.3)
+        ax.spines[["top", "right"]].set_visible(False)
+    axes[0][-1].legend(frameon=False, fontsize=7)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    config.main(run, Config, __doc__, sys.argv[1:])

@@ -1,0 +1,211 @@
+"""Scale: will it fit, and how fast can it be, before a pod is rented.
+
+The real training step, AdamW and all, is compiled for the chips of a TPU pod that is
+not there, and read: memory a chip, what moves between chips by kind, the operations of
+products and kernels, and the time that these take at least (`experiments/forecast.py`
+says how; elementwise work is left out, so a real step is longer).
+
+    pip install -e '.[aot]'
+    python -m experiments.scale                 # 8B hybrid, 2M tokens, 256 chips of v5e
+
+compiles a model of 8 billion parameters, Llama 3's sizes with three linear layers
+(Lightning) before each exact one (a zigzag ring), for a sequence of 2,097,152 tokens.
+The exchanges of exact attention side by side, all of whose layers are exact:
+
+    python -m experiments.scale --every=1 --tokens=1048576 --topology=v5p:4x4x2 \\
+        --exchanges='("ring", "zigzag", "swap", "gather")'
+
+One layer's attention alone, forward and backward, which compiles in seconds:
+
+    python -m experiments.scale --layer=True --tokens=65536 --topology=v5p:2x2x2 \\
+        --exchanges='("ring", "zigzag", "swap", "gather")'
+
+`--topology=cpu` compiles for the devices of this machine, without times.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import time
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
+from rich.console import Console
+from rich.table import Table
+
+from attn.exchange import EXCHANGES
+from attn.lightning import Lightning
+from attn.softmax import Softmax
+from experiments import config
+from experiments.config import knob
+from experiments.forecast import Forecast, forecast
+from experiments.mesh import Sizes
+from experiments.step import Plan, staged
+from experiments.topology import Pod, pod
+from models.hybrid import LLAMA3_8B, LLAMA3_1B, layers
+from models.lm import LM
+
+MODELS = {"hybrid_8b": (32, LLAMA3_8B), "hybrid_1b": (16, LLAMA3_1B)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """What is compiled, and for which chips."""
+
+    model: Literal["hybrid_8b", "hybrid_1b"] | LM = knob(
+        "hybrid_8b", "sizes by name, or a model as LM(...)")
+    every: int = knob(4, "of so many layers one is exact; 1: all, 0: none")
+    linear: Any = knob(Lightning(), "the other layers, of a model by name")
+    exact: Any = knob(Softmax(), "the exact layers, of a model by name")
+    exchanges: tuple[str, ...] = knob(("zigzag",), "how shards meet in exact layers")
+    tokens: int = knob(2**21, "tokens of a sequence")
+    batch: int = knob(1, "sequences")
+    topology: str = knob("v5e:16x16", "the pod, such as v5p:4x4x4, or cpu")
+    mesh: tuple[int, int, int] | None = knob(
+        None, "chips along data, seq and model; None: all along seq")
+    layer: bool = knob(False, "the attention of one exact and one linear layer alone")
+
+    def __post_init__(self):
+        for name in ("tokens", "batch"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: expected 1 or more")
+        if bad := set(self.exchanges) - set(EXCHANGES):
+            raise ValueError(f"exchanges={bad.pop()!r}: expected some of {EXCHANGES}")
+        if self.every < 0:
+            raise ValueError(f"every={self.every}: expected 0 or more")
+
+
+TINY = Config(
+    model=LM(width=32, heads=4, attention=(Lightning(), Softmax())), tokens=64,
+    topology="cpu", exchanges=("gather",),
+)
+
+
+def run(config_: Config) -> dict[str, Any]:
+    """Compiles every variant, prints the table -> the numbers."""
+    chips = pod(config_.topology)
+    sizes = config_.mesh or (1, len(chips.devices), 1)
+    mesh = chips.mesh(sizes)
+    rows: dict[str, tuple[Forecast, float]] = {}
+    console = Console(stderr=True)
+    for name, make in variants(config_, sizes, mesh).items():
+        with console.status(f"{name}: compiling for {config_.topology}"):
+            begin = time.perf_counter()
+            traced, lowered = make()
+            compiled = lowered.compile()
+            took = time.perf_counter() - begin
+        rows[name] = forecast(chips, mesh, traced, compiled), took
+        console.print(f"{name}: compiled in {took:.0f} s")
+    show(rows, chips)
+    found: dict[str, Any] = {}
+    for name, (one, took) in rows.items():
+        label = name.replace(" ", "_")
+        found |= {f"{label}_{k}": v for k, v in figures(one).items()}
+        found[f"{label}_compile_s"] = round(took, 1)
+    return found
+
+
+def variants(config_: Config, sizes: Sizes, mesh: Any) -> dict[str, Any]:
+    """What is compiled: functions that trace and lower, by name."""
+    exact = {
+        way: dataclasses.replace(config_.exact, exchange=way)
+        if isinstance(config_.exact, Softmax) else config_.exact
+        for way in config_.exchanges
+    }
+    if config_.layer:
+        ways = {"linear": config_.linear} | exact
+        return {
+            name: lambda a=a: alone(config_, model_of(config_, a), a, mesh)
+            for name, a in ways.items()
+        }
+    shape = jax.ShapeDtypeStruct((config_.batch, config_.tokens), jnp.int32)
+    plan = Plan(batch=config_.batch, mesh=sizes)
+    return {
+        way: lambda a=a: staged(
+            model_of(config_, a), plan, mesh, {"tokens": shape, "targets": shape})
+        for way, a in exact.items()
+    }
+
+
+def model_of(config_: Config, exact: Any) -> LM:
+    """The model, with `exact` as its exact layers."""
+    if isinstance(config_.model, LM):
+        return config_.model.clone(attention=tuple(
+            exact if isinstance(a, type(exact)) else a for a in config_.model.attention
+        ))
+    depth, sizes = MODELS[config_.model]
+    mixers = layers(depth, config_.every, config_.linear, exact)
+    return LM(attention=mixers, **sizes)
+
+
+def alone(config_: Config, model: LM, attention: Any, mesh: Any) -> tuple:
+    """An attention with the model's heads, forward and backward, traced and lowered."""
+    over = dataclasses.replace(attention, axis="seq")
+    width = model.head_dim or model.width // model.heads
+    lies = NamedSharding(mesh, PartitionSpec("data", "seq", "model"))
+    heads = model.heads, model.kv_heads or model.heads
+    q, k = (
+        jax.ShapeDtypeStruct((config_.batch, config_.tokens, h, width), model.dtype,
+                             sharding=lies) for h in heads
+    )
+
+    def both(q, k, v, do):
+        o, pull = jax.vjp(lambda *a: over(*a), q, k, v)
+        return o, pull(do)
+
+    with jax.set_mesh(mesh):
+        traced = jax.jit(both, out_shardings=lies).trace(q, k, k, q)
+        return traced, traced.lower()
+
+
+def figures(one: Forecast) -> dict[str, Any]:
+    """The numbers of a forecast."""
+    found: dict[str, Any] = {"bytes": one.memory}
+    for kind, (count, size) in sorted(one.moved.items()):
+        found |= {f"{kind}s": count, f"{kind}_bytes": size}
+    tera = sum(n for name, n in one.work.items() if name != "other") / 1e12
+    found["teraflops"] = float(f"{tera:.6g}")
+    times = {"compute": one.compute, "hidden": one.hidden, "open": one.open,
+             "step": one.step}
+    found |= {f"{n}_ms": round(t * 1e3, 3) for n, t in times.items() if t is not None}
+    if one.waiting is not None:
+        found["waiting"] = round(one.waiting, 4)
+    return found
+
+
+def show(rows: dict[str, tuple[Forecast, float]], chips: Pod) -> None:
+    """The table, a column a variant."""
+    table = Table(box=None, title=f"a chip of {chips.name}, a step")
+    table.add_column("")
+    for name in rows:
+        table.add_column(name, justify="right")
+    kinds = sorted({kind for one, _ in rows.values() for kind in one.moved})
+    lines: dict[str, list[str]] = {"memory, GB": []}
+    lines |= {f"{kind}, MB (times)": [] for kind in kinds}
+    lines |= {n: [] for n in ("products and kernels, Tflop", "computing, ms",
+                              "moving, hidden, ms", "moving, waited for, ms",
+                              "step, ms", "of it waiting", "compiled in, s")}
+    known = lambda t: "-" if t is None else f"{t * 1e3:,.2f}"
+    for one, took in rows.values():
+        tera = sum(n for name, n in one.work.items() if name != "other") / 1e12
+        cells = [f"{one.memory / 1e9:,.2f}"]
+        for kind in kinds:
+            count, size = one.moved.get(kind, (0, 0))
+            cells.append(f"{size / 1e6:,.1f} ({count})" if count else "-")
+        cells += [f"{tera:,.3f}", known(one.compute), known(one.hidden),
+                  known(one.open), known(one.step),
+                  "-" if one.waiting is None else f"{one.waiting:.1%}", f"{took:.0f}"]
+        for line, cell in zip(lines.values(), cells, strict=True):
+            line.append(cell)
+    for name, line in lines.items():
+        table.add_row(name, *line)
+    Console(width=200).print(table)
+    if chips.memory:
+        print(f"a chip of {chips.name} has {chips.memory / 1e9:.1f} GB")
+
+
+if __name__ == "__main__":
+    config.main(run, Config, __doc__, sys.argv[1:])

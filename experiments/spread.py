@@ -1,0 +1,142 @@
+"""Spread: one attention over 1, 2, 4, 8 devices, what each holds and what it is sent.
+
+What is counted here comes from the compiled program of one device, and from a model of
+time, not from a clock: devices of a CPU share its cores.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from attn.masks import Causal
+from attn.partial import distributed, merge, output, partial, traffic
+
+GRIDS = {1: (1, 1), 2: (1, 2), 4: (2, 2), 8: (2, 4)}
+OP = re.compile(r" = (.*?) (all-gather|all-reduce|reduce-scatter|all-to-all|"
+                r"collective-permute)(?:-start)?\(")
+ARRAY = re.compile(r"([a-z]+)(\d+)\[([\d,]*)\]")
+
+
+@dataclasses.dataclass(frozen=True)
+class Hardware:
+    """Peaks of a device: floating point operations, bytes of its memory and bytes of
+    its link, a second. By default a GeForce RTX 4090 by its data sheet: bfloat16 with
+    float32 sums, GDDR6X, PCIe 4.0 x16 in one direction."""
+
+    flops: float = 165e12
+    memory: float = 1008e9
+    link: float = 32e9
+
+
+def many(devices: int) -> int:
+    """Asks for so many devices of a CPU, while that can still be asked -> how many
+    there are."""
+    if "device_count" not in os.environ.get("XLA_FLAGS", ""):
+        try:
+            jax.config.update("jax_num_cpu_devices", devices)
+        except RuntimeError:
+            pass  # jax has begun with those that it has
+    return jax.device_count()
+
+
+def collectives(text: str) -> dict[str, int]:
+    """Bytes of the results of each kind of collective in a compiled program."""
+    found: dict[str, int] = {}
+    for shapes, name in OP.findall(text):
+        sizes = [int(bits) // 8 * int(np.prod([int(n) for n in dims.split(",") if n]))
+                 for _, bits, dims in ARRAY.findall(shapes)]
+        found[name] = found.get(name, 0) + sum(sizes)
+    return found
+
+
+def measured(
+    length: int, heads: int, width: int, most: int = 8
+) -> list[dict[str, Any]]:
+    """A row for 1, 2, 4, 8 devices, up to `most` and to what there is: the error
+    against one device, bytes of temporary memory of a device of three programs, and
+    bytes received, from the compiled text and by hand.
+
+    tiles: `distributed`. dense: the same grid with every logit of a device at once.
+    ring: one step of a ring, T/P queries and T/P keys, with every logit at once.
+    """
+    keys = jax.random.split(jax.random.key(0), 3)
+    args = [jax.random.normal(n, (1, length, heads, width)) for n in keys]
+    rows: list[dict[str, Any]] = []
+    whole = None
+    for devices, (r, c) in GRIDS.items():
+        if devices > min(most, jax.device_count()):
+            break
+        mesh = jax.make_mesh(
+            (r, c), ("rows", "columns"), devices=jax.devices()[:devices],
+            axis_types=(jax.sharding.AxisType.Auto,) * 2,
+        )
+        with jax.set_mesh(mesh):
+            placed = [jax.device_put(a, NamedSharding(mesh, PartitionSpec(None, at)))
+                      for a, at in zip(args, ("rows", *(("rows", "columns"),) * 2))]
+            tiles, dense = (jax.jit(f).lower(*placed).compile() for f in (_tiles, _all))
+            o = np.asarray(tiles(*placed))
+        whole = o if whole is None else whole
+        # one step of the ring runs on one device, whatever the mesh is
+        piece = jax.ShapeDtypeStruct((1, length // devices, heads, width), jnp.float32)
+        step = jax.jit(lambda *a: tuple(partial(*a))).lower(*(piece,) * 3).compile()
+        sent = collectives(tiles.as_text() or "")
+        rows.append({
+            "devices": devices, "rows": r, "columns": c,
+            "error": float(np.linalg.norm(o - whole) / np.linalg.norm(whole)),
+            "tiles": _temporary(tiles), "dense": _temporary(dense),
+            "ring": _temporary(step),
+            "gathered": sent.get("all-gather", 0) * (r - 1) // r,
+            "reduced": sent.get("all-reduce", 0), "others": sum(sent.values())
+            - sent.get("all-gather", 0) - sent.get("all-reduce", 0),
+            "by hand": traffic(length, length, r, c, heads=heads, width=width),
+        })
+    return rows
+
+
+def _tiles(q, k, v) -> jax.Array:
+    return distributed(q, k, v, Causal(), rows="rows", columns="columns")
+
+
+def _all(q, k, v) -> jax.Array:
+    """`distributed` in its plain form: the logits of a device are one array."""
+    at = jnp.arange(q.shape[1])[None]
+
+    def local(q, k, v, q_pos, kv_pos):
+        k, v, kv_pos = (
+            jax.lax.all_gather(a, "rows", axis=1, tiled=True) for a in (k, v, kv_pos)
+        )
+        part = partial(q, k, v, Causal(), q_pos=q_pos, kv_pos=kv_pos)
+        return output(merge(part, "columns"))
+
+    row, own = (PartitionSpec(None, at) for at in ("rows", ("rows", "columns")))
+    f = jax.shard_map(local, in_specs=(row, own, own, row, own), out_specs=row,
+                      check_vma=False)
+    return f(q, k, v, at, at)
+
+
+def _temporary(compiled: Any) -> int:
+    return int(compiled.memory_analysis().temp_size_in_bytes)
+
+
+def modelled(length: int, heads: int, width: int, on: Hardware) -> dict[str, float]:
+    """Seconds of a forward pass without a mask: `vanilla`, on one device with the
+    logits in memory (float32: written, read and written by softmax, read again), and
+    `P devices` in tiles, computing at the peak, then what is sent."""
+    pairs = 4.0 * length * length * heads * width
+    moved = 4 * 4.0 * length * length * heads / on.memory
+    found = {"vanilla": pairs / on.flops + moved}
+    for devices, (r, c) in GRIDS.items():
+        sent = traffic(length, length, r, c, heads=heads, width=width, itemsize=2)
+        ring = 2 * (c - 1) / c * sent["reduced"]
+        found[f"{devices} device" + "s" * (devices > 1)] = (
+            pairs / on.flops / devices + (sent["gathered"] + ring) / on.link
+        )
+    return found

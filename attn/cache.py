@@ -127,9 +127,9 @@ def ring(mask: Mask, slots: int) -> Ring:
 def read(
     cache: Cache, runs: jax.Array, q: jax.Array, now: Place, *,
     implementation: str | None = None, **options: Any,
-) -> jax.Array:
+) -> tuple[jax.Array, jax.Array]:
     """What a few queries q [B,T,H,D] at `now` find in a cache whose slots have runs
-    [B,C] -> [B,T,H,V]; options: mask, scale, softcap, score, sink.
+    [B,C] -> o [B,T,H,V], lse [B,H,T]; options: mask, head, scale, softcap, score, sink.
     """
     options |= {"q_pos": now.pos, "kv_pos": cache.pos, "q_run": now.run, "kv_run": runs}
     kernel = lambda backend: lambda: decode(
@@ -138,7 +138,7 @@ def read(
     return pick(
         implementation, xla=lambda: attend(q, cache.k, cache.v, **options),
         tpu=kernel("tpu"), gpu=kernel("triton"),
-    )[0]
+    )
 
 
 def keep(cache: Cache, score: jax.Array, size: int) -> Cache:

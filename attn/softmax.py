@@ -19,13 +19,13 @@ import jax
 import jax.numpy as jnp
 
 from attn import cache as caches
-from attn import tiles
+from attn import shardcache, tiles
 from attn.dispatch import interpreted, pick
 from attn.masks import Causal, Full, Mask
 from attn.exchange import EXCHANGES, exchanged, split_axis
 from attn.segments import place
 from attn.shapes import check
-from attn.sharding import Axis, over_mesh, spread_heads
+from attn.sharding import Axis, devices_of, over_mesh, spread_heads
 from pallas_kernels.flash import flash
 from pallas_kernels.tile import NEVER
 
@@ -170,7 +170,7 @@ class Softmax:
         ring = caches.ring(self.mask, slots)
         if not ring.endless:
             caches.check_room(now.end, slots)
-        after = caches.append(state, k, v, now, ring.slot(now))
+        after = self._append(state, k, v, now, ring.slot(now))
         if t == 1 or (segments is None and not ring.endless):
             # the token's own sequence is all that is left in the cache
             read = after, jnp.broadcast_to(now.run.max(1, keepdims=True), (b, slots))
@@ -190,15 +190,29 @@ class Softmax:
     def read(self, cache, runs, q, now, *, sink=None):
         """q [B,T,H,D] at `now` over a cache with runs [B,C] of slots -> [B,T,H,V]."""
         if q.shape[1] <= FEW:
-            # a cache that lies over a mesh axis is best left to XLA's partitioner
-            own = self.implementation or (None if self.axis is None else "xla")
-            return caches.read(
-                cache, runs, q, now, mask=self.mask, scale=self.scale,
-                softcap=self.softcap, score=self.score, sink=sink, implementation=own,
-            )
-        streamed = dataclasses.replace(self, axis=None)
+            options: dict[str, Any] = {
+                "mask": self.mask, "scale": self.scale, "softcap": self.softcap,
+                "score": self.score, "sink": sink,
+                "implementation": self.implementation,
+            }
+            if shardcache.splits(cache, self.axis):
+                return shardcache.read(cache, runs, q, now, self.axis, **options)
+            return caches.read(cache, runs, q, now, **options)[0]
+        streamed = dataclasses.replace(self, axis=self._split(q, cache.k))
         where = now.pos, cache.pos, now.run, runs
         return streamed._attend(q, cache.k, cache.v, where, None, sink, None)
+
+    def _append(self, cache, k, v, now, slot):
+        if shardcache.splits(cache, self.axis):
+            return shardcache.append(cache, k, v, now, slot, self.axis)
+        return caches.append(cache, k, v, now, slot)
+
+    def _split(self, q, k):
+        """The axis if it can split these queries and keys; else None, and what there is
+        to do is done in the global view."""
+        pieces = devices_of(self.axis) * (2 if self.exchange == "zigzag" else 1)
+        fits = q.shape[1] % pieces == 0 and k.shape[1] % pieces == 0
+        return self.axis if fits else None
 
     def _places(self, q, k, segments):
         """q_pos, kv_pos, q_run, kv_run; None where positions simply count."""

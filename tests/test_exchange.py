@@ -13,6 +13,7 @@ from attn.masks import Causal, Full, Sink, Window
 from attn.positions import ALiBi
 from attn.softmax import Softmax, attend
 from attn.zigzag import collected, dealt
+from experiments.collectives import collectives
 from tests.laws import close
 
 B, T, H, K, D, V = 1, 48, 8, 4, 4, 6
@@ -221,3 +222,48 @@ def test_what_does_not_fit_is_refused():
     with jax.set_mesh(mesh(a=2, b=2, c=2)):
         with pytest.raises(ValueError, match="one mesh axis, or two"):
             Softmax(axis=("a", "b", "c"), exchange="ring")(q, k, v)
+
+
+@pytest.mark.parametrize("way", ["gather", "ring", "zigzag", "swap"])
+def test_a_prompt_over_a_mesh_and_the_tokens_after_it(way):
+    q, k, v = inputs(t=36)
+    segments = jnp.asarray([[0] * 2 + [1] * 10 + [2] * 24])
+    split = Softmax(axis="seq", exchange=way)
+    lies = jax.sharding.PartitionSpec(None, "seq")
+    pieces = (slice(0, 32), slice(32, 33), slice(33, 36))
+
+    def stream(attention, place):
+        step = jax.jit(attention.step)
+        state, outs = place(attention.init_state(64, q, k, v)), []
+        for at in pieces:
+            state, o = step(
+                state, q[:, at], k[:, at], v[:, at], segments=segments[:, at])
+            outs.append(o)
+        return jnp.concatenate(outs, 1)
+
+    want = stream(Softmax(), lambda state: state)
+    with jax.set_mesh(mesh(seq=4)) as _:
+        here = jax.sharding.get_mesh()
+        spread = lambda a: jax.device_put(a, jax.sharding.NamedSharding(
+            here, lies if a.ndim > 1 else jax.sharding.PartitionSpec()))
+        have = stream(split, lambda state: jax.tree.map(spread, state))
+    close(have, want)
+
+
+def test_decoding_over_a_mesh_moves_no_cache():
+    q, k, v = inputs(t=1)
+    moved = {}
+    for slots in (256, 1024):
+        attention = Softmax(axis="seq")
+        with jax.set_mesh(mesh(seq=4)):
+            here = jax.sharding.get_mesh()
+            of = lambda a: jax.ShapeDtypeStruct(
+                a.shape, a.dtype, sharding=jax.sharding.NamedSharding(
+                    here, jax.sharding.PartitionSpec(*(None, "seq")[:a.ndim])))
+            state = jax.tree.map(of, attention.init_state(slots, q, k, v))
+            step = jax.jit(attention.step, donate_argnums=0)
+            text = step.lower(state, q, k, v).compile().as_text()
+        found = collectives(text)
+        assert "all-gather" not in found and "all-to-all" not in found, found
+        moved[slots] = sum(map(sum, found.values()))
+    assert moved[256] == moved[1024] < 4 * B * H * (V + 3) * 4, moved

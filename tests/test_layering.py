@@ -18,9 +18,10 @@ BELOW = {
 # mechanisms that many papers share, and the house around them
 SHARED = {
     "__init__", "masks", "segments", "shapes", "dispatch", "sharding", "positions",
-    "tiles", "cache", "blockcache", "layers", "chunks", "linear", "blocks", "grouped",
-    "softmax", "baseconv", "decayed", "scan", "triples", "wy", "triangular", "grid",
-    "shards", "partial", "template", "mixers", "exchange", "ring", "rounds", "zigzag",
+    "tiles", "cache", "blockcache", "layers", "chunks", "linear", "blocks",
+    "grouped", "softmax", "baseconv", "decayed", "scan", "triples", "wy",
+    "triangular", "grid", "shards", "shardcache", "partial", "template", "mixers",
+    "exchange", "ring", "rounds", "zigzag",
 }
 ANALYSES = {"dsf"}  # papers that say what attention is, not another one
 FILES = [path for package in BELOW for path in sorted((ROOT / package).glob("*.py"))]

@@ -1,0 +1,84 @@
+"""Shard cache: a cache whose slots are split over a mesh axis.
+
+A device holds some of the slots. New tokens are written by the device that their slot
+is on, and a few queries are answered by every device from what it holds; the answers
+are joined by their log-sum-exp, in one maximum and one sum of B T H (V+1) numbers,
+however long the cache is.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from attn import cache as caches
+from attn.cache import Cache
+from attn.segments import Place
+from attn.sharding import Axis, devices_of, mesh_of, over_mesh
+
+
+def splits(cache: Cache, axis: Axis | None) -> bool:
+    """Whether the slots of `cache` can be split over `axis`, and its heads over the
+    mesh axis `model`."""
+    if axis is None:
+        return False
+    model = mesh_of(axis).shape.get("model", 1)
+    return cache.k.shape[1] % devices_of(axis) == 0 and cache.k.shape[2] % model == 0
+
+
+def append(cache: Cache, k, v, place: Place, slot: jax.Array, axis: Any) -> Cache:
+    """`attn.cache.append` where each device writes to its own slots."""
+    numbers = jnp.arange(cache.k.shape[1], dtype=jnp.int32)
+
+    def local(numbers, slot, k, v, *rest):
+        held, place = rest[:3], Place(*rest[3:])
+        mine = slot - numbers[0]
+        mine = jnp.where((mine >= 0) & (mine < numbers.shape[0]), mine, -1)
+        part = Cache(*held, end=place.end, segment=place.last)
+        return tuple(caches.append(part, k, v, place, mine)[:3])
+
+    held = _letters(cache)
+    f = over_mesh(local, f"S B. B.KD B.KV {held} B. B. B B -> {held}", axis)
+    new_k, new_v, pos = f(numbers, slot, k, v, *cache[:3], *place)
+    return Cache(new_k, new_v, pos, place.end, place.last)
+
+
+def read(
+    cache: Cache, runs: jax.Array, q: jax.Array, now: Place, axis: Any, *,
+    sink: jax.Array | None = None, **options: Any,
+) -> jax.Array:
+    """`attn.cache.read`, o [B,T,H,V], where each device reads its own slots."""
+    heads = jnp.arange(q.shape[2], dtype=jnp.int32)
+
+    def local(q, head, runs, *rest):
+        now = Place(*rest[3:])
+        part = Cache(*rest[:3], end=now.end, segment=now.last)
+        o, lse = caches.read(part, runs, q, now, head=head, **options)
+        return join(o, lse, axis)
+
+    letters = f"B.HD H BS {_letters(cache)} B. B. B B -> B.HV BH."
+    o, lse = over_mesh(local, letters, axis)(q, heads, runs, *cache[:3], *now)
+    if sink is not None:
+        share = jnp.exp(lse - jnp.logaddexp(lse, sink[None, :, None]))
+        o = o * share.swapaxes(1, 2)[..., None]
+    return o.astype(cache.v.dtype)
+
+
+def join(o: jax.Array, lse: jax.Array, axis: Axis) -> tuple[jax.Array, jax.Array]:
+    """o [B,T,H,V] and lse [B,H,T] of each device's keys as those of all keys, float32,
+    inside `shard_map`."""
+    top = jax.lax.pmax(jax.lax.stop_gradient(lse), axis)
+    base = jnp.where(jnp.isfinite(top), top, 0)
+    weight = jnp.exp(lse - base)
+    wide = lambda w: w.swapaxes(1, 2)[..., None]
+    sums = jnp.concatenate([wide(weight) * o.astype(jnp.float32), wide(weight)], -1)
+    sums = jax.lax.psum(sums, axis)
+    total = sums[..., -1:]
+    o = sums[..., :-1] / jnp.where(total > 0, total, 1)
+    return o, base + jnp.log(total[..., 0]).swapaxes(1, 2)
+
+
+def _letters(cache: Cache) -> str:
+    return "BSKD BSKV " + ("BSK" if cache.pos.shape[2] > 1 else "BS.")

@@ -33,11 +33,12 @@ def append(cache: Cache, k, v, place: Place, slot: jax.Array, axis: Any) -> Cach
     numbers = jnp.arange(cache.k.shape[1], dtype=jnp.int32)
 
     def local(numbers, slot, k, v, *rest):
-        held, place = rest[:3], Place(*rest[3:])
+        old_k, old_v, pos, *place = rest
+        now = Place(*place)
         mine = slot - numbers[0]
         mine = jnp.where((mine >= 0) & (mine < numbers.shape[0]), mine, -1)
-        part = Cache(*held, end=place.end, segment=place.last)
-        return tuple(caches.append(part, k, v, place, mine)[:3])
+        part = Cache(old_k, old_v, pos, now.end, now.last)
+        return tuple(caches.append(part, k, v, now, mine)[:3])
 
     held = _letters(cache)
     f = over_mesh(local, f"S B. B.KD B.KV {held} B. B. B B -> {held}", axis)
@@ -53,8 +54,9 @@ def read(
     heads = jnp.arange(q.shape[2], dtype=jnp.int32)
 
     def local(q, head, runs, *rest):
-        now = Place(*rest[3:])
-        part = Cache(*rest[:3], end=now.end, segment=now.last)
+        k, v, pos, *place = rest
+        now = Place(*place)
+        part = Cache(k, v, pos, now.end, now.last)
         o, lse = caches.read(part, runs, q, now, head=head, **options)
         return join(o, lse, axis)
 

@@ -100,8 +100,8 @@ def pod(name: str) -> Pod:
     if not isinstance(target, Tpu) or ":" not in name:
         kinds = ", ".join(LINK)
         raise ValueError(
-            f"topology={name!r}: expected 'cpu', or one of {kinds} with its chips, such "
-            "as 'v5e:16x16' or 'v5p:2x2x2'"
+            f"topology={name!r}: expected 'cpu', or one of {kinds} with its chips, "
+            "such as 'v5e:16x16' or 'v5p:2x2x2'"
         )
     if importlib.util.find_spec("libtpu") is None:
         raise ValueError(

@@ -36,7 +36,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import pathlib
 import sys
 from typing import Any
 
@@ -166,7 +165,9 @@ def run(config_: Config) -> dict[str, Any]:
              "scores": scores, "spread": rows, "times": times}
     (folder / "dynamics.json").write_text(json.dumps(found, indent=1) + "\n")
     if scores:
-        picture(scores, folder / "dynamics.png")
+        from experiments.report import context_picture
+
+        context_picture(scores, folder / "dynamics.png")
     if not config_.quiet:
         show(scores, rows, times)
     return {"folder": str(folder)} | numbers(scores, rows, times)
@@ -234,26 +235,6 @@ def show(scores: dict, rows: list, times: dict) -> None:
         Console().print(table)
     for table in spread.tables(rows, times):
         Console().print(table)
-
-
-def picture(scores: dict, path: pathlib.Path) -> None:
-    """Right answers against context, a line a mixer, a panel a task."""
-    from experiments.report import plt
-
-    figure, axes = plt.subplots(1, len(scores), figsize=(4.5 * len(scores), 3.8),
-                                layout="constrained", squeeze=False)
-    for ax, (task, each) in zip(axes[0], scores.items()):
-        for name, by in each.items():
-            ax.plot(list(by), list(by.values()), "o-", label=name)
-        ax.set(xscale="log", title=task, xlabel="tokens that can meet",
-               ylabel="right answers", ylim=(0, 1.03))
-        ax.set_xticks(list(by), [f"{at}" for at in by])
-        ax.minorticks_off()
-        ax.grid(alpha=0.3)
-        ax.spines[["top", "right"]].set_visible(False)
-    axes[0][-1].legend(frameon=False, fontsize=7)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
 
 
 if __name__ == "__main__":

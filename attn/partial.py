@@ -120,9 +120,10 @@ def distributed(
     over a sharded cache needs, one maximum and one sum of B H T (V+1) numbers.
 
     Positions and runs as in `attn.tiles.attend`, in the global view. T and S need not
-    be multiples of the devices: keys that are filled in have no place. A column's keys
-    are every n-th piece of the sequence, so that columns share a causal mask's work;
-    rows do not. In low precision o of a part is rounded before it is merged.
+    be multiples of the devices: keys that are filled in have no place. On r x c devices
+    a column's keys are every c-th of r c pieces of the sequence, so that columns share
+    a causal mask's work; rows do not, nor do columns alone. In low precision o of a
+    part is rounded before it is merged.
     """
     check(q, k, v)
     names = names_of(rows) + names_of(columns)

@@ -1,16 +1,41 @@
 """A unified view: does context help, which mixers use it, and what do devices add?
 
 Claims of "A Unified View of Long-Sequence Models towards Modeling Million-Scale
-Dependencies", scaled down.
+Dependencies", scaled down: whether long context helps depends on the task; plain
+transformers make poor use of it; attention over four devices is almost 40 times as fast
+as vanilla attention on one.
 
     python -m experiments.dynamics
+
+took 14 minutes, 8 of them processor time, on 2 cores busy with other work. It leaves
+dynamics.json and dynamics.png. One seed; steps and rate were chosen by a few tries.
+
+Context: a sequence is cut into pieces, and only tokens of one piece meet; nothing else
+is taken away. Digits of 64 pixels, named from the mean over all of them, do not need
+more than 16 that meet: 90.3%, 89.4% and 88.6% with softmax at 16, 32 and 64, at most
+1.9 points between contexts of any mixer (360 held out: 1 point is 4 digits). Which of
+511 coins' sides came up more often, asked at the end, needs them all: 64.1%, 72.7% and
+96.9% at 128, 256 and 512, where what is in sight allows 66.6%, 75.0% and 100%. So the
+first claim shows. The second does not: softmax uses this context as well as linear
+attention (96.9%), and better than a long convolution (81.8%) and Linformer (70.1%),
+which have to learn a weight for every place. FNet's one layer brings the sum to token 0
+only and a filter of 3 tokens sees one coin: 51.2% and 53.1%.
+
+Devices, T = 4096, H2 D64, causal, on grids of 1 to 8 devices: outputs differ by 2e-7.
+With all logits of a device in memory its temporary memory is 403, 202, 102 and 51 MB,
+like 1/P; a step of a ring, T/P queries on T/P keys, takes 271, 68, 17 and 4.5 MB, like
+1/P^2; tiles take 8.8 to 4.5 MB. Bytes of collectives in the compiled programs equal
+those by hand. Modelled, not timed: at T = 131,072, four devices are 40 times as fast as
+vanilla attention, of which 11.2 come from never writing the logits and 3.6 from the
+devices; at T = 4096 they are slower than one, since the links are. The model takes
+peaks for granted and float32 logits that cross memory four times; half as many bytes
+would make the 11.2 about 6.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import pathlib
 import sys
 from typing import Any
 
@@ -140,7 +165,9 @@ def run(config_: Config) -> dict[str, Any]:
              "scores": scores, "spread": rows, "times": times}
     (folder / "dynamics.json").write_text(json.dumps(found, indent=1) + "\n")
     if scores:
-        picture(scores, folder / "dynamics.png")
+        from experiments.report import context_picture
+
+        context_picture(scores, folder / "dynamics.png")
     if not config_.quiet:
         show(scores, rows, times)
     return {"folder": str(folder)} | numbers(scores, rows, times)
@@ -206,46 +233,8 @@ def show(scores: dict, rows: list, times: dict) -> None:
         for name, by in each.items():
             table.add_row(name, *(f"{by[at]:.1%}" for at in contexts))
         Console().print(table)
-    if rows:
-        table = Table(title="a device of a grid, MB", box=box.MARKDOWN)
-        for title in ("grid", "error", "tiles", "logits", "ring", "gather", "hand",
-                      "reduce", "hand"):
-            table.add_column(title, justify="right", no_wrap=True)
-        for row in rows:
-            sizes = (row["tiles"], row["dense"], row["ring"], row["gathered"],
-                     row["by hand"]["gathered"], row["reduced"],
-                     row["by hand"]["reduced"])
-            table.add_row(f"{row['rows']}x{row['columns']}", f"{row['error']:.0e}",
-                          *(f"{size / 1e6:.2f}" for size in sizes))
+    for table in spread.tables(rows, times):
         Console().print(table)
-    for t, each in times.items():
-        one, vanilla = each["1 device"], each["vanilla"]
-        table = Table(title=f"T = {t:,}, modelled", box=box.MARKDOWN)
-        for title in ("", "ms", "times as fast as vanilla", "as 1 device in tiles"):
-            table.add_column(title, justify="right")
-        for name, value in each.items():
-            table.add_row(name, f"{1e3 * value:.3f}", f"{vanilla / value:.1f}",
-                          f"{one / value:.2f}")
-        Console().print(table)
-
-
-def picture(scores: dict, path: pathlib.Path) -> None:
-    """Right answers against context, a line a mixer, a panel a task."""
-    from experiments.report import plt
-
-    figure, axes = plt.subplots(1, len(scores), figsize=(4.5 * len(scores), 3.8),
-                                layout="constrained", squeeze=False)
-    for ax, (task, each) in zip(axes[0], scores.items()):
-        for name, by in each.items():
-            ax.plot(list(by), list(by.values()), "o-", label=name)
-        ax.set(xscale="log", title=task, xlabel="tokens that can meet",
-               ylabel="right answers", ylim=(0, 1.03))
-        ax.set_xticks(list(by), [f"{at}" for at in by])
-        ax.grid(alpha=0.3)
-        ax.spines[["top", "right"]].set_visible(False)
-    axes[0][-1].legend(frameon=False, fontsize=7)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
 
 
 if __name__ == "__main__":

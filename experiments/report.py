@@ -1,4 +1,4 @@
-"""Report: the pictures and the page of `experiments.compare`."""
+"""Report: the pictures and the page of `experiments.compare`, and other pictures."""
 
 from __future__ import annotations
 
@@ -50,6 +50,25 @@ def loss_picture(rows: list[dict[str, Any]], path: pathlib.Path) -> None:
     axes.set(xlabel="tokens of training text", ylabel="loss (nats a token)",
              title="Learning to read")
     _finish(figure, axes, path)
+
+
+def context_picture(scores: dict[str, dict], path: pathlib.Path) -> None:
+    """Right answers against context, a line a mixer, a panel a task; scores: by task,
+    mixer and context."""
+    figure, panels = plt.subplots(1, len(scores), figsize=(4.5 * len(scores), 4.5),
+                                  layout="constrained", squeeze=False)
+    for axes, (task, each) in zip(panels[0], scores.items()):
+        for name, by in each.items():
+            axes.plot(list(by), list(by.values()), "o-", label=name)
+        axes.set(xscale="log", title=task, xlabel="tokens that can meet",
+                 ylabel="right answers", ylim=(0, 1.03))
+        axes.set_xticks(list(by), [f"{at}" for at in by])
+        axes.minorticks_off()
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0][-1].legend(frameon=False, fontsize=7)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
 
 
 def _finish(figure, axes, path: pathlib.Path) -> None:

@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
+from rich import box
+from rich.table import Table
 
 from attn.masks import Causal
 from attn.partial import distributed, merge, output, partial, traffic
@@ -139,4 +141,31 @@ def modelled(length: int, heads: int, width: int, on: Hardware) -> dict[str, flo
         found[f"{devices} device" + "s" * (devices > 1)] = (
             pairs / on.flops / devices + (sent["gathered"] + ring) / on.link
         )
+    return found
+
+
+def tables(rows: list[dict[str, Any]], times: dict[int, dict[str, float]]) -> list:
+    """What `measured` and, by T, `modelled` gave, for the terminal."""
+    found = []
+    if rows:
+        table = Table(title="a device of a grid, MB", box=box.MARKDOWN)
+        for title in ("grid", "error", "tiles", "logits", "ring", "gather", "hand",
+                      "reduce", "hand"):
+            table.add_column(title, justify="right", no_wrap=True)
+        for row in rows:
+            sizes = (row["tiles"], row["dense"], row["ring"], row["gathered"],
+                     row["by hand"]["gathered"], row["reduced"],
+                     row["by hand"]["reduced"])
+            table.add_row(f"{row['rows']}x{row['columns']}", f"{row['error']:.0e}",
+                          *(f"{size / 1e6:.2f}" for size in sizes))
+        found.append(table)
+    for t, each in times.items():
+        one, vanilla = each["1 device"], each["vanilla"]
+        table = Table(title=f"T = {t:,}, modelled", box=box.MARKDOWN)
+        for title in ("", "ms", "times as fast as vanilla", "as 1 device in tiles"):
+            table.add_column(title, justify="right")
+        for name, value in each.items():
+            table.add_row(name, f"{1e3 * value:.3f}", f"{vanilla / value:.1f}",
+                          f"{one / value:.2f}")
+        found.append(table)
     return found

@@ -40,13 +40,17 @@ def arranged(sizes: Sizes, devices: Any) -> Mesh:
     ValueError if it cannot."""
     slices = len({getattr(d, "slice_index", 0) for d in devices})
     if slices == 1:
-        placed = mesh_utils.create_device_mesh(sizes, devices)
+        placed = mesh_utils.create_device_mesh(
+            sizes, devices, allow_split_physical_axes=True
+        )
     elif sizes[0] % slices:
         raise ValueError(f"mesh={sizes}: data={sizes[0]}: expected a multiple of the "
                          f"{slices} slices of the pod")
     else:
         near = (sizes[0] // slices, *sizes[1:])
-        placed = mesh_utils.create_hybrid_device_mesh(near, (slices, 1, 1), devices)
+        placed = mesh_utils.create_hybrid_device_mesh(
+            near, (slices, 1, 1), devices, allow_split_physical_axes=True
+        )
     return Mesh(placed, AXES, axis_types=(AxisType.Auto,) * 3)
 
 

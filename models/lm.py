@@ -267,11 +267,11 @@ def state_bytes(model: Any, size: int, prompt: int | None = None) -> int:
 
 
 def loss(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Cross entropy in nats: (sum, count) over targets [B,T] >= 0, from logits
-    [B,T,vocab]; -1 has no loss."""
+    """Cross entropy in nats: (sum, count) over targets [B,T] or [B] >= 0, from logits
+    [...,vocab]; -1 has no loss."""
     real, logits = targets >= 0, logits.astype(jnp.float32)
     # a comparison, not an index: where the vocabulary is split, sums are all that moves
-    ids = jnp.arange(logits.shape[-1]).reshape(1, 1, -1)
+    ids = jnp.arange(logits.shape[-1]).reshape((1,) * targets.ndim + (-1,))
     own = jnp.where(ids == targets[..., None], logits, 0).sum(-1)
     nats = jax.nn.logsumexp(logits, -1) - own
     return jnp.where(real, nats, 0).sum(), real.sum()

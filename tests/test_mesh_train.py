@@ -3,17 +3,20 @@
 import dataclasses
 import functools
 import shutil
+import types
 
 import jax
 import numpy as np
 import pytest
 
+from attn.lightning import Lightning
 from attn.softmax import Softmax
 from experiments import mesh as meshes
 from experiments import train
 from experiments.runs import open_folder
 from experiments.train import fit
 from models.lm import LM
+from models.transnormer import TransNormer
 from tests.laws import close
 from tests.mesh_run import BATCH, MODEL, Counting, plan
 
@@ -69,6 +72,33 @@ def test_parts_and_whole_parameters_change_nothing():
         jax.tree.map(lambda a, b: close(a, b, "gradient"), have[1], want[1])
     kernel = have[2].params["params"]["layers"]["layer_0"]["mlp"]["up"]["kernel"]
     assert kernel.sharding.spec == jax.sharding.PartitionSpec(None, "model")
+
+
+class Packed(Counting):
+    """Three sequences in a row, and padding."""
+
+    def batch(self, step, size):
+        runs = np.repeat([1, 2, 3, 0], [9, 11, 8, 4]).astype(np.int32)
+        return super().batch(step, size) | {"segments": np.tile(runs, (size, 1))}
+
+
+@pytest.mark.parametrize("model, source", [
+    (TransNormer(vocab=33, width=32, heads=4), Counting()),
+    (MODEL.clone(attention=(Lightning(),) * 2, tied=False, scan=True, remat=True),
+     Packed()),
+], ids=("TransNormer", "packed"))
+def test_other_models_on_a_mesh(model, source):
+    losses = [
+        [row["loss"] for row in fit(model, source, plan(mesh), quiet=True).rows]
+        for mesh in ((1, 1, 1), (2, 2, 2))
+    ]
+    close(np.array(losses[1]), np.array(losses[0]))
+
+
+def test_slow_links_are_crossed_by_data_alone():
+    slices = [types.SimpleNamespace(slice_index=n // 4) for n in range(8)]
+    with pytest.raises(ValueError, match="data=1: expected a multiple of the 2 slices"):
+        meshes.arranged((1, 4, 2), slices)
 
 
 def test_a_checkpoint_goes_on_on_another_mesh(tmp_path):

@@ -18,10 +18,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from attn.baseconv import across as convolved
 from attn.segments import Place, place
 from attn.shapes import check
 from attn.sharding import Axis, mesh_of, over_mesh, splits, spread_heads
+from attn.shortconv import across as convolved
 from attn.wy import across
 
 

@@ -26,11 +26,12 @@ import jax.numpy as jnp
 from attn.chunks import only
 from attn.decayed import attend, follow
 from attn.dispatch import pick
-from attn.linear import LinearState, whole
+from attn.linear import LinearState
 from attn.scan import prefix
 from attn.segments import place, runs
 from attn.shapes import check
 from attn.sharding import Axis, over_mesh, splits
+from attn.unordered import whole
 
 LOW = -1e30  # the largest of no keys; finite, as differences of two have to be
 ACTIVATIONS = ("silu", None)

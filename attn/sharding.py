@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec
 
 HOME = {"B": "data", "H": "model", "K": "model"}
 Axis = str | tuple[str, ...]  # several axes are one, the first the slowest
+TILE = 1024  # float32 numbers of a vector register of a TPU
 
 
 def mesh_of(axis: Axis):
@@ -103,6 +104,8 @@ def stacked(tree: Any, axis: Axis) -> Any:
     if len(leaves) == 1 and leaves[0].dtype == jnp.float32:
         return jax.tree.unflatten(form, [jax.lax.all_gather(leaves[0], axis)])
     flat = [part.reshape(-1) for a in leaves for part in _floats(a)]
+    # rows of whole tiles: others are not gathered on TPU, but added up in zeros
+    flat.append(jnp.zeros((-sum(a.size for a in flat) % TILE,), jnp.float32))
     found = jax.lax.all_gather(jnp.concatenate(flat), axis)
     parts, at = [], 0
     for a in leaves:

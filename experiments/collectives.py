@@ -68,15 +68,30 @@ def instructions(text: str) -> list[Collective]:
     head = text.split("\n", 1)[0]
     counts = re.findall(r"(?:num_partitions|replica_count)=(\d+)", head)
     devices = math.prod(map(int, counts))
-    found = []
+    found, started = [], _started(bodies)
     for name, lines in bodies.items():
         count, known = times.get(name, (0, True))
         for line in lines if count else ():
             one = _collective(line)
-            if one is not None:
+            if one is not None and started.get(_channel(line), name) == name:
                 found.append(dataclasses.replace(
                     one, times=count, uncounted=not known, group=one.group or devices))
     return found
+
+
+def _started(bodies: dict) -> dict[str, str]:
+    """Where collectives start whose steps are fused into work that does not need them,
+    by channel: TPU programs name such a one in every fusion that it passes through."""
+    return {
+        _channel(line): name for name, lines in bodies.items()
+        if any('custom_call_target="AsyncCollectiveStart"' in line for line in lines)
+        for line in lines if _collective(line) is not None
+    }
+
+
+def _channel(line: str) -> str:
+    found = re.search(r"channel_id=(\d+)", line)
+    return found[1] if found else ""
 
 
 def _computations(text: str) -> tuple[dict[str, list[str]], str]:

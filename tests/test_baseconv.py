@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from attn.baseconv import BaseConv, shortconv
+from attn.baseconv import BaseConv
+from attn.shortconv import shortconv
 
 B, T, C = 2, 13, 6
 SEGMENTS = np.array([[1] * 4 + [2] * 3 + [0] * 2 + [2] * 4, [0] + [3] * 10 + [0] * 2])

@@ -20,7 +20,7 @@ SHARED = {
     "__init__", "masks", "segments", "shapes", "dispatch", "sharding", "positions",
     "tiles", "cache", "blockcache", "layers", "chunks", "linear", "blocks", "grouped",
     "softmax", "baseconv", "decayed", "scan", "triples", "wy", "triangular", "grid",
-    "shards",
+    "shards", "shortconv", "unordered",
 }
 ANALYSES = {"dsf"}  # papers that say what attention is, not another one
 FILES = [path for package in BELOW for path in sorted((ROOT / package).glob("*.py"))]

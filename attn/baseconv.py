@@ -18,7 +18,8 @@ import jax.numpy as jnp
 
 from attn.layers import Layer
 from attn.segments import place
-from attn.shortconv import shortconv
+from attn.sharding import Axis, home, over_mesh, splits
+from attn.shortconv import across
 
 VARIANTS = ("lm", "zoology")
 
@@ -41,12 +42,14 @@ class BaseConv(Layer):
     experiments on recall: conv(x) * (x P) + x, all with bias, no activation, and the
     sum with x beside that of the model. kernel: tokens that the filter sees. dtype: of
     the computation; parameters are float32. Order is all it knows: `pos` has no effect.
+    axis: the mesh axis that T is split over; neighbours then hand on kernel-1 tokens.
     """
 
     variant: str = "lm"
     kernel: int = 3
     expand: int = 4
     dtype: Any = jnp.float32
+    axis: Axis | None = None
 
     def __post_init__(self):
         if self.variant not in VARIANTS:
@@ -80,7 +83,10 @@ class BaseConv(Layer):
         if self.variant == "zoology":
             bias = self.param("conv_bias", nn.initializers.zeros, (width,), jnp.float32)
         last = None if state is None else state.last
-        last, mixed = shortconv(mixed, weight, bias, state=last, run=run)
+        axis = self.axis if state is None else splits(self.axis, x.shape[1])
+        last, mixed = _convolved(axis, mixed, weight, last, run)
+        if bias is not None:
+            mixed = mixed + bias.astype(mixed.dtype).reshape(1, 1, width)
         y = self._combine(x, gate, mixed, run)
         return y if state is None else (ConvState(last, now.end, now.last), y)
 
@@ -121,6 +127,18 @@ class BaseConv(Layer):
         else:
             y = self._dense(x.shape[-1], "out")(nn.silu(mixed) * gate)
         return y if run is None else jnp.where((run > 0)[..., None], y, 0)
+
+
+def _convolved(axis: Axis | None, x, weight, state, run):
+    """The next state and y [B,T,C]; without an axis, `shortconv`."""
+    def local(x, weight, state, run):
+        states = None if state is None else [state]
+        after, (y,) = across([x], [weight], states=states, run=run, axis=axis)
+        return None if after is None else after[0], y
+
+    c = home("H", x.shape[2], axis)  # channels lie where heads do
+    letters = f"BT{c} .{c} B.{c} BT -> B.{c} BT{c}"
+    return over_mesh(local, letters, axis)(x, weight, state, run)
 
 
 # unit variance in, unit variance out, whatever the width

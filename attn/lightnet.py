@@ -187,7 +187,8 @@ class LightNet:
 
     def _shares(self, k, run, before: tuple, axis: Axis | None, ends: bool = True):
         """exp(k_t - z_t), z_{t-1} - z_t [B,T,H,D], and the sums after all tokens, or
-        None and None."""
+        None and None. Over a mesh these sums [B,H,D] are gathered before the states,
+        whose decays depend on them."""
         f = functools.partial(self._running, axis, ends)
         letters = "BTHD BT BHD BHD -> BTHD BTHD BHD BHD"
         return over_mesh(f, letters, axis)(k, run, *before)

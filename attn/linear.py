@@ -197,7 +197,9 @@ def _joined(final, total, *, run, state, axis, reverse, copies, alike) -> Before
 
 
 def _split(q, k, v, log_decay, run, join: Callable, chunk: int, implementation):
-    """The state after all shards and o [B,T,H,V] float32 of this one."""
+    """The state after all shards and o [B,T,H,V] float32 of this one. In XLA's form the
+    gather needs nothing of what the tokens of a chunk give each other, and can overlap
+    with it; a kernel makes both at once, and the gather follows it."""
     def before(local, g, runs):
         final, _ = _travel(jnp.zeros_like(local[0]), local, g, runs)
         total = None if g is None else g.sum(3).sum(0) * (len(local) / len(g))

@@ -54,6 +54,15 @@ def spec(letters: str, axis: Axis) -> PartitionSpec:
     return PartitionSpec(*(homes.get(c) for c in letters))
 
 
+def home(letter: str, length: int, axis: Axis | None) -> str:
+    """`letter` where the mesh can split so many, `.` where every device has them all.
+    """
+    if axis is None:
+        return letter
+    devices = mesh_of(axis).shape.get(HOME.get(letter, ""), 1)
+    return "." if length % devices else letter
+
+
 def over_mesh(f: Callable, letters: str, axis: Axis | None) -> Callable:
     """`f` on the shards of its arguments; `f` itself when `axis` is None.
 

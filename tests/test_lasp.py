@@ -306,9 +306,11 @@ def test_the_kernels_over_a_mesh(platform, rule, monkeypatch):
             close(a, b, GRADIENT)
 
 
-@pytest.mark.parametrize("shards", (2, 8))
+@pytest.mark.parametrize("shards", (2, 4, 8))
 @pytest.mark.parametrize("form", FORMS)
 def test_a_short_convolution_over_a_mesh(shards, form):
+    axis = ("far", "near") if shards == 4 else "seq"
+    over = mesh(4, ("far", "near"), (2, 2)) if shards == 4 else mesh(shards)
     rng = np.random.default_rng(0)
     normal = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
     xs, ws = [normal(2, 16, c) for c in (3, 5)], [normal(4, c) for c in (3, 5)]
@@ -319,11 +321,11 @@ def test_a_short_convolution_over_a_mesh(shards, form):
 
     def f(a, b, u, w, s, r, run):
         after, ys = convolved((a, b), (u, w), states=(s, r) if states else None,
-                              run=run, axis="seq")
+                              run=run, axis=axis)
         return *(after or (None, None)), *ys
 
-    with jax.set_mesh(mesh(shards)):
-        found = jax.jit(over_mesh(f, words, "seq"))(
+    with jax.set_mesh(over):
+        found = jax.jit(over_mesh(f, words, axis))(
             *xs, *ws, *(states or (None, None)), run)
     for i, (x, w) in enumerate(zip(xs, ws)):
         after, y = shortconv(x, w, state=states and states[i], run=run)

@@ -4,8 +4,8 @@ Every attention is a frozen dataclass in a file of its own name and has the same
 methods: `__call__(q, k, v)` for all tokens at once, `init_state` for an empty memory
 and `step` for the next tokens. Import one by `from attn.landmark import Landmark`.
 
-Mechanisms            tiles, linear, wy, chunks, decayed, scan, triples, blocks,
-                      grouped, partial, cache, blockcache
+Mechanisms            tiles, linear, unordered, wy, triangular, chunks, decayed, scan,
+                      triples, shortconv, blocks, grouped, partial, cache, blockcache
 Exact attention       softmax
 Linear attention      lightning, retnet, gla, lightnet, based, delta, flow, essa,
                       lineartransformer
@@ -16,5 +16,5 @@ Fixed patterns        mixers
 Sparse, retrieval     landmark
 Cache compression     snapkv
 Around them           masks, positions, grid, segments, layers, baseconv, sharding,
-                      dispatch
+                      shards, dispatch
 """

@@ -20,13 +20,13 @@ import jax
 import jax.numpy as jnp
 
 from attn.dispatch import pick
-from attn.linear import by_run
 from attn.scan import Triple, across, attend, empty, join, total
 from attn.segments import place, runs
 from attn.shapes import check
 from attn.sharding import (
     Axis, gather, over_mesh, splits, spread_heads, stacked,
 )
+from attn.unordered import by_run
 
 
 class AarenState(NamedTuple):

@@ -23,11 +23,12 @@ import numpy as np
 
 from attn.chunks import Runs, chunked, filled, only, runs_of, unchunked
 from attn.dispatch import pick
-from attn.linear import LinearState, by_run, check_state, empty, one
+from attn.linear import LinearState, check_state, empty, one
 from attn.segments import place, runs
 from attn.shapes import check
 from attn.sharding import Axis, gather, over_mesh, splits, spread_heads
 from attn.shards import prefix
+from attn.unordered import by_run
 
 
 def features(x: jax.Array, compact: bool = False) -> jax.Array:

@@ -18,10 +18,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from attn.baseconv import across as convolved
 from attn.segments import Place, place
 from attn.shapes import check
-from attn.sharding import Axis, mesh_of, over_mesh, splits, spread_heads
+from attn.sharding import Axis, home, over_mesh, splits, spread_heads
+from attn.shortconv import across as convolved
 from attn.wy import across
 
 
@@ -143,7 +143,7 @@ class Delta(nn.Module):
         ]
         streams = tails[0] is not None
         tails = [a.astype(jnp.float32) for a in tails] if streams else None
-        channels = [_home(a.shape[2], axis) for a in arrays]
+        channels = [home("H", a.shape[2], axis) for a in arrays]
         of = lambda before: " ".join(before + c for c in channels)
         letters = f"{of('BT')} {of('.')} {of('B.')} BT -> {of('B.')} {of('BT')}"
 
@@ -169,13 +169,6 @@ class Delta(nn.Module):
         fade = jnp.exp(self.param("A_log", _fades, (h,))).reshape(1, 1, h)
         bias = self.param("dt_bias", _steps, (h,)).reshape(1, 1, h)
         return beta, -fade * nn.softplus(dense("decay") + bias)
-
-
-def _home(heads: int, axis: Axis | None) -> str:
-    """The letter of the channels of so many heads: whole where the mesh cannot split
-    the heads."""
-    split = axis is None or heads % mesh_of(axis).shape.get("model", 1) == 0
-    return "H" if split else "."
 
 
 def _unit(a):

@@ -22,10 +22,10 @@ import jax
 import jax.numpy as jnp
 
 from attn.dispatch import pick
-from attn.linear import whole
 from attn.segments import runs
 from attn.shapes import check
 from attn.sharding import Axis, over_mesh, spread_heads
+from attn.unordered import whole
 
 
 @dataclasses.dataclass(frozen=True)

@@ -26,10 +26,11 @@ import jax
 import jax.numpy as jnp
 
 from attn.dispatch import pick
-from attn.linear import across, recur, whole
+from attn.linear import across, recur
 from attn.segments import place, runs
 from attn.shapes import check
 from attn.sharding import Axis, over_mesh, splits
+from attn.unordered import whole
 
 FEATURES = ("sigmoid", "relu")
 

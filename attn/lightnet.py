@@ -26,11 +26,12 @@ import jax.numpy as jnp
 from attn.chunks import only
 from attn.decayed import attend, follow
 from attn.dispatch import pick
-from attn.linear import LinearState, whole
+from attn.linear import LinearState
 from attn.scan import prefix
 from attn.segments import place, runs
 from attn.shapes import check
 from attn.sharding import Axis, over_mesh, splits
+from attn.unordered import whole
 
 LOW = -1e30  # the largest of no keys; finite, as differences of two have to be
 ACTIVATIONS = ("silu", None)
@@ -186,7 +187,8 @@ class LightNet:
 
     def _shares(self, k, run, before: tuple, axis: Axis | None, ends: bool = True):
         """exp(k_t - z_t), z_{t-1} - z_t [B,T,H,D], and the sums after all tokens, or
-        None and None."""
+        None and None. Over a mesh these sums [B,H,D] are gathered before the states,
+        whose decays depend on them."""
         f = functools.partial(self._running, axis, ends)
         letters = "BTHD BT BHD BHD -> BTHD BTHD BHD BHD"
         return over_mesh(f, letters, axis)(k, run, *before)

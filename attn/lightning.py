@@ -21,10 +21,11 @@ import numpy as np
 
 from attn.decayed import attend, follow
 from attn.dispatch import pick
-from attn.linear import LinearState, across, empty, whole
+from attn.linear import LinearState, across, empty
 from attn.segments import runs
 from attn.shapes import check
 from attn.sharding import Axis, over_mesh, spread_heads
+from attn.unordered import whole
 
 RULES = ("code", "paper", "fla", "none")
 

@@ -24,7 +24,7 @@ from attn.chunks import (
 )
 from attn.dispatch import interpreted, pick
 from attn.shapes import check
-from attn.sharding import Axis, gather
+from attn.sharding import Axis
 from attn.shards import Before, prefix
 from pallas_kernels import linear as kernels
 
@@ -197,7 +197,9 @@ def _joined(final, total, *, run, state, axis, reverse, copies, alike) -> Before
 
 
 def _split(q, k, v, log_decay, run, join: Callable, chunk: int, implementation):
-    """The state after all shards and o [B,T,H,V] float32 of this one."""
+    """The state after all shards and o [B,T,H,V] float32 of this one. In XLA's form the
+    gather needs nothing of what the tokens of a chunk give each other, and can overlap
+    with it; a kernel makes both at once, and the gather follows it."""
     def before(local, g, runs):
         final, _ = _travel(jnp.zeros_like(local[0]), local, g, runs)
         total = None if g is None else g.sum(3).sum(0) * (len(local) / len(g))
@@ -236,50 +238,6 @@ def entering(q, log_decay, run, begin: Callable) -> tuple[Before, jax.Array]:
         present = jnp.broadcast_to(jnp.asarray(begun.run, run.dtype), run.shape[:1])
         q = only(((run == present[:, None]) & (run > 0))[..., None, None], q)
     return begun, jnp.einsum("bthd,bhdv->bthv", q, begun.state)
-
-
-def whole(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    *,
-    q_run: jax.Array | None = None,
-    kv_run: jax.Array | None = None,
-    axis: Axis | None = None,
-) -> jax.Array:
-    """o = q (K^T V) [B,T,H,V] float32: every query sees every key of its run, whatever
-    their order. q [B,T,H,D], k [B,S,K,D], v [B,S,K,V], runs [B,T] and [B,S], 0 is
-    padding. With `axis`, T and S are split over that mesh axis: one state is summed by
-    an all-reduce, forward and backward, which moves about 2/W of the bytes of LASP-2's
-    all-gather; or, with runs, the keys and values are gathered."""
-    if kv_run is not None:
-        keys, values, runs = (gather(a, axis) for a in (k, v, kv_run))
-        sums = lambda q, k, v, run: recur(q, k, v, run=run)[1]
-        return by_run(sums, q, keys, values, q_run, runs)
-    b, t, h, d = q.shape
-    q, k, v = (a.astype(jnp.float32) for a in (q, k, v))
-    state = jnp.einsum("bskd,bskv->bkdv", k, v)
-    state = state if axis is None else jax.lax.psum(state, axis)
-    q = q.reshape(b, t, k.shape[2], -1, d)
-    return jnp.einsum("btkgd,bkdv->btkgv", q, state).reshape(b, t, h, -1)
-
-
-def by_run(recurrence: Callable, q, k, v, q_run, kv_run) -> jax.Array:
-    """What a causal recurrence(q, k, v, run) -> o [B,T,H,V] gives without an order:
-    keys and queries are sorted by run, the keys of each in front of its queries."""
-    s = k.shape[1]
-    runs = jnp.concatenate([kv_run, q_run], 1)
-    order = jnp.argsort(runs, axis=1, stable=True)
-    back = jnp.argsort(order, axis=1)[:, s:]
-    take = lambda a, at: jnp.take_along_axis(
-        a, at.reshape(at.shape + (1,) * (a.ndim - 2)), 1
-    )
-    widen = lambda a, before, after: jnp.pad(
-        a, ((0, 0), (before, after), (0, 0), (0, 0))
-    )
-    q, k, v = widen(q, s, 0), widen(k, 0, q_run.shape[1]), widen(v, 0, q_run.shape[1])
-    o = recurrence(*(take(a, order) for a in (q, k, v)), take(runs, order))
-    return take(o, back)
 
 
 def _recur(q, k, v, log_decay, run, chunk: int, begin: Callable):

@@ -12,15 +12,17 @@ over j <= t in causal order, else over all. A column of ones beside v makes both
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 
 from attn.dispatch import pick
-from attn.linear import LinearState, across, check_state, empty, recur, whole
+from attn.linear import LinearState, across, check_state, empty
 from attn.segments import place, runs
 from attn.shapes import check
-from attn.sharding import Axis, over_mesh, spread_heads
+from attn.sharding import Axis, over_mesh, splits, spread_heads
+from attn.unordered import whole
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,11 +68,14 @@ class LinearTransformer:
         check(q, k, v, segments=segments, aligned=True)
         check_state(state, self._memory(q, v))
         now = place(segments, q.shape[0], q.shape[1], state.end, state.segment)
-        memory, o = recur(
-            _phi(q), _phi(k), _beside_one(v), state=state.memory,
-            run=None if segments is None else now.run, chunk=self.chunk,
-            implementation=self.implementation,
+        axis = splits(self.axis, q.shape[1])
+        k, v = (spread_heads(a, q.shape[2], axis) for a in (k, v))
+        f = over_mesh(
+            functools.partial(self._sums, axis), "BHDV BTHD BTKD BTKV BT -> BHDV BTHV",
+            axis,
         )
+        run = None if segments is None else now.run
+        memory, o = f(state.memory, q, k, v, run)
         return LinearState(memory, now.end, now.last), self._divided(o).astype(v.dtype)
 
     def _check_stream(self) -> None:
@@ -83,16 +88,19 @@ class LinearTransformer:
         b, _, h, d = q.shape
         return b, h, d, v.shape[-1] + 1
 
+    def _sums(self, axis, state, q, k, v, run) -> tuple:
+        return across(
+            _phi(q), _phi(k), _beside_one(v), state=state, run=run, chunk=self.chunk,
+            axis=axis, implementation=self.implementation,
+        )
+
     def _local(self, q, k, v, q_run, kv_run) -> jax.Array:
-        args = _phi(q), _phi(k), _beside_one(v)
         if self.causal:
-            _, o = across(
-                *args, run=kv_run, chunk=self.chunk, axis=self.axis,
-                implementation=self.implementation,
-            )
+            _, o = self._sums(self.axis, None, q, k, v, kv_run)
         else:
             o = pick(self.implementation, xla=lambda: whole(
-                *args, q_run=q_run, kv_run=kv_run, axis=self.axis))
+                _phi(q), _phi(k), _beside_one(v), q_run=q_run, kv_run=kv_run,
+                axis=self.axis))
         return self._divided(o).astype(v.dtype)
 
     def _divided(self, o: jax.Array) -> jax.Array:

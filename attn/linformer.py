@@ -20,10 +20,10 @@ import jax
 import jax.numpy as jnp
 
 from attn.dispatch import pick
-from attn.linear import whole
 from attn.segments import place, runs
 from attn.shapes import check
 from attn.sharding import Axis, over_mesh, spread_heads
+from attn.unordered import whole
 
 
 class Linformer(nn.Module):

@@ -11,8 +11,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from attn.baseconv import shortconv
 from attn.layers import Layer
+from attn.shortconv import shortconv
 from attn.template import row
 
 

@@ -25,10 +25,10 @@ from attn import cache as caches
 from attn.cache import Cache
 from attn.masks import Causal
 from attn.positions import RoPE
-from attn.scan import before
 from attn.segments import place
 from attn.shapes import check
 from attn.sharding import Axis, over_mesh
+from attn.shards import before
 from attn.softmax import attend
 
 _INIT = nn.initializers.variance_scaling(1.0, "fan_in", "normal")

@@ -14,7 +14,6 @@ product (`attn/triples.py`) or as kernels.
 
 from __future__ import annotations
 
-import functools
 from typing import Any, Callable, NamedTuple
 
 import jax
@@ -22,7 +21,8 @@ import jax.numpy as jnp
 
 from attn import triples
 from attn.dispatch import interpreted, pick
-from attn.sharding import Axis, stacked
+from attn.sharding import Axis
+from attn.shards import before, tagged
 from pallas_kernels import scan as kernels
 
 
@@ -93,85 +93,6 @@ def prefix(
     whole = lambda a: a.swapaxes(0, 1).reshape(b, -1, *a.shape[3:])[:, :t]
     last = last if axis is None else after
     return last[1] if ends else None, jax.tree.map(whole, found)
-
-
-def tagged(op: Callable) -> Callable:
-    """`op` on pairs (run, stretch), where run [...] is that of the stretch's last token
-    and 0 if it has none: a stretch of another run replaces what came before it. Runs
-    rise, so if the last runs are equal, all behind the seam belongs to one run."""
-    def step(a, b):
-        def choose(x, y, joined):
-            of = lambda test: test.reshape(test.shape + (1,) * (x.ndim - test.ndim))
-            return jnp.where(of(b[0] == 0), x, jnp.where(of(a[0] == b[0]), joined, y))
-
-        return jnp.maximum(a[0], b[0]), jax.tree.map(choose, a[1], b[1], op(a[1], b[1]))
-
-    return step
-
-
-def before(
-    op: Callable, last: jax.Array, final: Any, axis: Axis, first: Any,
-    ends: bool = False,
-) -> tuple[Any, Any]:
-    """(run, stretch) of all tokens before this shard, and, if `ends`, of all tokens of
-    all shards, else None. last [B]: its last run, 0 if it has none; final [B,...]: its
-    stretch, `first`: the pair that comes before all. One all-gather of stretches, and
-    in the backward pass one of their gradients, from which every shard takes its own
-    by going the same way again.
-    """
-    return _before((op, axis, ends), last, final, *first)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _before(how: tuple, last, final, run, state):
-    return _ahead(how, last, final, run, state)[0]
-
-
-def _ahead(how: tuple, last, final, run, state):
-    op, axis, ends = how
-    lasts, parts = stacked((last, final), axis)
-    after, starts = _joined(op, run, lasts, state, parts)
-    mine = _of(axis, starts)
-    return (mine, after if ends else None), (run, lasts, state, parts)
-
-
-def _joined(op: Callable, run, lasts, state, parts):
-    """The pair behind all shards, and those that shards begin with [W,...]."""
-    step = tagged(op)
-    pass_on = lambda pair, part: (step(pair, part), pair)
-    return jax.lax.scan(pass_on, (run, state), (lasts, parts))
-
-
-def _of(axis: Axis, parts: Any) -> Any:
-    """This shard's part."""
-    me = jax.lax.axis_index(axis)
-    return jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, me, 0, False), parts)
-
-
-def _back(how: tuple, saved, cotangents):
-    op, axis, ends = how
-    run, lasts, state, parts = saved
-    (_, d_mine), d_after = cotangents
-    sent = (d_mine, d_after[1]) if ends else d_mine
-    found = stacked(sent, axis)
-    d_starts, d_ends = found if ends else (found, None)
-    # every shard gave the last one, so its cotangents add up
-    d_last = jax.tree.map(lambda a: a.sum(0), d_ends) if ends else jax.tree.map(
-        jnp.zeros_like, state)
-
-    def stretches(state, parts):
-        (_, after), (_, starts) = _joined(op, run, lasts, state, parts)
-        return after, starts
-
-    _, back = jax.vjp(stretches, state, parts)
-    d_state, d_parts = back((d_last, d_starts))
-    # a value that all shards hold has the sum of their gradients
-    me = jax.lax.axis_index(axis)
-    d_state = jax.tree.map(lambda a: jnp.where(me == 0, a, 0), d_state)
-    return None, _of(axis, d_parts), None, d_state
-
-
-_before.defvjp(_ahead, _back)
 
 
 def total(scores: jax.Array, v: jax.Array, run: jax.Array | None = None) -> Triple:

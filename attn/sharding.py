@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec
 
 HOME = {"B": "data", "H": "model", "K": "model"}
 Axis = str | tuple[str, ...]  # several axes are one, the first the slowest
+TILE = 1024  # float32 numbers of a vector register of a TPU
 
 
 def mesh_of(axis: Axis):
@@ -51,6 +52,15 @@ def spec(letters: str, axis: Axis) -> PartitionSpec:
     names = mesh_of(axis).axis_names
     homes = {c: a for c, a in HOME.items() if a in names} | {"T": axis, "S": axis}
     return PartitionSpec(*(homes.get(c) for c in letters))
+
+
+def home(letter: str, length: int, axis: Axis | None) -> str:
+    """`letter` where the mesh can split so many, `.` where every device has them all.
+    """
+    if axis is None:
+        return letter
+    devices = mesh_of(axis).shape.get(HOME.get(letter, ""), 1)
+    return "." if length % devices else letter
 
 
 def over_mesh(f: Callable, letters: str, axis: Axis | None) -> Callable:
@@ -103,6 +113,8 @@ def stacked(tree: Any, axis: Axis) -> Any:
     if len(leaves) == 1 and leaves[0].dtype == jnp.float32:
         return jax.tree.unflatten(form, [jax.lax.all_gather(leaves[0], axis)])
     flat = [part.reshape(-1) for a in leaves for part in _floats(a)]
+    # rows of whole tiles: others are not gathered on TPU, but added up in zeros
+    flat.append(jnp.zeros((-sum(a.size for a in flat) % TILE,), jnp.float32))
     found = jax.lax.all_gather(jnp.concatenate(flat), axis)
     parts, at = [], 0
     for a in leaves:

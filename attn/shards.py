@@ -11,13 +11,14 @@ The gradient goes the same way from the other end: every shard gathers the cotan
 dP_w and joins those behind it, R_w = dP_(w+1) + A_(w+1)^T R_(w+1), which is dM_w. Both
 ways it is one all-gather whose size does not depend on T. An all-gather moves W-1
 states to a shard, more than the hops of a chain do, but in one step that may overlap
-with the work inside the shards.
+with the work inside the shards. `prefix` is this; `before` is the same for any
+associative join of stretches of tokens.
 """
 
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any, Callable, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -159,3 +160,82 @@ def _share(factor, d_after, before) -> jax.Array:
     each = (d_after * before).sum(-1)
     wide = [n for n in range(3) if factor.shape[n] == 1 and each.shape[n] > 1]
     return each.sum(tuple(wide), keepdims=True)
+
+
+def tagged(op: Callable) -> Callable:
+    """`op` on pairs (run, stretch), where run [...] is that of the stretch's last token
+    and 0 if it has none: a stretch of another run replaces what came before it. Runs
+    rise, so if the last runs are equal, all behind the seam belongs to one run."""
+    def step(a, b):
+        def choose(x, y, joined):
+            of = lambda test: test.reshape(test.shape + (1,) * (x.ndim - test.ndim))
+            return jnp.where(of(b[0] == 0), x, jnp.where(of(a[0] == b[0]), joined, y))
+
+        return jnp.maximum(a[0], b[0]), jax.tree.map(choose, a[1], b[1], op(a[1], b[1]))
+
+    return step
+
+
+def before(
+    op: Callable, last: jax.Array, final: Any, axis: Axis, first: Any,
+    ends: bool = False,
+) -> tuple[Any, Any]:
+    """(run, stretch) of all tokens before this shard, and, if `ends`, of all tokens of
+    all shards, else None. last [B]: its last run, 0 if it has none; final [B,...]: its
+    stretch, `first`: the pair that comes before all. One all-gather of stretches, and
+    in the backward pass one of their gradients, from which every shard takes its own
+    by going the same way again.
+    """
+    return _before((op, axis, ends), last, final, *first)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _before(how: tuple, last, final, run, state):
+    return _gathered(how, last, final, run, state)[0]
+
+
+def _gathered(how: tuple, last, final, run, state):
+    op, axis, ends = how
+    lasts, parts = stacked((last, final), axis)
+    after, starts = _joined(op, run, lasts, state, parts)
+    mine = _of(axis, starts)
+    return (mine, after if ends else None), (run, lasts, state, parts)
+
+
+def _joined(op: Callable, run, lasts, state, parts):
+    """The pair behind all shards, and those that shards begin with [W,...]."""
+    step = tagged(op)
+    pass_on = lambda pair, part: (step(pair, part), pair)
+    return jax.lax.scan(pass_on, (run, state), (lasts, parts))
+
+
+def _of(axis: Axis, parts: Any) -> Any:
+    """This shard's part."""
+    me = jax.lax.axis_index(axis)
+    return jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, me, 0, False), parts)
+
+
+def _scattered(how: tuple, saved, cotangents):
+    op, axis, ends = how
+    run, lasts, state, parts = saved
+    (_, d_mine), d_after = cotangents
+    sent = (d_mine, d_after[1]) if ends else d_mine
+    found = stacked(sent, axis)
+    d_starts, d_ends = found if ends else (found, None)
+    # every shard gave the last one, so its cotangents add up
+    d_last = jax.tree.map(lambda a: a.sum(0), d_ends) if ends else jax.tree.map(
+        jnp.zeros_like, state)
+
+    def stretches(state, parts):
+        (_, after), (_, starts) = _joined(op, run, lasts, state, parts)
+        return after, starts
+
+    _, back = jax.vjp(stretches, state, parts)
+    d_state, d_parts = back((d_last, d_starts))
+    # a value that all shards hold has the sum of their gradients
+    me = jax.lax.axis_index(axis)
+    d_state = jax.tree.map(lambda a: jnp.where(me == 0, a, 0), d_state)
+    return None, _of(axis, d_parts), None, d_state
+
+
+_before.defvjp(_gathered, _scattered)

@@ -5,8 +5,9 @@
 
 The text is XLA's optimised HLO, of any backend, of a program that ran or of one that
 was compiled for devices that are not there. What stands in the body of a loop counts as
-often as the loop runs, where the text says so (`known_trip_count`); else once, and
-`uncounted` is set on it. All branches of a condition count.
+often as the loop runs, where the text says so (`known_trip_count`, or a condition that
+counts up to a constant, as loops of jax do from 0); else once, and `uncounted` is set.
+All branches of a condition count.
 
     python -m experiments.collectives FILE    # prints one line an instruction
 """
@@ -79,16 +80,32 @@ def instructions(text: str) -> list[Collective]:
     head = text.split("\n", 1)[0]
     counts = re.findall(r"(?:num_partitions|replica_count)=(\d+)", head)
     devices = math.prod(map(int, counts))
-    found = []
+    found, started = [], _started(bodies)
     for name, lines in bodies.items():
         count, known, hidden = times.get(name, (0, True, False))
         for line in lines if count else ():
             one = _collective(line)
-            if one is not None:
+            if one is not None and started.get(_channel(line), name) == name:
                 found.append(dataclasses.replace(
-                    one, times=count, uncounted=not known, hidden=hidden or one.hidden,
+                    one, times=count, uncounted=not known,
+                    hidden=hidden or one.hidden or _channel(line) in started,
                     members=one.members or tuple(range(devices))))
     return found
+
+
+def _started(bodies: dict) -> dict[str, str]:
+    """Where collectives start whose steps are fused into work that does not need them,
+    by channel: TPU programs name such a one in every fusion that it passes through."""
+    return {
+        _channel(line): name for name, lines in bodies.items()
+        if any('custom_call_target="AsyncCollectiveStart"' in line for line in lines)
+        for line in lines if _collective(line) is not None
+    }
+
+
+def _channel(line: str) -> str:
+    found = re.search(r"channel_id=(\d+)", line)
+    return found[1] if found else ""
 
 
 def _computations(text: str) -> tuple[dict[str, list[str]], str]:
@@ -119,27 +136,33 @@ def _times(bodies: dict, entry: str) -> dict[str, tuple[int, bool, bool]]:
         found[name] = before + count, sure and known, aside or hidden
         for line in bodies.get(name, ()):
             beside = hidden or _opcode(line) == "async-start"
-            for callee, trips in _called(line):
+            for callee, trips in _called(line, bodies):
                 visit(callee, count * (trips or 1), known and trips is not None, beside)
 
     visit(entry, 1, True, False)
     return found
 
 
-def _called(line: str) -> Iterator[tuple[str, int | None]]:
+def _called(line: str, bodies: dict) -> Iterator[tuple[str, int | None]]:
     """Computations that an instruction runs, and how often, None if nobody knows."""
     opcode = _opcode(line)
-    if opcode.removesuffix("-start") in KINDS:
-        return  # a sum of two numbers
-    if opcode in ("async-update", "async-done"):
-        return  # counted where it starts
-    trips: int | None = 1
-    if opcode == "while":
-        known = _TRIPS.search(line)
-        trips = int(known[1]) if known else None
+    if opcode.removesuffix("-start") in KINDS or opcode in ("async-update", "async-done"):
+        return  # a sum of two numbers, and what has been counted at its start
+    trips = _trips(line, bodies) if opcode == "while" else 1
     for names in _CALLED.findall(line):
         for name in names.strip("{}").split(","):
             yield name.strip().lstrip("%"), trips
+
+
+def _trips(line: str, bodies: dict) -> int | None:
+    """How often a loop runs."""
+    if known := _TRIPS.search(line):
+        return int(known[1])
+    found = re.search(r"condition=%?([\w.\-]+)", line)
+    lines = bodies.get(found[1], ()) if found else ()
+    last = next((text for text in lines if "ROOT" in text), "")
+    ends = re.findall(r"constant\((\d+)\)", "\n".join(lines))
+    return int(ends[0]) if "direction=LT" in last and len(ends) == 1 else None
 
 
 def _opcode(line: str) -> str:

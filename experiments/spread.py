@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import re
 from typing import Any
 
 import jax
@@ -20,11 +19,9 @@ from rich.table import Table
 
 from attn.masks import Causal
 from attn.partial import distributed, merge, output, partial, traffic
+from experiments.collectives import collectives
 
 GRIDS = {1: (1, 1), 2: (1, 2), 4: (2, 2), 8: (2, 4)}
-OP = re.compile(r" = (.*?) (all-gather|all-reduce|reduce-scatter|all-to-all|"
-                r"collective-permute)(?:-start)?\(")
-ARRAY = re.compile(r"([a-z]+)(\d+)\[([\d,]*)\]")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,16 +44,6 @@ def many(devices: int) -> int:
         except RuntimeError:
             pass  # jax has begun with those that it has
     return jax.device_count()
-
-
-def collectives(text: str) -> dict[str, int]:
-    """Bytes of the results of each kind of collective in a compiled program."""
-    found: dict[str, int] = {}
-    for shapes, name in OP.findall(text):
-        sizes = [int(bits) // 8 * int(np.prod([int(n) for n in dims.split(",") if n]))
-                 for _, bits, dims in ARRAY.findall(shapes)]
-        found[name] = found.get(name, 0) + sum(sizes)
-    return found
 
 
 def measured(
@@ -89,7 +76,8 @@ def measured(
         # one step of the ring runs on one device, whatever the mesh is
         piece = jax.ShapeDtypeStruct((1, length // devices, heads, width), jnp.float32)
         step = jax.jit(lambda *a: tuple(partial(*a))).lower(*(piece,) * 3).compile()
-        sent = collectives(tiles.as_text() or "")
+        sent = {kind: sum(sizes) for kind, sizes in
+                collectives(tiles.as_text() or "").items()}
         rows.append({
             "devices": devices, "rows": r, "columns": c,
             "error": float(np.linalg.norm(o - whole) / np.linalg.norm(whole)),

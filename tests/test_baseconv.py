@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from attn.baseconv import BaseConv, shortconv
+from attn.baseconv import BaseConv
+from attn.shortconv import shortconv
 
 B, T, C = 2, 13, 6
 SEGMENTS = np.array([[1] * 4 + [2] * 3 + [0] * 2 + [2] * 4, [0] + [3] * 10 + [0] * 2])
@@ -70,6 +71,28 @@ def test_streaming_is_reading_at_once(variant, packed):
         assert state.last.shape == (B, 3, C * (2 if variant == "lm" else 1))
     if packed:
         assert (np.asarray(want)[SEGMENTS == 0] == 0).all()
+
+
+@pytest.mark.parametrize("variant", ["lm", "zoology"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_mesh_changes_nothing(variant, packed):
+    x = jnp.pad(X, ((0, 0), (0, 3), (0, 0)))
+    segments = jnp.asarray(np.pad(SEGMENTS, ((0, 0), (0, 3))), jnp.int32)
+    segments = segments if packed else None
+    plain, split = (BaseConv(variant, kernel=4, axis=axis) for axis in (None, "seq"))
+    params = plain.init(jax.random.key(0), X)
+    f = lambda layer: jax.jit(jax.value_and_grad(lambda p, x: (layer.apply(
+        p, x, segments=segments) ** 2).sum(), (0, 1)))(params, x)
+    step = lambda layer, x: jax.jit(lambda s, x: layer.apply(params, x, s))(
+        layer.init_state(T, x), x)
+    want, streamed = f(plain), step(plain, x)
+    mesh = jax.make_mesh((1, 4, 2), ("data", "seq", "model"),
+                         axis_types=(jax.sharding.AxisType.Auto,) * 3)
+    with jax.set_mesh(mesh):
+        have = f(split), step(split, x)
+        step(split, X)  # 13 tokens: in the global view
+    for a, b in zip(jax.tree.leaves(have), jax.tree.leaves((want, streamed))):
+        close(a, b, 1e-5)
 
 
 def test_wrong_calls_say_what_was_expected():

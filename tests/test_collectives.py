@@ -32,7 +32,20 @@ channel_id=3, source_target_pairs={{0,1},{1,2},{2,0}}
   ROOT %rs = bf16[2]{0} reduce-scatter(%p), replica_groups=[2,4]<=[8], to_apply=%add
 }
 
+%begin (p: f32[4]) -> (f32[4], f32[8]) {
+  %ag.1 = f32[8]{0} all-gather(%p), channel_id=9, replica_groups={{0,1},{2,3}}
+  ROOT %cc.1 = (f32[4], f32[8]) custom-call(%ag.1), \
+custom_call_target="AsyncCollectiveStart"
+}
+
+%during (p: f32[4]) -> (f32[4], f32[8]) {
+  %ag.2 = f32[8]{0} all-gather(%p), channel_id=9, replica_groups={{0,1},{2,3}}
+  ROOT %t.2 = (f32[4], f32[8]) tuple(%p, %ag.2)
+}
+
 ENTRY %main.9 (p: f32[4]) -> f32[4] {
+  %f.1 = (f32[4], f32[8]) fusion(%p), kind=kCustom, calls=%begin
+  %f.2 = (f32[4], f32[8]) fusion(%f.1), kind=kCustom, calls=%during
   %ag = (f32[4]{0:T(256)S(1)}, f32[32]{0:T(256)}) all-gather-start(%p), \
 replica_groups={{0,1,2,3,4,5,6,7}}, dimensions={0}
   %agd = f32[32]{0} all-gather-done(%ag)
@@ -54,7 +67,7 @@ backend_config={"known_trip_count":{"n":"7"},"known_init_step":{"init":"0"}}
 
 def test_kinds_bytes_groups_and_trips():
     assert collectives(TEXT) == {
-        "all-gather": [128, 40], "all-reduce": [29, 24], "reduce-scatter": [4],
+        "all-gather": [32, 128, 40], "all-reduce": [29, 24], "reduce-scatter": [4],
         "all-to-all": [16], "collective-permute": [16] * 8,
     }
     found = {each.name: each for each in instructions(TEXT)}

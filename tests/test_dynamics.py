@@ -60,15 +60,6 @@ def test_bytes_in_the_program_are_those_by_hand():
         assert all(fall > 2**power * 0.8 for fall in falls), (form, falls)
 
 
-def test_collectives_are_read_off_a_program():
-    text = """
-      %a = f32[2,4,8]{2,1,0} all-gather(%x), replica_groups={{0,1}}
-      %b = (f32[4]{0}, bf16[2,2]{1,0}) all-reduce(%y, %z), to_apply=%add
-      %c = s32[3]{0} add(%p, %q)
-    """
-    assert spread.collectives(text) == {"all-gather": 256, "all-reduce": 24}
-
-
 def test_the_model_of_time():
     ideal = spread.Hardware(link=1e30)
     times = spread.modelled(4096, 4, 64, ideal)

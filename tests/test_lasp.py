@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 
 from attn import dispatch
-from attn.baseconv import across as convolved
-from attn.baseconv import shortconv
 from attn.decayed import attend, follow
-from attn.linear import LinearState, across, whole
+from attn.linear import LinearState, across
 from attn.lightning import Lightning
 from attn.segments import place
-from attn.sharding import over_mesh, stacked
+from attn.sharding import TILE, over_mesh, stacked
+from attn.shortconv import across as convolved
+from attn.shortconv import shortconv
+from attn.unordered import whole
 from attn.wy import across as delta_across
 from experiments.collectives import collectives
 from tests import delta_oracle
@@ -149,6 +150,11 @@ def test_reading_backwards_takes_no_state():
         across(q, k, v, g, state=state, reverse=True)
 
 
+def packed(*numbers):
+    """Bytes of a gather of what eight shards pack into rows of whole tiles."""
+    return 8 * -(-sum(numbers) // TILE) * TILE * 4
+
+
 def moved(f, *shapes, shards=8):
     """Collectives of f and of its gradient, compiled for arrays split over tokens."""
     with jax.set_mesh(devices := mesh(shards)):
@@ -166,10 +172,11 @@ def moved(f, *shapes, shards=8):
 @pytest.mark.parametrize("kind", KINDS)
 def test_one_state_crosses_each_way_whatever_the_length(kind):
     state = 8 * B * H * D * V * 4
-    # one state serves the query heads of a key head; decays travel beside the state
-    state, beside = {"none": (state * K // H, 0), "head": (state, 0),
-                     "token": (state, 8 * B * H * 4),
-                     "channel": (state, 8 * B * H * D * 4)}[kind]
+    # one state serves the query heads of a key head
+    state = state * K // H if kind == "none" else state
+    # decays travel with the state
+    beside = {"token": B * H, "channel": B * H * D}.get(kind)
+    sent = state if beside is None else packed(B * H * D * V, beside)
     shape = {"token": (B, 0, H), "channel": (B, 0, H, D)}.get(kind)
     fixed = -jnp.ones((H,)) if kind == "head" else None
     f = lambda q, k, v, *g: attend(q, k, v, g[0] if g else fixed, axis="seq")
@@ -177,8 +184,8 @@ def test_one_state_crosses_each_way_whatever_the_length(kind):
         shapes = [(B, t, H, D), (B, t, K, D), (B, t, K, V)]
         shapes += [] if shape is None else [(B, t, *shape[2:])]
         ahead, both = moved(f, *shapes)
-        assert ahead == {"all-gather": [state + beside]}
-        assert both == {"all-gather": sorted([state + beside, state])}
+        assert ahead == {"all-gather": [sent]}
+        assert both == {"all-gather": sorted([sent, state])}
 
 
 FORWARD_AND_BACK = {
@@ -199,11 +206,12 @@ def test_no_family_moves_tokens(name):
 
 def test_the_delta_rule_moves_two_matrices_and_a_halo():
     f = given(ENTRIES["delta"].attention, axis="seq")
-    halo, head = 3 * B * (H * D + K * D + K * V) * 4, 8 * B * H * D * 4
+    halo, state = 3 * B * (H * D + K * D + K * V) * 4, 8 * B * H * D * V * 4
+    both_matrices = packed(B * H * D * (D + V))
     for t in (32, 64):
         ahead, both = moved(f, (B, t, H, D), (B, t, K, D), (B, t, K, V))
-        assert ahead == {"all-gather": [head * (D + V)], "collective-permute": [halo]}
-        assert both == {"all-gather": [head * V, head * (D + V)],
+        assert ahead == {"all-gather": [both_matrices], "collective-permute": [halo]}
+        assert both == {"all-gather": [state, both_matrices],
                         "collective-permute": [halo] * 2}
 
 
@@ -298,9 +306,11 @@ def test_the_kernels_over_a_mesh(platform, rule, monkeypatch):
             close(a, b, GRADIENT)
 
 
-@pytest.mark.parametrize("shards", (2, 8))
+@pytest.mark.parametrize("shards", (2, 4, 8))
 @pytest.mark.parametrize("form", FORMS)
 def test_a_short_convolution_over_a_mesh(shards, form):
+    axis = ("far", "near") if shards == 4 else "seq"
+    over = mesh(4, ("far", "near"), (2, 2)) if shards == 4 else mesh(shards)
     rng = np.random.default_rng(0)
     normal = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
     xs, ws = [normal(2, 16, c) for c in (3, 5)], [normal(4, c) for c in (3, 5)]
@@ -311,11 +321,11 @@ def test_a_short_convolution_over_a_mesh(shards, form):
 
     def f(a, b, u, w, s, r, run):
         after, ys = convolved((a, b), (u, w), states=(s, r) if states else None,
-                              run=run, axis="seq")
+                              run=run, axis=axis)
         return *(after or (None, None)), *ys
 
-    with jax.set_mesh(mesh(shards)):
-        found = jax.jit(over_mesh(f, words, "seq"))(
+    with jax.set_mesh(over):
+        found = jax.jit(over_mesh(f, words, axis))(
             *xs, *ws, *(states or (None, None)), run)
     for i, (x, w) in enumerate(zip(xs, ws)):
         after, y = shortconv(x, w, state=states and states[i], run=run)

@@ -21,7 +21,7 @@ SHARED = {
     "tiles", "cache", "blockcache", "layers", "chunks", "linear", "blocks",
     "grouped", "softmax", "baseconv", "decayed", "scan", "triples", "wy",
     "triangular", "grid", "shards", "shardcache", "partial", "template", "mixers",
-    "exchange", "ring", "rounds", "zigzag",
+    "exchange", "ring", "rounds", "zigzag", "shortconv", "unordered",
 }
 ANALYSES = {"dsf"}  # papers that say what attention is, not another one
 FILES = [path for package in BELOW for path in sorted((ROOT / package).glob("*.py"))]

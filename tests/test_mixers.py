@@ -15,7 +15,7 @@ from attn.wy import delta_rule
 from experiments import config
 from models.lm import LM
 from models.pixels import PixelNet
-from tests import cost
+from experiments import cost
 from tests.laws import ENTRIES, Learned, close
 from tests.test_layering import ANALYSES, FAMILIES
 

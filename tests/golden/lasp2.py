@@ -10,10 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attn.linear import across, entering, recur, whole
+from attn.linear import across, entering, recur
 from attn.shards import Before, prefix
 from attn.sharding import over_mesh
 from attn.softmax import Softmax
+from attn.unordered import whole
 
 # specs: outputs and gradients 2e-5, states 1e-5
 GRADIENTS = ("dq", "dk", "dv")

@@ -1,0 +1,60 @@
+"""Unordered: linear attention in which every query sees every key of its run.
+
+Without an order there is no recurrence: the sum over all keys comes first, and a mesh
+adds up one state. Where a row holds several runs, sorting by them makes an order that
+the recurrences of this library can read.
+"""
+
+from __future__ import annotations
+
+from typing import Callable
+
+import jax
+import jax.numpy as jnp
+
+from attn.linear import recur
+from attn.sharding import Axis, gather
+
+
+def whole(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    q_run: jax.Array | None = None,
+    kv_run: jax.Array | None = None,
+    axis: Axis | None = None,
+) -> jax.Array:
+    """o = q (K^T V) [B,T,H,V] float32: every query sees every key of its run, whatever
+    their order. q [B,T,H,D], k [B,S,K,D], v [B,S,K,V], runs [B,T] and [B,S], 0 is
+    padding. With `axis`, T and S are split over that mesh axis: one state is summed by
+    an all-reduce, forward and backward, which moves about 2/W of the bytes of LASP-2's
+    all-gather; or, with runs, the keys and values are gathered."""
+    if kv_run is not None:
+        keys, values, runs = (gather(a, axis) for a in (k, v, kv_run))
+        sums = lambda q, k, v, run: recur(q, k, v, run=run)[1]
+        return by_run(sums, q, keys, values, q_run, runs)
+    b, t, h, d = q.shape
+    q, k, v = (a.astype(jnp.float32) for a in (q, k, v))
+    state = jnp.einsum("bskd,bskv->bkdv", k, v)
+    state = state if axis is None else jax.lax.psum(state, axis)
+    q = q.reshape(b, t, k.shape[2], -1, d)
+    return jnp.einsum("btkgd,bkdv->btkgv", q, state).reshape(b, t, h, -1)
+
+
+def by_run(recurrence: Callable, q, k, v, q_run, kv_run) -> jax.Array:
+    """What a causal recurrence(q, k, v, run) -> o [B,T,H,V] gives without an order:
+    keys and queries are sorted by run, the keys of each in front of its queries."""
+    s = k.shape[1]
+    runs = jnp.concatenate([kv_run, q_run], 1)
+    order = jnp.argsort(runs, axis=1, stable=True)
+    back = jnp.argsort(order, axis=1)[:, s:]
+    take = lambda a, at: jnp.take_along_axis(
+        a, at.reshape(at.shape + (1,) * (a.ndim - 2)), 1
+    )
+    widen = lambda a, before, after: jnp.pad(
+        a, ((0, 0), (before, after), (0, 0), (0, 0))
+    )
+    q, k, v = widen(q, s, 0), widen(k, 0, q_run.shape[1]), widen(v, 0, q_run.shape[1])
+    o = recurrence(*(take(a, order) for a in (q, k, v)), take(runs, order))
+    return take(o, back)

@@ -146,7 +146,8 @@ def _times(bodies: dict, entry: str) -> dict[str, tuple[int, bool, bool]]:
 def _called(line: str, bodies: dict) -> Iterator[tuple[str, int | None]]:
     """Computations that an instruction runs, and how often, None if nobody knows."""
     opcode = _opcode(line)
-    if opcode.removesuffix("-start") in KINDS or opcode in ("async-update", "async-done"):
+    passed = "async-update", "async-done"
+    if opcode.removesuffix("-start") in KINDS or opcode in passed:
         return  # a sum of two numbers, and what has been counted at its start
     trips = _trips(line, bodies) if opcode == "while" else 1
     for names in _CALLED.findall(line):

@@ -15,6 +15,6 @@ One form for all      dsf, template
 Fixed patterns        mixers
 Sparse, retrieval     landmark
 Cache compression     snapkv
-Around them           masks, positions, grid, segments, layers, baseconv, sharding,
-                      shards, dispatch
+Over a mesh           sharding, shards, exchange, ring, rounds, zigzag, shardcache
+Around them           masks, positions, grid, segments, layers, baseconv, dispatch
 """

@@ -13,7 +13,7 @@ BELOW = {
     "pallas_kernels": set(),
     "attn": {"pallas_kernels"},
     "models": {"attn"},
-    "experiments": {"attn", "models"},
+    "experiments": {"attn", "models", "pallas_kernels"},
 }
 # mechanisms that many papers share, and the house around them
 SHARED = {

@@ -28,7 +28,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 import time
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -55,8 +55,7 @@ MODELS = {"hybrid_8b": (32, LLAMA3_8B), "hybrid_1b": (16, LLAMA3_1B)}
 class Config:
     """What is compiled, and for which chips."""
 
-    model: Literal["hybrid_8b", "hybrid_1b"] | LM = knob(
-        "hybrid_8b", "sizes by name, or a model as LM(...)")
+    model: str = knob("hybrid_8b", "hybrid_8b, hybrid_1b, or a model as LM(...)")
     every: int = knob(4, "of so many layers one is exact; 1: all, 0: none")
     linear: Any = knob(Lightning(), "the other layers, of a model by name")
     exact: Any = knob(Softmax(), "the exact layers, of a model by name")
@@ -76,10 +75,13 @@ class Config:
             raise ValueError(f"exchanges={bad.pop()!r}: expected some of {EXCHANGES}")
         if self.every < 0:
             raise ValueError(f"every={self.every}: expected 0 or more")
+        names = ", ".join(MODELS)
+        if self.model not in MODELS and not self.model.startswith("LM("):
+            raise ValueError(f"model={self.model}: expected {names}, or LM(...)")
 
 
 TINY = Config(
-    model=LM(width=32, heads=4, attention=(Lightning(), Softmax())), tokens=64,
+    model="LM(width=32, heads=4, attention=(Lightning(), Softmax()))", tokens=64,
     topology="cpu", exchanges=("gather",),
 )
 
@@ -132,9 +134,10 @@ def variants(config_: Config, sizes: Sizes, mesh: Any) -> dict[str, Any]:
 
 def model_of(config_: Config, exact: Any) -> LM:
     """The model, with `exact` as its exact layers."""
-    if isinstance(config_.model, LM):
-        return config_.model.clone(attention=tuple(
-            exact if isinstance(a, type(exact)) else a for a in config_.model.attention
+    if config_.model not in MODELS:
+        given = config.parse(config_.model)
+        return given.clone(attention=tuple(
+            exact if isinstance(a, type(exact)) else a for a in given.attention
         ))
     depth, sizes = MODELS[config_.model]
     mixers = layers(depth, config_.every, config_.linear, exact)

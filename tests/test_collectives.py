@@ -71,8 +71,11 @@ def test_kinds_bytes_groups_and_trips():
         "all-to-all": [16], "collective-permute": [16] * 8,
     }
     found = {each.name: each for each in instructions(TEXT)}
-    assert found["cp"] == Collective("collective-permute", "cp", 16, 3, 8, True)
-    assert found["ag"] == Collective("all-gather", "ag", 128, 8)
+    cp, ag = found["cp"], found["ag"]
+    assert (cp.kind, cp.bytes, cp.group) == ("collective-permute", 16, 3)
+    assert (cp.times, cp.uncounted) == (8, True) and len(cp.pairs) > 1
+    assert ag == Collective("all-gather", "ag", 128, tuple(range(8)), hidden=ag.hidden)
+    assert not ag.pairs
     groups = {"two": 2, "ar": 8, "ars": 2, "rs": 4, "aa": 2}
     assert {name: found[name].group for name in groups} == groups
 

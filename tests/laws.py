@@ -105,16 +105,14 @@ class Entry:
     limit: an attention with the setting of the limit that the paper names, and the one
     that it then equals; where the paper names none, two settings that must not differ.
     flops: the exponent of T. decode: the exponent of the size of a full memory in the
-    flops of one more token. sharded: whether it takes an `axis`; where not, it has to
-    say so. kernel: whether one runs it. slot: tokens that a slot of its memory stands
-    for.
+    flops of one more token. kernel: whether one runs it. slot: tokens that a slot of
+    its memory stands for.
     """
 
     attention: Any
     limit: tuple[Any, Any] | None = None
     flops: float = 2.0
     decode: float = 1.0
-    sharded: bool = True
     kernel: bool = True
     slot: int = 1
 
@@ -184,12 +182,8 @@ ENTRIES = {
     ),
     "aaren": Entry(Aaren(), (Aaren(chunk=4), Aaren()), flops=1, decode=0),
     "aaren_pool": Entry(Aaren(causal=False), flops=1, kernel=False),
-    "delta": Entry(
-        Delta(), (Delta(chunk=4), Delta()), flops=1, decode=0
-    ),
-    "delta_gated": Entry(
-        Delta(gated=True, negative=True, conv=2), flops=1, decode=0
-    ),
+    "delta": Entry(Delta(), (Delta(chunk=4), Delta()), flops=1, decode=0),
+    "delta_gated": Entry(Delta(gated=True, negative=True, conv=2), flops=1, decode=0),
     "lineartransformer": Entry(
         LinearTransformer(), (LinearTransformer(chunk=3), LinearTransformer()), flops=1,
         decode=0,
@@ -390,10 +384,6 @@ def test_sharding_changes_nothing(name, sizes):
     mesh = jax.make_mesh(
         sizes, ("data", "seq", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 3
     )
-    if not ENTRIES[name].sharded:
-        with jax.set_mesh(mesh), pytest.raises(NotImplementedError, match="axis="):
-            split(q, k, v)
-        return
     want = jax.jit(whole)(q, k, v), gradients(whole, q, k, v)
     with jax.set_mesh(mesh):
         have = jax.jit(split)(q, k, v), gradients(split, q, k, v)
@@ -435,8 +425,7 @@ def test_stepping_over_a_mesh_is_stepping(name):
 
 @LAW
 def test_an_axis_without_a_mesh_is_refused(name):
-    error = ValueError if ENTRIES[name].sharded else NotImplementedError
-    with pytest.raises(error, match="axis='seq'"):
+    with pytest.raises(ValueError, match="axis='seq'"):
         given(ENTRIES[name].attention, axis="seq")(*inputs())
 
 

@@ -15,6 +15,7 @@ One form for all      dsf, template
 Fixed patterns        mixers
 Sparse, retrieval     landmark
 Cache compression     snapkv
-Over a mesh           sharding, shards, exchange, ring, rounds, zigzag, shardcache
+Over a mesh           sharding, shards, exchange, ring, rounds, zigzag, shardcache,
+                      distributed
 Around them           masks, positions, grid, segments, layers, baseconv, dispatch
 """

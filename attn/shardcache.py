@@ -15,8 +15,10 @@ import jax.numpy as jnp
 
 from attn import cache as caches
 from attn.cache import Cache
+from attn.partial import merge, normalized, output
 from attn.segments import Place
 from attn.sharding import Axis, devices_of, mesh_of, over_mesh
+from pallas_kernels.tile import NEVER
 
 
 def splits(cache: Cache, axis: Axis | None) -> bool:
@@ -58,7 +60,8 @@ def read(
         now = Place(*place)
         part = Cache(k, v, pos, now.end, now.last)
         o, lse = caches.read(part, runs, q, now, head=head, **options)
-        return join(o, lse, axis)
+        found = merge(normalized(o, lse), axis)
+        return output(found), jnp.where(found.l > 0, found.m + jnp.log(found.l), NEVER)
 
     letters = f"B.HD H BS {_letters(cache)} B. B. B B -> B.HV BH."
     o, lse = over_mesh(local, letters, axis)(q, heads, runs, *cache[:3], *now)
@@ -66,20 +69,6 @@ def read(
         share = jnp.exp(lse - jnp.logaddexp(lse, sink[None, :, None]))
         o = o * share.swapaxes(1, 2)[..., None]
     return o.astype(cache.v.dtype)
-
-
-def join(o: jax.Array, lse: jax.Array, axis: Axis) -> tuple[jax.Array, jax.Array]:
-    """o [B,T,H,V] and lse [B,H,T] of each device's keys as those of all keys, float32,
-    inside `shard_map`."""
-    top = jax.lax.pmax(jax.lax.stop_gradient(lse), axis)
-    base = jnp.where(jnp.isfinite(top), top, 0)
-    weight = jnp.exp(lse - base)
-    wide = lambda w: w.swapaxes(1, 2)[..., None]
-    sums = jnp.concatenate([wide(weight) * o.astype(jnp.float32), wide(weight)], -1)
-    sums = jax.lax.psum(sums, axis)
-    total = sums[..., -1:]
-    o = sums[..., :-1] / jnp.where(total > 0, total, 1)
-    return o, base + jnp.log(total[..., 0]).swapaxes(1, 2)
 
 
 def _letters(cache: Cache) -> str:

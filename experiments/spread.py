@@ -18,7 +18,8 @@ from rich import box
 from rich.table import Table
 
 from attn.masks import Causal
-from attn.partial import distributed, merge, output, partial, traffic
+from attn.distributed import distributed, partial, traffic
+from attn.partial import merge, output
 from experiments.collectives import collectives
 
 GRIDS = {1: (1, 1), 2: (1, 2), 4: (2, 2), 8: (2, 4)}

@@ -20,7 +20,8 @@ SHARED = {
     "__init__", "masks", "segments", "shapes", "dispatch", "sharding", "positions",
     "tiles", "cache", "blockcache", "layers", "chunks", "linear", "blocks",
     "grouped", "softmax", "baseconv", "decayed", "scan", "triples", "wy",
-    "triangular", "grid", "shards", "shardcache", "partial", "template", "mixers",
+    "triangular", "grid", "shards", "shardcache", "partial",
+    "distributed", "template", "mixers",
     "exchange", "ring", "rounds", "zigzag", "shortconv", "unordered",
 }
 ANALYSES = {"dsf"}  # papers that say what attention is, not another one

@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 
 from attn.masks import Causal, Full, Window
-from attn.partial import (
-    EMPTY, Partial, distributed, merge, normalized, output, partial, traffic,
-)
+from attn.distributed import distributed, partial, traffic
+from attn.partial import EMPTY, Partial, merge, normalized, output
 from attn.softmax import Softmax, attend
 from tests.laws import TOLERANCE, close, gradients, inputs, plain
 

@@ -12,7 +12,8 @@ from attn.linformer import Linformer
 from attn.lineartransformer import LinearTransformer
 from attn.masks import Causal, Full, Window
 from attn.mixers import Depthwise, FNet, LongConv, MeanPool, Static
-from attn.partial import distributed, merge, output, partial
+from attn.distributed import distributed, partial
+from attn.partial import merge, output
 from attn.softmax import Softmax
 
 

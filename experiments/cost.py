@@ -28,7 +28,8 @@ def flops(f: Callable, *args: Any) -> float:
 
 def work(jaxpr: Any) -> Counter:
     """Operations of a program, of all devices: in matrix products ("matmul"), in each
-    kernel by its name, and in the rest ("other")."""
+    kernel by its name, those of its products apart ("NAME products"), and in the rest
+    ("other")."""
     total: Counter[str] = Counter()
     for equation in jaxpr.eqns:
         total.update(_equation(equation))
@@ -49,8 +50,10 @@ def _equation(e: Any) -> Counter:
         branches = [work(b.jaxpr) for b in p["branches"]]
         return max(branches, key=lambda c: sum(c.values()))
     if name == "pallas_call":
-        each = sum(work(p["jaxpr"]).values())
-        return Counter({_called(p): math.prod(p["grid_mapping"].grid) * each})
+        each, kernel = work(p["jaxpr"]), _called(p)
+        each[f"{kernel} products"] = each.pop("matmul", 0)
+        each[kernel] = each.pop("other", 0)
+        return _times(math.prod(p["grid_mapping"].grid), each)
     if name == "shard_map":
         return _times(p["mesh"].size, work(p["jaxpr"]))
     if name == "sort" or name == "top_k":

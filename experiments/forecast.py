@@ -5,7 +5,8 @@ text, operations from walking what was traced. Times are a model:
 
 - products of matrices run at `SHARE` of the peak, kernels at the rate that their
   compiled schedule has in the compile matrix (`pallas_kernels/MATRIX.md`), at heads 128
-  wide; what only reads and writes (norms, activations, the optimiser) is left out.
+  wide, but no product faster than the peak; what only reads and writes (norms,
+  activations, the optimiser) is left out.
 - a collective takes its bytes over the links that its group has, both ways: for an
   all-gather the result, for a reduce-scatter the operand, for an all-reduce both; a
   permutation goes as many links as its pairs are apart in the mean, an all-to-all as
@@ -21,6 +22,7 @@ import functools
 import itertools
 import json
 import pathlib
+import tempfile
 from collections import Counter
 from typing import Any
 
@@ -58,6 +60,11 @@ class Forecast:
     open: float | None
 
     @property
+    def products(self) -> float:
+        """Operations of matrix products, in kernels and outside."""
+        return sum(n for name, n in self.work.items() if _of_product(name))
+
+    @property
     def step(self) -> float | None:
         """Seconds of a run."""
         if self.compute is None:
@@ -70,12 +77,13 @@ class Forecast:
         return None if not self.step else 1 - (self.compute or 0) / self.step
 
 
-def forecast(pod: Pod, mesh: Any, traced: Any, compiled: Any) -> Forecast:
-    """The forecast of a program: `jax.stages.Traced` on `mesh`, and compiled."""
+def forecast(pod: Pod, mesh: Any, traced: Any, lowered: Any) -> Forecast:
+    """The forecast of a program on `mesh`, traced and lowered, which is compiled."""
+    compiled, text = built(pod, lowered)
     work = cost.work(traced.jaxpr.jaxpr)
     devices = len(pod.devices)
     work = Counter({name: n / devices for name, n in work.items()})
-    found = instructions(compiled.as_text())
+    found = instructions(text)
     moved: dict[str, tuple[int, int]] = {}
     for one in found:
         count, size = moved.get(one.kind, (0, 0))
@@ -90,6 +98,19 @@ def forecast(pod: Pod, mesh: Any, traced: Any, compiled: Any) -> Forecast:
     )
 
 
+def built(pod: Pod, lowered: Any) -> tuple[Any, str]:
+    """A lowered program, compiled, and its text. libtpu writes the text itself: jaxlib
+    (0.10.2) cannot read those of its programs that have work on a SparseCore."""
+    if pod.target is None:
+        compiled = lowered.compile()
+        return compiled, compiled.as_text()
+    with tempfile.TemporaryDirectory() as folder:
+        compiled = lowered.compile(
+            compiler_options={"xla_dump_to": folder, "xla_dump_hlo_as_text": True})
+        [found] = pathlib.Path(folder).glob("*after_buffer_assignment.txt")
+        return compiled, found.read_text()
+
+
 def held(compiled: Any) -> int:
     """Bytes that a device holds while the program runs; results that take the place of
     arguments count once."""
@@ -99,15 +120,20 @@ def held(compiled: Any) -> int:
 
 
 def computing(pod: Pod, work: Counter) -> float:
-    """Seconds of products and kernels."""
-    assert pod.target is not None
-    total = 0.0
-    for name, operations in work.items():
-        if name == "matmul":
-            total += operations / (SHARE * pod.target.peak)
-        elif name != "other":
-            total += operations / rate(pod.target.name, name)
+    """Seconds of products and kernels. No kernel makes its products faster than the
+    peak: schedules as they are read fall short of some that a step pipelines."""
+    target = pod.target
+    assert target is not None
+    total = work["matmul"] / (SHARE * target.peak)
+    for name in {n.split()[0] for n in work} - {"matmul", "other"}:
+        products = work[f"{name} products"]
+        every = work[name] + products
+        total += max(every / rate(target.name, name), products / target.peak)
     return total
+
+
+def _of_product(name: str) -> bool:
+    return name == "matmul" or name.endswith(" products")
 
 
 @functools.cache

@@ -14,6 +14,7 @@ import numpy as np
 from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from experiments import torus
 from models import placement
 
 AXES = ("data", "seq", "model")
@@ -36,8 +37,8 @@ def make(sizes: Sizes) -> Mesh:
 
 def arranged(sizes: Sizes, devices: Any) -> Mesh:
     """These devices, which need not be there, as a mesh. Neighbours along `model`, then
-    `seq`, are near each other; `data` goes over the slow links between slices of pods.
-    ValueError if it cannot."""
+    `seq`, are near each other, and along `seq` each is joined to the next; `data` goes
+    over the slow links between slices of pods. ValueError if it cannot."""
     slices = len({getattr(d, "slice_index", 0) for d in devices})
     if slices == 1:
         placed = mesh_utils.create_device_mesh(
@@ -51,7 +52,7 @@ def arranged(sizes: Sizes, devices: Any) -> Mesh:
         placed = mesh_utils.create_hybrid_device_mesh(
             near, (slices, 1, 1), devices, allow_split_physical_axes=True
         )
-    return Mesh(placed, AXES, axis_types=(AxisType.Auto,) * 3)
+    return Mesh(torus.toured(placed), AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 @contextlib.contextmanager

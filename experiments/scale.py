@@ -15,6 +15,11 @@ The exchanges of exact attention side by side, all of whose layers are exact:
     python -m experiments.scale --every=1 --tokens=1048576 --topology=v5p:4x4x2 \\
         --exchanges='("ring", "zigzag", "swap", "gather")'
 
+Linear layers alone (LASP-2), one exact layer (a ring) in four, and all of them exact:
+
+    python -m experiments.scale --model=hybrid_1b --topology=v5p:4x4x4 \\
+        --every='(0, 4, 1)' --exchanges='("ring",)'
+
 One layer's attention alone, forward and backward:
 
     python -m experiments.scale --layer=True --tokens=65536 --topology=v5p:2x2x2 \\
@@ -56,7 +61,8 @@ class Config:
     """What is compiled, and for which chips."""
 
     model: str = knob("hybrid_8b", "hybrid_8b, hybrid_1b, or a model as LM(...)")
-    every: int = knob(4, "of so many layers one is exact; 1: all, 0: none")
+    every: int | tuple[int, ...] = knob(
+        4, "of so many layers one is exact; 1: all, 0: none; several: one model each")
     linear: Any = knob(Lightning(), "the other layers, of a model by name")
     exact: Any = knob(Softmax(), "the exact layers, of a model by name")
     exchanges: tuple[str, ...] = knob(("zigzag",), "how shards meet in exact layers")
@@ -73,11 +79,16 @@ class Config:
                 raise ValueError(f"{name}={getattr(self, name)}: expected 1 or more")
         if bad := set(self.exchanges) - set(EXCHANGES):
             raise ValueError(f"exchanges={bad.pop()!r}: expected some of {EXCHANGES}")
-        if self.every < 0:
+        if min(self.shares, default=-1) < 0:
             raise ValueError(f"every={self.every}: expected 0 or more")
         names = ", ".join(MODELS)
         if self.model not in MODELS and not self.model.startswith("LM("):
             raise ValueError(f"model={self.model}: expected {names}, or LM(...)")
+
+    @property
+    def shares(self) -> tuple[int, ...]:
+        """`every`, of each model."""
+        return (self.every,) if isinstance(self.every, int) else tuple(self.every)
 
 
 TINY = Config(
@@ -97,9 +108,9 @@ def run(config_: Config) -> dict[str, Any]:
         with console.status(f"{name}: compiling for {config_.topology}"):
             begin = time.perf_counter()
             traced, lowered = make()
-            compiled = lowered.compile()
+            one = forecast(chips, mesh, traced, lowered)
             took = time.perf_counter() - begin
-        rows[name] = forecast(chips, mesh, traced, compiled), took
+        rows[name] = one, took
         console.print(f"{name}: compiled in {took:.0f} s")
     show(rows, chips)
     found: dict[str, Any] = {}
@@ -120,26 +131,30 @@ def variants(config_: Config, sizes: Sizes, mesh: Any) -> dict[str, Any]:
     if config_.layer:
         ways = {"linear": config_.linear} | exact
         return {
-            name: lambda a=a: alone(config_, model_of(config_, a), a, mesh)
+            name: lambda a=a: alone(config_, model_of(config_, a, 1), a, mesh)
             for name, a in ways.items()
         }
     shape = jax.ShapeDtypeStruct((config_.batch, config_.tokens), jnp.int32)
     plan = Plan(batch=config_.batch, mesh=sizes)
-    return {
-        way: lambda a=a: staged(
-            model_of(config_, a), plan, mesh, {"tokens": shape, "targets": shape})
-        for way, a in exact.items()
-    }
+    found: dict[str, Any] = {}
+    for every in config_.shares if config_.model in MODELS else (1,):
+        for way, a in exact.items():
+            several = every and len(config_.shares) > 1
+            name = f"{way}, 1 in {every}" if several else way if every else "linear"
+            found.setdefault(name, lambda a=a, every=every: staged(
+                model_of(config_, a, every), plan, mesh,
+                {"tokens": shape, "targets": shape}))
+    return found
 
 
-def model_of(config_: Config, exact: Any) -> LM:
-    """The model, with `exact` as its exact layers."""
+def model_of(config_: Config, exact: Any, every: int) -> LM:
+    """The model, with `exact` as its exact layers, one of `every`."""
     if config_.model not in MODELS:
         given = config.parse(config_.model)
         return given.clone(attention=tuple(
             exact if isinstance(a, type(exact)) else a for a in given.attention
         ))
-    return MODELS[config_.model](config_.every, config_.linear, exact)
+    return MODELS[config_.model](every, config_.linear, exact)
 
 
 def alone(config_: Config, model: LM, attention: Any, mesh: Any) -> tuple:
@@ -167,8 +182,7 @@ def figures(one: Forecast) -> dict[str, Any]:
     found: dict[str, Any] = {"bytes": one.memory}
     for kind, (count, size) in sorted(one.moved.items()):
         found |= {f"{kind}s": count, f"{kind}_bytes": size}
-    tera = sum(n for name, n in one.work.items() if name != "other") / 1e12
-    found["teraflops"] = float(f"{tera:.6g}")
+    found["teraflops"] = float(f"{one.products / 1e12:.6g}")
     times = {"compute": one.compute, "hidden": one.hidden, "open": one.open,
              "step": one.step}
     found |= {f"{n}_ms": round(t * 1e3, 3) for n, t in times.items() if t is not None}
@@ -186,17 +200,16 @@ def show(rows: dict[str, tuple[Forecast, float]], chips: Pod) -> None:
     kinds = sorted({kind for one, _ in rows.values() for kind in one.moved})
     lines: dict[str, list[str]] = {"memory, GB": []}
     lines |= {f"{kind}, MB (times)": [] for kind in kinds}
-    lines |= {n: [] for n in ("products and kernels, Tflop", "computing, ms",
+    lines |= {n: [] for n in ("matrix products, Tflop", "computing, ms",
                               "moving, hidden, ms", "moving, waited for, ms",
                               "step, ms", "of it waiting", "compiled in, s")}
     known = lambda t: "-" if t is None else f"{t * 1e3:,.2f}"
     for one, took in rows.values():
-        tera = sum(n for name, n in one.work.items() if name != "other") / 1e12
         cells = [f"{one.memory / 1e9:,.2f}"]
         for kind in kinds:
             count, size = one.moved.get(kind, (0, 0))
             cells.append(f"{size / 1e6:,.1f} ({count})" if count else "-")
-        cells += [f"{tera:,.3f}", known(one.compute), known(one.hidden),
+        cells += [f"{one.products / 1e12:,.3f}", known(one.compute), known(one.hidden),
                   known(one.open), known(one.step),
                   "-" if one.waiting is None else f"{one.waiting:.1%}", f"{took:.0f}"]
         for line, cell in zip(lines.values(), cells, strict=True):

@@ -20,10 +20,11 @@ from typing import Any, Sequence
 
 import jax
 import numpy as np
-from jax.experimental import mesh_utils, topologies
-from jax.sharding import AxisType, Mesh
+from jax.experimental import topologies
+from jax.sharding import Mesh
 
-from experiments.mesh import AXES, Sizes
+from experiments import mesh
+from experiments.mesh import Sizes
 from pallas_kernels.targets import TARGETS, Tpu
 
 GIB = 2**30
@@ -62,12 +63,7 @@ class Pod:
                 f"mesh={sizes} has {np.prod(sizes)} devices: expected the "
                 f"{len(self.devices)} of {self.name}"
             )
-        if self.target is None:
-            placed = np.array(self.devices).reshape(sizes)
-        else:
-            placed = mesh_utils.create_device_mesh(
-                sizes, self.devices, allow_split_physical_axes=True)
-        return Mesh(placed, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+        return mesh.arranged(sizes, self.devices)
 
     @functools.cached_property
     def extent(self) -> np.ndarray:

@@ -2,14 +2,15 @@
 
 import dataclasses
 import types
+from collections import Counter
 
 import jax
 import numpy as np
 import pytest
 
-from experiments import scale
+from experiments import scale, torus
 from experiments.collectives import Collective
-from experiments.forecast import took
+from experiments.forecast import SHARE, Forecast, computing, rate, took
 from experiments.topology import LINK, Pod, pod
 from pallas_kernels.targets import TARGETS
 
@@ -74,3 +75,41 @@ def test_a_ring_moves_a_piece_a_step_and_a_linear_layer_one_state():
     assert a["ring_collective-permutes"] >= 4 * (shards - 1)
     assert b["ring_collective-permute_bytes"] == 2 * a["ring_collective-permute_bytes"]
     assert b["gather_all-gather_bytes"] > a["gather_all-gather_bytes"]
+
+
+@pytest.mark.parametrize("shape", ((2, 2, 2), (16, 16), (3, 4), (4, 4, 4), (2, 3, 3)))
+def test_a_tour_goes_from_link_to_link_and_home(shape):
+    coords = np.array(list(np.ndindex(shape)))
+    order = torus.tour(coords)
+    assert sorted(order) == list(range(len(coords)))
+    links = np.abs(coords[order] - coords[np.roll(order, -1)]).sum(1)
+    assert (links == 1).all()
+
+
+def test_a_tour_of_what_is_no_grid_is_left_as_it_is():
+    assert torus.tour(np.array([(0, 0), (0, 1), (1, 0)])) is None
+    one = np.empty((1, 3, 1), object)
+    one[0, :, 0] = [types.SimpleNamespace(id=n) for n in range(3)]
+    assert torus.toured(one) is one
+
+
+def test_every_group_along_seq_goes_the_same_way():
+    """Two rows of eight chips: along seq each is one link from the next."""
+    chips_ = [types.SimpleNamespace(coords=c, core_on_chip=0)
+              for c in np.ndindex(2, 2, 4)]
+    placed = np.array(chips_, object).reshape(2, 8, 1)
+    for row in torus.toured(placed)[:, :, 0]:
+        at = np.array([d.coords for d in row])
+        assert (np.abs(at - np.roll(at, -1, 0)).sum(1) == 1).all()
+
+
+def test_products_are_counted_apart_and_no_kernel_beats_the_peak():
+    peak = chips("v5p", 4).target.peak
+    of = lambda **work: computing(chips("v5p", 4), Counter(work))
+    assert of(matmul=SHARE * peak) == 1
+    ours = rate("v5p", "flash_forward")
+    assert of(flash_forward=ours) == pytest.approx(1)
+    products = {"flash_forward products": 2 * peak}
+    assert of(**products) == pytest.approx(max(2, 2 * peak / ours))
+    both = Counter({"matmul": 1, "flash products": 2, "flash": 4, "other": 8})
+    assert Forecast(0, {}, both, None, None, None).products == 3

@@ -7,7 +7,7 @@ travel again, with their gradients one step behind them, which at last are sent 
 No shard ever holds more of the others than two pieces of each direction (Ring
 Attention, Liu et al., 2023, arXiv:2310.01889; that the two directions share the way is
 proposed here). What the mask hides from every shard does not travel at all: of a window
-only the neighbours' part.
+shorter than a shard only as many keys as it is long.
 
 In a causal ring the first shard has little to do and the last one everything. Zigzag
 gives shard p of P the p-th and the (2P-1-p)-th of 2P pieces, so that each does the same
@@ -24,7 +24,7 @@ import jax.numpy as jnp
 
 from attn.masks import FOREVER, Causal, Mask
 from attn.rounds import (
-    MANY, WAYS, Call, Pair, Step, alike, ends, own, pairs, schedule,
+    MANY, WAYS, Call, Pair, Step, alike, ends, halo, own, pairs, schedule,
 )
 from attn.zigzag import collected, dealt
 from pallas_kernels.tile import NEVER
@@ -116,7 +116,8 @@ def _journey(call: Call, keys: Keys, t: int, state: Any, visit: Callable) -> Any
     are here in step n, of each way."""
     plan = schedule(call, t)
     on = lambda moving, ways: {way: move(call, moving[way], way) for way in ways}
-    moving = on({way: keys for way in WAYS}, plan[0][0].ways) if plan else {}
+    gone = {way: _seen(call, keys, t, way) for way in WAYS}
+    moving = on(gone, plan[0][0].ways) if plan else {}
     for place, steps in enumerate(plan):
         first, last = steps[0], steps[-1]
 
@@ -136,12 +137,19 @@ def _journey(call: Call, keys: Keys, t: int, state: Any, visit: Callable) -> Any
     return state
 
 
-def _each(call: Call, n, step: Step, moving, t: int, s: int, state, add: Callable):
+def _seen(call: Call, tree: Any, t: int, way: int) -> Any:
+    """What travels `way` of keys, or of what is shaped like them."""
+    first, n = halo(call, t, way)
+    return tree if n == t else jax.tree.map(lambda a: a[:, first:first + n], tree)
+
+
+def _each(call: Call, n, step: Step, moving, t: int, state, add: Callable):
     """state after `add(state, pair, keys)` of all pairs that meet in a step."""
     found = []
     for way, kinds in zip(step.ways, step.kinds):
         r = n if way > 0 else call.shards - n
-        found += [(way, pair) for pair in pairs(call, r, kinds, t, s)]
+        s, cut = moving[way].k.shape[1], halo(call, t, way)[0]
+        found += [(way, pair) for pair in pairs(call, r, kinds, t, s, cut)]
     for same in alike(found):
         if not call.looped or len(same) == 1:
             for way, pair in same:
@@ -227,7 +235,7 @@ def _forward(call: Call, side: Side, kv_pos, kv_run, q, k, v, sink):
         )
 
     def visit(state, n, step, moving):
-        return _each(call, n, step, moving, q.shape[1], k.shape[1], state, add)
+        return _each(call, n, step, moving, q.shape[1], state, add)
 
     state = o.astype(jnp.float32), lse
     o, lse = _journey(call, keys, q.shape[1], state, visit)
@@ -239,7 +247,7 @@ def _backward(call: Call, saved, cotangents):
     side, keys, q, sink, o, lse = saved
     # keys travel again: those that came by before are not kept until now
     keys, cotangents = jax.lax.optimization_barrier((keys, cotangents))
-    t, s = q.shape[1], keys.k.shape[1]
+    t = q.shape[1]
 
     def gradients(pair, keys, sink=None):
         f, args = _meet(call, side, pair, q, keys, sink, (o, lse))
@@ -249,7 +257,8 @@ def _backward(call: Call, saved, cotangents):
     dq, dk, dv, dsink = gradients(own(call, q, keys.k), keys, sink)
     wide = lambda a: a.astype(jnp.float32)
 
-    zeros = lambda: tuple(jnp.zeros_like(a, jnp.float32) for a in keys[:2])
+    zeros = lambda way: tuple(
+        jnp.zeros_like(a, jnp.float32) for a in _seen(call, keys[:2], t, way))
 
     def visit(state, n, step, moving):
         dq, sums = state
@@ -265,7 +274,7 @@ def _backward(call: Call, saved, cotangents):
 
             one = step._replace(ways=(way,), kinds=(kinds,))
             here = {way: moving[way]}
-            dq, *found = _each(call, n, one, here, t, s, (dq, *zeros()), add)
+            dq, *found = _each(call, n, one, here, t, (dq, *zeros(way)), add)
             if way in sums:
                 found = map(jnp.add, found, move(call, sums[way], way))
             new[way] = tuple(found)
@@ -273,11 +282,14 @@ def _backward(call: Call, saved, cotangents):
         return dq, sums | new
 
     dk, dv = wide(dk), wide(dv)
-    begun = {way: zeros() for way in ends(call, t)} if call.looped else {}
+    begun = {way: zeros(way) for way in ends(call, t)} if call.looped else {}
     dq, sums = _journey(call, keys, t, (wide(dq), begun), visit)
     for way, far in ends(call, t).items():
-        home = move(call, sums[way], -way * far)
-        dk, dv = dk + home[0], dv + home[1]
+        at = halo(call, t, way)
+        dk, dv = (
+            _put(a, _take(a, at) + b, at)
+            for a, b in zip((dk, dv), move(call, sums[way], -way * far))
+        )
     low = lambda d, a: d.astype(a.dtype)
     return None, None, None, low(dq, q), low(dk, keys.k), low(dv, keys.v), dsink
 

@@ -8,6 +8,7 @@ in which it hides nothing need no mask and can share one loop.
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import functools
 import itertools
@@ -47,7 +48,7 @@ class Call:
 
 class Pair(NamedTuple):
     """A piece of the queries with a piece of the keys, each (first, how many). shift:
-    how many tokens further on the queries stand, None where arrays say it; when:
+    how many tokens further on the last query stands, None where arrays say it; when:
     whether they meet, a traced bool or True."""
 
     rows: tuple[Any, int]
@@ -113,8 +114,11 @@ def kinds_of(call: Call, r: int, t: int) -> tuple | None:
     return tuple(left)
 
 
-def pairs(call: Call, r: Any, kinds: tuple | None, t: int, s: int) -> list[Pair]:
-    """What this shard computes with the keys of the one r before it, cyclically."""
+def pairs(
+    call: Call, r: Any, kinds: tuple | None, t: int, s: int, cut: int = 0
+) -> list[Pair]:
+    """What this shard computes with the s keys of the one r before it, cyclically, of
+    which the first `cut` did not travel."""
     rows, columns = (0, t), (0, s)
     if not call.counted:
         return [Pair(rows, columns, call.mask, None)]
@@ -126,7 +130,8 @@ def pairs(call: Call, r: Any, kinds: tuple | None, t: int, s: int) -> list[Pair]
     if kinds == (Full(), Full()) and dict(call.options).get("score") is None:
         return [Pair(rows, columns, Full(), 0)]
     exact = isinstance(r, int)  # in a loop all that is seen is seen whole
-    shifts = (r * t, (r - call.shards) * t) if exact else (0, 0)
+    after = t - s - cut  # so many did not travel: calls count from the last key
+    shifts = (r * t + after, (r - call.shards) * t + after) if exact else (0, 0)
     found = zip(kinds, shifts, (later, ~later))
     return [Pair(rows, columns, m, at, when) for m, at, when in found if m is not None]
 
@@ -142,6 +147,24 @@ def own(call: Call, q, k) -> Pair:
     """
     shift = 0 if call.counted else None
     return Pair((0, q.shape[1]), (0, k.shape[1]), call.mask, shift)
+
+
+def halo(call: Call, t: int, way: int) -> tuple[int, int]:
+    """Which of a shard's keys travel `way`, (first, how many): all, but if they go to
+    the neighbour only, just those that it can see."""
+    if not call.counted or call.zigzag or ends(call, t).get(way) != 1:
+        return 0, t
+    before, behind = kinds_of(call, way % call.shards, t) or (None, None)
+    if (behind if way > 0 else before) is not None:
+        return 0, t  # the ring closes: these keys are seen from both sides
+    queries = np.int64(way * t), np.int64(way * t + t - 1)
+
+    def enough(n: int) -> bool:
+        left = (0, t - n - 1) if way > 0 else (n, t - 1)
+        return not np.any(call.mask.bounds(queries, tuple(map(np.int64, left)))[0])
+
+    n = bisect.bisect_left(range(t), True, key=enough)
+    return (t - n if way > 0 else 0), n
 
 
 def ends(call: Call, t: int) -> dict[int, int]:

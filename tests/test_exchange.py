@@ -267,3 +267,28 @@ def test_decoding_over_a_mesh_moves_no_cache():
         assert "all-gather" not in found and "all-to-all" not in found, found
         moved[slots] = sum(map(sum, found.values()))
     assert moved[256] == moved[1024] < 4 * B * H * (V + 3) * 4, moved
+
+
+@pytest.mark.parametrize("mask", [Window(5, 4), Causal() & Window(1), Window(0, 3)])
+def test_a_window_between_two_and_three_shards(mask):
+    args, w = inputs(), jnp.ones((B, T, H, V))
+    want = both(Softmax(mask=mask), args, w)
+    for shards in (2, 3):
+        with jax.set_mesh(mesh(seq=shards)):
+            have = both(Softmax(mask, axis="seq", exchange="ring"), args, w)
+        close(have[0], want[0])
+        for a, b in zip(have[1], want[1], strict=True):
+            close(a, b, "gradient")
+
+
+def test_of_a_window_only_as_many_keys_travel_as_it_is_long():
+    split = Softmax(Causal() & Window(7), axis="seq", exchange="ring")
+    with jax.set_mesh(mesh(seq=4)):
+        moved = [
+            collectives(jax.jit(split).lower(*inputs(t=t)).compile().as_text())
+            for t in (T, 3 * T)
+        ]
+    # XLA on CPU makes one of k and v, or two
+    assert moved[0].keys() == {"collective-permute"}
+    assert sum(moved[0]["collective-permute"]) == B * 7 * K * (D + V) * 4
+    assert moved[0] == moved[1]

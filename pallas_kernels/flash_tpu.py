@@ -25,6 +25,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import tables
 from pallas_kernels.flash_tpu_bias import bias_gradient
+from pallas_kernels.portions_tpu import Portion, joined
 from pallas_kernels.schedule import (
     Paths, Side, Static, Tiling, all_tiles, paths, visits
 )
@@ -42,8 +43,10 @@ def forward(static: Static, side: Side, q, k, v, bias, sink):
     ways, table, ask = paths(static.form.mask, static.tiling, static.how[0][0],
                              *static.asks(static.tiling, side))
     call = _call(static, static.tiling, ways, x, sink)
-    info = scalars(visits(table, ask), 1, side.head, sink, side.seed, side.batch)
-    o, lse = rows_forward(call, info, x)
+    info = lambda part: scalars(
+        part.seen, 1, side.head, sink, side.seed, side.batch)
+    o, lse = joined(
+        visits(table, ask), 1, lambda part: rows_forward(call, info(part), x, part))
     return o[:, :, :t, :width].transpose(0, 2, 1, 3), lse[:, :, 0, :t]
 
 
@@ -60,12 +63,17 @@ def backward(static: Static, side: Side, q, k, v, bias, sink, lse, delta, do):
     plain = static.asks(tiling, side)
     ways, table, ask = paths(static.form.mask, tiling, static.how[1][0], *plain)
     call = _call(static, tiling, ways, x, sink)
-    info = lambda seen, groups: scalars(
-        seen, groups, side.head, sink, side.seed, side.batch)
+    info = lambda part, groups: scalars(
+        part.seen, groups, side.head, sink, side.seed, side.batch)
     fits = tables.holds_queries(static.vmem, x.q.shape, call.groups, q.dtype.itemsize)
-    grads = keys_backward(call, info(visits(table, ask, True), call.groups), x, fits)
+    columns = visits(table, ask, True)
+    # a head's dq is made by one call; where it fits, so does the list
+    one = Portion(columns, 0, tiling.grid[1])
+    make = lambda part: keys_backward(call, info(part, call.groups), x, part, fits)
+    grads = make(one) if fits else joined(columns, call.groups, make)
     if not fits:
-        grads = (*grads, queries_backward(call, info(visits(table, ask), 1), x))
+        grads = *grads, *joined(visits(table, ask), 1, lambda part: (
+            queries_backward(call, info(part, 1), x, part),))
     dk, dv, dq = (
         g[:, :, :a.shape[1], :a.shape[3]].transpose(0, 2, 1, 3)
         for g, a in zip(grads, (k, v, q))
@@ -227,18 +235,20 @@ def _by_row(call: Call, info, x: Arrays, dq_ref, acc_ref):
         dq_ref[0, 0] = (acc_ref[...] * call.form.scale).T.astype(dq_ref.dtype)
 
 
-def rows_forward(call: Call, info: Scalars, x: Arrays):
-    """o [B,H,T,V] in v's dtype and lse [B,H,1,T] float32."""
-    b, h, t, _ = x.q.shape
+def rows_forward(call: Call, info: Scalars, x: Arrays, part: Portion):
+    """o [B,H,T,V] in v's dtype and lse [B,H,1,T] float32, of a portion's queries."""
+    b, h = x.q.shape[:2]
+    t = part.count * call.tiling.rows
     rows, width = call.tiling.rows, x.v.shape[3]
     outer = lambda b, h, p, *info: unpack(info[0][p])[0]
     inner = lambda b, h, p, *info: held(b, p, info)
     cut = specs(call, x, outer, inner, lambda b, h, *a: h, lambda b, *a: b)
-    row = lambda b, h, p, *info: (b, h, 0, outer(b, h, p, *info))
+    line = lambda b, h, p, *info: outer(b, h, p, *info) - part.first
+    row = lambda b, h, p, *info: (b, h, 0, line(b, h, p, *info))
     return launch(
         call, _forward, (b, h, info.order.shape[0]), info, x, cut,
         [pl.BlockSpec((1, 1, rows, width),
-                      lambda b, h, p, *info: (b, h, outer(b, h, p, *info), 0)),
+                      lambda b, h, p, *info: (b, h, line(b, h, p, *info), 0)),
          pl.BlockSpec((1, 1, 1, rows), row)],
         [jax.ShapeDtypeStruct((b, h, t, width), x.v.dtype),
          jax.ShapeDtypeStruct((b, h, 1, t), F32)],
@@ -248,18 +258,21 @@ def rows_forward(call: Call, info: Scalars, x: Arrays):
     )
 
 
-def keys_backward(call: Call, info: Scalars, x: Arrays, with_dq: bool):
-    """dk, dv and, `with_dq`, dq."""
+def keys_backward(call: Call, info: Scalars, x: Arrays, part: Portion, with_dq: bool):
+    """dk and dv of a portion's keys and, `with_dq`, dq."""
     b, h, t, d = x.q.shape
-    heads, s, width = x.v.shape[1:]
+    heads, _, width = x.v.shape[1:]
     rows, columns = call.tiling.rows, call.tiling.columns
     column_ = lambda b, h, p, *info: unpack(info[0][p])[1]
     rows_ = lambda b, h, p, *info: held(b, p, info)
     head = lambda b, h, p, *info: h * call.groups + info[2][p]
     cut = specs(call, x, rows_, column_, head, lambda b, *a: b)
-    at = lambda b, h, p, *info: (b, h, column_(b, h, p, *info), 0)
+    at = lambda b, h, p, *info: (b, h, column_(b, h, p, *info) - part.first, 0)
     out_specs = [pl.BlockSpec((1, 1, columns, n), at) for n in (d, width)]
-    out_shape = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (x.k, x.v)]
+    out_shape = [
+        jax.ShapeDtypeStruct((b, heads, part.count * columns, a.shape[3]), a.dtype)
+        for a in (x.k, x.v)
+    ]
     scratch = [pltpu.VMEM((columns, n), F32) for n in (d, width)]
     if with_dq:
         out_specs.append(
@@ -272,8 +285,8 @@ def keys_backward(call: Call, info: Scalars, x: Arrays, with_dq: bool):
                   "flash_backward" if with_dq else "flash_backward_keys")
 
 
-def queries_backward(call: Call, info: Scalars, x: Arrays):
-    """dq alone, for queries that do not fit on the chip."""
+def queries_backward(call: Call, info: Scalars, x: Arrays, part: Portion):
+    """dq alone of a portion's queries, for those that do not fit on the chip."""
     b, h, _, d = x.q.shape
     rows = call.tiling.rows
     outer = lambda b, h, p, *info: unpack(info[0][p])[0]
@@ -282,7 +295,8 @@ def queries_backward(call: Call, info: Scalars, x: Arrays):
     return launch(
         call, _by_row, (b, h, info.order.shape[0]), info, x, cut,
         pl.BlockSpec((1, 1, rows, d),
-                     lambda b, h, p, *info: (b, h, outer(b, h, p, *info), 0)),
-        jax.ShapeDtypeStruct(x.q.shape, x.q.dtype),
+                     lambda b, h, p, *info: (
+                         b, h, outer(b, h, p, *info) - part.first, 0)),
+        jax.ShapeDtypeStruct((b, h, part.count * rows, d), x.q.dtype),
         [pltpu.VMEM((d, rows), F32)], "flash_backward_queries",
     )

@@ -15,7 +15,7 @@ from attn.positions import ALiBi
 from attn.softmax import Softmax
 from attn.tiles import attend
 from pallas_kernels import (
-    Refused, flash_mosaic, flash_tpu, flash_triton, schedule, tables
+    Refused, flash_mosaic, flash_tpu, flash_triton, portions_tpu, schedule, tables
 )
 from pallas_kernels.flash import flash
 from experiments import cost
@@ -189,6 +189,35 @@ def test_queries_that_do_not_fit_on_the_chip_have_a_kernel_of_their_own(monkeypa
     options = {"mask": Causal(), "softcap": 3.0}
     kernel = functools.partial(flash, tile=TILE, interpret=True)
     close(results(kernel, arrays, options), results(attend, arrays, options))
+
+
+@pytest.mark.parametrize("case", ("causal", "runs", "sinks", "empty_rows"))
+def test_a_list_of_tiles_that_is_too_long_is_shared_out(case, monkeypatch):
+    monkeypatch.setattr(tables, "holds_queries", lambda *a: False)
+    options = CASES[case]()
+    arrays = inputs(**options.pop("sizes", {}))
+    arrays |= {n: options.pop(n) for n in ("sink",) if n in options}
+    kernel = functools.partial(flash, tile=(8, 16), interpret=True)
+    want = results(kernel, arrays, options)
+    # room for four tiles: some lines have so many, or more with their query heads
+    monkeypatch.setattr(portions_tpu, "ROOM", 4 * 16)
+    have = results(kernel, arrays, options)
+    for n in want:
+        np.testing.assert_array_equal(have[n], want[n])
+
+
+def test_lines_stay_whole_in_portions():
+    table = np.tril(np.full((40, 40), schedule.FULL))
+    seen = schedule.visits(table, None)
+    parts = portions_tpu.portions(seen)
+    assert len(parts) == 1 and parts[0].count == 40
+    cut = portions_tpu.portions(seen, portions_tpu.ROOM // 12 // 100)
+    assert sum(p.count for p in cut) == 40 and len(cut) > 8
+    assert [p.first for p in cut] == list(np.cumsum([0] + [p.count for p in cut])[:-1])
+    assert all(p.seen.first[0] and p.seen.last[-1] for p in cut)
+    assert all(len(p.seen.order) <= 100 for p in cut)
+    order = np.concatenate([p.seen.order for p in cut])
+    np.testing.assert_array_equal(order, seen.order)
 
 
 def test_a_long_odd_length_and_logits_in_the_thousands():

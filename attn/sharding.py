@@ -12,7 +12,7 @@ from typing import Any, Callable
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
+from jax.sharding import AxisType, PartitionSpec
 
 HOME = {"B": "data", "H": "model", "K": "model"}
 Axis = str | tuple[str, ...]  # several axes are one, the first the slowest
@@ -79,14 +79,24 @@ def over_mesh(f: Callable, letters: str, axis: Axis | None) -> Callable:
     def sharded(*arrays: Any):
         for word, array in zip(ins, arrays, strict=True):
             _check_divisible(word, array, axis)
+        in_specs = tuple(spec(word, axis) for word in ins)
         return jax.shard_map(
             f,
-            in_specs=tuple(spec(word, axis) for word in ins),
+            in_specs=in_specs,
             out_specs=out_specs if len(outs) > 1 else out_specs[0],
             check_vma=False,
-        )(*arrays)
+        )(*(_laid(a, where) for a, where in zip(arrays, in_specs)))
 
     return sharded
+
+
+def _laid(tree: Any, where: PartitionSpec) -> Any:
+    """Arrays that lie as `where` says, of a mesh whose types say how arrays lie."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if AxisType.Explicit not in mesh.axis_types:
+        return tree
+    lay = lambda a: jax.sharding.reshard(a, PartitionSpec(*where[:a.ndim]))
+    return jax.tree.map(lay, tree)
 
 
 def _check_divisible(word: str, array: Any, axis: Axis) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -16,7 +17,9 @@ def progress(label: str, steps: int, done: int, quiet: bool):
         TextColumn("{task.total} steps"), TextColumn("{task.fields[note]}"),
         TimeRemainingColumn(),
     )
-    console = Console(stderr=True)
+    # in a notebook rich needs widgets to draw a bar, else it writes the last line
+    widgets = None if importlib.util.find_spec("ipywidgets") else False
+    console = Console(stderr=True, force_jupyter=widgets)
     with Progress(*columns, console=console, disable=quiet) as bar:
         task = bar.add_task(label, total=steps, completed=done, note="compiling")
 

@@ -204,7 +204,7 @@ def _meet(call: Call, side: Side, pair: Pair, q, keys: Keys, sink=None, given=No
             "q_run": _take(side.q_run, pair.rows), "kv_run": cut.run,
         }
     if given is not None:
-        where["given"] = tuple(_take(a, pair.rows, n + 1) for n, a in enumerate(given))
+        where["given"] = _take(given, pair.rows, 2)
     f = lambda q, k, v, sink: call.attend(
         q, k, v, mask=pair.mask, head=side.head, sink=sink, **where,
         **dict(call.options),
@@ -248,11 +248,13 @@ def _backward(call: Call, saved, cotangents):
     # keys travel again: those that came by before are not kept until now
     keys, cotangents = jax.lax.optimization_barrier((keys, cotangents))
     t = q.shape[1]
+    do, dlse = cotangents
+    # what the gradients of all pairs share is made once
+    dlse -= (do.astype(jnp.float32) * o.astype(jnp.float32)).sum(-1).swapaxes(1, 2)
 
     def gradients(pair, keys, sink=None):
-        f, args = _meet(call, side, pair, q, keys, sink, (o, lse))
-        given = tuple(_take(a, pair.rows, n + 1) for n, a in enumerate(cotangents))
-        return jax.vjp(f, *args)[1](given)
+        f, args = _meet(call, side, pair, q, keys, sink, lse)
+        return jax.vjp(f, *args)[1]((_take(do, pair.rows), _take(dlse, pair.rows, 2)))
 
     dq, dk, dv, dsink = gradients(own(call, q, keys.k), keys, sink)
     wide = lambda a: a.astype(jnp.float32)

@@ -160,8 +160,9 @@ def halo(call: Call, t: int, way: int) -> tuple[int, int]:
     queries = np.int64(way * t), np.int64(way * t + t - 1)
 
     def enough(n: int) -> bool:
-        left = (0, t - n - 1) if way > 0 else (n, t - 1)
-        return not np.any(call.mask.bounds(queries, tuple(map(np.int64, left)))[0])
+        first, last = (0, t - n - 1) if way > 0 else (n, t - 1)
+        left = np.int64(first), np.int64(last)
+        return not np.any(call.mask.bounds(queries, left)[0])
 
     n = bisect.bisect_left(range(t), True, key=enough)
     return (t - n if way > 0 else 0), n

@@ -83,7 +83,7 @@ def attend(
     key: jax.Array | None = None,
     batch: jax.Array | None = None,
     shift: int = 0,
-    given: tuple[jax.Array, jax.Array] | None = None,
+    given: jax.Array | None = None,
     tile: tuple[int, int] | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Exact attention in memory linear in T: o [B,T,H,V] and lse [B,H,T] float32.
@@ -100,9 +100,10 @@ def attend(
     dropout: the share of weights set to 0, if `key` is given; the choice is a hash of
     (key, batch row, head, query index, key index), so no tile or pass can disagree on
     it. keep [B,H,T,S] bool gives the choice instead. shift: how many tokens further on
-    the queries stand, where positions count. given: the o and lse that these queries
-    have with all of their keys, if k and v are a part of those: they are what comes
-    back, nothing is computed, and the gradients are the part's. Source: see the module.
+    the queries stand, where positions count. given [B,H,T]: the lse that these queries
+    have with all of their keys, if k and v are a part of those, for the part's
+    gradients: nothing is computed, o is 0, and lse's cotangent is to hold what all
+    parts share, d(lse) - sum(d(o) o) of the whole. Source: see the module.
     """
     b, t, h, d = q.shape
     s, heads = k.shape[1], k.shape[2]
@@ -154,10 +155,8 @@ def attend(
     if given is None:
         o, lse = _tiled(plan, side, *arrays)
     else:
-        o, lse = given[0].astype(jnp.float32).reshape(b, t, heads, h // heads, -1), (
-            given[1].reshape(b, heads, h // heads, t))
-        o = _pad(o.transpose(0, 2, 3, 1, 4), 3, tp)
-        o, lse = _part(plan, side, *arrays, o, _pad(lse, 3, tp, NEVER))
+        lse = given.reshape(b, heads, h // heads, t)
+        o, lse = _part(plan, side, *arrays, _pad(lse, 3, tp, NEVER))
     o = o.transpose(0, 3, 1, 2, 4).reshape(b, tp, h, -1)[:, :t]
     return o.astype(v.dtype), lse.reshape(b, h, tp)[:, :, :t]
 
@@ -314,7 +313,7 @@ def _backward(plan, saved, cotangents):
     do, dlse = cotangents
     bq, bk = plan.tile
     # d(lse) enters exactly where delta leaves
-    delta = (do * o).sum(-1) - dlse
+    delta = (0 if o is None else (do * o).sum(-1)) - dlse
     base = jnp.where(jnp.isfinite(lse), lse, 0)
     do_low = do.astype(v.dtype)
     zeros = lambda a: None if a is None else jnp.zeros(a.shape, jnp.float32)
@@ -368,13 +367,15 @@ _tiled.defvjp(_forward, _backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _part(plan: Plan, side: Side, q, k, v, bias, sink, o, lse):
-    """`_tiled` of a part of the keys, with the o and lse of them all, which it gives
-    back."""
-    return o, lse
+def _part(plan: Plan, side: Side, q, k, v, bias, sink, lse):
+    """`_tiled` of a part of the keys, with the lse of them all, which it gives back."""
+    return jnp.zeros((*q.shape[:4], v.shape[-1]), jnp.float32), lse
+
+
+def _backward_part(plan, saved, cotangents):
+    return *_backward(plan, (*saved[:-1], None, saved[-1]), cotangents), None
 
 
 _part.defvjp(
-    lambda plan, *arrays: (arrays[-2:], arrays),
-    lambda plan, *rest: (*_backward(plan, *rest), None, None),
+    lambda plan, *arrays: (_part(plan, *arrays), arrays), _backward_part
 )

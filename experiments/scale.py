@@ -25,6 +25,9 @@ One layer's attention alone, forward and backward:
     python -m experiments.scale --layer=True --tokens=65536 --topology=v5p:2x2x2 \\
         --exchanges='("ring", "zigzag", "swap", "gather")'
 
+Its last line but one is the time of the products that the mask asks for, shared out
+evenly and at the same rate, over the time of the step.
+
 `--topology=cpu` compiles for the devices of this machine, without times.
 """
 
@@ -39,19 +42,20 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 from rich.console import Console
-from rich.table import Table
 
 from attn.exchange import EXCHANGES
 from attn.lightning import Lightning
 from attn.softmax import Softmax
 from experiments import config
 from experiments.config import knob
-from experiments.forecast import Forecast, forecast
+from experiments.forecast import forecast
 from experiments.mesh import Sizes
+from experiments.scale_table import Row, figures, show
 from experiments.step import Plan, staged
-from experiments.topology import Pod, pod
+from experiments.topology import pod
 from models.hybrid import hybrid_1b, hybrid_8b
 from models.lm import LM
+from pallas_kernels.schedule import FULL, MASKED, Tiling, asked
 
 MODELS = {"hybrid_8b": hybrid_8b, "hybrid_1b": hybrid_1b}
 
@@ -102,27 +106,27 @@ def run(config_: Config) -> dict[str, Any]:
     chips = pod(config_.topology)
     sizes = config_.mesh or (1, len(chips.devices), 1)
     mesh = chips.mesh(sizes)
-    rows: dict[str, tuple[Forecast, float]] = {}
+    rows: dict[str, Row] = {}
     console = Console(stderr=True)
-    for name, make in variants(config_, sizes, mesh).items():
+    for name, (make, wanted) in variants(config_, sizes, mesh).items():
         with console.status(f"{name}: compiling for {config_.topology}"):
             begin = time.perf_counter()
             traced, lowered = make()
             one = forecast(chips, mesh, traced, lowered)
             took = time.perf_counter() - begin
-        rows[name] = one, took
+        rows[name] = Row(one, took, wanted / len(chips.devices))
         console.print(f"{name}: compiled in {took:.0f} s")
     show(rows, chips)
     found: dict[str, Any] = {}
-    for name, (one, took) in rows.items():
-        label = name.replace(" ", "_")
-        found |= {f"{label}_{k}": v for k, v in figures(one).items()}
-        found[f"{label}_compile_s"] = round(took, 1)
+    for name, row in rows.items():
+        label = name.replace(", ", "_").replace(" ", "_")
+        found |= {f"{label}_{k}": v for k, v in figures(row).items()}
     return found
 
 
 def variants(config_: Config, sizes: Sizes, mesh: Any) -> dict[str, Any]:
-    """What is compiled: functions that trace and lower, by name."""
+    """What is compiled, by name: a function that traces and lowers, and the operations
+    of the products that it is for, 0 where that is not known."""
     exact = {
         way: dataclasses.replace(config_.exact, exchange=way)
         if isinstance(config_.exact, Softmax) else config_.exact
@@ -131,7 +135,8 @@ def variants(config_: Config, sizes: Sizes, mesh: Any) -> dict[str, Any]:
     if config_.layer:
         ways = {"linear": config_.linear} | exact
         return {
-            name: lambda a=a: alone(config_, model_of(config_, a, 1), a, mesh)
+            name: (lambda a=a: alone(config_, model_of(config_, a, 1), a, mesh),
+                   wanted(config_, model_of(config_, a, 1), a))
             for name, a in ways.items()
         }
     shape = jax.ShapeDtypeStruct((config_.batch, config_.tokens), jnp.int32)
@@ -141,9 +146,10 @@ def variants(config_: Config, sizes: Sizes, mesh: Any) -> dict[str, Any]:
         for way, a in exact.items():
             several = every and len(config_.shares) > 1
             name = f"{way}, 1 in {every}" if several else way if every else "linear"
-            found.setdefault(name, lambda a=a, every=every: staged(
+            make = lambda a=a, every=every: staged(
                 model_of(config_, a, every), plan, mesh,
-                {"tokens": shape, "targets": shape}))
+                {"tokens": shape, "targets": shape})
+            found.setdefault(name, (make, 0.0))
     return found
 
 
@@ -177,48 +183,17 @@ def alone(config_: Config, model: LM, attention: Any, mesh: Any) -> tuple:
         return traced, traced.lower()
 
 
-def figures(one: Forecast) -> dict[str, Any]:
-    """The numbers of a forecast."""
-    found: dict[str, Any] = {"bytes": one.memory}
-    for kind, (count, size) in sorted(one.moved.items()):
-        found |= {f"{kind}s": count, f"{kind}_bytes": size}
-    found["teraflops"] = float(f"{one.products / 1e12:.6g}")
-    times = {"compute": one.compute, "hidden": one.hidden, "open": one.open,
-             "step": one.step}
-    found |= {f"{n}_ms": round(t * 1e3, 3) for n, t in times.items() if t is not None}
-    if one.waiting is not None:
-        found["waiting"] = round(one.waiting, 4)
-    return found
-
-
-def show(rows: dict[str, tuple[Forecast, float]], chips: Pod) -> None:
-    """The table, a column a variant."""
-    table = Table(box=None, title=f"a chip of {chips.name}, a step")
-    table.add_column("")
-    for name in rows:
-        table.add_column(name, justify="right")
-    kinds = sorted({kind for one, _ in rows.values() for kind in one.moved})
-    lines: dict[str, list[str]] = {"memory, GB": []}
-    lines |= {f"{kind}, MB (times)": [] for kind in kinds}
-    lines |= {n: [] for n in ("matrix products, Tflop", "computing, ms",
-                              "moving, hidden, ms", "moving, waited for, ms",
-                              "step, ms", "of it waiting", "compiled in, s")}
-    known = lambda t: "-" if t is None else f"{t * 1e3:,.2f}"
-    for one, took in rows.values():
-        cells = [f"{one.memory / 1e9:,.2f}"]
-        for kind in kinds:
-            count, size = one.moved.get(kind, (0, 0))
-            cells.append(f"{size / 1e6:,.1f} ({count})" if count else "-")
-        cells += [f"{one.products / 1e12:,.3f}", known(one.compute), known(one.hidden),
-                  known(one.open), known(one.step),
-                  "-" if one.waiting is None else f"{one.waiting:.1%}", f"{took:.0f}"]
-        for line, cell in zip(lines.values(), cells, strict=True):
-            line.append(cell)
-    for name, line in lines.items():
-        table.add_row(name, *line)
-    Console(width=200).print(table)
-    if chips.memory:
-        print(f"a chip of {chips.name} has {chips.memory / 1e9:.1f} GB")
+def wanted(config_: Config, model: LM, attention: Any) -> float:
+    """Operations of the seven products, two forward and five backward, that the mask of
+    an exact layer asks for; 0 for another layer."""
+    if not isinstance(attention, Softmax):
+        return 0.0
+    size = -(-config_.tokens // 512)
+    tiling = Tiling(config_.tokens, config_.tokens, size, size, 0)
+    table = asked(attention.mask, tiling)
+    pairs = size**2 * ((table == FULL).sum() + (table == MASKED).sum() / 2)
+    width = model.head_dim or model.width // model.heads
+    return float(7 * 2 * pairs * width * model.heads * config_.batch)
 
 
 if __name__ == "__main__":

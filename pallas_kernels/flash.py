@@ -56,7 +56,7 @@ def flash(
     key: jax.Array | None = None,
     batch: jax.Array | None = None,
     shift: int = 0,
-    given: tuple[jax.Array, jax.Array] | None = None,
+    given: jax.Array | None = None,
     tile: tuple[int, ...] | None = None,
     backend: str = "tpu",
     interpret: Any = False,
@@ -70,10 +70,11 @@ def flash(
     token sees its own run, and run 0 is padding. A logit is scale * q.k, capped, plus
     score(h, i, j), plus bias [B|1,H|1,T|1,S|1]; sink [H] is a logit without value.
     dropout acts when there is a `key`, or by `keep` [B,H,T,S] bool. shift: how many
-    tokens further on the queries stand, where positions count. given: the o and lse
-    that the queries have with all of their keys, if k and v are a part of those: they
-    come back, and only gradients are computed. tile: queries and keys of a tile. Rows
-    that see nothing give o = 0, lse = -inf and no gradient.
+    tokens further on the queries stand, where positions count. given [B,H,T]: the lse
+    that the queries have with all of their keys, if k and v are a part of those, for
+    the part's gradients: nothing is computed, o is 0, and lse's cotangent is to hold
+    what all parts share, d(lse) - sum(d(o) o) of the whole. tile: queries and keys of a
+    tile. Rows that see nothing give o = 0, lse = -inf and no gradient.
     backend: "tpu", "triton" or "mosaic" (Hopper). interpret: run on a CPU, slowly.
 
     Raises Refused for what the kernel does not do. Sources: see the module.
@@ -119,7 +120,7 @@ def flash(
         q_run, kv_run, keep, _seed(key) if random else None, batch if random else None,
     )
     if given is not None:
-        return _part(static, side, q, k, v, bias, sink, *given)
+        return _part(static, side, q, k, v, bias, sink, given)
     return _flash(static, side, q, k, v, bias, sink)
 
 
@@ -203,7 +204,9 @@ def _back(static: Static, saved, cotangents):
     side, q, k, v, bias, sink, o, lse = saved
     do, dlse = cotangents
     # d(lse) enters exactly where delta leaves
-    delta = (do.astype(F32) * o.astype(F32)).sum(-1).transpose(0, 2, 1) - dlse
+    delta = -dlse
+    if o is not None:
+        delta += (do.astype(F32) * o.astype(F32)).sum(-1).transpose(0, 2, 1)
     dq, dk, dv, dbias = _kernels(static).backward(
         static, side, q, k, v, bias, sink, lse, delta, do.astype(v.dtype)
     )
@@ -218,13 +221,15 @@ _flash.defvjp(_ahead, _back)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _part(static: Static, side: Side, q, k, v, bias, sink, o, lse):
-    """`_flash` of a part of the keys, with the o and lse of them all, which it gives
-    back."""
-    return o.astype(v.dtype), lse
+def _part(static: Static, side: Side, q, k, v, bias, sink, lse):
+    """`_flash` of a part of the keys, with the lse of them all, which it gives back."""
+    return jnp.zeros((*q.shape[:3], v.shape[3]), v.dtype), lse
+
+
+def _back_part(static: Static, saved, cotangents):
+    return *_back(static, (*saved[:-1], None, saved[-1]), cotangents), None
 
 
 _part.defvjp(
-    lambda static, *arrays: ((arrays[-2].astype(arrays[3].dtype), arrays[-1]), arrays),
-    lambda static, *rest: (*_back(static, *rest), None, None),
+    lambda static, *arrays: (_part(static, *arrays), arrays), _back_part
 )

@@ -238,7 +238,7 @@ def _by_row(call: Call, info, x: Arrays, dq_ref, acc_ref):
 def rows_forward(call: Call, info: Scalars, x: Arrays, part: Portion):
     """o [B,H,T,V] in v's dtype and lse [B,H,1,T] float32, of a portion's queries."""
     b, h = x.q.shape[:2]
-    t = part.count * call.tiling.rows
+    t = part.lines * call.tiling.rows
     rows, width = call.tiling.rows, x.v.shape[3]
     outer = lambda b, h, p, *info: unpack(info[0][p])[0]
     inner = lambda b, h, p, *info: held(b, p, info)
@@ -270,7 +270,7 @@ def keys_backward(call: Call, info: Scalars, x: Arrays, part: Portion, with_dq: 
     at = lambda b, h, p, *info: (b, h, column_(b, h, p, *info) - part.first, 0)
     out_specs = [pl.BlockSpec((1, 1, columns, n), at) for n in (d, width)]
     out_shape = [
-        jax.ShapeDtypeStruct((b, heads, part.count * columns, a.shape[3]), a.dtype)
+        jax.ShapeDtypeStruct((b, heads, part.lines * columns, a.shape[3]), a.dtype)
         for a in (x.k, x.v)
     ]
     scratch = [pltpu.VMEM((columns, n), F32) for n in (d, width)]
@@ -297,6 +297,6 @@ def queries_backward(call: Call, info: Scalars, x: Arrays, part: Portion):
         pl.BlockSpec((1, 1, rows, d),
                      lambda b, h, p, *info: (
                          b, h, outer(b, h, p, *info) - part.first, 0)),
-        jax.ShapeDtypeStruct((b, h, part.count * rows, d), x.q.dtype),
+        jax.ShapeDtypeStruct((b, h, part.lines * rows, d), x.q.dtype),
         [pltpu.VMEM((d, rows), F32)], "flash_backward_queries",
     )

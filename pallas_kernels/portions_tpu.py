@@ -18,11 +18,11 @@ ROOM = 3 * 2**18  # bytes of scalar memory for a list
 
 
 class Portion(NamedTuple):
-    """Lines [first, first + count) of a schedule."""
+    """Lines [first, first + lines) of a schedule."""
 
     seen: Visits
     first: int
-    count: int
+    lines: int
 
 
 def portions(seen: Visits, groups: int = 1) -> list[Portion]:
@@ -35,7 +35,8 @@ def portions(seen: Visits, groups: int = 1) -> list[Portion]:
         end = int(np.searchsorted(starts, starts[line] + most, "right")) - 1
         end = max(end, line + 1)
         a, b = starts[line], starts[end]
-        cut = Visits(*(x[..., a:b] for x in seen))
+        cut = Visits(seen.order[a:b], seen.first[a:b], seen.last[a:b],
+                     seen.ask[:, a:b], seen.hold[:, a:b])
         found.append(Portion(cut, line, end - line))
         line = end
     return found

@@ -210,10 +210,10 @@ def test_lines_stay_whole_in_portions():
     table = np.tril(np.full((40, 40), schedule.FULL))
     seen = schedule.visits(table, None)
     parts = portions_tpu.portions(seen)
-    assert len(parts) == 1 and parts[0].count == 40
+    assert len(parts) == 1 and parts[0].lines == 40
     cut = portions_tpu.portions(seen, portions_tpu.ROOM // 12 // 100)
-    assert sum(p.count for p in cut) == 40 and len(cut) > 8
-    assert [p.first for p in cut] == list(np.cumsum([0] + [p.count for p in cut])[:-1])
+    assert sum(p.lines for p in cut) == 40 and len(cut) > 8
+    assert [p.first for p in cut] == list(np.cumsum([0] + [p.lines for p in cut])[:-1])
     assert all(p.seen.first[0] and p.seen.last[-1] for p in cut)
     assert all(len(p.seen.order) <= 100 for p in cut)
     order = np.concatenate([p.seen.order for p in cut])

@@ -1,0 +1,82 @@
+"""The table of `experiments.scale`: a column a program, and its numbers by name."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from rich.console import Console
+from rich.table import Table
+
+from experiments.forecast import Forecast
+from experiments.topology import Pod
+
+
+class Row(NamedTuple):
+    """A column of the table. took: seconds of tracing and compiling; wanted: operations
+    of a chip's products, if its work is even and none is in vain, 0 if not known."""
+
+    forecast: Forecast
+    took: float
+    wanted: float
+
+    @property
+    def ideal(self) -> float | None:
+        """The time of the products that are wanted, at the rate of those that are made,
+        over that of the step."""
+        one = self.forecast
+        if not self.wanted or not one.step or one.compute is None:
+            return None
+        return self.wanted / one.products * one.compute / one.step
+
+
+def figures(row: Row) -> dict[str, Any]:
+    """The numbers of a forecast."""
+    one = row.forecast
+    found: dict[str, Any] = {"bytes": one.memory}
+    for kind, (count, size) in sorted(one.moved.items()):
+        found |= {f"{kind}s": count, f"{kind}_bytes": size}
+    found["teraflops"] = float(f"{one.products / 1e12:.6g}")
+    times = {"compute": one.compute, "hidden": one.hidden, "open": one.open,
+             "step": one.step}
+    found |= {f"{n}_ms": round(t * 1e3, 3) for n, t in times.items() if t is not None}
+    if one.waiting is not None:
+        found["waiting"] = round(one.waiting, 4)
+    if row.ideal is not None:
+        found["ideal"] = round(row.ideal, 4)
+    found["compile_s"] = round(row.took, 1)
+    return found
+
+
+def show(rows: dict[str, Row], chips: Pod) -> None:
+    """The table, a column a variant."""
+    table = Table(box=None, title=f"a chip of {chips.name}, a step")
+    table.add_column("")
+    for name in rows:
+        table.add_column(name, justify="right")
+    kinds = sorted({kind for row in rows.values() for kind in row.forecast.moved})
+    lines: dict[str, list[str]] = {"memory, GB": []}
+    lines |= {f"{kind}, MB (times)": [] for kind in kinds}
+    lines |= {n: [] for n in ("matrix products, Tflop", "computing, ms",
+                              "moving, hidden, ms", "moving, waited for, ms",
+                              "step, ms", "of it waiting")}
+    if any(row.wanted for row in rows.values()):
+        lines["of the ideal"] = []
+    lines["compiled in, s"] = []
+    known = lambda t: "-" if t is None else f"{t * 1e3:,.2f}"
+    share = lambda x: "-" if x is None else f"{x:.1%}"
+    for row in rows.values():
+        one = row.forecast
+        cells = [f"{one.memory / 1e9:,.2f}"]
+        for kind in kinds:
+            count, size = one.moved.get(kind, (0, 0))
+            cells.append(f"{size / 1e6:,.1f} ({count})" if count else "-")
+        cells += [f"{one.products / 1e12:,.3f}", known(one.compute), known(one.hidden),
+                  known(one.open), known(one.step), share(one.waiting)]
+        cells += [share(row.ideal)] * ("of the ideal" in lines) + [f"{row.took:.0f}"]
+        for line, cell in zip(lines.values(), cells, strict=True):
+            line.append(cell)
+    for name, line in lines.items():
+        table.add_row(name, *line)
+    Console(width=200).print(table)
+    if chips.memory:
+        print(f"a chip of {chips.name} has {chips.memory / 1e9:.1f} GB")

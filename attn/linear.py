@@ -19,19 +19,13 @@ from typing import Any, Callable, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from attn.chunks import (
-    Runs, chunked, filled, only, pairs, pairs_by_channel, runs_of, unchunked,
-)
+from attn.chunks import only
 from attn.dispatch import interpreted, pick
+from attn.linearchunks import FLOOR, recurred, travel
 from attn.shapes import check
 from attn.sharding import Axis
 from attn.shards import Before, prefix
 from pallas_kernels import linear as kernels
-
-# exp of it is 0 in float32, so a log decay below it says nothing more
-FLOOR = -128.0
-# decays by channel are paired within blocks of so many tokens
-BLOCK = 8
 
 
 class LinearState(NamedTuple):
@@ -201,7 +195,7 @@ def _split(q, k, v, log_decay, run, join: Callable, chunk: int, implementation):
     gather needs nothing of what the tokens of a chunk give each other, and can overlap
     with it; a kernel makes both at once, and the gather follows it."""
     def before(local, g, runs):
-        final, _ = _travel(jnp.zeros_like(local[0]), local, g, runs)
+        final, _ = travel(jnp.zeros_like(local[0]), local, g, runs)
         total = None if g is None else g.sum(3).sum(0) * (len(local) / len(g))
         return join(final, total)
 
@@ -212,7 +206,7 @@ def _split(q, k, v, log_decay, run, join: Callable, chunk: int, implementation):
         return begun.after, o + entered
 
     def xla():
-        after, o, begun = _recurred(q, k, v, log_decay, run, chunk, before)
+        after, o, begun = recurred(q, k, v, log_decay, run, chunk, before)
         return begun.after, o
 
     return pick(
@@ -241,73 +235,7 @@ def entering(q, log_decay, run, begin: Callable) -> tuple[Before, jax.Array]:
 
 
 def _recur(q, k, v, log_decay, run, chunk: int, begin: Callable):
-    return _recurred(q, k, v, log_decay, run, chunk, begin)[:2]
-
-
-def _recurred(q, k, v, log_decay, run, chunk: int, begin: Callable):
-    """The last state, o, and what `begin(local, g, runs)` gave: the state before the
-    first chunk, and its run."""
-    t, h = q.shape[1:3]
-    block = min(BLOCK, t) if log_decay is not None and log_decay.ndim == 4 else 1
-    c = -(-min(chunk, t) // block) * block
-    row = filled(run, t, c)
-    g = decays(log_decay, row, t, c)
-    q, k, v = chunked(q, c), chunked(k, c, h), chunked(v, c, h)
-    runs = runs_of(row, c, 0)
-    # the backward pass computes a chunk again, and keeps no more of it than q, k and v
-    o, local = jax.checkpoint(functools.partial(_inside, block=block))(q, k, v, g, runs)
-    begun = begin(local, g, runs)
-    runs = runs_of(row, c, begun.run)
-    after, states = _travel(begun.state, local, g, runs)
-    o = unchunked(o + jax.checkpoint(_outside)(q, g, runs, states), t)
-    return after, o, begun
-
-
-def decays(log_decay, row, t: int, c: int) -> jax.Array | None:
-    """Log decays as chunks [N|1,B|1,H,c,1|D], 0 at padding; row: of
-    `attn.chunks.filled`."""
-    if log_decay is None:
-        return None
-    g = jnp.maximum(log_decay.astype(jnp.float32), FLOOR)
-    if g.ndim == 1:
-        length = c if row is None else t  # without padding all chunks are alike
-        g = jnp.broadcast_to(g[None, None], (1, length, *g.shape))
-    g = chunked(g if g.ndim == 4 else g[..., None], c)
-    if row is None:
-        return g
-    real = (row > 0).reshape(row.shape[0], -1, 1, c, 1).swapaxes(0, 1)
-    return only(real, g)
-
-
-def _inside(q, k, v, g, runs: Runs, block: int) -> tuple[jax.Array, jax.Array]:
-    """What a chunk's tokens give each other [N,B,H,c,V], and what they leave in the
-    state [N,B,H,D,V]."""
-    s = pairs(q, k, g) if block == 1 else pairs_by_channel(q, k, g, block)
-    o = jnp.einsum("nbhij,nbhjv->nbhiv", only(runs.seen, s), v)
-    if g is not None:
-        later = jnp.concatenate([g[..., 1:, :], jnp.zeros_like(g[..., :1, :])], 3)
-        k = k * jnp.exp(jax.lax.cumsum(later, 3, reverse=True))
-    return o, jnp.einsum("nbhjd,nbhjv->nbhdv", only(runs.stays, k), v)
-
-
-def _outside(q, g, runs: Runs, states) -> jax.Array:
-    """What the states [N,B,H,D,V] that chunks begin with give their tokens."""
-    if g is not None:
-        q = q * jnp.exp(jnp.cumsum(g, 3))
-    return jnp.einsum("nbhid,nbhdv->nbhiv", only(runs.enters, q), states)
-
-
-def _travel(state, local, g, runs: Runs) -> tuple[jax.Array, jax.Array]:
-    """The last state [B,H,D,V] and those that chunks begin with [N,B,H,D,V]."""
-    factor = jnp.ones((1,) * 5) if g is None else jnp.exp(g.sum(3))[..., None]
-    factor = only(runs.keeps, factor)
-    factor = jnp.broadcast_to(factor, (local.shape[0], *factor.shape[1:]))
-
-    def pass_on(state, chunk):
-        factor, added = chunk
-        return factor * state + added, state
-
-    return jax.lax.scan(pass_on, state, (factor, local))
+    return recurred(q, k, v, log_decay, run, chunk, begin)[:2]
 
 
 def _check(q, k, v, log_decay, state, run, chunk: int) -> None:

@@ -17,34 +17,16 @@ work in every step; the tokens are exchanged when the attention begins and when 
 from __future__ import annotations
 
 import functools
-from typing import Any, Callable, NamedTuple
+from typing import Any, Callable
 
 import jax
 import jax.numpy as jnp
 
+from attn.journey import Keys, Side, each, journey, move, put, sent, take
 from attn.masks import FOREVER, Causal, Mask
-from attn.rounds import (
-    MANY, WAYS, Call, Pair, Step, alike, ends, halo, own, pairs, schedule,
-)
+from attn.rounds import MANY, Call, Pair, ends, halo, own
 from attn.zigzag import collected, dealt
 from pallas_kernels.tile import NEVER
-
-
-class Side(NamedTuple):
-    """Arrays of a call that have no gradient: head [H], q_pos [B,T], q_run [B,T]."""
-
-    head: Any
-    q_pos: Any
-    q_run: Any
-
-
-class Keys(NamedTuple):
-    """What travels: k and v of one shard, and where they stand [B,S]."""
-
-    k: jax.Array
-    v: jax.Array
-    pos: Any
-    run: Any
 
 
 def ring(
@@ -111,109 +93,22 @@ def join(o, lse, new_o, new_lse) -> tuple[jax.Array, jax.Array]:
     return o, jnp.where(some, base + jnp.log(safe), NEVER)
 
 
-def _journey(call: Call, keys: Keys, t: int, state: Any, visit: Callable) -> Any:
-    """state after `visit(state, n, step, moving)` of all steps; moving: the keys that
-    are here in step n, of each way."""
-    plan = schedule(call, t)
-    on = lambda moving, ways: {way: move(call, moving[way], way) for way in ways}
-    gone = {way: _seen(call, keys, t, way) for way in WAYS}
-    moving = on(gone, plan[0][0].ways) if plan else {}
-    for place, steps in enumerate(plan):
-        first, last = steps[0], steps[-1]
-
-        def loop(carry, n):
-            state, moving = carry
-            return (visit(state, n, first, moving), on(moving, first.ways)), None
-
-        looped = call.looped and len(steps) > 1
-        order = jnp.arange(first.n, last.n + looped)
-        if len(order):
-            (state, moving), _ = jax.lax.scan(loop, (state, moving), order)
-        if not looped:
-            # on their way before the last ones that are here are looked at
-            here, rest = moving, plan[place + 1:]
-            moving = on(moving, rest[0][0].ways) if rest else {}
-            state = visit(state, last.n, last, here)
-    return state
-
-
-def _seen(call: Call, tree: Any, t: int, way: int) -> Any:
-    """What travels `way` of keys, or of what is shaped like them."""
-    first, n = halo(call, t, way)
-    return tree if n == t else jax.tree.map(lambda a: a[:, first:first + n], tree)
-
-
-def _each(call: Call, n, step: Step, moving, t: int, state, add: Callable):
-    """state after `add(state, pair, keys)` of all pairs that meet in a step."""
-    found = []
-    for way, kinds in zip(step.ways, step.kinds):
-        r = n if way > 0 else call.shards - n
-        s, cut = moving[way].k.shape[1], halo(call, t, way)[0]
-        found += [(way, pair) for pair in pairs(call, r, kinds, t, s, cut)]
-    for same in alike(found):
-        if not call.looped or len(same) == 1:
-            for way, pair in same:
-                state = _if(pair.when, functools.partial(
-                    add, pair=pair, keys=moving[way]), state)
-            continue
-        stacked = jax.tree.map(lambda *a: jnp.stack(a), *moving.values())
-        at = [list(moving).index(way) for way, _ in same]
-        told = [(p.rows[0], p.columns[0], p.when) for _, p in same]
-        order = jnp.array(at), *(jnp.stack([*map(jnp.asarray, a)]) for a in zip(*told))
-        one = same[0][1]
-
-        def loop(state, told):
-            n, row, column, when = told
-            keys = jax.tree.map(lambda a: a[n], stacked)
-            pair = one._replace(
-                rows=(row, one.rows[1]), columns=(column, one.columns[1]))
-            always = all(p.when is True for _, p in same)
-            f = functools.partial(add, pair=pair, keys=keys)
-            return _if(True if always else when, f, state), None
-
-        state, _ = jax.lax.scan(loop, state, order)
-    return state
-
-
-def move(call: Call, tree: Any, way: int) -> Any:
-    """Everything goes `way` shards on."""
-    to = [(p, (p + way) % call.shards) for p in range(call.shards)]
-    return jax.tree.map(lambda a: jax.lax.ppermute(a, call.axis, to), tree)
-
-
-def _take(a: Any, piece: tuple[Any, int], dim: int = 1) -> Any:
-    if a is None or a.shape[dim] == piece[1]:
-        return a
-    return jax.lax.dynamic_slice_in_dim(a, *piece, dim)
-
-
-def _put(a: jax.Array, part: jax.Array, piece: tuple[Any, int], dim: int = 1):
-    part = part.astype(a.dtype)
-    if a.shape[dim] == piece[1]:
-        return part
-    return jax.lax.dynamic_update_slice_in_dim(a, part, piece[0], dim)
-
-
 def _meet(call: Call, side: Side, pair: Pair, q, keys: Keys, sink=None, given=None):
     """o and lse of a pair's queries with its keys, as a function of both and `sink`."""
-    cut = Keys(*(_take(a, pair.columns) for a in keys))
+    cut = Keys(*(take(a, pair.columns) for a in keys))
     where: dict[str, Any] = {"shift": pair.shift}
     if pair.shift is None:
         where = {
-            "q_pos": _take(side.q_pos, pair.rows), "kv_pos": cut.pos,
-            "q_run": _take(side.q_run, pair.rows), "kv_run": cut.run,
+            "q_pos": take(side.q_pos, pair.rows), "kv_pos": cut.pos,
+            "q_run": take(side.q_run, pair.rows), "kv_run": cut.run,
         }
     if given is not None:
-        where["given"] = _take(given, pair.rows, 2)
+        where["given"] = take(given, pair.rows, 2)
     f = lambda q, k, v, sink: call.attend(
         q, k, v, mask=pair.mask, head=side.head, sink=sink, **where,
         **dict(call.options),
     )
-    return f, (_take(q, pair.rows), cut.k, cut.v, sink)
-
-
-def _if(when: Any, f: Callable, state: Any) -> Any:
-    return f(state) if when is True else jax.lax.cond(when, f, lambda s: s, state)
+    return f, (take(q, pair.rows), cut.k, cut.v, sink)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -228,17 +123,17 @@ def _forward(call: Call, side: Side, kv_pos, kv_run, q, k, v, sink):
 
     def add(state, pair, keys):
         f, args = _meet(call, side, pair, q, keys)
-        old = [_take(a, pair.rows, d) for d, a in enumerate(state, 1)]
+        old = [take(a, pair.rows, d) for d, a in enumerate(state, 1)]
         new = join(*old, *f(*args))
         return tuple(
-            _put(a, b, pair.rows, d) for d, (a, b) in enumerate(zip(state, new), 1)
+            put(a, b, pair.rows, d) for d, (a, b) in enumerate(zip(state, new), 1)
         )
 
     def visit(state, n, step, moving):
-        return _each(call, n, step, moving, q.shape[1], state, add)
+        return each(call, n, step, moving, q.shape[1], state, add)
 
     state = o.astype(jnp.float32), lse
-    o, lse = _journey(call, keys, q.shape[1], state, visit)
+    o, lse = journey(call, keys, q.shape[1], state, visit)
     o = o.astype(v.dtype)
     return (o, lse), (side, keys, q, sink, o, lse)
 
@@ -254,13 +149,13 @@ def _backward(call: Call, saved, cotangents):
 
     def gradients(pair, keys, sink=None):
         f, args = _meet(call, side, pair, q, keys, sink, lse)
-        return jax.vjp(f, *args)[1]((_take(do, pair.rows), _take(dlse, pair.rows, 2)))
+        return jax.vjp(f, *args)[1]((take(do, pair.rows), take(dlse, pair.rows, 2)))
 
     dq, dk, dv, dsink = gradients(own(call, q, keys.k), keys, sink)
     wide = lambda a: a.astype(jnp.float32)
 
     zeros = lambda way: tuple(
-        jnp.zeros_like(a, jnp.float32) for a in _seen(call, keys[:2], t, way))
+        jnp.zeros_like(a, jnp.float32) for a in sent(call, keys[:2], t, way))
 
     def visit(state, n, step, moving):
         dq, sums = state
@@ -270,13 +165,13 @@ def _backward(call: Call, saved, cotangents):
                 parts = gradients(pair, keys)
                 pieces = pair.rows, pair.columns, pair.columns
                 return tuple(
-                    _put(a, _take(a, at) + wide(b), at)
+                    put(a, take(a, at) + wide(b), at)
                     for a, b, at in zip(found, parts, pieces)
                 )
 
             one = step._replace(ways=(way,), kinds=(kinds,))
             here = {way: moving[way]}
-            dq, *found = _each(call, n, one, here, t, (dq, *zeros(way)), add)
+            dq, *found = each(call, n, one, here, t, (dq, *zeros(way)), add)
             if way in sums:
                 found = map(jnp.add, found, move(call, sums[way], way))
             new[way] = tuple(found)
@@ -285,11 +180,11 @@ def _backward(call: Call, saved, cotangents):
 
     dk, dv = wide(dk), wide(dv)
     begun = {way: zeros(way) for way in ends(call, t)} if call.looped else {}
-    dq, sums = _journey(call, keys, t, (wide(dq), begun), visit)
+    dq, sums = journey(call, keys, t, (wide(dq), begun), visit)
     for way, far in ends(call, t).items():
-        at = halo(call, t, way)
+        at = halo(call, t, way) or (0, dk.shape[1])
         dk, dv = (
-            _put(a, _take(a, at) + b, at)
+            put(a, take(a, at) + b, at)
             for a, b in zip((dk, dv), move(call, sums[way], -way * far))
         )
     low = lambda d, a: d.astype(a.dtype)

@@ -149,14 +149,14 @@ def own(call: Call, q, k) -> Pair:
     return Pair((0, q.shape[1]), (0, k.shape[1]), call.mask, shift)
 
 
-def halo(call: Call, t: int, way: int) -> tuple[int, int]:
-    """Which of a shard's keys travel `way`, (first, how many): all, but if they go to
-    the neighbour only, just those that it can see."""
+def halo(call: Call, t: int, way: int) -> tuple[int, int] | None:
+    """Which of a shard's keys travel `way`, (first, how many), if they go to the
+    neighbour only: just those that it can see. None for all."""
     if not call.counted or call.zigzag or ends(call, t).get(way) != 1:
-        return 0, t
+        return None
     before, behind = kinds_of(call, way % call.shards, t) or (None, None)
     if (behind if way > 0 else before) is not None:
-        return 0, t  # the ring closes: these keys are seen from both sides
+        return None  # the ring closes: these keys are seen from both sides
     queries = np.int64(way * t), np.int64(way * t + t - 1)
 
     def enough(n: int) -> bool:

@@ -45,7 +45,7 @@ from experiments import config
 from experiments.config import knob
 from experiments.runs import open_folder
 from experiments.train import Plan
-from models.lm import Block, Layers, Pattern, unbound
+from models.stack import Block, Layers, Pattern, unbound
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from attn.layers import Layer, MultiHead
 from attn.masks import Full
 from attn.softmax import Softmax
-from models.lm import Block, Layers, Pattern, unbound
+from models.stack import Block, Layers, Pattern, unbound
 
 _INIT = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
 _TABLE = nn.initializers.normal(0.02)

@@ -22,7 +22,8 @@ SHARED = {
     "grouped", "softmax", "baseconv", "decayed", "scan", "triples", "wy",
     "triangular", "grid", "shards", "shardcache", "partial",
     "distributed", "template", "mixers",
-    "exchange", "ring", "rounds", "zigzag", "shortconv", "unordered",
+    "exchange", "ring", "rounds", "journey", "zigzag", "shortconv", "unordered",
+    "tilepass", "scores", "linearchunks", "wychunks",
 }
 ANALYSES = {"dsf"}  # papers that say what attention is, not another one
 FILES = [path for package in BELOW for path in sorted((ROOT / package).glob("*.py"))]

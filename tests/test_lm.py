@@ -13,7 +13,8 @@ from attn.lightning import Lightning
 from attn.masks import Causal, Window
 from attn.snapkv import SnapKV
 from attn.softmax import Softmax
-from models.lm import LM, Pattern, loss, stack, state_bytes, unstack
+from models.lm import LM, loss, state_bytes
+from models.stack import Pattern, stack, unstack
 from experiments import cost
 from tests.laws import close
 

@@ -2,7 +2,9 @@
 
 **It has compiled for sm_100a and was interpreted on a CPU; it has never run on a GPU.**
 So nobody gets it unasked: `flash(..., backend="blackwell")` is the only way to it, and
-the backward pass is Triton's.
+the backward pass is Triton's. From jax 0.11 the interpreter simulates tensor memory and
+its products, too, and finds no race between warpgroups; fences between threads of one
+warpgroup it does not see.
 
 A block owns 128 queries, the lanes of tensor memory, for each warpgroup that computes,
 one or two of them; one more warpgroup loads tiles of k and v into a ring of shared

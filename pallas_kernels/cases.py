@@ -214,15 +214,17 @@ DECODE: dict[str, dict[str, Any]] = {
     " statistics": {"statistics": True},
 }
 PEER = "causal T8192 D128 H8"
+
 SPLASH = ((1024, 1024, 1024), (1024, 1024, 512), (2048, 2048, 512))  # the best of many
 
 
 def cases(target) -> dict[str, Case]:
     """All cases of a target by name; a name's first word is the kernel."""
     found: dict[str, Case] = {}
-    for backend in target.backends:
+    for backend in target.backends + target.named:
         label = "" if backend == "tpu" else f" {backend}"
-        for way in ("forward", "backward"):
+        # the backward pass of a form that has to be named is another's
+        for way in ("forward", "backward")[:1 if backend in target.named else 2]:
             more: dict[str, Any] = {"backend": backend, "backward": way == "backward"}
             for name, options in FLASH.items():
                 flops = 0.0
@@ -232,7 +234,7 @@ def cases(target) -> dict[str, Case]:
                                  backward=way == "backward", **own)
                 found[f"flash {way}{label} {name}"] = Case(
                     functools.partial(attention, **more, **options), flops)
-            if backend != "mosaic":
+            if backend not in tables.PADDED:
                 found |= recurrent(backend, way, label)
                 for name, options in DELTA.items():
                     found[f"delta {way}{label} {name}"] = Case(
@@ -242,7 +244,7 @@ def cases(target) -> dict[str, Case]:
                                                  "packed")))
                 found[f"blocks {way}{label} T8192 D128 H16 K2 n16x64"] = Case(
                     functools.partial(chosen, **more))
-        for name, options in DECODE.items() if backend != "mosaic" else ():
+        for name, options in DECODE.items() if backend not in tables.PADDED else ():
             bits = options.get("bits", 16)
             found[f"decode{label} B8 S32768 H32 K8{name}"] = Case(
                 functools.partial(cached, backend=backend, **options), 0.0,

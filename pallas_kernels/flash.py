@@ -26,7 +26,10 @@ from pallas_kernels.tile import Form
 F32 = jnp.float32
 DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
 WIDEST = 256
-HOPPER = ("H100", "H200", "H800", "H20")  # and GH200, which has H200 in its name
+CARDS = {  # what runs kernels by Mosaic GPU; GH200 has H200 in its name
+    "mosaic": ("Hopper", ("H100", "H200", "H800", "H20")),
+    "blackwell": ("Blackwell", ("B100", "B200")),
+}
 ELEMENTWISE = set(
     "abs add and broadcast_in_dim clamp convert_element_type div eq exp exp2 ge gt "
     "integer_pow le log logistic lt max min mul ne neg not or rem rsqrt select_n "
@@ -75,7 +78,9 @@ def flash(
     the part's gradients: nothing is computed, o is 0, and lse's cotangent is to hold
     what all parts share, d(lse) - sum(d(o) o) of the whole. tile: queries and keys of a
     tile. Rows that see nothing give o = 0, lse = -inf and no gradient.
-    backend: "tpu", "triton" or "mosaic" (Hopper). interpret: run on a CPU, slowly.
+    backend: "tpu", "triton", "mosaic" (Hopper), or "blackwell" (forward, with Triton's
+    backward; `tile` is of the forward pass): only compiled and interpreted, never run,
+    so nobody gets it unasked. interpret: run on a CPU, slowly.
 
     Raises Refused for what the kernel does not do. Sources: see the module.
     """
@@ -85,12 +90,12 @@ def flash(
     random = dropout > 0 and key is not None
     if backend == "tpu":
         check_tpu(q, interpret)
-    if backend == "mosaic":
-        check_hopper(q, v, interpret)
+    if backend in CARDS:
+        check_mosaic(backend, q, v, interpret)
         extra = {"bias": bias, "keep": keep, "key": key if random else None}
         for name, a in extra.items():
             if a is not None:
-                raise Refused(f"{name}: not on Hopper, expected None")
+                raise Refused(f"{name}: not on {CARDS[backend][0]}, expected None")
     for name, f in (("mask", mask), ("score", score)):
         check_elementwise(name, f, backend)
     device = tables.device_kind()
@@ -144,30 +149,31 @@ def check_tpu(q: jax.Array, interpret: Any) -> None:
         raise Refused("q is float16: TPUs know bfloat16 and float32")
 
 
-def check_hopper(q: jax.Array, v: jax.Array, interpret: Any) -> None:
-    """Raises Refused for what the kernels for Hopper do not take."""
-    kind = tables.device_kind()
-    if not interpret and not any(name in kind for name in HOPPER):
-        raise Refused(f"device {kind}: expected one of {', '.join(HOPPER)}")
+def check_mosaic(backend: str, q: jax.Array, v: jax.Array, interpret: Any) -> None:
+    """Raises Refused for what the kernels by Mosaic GPU do not take."""
+    (card, names), kind = CARDS[backend], tables.device_kind()
+    if not interpret and not any(name in kind for name in names):
+        raise Refused(f"device {kind}: expected one of {', '.join(names)}")
     if q.shape[0] >= 2**16:
-        raise Refused(f"B={q.shape[0]}: at most {2**16 - 1} rows on Hopper")
+        raise Refused(f"B={q.shape[0]}: at most {2**16 - 1} rows on {card}")
     if q.dtype == F32:
-        raise Refused("q is float32: Hopper's matrix units take bfloat16 and float16")
-    if tables.hopper(q.shape[3], v.shape[3]) is None:
-        raise Refused(f"D={q.shape[3]}, V={v.shape[3]}: too wide for a Hopper kernel")
+        raise Refused(f"q is float32: {card}'s matrix units take bfloat16 and float16")
+    if tables.padded(q.shape[3], v.shape[3], backend) is None:
+        raise Refused(f"D={q.shape[3]}, V={v.shape[3]}: too wide for a {card} kernel")
 
 
 def check_elementwise(name: str, f: Callable | None, backend: str = "tpu") -> None:
     """Raises Refused if f(head, i, j) reads an array: a kernel cannot carry one; or,
-    on Hopper, if it has an operation that does not compile there."""
+    by Mosaic GPU, if it has an operation that does not compile there."""
     if f is None:
         return
     place = jax.ShapeDtypeStruct((), jnp.int32)
     traced = jax.make_jaxpr(f)(place, place, place)
     if any(getattr(a, "ndim", 0) for a in traced.consts):
         raise Refused(f"{name}={f}: it reads a table, expected arithmetic on positions")
-    if backend == "mosaic" and (other := _operations(traced.jaxpr) - ELEMENTWISE):
-        raise Refused(f"{name}={f}: no {', '.join(sorted(other))} on Hopper")
+    if backend in CARDS and (other := _operations(traced.jaxpr) - ELEMENTWISE):
+        card = CARDS[backend][0]
+        raise Refused(f"{name}={f}: no {', '.join(sorted(other))} on {card}")
 
 
 def _operations(jaxpr: Any) -> set[str]:

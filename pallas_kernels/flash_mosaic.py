@@ -19,6 +19,8 @@ Sources: Shah et al., 2024, arXiv:2407.08608; Dao, 2023, arXiv:2307.08691.
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
@@ -40,14 +42,23 @@ def forward(static: Static, side: Side, q, k, v, bias, sink):
     t = static.tiling
     call = Call(static.form, t, q.shape[2] // k.shape[2], t.rows // ROWS,
                 static.how[0] * 2, bool(static.interpret))
+    turns = plgpu.Barrier(num_barriers=call.warpgroups),
+    return over_keys(call, static.asks(t, side), side, q, k, v, sink, turns, _attend)
+
+
+def over_keys(call: Call, asks, side: Side, q, k, v, sink, more, attend):
+    """o and lse, given what is asked of each tile, with a warpgroup that loads and some
+    that compute their queries by `attend`; more: scratch that only these know."""
+    t = call.tiling
     (b, _, h, _), width = q.shape, v.shape[3]
     x = arrays(call, side, q, k, v, sink)
     tall = t.grid[0] * t.rows
     o = jax.ShapeDtypeStruct((b, x.q.shape[1], h, x.v.shape[3]), v.dtype)
     lse = jax.ShapeDtypeStruct((b, h, tall), F32)
     o, lse = run(
-        call, _forward, {"tile": t.grid[0], "batch": b, "head": h}, x,
-        line(*static.asks(t, side)), [o, lse], _scratch(call, x), "flash_forward",
+        call, functools.partial(_forward, attend),
+        {"tile": t.grid[0], "batch": b, "head": h}, x, line(*asks), [o, lse],
+        (*_scratch(call, x), *more), "flash_forward",
     )
     return o[:, :t.t, :, :width], lse[:, :, :t.t]
 
@@ -60,22 +71,22 @@ def backward(static: Static, side: Side, q, k, v, bias, sink, lse, delta, do):
 
 def _scratch(call: Call, x: Arrays):
     n, c, groups = call.stages[0], call.tiling.columns, call.warpgroups
+    rows = call.tiling.rows // groups
     d, width, kind = x.q.shape[3], x.v.shape[3], x.q.dtype
     barrier = plgpu.Barrier
     return (
-        shared((groups, ROWS, d), kind), shared((n, c, d), kind),
+        shared((groups, rows, d), kind), shared((n, c, d), kind),
         shared((n, c, width), kind),
         # the output takes the place of q where it can
-        None if d == width else shared((groups, ROWS, width), kind),
-        plgpu.SMEM((groups, ROWS), F32),
+        None if d == width else shared((groups, rows, width), kind),
+        plgpu.SMEM((groups, rows), F32),
         barrier(num_barriers=groups), barrier(num_barriers=n), barrier(num_barriers=n),
         barrier(num_arrivals=groups, num_barriers=n),
         barrier(num_arrivals=groups, num_barriers=n),
-        barrier(num_barriers=groups),
     )
 
 
-def _forward(call: Call, x: Arrays, seen: Line, outs, scratch):
+def _forward(attend, call: Call, x: Arrays, seen: Line, outs, scratch):
     group = jax.lax.axis_index("group")
     # later query tiles have the longer lines under a causal mask: they start first
     tile = call.tiling.grid[0] - 1 - jax.lax.axis_index("tile")
@@ -87,7 +98,7 @@ def _forward(call: Call, x: Arrays, seen: Line, outs, scratch):
 
     share(group, call.warpgroups,
           lambda: fetch_keys(here, at, steps[1], scratch[1:3], scratch[6:10]),
-          lambda: _attend(here, at, steps, outs, scratch, group, tile))
+          lambda: attend(here, at, steps, outs, scratch, group, tile))
 
 
 def _attend(here: Here, at, steps, outs, scratch, group, tile):
@@ -95,14 +106,12 @@ def _attend(here: Here, at, steps, outs, scratch, group, tile):
     the next tile's logits are made: p is what is still to be multiplied."""
     q_smem, k_ring, v_ring, o_smem, lse_smem, q_there, *barriers, turn = scratch
     k_there, v_there, k_free, v_free = barriers
-    o_ref, lse_ref = outs
     call, x, interpret = here.call, here.x, here.call.interpret
     whole, count = steps
     last = call.warpgroups - 1
     first = tile * call.tiling.rows + group * ROWS
     queries = here.b, pl.ds(first, ROWS), here.h
     q = q_smem.at[group]
-    o_smem = q if o_smem is None else o_smem.at[group]
     slot = lambda n: jax.lax.rem(n, jnp.int32(call.stages[0]))
     key = lambda n: at(n) * call.tiling.columns
 
@@ -178,13 +187,20 @@ def _attend(here: Here, at, steps, outs, scratch, group, tile):
     def _():
         plgpu.barrier_wait(turn.at[0])
 
+    safe = jnp.where(total > 0, total, 1.0)
+    o = acc * spread(1 / safe, acc.shape, False)
+    o_smem = q_smem if o_smem is None else o_smem
+    write(here, o, m, total, outs, (o_smem, lse_smem), group, queries)
+
+
+def write(here: Here, o, m, total, outs, smem, group, queries) -> None:
+    """The end of a line: o [queries,V], and lse of the maximum and the sum."""
+    (o_ref, lse_ref), (o_smem, lse_smem) = outs, (ref.at[group] for ref in smem)
+    o_smem[...] = o.astype(o_ref.dtype)
     some = total > 0
     safe = jnp.where(some, total, 1.0)
-    o_smem[...] = (acc * spread(1 / safe, acc.shape, False)).astype(o_ref.dtype)
-    lse_smem.at[group][...] = jnp.where(
-        some, m * (1 / LOG2E) + jnp.log(safe), NEVER)
+    lse_smem[...] = jnp.where(some, m * (1 / LOG2E) + jnp.log(safe), NEVER)
     plgpu.commit_smem()
     plgpu.copy_smem_to_gmem(o_smem, o_ref.at[queries])
-    plgpu.copy_smem_to_gmem(lse_smem.at[group],
-                            lse_ref.at[here.b, here.h, pl.ds(first, ROWS)])
+    plgpu.copy_smem_to_gmem(lse_smem, lse_ref.at[here.b, here.h, queries[1]])
     plgpu.wait_smem_to_gmem(0)

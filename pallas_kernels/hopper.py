@@ -24,7 +24,6 @@ ROWS = 64  # queries, or keys, of one warpgroup's matrix product
 FEW, MANY = {1: 24, 2: 24, 3: 32}, {1: 240, 2: 240, 3: 160}
 WIDE = 128  # bytes of a line of shared memory
 TILE = plgpu.Layout.WGMMA
-ALONG = {False: TILE.reduce(1), True: TILE.reduce(0)}  # a vector of rows, of columns
 LATER = jax.__version_info__ >= (0, 11)  # its interpreter takes transposed operands
 INDEXED = "idx" in inspect.signature(plgpu.load).parameters  # until jax 0.12
 
@@ -41,9 +40,9 @@ def cast(x, layout, interpret: bool):
     return x if interpret else plgpu.layout_cast(x, layout)
 
 
-def vector(ref, columns: bool, interpret: bool):
+def vector(ref, columns: bool, interpret: bool, layout=TILE):
     """A vector in memory, as one of the rows or the columns of a tile."""
-    return _load(ref, ALONG[columns], interpret)
+    return _load(ref, layout.reduce(0 if columns else 1), interpret)
 
 
 def matrix(ref, interpret: bool):
@@ -117,9 +116,9 @@ def _one(start, a, b):
     return pl.run_scoped(run, plgpu.ACC(start))
 
 
-def zeros(shape: tuple[int, ...], interpret: bool, value: float = 0.0):
+def zeros(shape: tuple[int, ...], interpret: bool, value: Any = 0.0, layout=TILE):
     """An accumulator of a warpgroup, or for one axis a vector of its rows."""
-    layout = TILE if len(shape) == 2 else ALONG[False]
+    layout = layout if len(shape) == 2 else layout.reduce(1)
     return cast(jnp.full(shape, value, F32), layout, interpret)
 
 

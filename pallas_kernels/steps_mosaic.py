@@ -1,5 +1,5 @@
-"""Steps of a flash kernel on Hopper by Mosaic GPU: the tiles that each block passes
-over, how they are loaded, and what the elements of a tile are.
+"""Steps of a flash kernel by Mosaic GPU: the tiles that each block passes over, how
+they are loaded, and what the elements of a tile are.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Line(NamedTuple):
 
 class Call(NamedTuple):
     """What is static: the form, the tiles, query heads of a key head, warpgroups that
-    compute, and stages of the rings."""
+    compute, stages of the rings, and how a tile lies over a warpgroup's registers."""
 
     form: Form
     tiling: Tiling
@@ -40,6 +40,7 @@ class Call(NamedTuple):
     warpgroups: int
     stages: tuple[int, ...]
     interpret: bool
+    layout: Any = TILE
 
     @property
     def plain(self) -> bool:
@@ -97,7 +98,8 @@ def arrays(call: Call, side: Side, q, k, v, sink, do=None) -> Arrays:
     t = call.tiling
 
     def tile(a, size):
-        a = tokens(a, 64, 3)
+        # copies to swizzled memory take 8 tokens at a time
+        a = tokens(tokens(a, 64, 3), 8)
         # a copy beyond the end reads 0, but an interpreted one is an error
         return tokens(a, size) if call.interpret or a.shape[1] < size else a
 
@@ -126,21 +128,24 @@ class Here:
 
     def places(self, first_row, first_key, shape):
         """Query and key positions of a tile [shape]."""
-        x, t, interpret = self.x, self.call.tiling, self.call.interpret
+        x, t = self.x, self.call.tiling
         if t.offset is None:
             head = self.kv if x.kv_pos.shape[1] > 1 else 0
             i = self._vector(x.q_pos, (self.b,), first_row, shape, False)
             j = self._vector(x.kv_pos, (self.b, head), first_key, shape, True)
             return i, j
-        count = lambda axis: cast(jax.lax.broadcasted_iota(jnp.int32, shape, axis),
-                                  TILE, interpret)
         rows, keys = (1, 0) if self.turned else (0, 1)
-        return count(rows) + (first_row + t.offset), count(keys) + first_key
+        i, j = self._count(shape, rows), self._count(shape, keys)
+        return i + (first_row + t.offset), j + first_key
+
+    def _count(self, shape, axis: int):
+        number = jax.lax.broadcasted_iota(jnp.int32, shape, axis)
+        return cast(number, self.call.layout, self.call.interpret)
 
     def _vector(self, ref, before, first, shape, keys: bool):
         columns = keys != self.turned
         at = (*before, pl.ds(first, shape[1 if columns else 0]))
-        found = vector(ref.at[at], columns, self.call.interpret)
+        found = vector(ref.at[at], columns, self.call.interpret, self.call.layout)
         return spread(found, shape, columns)
 
     def logits(self, raw, first_row, first_key, masked: bool):
@@ -173,8 +178,7 @@ class Here:
             run = self._vector(x.kv_run, row(x.kv_run), first_key, shape, True)
             seen = both(both(seen, mine == run), run > 0)
         if t.s % t.columns:
-            number = cast(jax.lax.broadcasted_iota(jnp.int32, shape, int(
-                not self.turned)), TILE, self.call.interpret)
+            number = self._count(shape, int(not self.turned))
             seen = both(seen, number + first_key < t.s)
         return seen
 

@@ -36,19 +36,22 @@ class Shape(NamedTuple):
         return f"{width(self.d, self.v)} {'f32' if self.itemsize == 4 else 'f16'}"
 
 
-HOPPER = ((64, 64), (128, 128), (192, 128), (256, 256))  # widths D, V with a row
+PADDED = {  # widths D, V with a row, of backends that pad
+    "mosaic": ((64, 64), (128, 128), (192, 128), (256, 256)),
+    "blackwell": ((64, 64), (128, 128)),
+}
 
 
-def hopper(d: int, v: int) -> str | None:
+def padded(d: int, v: int, backend: str) -> str | None:
     """The class of shapes of Mosaic GPU kernels, which pad widths; None: too wide."""
-    fits = (f"d{a} v{b}" for a, b in HOPPER if d <= a and v <= b)
+    fits = (f"d{a} v{b}" for a, b in PADDED[backend] if d <= a and v <= b)
     return next(fits, None)
 
 
 class Tile(NamedTuple):
     """Queries and keys of a tile; how: on TPU, how many keys pass by at once; on a GPU,
-    warps of a program and stages of its loads; on Hopper, stages, and of the backward
-    pass also keys and stages of the kernel for dq."""
+    warps of a program and stages of its loads; by Mosaic GPU, stages, and on Hopper of
+    the backward pass also keys and stages of the kernel for dq."""
 
     rows: int
     columns: int
@@ -136,12 +139,14 @@ def tile(device: str, kernel: str, shape: Shape, asked: tuple | None = None,
          backend: str = "tpu") -> Tile:
     """The tile of a call: `asked` for (queries, keys and perhaps how), or the table's
     row for its class of shapes, cut down to the tokens that are there."""
+    if (backend, kernel) == ("blackwell", "flash_backward"):
+        backend, asked = "triton", None
     name = kernel if backend == "tpu" else f"{backend}_{kernel}"
     table = row(device, backend)[name]
-    if backend == "mosaic":
+    if backend in PADDED:
         # what is asked for replaces the first numbers of the row
-        first = list(asked or ())
-        rows, columns, *how = first + table[hopper(shape.d, shape.v)][len(first):]
+        first, label = list(asked or ()), padded(shape.d, shape.v, backend)
+        rows, columns, *how = first + table[label][len(first):]
         return Tile(rows, columns, tuple(how))
     rows, columns, *how = entry(table, shape.label)
     if backend != "tpu":

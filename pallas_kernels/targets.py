@@ -41,6 +41,7 @@ class Tpu:
     cycle: int
     platform = "tpu"
     backends = ("tpu",)
+    named = ()
     needs = "libtpu"
 
     @property
@@ -68,7 +69,8 @@ class Gpu:
     """A GPU. capability: of CUDA; cores: multiprocessors; shared: bytes of shared
     memory of one, block: of which a block of threads may ask for; peak: bf16 flops a
     second, bandwidth: bytes a second, ghz: clock, memory and cache: bytes of the main
-    memory and of the second-level cache; backends: the forms that are compiled."""
+    memory and of the second-level cache; backends: the forms that are compiled; named:
+    those of exact attention that are, too, but that nobody gets unasked."""
 
     name: str
     kind: str
@@ -82,6 +84,7 @@ class Gpu:
     memory: float
     cache: int
     backends: tuple[str, ...] = ("triton",)
+    named: tuple[str, ...] = ()
     platform = "cuda"
     needs = "jax_cuda13_plugin"
 
@@ -130,7 +133,7 @@ TARGETS: dict[str, Tpu | Gpu] = {
         Gpu("sm90a", "NVIDIA H200", (9, 0), 132, 228 * KIB, 227 * KIB, 989e12, 4.8e12,
             1.98, 141e9, 60 * KIB**2, ("mosaic", "triton")),
         Gpu("sm100", "NVIDIA B200", (10, 0), 148, 228 * KIB, 227 * KIB, 2250e12, 8e12,
-            1.96, 180e9, 126 * KIB**2),
+            1.96, 180e9, 126 * KIB**2, named=("blackwell",)),
     )
 }
 

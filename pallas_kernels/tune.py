@@ -127,8 +127,8 @@ def place(backend: str, which: str, label: str, width: int) -> tuple[str, str]:
     """The name of a row of the table, and the class of shapes in it."""
     kernel, *channels = which.split()
     name = kernel if backend == "tpu" else f"{backend}_{kernel}"
-    hopper = tables.hopper(width, width) if backend == "mosaic" else None
-    return name, hopper or " ".join([label, "f16", *channels])
+    padded = tables.padded(width, width, backend) if backend == "mosaic" else None
+    return name, padded or " ".join([label, "f16", *channels])
 
 
 def tuned(target: Tpu | Gpu, cost: Callable, backends: Sequence[str],

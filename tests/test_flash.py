@@ -15,7 +15,8 @@ from attn.positions import ALiBi
 from attn.softmax import Softmax
 from attn.tiles import attend
 from pallas_kernels import (
-    Refused, flash_mosaic, flash_tpu, flash_triton, portions_tpu, schedule, tables
+    Refused, flash_blackwell, flash_mosaic, flash_tpu, flash_triton, portions_tpu,
+    schedule, tables
 )
 from pallas_kernels.flash import flash
 from experiments import cost
@@ -285,6 +286,7 @@ def test_softmax_runs_the_kernel_by_name():
         kernel(*(normal(n, 1, 4, 1, 300) for n in range(3)))
 
 
-@pytest.mark.parametrize("module", (flash_tpu, flash_triton, flash_mosaic))
+@pytest.mark.parametrize("module", (
+    flash_tpu, flash_triton, flash_mosaic, flash_blackwell))
 def test_every_backend_has_the_same_entries(module):
     assert callable(module.forward) and callable(module.backward)

@@ -1,0 +1,209 @@
+"""Flash attention for Blackwell by Mosaic GPU, forward: TMA, tcgen05, tensor memory.
+
+**It has compiled for sm_100a and was interpreted on a CPU; it has never run on a GPU.**
+So nobody gets it unasked: `flash(..., backend="blackwell")` is the only way to it, and
+the backward pass is Triton's. From jax 0.11 the interpreter simulates tensor memory and
+its products, too, and finds no race between warpgroups; fences between threads of one
+warpgroup it does not see.
+
+A block owns 128 queries, the lanes of tensor memory, for each warpgroup that computes,
+one or two of them; one more warpgroup loads tiles of k and v into a ring of shared
+memory. A warpgroup begins its own products: logits q k^T go to tensor memory and from
+there to registers, where a thread has a row, so that maxima and sums need no other
+thread; the weights go back, 16 bits each, as the left side of the product with v, which
+adds to o in tensor memory. Logits of the next tile are made while those of this one are
+at their softmax, and so is the product of the last weights with v; o is faded, through
+registers, before the next is added. bfloat16 and float16, D and V up to 128 (padded to
+64s); no bias, no dropout.
+
+Two limits, for a tile of 128 queries and 128 keys, D=128, no mask: 4 x 128 x 128 x 128
+flops at 8192 a cycle and multiprocessor are 1024 cycles of the matrix units, and 128 x
+129 of 2^x, 16 a cycle, are 1032: neither is the limit alone. At D=64 it is 512 against
+1032, and 2^x is the limit. What comes beside 2^x in its place, maxima, sums, fading,
+and the reading of q from shared memory for tiles of 64 keys, is not in them. Nothing
+here was measured.
+
+Sources: Dao, 2023, arXiv:2307.08691; the parting of work between softmax and products
+as in Shah et al., 2024, arXiv:2407.08608.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels import Refused, flash_triton
+from pallas_kernels.flash_mosaic import over_keys, write
+from pallas_kernels.hopper import F32, LATER, Tile, spread, zeros
+from pallas_kernels.schedule import Side, Static
+from pallas_kernels.steps_mosaic import Call, Here, online
+from pallas_kernels.tile import LOW
+
+ROWS = 128  # queries of one warpgroup: the lanes of tensor memory
+COLUMNS = 512  # of tensor memory, of 32 bits
+ROW = plgpu.Layout.TCGEN05_TMEM_NATIVE  # a thread has a row
+COPIED = plgpu.Layout.TCGEN05  # what shared memory takes without conflicts of banks
+
+
+def forward(static: Static, side: Side, q, k, v, bias, sink):
+    """o [B,T,H,V] in v's dtype and lse [B,H,T] float32."""
+    t, stages, width = static.tiling, static.how[0], -(-v.shape[3] // 64) * 64
+    needed = t.rows // ROWS * (t.columns * 3 // 2 + width)
+    if t.rows % ROWS or needed > COLUMNS or stages[0] < 2:
+        raise Refused(
+            f"tile=({t.rows}, {t.columns}, {stages[0]}): expected {ROWS} or {2 * ROWS} "
+            f"queries, {COLUMNS} columns of tensor memory (not {needed}) and 2 stages")
+    call = Call(static.form, t, q.shape[2] // k.shape[2], t.rows // ROWS, stages * 2,
+                bool(static.interpret), ROW)
+    more = _scratch(call, width, v.dtype)
+    return over_keys(call, static.asks(t, side), side, q, k, v, sink, more, _attend)
+
+
+def backward(static: Static, side: Side, q, k, v, bias, sink, lse, delta, do):
+    """dq, dk, dv, d(bias), given lse, delta [B,H,T] and do [B,T,H,V], by Triton."""
+    return flash_triton.backward(
+        static, side, q, k, v, bias, sink, lse, delta, do)
+
+
+def _scratch(call: Call, width: int, kind):
+    """Tensor memory for logits, weights and o of each warpgroup, side by side, and
+    barriers: logits are there, o is there, the warpgroup has met."""
+    groups = call.warpgroups
+    barrier = plgpu.Barrier(num_barriers=groups, orders_tensor_core=True)
+    memory = ((call.tiling.columns, F32), (call.tiling.columns, kind), (width, F32))
+    if stands_in(call.interpret):
+        refs = [plgpu.SMEM((ROWS, groups * n), dtype) for n, dtype in memory]
+    else:
+        refs = [plgpu.TMEM((ROWS, groups * n), dtype, packed=dtype != F32)
+                for n, dtype in memory]
+    return *refs, barrier, barrier, barrier
+
+
+def stands_in(interpret: bool) -> bool:
+    """Whether shared memory stands in for tensor memory, and dots for its products: the
+    interpreter of jax 0.10 knows neither."""
+    return interpret and not LATER
+
+
+def load(ref, interpret: bool, layout=ROW):
+    """What lies in tensor memory; it may be overwritten at once."""
+    if stands_in(interpret):
+        return ref[...]
+    found = plgpu.async_load_tmem(ref, layout=None if interpret else layout)
+    plgpu.wait_load_tmem()
+    return found
+
+
+def store(ref, x, interpret: bool) -> None:
+    """Puts x into tensor memory, for all to see after `settle`."""
+    if stands_in(interpret):
+        ref[...] = x
+    else:
+        plgpu.async_store_tmem(ref, x)
+
+
+def meet(met) -> None:
+    """Until all threads of the warpgroup are here: a product, which one of them begins,
+    may overwrite what the others have loaded."""
+    plgpu.barrier_arrive(met)
+    plgpu.barrier_wait(met)
+
+
+def settle(met, interpret: bool) -> None:
+    """Until what all threads of the warpgroup have stored is there for a product."""
+    if not stands_in(interpret):
+        plgpu.commit_tmem()
+    meet(met)
+
+
+def multiply(acc, a, b, done, accumulate, interpret: bool) -> None:
+    """Begins acc (+)= a b; `done` says when it is there. acc: tensor memory, a: shared
+    or tensor memory, b: shared memory or a `Tile` of it."""
+    turned = isinstance(b, Tile)
+    if not stands_in(interpret):
+        b = plgpu.transpose_ref(b.turned, (1, 0)) if turned else b
+        plgpu.tcgen05_mma(acc, a, b, done, accumulate=accumulate)
+        return
+    b = b.turned[...].T if turned else b[...]
+    found = jnp.dot(a[...], b, preferred_element_type=F32)
+    acc[...] = jnp.where(accumulate, acc[...], 0) + found
+    plgpu.barrier_arrive(done)
+
+
+def _attend(here: Here, at, steps, outs, scratch, group, tile):
+    """A warpgroup that computes 128 queries."""
+    q_smem, k_ring, v_ring, o_smem, lse_smem, q_there, *barriers = scratch[:10]
+    k_there, v_there, k_free, v_free = barriers
+    call, x, interpret = here.call, here.x, here.call.interpret
+    (whole, count), width = steps, x.v.shape[3]
+    part = lambda ref, n: ref.at[:, pl.ds(group * n, n)]
+    s_ref, p_ref = (part(ref, call.tiling.columns) for ref in scratch[10:12])
+    o_ref = part(scratch[12], width)
+    s_there, o_there, met = (ref.at[group] for ref in scratch[13:])
+    first = tile * call.tiling.rows + group * ROWS
+    queries = here.b, pl.ds(first, ROWS), here.h
+    q = q_smem.at[group]
+    slot = lambda n: jax.lax.rem(n, jnp.int32(call.stages[0]))
+
+    def products(n):
+        """Begins the logits of tile n."""
+        plgpu.barrier_wait(k_there.at[slot(n)])
+        multiply(s_ref, q, Tile(k_ring.at[slot(n)]), s_there, False, interpret)
+
+    def fade_out(fade):
+        o = load(o_ref, interpret)
+        store(o_ref, o * spread(fade, (ROWS, width), False), interpret)
+
+    def values_of(n):
+        """Until o holds tile n."""
+        plgpu.barrier_wait(o_there)
+        plgpu.barrier_arrive(v_free.at[slot(n)])
+
+    def step(n, carry, masked):
+        m, total = carry
+        plgpu.barrier_wait(s_there)
+        s = load(s_ref, interpret)
+        plgpu.barrier_arrive(k_free.at[slot(n)])
+        meet(met)
+
+        @pl.when(n + 1 < count)
+        def _():
+            products(n + 1)
+
+        need = masked or call.form.score is not None
+        key = at(n) * call.tiling.columns if need else None
+        s, unit, _ = here.logits(s, first, key, masked)
+        p, m, total, fade = online(s, unit, m, total)
+
+        @pl.when(n > 0)
+        def _():
+            values_of(n - 1)
+
+        store(p_ref, p.astype(x.v.dtype), interpret)
+
+        @pl.when(n > 0)
+        def _():
+            fade_out(fade)
+
+        settle(met, interpret)
+        plgpu.barrier_wait(v_there.at[slot(n)])
+        multiply(o_ref, p_ref, v_ring.at[slot(n)], o_there, n > 0, interpret)
+        return m, total
+
+    plgpu.copy_gmem_to_smem(x.q.at[queries], q, q_there.at[group])
+    plgpu.barrier_wait(q_there.at[group])
+    products(jnp.int32(0))
+    rows = lambda value: zeros((ROWS,), interpret, value, ROW)
+    carry = rows(LOW), rows(0.0)
+    if x.sink is not None:
+        carry = rows(x.sink[here.h]), rows(1.0)
+    carry = jax.lax.fori_loop(0, whole, lambda n, c: step(n, c, False), carry)
+    m, total = jax.lax.fori_loop(whole, count, lambda n, c: step(n, c, True), carry)
+    values_of(count - 1)
+    fade_out(1 / jnp.where(total > 0, total, 1.0))
+    settle(met, interpret)
+    o = load(o_ref, interpret, COPIED)
+    o_smem = q_smem if o_smem is None else o_smem
+    write(here, o, m, total, outs, (o_smem, lse_smem), group, queries)

@@ -1,0 +1,126 @@
+"""Flash attention for Blackwell by Mosaic GPU, interpreted: what it takes, that
+gradients come back, and what it refuses. It has never run on a GPU.
+
+Copies, barriers and warpgroups are simulated; so are, from jax 0.11, tensor memory and
+its products. Before, shared memory stands in for the one and dots for the others.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from attn.masks import Causal, Full, Sink, Window
+from attn.positions import ALiBi
+from attn.tiles import attend
+from pallas_kernels import Refused, hopper
+from pallas_kernels.flash import flash
+from pallas_kernels.hopper import LATER
+from pallas_kernels.targets import TARGETS
+from tests.test_flash import normal, results
+from tests.test_flash_mosaic import RUNS, apart, everything, inputs, table
+
+BF16, F16 = jnp.bfloat16, jnp.float16
+ONE = (128, 64)  # a tile of one warpgroup
+
+CASES = {
+    "causal": lambda: {"mask": Causal(), "sizes": {"t": 150, "s": 150}},
+    "grouped": lambda: {"mask": Causal(), "tile": ONE,
+                        "sizes": {"t": 130, "s": 130, "h": 4, "k": 2}},
+    "three_tiles": lambda: {"mask": None, "tile": (256, 64, 2), "scale": -0.3,
+                            "sizes": {"t": 1, "s": 230}},
+    "empty_rows": lambda: {"mask": Causal(), "tile": ONE, "sizes": {"t": 100, "s": 40}},
+    "sink_tokens": lambda: {"mask": Causal() & (Window(5) | Sink(3)), "tile": ONE,
+                            "softcap": 3.0, "sizes": {"t": 120, "s": 120}},
+    "score": lambda: {"mask": Causal(), "score": ALiBi(2), "tile": ONE,
+                      "sizes": {"t": 75, "s": 75, "h": 2, "k": 1}},
+    "runs": lambda: {"mask": Causal(), "q_run": jnp.asarray(RUNS),
+                     "kv_run": jnp.asarray(RUNS),
+                     "sizes": {"b": 2, "t": 150, "s": 150}},
+    "everything": everything,
+    "one_token": lambda: {"mask": Causal(), "sizes": {"t": 1, "s": 1}},
+    "wide": lambda: {"mask": Causal(), "sizes": {"t": 70, "s": 140, "d": 128,
+                                                 "v": 128}},
+    "float16": lambda: {"mask": Full(), "tile": ONE,
+                        "sizes": {"dtype": F16, "d": 40, "v": 100}},
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_kernel_is_the_function(name):
+    """Against float32 of the same numbers: at most twice the error of XLA's form in the
+    same type; lse, which is not rounded, to 1e-5. Gradients are Triton's."""
+    options = CASES[name]()
+    low = inputs(**options.pop("sizes", {}))
+    more = {n: options.pop(n) for n in ("sink",) if n in options}
+    tile = options.pop("tile", None)
+    exact = {n: a.astype(jnp.float32) for n, a in low.items()} | more
+    low = low | more
+    kernel = functools.partial(flash, backend="blackwell", tile=tile, interpret=True)
+    found, expected = results(kernel, low, options), results(attend, exact, options)
+    rough = results(attend, low, options)
+    for n in expected:
+        error, scale = apart(found, expected, n)
+        if n == "lse":
+            assert error <= 1e-5 * max(scale, 1), n
+        else:
+            allowed, _ = apart(rough, expected, n)
+            assert error <= 2 * allowed + 1e-4 * scale, (n, error / scale)
+    if name == "causal":
+        again = results(kernel, low, options)
+        for n in found:
+            np.testing.assert_array_equal(found[n], again[n])
+
+
+@pytest.mark.skipif(not LATER, reason="jax 0.10 simulates no tensor memory")
+def test_warpgroups_do_not_race(monkeypatch):
+    """No one overwrites what another has still to read: a race is an error."""
+    from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
+
+    monkeypatch.setattr(hopper, "_interpreter",
+                        lambda: InterpretGPUParams(detect_races=True))
+    flash(**inputs(t=300, s=300, h=2), mask=Causal(), tile=(256, 64, 2),
+          backend="blackwell", interpret=True)
+
+
+@pytest.mark.parametrize("options, reason", [
+    ({"dtype": jnp.float32}, "q is float32: Blackwell's matrix units"),
+    ({"d": 192}, "D=192, V=64: too wide for a Blackwell kernel"),
+    ({"bias": True}, "bias: not on Blackwell"),
+    ({"keep": True}, "keep: not on Blackwell"),
+    ({"key": True}, "key: not on Blackwell"),
+    ({"mask": table}, "reads a table"),
+    ({"score": lambda h, i, j: jnp.sin(i * 1.0)}, "no sin on Blackwell"),
+    ({"interpret": False}, "device cpu: expected one of B100, B200"),
+    ({"tile": (64, 64)}, "expected 128 or 256 queries"),
+    ({"tile": (256, 256)}, "512 columns of tensor memory \\(not 896\\)"),
+    ({"tile": (256, 64, 1)}, "and 2 stages"),
+])
+def test_refusals_name_their_reason(options, reason):
+    arrays = inputs(t=4, s=4, d=options.pop("d", 64), dtype=options.pop("dtype", BF16))
+    given = {"bias": normal(3, 1, 1, 4, 4), "keep": jnp.ones((1, 1, 4, 4), bool),
+             "key": jax.random.key(0)}
+    options = {n: given.get(n, a) for n, a in options.items()}
+    with pytest.raises(Refused, match=reason):
+        flash(**arrays, **{"backend": "blackwell", "interpret": True, "dropout": 0.5}
+              | options)
+
+
+def test_nobody_gets_it_unasked(monkeypatch):
+    """On a B200, too, Hopper's form and then Triton's are asked."""
+    from attn import softmax
+
+    asked = []
+
+    def fake(*a, backend, **options):
+        asked.append(backend)
+        raise Refused(f"{backend} refuses")
+
+    monkeypatch.setattr(softmax, "flash", fake)
+    monkeypatch.setattr("attn.dispatch.platform", lambda: "gpu")
+    a = inputs(t=4, s=4)
+    softmax.Softmax()(a["q"], a["k"], a["v"])
+    assert asked == ["mosaic", "triton"]
+    assert "blackwell" not in TARGETS["sm100"].backends

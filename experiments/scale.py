@@ -146,9 +146,8 @@ def variants(config_: Config, sizes: Sizes, mesh: Any) -> dict[str, Any]:
         for way, a in exact.items():
             several = every and len(config_.shares) > 1
             name = f"{way}, 1 in {every}" if several else way if every else "linear"
-            make = lambda a=a, every=every: staged(
-                model_of(config_, a, every), plan, mesh,
-                {"tokens": shape, "targets": shape})
+            make = lambda model=model_of(config_, a, every): staged(
+                model, plan, mesh, {"tokens": shape, "targets": shape})
             found.setdefault(name, (make, 0.0))
     return found
 

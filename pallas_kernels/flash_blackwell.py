@@ -123,7 +123,7 @@ def multiply(acc, a, b, done, accumulate, interpret: bool) -> None:
     or tensor memory, b: shared memory or a `Tile` of it."""
     turned = isinstance(b, Tile)
     if not stands_in(interpret):
-        b = plgpu.transpose_ref(b.turned, (1, 0)) if turned else b
+        b = b.turned.transpose((1, 0)) if turned else b
         plgpu.tcgen05_mma(acc, a, b, done, accumulate=accumulate)
         return
     b = b.turned[...].T if turned else b[...]

@@ -97,7 +97,7 @@ def products(interpret: bool, starts: list[Any], body: Callable):
 
 def _multiply(ref, a, b) -> None:
     turned = isinstance(b, Tile)
-    plgpu.wgmma(ref, a, plgpu.transpose_ref(b.turned, (1, 0)) if turned else b)
+    plgpu.wgmma(ref, a, b.turned.transpose((1, 0)) if turned else b)
 
 
 def _one(start, a, b):

@@ -103,12 +103,14 @@ def move(call: Call, tree: Any, way: int) -> Any:
 
 
 def take(a: Any, piece: tuple[Any, int], dim: int = 1) -> Any:
+    """A piece of `a`, (first, how many) along `dim`; None stays None."""
     if a is None or a.shape[dim] == piece[1]:
         return a
     return jax.lax.dynamic_slice_in_dim(a, *piece, dim)
 
 
 def put(a: jax.Array, part: jax.Array, piece: tuple[Any, int], dim: int = 1):
+    """`a` with a piece of it replaced by `part`, in a's dtype."""
     part = part.astype(a.dtype)
     if a.shape[dim] == piece[1]:
         return part

@@ -86,7 +86,7 @@ def recur(
         if q.shape[1] == 1:
             return one(state, q, k, v, log_decay, run=run)
         begin = lambda local, g, runs: Before(state, 1, None)
-        return _recur(q, k, v, log_decay, run, chunk, begin)
+        return recurred(q, k, v, log_decay, run, chunk, begin)[:2]
 
     def scaled():
         after, o = xla()
@@ -232,10 +232,6 @@ def entering(q, log_decay, run, begin: Callable) -> tuple[Before, jax.Array]:
         present = jnp.broadcast_to(jnp.asarray(begun.run, run.dtype), run.shape[:1])
         q = only(((run == present[:, None]) & (run > 0))[..., None, None], q)
     return begun, jnp.einsum("bthd,bhdv->bthv", q, begun.state)
-
-
-def _recur(q, k, v, log_decay, run, chunk: int, begin: Callable):
-    return recurred(q, k, v, log_decay, run, chunk, begin)[:2]
 
 
 def _check(q, k, v, log_decay, state, run, chunk: int) -> None:

@@ -61,7 +61,9 @@ def read(
         part = Cache(k, v, pos, now.end, now.last)
         o, lse = caches.read(part, runs, q, now, head=head, **options)
         found = merge(normalized(o, lse), axis)
-        return output(found), jnp.where(found.l > 0, found.m + jnp.log(found.l), NEVER)
+        some = found.l > 0
+        lse = found.m + jnp.log(jnp.where(some, found.l, 1))
+        return output(found), jnp.where(some, lse, NEVER)
 
     letters = f"B.HD H BS {_letters(cache)} B. B. B B -> B.HV BH."
     o, lse = over_mesh(local, letters, axis)(q, heads, runs, *cache[:3], *now)

@@ -17,9 +17,8 @@ import jax.numpy as jnp
 from attn.layers import Layer, MultiHead
 from attn.masks import Full
 from attn.softmax import Softmax
-from models.stack import Block, Layers, Pattern, unbound
+from models.stack import INIT, Block, Layers, Pattern, unbound
 
-_INIT = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
 _TABLE = nn.initializers.normal(0.02)
 
 
@@ -61,7 +60,7 @@ class PixelNet(nn.Module):
         if not self.attention:
             raise ValueError("PixelNet: attention=(): expected one entry per layer")
         tokens = patches(images, self.patch)
-        x = nn.Dense(self.width, dtype=self.dtype, kernel_init=_INIT, name="embed")(
+        x = nn.Dense(self.width, dtype=self.dtype, kernel_init=INIT, name="embed")(
             tokens
         )
         if self.table:
@@ -72,7 +71,7 @@ class PixelNet(nn.Module):
             x = self.encoder(x)
         _, x = Layers(Pattern(self.blocks()), name="layers")(x)
         x = nn.RMSNorm(dtype=self.dtype, name="norm")(x).mean(1)
-        head = nn.Dense(self.classes, dtype=self.dtype, kernel_init=_INIT, name="head")
+        head = nn.Dense(self.classes, dtype=self.dtype, kernel_init=INIT, name="head")
         return head(x).astype(jnp.float32)
 
     def blocks(self) -> tuple[Block, ...]:

@@ -26,9 +26,9 @@ from attn.lightning import Lightning
 from attn.linear import LinearState
 from attn.segments import place
 from models.placement import lay
+from models.stack import INIT
 from models.vocabulary import Embed
 
-_INIT = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
 VARIANTS, WHERE = ("paper", "example"), ("first", "rest", None)
 
 
@@ -115,7 +115,7 @@ class GLA(Layer):
 
     def _dense(self, width: int, name: str) -> nn.Dense:
         return nn.Dense(
-            width, use_bias=False, dtype=self.dtype, kernel_init=_INIT, name=name
+            width, use_bias=False, dtype=self.dtype, kernel_init=INIT, name=name
         )
 
     def _project(self, x) -> list[jax.Array]:
@@ -147,7 +147,7 @@ class SGLU(nn.Module):
     def __call__(self, x):
         """x [B,T,E] -> [B,T,E]."""
         dense = functools.partial(
-            nn.Dense, use_bias=False, dtype=self.dtype, kernel_init=_INIT
+            nn.Dense, use_bias=False, dtype=self.dtype, kernel_init=INIT
         )
         v, u = dense(self.hidden, name="v")(x), dense(self.hidden, name="u")(x)
         return dense(x.shape[-1], name="out")(v * u)
@@ -181,7 +181,7 @@ class TransNormer(nn.Module):
         self.channels = [SGLU(hidden, self.dtype) for _ in range(self.depth)]
         if not self.tied:
             self.head = nn.Dense(
-                self.vocab, use_bias=False, dtype=self.dtype, kernel_init=_INIT
+                self.vocab, use_bias=False, dtype=self.dtype, kernel_init=INIT
             )
 
     def layers(self, **how: Any) -> list[GLA]:

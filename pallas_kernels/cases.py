@@ -214,7 +214,6 @@ DECODE: dict[str, dict[str, Any]] = {
     " statistics": {"statistics": True},
 }
 PEER = "causal T8192 D128 H8"
-
 SPLASH = ((1024, 1024, 1024), (1024, 1024, 512), (2048, 2048, 512))  # the best of many
 
 

@@ -7,7 +7,6 @@ its products. Before, shared memory stands in for the one and dots for the other
 
 import functools
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -15,12 +14,12 @@ import pytest
 from attn.masks import Causal, Full, Sink, Window
 from attn.positions import ALiBi
 from attn.tiles import attend
-from pallas_kernels import Refused, hopper
+from pallas_kernels import hopper
 from pallas_kernels.flash import flash
 from pallas_kernels.hopper import LATER
 from pallas_kernels.targets import TARGETS
-from tests.test_flash import normal, results
-from tests.test_flash_mosaic import RUNS, apart, everything, inputs, table
+from tests.test_flash import results
+from tests.test_flash_mosaic import RUNS, apart, everything, inputs, refused, table
 
 BF16, F16 = jnp.bfloat16, jnp.float16
 ONE = (128, 64)  # a tile of one warpgroup
@@ -99,28 +98,9 @@ def test_warpgroups_do_not_race(monkeypatch):
     ({"tile": (256, 64, 1)}, "and 2 stages"),
 ])
 def test_refusals_name_their_reason(options, reason):
-    arrays = inputs(t=4, s=4, d=options.pop("d", 64), dtype=options.pop("dtype", BF16))
-    given = {"bias": normal(3, 1, 1, 4, 4), "keep": jnp.ones((1, 1, 4, 4), bool),
-             "key": jax.random.key(0)}
-    options = {n: given.get(n, a) for n, a in options.items()}
-    with pytest.raises(Refused, match=reason):
-        flash(**arrays, **{"backend": "blackwell", "interpret": True, "dropout": 0.5}
-              | options)
+    refused("blackwell", options, reason)
 
 
-def test_nobody_gets_it_unasked(monkeypatch):
-    """On a B200, too, Hopper's form and then Triton's are asked."""
-    from attn import softmax
-
-    asked = []
-
-    def fake(*a, backend, **options):
-        asked.append(backend)
-        raise Refused(f"{backend} refuses")
-
-    monkeypatch.setattr(softmax, "flash", fake)
-    monkeypatch.setattr("attn.dispatch.platform", lambda: "gpu")
-    a = inputs(t=4, s=4)
-    softmax.Softmax()(a["q"], a["k"], a["v"])
-    assert asked == ["mosaic", "triton"]
-    assert "blackwell" not in TARGETS["sm100"].backends
+def test_nothing_tunes_or_picks_it():
+    target = TARGETS["sm100"]
+    assert "blackwell" in target.named and "blackwell" not in target.backends

@@ -113,17 +113,24 @@ def table(h, i, j):
     ({"interpret": False}, "device cpu: expected one of H100"),
 ])
 def test_refusals_name_their_reason(options, reason):
+    refused("mosaic", options, reason)
+
+
+def refused(backend, options, reason):
+    """A call with these options is refused, and why is said."""
+    options = dict(options)
     arrays = inputs(t=4, s=4, d=options.pop("d", 64), dtype=options.pop("dtype", BF16))
     given = {"bias": normal(3, 1, 1, 4, 4), "keep": jnp.ones((1, 1, 4, 4), bool),
              "key": jax.random.key(0)}
     options = {n: given.get(n, a) for n, a in options.items()}
+    told = {"backend": backend, "interpret": True, "dropout": 0.5} | options
     with pytest.raises(Refused, match=reason):
-        flash(**arrays, **{"backend": "mosaic", "interpret": True, "dropout": 0.5}
-              | options)
+        flash(**arrays, **told)
 
 
 def test_what_hopper_refuses_falls_through(monkeypatch):
-    """A bias goes on to Triton, and only what every kernel refuses is refused."""
+    """A bias goes on to Triton, and only what every kernel refuses is refused. No form
+    that has to be named is asked."""
     from attn import softmax
 
     asked = []

@@ -40,7 +40,7 @@ RECORD = pathlib.Path(pallas_kernels.__file__).parent / "matrix.json"
 SHARE = 0.9  # of the peak; jax's own matmul kernel for v5e is given as 0.91 to 0.92
 # the case of the compile matrix that gives a family of kernels its rate
 RATED = {
-    "flash": "causal T8192 D128 H8", "linear": "head T8192 D128 H16",
+    "flash": "causal T8192 D128 H16", "linear": "head T8192 D128 H16",
     "delta": "gated T8192 D128 H16", "scan": "T8192 V128 H16 K4 packed",
 }
 

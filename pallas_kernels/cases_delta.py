@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import tables
+from pallas_kernels.case import Trips
 from pallas_kernels.delta import delta
 from pallas_kernels.delta_chunk import CHUNK
 
@@ -39,7 +40,7 @@ def rule(target, *, backend, backward, t, d, v=None, h=16, k=None, gated=True,
         shape = tables.Shape(t, t, d, v or d, jnp.dtype(dtype).itemsize)
         many = tile[0] if tile else tables.number(target.kind, "delta", shape)
         steps = h * -(-t // (many * CHUNK))
-    trips = {f"delta_{way}": ((steps,), h, steps)
+    trips = {f"delta_{way}": Trips((steps,), h, steps)
              for way in ("forward", "backward")[:1 + backward] if backend == "tpu"}
 
     def f(given, runs):
@@ -56,5 +57,5 @@ def rule(target, *, backend, backward, t, d, v=None, h=16, k=None, gated=True,
 
 def work(t, d, v=None, h=16, backward=False, **options) -> float:
     """Flops of the recurrence itself, token by token: S' is read by k and by q and
-    written once; backward is 2.5 times forward, as for exact attention."""
-    return 6 * t * d * (v or d) * h * (2.5 if backward else 1)
+    written once; a backward pass counts as 2.5 of it, as for exact attention."""
+    return 6 * t * d * (v or d) * h * (3.5 if backward else 1)

@@ -8,7 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from pallas_kernels import tables
-from pallas_kernels.case import BF16, F32, Case, struct, with_gradients
+from pallas_kernels.case import BF16, F32, Case, Trips, struct, with_gradients
 from pallas_kernels.linear import linear
 from pallas_kernels.scan import scan
 
@@ -27,7 +27,7 @@ def recurrence(target, *, backend, backward, t, d, h=16, k=None, decay="head",
         block = tables.chunks(target.kind, f"linear_{'backward' if backward else way}",
                               shape, decay == "channel", tile)[0]
         steps = h * -(-t // block)
-        trips[f"linear_{way}"] = (steps,), h, steps
+        trips[f"linear_{way}"] = Trips((steps,), h, steps)
 
     def f(runs, *args):
         return linear(*args, run=runs[0], dtype=dtype, tile=tile, backend=backend)[1]
@@ -56,7 +56,7 @@ def prefixes(target, *, backend, backward, t=8192, h=8, k=8, v=64, dtype=BF16,
     if backend == "tpu":
         shape = tables.Shape(t, t, v, v, jnp.dtype(dtype).itemsize)
         steps = h * -(-t // tables.number(target.kind, "scan", shape))
-        trips = {"scan": ((steps,), steps, steps)}
+        trips = {"scan": Trips((steps,), steps, steps)}
     if not backward:
         return f, (runs, *args, *state), trips
 

@@ -12,7 +12,9 @@ libtpu and XLA's CUDA compiler run on any machine. What is printed is read off w
 they made. TPU: bundles (one a cycle) of the regions in which the matrix unit works,
 times how often each runs; how much of the matrix, vector and load-store units they use;
 spills; fast memory; and the predicted time, the larger of cycles over clock and bytes
-over bandwidth, with the share of the chip's peak that it implies. GPU: registers,
+over bandwidth, with the share of the chip's peak that it implies. Where a schedule is
+shorter than the products of a flash kernel at the peak, their cycles count and stand
+behind it: of v5e's and v5p's vmatmul.lmr it has a third of the rows. GPU: registers,
 spilled bytes, shared memory, tensor-core instructions in the kernel's text, and
 occupancy. Nothing is measured: the memory system's stalls are not in it. A check fails
 when a case that compiled no longer does, or needs over 5% more bundles, registers, fast

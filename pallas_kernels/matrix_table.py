@@ -32,6 +32,8 @@ def rows(found: dict[str, Any], platform: str) -> list[list[str]]:
         trips = k.get("trips") or [None] * len(k["tiles"])
         tiles = ", ".join(str(b) if t is None else f"{b} x {t}"
                           for b, t in zip(k["tiles"], trips)) or str(k["bundles"])
+        if "least" in k:
+            tiles += f"; products {k['least']}"
         use = [f"{k['use'][u]:.0%}" for u in ("matmul", "valu", "vload", "vstore")]
         table.append([f"{name.strip('_')}: {tiles}", *use, str(k["spills"]),
                       f"{k['memory'] / 1024:.0f}", "", ""])

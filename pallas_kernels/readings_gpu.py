@@ -12,6 +12,7 @@ import re
 import subprocess
 from typing import NamedTuple
 
+from pallas_kernels import passes_gpu
 from pallas_kernels.targets import Gpu, ptxas
 
 TENSOR = re.compile(r"\b(wgmma\.mma_async|tcgen05\.mma|mma\.sync)\b")
@@ -30,7 +31,7 @@ MOST_BLOCKS, RESERVED = 32, 1024  # of one multiprocessor; bytes a block costs b
 class Kernel(NamedTuple):
     """registers: of a thread; spills: bytes stored and loaded again; shared: bytes of
     a block; threads: of a block; tensor: tensor-core instructions in the text, of the
-    `unit` wgmma, mma or tcgen05."""
+    `unit` wgmma, mma or tcgen05; work: of its busiest loop."""
 
     name: str
     registers: int
@@ -39,6 +40,12 @@ class Kernel(NamedTuple):
     threads: int
     tensor: int
     unit: str
+    work: passes_gpu.Pass = passes_gpu.Pass()
+
+    def cycles(self, target: Gpu, stream: bool = False) -> tuple[float, float]:
+        """The time of a pass of its busiest loop, and a warp's own, by `passes_gpu`."""
+        warps = -(-self.threads // 32)
+        return self.work.cycles(target, warps, self.blocks(target), stream)
 
     def blocks(self, target: Gpu) -> int:
         """Blocks that one multiprocessor holds at once."""
@@ -67,7 +74,7 @@ def kernel(ptx: str, said: str, shared: int) -> Kernel:
     return Kernel(
         name[1], int(used[1]), sum(map(int, spills.groups())) if spills else 0,
         shared + (int(static[1]) if static else 0), threads, len(found),
-        found[0].split(".")[0] if found else "",
+        found[0].split(".")[0] if found else "", passes_gpu.busiest(ptx),
     )
 
 

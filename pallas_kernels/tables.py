@@ -2,7 +2,9 @@
 
 The numbers are data (`tiles.json`), written by `python -m pallas_kernels.tune`; here is
 how a call finds its row. A device that has none takes the row of "default"; a GPU that
-of its model in another make, or else that of "default gpu".
+of its model in another make, or else that of "default gpu", whose tiles fit the smaller
+shared memory of cards below an A100. In place of rows may stand the name of the device
+whose they are.
 """
 
 from __future__ import annotations
@@ -89,6 +91,9 @@ def text(table: dict[str, Any]) -> str:
     """The table as it is kept: a device a block, a kernel a line."""
     blocks = []
     for device in sorted(table):
+        if isinstance(table[device], str):
+            blocks.append(f" {json.dumps(device)}: {json.dumps(table[device])}")
+            continue
         own = table[device].items()
         lines = [f"  {json.dumps(name)}: {json.dumps(value)}" for name, value in own]
         blocks.append(f" {json.dumps(device)}: {{\n" + ",\n".join(lines) + "\n }")
@@ -103,10 +108,17 @@ def _table() -> dict[str, Any]:
 def row(device: str, backend: str = "tpu") -> dict[str, Any]:
     """The table of a device."""
     table = _table()
-    other = table["default" if backend == "tpu" else "default gpu"]
-    own = table.get(device) or next(
-        (table[name] for name in table if _model(name) == _model(device)), other)
+    other = _own(table, "default" if backend == "tpu" else "default gpu")
+    name = device if device in table else next(
+        (name for name in table if _model(name) == _model(device)), None)
+    own = other if name is None else _own(table, name)
     return own if ("vmem_mib" in own) == (backend == "tpu") else other
+
+
+def _own(table: dict[str, Any], name: str) -> dict[str, Any]:
+    """A device's rows, or those of the device that it takes after."""
+    found = table[name]
+    return _own(table, found) if isinstance(found, str) else found
 
 
 @contextlib.contextmanager

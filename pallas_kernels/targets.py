@@ -130,6 +130,8 @@ TARGETS: dict[str, Tpu | Gpu] = {
         Tpu("tpu7x", "tpu7x:2x2x1", "TPU7x", 1, 1155e12, 3.7e12, MXU256),
         Gpu("sm80", "NVIDIA A100-SXM4-80GB", (8, 0), 108, 164 * KIB, 163 * KIB,
             312e12, 2.04e12, 1.41, 80 * GIB, 40 * KIB**2),
+        Gpu("sm89", "NVIDIA L4", (8, 9), 58, 100 * KIB, 99 * KIB, 121e12, 0.3e12, 2.04,
+            24 * GIB, 48 * KIB**2),
         Gpu("sm90a", "NVIDIA H200", (9, 0), 132, 228 * KIB, 227 * KIB, 989e12, 4.8e12,
             1.98, 141e9, 60 * KIB**2, ("mosaic", "triton")),
         Gpu("sm100", "NVIDIA B200", (10, 0), 148, 228 * KIB, 227 * KIB, 2250e12, 8e12,

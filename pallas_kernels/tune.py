@@ -7,19 +7,21 @@
 Without the accelerator, a TPU candidate costs its bundles times their trips (see
 `pallas_kernels/readings.py`), which is exact for what the compiler scheduled and knows
 nothing of the memory system. A GPU has no such schedule to read: a candidate that
-spills registers is dropped, and the best of the rest is the one that keeps most logits
-in flight on a multiprocessor, its tile times the blocks that fit there, with the fewest
-registers among equals; the kernels for Hopper, which share out registers themselves,
-keep their tiles. Kernels of one program are tried one by one, as far as each has a row
-of its own. Where the device is there, --timed runs every candidate instead, and
-its row is written under the device's own name. What does not compile, because it asks
-for more fast memory than there is, is passed over. About ten minutes a target on 2
-cores.
+spills registers is dropped, and what is left is ranked, for flash, blocks and decode,
+by the time of the busiest loop's pass for each logit (`pallas_kernels/passes_gpu.py`),
+among equals by a warp's own; for recurrences, whose loops are not alike, by how much of
+a chunk a multiprocessor keeps in flight, among equals by registers. The kernels of
+Mosaic GPU, which share out registers themselves, keep their tiles. Kernels of one
+program are tried one by one, as far as each has a row of its own. Where the device is
+there, --timed runs every candidate instead, and its row is written under the device's
+own name. What does not compile, because it asks for more fast memory than there is, is
+passed over. About ten minutes a target and family of kernels.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 import itertools
 import json
@@ -28,78 +30,102 @@ import pathlib
 import sys
 import tempfile
 import time
-from typing import Any, Callable, Iterator, Sequence
+from typing import Any, Callable, Iterator, NamedTuple, Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import cases, readings, readings_gpu, tables, tune_recurrent
+from pallas_kernels import (
+    figures, readings, readings_gpu, tables, tune_exact, tune_recurrent
+)
 from pallas_kernels.targets import TARGETS, Gpu, Tpu, compiled, missing, worker
 
-TPU_TILES = ((512, 1024), (1024, 1024), (1024, 2048), (2048, 1024), (2048, 2048))
-CHUNKS = (256, 512)
-GPU_SIZES, WARPS, STAGES = (32, 64, 128), (4, 8), (1, 2, 3)
 WIDTHS = {"d128": 128, "d256": 256}
-KERNELS = ("flash_forward", "flash_backward")
-FAMILIES = ("flash", "linear", "delta", "scan")
-LENGTH, ROUNDS = 8192, 5
+FAMILIES = (*tune_exact.ROWS, "linear", "delta", "scan")
+SUMS = ("merge", "_sum")  # kernels that add up parts, whatever the tile
+ROUNDS = 5
 Tile = tuple[int, ...]
 
 
-def candidates(backend: str, width: int, which: str) -> Iterator[Tile]:
-    """Queries, keys and what else the table says of a tile."""
-    if which not in KERNELS:
-        yield from tune_recurrent.candidates(backend, which)
-        return
-    if backend == "mosaic":
-        # of the backward pass also keys and stages of the kernel for dq
-        sizes = ((128, 192), (64, 128)) if which == KERNELS[0] else ((64,), (64, 128))
-        for rows, columns, stages in itertools.product(*sizes, (1, 2)):
-            dq = () if which == KERNELS[0] else (64, stages, stages)
-            yield rows, columns, stages, *dq
-        return
-    if backend == "tpu":
-        yield from ((*tile, chunk) for tile in TPU_TILES for chunk in CHUNKS)
-        return
-    for rows, columns, warps, stages in itertools.product(
-            GPU_SIZES, GPU_SIZES, WARPS, STAGES):
-        if 2048 <= rows * columns <= 2**21 // width:
-            yield rows, columns, warps, stages
+class Row(NamedTuple):
+    """A row of the table: a kernel, the class of its widths, and what else it is of."""
+
+    which: str
+    label: str
+    kind: str
+
+    @property
+    def width(self) -> int:
+        """The width that is tried."""
+        return WIDTHS[self.label]
+
+    @property
+    def recurrent(self) -> bool:
+        """Whether it is of a recurrence."""
+        return self.which.split("_")[0].split()[0] not in tune_exact.ROWS
+
+    def place(self, backend: str) -> tuple[str, str]:
+        """The row's name in the table, and the class of shapes in it."""
+        kernel, *channels = self.which.split()
+        name = kernel if backend == "tpu" else f"{backend}_{kernel}"
+        known = backend in tables.PADDED
+        padded = tables.padded(self.width, self.width, backend) if known else None
+        return name, padded or " ".join([self.label, self.kind, *channels])
+
+    def candidates(self, backend: str) -> Iterator[Tile]:
+        """The numbers that are tried."""
+        if self.recurrent:
+            return tune_recurrent.candidates(backend, self.which)
+        return tune_exact.candidates(backend, self.width, self.which, self.kind)
+
+    def program(self, target: Tpu | Gpu, backend: str, tile: Tile) -> Any:
+        """The function of a candidate, its arguments and its trips."""
+        if self.recurrent:
+            return tune_recurrent.program(target, backend, self.which,
+                                          tune_exact.LENGTH, self.width)
+        return tune_exact.program(
+            target, backend, self.which, self.width, self.kind, tile)
+
+    def reads(self, backend: str, kernel: str) -> bool:
+        """Whether a kernel is one of the row's."""
+        name = self.which
+        if self.recurrent:
+            name = tune_recurrent.read(name, backend)
+        return name in kernel and not any(part in kernel for part in SUMS)
 
 
-def program(target: Tpu | Gpu, backend: str, which: str, width: int, tile: Tile):
-    """The function of a candidate, its arguments and its trips."""
-    if which not in KERNELS:
-        return tune_recurrent.program(target, backend, which, LENGTH, width)
-    return cases.attention(
-        target, backend=backend, backward=which == "flash_backward", t=LENGTH, d=width,
-        tile=tile)
-
-
-def static_cost(folder: pathlib.Path, target, backend, which, width, tile) -> Any:
+def static_cost(folder: pathlib.Path, target, backend: str, row: Row, tile) -> Any:
     """What ranks a candidate by what the compiler says; None to drop it."""
     for path in folder.iterdir():
         path.unlink()
-    f, args, trips = program(target, backend, which, width, tile)
+    f, args, trips = row.program(target, backend, tile)
     compiled(target, f, *args)
-    name = which if which in KERNELS else tune_recurrent.read(which, backend)
     if isinstance(target, Gpu):
-        found = [k for n, k in readings_gpu.programs(folder).items() if name in n]
+        found = [k for n, k in readings_gpu.programs(folder).items()
+                 if row.reads(backend, n)]
         if not found or any(k.spills for k in found):
             return None
-        flight = min(k.blocks(target) for k in found) * math.prod(tile[:2])
+        area = math.prod(tile[:2])
+        if not row.recurrent:
+            each = [k.cycles(target, row.which == "decode") for k in found]
+            return tuple(sum(cycles) / area for cycles in zip(*each))
+        flight = min(k.blocks(target) for k in found) * area
         return -flight, max(k.registers for k in found)
-    counts = [p.cycles(*own) for n, p in readings.programs(folder).items()
-              for start, own in trips.items() if name in n and start in n]
-    cycles = [n for n in counts if n is not None]
-    return sum(cycles) / target.clock / target.cores if cycles else None
+    counts = [figures.cycles(target, p, start, own)
+              for n, p in readings.programs(folder).items()
+              for start, own in trips.items() if row.reads(backend, n) and start in n]
+    known = [n for n in counts if n is not None]
+    return sum(known) / target.clock / target.cores if known else None
 
 
-def timed_cost(target, backend, which, width, tile) -> float:
+def timed_cost(target, backend: str, row: Row, tile) -> float:
     """Seconds of a candidate on this machine's device, the median of some runs."""
-    f, args, _ = program(target, backend, which, width, tile)
+    f, args, _ = row.program(target, backend, tile)
 
     def draw(n, a):
+        if jnp.issubdtype(a.dtype, jnp.integer):
+            return jax.random.randint(jax.random.key(n), a.shape, 0, 100, a.dtype)
         # short keys, and decays below 1, so that no recurrence grows without bound
         x = jax.random.normal(jax.random.key(n), a.shape) / a.shape[-1] ** 0.5
         return (x if a.dtype != np.float32 else -abs(x)).astype(a.dtype)
@@ -116,37 +142,34 @@ def timed_cost(target, backend, which, width, tile) -> float:
     return float(np.median(times))
 
 
-def rows(families: Sequence[str], backend: str) -> Iterator[str]:
+def rows(families: Sequence[str], backend: str) -> Iterator[Row]:
     """The rows of the table that are tuned, by the kernels that they are of."""
-    for family in families:
-        yield from KERNELS if family == "flash" else tune_recurrent.rows(
-            family, backend)
-
-
-def place(backend: str, which: str, label: str, width: int) -> tuple[str, str]:
-    """The name of a row of the table, and the class of shapes in it."""
-    kernel, *channels = which.split()
-    name = kernel if backend == "tpu" else f"{backend}_{kernel}"
-    padded = tables.padded(width, width, backend) if backend == "mosaic" else None
-    return name, padded or " ".join([label, "f16", *channels])
+    for family, label in itertools.product(families, WIDTHS):
+        if family in tune_exact.ROWS:
+            for which in tune_exact.rows(family, backend):
+                for kind in tune_exact.kinds(which, backend):
+                    yield Row(which, label, kind)
+        else:
+            for which in tune_recurrent.rows(family, backend):
+                yield Row(which, label, "f16")
 
 
 def tuned(target: Tpu | Gpu, cost: Callable, backends: Sequence[str],
           families: Sequence[str] = FAMILIES) -> dict[str, Any]:
-    """The target's row of the table: the best tile of each kernel and width."""
-    row: dict[str, Any] = json.loads(json.dumps(
+    """The target's block of the table: the best tile of each row."""
+    block: dict[str, Any] = json.loads(json.dumps(
         tables.row(target.kind, target.backends[0])))
-    for backend, (label, width) in itertools.product(backends, WIDTHS.items()):
-        for which in rows(families, backend):
-            name, kind = place(backend, which, label, width)
+    for backend in backends:
+        for row in rows(families, backend):
+            name, kind = row.place(backend)
             costs: dict[Tile, Any] = {}
-            plain = isinstance(row[name][kind], int)
+            plain = isinstance(block[name].get(kind), int)
             numbers = lambda tile: tile[0] if plain else list(tile)
-            for tile in candidates(backend, width, which):
-                said = f"{target.name} {backend} {which} {label} {tile}"
+            for tile in row.candidates(backend):
+                said = f"{target.name} {backend} {' '.join(row)} {tile}"
                 try:
                     with tables.trial(target.kind, name, kind, numbers(tile), backend):
-                        found = cost(target, backend, which, width, tile)
+                        found = cost(target, backend, row, tile)
                 except Exception as error:  # any compiler's reason drops it
                     text = (str(error).splitlines() or [""])[0][:90]
                     print(f"{said}: {text}", file=sys.stderr)
@@ -155,8 +178,8 @@ def tuned(target: Tpu | Gpu, cost: Callable, backends: Sequence[str],
                     costs[tile] = found
                     print(f"{said}: {found}", flush=True)
             if costs:
-                row[name][kind] = numbers(min(costs, key=lambda tile: costs[tile]))
-    return row
+                block[name][kind] = numbers(min(costs, key=lambda tile: costs[tile]))
+    return block
 
 
 def write(kind: str, row: dict[str, Any]) -> None:
@@ -166,9 +189,15 @@ def write(kind: str, row: dict[str, Any]) -> None:
 
 
 def here() -> Tpu | Gpu | None:
-    """The target that this machine's own device is."""
-    kind = jax.devices()[0].device_kind
-    return next((t for t in TARGETS.values() if t.kind == kind), None)
+    """The target that this machine's own device is, under its own name: one of its
+    kind, or a GPU of its compute capability."""
+    device = jax.devices()[0]
+    own = next((t for t in TARGETS.values() if t.kind == device.device_kind), None)
+    if own is not None or device.platform != "gpu":
+        return own
+    near = next((t for t in TARGETS.values() if isinstance(t, Gpu) and
+                 device.compute_capability == ".".join(map(str, t.capability))), None)
+    return near and dataclasses.replace(near, kind=device.device_kind)
 
 
 def main(arguments: list[str]) -> int:

@@ -8,8 +8,10 @@ import jax.numpy as jnp
 import pytest
 
 from pallas_kernels import (
-    cases, figures, matrix, matrix_table, readings, readings_gpu, tables, tune
+    cases, cases_flash, figures, matrix, matrix_table, passes_gpu, readings,
+    readings_gpu, tables, tune
 )
+from pallas_kernels.case import Trips
 from pallas_kernels.targets import TARGETS
 
 USE = """header MATMUL, MATPUSH, XLU, VALU, VPOP, EUP, VLOAD, VLOAD:FILL, ...
@@ -113,6 +115,82 @@ def test_what_ptxas_says_of_a_kernel():
         readings_gpu.kernel(PTX, "fatal", 0)
 
 
+LOOP = """
+.visible .entry flash_forward(
+    ld.global.v4.b32 {%r1}, [%rd1];
+$L__BB0_1:
+    mov.u32 %r1, 0x0; ld.global.v4.b32 { %r1, %r2, %r3, %r4 }, [ %rd1 + 0 ];
+    st.shared.v4.b32 [%rd2], {%r1, %r2, %r3, %r4};
+$L__BB0_2:
+    ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%r1, %r2, %r3, %r4}, [%rd2];
+    mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 { %r1 }, { %r2 }, { %r3 };
+    ex2.approx.f32 %r5, %r6;
+    fma.rn.f32 %r5, %r6, %r7, %r8;
+    @%p1 bra     $L__BB0_2;
+    @%p2 bra     $L__BB0_1;
+    ret;
+"""
+AHEAD = """$L__BB0_1:
+    cp.async.wait_group     2;
+    cp.async.cg.shared.global [ %r58 + 0 ], [ %rd79 + 0 ], 0x10, %r59;
+    cp.async.commit_group;
+    wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {%r1}, {%r2}, %rd1, 1;
+    cp.async.commit_group;
+    @%p8 bra     $L__BB0_1;
+"""
+
+
+def test_a_pass_of_a_gpu_kernel():
+    inner = passes_gpu.busiest(LOOP)
+    assert (inner.flops, inner.shared, inner.beyond) == (2 * 16 * 8 * 16, 512, 0)
+    assert (inner.special, inner.floats, inner.issued, inner.bursts) == (1, 1, 4, 0)
+    outer = passes_gpu.counted(LOOP.splitlines()[3:6])
+    assert (outer.beyond, outer.shared, outer.bursts) == (512, 512, 1)
+    ahead = passes_gpu.busiest(AHEAD)
+    # a warp has a quarter of its group's product, which reads its right side
+    assert (ahead.flops, ahead.shared) == (2 * 64 * 128 * 16 / 4, 512 + 2 * 128 * 4)
+    assert (ahead.beyond, ahead.ahead, ahead.bursts) == (512, 2, 0)
+
+
+def test_the_time_of_a_pass():
+    h200 = TARGETS["sm90a"]
+    p = passes_gpu.Pass(issued=100, special=8, flops=2**20)
+    units = p.units(h200, 8)
+    rate = 989e12 / 132 / 1.98e9
+    assert units["issue"] == 200 and units["special"] == 128
+    assert units["tensor"] == pytest.approx(8 * 2**20 / rate)
+    # eight warps are two to a scheduler, and the matrix units are the limit
+    alone, own = p.cycles(h200, 8, 1)
+    assert alone == max(units.values()) and own == sum(units.values()) / 2
+    # loads that begin three passes ahead have three passes to arrive in
+    waits = passes_gpu.Pass(beyond=1.0, bursts=2)
+    assert waits.cycles(h200, 4, 1)[0] == pytest.approx(1200, 1e-3)
+    waits = passes_gpu.Pass(beyond=1.0, ahead=3)
+    assert waits.cycles(h200, 4, 2)[0] == pytest.approx(100)
+
+
+def test_no_kernel_is_faster_than_its_products():
+    program = readings.program("jvp_flash_backward_keys_.1", *dumped())
+    trips = Trips((10,), 3, 12, {"_keys": 2.0**20, "": 2.0**30})
+    v5e = TARGETS["v5e"]
+    scheduled = program.cycles(*trips[:3])
+    assert figures.cycles(v5e, program, "flash_backward", trips) == scheduled
+    slow = trips._replace(flops={"": 2.0**30})
+    assert figures.cycles(v5e, program, "flash_backward", slow) == 2**30 / v5e.cycle
+    assert figures.cycles(v5e, program, "flash_backward", Trips((1, 2), 3, 4)) is None
+
+
+def test_products_of_a_causal_pass():
+    """A forward pass has two products, of half the logits and what its tiles add."""
+    trips = cases_flash.passes(
+        "TPU v5 lite", 8192, 64, 64, 2, cases_flash.Causal())
+    least = cases_flash.work(8192, 128, h=2)
+    assert least <= trips["flash_forward"].products("__.1") <= 1.1 * least
+    back = trips["flash_backward"]
+    assert 2.5 * least <= back.products("__.1") <= 2.75 * least
+    assert back.products("_keys__.1") / back.products("_queries__.1") == 4 / 3
+
+
 def test_own_kernels_are_told_from_fusions(tmp_path):
     for n, name in enumerate(("flash_forward", "loop_select_fusion", "wrapped_iota")):
         path = tmp_path / f"module.{n}.ptx"
@@ -161,7 +239,7 @@ def test_a_function_of_ones_own_compiles(capsys):
 @pytest.mark.parametrize("words, message", [
     (["--targets", "v9"], "--targets=v9: expected some of v4,v5e"),
     (["--timed"], "--timed: cpu is none of the targets"),
-    (["--kernels", "flash,rnn"], "--kernels=rnn: expected some of flash,linear"),
+    (["--kernels", "flash,rnn"], "--kernels=rnn: expected some of flash,blocks"),
 ])
 def test_wrong_words_of_tune_get_one_sentence(words, message, capsys):
     assert tune.main(words) == 2
@@ -172,35 +250,38 @@ def test_the_cheapest_candidate_is_kept():
     least = lambda tile: tile
     costs = {"tpu": lambda t: -t[0] * t[1], "triton": least, "mosaic": least}
 
-    def cost(target, backend, which, width, tile):
+    def cost(target, backend, row, tile):
         if tile[0] == 1024:
             raise RuntimeError("no room")
         return costs[backend](tile)
 
-    row = tune.tuned(TARGETS["v5e"], cost, ("tpu",))
-    assert row["flash_forward"]["d128 f16"] == [2048, 2048, 256]
-    assert row["flash_forward"]["d128 f32"] == tables.row("TPU v5 lite")[
-        "flash_forward"]["d128 f32"]
-    row = tune.tuned(TARGETS["sm90a"], cost, ("mosaic", "triton"))
-    assert row["triton_flash_backward"]["d256 f16"] == [32, 64, 4, 1]
-    assert row["mosaic_flash_forward"]["d256 v256"] == [128, 64, 1]
+    block = tune.tuned(TARGETS["v5e"], cost, ("tpu",))
+    assert block["flash_forward"]["d128 f16"] == [2048, 2048, 256]
+    assert block["flash_forward"]["d128 f32"] == [512, 1024, 256]
+    before = tables.row("TPU v5 lite")["linear_forward"]["d128 f32"]
+    assert block["linear_forward"]["d128 f32"] == before
+    block = tune.tuned(TARGETS["sm90a"], cost, ("mosaic", "triton"))
+    assert block["triton_flash_backward"]["d256 f16"] == [32, 64, 8, 1]
+    assert block["triton_decode"]["d256 f32 i8"] == [16, 16, 4, 1]
+    assert block["mosaic_flash_forward"]["d256 v256"] == [128, 64, 1]
 
 
 @pytest.mark.parametrize("name, backend", [("v5e", "tpu"), ("sm80", "triton")])
-def test_a_candidate_of_the_recurrent_kernels_is_in_the_table(name, backend):
+def test_a_candidate_is_in_the_table_while_it_is_tried(name, backend):
     target, seen = TARGETS[name], {}
     before = json.dumps(tables.row(target.kind, backend))
 
-    def cost(target, backend, which, width, tile):
-        _, args, _ = tune.program(target, backend, which, width, tile)
-        table, kind = tune.place(backend, which, f"d{width}", width)
+    def cost(target, backend, row, tile):
+        _, args, _ = row.program(target, backend, tile)
+        table, kind = row.place(backend)
         found = tables.row(target.kind, backend)[table][kind]
         assert found == (tile[0] if isinstance(found, int) else list(tile)) and args
         seen[table, kind] = tile
         return tile
 
-    row = tune.tuned(target, cost, (backend,), ("linear", "delta", "scan"))
-    assert len(seen) == (12 if backend == "tpu" else 20)
+    families = "blocks", "decode", "linear", "delta", "scan"
+    row = tune.tuned(target, cost, (backend,), families)
+    assert len(seen) == (12 if backend == "tpu" else 20 + 8 + 10)
     assert json.dumps(tables.row(target.kind, backend)) == before
     if backend == "tpu":
         assert row["delta"]["d128 f16"] == 1 and row["scan"]["d256 f16"] == 128
@@ -219,8 +300,9 @@ def test_a_timed_candidate_has_decays_below_one(monkeypatch):
         jax.debug.callback(lambda g: seen.append(g.max()), g)
         return k * jnp.exp(g)[..., None]
 
-    monkeypatch.setattr(tune, "program", lambda *_: (f, shapes, {}))
-    assert tune.timed_cost(TARGETS["v5e"], "tpu", "delta", 128, (1,)) > 0
+    row = tune.Row("delta", "d128", "f16")
+    monkeypatch.setattr(tune.Row, "program", lambda *_: (f, shapes, {}))
+    assert tune.timed_cost(TARGETS["v5e"], "tpu", row, (1,)) > 0
     jax.effects_barrier()
     assert len(seen) == tune.ROUNDS + 1 and max(seen) <= 0
 
@@ -228,7 +310,9 @@ def test_a_timed_candidate_has_decays_below_one(monkeypatch):
 def test_a_gpu_takes_the_row_of_its_model():
     own = tables.row("NVIDIA A100-SXM4-80GB", "triton")
     assert tables.row("NVIDIA A100 80GB PCIe", "triton") is own
-    assert tables.row("NVIDIA B200", "triton") is tables.row("default gpu", "triton")
+    assert tables.row("NVIDIA B200", "triton") is tables.row("NVIDIA H200", "triton")
+    other = tables.row("NVIDIA GeForce RTX 4090", "triton")
+    assert other is tables.row("default gpu", "triton") is tables.row("TPU9", "triton")
     assert tables.row("TPU v5 lite") is not tables.row("TPU v5")
 
 

@@ -20,7 +20,9 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import Refused, tables
-from pallas_kernels.flash import DTYPES, WIDEST, check_elementwise, check_tpu
+from pallas_kernels.refusals import (
+    DTYPES, WIDEST, check_device, check_elementwise
+)
 from pallas_kernels.tile import LOG2E, LOW, Form
 
 LISTED = 2**17  # entries of the lists of one head that fit beside the scalar unit
@@ -91,8 +93,7 @@ def blocks(
     s, n, c = k.shape[1], chosen.shape[2], chosen.shape[1]
     _check(q, k, v, chosen, mask, (q_run, kv_run), backend)
     size, heads = -(-t // n), h // c
-    if backend == "tpu":
-        check_tpu(q, interpret)
+    check_device(backend, q.dtype, interpret)
     whole = lambda a, m: None if a is None else jnp.broadcast_to(
         a, (b, m)).astype(jnp.int32)
     head = jnp.arange(h) if head is None else head

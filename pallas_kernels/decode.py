@@ -25,7 +25,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import Refused
-from pallas_kernels.flash import DTYPES, WIDEST, check_elementwise
+from pallas_kernels.refusals import (
+    DTYPES, WIDEST, check_device, check_elementwise
+)
 from pallas_kernels.tile import LOG2E, NEVER, Form
 
 F32 = jnp.float32
@@ -119,6 +121,7 @@ def decode(
     b, t, h, d = q.shape
     page, heads = k.shape[1], k.shape[2]
     _check(q, k, v, bits, score, mask)
+    check_device(backend, q.dtype, interpret)
     slots = page if table is None else table.shape[1] * page
     count = lambda n, first: jnp.broadcast_to(
         first + jnp.arange(n, dtype=jnp.int32), (b, n))

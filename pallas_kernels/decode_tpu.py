@@ -16,7 +16,6 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import Refused, tables
-from pallas_kernels.flash import check_tpu
 from pallas_kernels.steps_tpu import F32, dot
 from pallas_kernels.tile import LOG2E, LOW, NEVER
 
@@ -25,7 +24,6 @@ MOST_ROWS = 512
 
 def sized(static, paged: bool, tile: int | None, splits, q, k, v):
     """`static` with the slots of a step. Raises Refused for what is not for TPU."""
-    check_tpu(q, static.interpret)
     if static.queries * static.heads > MOST_ROWS:
         raise Refused(f"T={static.queries}, H={static.heads}: at most {MOST_ROWS} "
                       "queries over all heads")

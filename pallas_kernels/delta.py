@@ -25,7 +25,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import Refused, tables
 from pallas_kernels.delta_chunk import CHUNK, ROWS, Side
-from pallas_kernels.flash import DTYPES, WIDEST, check_tpu
+from pallas_kernels.refusals import DTYPES, WIDEST, check_device
 
 F32 = jnp.float32
 KERNELS = "inside", "forward", "backward", "values", "keys"  # on GPU
@@ -77,8 +77,7 @@ def delta(
     for name, n in (("D", d), ("V", width)):
         if n > WIDEST:
             raise Refused(f"{name}={n}: at most {WIDEST}")
-    if backend == "tpu":
-        check_tpu(q, interpret)
+    check_device(backend, q.dtype, interpret)
     if state is None:
         state = jnp.zeros((b, h, d, width), F32)
     static = Static(

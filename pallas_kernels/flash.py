@@ -20,22 +20,13 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import Refused, tables
+from pallas_kernels.refusals import (
+    CARDS, DTYPES, WIDEST, check_device, check_elementwise, check_mosaic
+)
 from pallas_kernels.schedule import Side, Static, Tiling, fitted
 from pallas_kernels.tile import Form
 
 F32 = jnp.float32
-DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
-WIDEST = 256
-CARDS = {  # what runs kernels by Mosaic GPU; GH200 has H200 in its name
-    "mosaic": ("Hopper", ("H100", "H200", "H800", "H20")),
-    "blackwell": ("Blackwell", ("B100", "B200")),
-}
-ELEMENTWISE = set(
-    "abs add and broadcast_in_dim clamp convert_element_type div eq exp exp2 ge gt "
-    "integer_pow le log logistic lt max min mul ne neg not or rem rsqrt select_n "
-    "shift_left shift_right_arithmetic shift_right_logical sign square sub tanh "
-    "xor".split()
-)  # what Mosaic GPU compiles inside a kernel, in every jax from 0.10.2
 
 
 def flash(
@@ -88,8 +79,7 @@ def flash(
     s, width = k.shape[1], v.shape[3]
     _check(q, k, v, q_pos, kv_pos)
     random = dropout > 0 and key is not None
-    if backend == "tpu":
-        check_tpu(q, interpret)
+    check_device(backend, q.dtype, interpret)
     if backend in CARDS:
         check_mosaic(backend, q, v, interpret)
         extra = {"bias": bias, "keep": keep, "key": key if random else None}
@@ -141,49 +131,6 @@ def _check(q, k, v, q_pos, kv_pos) -> None:
         raise Refused(f"T={q.shape[1]}, S={k.shape[1]}: at least 1")
     if (q_pos is None) != (kv_pos is None):
         raise ValueError("q_pos and kv_pos go together: expected both or neither")
-
-
-def check_tpu(q: jax.Array, interpret: Any) -> None:
-    """Raises Refused for what compiles on no TPU."""
-    if q.dtype == jnp.float16 and not interpret:
-        raise Refused("q is float16: TPUs know bfloat16 and float32")
-
-
-def check_mosaic(backend: str, q: jax.Array, v: jax.Array, interpret: Any) -> None:
-    """Raises Refused for what the kernels by Mosaic GPU do not take."""
-    (card, names), kind = CARDS[backend], tables.device_kind()
-    if not interpret and not any(name in kind for name in names):
-        raise Refused(f"device {kind}: expected one of {', '.join(names)}")
-    if q.shape[0] >= 2**16:
-        raise Refused(f"B={q.shape[0]}: at most {2**16 - 1} rows on {card}")
-    if q.dtype == F32:
-        raise Refused(f"q is float32: {card}'s matrix units take bfloat16 and float16")
-    if tables.padded(q.shape[3], v.shape[3], backend) is None:
-        raise Refused(f"D={q.shape[3]}, V={v.shape[3]}: too wide for a {card} kernel")
-
-
-def check_elementwise(name: str, f: Callable | None, backend: str = "tpu") -> None:
-    """Raises Refused if f(head, i, j) reads an array: a kernel cannot carry one; or,
-    by Mosaic GPU, if it has an operation that does not compile there."""
-    if f is None:
-        return
-    place = jax.ShapeDtypeStruct((), jnp.int32)
-    traced = jax.make_jaxpr(f)(place, place, place)
-    if any(getattr(a, "ndim", 0) for a in traced.consts):
-        raise Refused(f"{name}={f}: it reads a table, expected arithmetic on positions")
-    if backend in CARDS and (other := _operations(traced.jaxpr) - ELEMENTWISE):
-        card = CARDS[backend][0]
-        raise Refused(f"{name}={f}: no {', '.join(sorted(other))} on {card}")
-
-
-def _operations(jaxpr: Any) -> set[str]:
-    """The names of the operations in a program and in those that it calls."""
-    found: set[str] = set()
-    for eqn in jaxpr.eqns:
-        called = eqn.primitive.name in ("jit", "pjit")
-        inner = eqn.params["jaxpr"] if called else None
-        found |= {eqn.primitive.name} if inner is None else _operations(inner.jaxpr)
-    return found
 
 
 def _kernels(static: Static) -> Any:

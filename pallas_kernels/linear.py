@@ -24,10 +24,10 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import Refused, tables
+from pallas_kernels.refusals import WIDEST, check_device
 from pallas_kernels.steps_linear import F32, FLOOR
 
 DTYPES = (jnp.bfloat16, jnp.float32)
-WIDEST = 256
 
 
 class Static(NamedTuple):
@@ -68,6 +68,7 @@ def linear(
     kernel does not do.
     """
     check(q, k, v, log_decay)
+    check_device(backend, q.dtype, interpret)
     (b, t, h, d), width = q.shape, v.shape[3]
     channels = log_decay is not None and log_decay.ndim == 4
     device = tables.device_kind()

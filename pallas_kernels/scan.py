@@ -20,10 +20,9 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import Refused, tables
+from pallas_kernels.refusals import DTYPES, WIDEST, check_device
 
 F32 = jnp.float32
-DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
-WIDEST = 256
 
 
 class Static(NamedTuple):
@@ -70,8 +69,7 @@ def scan(
                       "float16 or float32")
     if v.shape[3] > WIDEST:
         raise Refused(f"V={v.shape[3]}: at most {WIDEST}")
-    if backend == "tpu" and v.dtype == jnp.float16 and not interpret:
-        raise Refused("float16 on TPU: its vector units have no such type")
+    check_device(backend, v.dtype, interpret)
     short = 128 if backend == "tpu" else 16
     t, width = scores.shape[1], v.shape[3]
     shape = tables.Shape(t, t, width, width, v.dtype.itemsize)

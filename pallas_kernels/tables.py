@@ -87,6 +87,15 @@ def device_kind() -> str:
     return getattr(device, "device_kind", None) or jax.devices()[0].device_kind
 
 
+def capability() -> str | None:
+    """What this machine's GPU is: of NVIDIA its compute capability, as "9.0"; None
+    where nobody knows, as of one that is compiled for and not there."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if getattr(mesh, "abstract_device", None) or jax.default_backend() != "gpu":
+        return None
+    return getattr(jax.devices()[0], "compute_capability", None)
+
+
 def text(table: dict[str, Any]) -> str:
     """The table as it is kept: a device a block, a kernel a line."""
     blocks = []

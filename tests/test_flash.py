@@ -16,7 +16,7 @@ from attn.softmax import Softmax
 from attn.tiles import attend
 from pallas_kernels import (
     Refused, flash_blackwell, flash_mosaic, flash_tpu, flash_triton, portions_tpu,
-    schedule, tables
+    refusals, schedule, tables
 )
 from pallas_kernels.flash import flash
 from experiments import cost
@@ -272,8 +272,18 @@ def test_refusals_name_their_reason(change, reason):
 
 
 def test_float16_is_refused_where_it_would_not_compile():
-    with pytest.raises(Refused, match="q is float16: TPUs know bfloat16"):
+    with pytest.raises(Refused, match="float16: TPUs know bfloat16"):
         flash(**inputs(dtype=jnp.float16), interpret=False)
+
+
+@pytest.mark.parametrize("found", ("7.5", "gfx942"))
+def test_devices_that_nobody_compiled_for_are_refused(monkeypatch, found):
+    """An older card of NVIDIA's, one of another maker: XLA's form runs there."""
+    monkeypatch.setattr(tables, "capability", lambda: found)
+    with pytest.raises(Refused, match=rf"{found}.* compute capability 8.0 or more"):
+        flash(**inputs(), backend="triton")
+    monkeypatch.setattr(tables, "capability", lambda: "12.0")
+    refusals.check_device("triton", jnp.bfloat16, False)
 
 
 def test_softmax_runs_the_kernel_by_name():

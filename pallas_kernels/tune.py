@@ -21,78 +21,26 @@ passed over. About ten minutes a target and family of kernels.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import functools
-import itertools
 import json
 import math
 import pathlib
 import sys
 import tempfile
 import time
-from typing import Any, Callable, Iterator, NamedTuple, Sequence
+from typing import Any, Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import (
-    figures, readings, readings_gpu, tables, tune_exact, tune_recurrent
-)
+from pallas_kernels import figures, readings, readings_gpu, tables
 from pallas_kernels.targets import TARGETS, Gpu, Tpu, compiled, missing, worker
+from pallas_kernels.tune_rows import FAMILIES, Row, Tile, rows
 
-WIDTHS = {"d128": 128, "d256": 256}
-FAMILIES = (*tune_exact.ROWS, "linear", "delta", "scan")
-SUMS = ("merge", "_sum")  # kernels that add up parts, whatever the tile
 ROUNDS = 5
-Tile = tuple[int, ...]
-
-
-class Row(NamedTuple):
-    """A row of the table: a kernel, the class of its widths, and what else it is of."""
-
-    which: str
-    label: str
-    kind: str
-
-    @property
-    def width(self) -> int:
-        """The width that is tried."""
-        return WIDTHS[self.label]
-
-    @property
-    def recurrent(self) -> bool:
-        """Whether it is of a recurrence."""
-        return self.which.split("_")[0].split()[0] not in tune_exact.ROWS
-
-    def place(self, backend: str) -> tuple[str, str]:
-        """The row's name in the table, and the class of shapes in it."""
-        kernel, *channels = self.which.split()
-        name = kernel if backend == "tpu" else f"{backend}_{kernel}"
-        known = backend in tables.PADDED
-        padded = tables.padded(self.width, self.width, backend) if known else None
-        return name, padded or " ".join([self.label, self.kind, *channels])
-
-    def candidates(self, backend: str) -> Iterator[Tile]:
-        """The numbers that are tried."""
-        if self.recurrent:
-            return tune_recurrent.candidates(backend, self.which)
-        return tune_exact.candidates(backend, self.width, self.which, self.kind)
-
-    def program(self, target: Tpu | Gpu, backend: str, tile: Tile) -> Any:
-        """The function of a candidate, its arguments and its trips."""
-        if self.recurrent:
-            return tune_recurrent.program(target, backend, self.which,
-                                          tune_exact.LENGTH, self.width)
-        return tune_exact.program(
-            target, backend, self.which, self.width, self.kind, tile)
-
-    def reads(self, backend: str, kernel: str) -> bool:
-        """Whether a kernel is one of the row's."""
-        name = self.which
-        if self.recurrent:
-            name = tune_recurrent.read(name, backend)
-        return name in kernel and not any(part in kernel for part in SUMS)
 
 
 def static_cost(folder: pathlib.Path, target, backend: str, row: Row, tile) -> Any:
@@ -142,44 +90,43 @@ def timed_cost(target, backend: str, row: Row, tile) -> float:
     return float(np.median(times))
 
 
-def rows(families: Sequence[str], backend: str) -> Iterator[Row]:
-    """The rows of the table that are tuned, by the kernels that they are of."""
-    for family, label in itertools.product(families, WIDTHS):
-        if family in tune_exact.ROWS:
-            for which in tune_exact.rows(family, backend):
-                for kind in tune_exact.kinds(which, backend):
-                    yield Row(which, label, kind)
-        else:
-            for which in tune_recurrent.rows(family, backend):
-                yield Row(which, label, "f16")
-
-
 def tuned(target: Tpu | Gpu, cost: Callable, backends: Sequence[str],
           families: Sequence[str] = FAMILIES) -> dict[str, Any]:
     """The target's block of the table: the best tile of each row."""
     block: dict[str, Any] = json.loads(json.dumps(
         tables.row(target.kind, target.backends[0])))
-    for backend in backends:
-        for row in rows(families, backend):
-            name, kind = row.place(backend)
-            costs: dict[Tile, Any] = {}
-            plain = isinstance(block[name].get(kind), int)
-            numbers = lambda tile: tile[0] if plain else list(tile)
-            for tile in row.candidates(backend):
-                said = f"{target.name} {backend} {' '.join(row)} {tile}"
-                try:
-                    with tables.trial(target.kind, name, kind, numbers(tile), backend):
-                        found = cost(target, backend, row, tile)
-                except Exception as error:  # any compiler's reason drops it
-                    text = (str(error).splitlines() or [""])[0][:90]
-                    print(f"{said}: {text}", file=sys.stderr)
-                    continue
-                if found is not None:
-                    costs[tile] = found
-                    print(f"{said}: {found}", flush=True)
-            if costs:
-                block[name][kind] = numbers(min(costs, key=lambda tile: costs[tile]))
+    with contextlib.ExitStack() as found_so_far:
+        for backend in backends:
+            for row in rows(families, backend):
+                name, kind = row.place(backend)
+                best = _best(target, cost, backend, row, block[name].get(kind))
+                if best is not None:
+                    # rows that share its program are tried beside it
+                    found_so_far.enter_context(
+                        tables.trial(target.kind, name, kind, best, backend))
+                    block[name][kind] = best
     return block
+
+
+def _best(target, cost: Callable, backend: str, row: Row, before: Any) -> Any:
+    """The numbers of the cheapest candidate, as `before` has them: a list, or one
+    alone; None if none compiles."""
+    name, kind = row.place(backend)
+    costs: dict[Tile, Any] = {}
+    numbers = lambda tile: tile[0] if isinstance(before, int) else list(tile)
+    for tile in row.candidates(backend):
+        said = f"{target.name} {backend} {' '.join(row)} {tile}"
+        try:
+            with tables.trial(target.kind, name, kind, numbers(tile), backend):
+                found = cost(target, backend, row, tile)
+        except Exception as error:  # any compiler's reason drops it
+            text = (str(error).splitlines() or [""])[0][:90]
+            print(f"{said}: {text}", file=sys.stderr)
+            continue
+        if found is not None:
+            costs[tile] = found
+            print(f"{said}: {found}", flush=True)
+    return numbers(min(costs, key=lambda tile: costs[tile])) if costs else None
 
 
 def write(kind: str, row: dict[str, Any]) -> None:

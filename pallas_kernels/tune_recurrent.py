@@ -18,7 +18,7 @@ LINEAR = tuple(f"linear_{way}{decay}" for way in ("forward", "backward")
                for decay in ("", " channels"))
 # the delta rule's kernels on GPU, by the row that each has
 DELTA = {
-    "delta_inside": "delta_inside", "delta_forward": "delta_forward",
+    "delta_forward": "delta_forward", "delta_inside": "delta_inside",
     "delta_backward": "delta_backward_states",
     "delta_values": "delta_backward_values", "delta_keys": "delta_backward_keys",
 }

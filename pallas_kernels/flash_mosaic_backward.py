@@ -15,6 +15,8 @@ counts as useful.
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
@@ -23,7 +25,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.flash_mosaic_wide import handover, wide_sums
 from pallas_kernels.schedule import Side, Static
 from pallas_kernels.hopper import (
-    F32, ROWS, Tile, drain, products, share, shared, spread, vector, zeros
+    F32, ROWS, TILE, Tile, drain, products, share, shared, spread, vector, zeros
 )
 from pallas_kernels.steps_mosaic import (
     Arrays, Call, Here, Line, arrays, fetch_keys, line, run, tokens, weights
@@ -33,15 +35,29 @@ from pallas_kernels.tile import LOG2E, LOW
 
 def backward(static: Static, side: Side, q, k, v, sink, lse, delta, do):
     """dq, dk, dv, given lse, delta [B,H,T] and do [B,T,H,V]."""
-    stages, columns, k_stages, v_stages = static.how[1]
-    t, groups = static.backward, q.shape[2] // k.shape[2]
-    by_key = Call(static.form, t, groups, 2, (stages,), bool(static.interpret))
-    by_query = by_key._replace(stages=(k_stages, v_stages),
-                               tiling=t._replace(rows=2 * ROWS, columns=columns))
-    base = jnp.where(jnp.isfinite(lse), lse * LOG2E, 0)
-    given = side, q, k, v, do, base, delta
-    dk, dv = _keys(by_key, static, *given)
-    return _queries(by_query, static, *given), dk, dv
+    by_key, by_query = calls(static, q.shape[2] // k.shape[2])
+    given = side, q, k, v, do, based(lse), delta
+    # one warpgroup keeps dk of a tile's keys and another dv, or each those of its keys
+    split = by_key.tiling.columns == ROWS
+    own, sums = (1, wide_sums) if split else (by_key.warpgroups, _key_sums)
+    more = handover(by_key) if split else ()
+    dk, dv = key_gradients(by_key, static, own, more, sums, *given)
+    dq = query_gradients(by_query, static, by_query.warpgroups, (), _query_sums, *given)
+    return dq, dk, dv
+
+
+def calls(static: Static, groups: int, layout=TILE) -> tuple[Call, Call]:
+    """The calls of the kernel for dk and dv and of that for dq."""
+    stages, columns, *rings = static.how[1]
+    by_key = Call(static.form, static.backward, groups, 2, (stages,),
+                  bool(static.interpret), layout)
+    tiling = by_key.tiling._replace(rows=2 * ROWS, columns=columns)
+    return by_key, by_key._replace(stages=tuple(rings), tiling=tiling)
+
+
+def based(lse):
+    """lse times log2(e), from which weights are made again; 0 where nothing is seen."""
+    return jnp.where(jnp.isfinite(lse), lse * LOG2E, 0)
 
 
 def _given(call: Call, side: Side, q, k, v, do, base, delta) -> Arrays:
@@ -52,37 +68,34 @@ def _given(call: Call, side: Side, q, k, v, do, base, delta) -> Arrays:
                       delta=tokens(delta.astype(F32), rows, 2))
 
 
-def _keys(call: Call, static: Static, side: Side, q, k, v, *rest):
+def key_gradients(call: Call, static: Static, own: int, more, sums, side: Side, q, k, v,
+                  *rest):
+    """dk and dv. own: in how many parts the keys of a tile lie in shared memory; more:
+    scratch that only `sums` knows, by which a warpgroup computes."""
     x = _given(call, side, q, k, v, *rest)
     table, ask = static.asks(call.tiling, side)
     seen = line(table.T, None if ask is None else ask.swapaxes(1, 2))
     n, rows, groups = call.stages[0], call.tiling.rows, call.warpgroups
-    own = 1 if _split(call) else groups
     d, width, kind = x.q.shape[3], x.v.shape[3], x.q.dtype
-    barrier = plgpu.Barrier
+    keys, barrier = call.tiling.columns // own, plgpu.Barrier
     scratch = (
-        shared((own, ROWS, d), kind), shared((own, ROWS, width), kind),
+        shared((own, keys, d), kind), shared((own, keys, width), kind),
         shared((n, rows, d), kind), shared((n, rows, width), kind),
         plgpu.SMEM((n, rows), F32), plgpu.SMEM((n, rows), F32),
-        barrier(num_barriers=groups, num_arrivals=1 if _split(call) else 2),
+        barrier(num_barriers=groups, num_arrivals=1 if own == 1 else 2),
         barrier(num_barriers=n, num_arrivals=2),
         barrier(num_barriers=n, num_arrivals=2),
         barrier(num_barriers=n, num_arrivals=groups),
-        *(handover(call) if _split(call) else ()),
+        *more,
     )
     like = lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype)
     grid = {"tile": call.tiling.grid[1], "batch": k.shape[0], "head": k.shape[2]}
-    dk, dv = run(call, _by_key, grid, x, seen, [like(x.k), like(x.v)], scratch,
-                 "flash_backward_keys")
+    dk, dv = run(call, functools.partial(_by_key, sums), grid, x, seen,
+                 [like(x.k), like(x.v)], scratch, "flash_backward_keys")
     return (dk[:, :k.shape[1], :, :k.shape[3]], dv[:, :k.shape[1], :, :v.shape[3]])
 
 
-def _split(call: Call) -> bool:
-    """Whether one warpgroup keeps dk of a tile's keys and another dv."""
-    return call.tiling.columns == ROWS
-
-
-def _by_key(call: Call, x: Arrays, seen: Line, outs, scratch):
+def _by_key(sums, call: Call, x: Arrays, seen: Line, outs, scratch):
     """dk and dv of a tile of keys."""
     group, tile = jax.lax.axis_index("group"), jax.lax.axis_index("tile")
     b, kv = jax.lax.axis_index("batch"), jax.lax.axis_index("head")
@@ -91,7 +104,6 @@ def _by_key(call: Call, x: Arrays, seen: Line, outs, scratch):
     at = lambda n: seen.where[row, tile, n]
     head = lambda g: kv * call.groups + g
 
-    sums = wide_sums if _split(call) else _key_sums
     place = group, tile, b, kv
     share(group, call.warpgroups,
           lambda: _fetch_queries(call, x, at, steps[1], scratch, b, head),
@@ -191,27 +203,32 @@ def _key_sums(call: Call, x: Arrays, at, steps, outs, scratch, place, head):
     plgpu.wait_smem_to_gmem(0)
 
 
-def _queries(call: Call, static: Static, side: Side, q, *rest):
+def query_gradients(call: Call, static: Static, own: int, more, sums, side: Side, q,
+                    *rest):
+    """dq. own: in how many parts the queries of a tile lie in shared memory; more:
+    scratch that only `sums` knows, by which a warpgroup computes."""
     x = _given(call, side, q, *rest)
     c, groups = call.tiling.columns, call.warpgroups
     d, width, kind = x.q.shape[3], x.v.shape[3], x.q.dtype
-    barrier = plgpu.Barrier
+    rows, barrier = call.tiling.rows // own, plgpu.Barrier
     scratch = (
-        shared((groups, ROWS, d), kind), shared((groups, ROWS, width), kind),
+        shared((own, rows, d), kind), shared((own, rows, width), kind),
         *(shared((n, c, size), kind) for n, size in zip(call.stages, (d, width))),
-        barrier(num_barriers=groups, num_arrivals=2),
+        barrier(num_barriers=own, num_arrivals=2),
         *(barrier(num_barriers=n) for n in call.stages),
         *(barrier(num_barriers=n, num_arrivals=groups) for n in call.stages),
+        *more,
     )
     grid = {"tile": call.tiling.grid[0], "batch": q.shape[0], "head": q.shape[2]}
     dq, = run(
-        call, _by_query, grid, x, line(*static.asks(call.tiling, side)),
+        call, functools.partial(_by_query, sums), grid, x,
+        line(*static.asks(call.tiling, side)),
         [jax.ShapeDtypeStruct(x.q.shape, x.q.dtype)], scratch, "flash_backward_queries",
     )
     return dq[:, :q.shape[1], :, :q.shape[3]]
 
 
-def _by_query(call: Call, x: Arrays, seen: Line, outs, scratch):
+def _by_query(sums, call: Call, x: Arrays, seen: Line, outs, scratch):
     """dq of a tile of queries."""
     group = jax.lax.axis_index("group")
     tile = call.tiling.grid[0] - 1 - jax.lax.axis_index("tile")
@@ -223,7 +240,7 @@ def _by_query(call: Call, x: Arrays, seen: Line, outs, scratch):
 
     share(group, call.warpgroups,
           lambda: fetch_keys(here, at, steps[1], scratch[2:4], scratch[5:9]),
-          lambda: _query_sums(here, at, steps, outs[0], scratch, group, tile))
+          lambda: sums(here, at, steps, outs[0], scratch, group, tile))
 
 
 def _query_sums(here: Here, at, steps, dq_ref, scratch, group, tile):

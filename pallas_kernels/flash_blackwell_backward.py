@@ -9,9 +9,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import Refused
 from pallas_kernels.blackwell import (
-    COLUMNS, COPIED, ROW, ROWS, commit, load, multiply, store, tensor
+    COPIED, ROW, ROWS, commit, load, multiply, store, tensor
 )
 from pallas_kernels.flash_mosaic_backward import (
     based, calls, key_gradients, query_gradients
@@ -19,6 +18,8 @@ from pallas_kernels.flash_mosaic_backward import (
 from pallas_kernels.hopper import F32, Tile, spread, vector
 from pallas_kernels.schedule import Side, Static
 from pallas_kernels.steps_mosaic import Arrays, Call, Here, weights
+
+PART = 64  # columns that are written at once: a line of shared memory
 
 
 def backward(static: Static, side: Side, q, k, v, lse, delta, do):
@@ -121,8 +122,10 @@ class Halves(NamedTuple):
 
     def save(self, n: int, scale: float, smem, ref) -> None:
         """Writes the n-th sum, when all products are done."""
-        total = load(self.sums[n], self.call.interpret, COPIED)
-        smem[...] = (total * scale).astype(smem.dtype)
+        for start in range(0, smem.shape[1], PART):
+            part = pl.ds(start, PART)
+            total = load(self.sums[n].at[:, part], self.call.interpret, COPIED)
+            smem.at[:, part][...] = (total * scale).astype(smem.dtype)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(smem, ref)
         plgpu.wait_smem_to_gmem(0)

@@ -139,6 +139,8 @@ def tile(device: str, kernel: str, shape: Shape, asked: tuple | None = None,
          backend: str = "tpu") -> Tile:
     """The tile of a call: `asked` for (queries, keys and perhaps how), or the table's
     row for its class of shapes, cut down to the tokens that are there."""
+    if (backend, kernel) == ("blackwell", "flash_backward"):
+        asked = None  # its keys are the lanes of tensor memory
     name = kernel if backend == "tpu" else f"{backend}_{kernel}"
     table = row(device, backend)[name]
     if backend in PADDED:

@@ -150,6 +150,7 @@ def _key_sums(call: Call, x: Arrays, at, steps, outs, scratch, place, head) -> N
 
     def end(n):
         plgpu.barrier_wait(halves.added)
+        plgpu.commit_smem()  # lse and delta were read, and a copy may overwrite them
         plgpu.barrier_arrive(free.at[slot(n)])
 
     def one_head(g, carry):

@@ -38,7 +38,7 @@ class Shape(NamedTuple):
 
 PADDED = {  # widths D, V with a row, of backends that pad
     "mosaic": ((64, 64), (128, 128), (192, 128), (256, 256)),
-    "blackwell": ((64, 64), (128, 128)),
+    "blackwell": ((64, 64), (128, 128), (192, 128)),
 }
 
 

@@ -10,12 +10,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.blackwell import (
-    COPIED, ROW, ROWS, commit, load, multiply, store, tensor
+    COLUMNS, COPIED, ROW, ROWS, commit, load, multiply, store, tensor
 )
 from pallas_kernels.flash_mosaic_backward import (
     based, calls, key_gradients, query_gradients
 )
-from pallas_kernels.hopper import F32, Tile, spread, vector
+from pallas_kernels.hopper import F32, Tile, matrix, spread, vector
 from pallas_kernels.schedule import Side, Static
 from pallas_kernels.steps_mosaic import Arrays, Call, Here, weights
 
@@ -29,6 +29,10 @@ def backward(static: Static, side: Side, q, k, v, lse, delta, do):
     given = side, q, k, v, do, based(lse), delta
     kind, rows, columns = q.dtype, by_key.tiling.rows, by_query.tiling.columns
     more = _scratch(by_key, rows, (kind, kind), (width, d))
+    # as much of k and v as there is room for
+    kept = [n for n, end in ((d, d), (width, d + width))
+            if 3 * rows + d + width + end // 2 <= COLUMNS]
+    more += tuple(tensor(by_key.interpret, *((n, kind) for n in kept)))
     dk, dv = key_gradients(by_key, static, 1, more, _key_sums, *given)
     more = _scratch(by_query, columns, (kind,), (d,))
     return query_gradients(by_query, static, 1, more, _query_sums, *given), dk, dv
@@ -105,18 +109,25 @@ class Halves(NamedTuple):
 
         return s, dp
 
-    def add(self, lefts, rights, accumulate) -> None:
-        """Begins the products of both halves of `lefts` with `rights`, which add to the
-        sums; those before are done."""
-        for ref, left in zip(self.lefts, lefts):
-            left = left.astype(ref.dtype)
-            store(ref.at[:, self.mine], left, self.call.interpret)
+    def settle(self) -> None:
+        """Until what both warpgroups have stored is there for a product."""
         commit(self.call.interpret)
         plgpu.barrier_arrive(self.stored)
 
         @pl.when(self.group == 0)
         def _():
             plgpu.barrier_wait(self.stored)
+
+    def add(self, lefts, rights, accumulate) -> None:
+        """Begins the products of both halves of `lefts` with `rights`, which add to the
+        sums; those before are done."""
+        for ref, left in zip(self.lefts, lefts):
+            left = left.astype(ref.dtype)
+            store(ref.at[:, self.mine], left, self.call.interpret)
+        self.settle()
+
+        @pl.when(self.group == 0)
+        def _():
             for acc, left, right in zip(self.sums, self.lefts, rights):
                 multiply(acc, left, right, self.added, accumulate, self.call.interpret)
 
@@ -136,17 +147,19 @@ def _key_sums(call: Call, x: Arrays, at, steps, outs, scratch, place, head) -> N
     (k_smem, v_smem, q_ring, do_ring, lse_ring, delta_ring, there, q_there, do_there,
      free) = scratch[:10]
     group, tile, b, kv = place
-    halves = Halves.of(call, group, scratch[10:], 2)
+    halves, kept = Halves.of(call, group, scratch[10:21], 2), scratch[21:]
     (whole, count), size = steps, call.tiling.rows
     total, first = count * call.groups, tile * call.tiling.columns
     keys = b, pl.ds(first, ROWS), kv
     k, v = k_smem.at[0], v_smem.at[0]
+    k_left, v_left = *kept, *(k, v)[len(kept):]
     slot = lambda n: jax.lax.rem(n, jnp.int32(call.stages[0]))
 
     def begin(n):
         plgpu.barrier_wait(q_there.at[slot(n)])
         plgpu.barrier_wait(do_there.at[slot(n)])
-        halves.begin((k, Tile(q_ring.at[slot(n)])), (v, Tile(do_ring.at[slot(n)])))
+        q, do = q_ring.at[slot(n)], do_ring.at[slot(n)]
+        halves.begin((k_left, Tile(q)), (v_left, Tile(do)))
 
     def end(n):
         plgpu.barrier_wait(halves.added)
@@ -190,7 +203,10 @@ def _key_sums(call: Call, x: Arrays, at, steps, outs, scratch, place, head) -> N
         plgpu.copy_gmem_to_smem(x.v.at[keys], v, there.at[1])
         plgpu.barrier_wait(there.at[0])
         plgpu.barrier_wait(there.at[1])
+        for ref, left in zip((k, v), kept):
+            store(left, matrix(ref, call.interpret, ROW), call.interpret)
 
+    halves.settle()
     begin(jnp.int32(0))
     jax.lax.fori_loop(0, call.groups, one_head, None)
     end(total - 1)

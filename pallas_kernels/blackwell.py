@@ -1,9 +1,9 @@
 """Tensor memory of a kernel for Blackwell, by Mosaic GPU, and the products that add up
 there: 128 lanes of 512 columns of 32 bits.
 
-What an interpreter on a CPU does differently stands here: that of jax 0.10 knows neither
-tensor memory nor its products, so shared memory stands in for the one and dots for the
-others; later ones simulate both.
+What an interpreter on a CPU does differently stands here: that of jax 0.10 knows
+neither tensor memory nor its products, so shared memory stands in for the one and dots
+for the others; later ones simulate both.
 """
 
 from __future__ import annotations

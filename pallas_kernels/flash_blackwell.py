@@ -1,10 +1,10 @@
 """Flash attention for Blackwell by Mosaic GPU, forward: TMA, tcgen05, tensor memory.
 
 **It has compiled for sm_100a and was interpreted on a CPU; it has never run on a GPU.**
-So nobody gets it unasked: `flash(..., backend="blackwell")` is the only way to it, and
-the backward pass is Triton's. From jax 0.11 the interpreter simulates tensor memory and
-its products, too, and finds no race between warpgroups; fences between threads of one
-warpgroup it does not see.
+So nobody gets it unasked: `flash(..., backend="blackwell")` is the only way to it. From
+jax 0.11 the interpreter simulates tensor memory and its products, too, and finds no
+race between warpgroups; fences between threads of one warpgroup it does not see. The
+backward pass: `flash_blackwell_backward.py`.
 
 A block owns 128 queries, the lanes of tensor memory, for each warpgroup that computes,
 one or two of them; one more warpgroup loads tiles of k and v into a ring of shared
@@ -13,8 +13,9 @@ there to registers, where a thread has a row, so that maxima and sums need no ot
 thread; the weights go back, 16 bits each, as the left side of the product with v, which
 adds to o in tensor memory. Logits of the next tile are made while those of this one are
 at their softmax, and so is the product of the last weights with v; o is faded, through
-registers, before the next is added. bfloat16 and float16, D and V up to 128 (padded to
-64s); no bias, no dropout.
+registers, before the next is added. bfloat16 and float16, D up to 192 and V up to 128
+(padded to 64s): sums of wider heads leave the backward pass no tensor memory; no bias,
+no dropout.
 
 Two limits, for a tile of 128 queries and 128 keys, D=128, no mask: 4 x 128 x 128 x 128
 flops at 8192 a cycle and multiprocessor are 1024 cycles of the matrix units, and 128 x

@@ -1,25 +1,49 @@
-"""Flash attention for Blackwell by Mosaic GPU, backward."""
+"""Flash attention for Blackwell by Mosaic GPU, backward: a kernel for dk and dv, which
+passes over query tiles of all query heads of a key head, and one for dq, which passes
+over key tiles. Nothing is added up in main memory: every run gives the same bits.
+
+**It has compiled for sm_100a and was interpreted on a CPU; it has never run on a GPU.**
+
+A block owns 128 keys, or 128 queries, the lanes of tensor memory. There logits and
+dp = do v^T of a tile are made, each of two warpgroups takes half of its columns to
+registers, and the weights and ds go back, 16 bits each, as left sides of the products
+that add to dv and dk, or dq. The first warpgroup begins all products, a third loads.
+While a tile is at its softmax, the products of the one before and the logits and dp of
+the next are under way, so that rings of tiles whose sums come last have three stages.
+The block's own two tiles are left sides, too: as many as fit are kept in tensor memory.
+
+Limits of a tile, in cycles, without mask: flops at 8192 a cycle and multiprocessor,
+2^x at 16, and what products and warpgroups read from shared memory at 128 bytes.
+
+| kernel, D and V | lanes x columns | tensor memory | matrix | 2^x | shared |
+| dk and dv, 64 and 64 | 128 x 64 | 384, k and v in it | 512 | 512 | 384 |
+| dk and dv, 128 and 128 | 128 x 64 | 512, k in it | 1024 | 512 | 896 |
+| dk and dv, 192 and 128 | 128 x 64 | 512 | 1280 | 512 | 1408 |
+| dq, 64 and 64 | 128 x 128 | 448, q and do in it | 768 | 1024 | 384 |
+| dq, 128 and 128 | 128 x 128 | 512, q in it | 1536 | 1024 | 1024 |
+| dq, 192 and 128 | 128 x 64 | 512, q and do in it | 1024 | 512 | 512 |
+
+Seven products instead of the five that are needed: at most 5/7 of the peak counts as
+useful. Nothing here was measured.
+
+Sources: Dao, 2023, arXiv:2307.08691; Shah et al., 2024, arXiv:2407.08608.
+"""
 
 from __future__ import annotations
-
-from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.blackwell import (
-    COLUMNS, COPIED, ROW, ROWS, commit, load, multiply, store, tensor
-)
-from pallas_kernels.flash_mosaic_backward import (
+from pallas_kernels.blackwell import ROW, ROWS
+from pallas_kernels.gradients_mosaic import (
     based, calls, key_gradients, query_gradients
 )
-from pallas_kernels.hopper import F32, Tile, matrix, spread, vector
+from pallas_kernels.hopper import Tile, spread, vector
 from pallas_kernels.schedule import Side, Static
+from pallas_kernels.steps_blackwell import Halves, halved
 from pallas_kernels.steps_mosaic import Arrays, Call, Here, weights
-
-PART = 64  # columns that are written at once: a line of shared memory
 
 
 def backward(static: Static, side: Side, q, k, v, lse, delta, do):
@@ -27,119 +51,10 @@ def backward(static: Static, side: Side, q, k, v, lse, delta, do):
     by_key, by_query = calls(static, q.shape[2] // k.shape[2], ROW)
     d, width = (-(-a.shape[3] // 64) * 64 for a in (q, v))
     given = side, q, k, v, do, based(lse), delta
-    kind, rows, columns = q.dtype, by_key.tiling.rows, by_query.tiling.columns
-    more = _scratch(by_key, rows, (kind, kind), (width, d))
-    # as much of k and v as there is room for
-    kept = [n for n, end in ((d, d), (width, d + width))
-            if 3 * rows + d + width + end // 2 <= COLUMNS]
-    more += tuple(tensor(by_key.interpret, *((n, kind) for n in kept)))
+    more = halved(by_key, by_key.tiling.rows, q.dtype, (width, d), (d, width))
     dk, dv = key_gradients(by_key, static, 1, more, _key_sums, *given)
-    more = _scratch(by_query, columns, (kind,), (d,))
+    more = halved(by_query, by_query.tiling.columns, q.dtype, (d,), (d, width))
     return query_gradients(by_query, static, 1, more, _query_sums, *given), dk, dv
-
-
-def _scratch(call: Call, columns: int, lefts, widths: tuple[int, ...]):
-    """Tensor memory and barriers of `Halves`, for tiles of so many columns."""
-    pair = ((columns, F32), (columns, F32))
-    parts = *pair, *((columns, kind) for kind in lefts), *((n, F32) for n in widths)
-    barrier = lambda n: plgpu.Barrier(num_arrivals=n, orders_tensor_core=True)
-    many = call.warpgroups
-    return (*tensor(call.interpret, *parts), barrier(1), barrier(1),
-            barrier(len(widths)), barrier(many), barrier(many))
-
-
-class Halves(NamedTuple):
-    """Tiles whose columns are halved between two warpgroups, the first of which begins
-    all products.
-
-    s, dp: tensor memory for the logits and for the gradients of the weights; lefts: for
-    the left sides of the products that add to `sums`. Barriers: s and dp are there, the
-    sums are; both have read s and dp, and have stored the left sides.
-    """
-
-    call: Call
-    group: Any
-    s: Any
-    dp: Any
-    lefts: tuple[Any, ...]
-    sums: tuple[Any, ...]
-    s_there: Any
-    dp_there: Any
-    added: Any
-    read: Any
-    stored: Any
-
-    @classmethod
-    def of(cls, call: Call, group, scratch, many: int) -> Halves:
-        """From `_scratch` for that many sums."""
-        s, dp, *rest = scratch
-        return cls(call, group, s, dp, tuple(rest[:many]),
-                   tuple(rest[many:2 * many]), *rest[2 * many:])
-
-    @property
-    def first(self):
-        """The first column of this warpgroup's half."""
-        return self.group * (self.s.shape[1] // self.call.warpgroups)
-
-    @property
-    def mine(self):
-        """This warpgroup's columns."""
-        return pl.ds(self.first, self.s.shape[1] // self.call.warpgroups)
-
-    def begin(self, s, dp) -> None:
-        """Begins the two products of a tile; both have read those before."""
-        @pl.when(self.group == 0)
-        def _():
-            more = False, self.call.interpret
-            multiply(self.s, *s, self.s_there, *more)
-            multiply(self.dp, *dp, self.dp_there, *more)
-
-    def tile(self):
-        """This half of s and dp, which may be overwritten once both warpgroups are
-        here."""
-        plgpu.barrier_wait(self.s_there)
-        s = load(self.s.at[:, self.mine], self.call.interpret)
-        plgpu.barrier_wait(self.dp_there)
-        dp = load(self.dp.at[:, self.mine], self.call.interpret)
-        plgpu.barrier_arrive(self.read)
-
-        @pl.when(self.group == 0)
-        def _():
-            plgpu.barrier_wait(self.read)
-
-        return s, dp
-
-    def settle(self) -> None:
-        """Until what both warpgroups have stored is there for a product."""
-        commit(self.call.interpret)
-        plgpu.barrier_arrive(self.stored)
-
-        @pl.when(self.group == 0)
-        def _():
-            plgpu.barrier_wait(self.stored)
-
-    def add(self, lefts, rights, accumulate) -> None:
-        """Begins the products of both halves of `lefts` with `rights`, which add to the
-        sums; those before are done."""
-        for ref, left in zip(self.lefts, lefts):
-            left = left.astype(ref.dtype)
-            store(ref.at[:, self.mine], left, self.call.interpret)
-        self.settle()
-
-        @pl.when(self.group == 0)
-        def _():
-            for acc, left, right in zip(self.sums, self.lefts, rights):
-                multiply(acc, left, right, self.added, accumulate, self.call.interpret)
-
-    def save(self, n: int, scale: float, smem, ref) -> None:
-        """Writes the n-th sum, when all products are done."""
-        for start in range(0, smem.shape[1], PART):
-            part = pl.ds(start, PART)
-            total = load(self.sums[n].at[:, part], self.call.interpret, COPIED)
-            smem.at[:, part][...] = (total * scale).astype(smem.dtype)
-        plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(smem, ref)
-        plgpu.wait_smem_to_gmem(0)
 
 
 def _key_sums(call: Call, x: Arrays, at, steps, outs, scratch, place, head) -> None:
@@ -147,19 +62,20 @@ def _key_sums(call: Call, x: Arrays, at, steps, outs, scratch, place, head) -> N
     (k_smem, v_smem, q_ring, do_ring, lse_ring, delta_ring, there, q_there, do_there,
      free) = scratch[:10]
     group, tile, b, kv = place
-    halves, kept = Halves.of(call, group, scratch[10:21], 2), scratch[21:]
+    halves = Halves.of(call, group, scratch[10:], 2)
     (whole, count), size = steps, call.tiling.rows
     total, first = count * call.groups, tile * call.tiling.columns
     keys = b, pl.ds(first, ROWS), kv
-    k, v = k_smem.at[0], v_smem.at[0]
-    k_left, v_left = *kept, *(k, v)[len(kept):]
+    k_smem, v_smem = k_smem.at[0], v_smem.at[0]
     slot = lambda n: jax.lax.rem(n, jnp.int32(call.stages[0]))
+
+    k, v = halves.open(((x.k.at[keys], k_smem, there.at[0]),
+                        (x.v.at[keys], v_smem, there.at[1])))
 
     def begin(n):
         plgpu.barrier_wait(q_there.at[slot(n)])
         plgpu.barrier_wait(do_there.at[slot(n)])
-        q, do = q_ring.at[slot(n)], do_ring.at[slot(n)]
-        halves.begin((k_left, Tile(q)), (v_left, Tile(do)))
+        halves.begin((k, Tile(q_ring.at[slot(n)])), (v, Tile(do_ring.at[slot(n)])))
 
     def end(n):
         plgpu.barrier_wait(halves.added)
@@ -197,27 +113,17 @@ def _key_sums(call: Call, x: Arrays, at, steps, outs, scratch, place, head) -> N
         carry = jax.lax.fori_loop(0, whole, lambda n, c: step(n, c, False), carry)
         return jax.lax.fori_loop(whole, count, lambda n, c: step(n, c, True), carry)
 
-    @pl.when(group == 0)
-    def _():
-        plgpu.copy_gmem_to_smem(x.k.at[keys], k, there.at[0])
-        plgpu.copy_gmem_to_smem(x.v.at[keys], v, there.at[1])
-        plgpu.barrier_wait(there.at[0])
-        plgpu.barrier_wait(there.at[1])
-        for ref, left in zip((k, v), kept):
-            store(left, matrix(ref, call.interpret, ROW), call.interpret)
-
-    halves.settle()
     begin(jnp.int32(0))
     jax.lax.fori_loop(0, call.groups, one_head, None)
     end(total - 1)
 
     @pl.when(group == 0)
     def _():
-        halves.save(1, call.form.scale, k, outs[0].at[keys])
+        halves.save(1, call.form.scale, k_smem, outs[0].at[keys])
 
     @pl.when(group == 1)
     def _():
-        halves.save(0, 1.0, v, outs[1].at[keys])
+        halves.save(0, 1.0, v_smem, outs[1].at[keys])
 
 
 def _query_sums(here: Here, at, steps, dq_ref, scratch, group, tile) -> None:
@@ -230,8 +136,13 @@ def _query_sums(here: Here, at, steps, dq_ref, scratch, group, tile) -> None:
     first = tile * call.tiling.rows
     queries = here.b, pl.ds(first, ROWS), here.h
     vectors = here.b, here.h, pl.ds(first, ROWS)
-    q, do = q_smem.at[0], do_smem.at[0]
+    q_smem, do_smem = q_smem.at[0], do_smem.at[0]
     slot, v_slot = (lambda n, m=m: jax.lax.rem(n, jnp.int32(m)) for m in call.stages)
+
+    q, do = halves.open(((x.q.at[queries], q_smem, there.at[0]),
+                         (x.do.at[queries], do_smem, there.at[1])))
+    lse, delta = (vector(ref.at[vectors], False, call.interpret, ROW)
+                  for ref in (x.lse, x.delta))
 
     def begin(n):
         plgpu.barrier_wait(k_there.at[slot(n)])
@@ -264,14 +175,6 @@ def _query_sums(here: Here, at, steps, dq_ref, scratch, group, tile) -> None:
         halves.add((ds,), (k_ring.at[slot(n)],), n > 0)
         return carry
 
-    @pl.when(group == 0)
-    def _():
-        plgpu.copy_gmem_to_smem(x.q.at[queries], q, there.at[0])
-        plgpu.copy_gmem_to_smem(x.do.at[queries], do, there.at[0])
-        plgpu.barrier_wait(there.at[0])
-
-    lse, delta = (vector(ref.at[vectors], False, call.interpret, ROW)
-                  for ref in (x.lse, x.delta))
     begin(jnp.int32(0))
     jax.lax.fori_loop(0, whole, lambda n, c: step(n, c, False), None)
     jax.lax.fori_loop(whole, count, lambda n, c: step(n, c, True), None)
@@ -279,4 +182,4 @@ def _query_sums(here: Here, at, steps, dq_ref, scratch, group, tile) -> None:
 
     @pl.when(group == 0)
     def _():
-        halves.save(0, call.form.scale, q, dq_ref.at[queries])
+        halves.save(0, call.form.scale, q_smem, dq_ref.at[queries])

@@ -50,8 +50,8 @@ def padded(d: int, v: int, backend: str) -> str | None:
 
 class Tile(NamedTuple):
     """Queries and keys of a tile; how: on TPU, how many keys pass by at once; on a GPU,
-    warps of a program and stages of its loads; by Mosaic GPU, stages, and on Hopper of
-    the backward pass also keys and stages of the kernel for dq."""
+    warps of a program and stages of its loads; by Mosaic GPU, stages, and of the
+    backward pass also keys and stages of the kernel for dq."""
 
     rows: int
     columns: int

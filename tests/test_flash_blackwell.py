@@ -100,9 +100,9 @@ def test_warpgroups_do_not_race(monkeypatch):
 
 
 def test_tiles_of_the_backward_pass_fit():
-    """Into tensor memory; and rings hold the tile that is at work, the one before, whose
-    products may not be done, and the next, or warpgroups wait for each other forever.
-    """
+    """Into tensor memory; and rings hold the tile that is at work, the one before,
+    whose products may not be done, and the next, or warpgroups wait for each other
+    forever."""
     rows = [own["blackwell_flash_backward"] for own in json.loads(
         tables.TABLE.read_text()).values() if "blackwell_flash_backward" in own]
     assert rows

@@ -72,8 +72,7 @@ def cases(target) -> dict[str, Case]:
     found: dict[str, Case] = {}
     for backend in target.backends + target.named:
         label = "" if backend == "tpu" else f" {backend}"
-        # the backward pass of a form that has to be named is another's
-        for way in ("forward", "backward")[:1 if backend in target.named else 2]:
+        for way in ("forward", "backward"):
             more: dict[str, Any] = {"backend": backend, "backward": way == "backward"}
             for name, options in FLASH.items():
                 flops = 0.0

@@ -69,9 +69,9 @@ def flash(
     the part's gradients: nothing is computed, o is 0, and lse's cotangent is to hold
     what all parts share, d(lse) - sum(d(o) o) of the whole. tile: queries and keys of a
     tile. Rows that see nothing give o = 0, lse = -inf and no gradient.
-    backend: "tpu", "triton", "mosaic" (Hopper), or "blackwell" (forward, with Triton's
-    backward; `tile` is of the forward pass): only compiled and interpreted, never run,
-    so nobody gets it unasked. interpret: run on a CPU, slowly.
+    backend: "tpu", "triton", "mosaic" (Hopper), or "blackwell" (there `tile` is of the
+    forward pass): only compiled and interpreted, never run, so nobody gets it unasked.
+    interpret: run on a CPU, slowly.
 
     Raises Refused for what the kernel does not do. Sources: see the module.
     """

@@ -1,10 +1,10 @@
 """Flash attention for Blackwell by Mosaic GPU, forward: TMA, tcgen05, tensor memory.
 
 **It has compiled for sm_100a and was interpreted on a CPU; it has never run on a GPU.**
-So nobody gets it unasked: `flash(..., backend="blackwell")` is the only way to it, and
-the backward pass is Triton's. From jax 0.11 the interpreter simulates tensor memory and
-its products, too, and finds no race between warpgroups; fences between threads of one
-warpgroup it does not see.
+So nobody gets it unasked: `flash(..., backend="blackwell")` is the only way to it. From
+jax 0.11 the interpreter simulates tensor memory and its products, too, and finds no
+race between warpgroups; fences between threads of one warpgroup it does not see. The
+backward pass: `flash_blackwell_backward.py`.
 
 A block owns 128 queries, the lanes of tensor memory, for each warpgroup that computes,
 one or two of them; one more warpgroup loads tiles of k and v into a ring of shared
@@ -13,8 +13,9 @@ there to registers, where a thread has a row, so that maxima and sums need no ot
 thread; the weights go back, 16 bits each, as the left side of the product with v, which
 adds to o in tensor memory. Logits of the next tile are made while those of this one are
 at their softmax, and so is the product of the last weights with v; o is faded, through
-registers, before the next is added. bfloat16 and float16, D and V up to 128 (padded to
-64s); no bias, no dropout.
+registers, before the next is added. bfloat16 and float16, D up to 192 and V up to 128
+(padded to 64s): sums of wider heads leave the backward pass no tensor memory; no bias,
+no dropout.
 
 Two limits, for a tile of 128 queries and 128 keys, D=128, no mask: 4 x 128 x 128 x 128
 flops at 8192 a cycle and multiprocessor are 1024 cycles of the matrix units, and 128 x
@@ -34,17 +35,15 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import Refused, flash_triton
+from pallas_kernels import Refused, flash_blackwell_backward
+from pallas_kernels.blackwell import (
+    COLUMNS, COPIED, ROW, ROWS, load, meet, multiply, settle, store, tensor
+)
 from pallas_kernels.flash_mosaic import over_keys, write
-from pallas_kernels.hopper import F32, LATER, Tile, spread, zeros
+from pallas_kernels.hopper import F32, Tile, spread, zeros
 from pallas_kernels.schedule import Side, Static
 from pallas_kernels.steps_mosaic import Call, Here, online
 from pallas_kernels.tile import LOW
-
-ROWS = 128  # queries of one warpgroup: the lanes of tensor memory
-COLUMNS = 512  # of tensor memory, of 32 bits
-ROW = plgpu.Layout.TCGEN05_TMEM_NATIVE  # a thread has a row
-COPIED = plgpu.Layout.TCGEN05  # what shared memory takes without conflicts of banks
 
 
 def forward(static: Static, side: Side, q, k, v, bias, sink):
@@ -62,9 +61,9 @@ def forward(static: Static, side: Side, q, k, v, bias, sink):
 
 
 def backward(static: Static, side: Side, q, k, v, bias, sink, lse, delta, do):
-    """dq, dk, dv, d(bias), given lse, delta [B,H,T] and do [B,T,H,V], by Triton."""
-    return flash_triton.backward(
-        static, side, q, k, v, bias, sink, lse, delta, do)
+    """dq, dk, dv, d(bias), given lse, delta [B,H,T] and do [B,T,H,V]."""
+    return *flash_blackwell_backward.backward(
+        static, side, q, k, v, lse, delta, do), None
 
 
 def _scratch(call: Call, width: int, kind):
@@ -72,64 +71,9 @@ def _scratch(call: Call, width: int, kind):
     barriers: logits are there, o is there, the warpgroup has met."""
     groups = call.warpgroups
     barrier = plgpu.Barrier(num_barriers=groups, orders_tensor_core=True)
-    memory = ((call.tiling.columns, F32), (call.tiling.columns, kind), (width, F32))
-    if stands_in(call.interpret):
-        refs = [plgpu.SMEM((ROWS, groups * n), dtype) for n, dtype in memory]
-    else:
-        refs = [plgpu.TMEM((ROWS, groups * n), dtype, packed=dtype != F32)
-                for n, dtype in memory]
-    return *refs, barrier, barrier, barrier
-
-
-def stands_in(interpret: bool) -> bool:
-    """Whether shared memory stands in for tensor memory, and dots for its products: the
-    interpreter of jax 0.10 knows neither."""
-    return interpret and not LATER
-
-
-def load(ref, interpret: bool, layout=ROW):
-    """What lies in tensor memory; it may be overwritten at once."""
-    if stands_in(interpret):
-        return ref[...]
-    found = plgpu.async_load_tmem(ref, layout=None if interpret else layout)
-    plgpu.wait_load_tmem()
-    return found
-
-
-def store(ref, x, interpret: bool) -> None:
-    """Puts x into tensor memory, for all to see after `settle`."""
-    if stands_in(interpret):
-        ref[...] = x
-    else:
-        plgpu.async_store_tmem(ref, x)
-
-
-def meet(met) -> None:
-    """Until all threads of the warpgroup are here: a product, which one of them begins,
-    may overwrite what the others have loaded."""
-    plgpu.barrier_arrive(met)
-    plgpu.barrier_wait(met)
-
-
-def settle(met, interpret: bool) -> None:
-    """Until what all threads of the warpgroup have stored is there for a product."""
-    if not stands_in(interpret):
-        plgpu.commit_tmem()
-    meet(met)
-
-
-def multiply(acc, a, b, done, accumulate, interpret: bool) -> None:
-    """Begins acc (+)= a b; `done` says when it is there. acc: tensor memory, a: shared
-    or tensor memory, b: shared memory or a `Tile` of it."""
-    turned = isinstance(b, Tile)
-    if not stands_in(interpret):
-        b = b.turned.transpose((1, 0)) if turned else b
-        plgpu.tcgen05_mma(acc, a, b, done, accumulate=accumulate)
-        return
-    b = b.turned[...].T if turned else b[...]
-    found = jnp.dot(a[...], b, preferred_element_type=F32)
-    acc[...] = jnp.where(accumulate, acc[...], 0) + found
-    plgpu.barrier_arrive(done)
+    columns = groups * call.tiling.columns
+    memory = (columns, F32), (columns, kind), (groups * width, F32)
+    return *tensor(call.interpret, *memory), barrier, barrier, barrier
 
 
 def _attend(here: Here, at, steps, outs, scratch, group, tile):

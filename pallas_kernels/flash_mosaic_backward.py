@@ -21,109 +21,25 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.flash_mosaic_wide import handover, wide_sums
+from pallas_kernels.gradients_mosaic import (
+    based, calls, key_gradients, query_gradients
+)
 from pallas_kernels.schedule import Side, Static
-from pallas_kernels.hopper import (
-    F32, ROWS, Tile, drain, products, share, shared, spread, vector, zeros
-)
-from pallas_kernels.steps_mosaic import (
-    Arrays, Call, Here, Line, arrays, fetch_keys, line, run, tokens, weights
-)
-from pallas_kernels.tile import LOG2E, LOW
+from pallas_kernels.hopper import ROWS, Tile, products, spread, vector, zeros
+from pallas_kernels.steps_mosaic import Arrays, Call, Here, weights
 
 
 def backward(static: Static, side: Side, q, k, v, sink, lse, delta, do):
     """dq, dk, dv, given lse, delta [B,H,T] and do [B,T,H,V]."""
-    stages, columns, k_stages, v_stages = static.how[1]
-    t, groups = static.backward, q.shape[2] // k.shape[2]
-    by_key = Call(static.form, t, groups, 2, (stages,), bool(static.interpret))
-    by_query = by_key._replace(stages=(k_stages, v_stages),
-                               tiling=t._replace(rows=2 * ROWS, columns=columns))
-    base = jnp.where(jnp.isfinite(lse), lse * LOG2E, 0)
-    given = side, q, k, v, do, base, delta
-    dk, dv = _keys(by_key, static, *given)
-    return _queries(by_query, static, *given), dk, dv
-
-
-def _given(call: Call, side: Side, q, k, v, do, base, delta) -> Arrays:
-    rows = call.tiling.rows
-    x = arrays(call, side, q, k, v, None, do)
-    # queries beyond the end get weights 2^(s - 1e30) = 0
-    return x._replace(lse=tokens(base, rows, 2, -LOW),
-                      delta=tokens(delta.astype(F32), rows, 2))
-
-
-def _keys(call: Call, static: Static, side: Side, q, k, v, *rest):
-    x = _given(call, side, q, k, v, *rest)
-    table, ask = static.asks(call.tiling, side)
-    seen = line(table.T, None if ask is None else ask.swapaxes(1, 2))
-    n, rows, groups = call.stages[0], call.tiling.rows, call.warpgroups
-    own = 1 if _split(call) else groups
-    d, width, kind = x.q.shape[3], x.v.shape[3], x.q.dtype
-    barrier = plgpu.Barrier
-    scratch = (
-        shared((own, ROWS, d), kind), shared((own, ROWS, width), kind),
-        shared((n, rows, d), kind), shared((n, rows, width), kind),
-        plgpu.SMEM((n, rows), F32), plgpu.SMEM((n, rows), F32),
-        barrier(num_barriers=groups, num_arrivals=1 if _split(call) else 2),
-        barrier(num_barriers=n, num_arrivals=2),
-        barrier(num_barriers=n, num_arrivals=2),
-        barrier(num_barriers=n, num_arrivals=groups),
-        *(handover(call) if _split(call) else ()),
-    )
-    like = lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype)
-    grid = {"tile": call.tiling.grid[1], "batch": k.shape[0], "head": k.shape[2]}
-    dk, dv = run(call, _by_key, grid, x, seen, [like(x.k), like(x.v)], scratch,
-                 "flash_backward_keys")
-    return (dk[:, :k.shape[1], :, :k.shape[3]], dv[:, :k.shape[1], :, :v.shape[3]])
-
-
-def _split(call: Call) -> bool:
-    """Whether one warpgroup keeps dk of a tile's keys and another dv."""
-    return call.tiling.columns == ROWS
-
-
-def _by_key(call: Call, x: Arrays, seen: Line, outs, scratch):
-    """dk and dv of a tile of keys."""
-    group, tile = jax.lax.axis_index("group"), jax.lax.axis_index("tile")
-    b, kv = jax.lax.axis_index("batch"), jax.lax.axis_index("head")
-    row = b if seen.count.shape[0] > 1 else 0
-    steps = seen.whole[row, tile], seen.count[row, tile]
-    at = lambda n: seen.where[row, tile, n]
-    head = lambda g: kv * call.groups + g
-
-    sums = wide_sums if _split(call) else _key_sums
-    place = group, tile, b, kv
-    share(group, call.warpgroups,
-          lambda: _fetch_queries(call, x, at, steps[1], scratch, b, head),
-          lambda: sums(call, x, at, steps, outs, scratch, place, head))
-
-
-def _fetch_queries(call: Call, x: Arrays, at, count, scratch, b, head):
-    """Loads tiles of q and do of every query head, as room comes free."""
-    q_ring, do_ring, lse_ring, delta_ring, _, q_there, do_there, free = scratch[2:10]
-    rows, stages = call.tiling.rows, jnp.int32(call.stages[0])
-    total = count * call.groups
-
-    def load(n, carry):
-        slot = jax.lax.rem(n, stages)
-        h = head(jax.lax.div(n, count))
-        some = pl.ds(at(jax.lax.rem(n, count)) * rows, rows)
-
-        @pl.when(n >= stages)
-        def _():
-            plgpu.barrier_wait(free.at[slot])
-
-        for ref, ring, place, there in (
-            (x.q, q_ring, (b, some, h), q_there),
-            (x.lse, lse_ring, (b, h, some), q_there),
-            (x.do, do_ring, (b, some, h), do_there),
-            (x.delta, delta_ring, (b, h, some), do_there),
-        ):
-            plgpu.copy_gmem_to_smem(ref.at[place], ring.at[slot], there.at[slot])
-        return carry
-
-    jax.lax.fori_loop(0, total, load, None)
-    drain(free, stages, total)
+    by_key, by_query = calls(static, q.shape[2] // k.shape[2])
+    given = side, q, k, v, do, based(lse), delta
+    # one warpgroup keeps dk of a tile's keys and another dv, or each those of its keys
+    split = by_key.tiling.columns == ROWS
+    own, sums = (1, wide_sums) if split else (by_key.warpgroups, _key_sums)
+    more = handover(by_key) if split else ()
+    dk, dv = key_gradients(by_key, static, own, more, sums, *given)
+    dq = query_gradients(by_query, static, by_query.warpgroups, (), _query_sums, *given)
+    return dq, dk, dv
 
 
 def _key_sums(call: Call, x: Arrays, at, steps, outs, scratch, place, head):
@@ -189,41 +105,6 @@ def _key_sums(call: Call, x: Arrays, at, steps, outs, scratch, place, head):
     plgpu.copy_smem_to_gmem(k, outs[0].at[keys])
     plgpu.copy_smem_to_gmem(v, outs[1].at[keys])
     plgpu.wait_smem_to_gmem(0)
-
-
-def _queries(call: Call, static: Static, side: Side, q, *rest):
-    x = _given(call, side, q, *rest)
-    c, groups = call.tiling.columns, call.warpgroups
-    d, width, kind = x.q.shape[3], x.v.shape[3], x.q.dtype
-    barrier = plgpu.Barrier
-    scratch = (
-        shared((groups, ROWS, d), kind), shared((groups, ROWS, width), kind),
-        *(shared((n, c, size), kind) for n, size in zip(call.stages, (d, width))),
-        barrier(num_barriers=groups, num_arrivals=2),
-        *(barrier(num_barriers=n) for n in call.stages),
-        *(barrier(num_barriers=n, num_arrivals=groups) for n in call.stages),
-    )
-    grid = {"tile": call.tiling.grid[0], "batch": q.shape[0], "head": q.shape[2]}
-    dq, = run(
-        call, _by_query, grid, x, line(*static.asks(call.tiling, side)),
-        [jax.ShapeDtypeStruct(x.q.shape, x.q.dtype)], scratch, "flash_backward_queries",
-    )
-    return dq[:, :q.shape[1], :, :q.shape[3]]
-
-
-def _by_query(call: Call, x: Arrays, seen: Line, outs, scratch):
-    """dq of a tile of queries."""
-    group = jax.lax.axis_index("group")
-    tile = call.tiling.grid[0] - 1 - jax.lax.axis_index("tile")
-    b, h = jax.lax.axis_index("batch"), jax.lax.axis_index("head")
-    here = Here(call, x, b, h)
-    row = b if seen.count.shape[0] > 1 else 0
-    steps = seen.whole[row, tile], seen.count[row, tile]
-    at = lambda n: seen.where[row, tile, n]
-
-    share(group, call.warpgroups,
-          lambda: fetch_keys(here, at, steps[1], scratch[2:4], scratch[5:9]),
-          lambda: _query_sums(here, at, steps, outs[0], scratch, group, tile))
 
 
 def _query_sums(here: Here, at, steps, dq_ref, scratch, group, tile):

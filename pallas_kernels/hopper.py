@@ -45,9 +45,9 @@ def vector(ref, columns: bool, interpret: bool, layout=TILE):
     return _load(ref, layout.reduce(0 if columns else 1), interpret)
 
 
-def matrix(ref, interpret: bool):
+def matrix(ref, interpret: bool, layout=TILE):
     """A tile of shared memory in registers."""
-    return _load(ref, TILE, interpret)
+    return _load(ref, layout, interpret)
 
 
 def _load(ref, layout, interpret: bool):

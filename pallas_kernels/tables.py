@@ -40,7 +40,7 @@ class Shape(NamedTuple):
 
 PADDED = {  # widths D, V with a row, of backends that pad
     "mosaic": ((64, 64), (128, 128), (192, 128), (256, 256)),
-    "blackwell": ((64, 64), (128, 128)),
+    "blackwell": ((64, 64), (128, 128), (192, 128)),
 }
 
 
@@ -52,8 +52,8 @@ def padded(d: int, v: int, backend: str) -> str | None:
 
 class Tile(NamedTuple):
     """Queries and keys of a tile; how: on TPU, how many keys pass by at once; on a GPU,
-    warps of a program and stages of its loads; by Mosaic GPU, stages, and on Hopper of
-    the backward pass also keys and stages of the kernel for dq."""
+    warps of a program and stages of its loads; by Mosaic GPU, stages, and of the
+    backward pass also keys and stages of the kernel for dq."""
 
     rows: int
     columns: int
@@ -161,7 +161,7 @@ def tile(device: str, kernel: str, shape: Shape, asked: tuple | None = None,
     """The tile of a call: `asked` for (queries, keys and perhaps how), or the table's
     row for its class of shapes, cut down to the tokens that are there."""
     if (backend, kernel) == ("blackwell", "flash_backward"):
-        backend, asked = "triton", None
+        asked = None  # its keys are the lanes of tensor memory
     name = kernel if backend == "tpu" else f"{backend}_{kernel}"
     table = row(device, backend)[name]
     if backend in PADDED:

@@ -72,8 +72,9 @@ def test_what_is_worse(before, after, line):
     assert matrix.worse({"v5e a": before}, {"v5e a": after}) == lines
 
 
-def test_a_kernel_that_was_compiled_before_is_not_missed():
-    name = "sm90a flash backward mosaic a"
+@pytest.mark.parametrize("backend", ["sm90a mosaic", "sm100 blackwell"])
+def test_a_kernel_that_was_compiled_before_is_not_missed(backend):
+    name = "{} flash backward {} a".format(*backend.split())
     assert not matrix.worse({name: entry_gpu()}, {name: {"kernels": {}}})
 
 

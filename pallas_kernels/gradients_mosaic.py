@@ -1,0 +1,153 @@
+"""Gradients of flash attention by Mosaic GPU: what the kernels for Hopper and Blackwell
+have in common. One for dk and dv passes over query tiles of all query heads of a key
+head, one for dq over key tiles; in each a warpgroup loads and two compute.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.hopper import F32, ROWS, TILE, drain, share, shared
+from pallas_kernels.schedule import Side, Static
+from pallas_kernels.steps_mosaic import (
+    Arrays, Call, Here, Line, arrays, fetch_keys, line, run, tokens
+)
+from pallas_kernels.tile import LOG2E, LOW
+
+
+def calls(static: Static, groups: int, layout=TILE) -> tuple[Call, Call]:
+    """The calls of the kernel for dk and dv and of that for dq."""
+    stages, columns, *rings = static.how[1]
+    by_key = Call(static.form, static.backward, groups, 2, (stages,),
+                  bool(static.interpret), layout)
+    tiling = by_key.tiling._replace(rows=2 * ROWS, columns=columns)
+    return by_key, by_key._replace(stages=tuple(rings), tiling=tiling)
+
+
+def based(lse):
+    """lse times log2(e), from which weights are made again; 0 where nothing is seen."""
+    return jnp.where(jnp.isfinite(lse), lse * LOG2E, 0)
+
+
+def _given(call: Call, side: Side, q, k, v, do, base, delta) -> Arrays:
+    rows = call.tiling.rows
+    x = arrays(call, side, q, k, v, None, do)
+    # queries beyond the end get weights 2^(s - 1e30) = 0
+    return x._replace(lse=tokens(base, rows, 2, -LOW),
+                      delta=tokens(delta.astype(F32), rows, 2))
+
+
+def key_gradients(call: Call, static: Static, own: int, more, sums, side: Side, q, k, v,
+                  *rest):
+    """dk and dv. own: in how many parts the keys of a tile lie in shared memory; more:
+    scratch that only `sums` knows, by which a warpgroup computes."""
+    x = _given(call, side, q, k, v, *rest)
+    table, ask = static.asks(call.tiling, side)
+    seen = line(table.T, None if ask is None else ask.swapaxes(1, 2))
+    n, rows, groups = call.stages[0], call.tiling.rows, call.warpgroups
+    d, width, kind = x.q.shape[3], x.v.shape[3], x.q.dtype
+    keys, barrier = call.tiling.columns // own, plgpu.Barrier
+    scratch = (
+        shared((own, keys, d), kind), shared((own, keys, width), kind),
+        shared((n, rows, d), kind), shared((n, rows, width), kind),
+        plgpu.SMEM((n, rows), F32), plgpu.SMEM((n, rows), F32),
+        # a barrier for both tiles of each part, or for each tile of the one
+        barrier(num_barriers=2, num_arrivals=own),
+        barrier(num_barriers=n, num_arrivals=2),
+        barrier(num_barriers=n, num_arrivals=2),
+        barrier(num_barriers=n, num_arrivals=groups),
+        *more,
+    )
+    like = lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype)
+    grid = {"tile": call.tiling.grid[1], "batch": k.shape[0], "head": k.shape[2]}
+    dk, dv = run(call, functools.partial(_by_key, sums), grid, x, seen,
+                 [like(x.k), like(x.v)], scratch, "flash_backward_keys")
+    return (dk[:, :k.shape[1], :, :k.shape[3]], dv[:, :k.shape[1], :, :v.shape[3]])
+
+
+def _by_key(sums, call: Call, x: Arrays, seen: Line, outs, scratch):
+    """dk and dv of a tile of keys."""
+    group, tile = jax.lax.axis_index("group"), jax.lax.axis_index("tile")
+    b, kv = jax.lax.axis_index("batch"), jax.lax.axis_index("head")
+    row = b if seen.count.shape[0] > 1 else 0
+    steps = seen.whole[row, tile], seen.count[row, tile]
+    at = lambda n: seen.where[row, tile, n]
+    head = lambda g: kv * call.groups + g
+
+    place = group, tile, b, kv
+    share(group, call.warpgroups,
+          lambda: _fetch_queries(call, x, at, steps[1], scratch, b, head),
+          lambda: sums(call, x, at, steps, outs, scratch, place, head))
+
+
+def _fetch_queries(call: Call, x: Arrays, at, count, scratch, b, head):
+    """Loads tiles of q and do of every query head, as room comes free."""
+    q_ring, do_ring, lse_ring, delta_ring, _, q_there, do_there, free = scratch[2:10]
+    rows, stages = call.tiling.rows, jnp.int32(call.stages[0])
+    total = count * call.groups
+
+    def load(n, carry):
+        slot = jax.lax.rem(n, stages)
+        h = head(jax.lax.div(n, count))
+        some = pl.ds(at(jax.lax.rem(n, count)) * rows, rows)
+
+        @pl.when(n >= stages)
+        def _():
+            plgpu.barrier_wait(free.at[slot])
+
+        for ref, ring, place, there in (
+            (x.q, q_ring, (b, some, h), q_there),
+            (x.lse, lse_ring, (b, h, some), q_there),
+            (x.do, do_ring, (b, some, h), do_there),
+            (x.delta, delta_ring, (b, h, some), do_there),
+        ):
+            plgpu.copy_gmem_to_smem(ref.at[place], ring.at[slot], there.at[slot])
+        return carry
+
+    jax.lax.fori_loop(0, total, load, None)
+    drain(free, stages, total)
+
+
+def query_gradients(call: Call, static: Static, own: int, more, sums, side: Side, q,
+                    *rest):
+    """dq. own: in how many parts the queries of a tile lie in shared memory; more:
+    scratch that only `sums` knows, by which a warpgroup computes."""
+    x = _given(call, side, q, *rest)
+    c, groups = call.tiling.columns, call.warpgroups
+    d, width, kind = x.q.shape[3], x.v.shape[3], x.q.dtype
+    rows, barrier = call.tiling.rows // own, plgpu.Barrier
+    scratch = (
+        shared((own, rows, d), kind), shared((own, rows, width), kind),
+        *(shared((n, c, size), kind) for n, size in zip(call.stages, (d, width))),
+        barrier(num_barriers=2, num_arrivals=own),
+        *(barrier(num_barriers=n) for n in call.stages),
+        *(barrier(num_barriers=n, num_arrivals=groups) for n in call.stages),
+        *more,
+    )
+    grid = {"tile": call.tiling.grid[0], "batch": q.shape[0], "head": q.shape[2]}
+    dq, = run(
+        call, functools.partial(_by_query, sums), grid, x,
+        line(*static.asks(call.tiling, side)),
+        [jax.ShapeDtypeStruct(x.q.shape, x.q.dtype)], scratch, "flash_backward_queries",
+    )
+    return dq[:, :q.shape[1], :, :q.shape[3]]
+
+
+def _by_query(sums, call: Call, x: Arrays, seen: Line, outs, scratch):
+    """dq of a tile of queries."""
+    group = jax.lax.axis_index("group")
+    tile = call.tiling.grid[0] - 1 - jax.lax.axis_index("tile")
+    b, h = jax.lax.axis_index("batch"), jax.lax.axis_index("head")
+    here = Here(call, x, b, h)
+    row = b if seen.count.shape[0] > 1 else 0
+    steps = seen.whole[row, tile], seen.count[row, tile]
+    at = lambda n: seen.where[row, tile, n]
+
+    share(group, call.warpgroups,
+          lambda: fetch_keys(here, at, steps[1], scratch[2:4], scratch[5:9]),
+          lambda: sums(here, at, steps, outs[0], scratch, group, tile))

@@ -311,7 +311,7 @@ def test_a_timed_candidate_has_decays_below_one(monkeypatch):
 def test_a_gpu_takes_the_row_of_its_model():
     own = tables.row("NVIDIA A100-SXM4-80GB", "triton")
     assert tables.row("NVIDIA A100 80GB PCIe", "triton") is own
-    assert tables.row("NVIDIA B200", "triton") is tables.row("NVIDIA H200", "triton")
+    assert tables.row("NVIDIA B200", "triton") is own
     other = tables.row("NVIDIA GeForce RTX 4090", "triton")
     assert other is tables.row("default gpu", "triton") is tables.row("TPU9", "triton")
     assert tables.row("TPU v5 lite") is not tables.row("TPU v5")

@@ -26,7 +26,7 @@ CHUNKS = (256, 512)
 SIZES, WARPS, STAGES = (32, 64, 128), (4, 8), (1, 2, 3)
 SMALL = (16, 32, 64)  # for float32, which has no tensor cores
 SLOTS = (32, 64, 128)
-AREA, LEAST = 2**21, 2**11  # most elements of a tile times the width, fewest of a tile
+AREA, LEAST = 2**21, 2**10  # most elements of a tile times the width, fewest of a tile
 MOST = 250  # registers of a thread
 LENGTH = 8192
 

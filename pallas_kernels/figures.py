@@ -56,9 +56,8 @@ def _on_tpu(target: Tpu, case: Case, folder, args, trips) -> dict[str, Any]:
                 counts[start].append(cycles(target, read, start, own))
                 if counts[start][-1] is not None:
                     one["trips"] = list(own.tiles)
-                    least = round(own.products(_rest(read, start)) / target.cycle)
-                    if least >= counts[start][-1]:
-                        one["least"] = least
+                    if counts[start][-1] == (least := _least(target, read, start, own)):
+                        one["least"] = round(least)
         found["kernels"][name] = one
     every = [n for own in counts.values() for n in own or [None]]
     known = [n for n in every if n is not None]
@@ -71,12 +70,13 @@ def cycles(target: Tpu, read: readings.Program, start: str, trips: Trips):
     """Cycles of a kernel whose name holds `start`: those of its schedule, or of its
     products at the peak if they take longer; None if the schedule has other regions."""
     scheduled = read.cycles(trips.tiles, trips.lines, trips.steps)
-    least = trips.products(_rest(read, start)) / target.cycle
-    return None if scheduled is None else max(scheduled, least)
+    return None if scheduled is None else max(
+        scheduled, _least(target, read, start, trips))
 
 
-def _rest(read: readings.Program, start: str) -> str:
-    return read.name.partition(start)[2]
+def _least(target: Tpu, read: readings.Program, start: str, trips: Trips) -> float:
+    """Cycles of a kernel's products at the peak."""
+    return trips.products(read.name.partition(start)[2]) / target.cycle
 
 
 def predicted(target: Tpu, case: Case, count: float, moved: float) -> dict[str, Any]:

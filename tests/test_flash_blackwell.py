@@ -52,7 +52,7 @@ CASES = {
 }
 
 
-GRADIENTS = "grouped", "everything", "one_token", "wide", "float16"
+GRADIENTS = "grouped", "everything", "one_token", "wide", "d192", "float16"
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -47,7 +47,7 @@ def static_cost(folder: pathlib.Path, target, backend: str, row: Row, tile) -> A
     """What ranks a candidate by what the compiler says; None to drop it."""
     for path in folder.iterdir():
         path.unlink()
-    f, args, trips = row.program(target, backend, tile)
+    f, args, trips = row.program(target, backend)
     compiled(target, f, *args)
     if isinstance(target, Gpu):
         found = [k for n, k in readings_gpu.programs(folder).items()
@@ -69,7 +69,7 @@ def static_cost(folder: pathlib.Path, target, backend: str, row: Row, tile) -> A
 
 def timed_cost(target, backend: str, row: Row, tile) -> float:
     """Seconds of a candidate on this machine's device, the median of some runs."""
-    f, args, _ = row.program(target, backend, tile)
+    f, args, _ = row.program(target, backend)
 
     def draw(n, a):
         if jnp.issubdtype(a.dtype, jnp.integer):

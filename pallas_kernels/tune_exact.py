@@ -83,9 +83,8 @@ def summed(which: str, width: int, tile: tuple[int, ...]) -> float:
     return elements / (32 * warps)
 
 
-def program(target: Tpu | Gpu, backend: str, which: str, width: int, kind: str,
-            tile: tuple[int, ...]) -> Any:
-    """The function of a candidate, its arguments and its trips."""
+def program(target: Tpu | Gpu, backend: str, which: str, width: int, kind: str) -> Any:
+    """The function that takes its tile from a row, its arguments and its trips."""
     dtype = F32 if kind.startswith("f32") else BF16
     call = {"backend": backend, "backward": which.endswith("backward"), "d": width,
             "dtype": dtype}
@@ -104,4 +103,4 @@ def program(target: Tpu | Gpu, backend: str, which: str, width: int, kind: str,
             np.arange(n)[:, None] // many, 1)
         chosen = np.broadcast_to(np.maximum(steps, -1), at.shape).astype(np.int32)
         return lambda *args: f(chosen, *args), tuple(args), trips
-    return attention(target, t=LENGTH, tile=tile, **call)
+    return attention(target, t=LENGTH, **call)

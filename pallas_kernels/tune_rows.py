@@ -45,13 +45,12 @@ class Row(NamedTuple):
             return tune_recurrent.candidates(backend, self.which)
         return tune_exact.candidates(backend, self.width, self.which, self.kind)
 
-    def program(self, target: Tpu | Gpu, backend: str, tile: Tile) -> Any:
-        """The function of a candidate, its arguments and its trips."""
+    def program(self, target: Tpu | Gpu, backend: str) -> Any:
+        """The function that takes its tile from this row, its arguments, its trips."""
         if self.recurrent:
             return tune_recurrent.program(target, backend, self.which,
                                           tune_exact.LENGTH, self.width)
-        return tune_exact.program(
-            target, backend, self.which, self.width, self.kind, tile)
+        return tune_exact.program(target, backend, self.which, self.width, self.kind)
 
     def reads(self, backend: str, kernel: str) -> bool:
         """Whether a kernel is one of the row's."""

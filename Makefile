@@ -18,7 +18,7 @@ lint: .venv/.test  ## style and types
 matrix: .venv-aot/.done  ## kernels compiled for every target, held against the record
 	.venv-aot/bin/python -m pallas_kernels.matrix --check --quick
 
-matrix-all: .venv-aot/.done  ## the same with those that another one is very near to
+matrix-all: .venv-aot/.done  ## the same with peers and those that another one is very near to
 	.venv-aot/bin/python -m pallas_kernels.matrix --check
 
 .venv/.run: setup.cfg pyproject.toml

@@ -117,7 +117,7 @@ def chosen(given: argparse.Namespace, name: str) -> dict[str, Any]:
     if given.function:
         return {given.function: own_case(given.function, given.shapes)}
     return {n: c for n, c in cases(TARGETS[name]).items()
-            if given.cases in n and not (given.quick and c.kin)}
+            if given.cases in n and not (given.quick and (c.kin or c.peer))}
 
 
 def work(given: argparse.Namespace) -> int:
@@ -177,7 +177,7 @@ def parsed(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--write", action="store_true", help="record the figures")
     parser.add_argument("--check", action="store_true", help="compare with the record")
     parser.add_argument("--quick", action="store_true",
-                        help="leave out cases that another one is very near to")
+                        help="leave out peers, and cases that another one is near to")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--out", help=argparse.SUPPRESS)
     return parser.parse_args(arguments)

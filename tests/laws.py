@@ -450,9 +450,13 @@ def test_the_kernel_is_the_function(name, platform, monkeypatch):
 
 @LAW
 def test_the_cost_is_the_claim(name):
-    entry, lengths = ENTRIES[name], (4096, 8192, 16384)
+    # at shorter ones XLA schedules one length in another way than the next
+    entry, lengths = ENTRIES[name], (32768, 65536, 131072)
     if name.startswith("landmark"):
         entry = dataclasses.replace(entry, attention=Landmark(block=63))
+    if name == "linformer":
+        longer = Linformer(length=lengths[-1], rank=4)
+        entry = dataclasses.replace(entry, attention=longer)
     shapes = [jax.eval_shape(lambda t=t: inputs(t=t, b=1)) for t in lengths]
     f = lambda q, k, v: (entry.attention(q, k, v) ** 2).sum()
     both = jax.grad(f, (0, 1, 2))

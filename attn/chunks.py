@@ -103,8 +103,8 @@ def pairs_by_channel(q, k, g: jax.Array, block: int) -> jax.Array:
     since = apart(first, tuple(a[:, :, :, None] for a in clock))
     far = only(earlier, k[:, :, :, None] * jnp.exp(only(earlier, since)))
     s = jnp.einsum("nbhmid,nbhmjd->nbhmij", near, far)
-    # heads and blocks as one dimension: XLA:CPU of jaxlib 0.10.2 dies of some fused sums
-    # over arrays of seven (jax issue 40412)
+    # heads and blocks as one dimension: XLA:CPU of jaxlib 0.10.2 dies of some sums over
+    # arrays of seven (jax issue 40412)
     merged = lambda a: a.reshape(*a.shape[:2], -1, block, d)
     own = _in_block(*map(merged, (blocks(q), blocks(k), *inside)))
     own = own.reshape(*lead, n, block, block)

@@ -26,7 +26,7 @@ DELTA: dict[str, dict[str, Any]] = {
 
 
 def rule(target, *, backend, backward, t, d, v=None, h=16, k=None, gated=True,
-         packed=False, dtype=BF16, tile=None):
+         packed=False, dtype=BF16):
     """delta, forward or forward and backward; k: heads of queries and keys."""
     struct = jax.ShapeDtypeStruct
     narrow = struct((1, t, k or h, d), dtype)
@@ -38,13 +38,13 @@ def rule(target, *, backend, backward, t, d, v=None, h=16, k=None, gated=True,
     steps = 0
     if backend == "tpu":
         shape = tables.Shape(t, t, d, v or d, jnp.dtype(dtype).itemsize)
-        many = tile[0] if tile else tables.number(target.kind, "delta", shape)
+        many = tables.number(target.kind, "delta", shape)
         steps = h * -(-t // (many * CHUNK))
     trips = {f"delta_{way}": Trips((steps,), h, steps)
              for way in ("forward", "backward")[:1 + backward] if backend == "tpu"}
 
     def f(given, runs):
-        return delta(**given, **runs, tile=tile, backend=backend)[1]
+        return delta(**given, **runs, backend=backend)[1]
 
     if not backward:
         return f, (given, runs), trips

@@ -56,18 +56,17 @@ def products(logits: float, d: int, v: int, kernel: str) -> dict[str, float]:
             for end, (keys, values) in PRODUCTS[kernel].items()}
 
 
-def passes(device: str, t, d, v, h, mask, tile=None, itemsize=2, packed=False,
+def passes(device: str, t, d, v, h, mask, itemsize=2, packed=False,
            matrix=False) -> dict[str, Trips]:
     """Trips of the flash kernels, in the order of their programs; runs of `packed`
     sequences are taken to hide nothing."""
     trips = {}
     shape = tables.Shape(t, t, d, v, itemsize, matrix)
     for kernel in ("flash_forward", "flash_backward"):
-        found = tables.tile(device, kernel, shape, tile)
+        found = tables.tile(device, kernel, shape)
         tiling = Tiling(t, t, found.rows, found.columns, 0)
-        if tile is None:
-            tiling = fitted(mask, tiling, found.how[0], max(d, v), packed,
-                            kernel == "flash_backward")
+        tiling = fitted(mask, tiling, found.how[0], max(d, v), packed,
+                        kernel == "flash_backward")
         table = asked(mask, tiling)
         ask = jnp.asarray(table)[None] if packed else None
         ways, codes, _ = paths(mask, tiling, found.how[0], table, ask)
@@ -85,7 +84,7 @@ def passes(device: str, t, d, v, h, mask, tile=None, itemsize=2, packed=False,
 
 
 def attention(target, *, backend, backward, t, d, h=8, k=8, v=None, mask=Causal(),
-              dtype=BF16, tile=None, extra=()):
+              dtype=BF16, extra=()):
     """flash, forward or forward and backward; extra: names of optional arrays."""
     v = v or d
     arrays = [struct(1, t, n, width, dtype=dtype) for n, width in
@@ -99,14 +98,12 @@ def attention(target, *, backend, backward, t, d, h=8, k=8, v=None, mask=Causal(
         options = dict(zip([n for n in given if n in extra], more))
         if runs:
             options |= {"q_run": runs[0], "kv_run": runs[0]}
-        return flash(q, k, v, mask=mask, softcap=softcap, tile=tile, backend=backend,
-                     **options)
+        return flash(q, k, v, mask=mask, softcap=softcap, backend=backend, **options)
 
     trips = {}
     if backend == "tpu":
         size = jnp.dtype(dtype).itemsize
-        trips = passes(target.kind, t, d, v, h, mask, tile, size, bool(runs),
-                       "bias" in extra)
+        trips = passes(target.kind, t, d, v, h, mask, size, bool(runs), "bias" in extra)
     if not backward:
         return f, (runs, *arrays), {n: c for n, c in trips.items() if "forward" in n}
 

@@ -14,7 +14,7 @@ from pallas_kernels.scan import scan
 
 
 def recurrence(target, *, backend, backward, t, d, h=16, k=None, decay="head",
-               dtype=BF16, packed=False, tile=None):
+               dtype=BF16, packed=False):
     """linear, forward or forward and backward; o in the type of q."""
     arrays = [struct(1, t, n, d, dtype=dtype) for n in (h, k or h, k or h)]
     shapes = {"head": (h,), "token": (1, t, h), "channel": (1, t, h, d)}
@@ -25,12 +25,12 @@ def recurrence(target, *, backend, backward, t, d, h=16, k=None, decay="head",
     trips = {}
     for way in ("forward", "backward") if backend == "tpu" else ():
         block = tables.chunks(target.kind, f"linear_{'backward' if backward else way}",
-                              shape, decay == "channel", tile)[0]
+                              shape, decay == "channel")[0]
         steps = h * -(-t // block)
         trips[f"linear_{way}"] = Trips((steps,), h, steps)
 
     def f(runs, *args):
-        return linear(*args, run=runs[0], dtype=dtype, tile=tile, backend=backend)[1]
+        return linear(*args, run=runs[0], dtype=dtype, backend=backend)[1]
 
     if not backward:
         return f, (runs, *arrays), {n: c for n, c in trips.items() if "forward" in n}

@@ -15,7 +15,7 @@ Mosaic GPU, which share out registers themselves, keep their tiles. Kernels of o
 program are tried one by one, as far as each has a row of its own. Where the device is
 there, --timed runs every candidate instead, and its row is written under the device's
 own name. What does not compile, because it asks for more fast memory than there is, is
-passed over. About ten minutes a target and family of kernels.
+passed over. About a quarter of an hour a target and family of kernels.
 """
 
 from __future__ import annotations

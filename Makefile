@@ -37,4 +37,4 @@ matrix-all: .venv-aot/.done  ## the same with peers and those that another one i
 	touch $@
 
 clean:  ## remove what make made; results/ stays
-	rm -rf .venv .venv-aot .cache build *.egg-info
+	rm -rf .venv .venv-aot build *.egg-info

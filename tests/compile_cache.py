@@ -35,7 +35,8 @@ def folder() -> pathlib.Path:
     processor's instructions may not run here, and jax's key does not know them."""
     try:
         lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
-        features = next(line for line in lines if line.startswith(("flags", "Features")))
+        known = "flags", "Features"
+        features = next(line for line in lines if line.startswith(known))
     except (OSError, StopIteration):
         features = platform.processor()
     chip = hashlib.sha256(f"{platform.machine()} {features}".encode()).hexdigest()[:12]

@@ -19,10 +19,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from attn.dispatch import pick
+from attn.contract.dispatch import pick
+from attn.contract.segments import place, runs
+from attn.contract.shapes import check
 from attn.scan import Triple, across, attend, empty, join, total
-from attn.segments import place, runs
-from attn.shapes import check
 from attn.sharding import (
     Axis, gather, over_mesh, splits, spread_heads, stacked,
 )

@@ -16,8 +16,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from attn.contract.segments import place
 from attn.layers import Layer
-from attn.segments import place
 from attn.sharding import Axis, home, over_mesh, splits
 from attn.shortconv import across
 

@@ -22,10 +22,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from attn.chunks import Runs, chunked, filled, only, runs_of, unchunked
-from attn.dispatch import pick
+from attn.contract.dispatch import pick
+from attn.contract.segments import place, runs
+from attn.contract.shapes import check
 from attn.linear import LinearState, check_state, empty, one
-from attn.segments import place, runs
-from attn.shapes import check
 from attn.sharding import Axis, gather, over_mesh, splits, spread_heads
 from attn.shards import prefix
 from attn.unordered import by_run

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from attn.cache import Cache
-from attn.segments import Place
+from attn.contract.segments import Place
 
 
 class Tail(NamedTuple):

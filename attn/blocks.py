@@ -13,9 +13,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from attn.dispatch import interpreted, pick
+from attn.contract.dispatch import interpreted, pick
+from attn.contract.shapes import check
 from attn.masks import Full, Mask
-from attn.shapes import check
 from attn.softmax import weights
 from pallas_kernels import blocks as kernels
 

@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from attn.dispatch import interpreted, pick
+from attn.contract.dispatch import interpreted, pick
+from attn.contract.segments import Place
+from attn.contract.shapes import concrete
 from attn.masks import FOREVER, Mask
-from attn.segments import Place
-from attn.shapes import concrete
 from attn.tiles import attend
 from pallas_kernels.decode import decode
 

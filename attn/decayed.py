@@ -11,9 +11,9 @@ from typing import Any
 
 import jax
 
+from attn.contract.segments import place, runs
+from attn.contract.shapes import check
 from attn.linear import LinearState, across, check_state
-from attn.segments import place, runs
-from attn.shapes import check
 from attn.sharding import Axis, over_mesh, splits, spread_heads
 
 FORM = {1: "H", 3: "BTH", 4: "BTHD"}  # letters of a decay, by its number of axes

@@ -18,8 +18,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from attn.segments import Place, place
-from attn.shapes import check
+from attn.contract.segments import Place, place
+from attn.contract.shapes import check
 from attn.sharding import Axis, home, over_mesh, splits, spread_heads
 from attn.shortconv import across as convolved
 from attn.wy import across

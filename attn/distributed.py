@@ -15,9 +15,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from attn.contract.shapes import check
 from attn.masks import Full, Mask
 from attn.partial import EMPTY, Partial, merge, normalized, output
-from attn.shapes import check
 from attn.sharding import (
     Axis, devices_of, gather, mesh_of, names_of, spec, spread_heads,
 )

@@ -21,9 +21,9 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from attn.dispatch import pick
-from attn.segments import runs
-from attn.shapes import check
+from attn.contract.dispatch import pick
+from attn.contract.segments import runs
+from attn.contract.shapes import check
 from attn.sharding import Axis, over_mesh, spread_heads
 from attn.unordered import whole
 

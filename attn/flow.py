@@ -25,10 +25,10 @@ from typing import Any, Callable, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from attn.dispatch import pick
+from attn.contract.dispatch import pick
+from attn.contract.segments import place, runs
+from attn.contract.shapes import check
 from attn.linear import across, recur
-from attn.segments import place, runs
-from attn.shapes import check
 from attn.sharding import Axis, over_mesh, splits
 from attn.unordered import whole
 

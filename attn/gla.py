@@ -14,9 +14,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from attn.contract.shapes import check
 from attn.decayed import attend, follow
 from attn.linear import LinearState, empty
-from attn.shapes import check
 from attn.sharding import Axis
 
 _INIT = nn.initializers.variance_scaling(1.0, "fan_in", "normal")

@@ -21,11 +21,11 @@ import jax.numpy as jnp
 from attn import blocks
 from attn import cache as caches
 from attn.blockcache import Blocks
-from attn.dispatch import pick
+from attn.contract.dispatch import pick
+from attn.contract.segments import Place, place
+from attn.contract.shapes import check
 from attn.grouped import Far, Row, compact, grouped, irregular, regular
 from attn.positions import RoPE
-from attn.segments import Place, place
-from attn.shapes import check
 from attn.sharding import Axis, gather, over_mesh, spread_heads
 
 SELECTIONS = ("per_token_and_head", "max_over_heads", "max_over_tokens")

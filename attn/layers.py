@@ -16,8 +16,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from attn.contract.segments import Place, place
 from attn.positions import RoPE
-from attn.segments import Place, place
 
 
 class Layer(nn.Module):

@@ -24,12 +24,12 @@ import jax
 import jax.numpy as jnp
 
 from attn.chunks import only
+from attn.contract.dispatch import pick
+from attn.contract.segments import place, runs
+from attn.contract.shapes import check
 from attn.decayed import attend, follow
-from attn.dispatch import pick
 from attn.linear import LinearState
 from attn.scan import prefix
-from attn.segments import place, runs
-from attn.shapes import check
 from attn.sharding import Axis, over_mesh, splits
 from attn.unordered import whole
 

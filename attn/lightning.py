@@ -19,11 +19,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from attn.contract.dispatch import pick
+from attn.contract.segments import runs
+from attn.contract.shapes import check
 from attn.decayed import attend, follow
-from attn.dispatch import pick
 from attn.linear import LinearState, across, empty
-from attn.segments import runs
-from attn.shapes import check
 from attn.sharding import Axis, over_mesh, spread_heads
 from attn.unordered import whole
 

@@ -20,9 +20,9 @@ import jax
 import jax.numpy as jnp
 
 from attn.chunks import only
-from attn.dispatch import interpreted, pick
+from attn.contract.dispatch import interpreted, pick
+from attn.contract.shapes import check
 from attn.linearchunks import FLOOR, recurred, travel
-from attn.shapes import check
 from attn.sharding import Axis
 from attn.shards import Before, prefix
 from pallas_kernels import linear as kernels

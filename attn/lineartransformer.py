@@ -17,10 +17,10 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from attn.dispatch import pick
+from attn.contract.dispatch import pick
+from attn.contract.segments import place, runs
+from attn.contract.shapes import check
 from attn.linear import LinearState, across, check_state, empty
-from attn.segments import place, runs
-from attn.shapes import check
 from attn.sharding import Axis, over_mesh, splits, spread_heads
 from attn.unordered import whole
 

@@ -23,10 +23,10 @@ import jax.numpy as jnp
 
 from attn import cache as caches
 from attn.cache import Cache
+from attn.contract.segments import place
+from attn.contract.shapes import check
 from attn.masks import Causal
 from attn.positions import RoPE
-from attn.segments import place
-from attn.shapes import check
 from attn.sharding import Axis, over_mesh
 from attn.shards import before
 from attn.softmax import attend

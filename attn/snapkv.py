@@ -23,9 +23,9 @@ import jax.numpy as jnp
 
 from attn import cache as caches
 from attn.cache import Cache
+from attn.contract.segments import Place, place
+from attn.contract.shapes import check
 from attn.masks import FOREVER
-from attn.segments import Place, place
-from attn.shapes import check
 from attn.softmax import Softmax, allowed, logits, weights
 
 POOLS = ("avg", "max")

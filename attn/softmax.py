@@ -20,12 +20,12 @@ import jax.numpy as jnp
 
 from attn import cache as caches
 from attn import shardcache, tiles
-from attn.dispatch import interpreted, pick
-from attn.masks import Causal, Full, Mask
+from attn.contract.dispatch import interpreted, pick
+from attn.contract.segments import place
+from attn.contract.shapes import check
 from attn.exchange import EXCHANGES, exchanged, split_axis
+from attn.masks import Causal, Full, Mask
 from attn.scores import allowed, logits, values, weights
-from attn.segments import place
-from attn.shapes import check
 from attn.sharding import Axis, devices_of, over_mesh, spread_heads
 from pallas_kernels.flash import flash
 

@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 
 from attn.chunks import only, unchunked
-from attn.dispatch import interpreted, pick
+from attn.contract.dispatch import interpreted, pick
 from attn.linearchunks import FLOOR
 from attn.sharding import Axis
 from attn.shards import Before, prefix

@@ -21,10 +21,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from attn.contract.segments import place
 from attn.layers import Layer
 from attn.lightning import Lightning
 from attn.linear import LinearState
-from attn.segments import place
 from models.placement import lay
 from models.stack import INIT
 from models.vocabulary import Embed

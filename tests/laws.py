@@ -17,9 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from attn import dispatch
 from attn.aaren import Aaren
 from attn.based import Based
+from attn.contract import dispatch
 from attn.delta import Delta
 from attn.essa import Essa
 from attn.flow import Flow

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from attn import cache as caches
+from attn.contract.segments import place
 from attn.masks import FOREVER, Causal, Sink, Window
-from attn.segments import place
 
 B, K, D, V = 2, 2, 4, 6
 

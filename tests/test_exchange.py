@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from attn import dispatch, rounds
+from attn import rounds
+from attn.contract import dispatch
 from attn.masks import Causal, Full, Sink, Window
 from attn.positions import ALiBi
 from attn.softmax import Softmax, attend

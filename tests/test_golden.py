@@ -6,7 +6,7 @@ import pathlib
 import numpy as np
 import pytest
 
-from attn import dispatch
+from attn.contract import dispatch
 from tests.golden import flashattention
 from tests.golden.__main__ import cases, main, relative, tolerance
 

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from attn import grouped
+from attn.contract.segments import place
 from attn.landmark import Landmark, interleave
 from attn.positions import RoPE
-from attn.segments import place
 from attn.softmax import Softmax
 from models.lm import LM
 from experiments import cost

@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from attn import dispatch
+from attn.contract import dispatch
+from attn.contract.segments import place
 from attn.decayed import attend, follow
-from attn.linear import LinearState, across
 from attn.lightning import Lightning
-from attn.segments import place
+from attn.linear import LinearState, across
 from attn.sharding import TILE, over_mesh, stacked
 from attn.shortconv import across as convolved
 from attn.shortconv import shortconv

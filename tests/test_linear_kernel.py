@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from attn import dispatch
+from attn.contract import dispatch
 from attn.linear import across, recur
 from attn.sharding import over_mesh
 from pallas_kernels import Refused, linear_tpu

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from attn import dispatch
+from attn.contract import dispatch
 from attn.scan import Triple, attend, empty
 from pallas_kernels import Refused
 from pallas_kernels.scan import scan

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from attn.segments import place
+from attn.contract.segments import place
 
 B, T = 6, 20
 

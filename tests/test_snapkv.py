@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from attn.segments import place
+from attn.contract.segments import place
 from attn.snapkv import SnapKV
 from attn.softmax import Softmax
 from tests.laws import close, stream

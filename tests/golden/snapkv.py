@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attn.segments import place
+from attn.contract.segments import place
 from attn.snapkv import SnapKV
 from attn.softmax import logits, values, weights
 

@@ -16,8 +16,8 @@ import jax.numpy as jnp
 from attn.contract.dispatch import interpreted, pick
 from attn.contract.segments import Place
 from attn.contract.shapes import concrete
+from attn.exact.chunked import attend
 from attn.masks import FOREVER, Mask
-from attn.tiles import attend
 from pallas_kernels.decode import decode
 
 

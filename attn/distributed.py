@@ -1,7 +1,7 @@
 """Distributed attention: a grid of devices, queries by rows, keys by columns.
 
 The device in row r and column c of a grid reads the queries of its row and the keys of
-its column, and one maximum and one sum along the row end the work (`attn/partial.py`).
+its column, and one maximum and one sum along the row end the work (`attn/exact/online.py`).
 
 The grid is proposed here, after "A Unified View of Long-Sequence Models", whose own
 schedule was not to be found.
@@ -16,8 +16,8 @@ import jax
 import jax.numpy as jnp
 
 from attn.contract.shapes import check
+from attn.exact.online import EMPTY, Partial, merge, normalized, output
 from attn.masks import Full, Mask
-from attn.partial import EMPTY, Partial, merge, normalized, output
 from attn.sharding import (
     Axis, devices_of, gather, mesh_of, names_of, spec, spread_heads,
 )

@@ -5,7 +5,7 @@ of keys pass by while each row keeps a running maximum, sum and weighted value, 
 backward pass computes the tiles again. Tiles that the mask hides are never visited.
 
 `Softmax` is the attention, `attend` the mechanism under it (XLA's form is
-`attn/tiles.py`, the kernels' `pallas_kernels/flash.py`), and
+`attn/exact/chunked.py`, the kernels' `pallas_kernels/flash.py`), and
 `logits`, `weights`, `values` the same in three steps for ideas that need the matrix.
 """
 
@@ -19,13 +19,14 @@ import jax
 import jax.numpy as jnp
 
 from attn import cache as caches
-from attn import shardcache, tiles
+from attn import shardcache
 from attn.contract.dispatch import interpreted, pick
 from attn.contract.segments import place
 from attn.contract.shapes import check
+from attn.exact import chunked as tiles
+from attn.exact.dense import allowed, logits, values, weights
 from attn.exchange import EXCHANGES, exchanged, split_axis
 from attn.masks import Causal, Full, Mask
-from attn.scores import allowed, logits, values, weights
 from attn.sharding import Axis, devices_of, over_mesh, spread_heads
 from pallas_kernels.flash import flash
 

@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from attn.exact.chunked import attend
 from attn.masks import Causal, Sink, Window
 from attn.positions import ALiBi
 from attn.softmax import Softmax
-from attn.tiles import attend
 from pallas_kernels import Refused, decode_tpu, decode_triton, widen_triton
 from pallas_kernels.decode import decode, packed, unpacked
 from pallas_kernels.decode_triton import splits

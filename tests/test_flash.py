@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from attn.exact.chunked import attend
 from attn.masks import Causal, Full, Mask, Sink, Window
 from attn.positions import ALiBi
 from attn.softmax import Softmax
-from attn.tiles import attend
 from pallas_kernels import (
     Refused, flash_blackwell, flash_mosaic, flash_tpu, flash_triton, portions_tpu,
     refusals, schedule, tables

@@ -14,9 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from attn.exact.chunked import attend
 from attn.masks import Causal, Full, Sink, Window
 from attn.positions import ALiBi
-from attn.tiles import attend
 from pallas_kernels import hopper, tables
 from pallas_kernels.blackwell import COLUMNS, ROWS
 from pallas_kernels.flash import flash

@@ -13,10 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from attn.exact.chunked import attend
 from attn.masks import Causal, Full, Sink, Window
 from attn.positions import ALiBi
 from attn.softmax import Softmax
-from attn.tiles import attend
 from pallas_kernels import Refused
 from pallas_kernels.flash import flash
 from tests.test_flash import normal, results

@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from attn.masks import Causal, Full, Window
 from attn.distributed import distributed, partial, traffic
-from attn.partial import EMPTY, Partial, merge, normalized, output
+from attn.exact.online import EMPTY, Partial, merge, normalized, output
+from attn.masks import Causal, Full, Window
 from attn.softmax import Softmax, attend
 from tests.laws import TOLERANCE, close, gradients, inputs, plain
 

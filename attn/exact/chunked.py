@@ -22,8 +22,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from attn.exact.chunked_vjp import Plan, Side, part, tiled
 from attn.masks import Full, Mask
-from attn.tilepass import Plan, Side, part, tiled
 from pallas_kernels.schedule import SKIP, Tiling, asked, found
 from pallas_kernels.tile import NEVER, Form
 

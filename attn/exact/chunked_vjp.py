@@ -1,7 +1,7 @@
 """The passes over tiles of exact attention, forward and backward: XLA's form.
 
 While key tiles pass by, a row of queries keeps its running maximum, sum and weighted
-value; the backward pass makes each tile again from q, k and lse. `attn/tiles.py` has
+value; the backward pass makes each tile again from q, k and lse. `attn/exact/chunked.py` has
 the equations, and lays out what comes here.
 """
 

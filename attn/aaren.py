@@ -22,10 +22,10 @@ import jax.numpy as jnp
 from attn.contract.dispatch import pick
 from attn.contract.segments import place, runs
 from attn.contract.shapes import check
-from attn.scan import Triple, across, attend, empty, join, total
-from attn.sharding import (
-    Axis, gather, over_mesh, splits, spread_heads, stacked,
+from attn.parallel.sharding import (
+    Axis, gather, over_mesh, splits, spread_heads, stacked
 )
+from attn.scan import Triple, across, attend, empty, join, total
 from attn.unordered import by_run
 
 

@@ -26,7 +26,7 @@ from attn.contract.dispatch import pick
 from attn.contract.segments import place, runs
 from attn.contract.shapes import check
 from attn.linear import LinearState, check_state, empty, one
-from attn.sharding import Axis, gather, over_mesh, splits, spread_heads
+from attn.parallel.sharding import Axis, gather, over_mesh, splits, spread_heads
 from attn.shards import prefix
 from attn.unordered import by_run
 

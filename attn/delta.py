@@ -20,7 +20,7 @@ import jax.numpy as jnp
 
 from attn.contract.segments import Place, place
 from attn.contract.shapes import check
-from attn.sharding import Axis, home, over_mesh, splits, spread_heads
+from attn.parallel.sharding import Axis, home, over_mesh, splits, spread_heads
 from attn.shortconv import across as convolved
 from attn.wy import across
 

@@ -29,7 +29,7 @@ from attn.contract.dispatch import pick
 from attn.contract.segments import place, runs
 from attn.contract.shapes import check
 from attn.linear import across, recur
-from attn.sharding import Axis, over_mesh, splits
+from attn.parallel.sharding import Axis, over_mesh, splits
 from attn.unordered import whole
 
 FEATURES = ("sigmoid", "relu")

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from attn.contract.shapes import check
 from attn.decayed import attend, follow
 from attn.linear import LinearState, empty
-from attn.sharding import Axis
+from attn.parallel.sharding import Axis
 
 _INIT = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
 

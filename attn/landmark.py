@@ -25,8 +25,8 @@ from attn.contract.dispatch import pick
 from attn.contract.segments import Place, place
 from attn.contract.shapes import check
 from attn.grouped import Far, Row, compact, grouped, irregular, regular
+from attn.parallel.sharding import Axis, gather, over_mesh, spread_heads
 from attn.positions import RoPE
-from attn.sharding import Axis, gather, over_mesh, spread_heads
 
 SELECTIONS = ("per_token_and_head", "max_over_heads", "max_over_tokens")
 

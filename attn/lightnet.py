@@ -29,8 +29,8 @@ from attn.contract.segments import place, runs
 from attn.contract.shapes import check
 from attn.decayed import attend, follow
 from attn.linear import LinearState
+from attn.parallel.sharding import Axis, over_mesh, splits
 from attn.scan import prefix
-from attn.sharding import Axis, over_mesh, splits
 from attn.unordered import whole
 
 LOW = -1e30  # the largest of no keys; finite, as differences of two have to be

@@ -24,7 +24,7 @@ from attn.contract.segments import runs
 from attn.contract.shapes import check
 from attn.decayed import attend, follow
 from attn.linear import LinearState, across, empty
-from attn.sharding import Axis, over_mesh, spread_heads
+from attn.parallel.sharding import Axis, over_mesh, spread_heads
 from attn.unordered import whole
 
 RULES = ("code", "paper", "fla", "none")

@@ -23,7 +23,7 @@ from attn.chunks import only
 from attn.contract.dispatch import interpreted, pick
 from attn.contract.shapes import check
 from attn.linearchunks import FLOOR, recurred, travel
-from attn.sharding import Axis
+from attn.parallel.sharding import Axis
 from attn.shards import Before, prefix
 from pallas_kernels import linear as kernels
 

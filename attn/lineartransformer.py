@@ -21,7 +21,7 @@ from attn.contract.dispatch import pick
 from attn.contract.segments import place, runs
 from attn.contract.shapes import check
 from attn.linear import LinearState, across, check_state, empty
-from attn.sharding import Axis, over_mesh, splits, spread_heads
+from attn.parallel.sharding import Axis, over_mesh, splits, spread_heads
 from attn.unordered import whole
 
 

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from attn.contract.dispatch import pick
 from attn.contract.segments import place, runs
 from attn.contract.shapes import check
-from attn.sharding import Axis, over_mesh, spread_heads
+from attn.parallel.sharding import Axis, over_mesh, spread_heads
 from attn.unordered import whole
 
 

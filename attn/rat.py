@@ -26,8 +26,8 @@ from attn.cache import Cache
 from attn.contract.segments import place
 from attn.contract.shapes import check
 from attn.masks import Causal
+from attn.parallel.sharding import Axis, over_mesh
 from attn.positions import RoPE
-from attn.sharding import Axis, over_mesh
 from attn.shards import before
 from attn.softmax import attend
 

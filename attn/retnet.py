@@ -22,7 +22,7 @@ import numpy as np
 
 from attn.decayed import attend, follow
 from attn.linear import LinearState, empty
-from attn.sharding import Axis
+from attn.parallel.sharding import Axis
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 
 from attn import triples
 from attn.contract.dispatch import interpreted, pick
-from attn.sharding import Axis
+from attn.parallel.sharding import Axis
 from attn.shards import before, tagged
 from pallas_kernels import scan as kernels
 

@@ -17,7 +17,7 @@ from attn import cache as caches
 from attn.cache import Cache
 from attn.contract.segments import Place
 from attn.exact.online import merge, normalized, output
-from attn.sharding import Axis, devices_of, mesh_of, over_mesh
+from attn.parallel.sharding import Axis, devices_of, mesh_of, over_mesh
 from pallas_kernels.tile import NEVER
 
 

@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 
 from attn.chunks import only
-from attn.sharding import Axis, stacked
+from attn.parallel.sharding import Axis, stacked
 
 
 class Before(NamedTuple):

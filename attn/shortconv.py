@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attn.sharding import Axis, stacked
+from attn.parallel.sharding import Axis, stacked
 
 
 def shortconv(

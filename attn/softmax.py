@@ -25,9 +25,9 @@ from attn.contract.segments import place
 from attn.contract.shapes import check
 from attn.exact import chunked as tiles
 from attn.exact.dense import allowed, logits, values, weights
-from attn.exchange import EXCHANGES, exchanged, split_axis
 from attn.masks import Causal, Full, Mask
-from attn.sharding import Axis, devices_of, over_mesh, spread_heads
+from attn.parallel.exchange import EXCHANGES, exchanged, split_axis
+from attn.parallel.sharding import Axis, devices_of, over_mesh, spread_heads
 from pallas_kernels.flash import flash
 
 FEW = 8  # queries for which a step is bound by the bytes of the cache
@@ -63,7 +63,7 @@ class Softmax:
 
     `score` is a function of positions such as `ALiBi(heads)`; `dropout` acts when the
     call is given a `key`. axis: the mesh axis that tokens are split over; exchange: how
-    its shards meet, "gather", "ring", "zigzag" or "swap" (see `attn/exchange.py`).
+    its shards meet, "gather", "ring", "zigzag" or "swap" (see `attn/parallel/exchange.py`).
     """
 
     mask: Mask = Causal()

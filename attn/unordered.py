@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from attn.linear import recur
-from attn.sharding import Axis, gather
+from attn.parallel.sharding import Axis, gather
 
 
 def whole(

@@ -28,7 +28,7 @@ import jax.numpy as jnp
 from attn.chunks import only, unchunked
 from attn.contract.dispatch import interpreted, pick
 from attn.linearchunks import FLOOR
-from attn.sharding import Axis
+from attn.parallel.sharding import Axis
 from attn.shards import Before, prefix
 from attn.wychunks import system, travel
 from pallas_kernels.delta import WIDEST, delta

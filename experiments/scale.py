@@ -43,8 +43,8 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 from rich.console import Console
 
-from attn.exchange import EXCHANGES
 from attn.lightning import Lightning
+from attn.parallel.exchange import EXCHANGES
 from attn.softmax import Softmax
 from experiments import config
 from experiments.config import knob

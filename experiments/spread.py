@@ -17,9 +17,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 from rich import box
 from rich.table import Table
 
-from attn.distributed import distributed, partial, traffic
 from attn.exact.online import merge, output
 from attn.masks import Causal
+from attn.parallel.device_grid import distributed, partial, traffic
 from experiments.collectives import collectives
 
 GRIDS = {1: (1, 1), 2: (1, 2), 4: (2, 2), 8: (2, 4)}

@@ -22,7 +22,7 @@ import jax
 from jax.sharding import PartitionSpec
 
 from attn.layers import Layer
-from attn.sharding import Axis
+from attn.parallel.sharding import Axis
 
 # letters of the axes of a parameter: H heads, F channels within a layer and N ids of
 # the vocabulary are split over `model`; E, D, R (a rank) and W (taps) are not

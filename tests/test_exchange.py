@@ -8,12 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from attn import rounds
 from attn.contract import dispatch
 from attn.masks import Causal, Full, Sink, Window
+from attn.parallel import ring_schedule as rounds
+from attn.parallel.zigzag import collected, dealt
 from attn.positions import ALiBi
 from attn.softmax import Softmax, attend
-from attn.zigzag import collected, dealt
 from experiments.collectives import collectives
 from tests.laws import close
 

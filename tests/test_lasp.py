@@ -12,7 +12,7 @@ from attn.contract.segments import place
 from attn.decayed import attend, follow
 from attn.lightning import Lightning
 from attn.linear import LinearState, across
-from attn.sharding import TILE, over_mesh, stacked
+from attn.parallel.sharding import TILE, over_mesh, stacked
 from attn.shortconv import across as convolved
 from attn.shortconv import shortconv
 from attn.unordered import whole

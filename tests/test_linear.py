@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from attn.linear import across, one, recur
-from attn.sharding import over_mesh
+from attn.parallel.sharding import over_mesh
 from attn.unordered import whole
 from experiments import cost
 

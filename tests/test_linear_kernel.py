@@ -9,7 +9,7 @@ import pytest
 
 from attn.contract import dispatch
 from attn.linear import across, recur
-from attn.sharding import over_mesh
+from attn.parallel.sharding import over_mesh
 from pallas_kernels import Refused, linear_tpu
 from pallas_kernels.linear import linear
 from tests import test_linear

@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from attn.distributed import distributed, partial, traffic
 from attn.exact.online import EMPTY, Partial, merge, normalized, output
 from attn.masks import Causal, Full, Window
+from attn.parallel.device_grid import distributed, partial, traffic
 from attn.softmax import Softmax, attend
 from tests.laws import TOLERANCE, close, gradients, inputs, plain
 

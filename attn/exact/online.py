@@ -18,7 +18,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from attn.sharding import Axis
+from attn.parallel.sharding import Axis
 
 EMPTY = -1e30  # the maximum of no logits, finite so that differences are no NaN
 

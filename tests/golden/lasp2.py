@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from attn.linear import across, entering, recur
+from attn.parallel.sharding import over_mesh
 from attn.shards import Before, prefix
-from attn.sharding import over_mesh
 from attn.softmax import Softmax
 from attn.unordered import whole
 

@@ -8,12 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attn.distributed import distributed, partial
 from attn.exact.online import merge, output
 from attn.lineartransformer import LinearTransformer
 from attn.linformer import Linformer
 from attn.masks import Causal, Full, Window
 from attn.mixers import Depthwise, FNet, LongConv, MeanPool, Static
+from attn.parallel.device_grid import distributed, partial
 from attn.softmax import Softmax
 
 

@@ -18,8 +18,8 @@ import jax.numpy as jnp
 from attn.contract.shapes import check
 from attn.exact.online import EMPTY, Partial, merge, normalized, output
 from attn.masks import Full, Mask
-from attn.sharding import (
-    Axis, devices_of, gather, mesh_of, names_of, spec, spread_heads,
+from attn.parallel.sharding import (
+    Axis, devices_of, gather, mesh_of, names_of, spec, spread_heads
 )
 from attn.softmax import allowed, attend, logits, values
 

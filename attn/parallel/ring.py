@@ -22,10 +22,10 @@ from typing import Any, Callable
 import jax
 import jax.numpy as jnp
 
-from attn.journey import Keys, Side, each, journey, move, put, sent, take
 from attn.masks import FOREVER, Causal, Mask
-from attn.rounds import MANY, Call, Pair, ends, halo, own
-from attn.zigzag import collected, dealt
+from attn.parallel.ring_loop import Keys, Side, each, journey, move, put, sent, take
+from attn.parallel.ring_schedule import MANY, Call, Pair, ends, halo, own
+from attn.parallel.zigzag import collected, dealt
 from pallas_kernels.tile import NEVER
 
 

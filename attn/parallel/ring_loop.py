@@ -12,7 +12,7 @@ from typing import Any, Callable, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from attn.rounds import WAYS, Call, Step, alike, halo, pairs, schedule
+from attn.parallel.ring_schedule import WAYS, Call, Step, alike, halo, pairs, schedule
 
 
 class Side(NamedTuple):

@@ -3,7 +3,7 @@ stands for it, and attending to that token is retrieving the block.
 
 After every `block` tokens of text the sequence holds a landmark. A query gives weight
 to the text of its own block and to the landmarks of earlier ones; what a landmark gets
-is dealt out among its block's tokens (`attn/grouped.py`). So the model learns to point
+is dealt out among its block's tokens (`attn/sparse/grouped_softmax.py`). So the model learns to point
 at blocks while it learns to read, and at inference it needs only the `top_k` blocks
 whose landmarks a query likes best, at positions that stay small however long the text.
 
@@ -18,15 +18,15 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from attn import blocks
 from attn import cache as caches
 from attn.blockcache import Blocks
 from attn.contract.dispatch import pick
 from attn.contract.segments import Place, place
 from attn.contract.shapes import check
-from attn.grouped import Far, Row, compact, grouped, irregular, regular
 from attn.parallel.sharding import Axis, gather, over_mesh, spread_heads
 from attn.positions import RoPE
+from attn.sparse import chosen_blocks as blocks
+from attn.sparse.grouped_softmax import Far, Row, compact, grouped, irregular, regular
 
 SELECTIONS = ("per_token_and_head", "max_over_heads", "max_over_tokens")
 

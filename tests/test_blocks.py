@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from attn import blocks
 from attn.masks import Causal, Full
 from attn.softmax import logits, values, weights
+from attn.sparse import chosen_blocks as blocks
 from experiments import cost
 from tests.laws import close, gradients
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from jax.experimental import pallas as pl
 
-from attn import blocks
 from attn.masks import Causal, Full, Window
+from attn.sparse import chosen_blocks as blocks
 from pallas_kernels import Refused, blocks_triton, tables
 from pallas_kernels.blocks import Static, blocks as attention, inverse
 from experiments import cost

@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from attn import grouped
 from attn.contract.segments import place
 from attn.landmark import Landmark, interleave
 from attn.positions import RoPE
 from attn.softmax import Softmax
+from attn.sparse import grouped_softmax as grouped
 from models.lm import LM
 from experiments import cost
 from tests.laws import close, gradients, stream

@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attn import blocks
 from attn.masks import FOREVER, Causal, Full, Mask, Sink, Window
 from attn.softmax import Softmax, attend
+from attn.sparse import chosen_blocks as blocks
 
 OPTIONS = {"layout", "softmax_scale", "causal", "causal_alignment", "window", "softcap",
            "dropout_p", "kind", "block", "sink_token_length"}

@@ -7,7 +7,7 @@ a stream needs the same memory however long it is.
 
     s_i = scale q.k_i,    o_t = sum_{i <= t} exp(s_i) v_i / sum_{i <= t} exp(s_i)
 
-in the stable form of `attn/scan.py`. The query asks for no position, so order has to
+in the stable form of `attn/recurrent/scan.py`. The query asks for no position, so order has to
 come with the tokens: by embeddings, by rotated keys, or by the layers below.
 """
 
@@ -25,8 +25,8 @@ from attn.contract.shapes import check
 from attn.parallel.sharding import (
     Axis, gather, over_mesh, splits, spread_heads, stacked
 )
-from attn.scan import Triple, across, attend, empty, join, total
-from attn.unordered import by_run
+from attn.recurrent.noncausal import by_run
+from attn.recurrent.scan import Triple, across, attend, empty, join, total
 
 
 class AarenState(NamedTuple):

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from attn.contract.segments import place
 from attn.layers import Layer
 from attn.parallel.sharding import Axis, home, over_mesh, splits
-from attn.shortconv import across
+from attn.recurrent.shortconv import across
 
 VARIANTS = ("lm", "zoology")
 

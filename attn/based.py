@@ -21,14 +21,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attn.chunks import Runs, chunked, filled, only, runs_of, unchunked
 from attn.contract.dispatch import pick
 from attn.contract.segments import place, runs
 from attn.contract.shapes import check
-from attn.linear import LinearState, check_state, empty, one
 from attn.parallel.sharding import Axis, gather, over_mesh, splits, spread_heads
-from attn.shards import prefix
-from attn.unordered import by_run
+from attn.recurrent.chunks import Runs, chunked, filled, only, runs_of, unchunked
+from attn.recurrent.lasp import prefix
+from attn.recurrent.linear import LinearState, check_state, empty, one
+from attn.recurrent.noncausal import by_run
 
 
 def features(x: jax.Array, compact: bool = False) -> jax.Array:

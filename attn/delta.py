@@ -21,8 +21,8 @@ import jax.numpy as jnp
 from attn.contract.segments import Place, place
 from attn.contract.shapes import check
 from attn.parallel.sharding import Axis, home, over_mesh, splits, spread_heads
-from attn.shortconv import across as convolved
-from attn.wy import across
+from attn.recurrent.delta_rule import across
+from attn.recurrent.shortconv import across as convolved
 
 
 class DeltaState(NamedTuple):

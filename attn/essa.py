@@ -25,7 +25,7 @@ from attn.contract.dispatch import pick
 from attn.contract.segments import runs
 from attn.contract.shapes import check
 from attn.parallel.sharding import Axis, over_mesh, spread_heads
-from attn.unordered import whole
+from attn.recurrent.noncausal import whole
 
 
 @dataclasses.dataclass(frozen=True)

@@ -28,9 +28,9 @@ import jax.numpy as jnp
 from attn.contract.dispatch import pick
 from attn.contract.segments import place, runs
 from attn.contract.shapes import check
-from attn.linear import across, recur
 from attn.parallel.sharding import Axis, over_mesh, splits
-from attn.unordered import whole
+from attn.recurrent.linear import across, recur
+from attn.recurrent.noncausal import whole
 
 FEATURES = ("sigmoid", "relu")
 

@@ -15,9 +15,9 @@ import jax
 import jax.numpy as jnp
 
 from attn.contract.shapes import check
-from attn.decayed import attend, follow
-from attn.linear import LinearState, empty
 from attn.parallel.sharding import Axis
+from attn.recurrent.causal import attend, follow
+from attn.recurrent.linear import LinearState, empty
 
 _INIT = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
 

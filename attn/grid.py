@@ -14,7 +14,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from attn.linear import recur
+from attn.recurrent.linear import recur
 
 _INIT = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
 KINDS, DECAYS = ("cosine", "rotary"), ("sigmoid", "exp")

@@ -23,15 +23,15 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from attn.chunks import only
 from attn.contract.dispatch import pick
 from attn.contract.segments import place, runs
 from attn.contract.shapes import check
-from attn.decayed import attend, follow
-from attn.linear import LinearState
 from attn.parallel.sharding import Axis, over_mesh, splits
-from attn.scan import prefix
-from attn.unordered import whole
+from attn.recurrent.causal import attend, follow
+from attn.recurrent.chunks import only
+from attn.recurrent.linear import LinearState
+from attn.recurrent.noncausal import whole
+from attn.recurrent.scan import prefix
 
 LOW = -1e30  # the largest of no keys; finite, as differences of two have to be
 ACTIVATIONS = ("silu", None)

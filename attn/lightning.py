@@ -22,10 +22,10 @@ import numpy as np
 from attn.contract.dispatch import pick
 from attn.contract.segments import runs
 from attn.contract.shapes import check
-from attn.decayed import attend, follow
-from attn.linear import LinearState, across, empty
 from attn.parallel.sharding import Axis, over_mesh, spread_heads
-from attn.unordered import whole
+from attn.recurrent.causal import attend, follow
+from attn.recurrent.linear import LinearState, across, empty
+from attn.recurrent.noncausal import whole
 
 RULES = ("code", "paper", "fla", "none")
 

@@ -20,9 +20,9 @@ import jax.numpy as jnp
 from attn.contract.dispatch import pick
 from attn.contract.segments import place, runs
 from attn.contract.shapes import check
-from attn.linear import LinearState, across, check_state, empty
 from attn.parallel.sharding import Axis, over_mesh, splits, spread_heads
-from attn.unordered import whole
+from attn.recurrent.linear import LinearState, across, check_state, empty
+from attn.recurrent.noncausal import whole
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from attn.layers import Layer
-from attn.shortconv import shortconv
+from attn.recurrent.shortconv import shortconv
 from attn.template import row
 
 

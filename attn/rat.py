@@ -28,7 +28,7 @@ from attn.contract.shapes import check
 from attn.masks import Causal
 from attn.parallel.sharding import Axis, over_mesh
 from attn.positions import RoPE
-from attn.shards import before
+from attn.recurrent.lasp import before
 from attn.softmax import attend
 
 _INIT = nn.initializers.variance_scaling(1.0, "fan_in", "normal")

@@ -20,9 +20,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attn.decayed import attend, follow
-from attn.linear import LinearState, empty
 from attn.parallel.sharding import Axis
+from attn.recurrent.causal import attend, follow
+from attn.recurrent.linear import LinearState, empty
 
 
 @dataclasses.dataclass(frozen=True)

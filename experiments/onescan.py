@@ -39,10 +39,10 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from attn.decayed import attend
 from attn.grid import MDLRPE, MDTPE
 from attn.lightnet import LightNet
-from attn.linear import across
+from attn.recurrent.causal import attend
+from attn.recurrent.linear import across
 from experiments import config
 from experiments.config import knob
 from experiments.contenders import repeats, seconds

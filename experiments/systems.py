@@ -40,12 +40,12 @@ from attn.dsf import DSF
 from attn.flow import Flow
 from attn.lightnet import LightNet
 from attn.lightning import Lightning, slopes
-from attn.linear import recur
 from attn.rat import RAT
+from attn.recurrent.delta_rule import delta_rule
+from attn.recurrent.linear import recur
+from attn.recurrent.scan import attend as prefixes
 from attn.retnet import RetNet
-from attn.scan import attend as prefixes
 from attn.softmax import Softmax
-from attn.wy import delta_rule
 from experiments import config
 from experiments.config import knob
 

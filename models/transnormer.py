@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from attn.contract.segments import place
 from attn.layers import Layer
 from attn.lightning import Lightning
-from attn.linear import LinearState
+from attn.recurrent.linear import LinearState
 from models.placement import lay
 from models.stack import INIT
 from models.vocabulary import Embed

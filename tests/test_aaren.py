@@ -7,7 +7,7 @@ import pytest
 
 from attn.aaren import Aaren
 from attn.layers import MultiHead
-from attn.scan import attend
+from attn.recurrent.scan import attend
 from attn.softmax import Softmax
 from tests.laws import B, D, H, K, SEGMENTS, T, V, close, gradients, inputs
 

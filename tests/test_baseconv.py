@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from attn.baseconv import BaseConv
-from attn.shortconv import shortconv
+from attn.recurrent.shortconv import shortconv
 
 B, T, C = 2, 13, 6
 SEGMENTS = np.array([[1] * 4 + [2] * 3 + [0] * 2 + [2] * 4, [0] + [3] * 10 + [0] * 2])

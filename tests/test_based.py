@@ -9,7 +9,7 @@ import pytest
 
 from attn.based import Based, features
 from attn.layers import MultiHead
-from attn.linear import LinearState
+from attn.recurrent.linear import LinearState
 from attn.softmax import Softmax
 
 B, T, H, K, D, V = 2, 16, 4, 2, 6, 5

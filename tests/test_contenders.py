@@ -8,11 +8,11 @@ import pytest
 
 from attn.gla import GLA
 from attn.lightning import Lightning, slopes
-from attn.linear import recur
 from attn.masks import Causal, Window
 from attn.rat import RAT
+from attn.recurrent.delta_rule import delta_rule
+from attn.recurrent.linear import recur
 from attn.softmax import Softmax
-from attn.wy import delta_rule
 from experiments import contenders, peers, speed
 from experiments.breakeven import break_even, crossing, table
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from attn.delta import Delta
-from attn.triangular import inverse
-from attn.wy import delta_rule, one
+from attn.recurrent.delta_rule import delta_rule, one
+from attn.recurrent.triangular import inverse
 from tests.delta_oracle import B, H, RUNS, close, held, inputs, recurrence
 
 SCALE = 0.5

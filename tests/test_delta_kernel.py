@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from attn.contract import dispatch
-from attn.wy import delta_rule
+from attn.recurrent.delta_rule import delta_rule
 from pallas_kernels import Refused
 from pallas_kernels.delta import delta
 from tests.delta_oracle import B, H, NAMES, close, held, inputs, recurrence

@@ -9,14 +9,14 @@ import pytest
 
 from attn.contract import dispatch
 from attn.contract.segments import place
-from attn.decayed import attend, follow
 from attn.lightning import Lightning
-from attn.linear import LinearState, across
 from attn.parallel.sharding import TILE, over_mesh, stacked
-from attn.shortconv import across as convolved
-from attn.shortconv import shortconv
-from attn.unordered import whole
-from attn.wy import across as delta_across
+from attn.recurrent.causal import attend, follow
+from attn.recurrent.delta_rule import across as delta_across
+from attn.recurrent.linear import LinearState, across
+from attn.recurrent.noncausal import whole
+from attn.recurrent.shortconv import across as convolved
+from attn.recurrent.shortconv import shortconv
 from experiments.collectives import collectives
 from tests import delta_oracle
 from tests.laws import ENTRIES, given

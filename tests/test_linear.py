@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from attn.linear import across, one, recur
 from attn.parallel.sharding import over_mesh
-from attn.unordered import whole
+from attn.recurrent.linear import across, one, recur
+from attn.recurrent.noncausal import whole
 from experiments import cost
 
 B, H, K, D, V = 2, 4, 2, 8, 12

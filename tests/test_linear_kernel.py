@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from attn.contract import dispatch
-from attn.linear import across, recur
 from attn.parallel.sharding import over_mesh
+from attn.recurrent.linear import across, recur
 from pallas_kernels import Refused, linear_tpu
 from pallas_kernels.linear import linear
 from tests import test_linear

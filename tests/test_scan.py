@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from attn.parallel.sharding import over_mesh
-from attn.scan import Triple, across, attend, empty, join, prefix, total
+from attn.recurrent.scan import Triple, across, attend, empty, join, prefix, total
 from experiments import cost
 from tests.test_linear import close
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from attn.contract import dispatch
-from attn.scan import Triple, attend, empty
+from attn.recurrent.scan import Triple, attend, empty
 from pallas_kernels import Refused
 from pallas_kernels.scan import scan
 from experiments import cost

@@ -10,7 +10,7 @@ import numpy as np
 
 from attn.aaren import Aaren
 from attn.layers import MultiHead
-from attn.scan import Triple, attend, join, prefix
+from attn.recurrent.scan import Triple, attend, join, prefix
 
 
 def run(case: Mapping[str, Any]) -> dict[str, np.ndarray]:

@@ -10,11 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attn.linear import across, entering, recur
 from attn.parallel.sharding import over_mesh
-from attn.shards import Before, prefix
+from attn.recurrent.lasp import Before, prefix
+from attn.recurrent.linear import across, entering, recur
+from attn.recurrent.noncausal import whole
 from attn.softmax import Softmax
-from attn.unordered import whole
 
 # specs: outputs and gradients 2e-5, states 1e-5
 GRADIENTS = ("dq", "dk", "dv")

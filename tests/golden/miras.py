@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attn.linear import recur
-from attn.wy import delta_rule
+from attn.recurrent.delta_rule import delta_rule
+from attn.recurrent.linear import recur
 
 TOLERANCE = {"out": 2e-5, "state": 2e-5}  # the spec's, section 9
 

@@ -23,8 +23,8 @@ from typing import Any, Callable, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from attn.chunks import only
 from attn.parallel.sharding import Axis, stacked
+from attn.recurrent.chunks import only
 
 
 class Before(NamedTuple):

@@ -19,12 +19,12 @@ from typing import Any, Callable, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from attn.chunks import only
 from attn.contract.dispatch import interpreted, pick
 from attn.contract.shapes import check
-from attn.linearchunks import FLOOR, recurred, travel
 from attn.parallel.sharding import Axis
-from attn.shards import Before, prefix
+from attn.recurrent.chunks import only
+from attn.recurrent.lasp import Before, prefix
+from attn.recurrent.linear_chunked import FLOOR, recurred, travel
 from pallas_kernels import linear as kernels
 
 

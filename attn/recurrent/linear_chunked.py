@@ -1,4 +1,4 @@
-"""Linear attention by chunks: XLA's form of the recurrence of `attn/linear.py`.
+"""Linear attention by chunks: XLA's form of the recurrence of `attn/recurrent/linear.py`.
 
 Inside a chunk of tokens the recurrence is written out as a small masked matrix of q.k,
 for all chunks at once; between chunks only the state travels, by a scan. Only exponents
@@ -14,8 +14,8 @@ from typing import Callable
 import jax
 import jax.numpy as jnp
 
-from attn.chunks import (
-    Runs, chunked, filled, only, pairs, pairs_by_channel, runs_of, unchunked,
+from attn.recurrent.chunks import (
+    Runs, chunked, filled, only, pairs, pairs_by_channel, runs_of, unchunked
 )
 
 # exp of it is 0 in float32, so a log decay below it says nothing more

@@ -25,12 +25,12 @@ from typing import Any, Callable
 import jax
 import jax.numpy as jnp
 
-from attn.chunks import only, unchunked
 from attn.contract.dispatch import interpreted, pick
-from attn.linearchunks import FLOOR
 from attn.parallel.sharding import Axis
-from attn.shards import Before, prefix
-from attn.wychunks import system, travel
+from attn.recurrent.chunks import only, unchunked
+from attn.recurrent.delta_chunked import system, travel
+from attn.recurrent.lasp import Before, prefix
+from attn.recurrent.linear_chunked import FLOOR
 from pallas_kernels.delta import WIDEST, delta
 
 NONE = 2**30  # the first run of a shard that has no tokens, behind all others

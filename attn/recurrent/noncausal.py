@@ -12,8 +12,8 @@ from typing import Callable
 import jax
 import jax.numpy as jnp
 
-from attn.linear import recur
 from attn.parallel.sharding import Axis, gather
+from attn.recurrent.linear import recur
 
 
 def whole(

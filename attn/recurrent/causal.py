@@ -13,8 +13,8 @@ import jax
 
 from attn.contract.segments import place, runs
 from attn.contract.shapes import check
-from attn.linear import LinearState, across, check_state
 from attn.parallel.sharding import Axis, over_mesh, splits, spread_heads
+from attn.recurrent.linear import LinearState, across, check_state
 
 FORM = {1: "H", 3: "BTH", 4: "BTHD"}  # letters of a decay, by its number of axes
 

@@ -9,7 +9,7 @@ known of a stretch A of tokens with scores s and values v is the triple
     m_A = max s_i,   u_A = sum exp(s_i - m_A),   w_A = sum v_i exp(s_i - m_A)
 
 and o = w/u. `attend` and `across` are this one, in chunks whose tokens meet in a matrix
-product (`attn/triples.py`) or as kernels.
+product (`attn/recurrent/prefix_softmax.py`) or as kernels.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from typing import Any, Callable, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from attn import triples
 from attn.contract.dispatch import interpreted, pick
 from attn.parallel.sharding import Axis
-from attn.shards import before, tagged
+from attn.recurrent import prefix_softmax as triples
+from attn.recurrent.lasp import before, tagged
 from pallas_kernels import scan as kernels
 
 

@@ -1,4 +1,4 @@
-"""The delta rule by chunks: XLA's form of the recurrence of `attn/wy.py`.
+"""The delta rule by chunks: XLA's form of the recurrence of `attn/recurrent/delta_rule.py`.
 
 All chunks are solved at once, each as a lower triangular system that is linear in the
 state that it begins with; only the state travels between them, by a scan.
@@ -9,9 +9,9 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from attn.chunks import Runs, chunked, filled, only, pairs, runs_of
-from attn.linearchunks import decays
-from attn.triangular import inverse
+from attn.recurrent.chunks import Runs, chunked, filled, only, pairs, runs_of
+from attn.recurrent.linear_chunked import decays
+from attn.recurrent.triangular import inverse
 
 
 def system(q, k, v, beta, log_decay, run, chunk: int, scale: float):

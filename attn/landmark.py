@@ -18,8 +18,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from attn import cache as caches
-from attn.blockcache import Blocks
+from attn.cache import kv as caches
+from attn.cache.blocks import Blocks
 from attn.contract.dispatch import pick
 from attn.contract.segments import Place, place
 from attn.contract.shapes import check

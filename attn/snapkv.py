@@ -21,8 +21,8 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from attn import cache as caches
-from attn.cache import Cache
+from attn.cache import kv as caches
+from attn.cache.kv import Cache
 from attn.contract.segments import Place, place
 from attn.contract.shapes import check
 from attn.masks import FOREVER

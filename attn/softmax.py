@@ -18,8 +18,8 @@ from typing import Any, Callable
 import jax
 import jax.numpy as jnp
 
-from attn import cache as caches
-from attn import shardcache
+from attn.cache import kv as caches
+from attn.cache import sharded as shardcache
 from attn.contract.dispatch import interpreted, pick
 from attn.contract.segments import place
 from attn.contract.shapes import check

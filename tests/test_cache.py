@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from attn import cache as caches
+from attn.cache import kv as caches
 from attn.contract.segments import place
 from attn.masks import FOREVER, Causal, Sink, Window
 

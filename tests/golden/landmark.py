@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attn.blockcache import Blocks
+from attn.cache.blocks import Blocks
 from attn.landmark import Landmark
 from attn.positions import RoPE
 

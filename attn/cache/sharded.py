@@ -13,8 +13,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from attn import cache as caches
-from attn.cache import Cache
+from attn.cache import kv as caches
+from attn.cache.kv import Cache
 from attn.contract.segments import Place
 from attn.exact.online import merge, normalized, output
 from attn.parallel.sharding import Axis, devices_of, mesh_of, over_mesh

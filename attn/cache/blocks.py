@@ -11,7 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from attn.cache import Cache
+from attn.cache.kv import Cache
 from attn.contract.segments import Place
 
 

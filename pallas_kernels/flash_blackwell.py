@@ -36,11 +36,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import Refused, flash_blackwell_backward
-from pallas_kernels.blackwell import (
+from pallas_kernels.flash_mosaic import over_keys, write
+from pallas_kernels.machine.blackwell import (
     COLUMNS, COPIED, ROW, ROWS, load, meet, multiply, settle, store, tensor
 )
-from pallas_kernels.flash_mosaic import over_keys, write
-from pallas_kernels.hopper import F32, Tile, spread, zeros
+from pallas_kernels.machine.hopper import F32, Tile, spread, zeros
 from pallas_kernels.schedule import Side, Static
 from pallas_kernels.steps_mosaic import Call, Here, online
 from pallas_kernels.tile import LOW

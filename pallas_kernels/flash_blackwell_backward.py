@@ -36,11 +36,11 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.blackwell import ROW, ROWS
 from pallas_kernels.gradients_mosaic import (
     based, calls, key_gradients, query_gradients
 )
-from pallas_kernels.hopper import Tile, spread, vector
+from pallas_kernels.machine.blackwell import ROW, ROWS
+from pallas_kernels.machine.hopper import Tile, spread, vector
 from pallas_kernels.schedule import Side, Static
 from pallas_kernels.steps_blackwell import Halves, halved
 from pallas_kernels.steps_mosaic import Arrays, Call, Here, weights

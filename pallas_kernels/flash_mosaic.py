@@ -27,10 +27,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import flash_mosaic_backward
-from pallas_kernels.schedule import Side, Static
-from pallas_kernels.hopper import (
+from pallas_kernels.machine.hopper import (
     F32, ROWS, Tile, products, share, shared, spread, zeros
 )
+from pallas_kernels.schedule import Side, Static
 from pallas_kernels.steps_mosaic import (
     Arrays, Call, Here, Line, arrays, fetch_keys, line, online, run
 )

@@ -24,8 +24,8 @@ from pallas_kernels.flash_mosaic_wide import handover, wide_sums
 from pallas_kernels.gradients_mosaic import (
     based, calls, key_gradients, query_gradients
 )
+from pallas_kernels.machine.hopper import ROWS, Tile, products, spread, vector, zeros
 from pallas_kernels.schedule import Side, Static
-from pallas_kernels.hopper import ROWS, Tile, products, spread, vector, zeros
 from pallas_kernels.steps_mosaic import Arrays, Call, Here, weights
 
 

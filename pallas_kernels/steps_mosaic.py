@@ -12,7 +12,7 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.hopper import F32, TILE, cast, drain, launch, spread, vector
+from pallas_kernels.machine.hopper import F32, TILE, cast, drain, launch, spread, vector
 from pallas_kernels.schedule import FULL, SKIP, Side, Tiling
 from pallas_kernels.tile import LOG2E, NEVER, Form, both
 

@@ -17,10 +17,11 @@ import pytest
 from attn.exact.chunked import attend
 from attn.masks import Causal, Full, Sink, Window
 from attn.positions import ALiBi
-from pallas_kernels import hopper, tables
-from pallas_kernels.blackwell import COLUMNS, ROWS
+from pallas_kernels import tables
 from pallas_kernels.flash import flash
-from pallas_kernels.hopper import LATER
+from pallas_kernels.machine import hopper
+from pallas_kernels.machine.blackwell import COLUMNS, ROWS
+from pallas_kernels.machine.hopper import LATER
 from pallas_kernels.targets import TARGETS
 from tests.test_flash import results
 from tests.test_flash_mosaic import RUNS, apart, everything, inputs, refused, table

@@ -13,7 +13,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.hopper import F32, LATER, Tile
+from pallas_kernels.machine.hopper import F32, LATER, Tile
 
 ROWS = 128  # of a product: the lanes of tensor memory
 COLUMNS = 512  # of tensor memory, of 32 bits

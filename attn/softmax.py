@@ -5,7 +5,7 @@ of keys pass by while each row keeps a running maximum, sum and weighted value, 
 backward pass computes the tiles again. Tiles that the mask hides are never visited.
 
 `Softmax` is the attention, `attend` the mechanism under it (XLA's form is
-`attn/exact/chunked.py`, the kernels' `pallas_kernels/flash.py`), and
+`attn/exact/chunked.py`, the kernels' `pallas_kernels/flash/api.py`), and
 `logits`, `weights`, `values` the same in three steps for ideas that need the matrix.
 """
 
@@ -28,7 +28,7 @@ from attn.exact.dense import allowed, logits, values, weights
 from attn.masks import Causal, Full, Mask
 from attn.parallel.exchange import EXCHANGES, exchanged, split_axis
 from attn.parallel.sharding import Axis, devices_of, over_mesh, spread_heads
-from pallas_kernels.flash import flash
+from pallas_kernels.flash.api import flash
 
 FEW = 8  # queries for which a step is bound by the bytes of the cache
 

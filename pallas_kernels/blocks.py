@@ -7,7 +7,7 @@ a key block, so that no sum depends on an order of arrival. Work and traffic gro
 the number of blocks chosen.
 
 Sources: the index form of block-sparse attention in Dao et al., 2022, arXiv:2205.14135;
-the online softmax is that of `pallas_kernels/flash.py`.
+the online softmax is that of `pallas_kernels/flash/api.py`.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import rows_tpu
-from pallas_kernels.steps_tpu import F32, column, dot
+from pallas_kernels.flash.tpu_tile import F32, column, dot
 from pallas_kernels.tile import LOG2E, LOW, NEVER
 
 ANY = pl.BlockSpec(memory_space=pl.ANY)

@@ -20,12 +20,12 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
+from pallas_kernels.flash.triton_tile import F32, Arrays, Call, dot, launch, load, power
 from pallas_kernels.rows_triton import (
     Chosen, Keys, Parts, Queries, across, chosen_keys, fetch, keys, listed_rows, logits,
     of_block, put, queries
 )
 from pallas_kernels.schedule import Tiling
-from pallas_kernels.steps_triton import F32, Arrays, Call, dot, launch, load, power
 from pallas_kernels.tables import Tile
 from pallas_kernels.tile import LOG2E, LOW, NEVER
 

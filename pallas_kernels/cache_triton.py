@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from pallas_kernels.steps_triton import dot, lanes, load, power
+from pallas_kernels.flash.triton_tile import dot, lanes, load, power
 from pallas_kernels.tile import LOG2E, NEVER, Form, both
 from pallas_kernels.widen_triton import widened
 

@@ -16,7 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import Refused, tables
-from pallas_kernels.steps_tpu import F32, dot
+from pallas_kernels.flash.tpu_tile import F32, dot
 from pallas_kernels.tile import LOG2E, LOW, NEVER
 
 MOST_ROWS = 512

@@ -30,7 +30,7 @@ from jax.experimental.pallas import triton
 
 from pallas_kernels import Refused, tables
 from pallas_kernels.cache_triton import Arrays, Call, Head
-from pallas_kernels.steps_triton import F32, dot, lanes, load, power
+from pallas_kernels.flash.triton_tile import F32, dot, lanes, load, power
 from pallas_kernels.tile import LOG2E, LOW, NEVER
 
 PARTS = 16  # how many parts the second kernel takes at once

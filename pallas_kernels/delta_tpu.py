@@ -22,7 +22,7 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels.delta_chunk import (
     BLOCK, CHUNK, ROWS, Side, fades, grid, halved, merged, strict
 )
-from pallas_kernels.steps_tpu import F32, dot
+from pallas_kernels.flash.tpu_tile import F32, dot
 
 NT, NN, TN = ((1,), (1,)), ((1,), (0,)), ((0,), (0,))
 

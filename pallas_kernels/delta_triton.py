@@ -38,8 +38,8 @@ from jax.experimental.pallas import triton
 
 from pallas_kernels import delta_triton_gradients as gradients
 from pallas_kernels.delta_chunk import BLOCK, CHUNK, Side, fades, halved, merged, strict
+from pallas_kernels.flash.triton_tile import F32, dot, load, power
 from pallas_kernels.steps_delta_triton import Here, part, put, read
-from pallas_kernels.steps_triton import F32, dot, load, power
 from pallas_kernels.tables import Tile
 
 

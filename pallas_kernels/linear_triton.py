@@ -25,10 +25,10 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
+from pallas_kernels.flash.triton_tile import load, power
 from pallas_kernels.steps_linear import (
     F32, FLOOR, Channels, Steady, Still, Tokens, dot
 )
-from pallas_kernels.steps_triton import load, power
 from pallas_kernels.tile import both
 
 MOST = 128  # key channels in registers at a time

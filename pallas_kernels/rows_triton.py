@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import triton
 
-from pallas_kernels.steps_triton import Arrays, lanes, load, power
+from pallas_kernels.flash.triton_tile import Arrays, lanes, load, power
 from pallas_kernels.tile import LOG2E, NEVER, both
 
 

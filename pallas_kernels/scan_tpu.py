@@ -16,11 +16,11 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.flash.tpu_tile import column
+from pallas_kernels.flash.tpu_tile import dot as contract
 from pallas_kernels.scan import (
     F32, Saved, asked, fade, inverse, product, weighted, weights
 )
-from pallas_kernels.steps_tpu import column
-from pallas_kernels.steps_tpu import dot as contract
 
 LOWEST = -jnp.inf
 

@@ -18,10 +18,10 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
+from pallas_kernels.flash.triton_tile import block, dot, load, pieces, write, zeros
 from pallas_kernels.scan import (
     F32, Saved, asked, fade, inverse, product, weighted, weights
 )
-from pallas_kernels.steps_triton import block, dot, load, pieces, write, zeros
 
 LOWEST = -jnp.inf
 

@@ -15,7 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
 from pallas_kernels.delta_chunk import CHUNK, Side
-from pallas_kernels.steps_triton import F32, dot, load, power
+from pallas_kernels.flash.triton_tile import F32, dot, load, power
 from pallas_kernels.tile import both
 
 

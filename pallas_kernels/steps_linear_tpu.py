@@ -11,8 +11,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import linear_tpu_channels as channels
+from pallas_kernels.flash.tpu_tile import column
 from pallas_kernels.steps_linear import F32, FLOOR, Steady, Still, Tokens
-from pallas_kernels.steps_tpu import column
 
 
 class Call(NamedTuple):

@@ -14,11 +14,12 @@ from attn.exact.chunked import attend
 from attn.masks import Causal, Full, Mask, Sink, Window
 from attn.positions import ALiBi
 from attn.softmax import Softmax
-from pallas_kernels import (
-    Refused, flash_blackwell, flash_mosaic, flash_tpu, flash_triton, portions_tpu,
-    refusals, schedule, tables
+from pallas_kernels import Refused, refusals, schedule, tables
+from pallas_kernels.flash import (
+    blackwell as flash_blackwell, mosaic as flash_mosaic, tpu as flash_tpu,
+    triton as flash_triton, tpu_portions as portions_tpu
 )
-from pallas_kernels.flash import flash
+from pallas_kernels.flash.api import flash
 from experiments import cost
 
 B, T, S, H, K, D, V = 2, 37, 37, 4, 2, 8, 12

@@ -18,7 +18,7 @@ from attn.exact.chunked import attend
 from attn.masks import Causal, Full, Sink, Window
 from attn.positions import ALiBi
 from pallas_kernels import tables
-from pallas_kernels.flash import flash
+from pallas_kernels.flash.api import flash
 from pallas_kernels.machine import hopper
 from pallas_kernels.machine.blackwell import COLUMNS, ROWS
 from pallas_kernels.machine.hopper import LATER

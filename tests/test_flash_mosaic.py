@@ -18,7 +18,7 @@ from attn.masks import Causal, Full, Sink, Window
 from attn.positions import ALiBi
 from attn.softmax import Softmax
 from pallas_kernels import Refused
-from pallas_kernels.flash import flash
+from pallas_kernels.flash.api import flash
 from tests.test_flash import normal, results
 
 BF16, F16 = jnp.bfloat16, jnp.float16

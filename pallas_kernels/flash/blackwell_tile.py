@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.flash.mosaic_tile import Call
 from pallas_kernels.machine.blackwell import (
     COLUMNS, COPIED, ROW, commit, load, multiply, store, tensor
 )
 from pallas_kernels.machine.hopper import F32, matrix
-from pallas_kernels.steps_mosaic import Call
 
 PART = 64  # columns that are written at once: a line of shared memory
 

@@ -36,14 +36,14 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.gradients_mosaic import (
+from pallas_kernels.flash.blackwell_tile import Halves, halved
+from pallas_kernels.flash.mosaic_gradients import (
     based, calls, key_gradients, query_gradients
 )
+from pallas_kernels.flash.mosaic_tile import Arrays, Call, Here, weights
 from pallas_kernels.machine.blackwell import ROW, ROWS
 from pallas_kernels.machine.hopper import Tile, spread, vector
 from pallas_kernels.schedule import Side, Static
-from pallas_kernels.steps_blackwell import Halves, halved
-from pallas_kernels.steps_mosaic import Arrays, Call, Here, weights
 
 
 def backward(static: Static, side: Side, q, k, v, lse, delta, do):

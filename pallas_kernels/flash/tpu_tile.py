@@ -1,7 +1,7 @@
 """Steps of a flash kernel on TPU: the schedule that is prefetched, the tiles that are
 cut out of each array, and what the elements of a tile are.
 
-Tiles of logits lie as [keys, queries]: see `pallas_kernels/flash_tpu.py`.
+Tiles of logits lie as [keys, queries]: see `pallas_kernels/flash/tpu.py`.
 """
 
 from __future__ import annotations

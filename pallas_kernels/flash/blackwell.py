@@ -35,14 +35,15 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import Refused, flash_blackwell_backward
-from pallas_kernels.flash_mosaic import over_keys, write
+from pallas_kernels import Refused
+from pallas_kernels.flash import blackwell_backward as flash_blackwell_backward
+from pallas_kernels.flash.mosaic import over_keys, write
+from pallas_kernels.flash.mosaic_tile import Call, Here, online
 from pallas_kernels.machine.blackwell import (
     COLUMNS, COPIED, ROW, ROWS, load, meet, multiply, settle, store, tensor
 )
 from pallas_kernels.machine.hopper import F32, Tile, spread, zeros
 from pallas_kernels.schedule import Side, Static
-from pallas_kernels.steps_mosaic import Call, Here, online
 from pallas_kernels.tile import LOW
 
 

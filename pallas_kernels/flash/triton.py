@@ -6,7 +6,7 @@ key tile, which passes over query tiles and adds up dk and dv of a key head over
 query heads, and one per query tile for dq: seven matrix products, no atomics, and so
 the same bits each time. Programs with the longest lines start first.
 
-Sources: see `pallas_kernels/flash.py`; the two backward passes as in Dao, 2023,
+Sources: see `pallas_kernels/flash/api.py`; the two backward passes as in Dao, 2023,
 arXiv:2307.08691.
 """
 
@@ -17,10 +17,10 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
-from pallas_kernels.schedule import SKIP, Side, Static, Tiling
-from pallas_kernels.steps_triton import (
+from pallas_kernels.flash.triton_tile import (
     F32, Arrays, Call, Here, dot, launch, lines, over, write, zeros
 )
+from pallas_kernels.schedule import SKIP, Side, Static, Tiling
 from pallas_kernels.tile import LOG2E, LOW, NEVER
 
 

@@ -135,7 +135,7 @@ def _check(q, k, v, q_pos, kv_pos) -> None:
 
 def _kernels(static: Static) -> Any:
     """The module with `forward` and `backward` of the call's backend."""
-    return importlib.import_module(f"pallas_kernels.flash_{static.backend}")
+    return importlib.import_module(f"pallas_kernels.flash.{static.backend}")
 
 
 def _seed(key: Any) -> jax.Array:

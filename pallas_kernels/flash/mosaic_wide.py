@@ -13,10 +13,10 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.flash.mosaic_tile import Arrays, Call, Here, weights
 from pallas_kernels.machine.hopper import (
     F32, ROWS, Tile, matrix, products, shared, spread, vector, zeros
 )
-from pallas_kernels.steps_mosaic import Arrays, Call, Here, weights
 
 
 def handover(call: Call):

@@ -24,14 +24,14 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import tables
-from pallas_kernels.flash_tpu_bias import bias_gradient
-from pallas_kernels.portions_tpu import Portion, joined
-from pallas_kernels.schedule import (
-    Paths, Side, Static, Tiling, all_tiles, paths, visits
-)
-from pallas_kernels.steps_tpu import (
+from pallas_kernels.flash.tpu_bias import bias_gradient
+from pallas_kernels.flash.tpu_portions import Portion, joined
+from pallas_kernels.flash.tpu_tile import (
     F32, Arrays, Call, Here, Scalars, cut, dot, held, launch, put, scalars, specs,
     unpack
+)
+from pallas_kernels.schedule import (
+    Paths, Side, Static, Tiling, all_tiles, paths, visits
 )
 from pallas_kernels.tile import LOG2E, LOW, NEVER
 

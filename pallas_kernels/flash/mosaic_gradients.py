@@ -12,11 +12,11 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.machine.hopper import F32, ROWS, TILE, drain, share, shared
-from pallas_kernels.schedule import Side, Static
-from pallas_kernels.steps_mosaic import (
+from pallas_kernels.flash.mosaic_tile import (
     Arrays, Call, Here, Line, arrays, fetch_keys, line, run, tokens
 )
+from pallas_kernels.machine.hopper import F32, ROWS, TILE, drain, share, shared
+from pallas_kernels.schedule import Side, Static
 from pallas_kernels.tile import LOG2E, LOW
 
 

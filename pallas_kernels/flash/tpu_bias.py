@@ -1,4 +1,4 @@
-"""The gradient of a bias in flash attention for TPU: see `pallas_kernels/flash_tpu.py`.
+"""The gradient of a bias in flash attention for TPU: see `pallas_kernels/flash/tpu.py`.
 
 Every tile is made again, and what it adds is summed over the axes that are 1 in the
 bias: inside a kernel over queries and keys, one after the other over rows of the batch
@@ -12,10 +12,10 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.schedule import Side
-from pallas_kernels.steps_tpu import (
+from pallas_kernels.flash.tpu_tile import (
     F32, Arrays, Call, Here, Scalars, column, launch, scalars, specs, unpack
 )
+from pallas_kernels.schedule import Side
 
 
 def bias_gradient(call, side: Side, sink, x, bias, listed) -> jax.Array:

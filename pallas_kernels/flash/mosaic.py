@@ -26,14 +26,14 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import flash_mosaic_backward
+from pallas_kernels.flash import mosaic_backward as flash_mosaic_backward
+from pallas_kernels.flash.mosaic_tile import (
+    Arrays, Call, Here, Line, arrays, fetch_keys, line, online, run
+)
 from pallas_kernels.machine.hopper import (
     F32, ROWS, Tile, products, share, shared, spread, zeros
 )
 from pallas_kernels.schedule import Side, Static
-from pallas_kernels.steps_mosaic import (
-    Arrays, Call, Here, Line, arrays, fetch_keys, line, online, run
-)
 from pallas_kernels.tile import LOG2E, LOW, NEVER
 
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import tables
-from pallas_kernels.blocks import blocks
+from pallas_kernels.blocks.api import blocks
 from pallas_kernels.case import BF16, F32, Case, Trips, struct, with_gradients
 from pallas_kernels.cases_delta import DELTA, rule, work as delta_work
 from pallas_kernels.cases_flash import FLASH, Causal, attention, work

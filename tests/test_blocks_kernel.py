@@ -10,8 +10,9 @@ from jax.experimental import pallas as pl
 
 from attn.masks import Causal, Full, Window
 from attn.sparse import chosen_blocks as blocks
-from pallas_kernels import Refused, blocks_triton, tables
-from pallas_kernels.blocks import Static, blocks as attention, inverse
+from pallas_kernels import Refused, tables
+from pallas_kernels.blocks import triton as blocks_triton
+from pallas_kernels.blocks.api import Static, blocks as attention, inverse
 from experiments import cost
 from tests.test_flash import BACKENDS, close, normal, results
 

@@ -17,7 +17,7 @@ from attn.contract.dispatch import interpreted, pick
 from attn.contract.shapes import check
 from attn.masks import Full, Mask
 from attn.softmax import weights
-from pallas_kernels import blocks as kernels
+from pallas_kernels.blocks import api as kernels
 
 
 def gather(a: jax.Array, chosen: jax.Array, block: int) -> jax.Array:

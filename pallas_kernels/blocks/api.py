@@ -139,7 +139,7 @@ def _tiles(q, k, v, chosen, block: int, tile, backend: str):
 
 def _kernels(static: Static) -> Any:
     """The module with the passes of the call's backend."""
-    return importlib.import_module(f"pallas_kernels.blocks_{static.backend}")
+    return importlib.import_module(f"pallas_kernels.blocks.{static.backend}")
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -7,7 +7,7 @@ everybody chose would keep one program busy long after all others: lists are cut
 parts of about the mean length, a program each, and a second kernel adds up the parts
 of a block in their order. No atomics, and so the same bits each time.
 
-Sources: see `pallas_kernels/blocks.py`.
+Sources: see `pallas_kernels/blocks/api.py`.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
-from pallas_kernels.flash.triton_tile import F32, Arrays, Call, dot, launch, load, power
-from pallas_kernels.rows_triton import (
+from pallas_kernels.blocks.triton_tile import (
     Chosen, Keys, Parts, Queries, across, chosen_keys, fetch, keys, listed_rows, logits,
     of_block, put, queries
 )
+from pallas_kernels.flash.triton_tile import F32, Arrays, Call, dot, launch, load, power
 from pallas_kernels.schedule import Tiling
 from pallas_kernels.tables import Tile
 from pallas_kernels.tile import LOG2E, LOW, NEVER

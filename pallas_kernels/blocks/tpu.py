@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels import rows_tpu
+from pallas_kernels.blocks import tpu_layout as rows_tpu
 from pallas_kernels.flash.tpu_tile import F32, column, dot
 from pallas_kernels.tile import LOG2E, LOW, NEVER
 

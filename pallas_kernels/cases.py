@@ -16,7 +16,7 @@ from pallas_kernels.cases_delta import DELTA, rule, work as delta_work
 from pallas_kernels.cases_flash import FLASH, Causal, attention, work
 from pallas_kernels.cases_peers import peers
 from pallas_kernels.cases_recurrent import recurrent
-from pallas_kernels.decode import decode
+from pallas_kernels.decode.api import decode
 
 
 def chosen(target, *, backend, backward, t=8192, h=16, k=2, block=64, n=16, d=128,

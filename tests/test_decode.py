@@ -11,9 +11,12 @@ from attn.exact.chunked import attend
 from attn.masks import Causal, Sink, Window
 from attn.positions import ALiBi
 from attn.softmax import Softmax
-from pallas_kernels import Refused, decode_tpu, decode_triton, widen_triton
-from pallas_kernels.decode import decode, packed, unpacked
-from pallas_kernels.decode_triton import splits
+from pallas_kernels import Refused
+from pallas_kernels.decode import (
+    tpu as decode_tpu, triton as decode_triton, triton_unpack as widen_triton
+)
+from pallas_kernels.decode.api import decode, packed, unpacked
+from pallas_kernels.decode.triton import splits
 from tests.test_flash import BACKENDS, close, normal, results
 
 B, T, S, H, K, D, V = 2, 3, 41, 4, 2, 8, 12

@@ -18,7 +18,7 @@ from attn.contract.segments import Place
 from attn.contract.shapes import concrete
 from attn.exact.chunked import attend
 from attn.masks import FOREVER, Mask
-from pallas_kernels.decode import decode
+from pallas_kernels.decode.api import decode
 
 
 class Cache(NamedTuple):

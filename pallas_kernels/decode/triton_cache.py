@@ -14,9 +14,9 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
+from pallas_kernels.decode.triton_unpack import widened
 from pallas_kernels.flash.triton_tile import dot, lanes, load, power
 from pallas_kernels.tile import LOG2E, NEVER, Form, both
-from pallas_kernels.widen_triton import widened
 
 
 class Call(NamedTuple):

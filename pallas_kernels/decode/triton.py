@@ -1,4 +1,4 @@
-"""Decoding on GPU by Triton, on sm80 and newer: see `pallas_kernels/decode.py`.
+"""Decoding on GPU by Triton, on sm80 and newer: see `pallas_kernels/decode/api.py`.
 
 A program reads a run of one key head's slots for all queries of that head, R = T * H/K
 of them in one tile, and leaves a normalised part of the output in float32 with its
@@ -29,7 +29,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
 from pallas_kernels import Refused, tables
-from pallas_kernels.cache_triton import Arrays, Call, Head
+from pallas_kernels.decode.triton_cache import Arrays, Call, Head
 from pallas_kernels.flash.triton_tile import F32, dot, lanes, load, power
 from pallas_kernels.tile import LOG2E, LOW, NEVER
 

@@ -1,4 +1,4 @@
-"""Decoding on TPU (Mosaic): see `pallas_kernels/decode.py` for the idea.
+"""Decoding on TPU (Mosaic): see `pallas_kernels/decode/api.py` for the idea.
 
 The rows of a tile are the queries of all heads, its columns the slots of all key heads
 in the order of memory, column = slot * K + key head. Pages are blocks that the pipeline

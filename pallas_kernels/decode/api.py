@@ -174,7 +174,7 @@ def _check(q, k, v, bits, score, mask) -> None:
 
 def _kernels(static: Static) -> Any:
     """The module with `sized`, `attend` and `weights` of the call's backend."""
-    return importlib.import_module(f"pallas_kernels.decode_{static.backend}")
+    return importlib.import_module(f"pallas_kernels.decode.{static.backend}")
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

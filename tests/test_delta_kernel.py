@@ -10,7 +10,7 @@ import pytest
 from attn.contract import dispatch
 from attn.recurrent.delta_rule import delta_rule
 from pallas_kernels import Refused
-from pallas_kernels.delta import delta
+from pallas_kernels.delta.api import delta
 from tests.delta_oracle import B, H, NAMES, close, held, inputs, recurrence
 
 BACKENDS = pytest.mark.parametrize("backend", ["tpu", "triton"])

@@ -31,7 +31,7 @@ from attn.recurrent.chunks import only, unchunked
 from attn.recurrent.delta_chunked import system, travel
 from attn.recurrent.lasp import Before, prefix
 from attn.recurrent.linear_chunked import FLOOR
-from pallas_kernels.delta import WIDEST, delta
+from pallas_kernels.delta.api import WIDEST, delta
 
 NONE = 2**30  # the first run of a shard that has no tokens, behind all others
 

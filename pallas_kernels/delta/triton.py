@@ -22,7 +22,7 @@ Backward, the states and their gradients are 0.67 of the 2.44 GB, the float32 gr
 of keys and queries a head, written and added up, 0.54. Not in these numbers: the passes
 over states take their 128 steps of 5 products one after the other.
 
-Source: see `pallas_kernels/delta.py`; the division into kernels follows the published
+Source: see `pallas_kernels/delta/api.py`; the division into kernels follows the published
 ones of flash-linear-attention.
 """
 
@@ -36,10 +36,10 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
-from pallas_kernels import delta_triton_gradients as gradients
-from pallas_kernels.delta_chunk import BLOCK, CHUNK, Side, fades, halved, merged, strict
+from pallas_kernels.delta import triton_backward as gradients
+from pallas_kernels.delta.chunk import BLOCK, CHUNK, Side, fades, halved, merged, strict
+from pallas_kernels.delta.triton_chunk import Here, part, put, read
 from pallas_kernels.flash.triton_tile import F32, dot, load, power
-from pallas_kernels.steps_delta_triton import Here, part, put, read
 from pallas_kernels.tables import Tile
 
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
-from pallas_kernels.delta_chunk import CHUNK, Side
+from pallas_kernels.delta.chunk import CHUNK, Side
 from pallas_kernels.flash.triton_tile import F32, dot, load, power
 from pallas_kernels.tile import both
 

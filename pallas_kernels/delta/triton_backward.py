@@ -13,9 +13,9 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
-from pallas_kernels.delta_chunk import CHUNK, ROWS, Side, fades, strict
+from pallas_kernels.delta.chunk import CHUNK, ROWS, Side, fades, strict
+from pallas_kernels.delta.triton_chunk import Here, over, part, read
 from pallas_kernels.flash.triton_tile import F32, dot, load
-from pallas_kernels.steps_delta_triton import Here, over, part, read
 from pallas_kernels.tables import Tile
 
 

@@ -6,7 +6,7 @@ backward pass goes from the last chunk to the first, with the gradient of the st
 fast memory, and makes u again from the state that a chunk began with and the inverse,
 which the forward pass leaves behind.
 
-Source: see `pallas_kernels/delta.py`.
+Source: see `pallas_kernels/delta/api.py`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.delta_chunk import (
+from pallas_kernels.delta.chunk import (
     BLOCK, CHUNK, ROWS, Side, fades, grid, halved, merged, strict
 )
 from pallas_kernels.flash.tpu_tile import F32, dot

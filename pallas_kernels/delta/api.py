@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import Refused, tables
-from pallas_kernels.delta_chunk import CHUNK, ROWS, Side
+from pallas_kernels.delta.chunk import CHUNK, ROWS, Side
 from pallas_kernels.refusals import DTYPES, WIDEST, check_device
 
 F32 = jnp.float32
@@ -151,7 +151,7 @@ def _clocks(g) -> tuple[jax.Array, ...]:
 
 def _kernels(static: Static) -> Any:
     """The module with the passes of the call's backend."""
-    return importlib.import_module(f"pallas_kernels.delta_{static.backend}")
+    return importlib.import_module(f"pallas_kernels.delta.{static.backend}")
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import tables
 from pallas_kernels.case import BF16, F32, Case, Trips, struct, with_gradients
-from pallas_kernels.linear import linear
+from pallas_kernels.linear.api import linear
 from pallas_kernels.scan import scan
 
 

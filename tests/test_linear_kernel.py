@@ -10,8 +10,9 @@ import pytest
 from attn.contract import dispatch
 from attn.parallel.sharding import over_mesh
 from attn.recurrent.linear import across, recur
-from pallas_kernels import Refused, linear_tpu
-from pallas_kernels.linear import linear
+from pallas_kernels import Refused
+from pallas_kernels.linear import tpu as linear_tpu
+from pallas_kernels.linear.api import linear
 from tests import test_linear
 from tests.test_linear import (
     GRADIENT, RUNS, close, inputs, like, per_channel, recurrence

@@ -25,7 +25,7 @@ from attn.parallel.sharding import Axis
 from attn.recurrent.chunks import only
 from attn.recurrent.lasp import Before, prefix
 from attn.recurrent.linear_chunked import FLOOR, recurred, travel
-from pallas_kernels import linear as kernels
+from pallas_kernels.linear import api as kernels
 
 
 class LinearState(NamedTuple):

@@ -14,7 +14,7 @@ from typing import Any, Sequence
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.steps_linear import (
+from pallas_kernels.linear.chunk import (
     BF16, F32, Channels, Gradients, between, dot, levels, thirds
 )
 

@@ -25,8 +25,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.steps_linear import F32, dot
-from pallas_kernels.steps_linear_tpu import (
+from pallas_kernels.linear.chunk import F32, dot
+from pallas_kernels.linear.tpu_block import (
     Arrays, Call, Here, arrays, specs, tokens, turned
 )
 

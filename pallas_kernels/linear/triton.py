@@ -26,9 +26,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
 from pallas_kernels.flash.triton_tile import load, power
-from pallas_kernels.steps_linear import (
-    F32, FLOOR, Channels, Steady, Still, Tokens, dot
-)
+from pallas_kernels.linear.chunk import F32, FLOOR, Channels, Steady, Still, Tokens, dot
 from pallas_kernels.tile import both
 
 MOST = 128  # key channels in registers at a time

@@ -11,7 +11,7 @@ Sources: Qin et al., 2024, arXiv:2401.04658 (constant decay); Sun et al., 2023,
 arXiv:2307.08621 (the chunked form); Yang et al., 2023, arXiv:2312.06635 (decays by
 token and channel). Sorting the pairs of a chunk by the highest bit in which their
 numbers differ, so that decays of channels need matrix products only and no exponent is
-positive, is proposed here (`pallas_kernels/steps_linear.py`).
+positive, is proposed here (`pallas_kernels/linear/chunk.py`).
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import Refused, tables
+from pallas_kernels.linear.chunk import F32, FLOOR
 from pallas_kernels.refusals import WIDEST, check_device
-from pallas_kernels.steps_linear import F32, FLOOR
 
 DTYPES = (jnp.bfloat16, jnp.float32)
 
@@ -119,7 +119,7 @@ def _broken(g, flags, h: int) -> jax.Array:
 
 def _kernels(static: Static) -> Any:
     """The module with `forward` and `backward` of the call's backend."""
-    return importlib.import_module(f"pallas_kernels.linear_{static.backend}")
+    return importlib.import_module(f"pallas_kernels.linear.{static.backend}")
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

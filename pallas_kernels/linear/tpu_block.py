@@ -10,9 +10,9 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels import linear_tpu_channels as channels
 from pallas_kernels.flash.tpu_tile import column
-from pallas_kernels.steps_linear import F32, FLOOR, Steady, Still, Tokens
+from pallas_kernels.linear import tpu_channels as channels
+from pallas_kernels.linear.chunk import F32, FLOOR, Steady, Still, Tokens
 
 
 class Call(NamedTuple):

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from pallas_kernels import tables
 from pallas_kernels.case import BF16, F32, Case, Trips, struct, with_gradients
 from pallas_kernels.linear.api import linear
-from pallas_kernels.scan import scan
+from pallas_kernels.scan.api import scan
 
 
 def recurrence(target, *, backend, backward, t, d, h=16, k=None, decay="head",

@@ -23,7 +23,7 @@ from attn.contract.dispatch import interpreted, pick
 from attn.parallel.sharding import Axis
 from attn.recurrent import prefix_softmax as triples
 from attn.recurrent.lasp import before, tagged
-from pallas_kernels import scan as kernels
+from pallas_kernels.scan import api as kernels
 
 
 class Triple(NamedTuple):

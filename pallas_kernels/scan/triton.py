@@ -19,7 +19,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
 from pallas_kernels.flash.triton_tile import block, dot, load, pieces, write, zeros
-from pallas_kernels.scan import (
+from pallas_kernels.scan.api import (
     F32, Saved, asked, fade, inverse, product, weighted, weights
 )
 

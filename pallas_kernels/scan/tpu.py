@@ -18,7 +18,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.flash.tpu_tile import column
 from pallas_kernels.flash.tpu_tile import dot as contract
-from pallas_kernels.scan import (
+from pallas_kernels.scan.api import (
     F32, Saved, asked, fade, inverse, product, weighted, weights
 )
 

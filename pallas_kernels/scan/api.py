@@ -90,7 +90,7 @@ def scan(
 
 def _kernels(static: Static) -> Any:
     """The module with the passes of the call's backend."""
-    return importlib.import_module(f"pallas_kernels.scan_{static.backend}")
+    return importlib.import_module(f"pallas_kernels.scan.{static.backend}")
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

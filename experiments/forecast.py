@@ -33,8 +33,8 @@ import pallas_kernels
 from experiments import cost
 from experiments.collectives import Collective, instructions
 from experiments.topology import Pod
-from pallas_kernels.cases import cases
-from pallas_kernels.targets import TARGETS
+from pallas_kernels.matrix.cases import cases
+from pallas_kernels.matrix.targets import TARGETS
 
 RECORD = pathlib.Path(pallas_kernels.__file__).parent / "matrix.json"
 SHARE = 0.9  # of the peak; jax's own matmul kernel for v5e is given as 0.91 to 0.92

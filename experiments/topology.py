@@ -25,7 +25,7 @@ from jax.sharding import Mesh
 
 from experiments import mesh
 from experiments.mesh import Sizes
-from pallas_kernels.targets import TARGETS, Tpu
+from pallas_kernels.matrix.targets import TARGETS, Tpu
 
 GIB = 2**30
 LINK = {"v4": 45e9, "v5e": 45e9, "v5p": 90e9, "v6e": 90e9, "tpu7x": 90e9}

@@ -5,10 +5,10 @@
     python -m pallas_kernels.tune --kernels linear,delta  # not all of them
 
 Without the accelerator, a TPU candidate costs its bundles times their trips (see
-`pallas_kernels/readings.py`), which is exact for what the compiler scheduled and knows
+`pallas_kernels/matrix/tpu_schedule.py`), which is exact for what the compiler scheduled and knows
 nothing of the memory system. A GPU has no such schedule to read: a candidate that
 spills registers is dropped, and what is left is ranked, for flash, blocks and decode,
-by the time of the busiest loop's pass for each logit (`pallas_kernels/passes_gpu.py`),
+by the time of the busiest loop's pass for each logit (`pallas_kernels/matrix/ptx_loop.py`),
 among equals by a warp's own; for recurrences, whose loops are not alike, by how much of
 a chunk a multiprocessor keeps in flight, among equals by registers. The kernels of
 Mosaic GPU, which share out registers themselves, keep their tiles. Kernels of one
@@ -36,8 +36,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import figures, readings, readings_gpu, tables
-from pallas_kernels.targets import TARGETS, Gpu, Tpu, compiled, missing, worker
+from pallas_kernels import tables
+from pallas_kernels.matrix import figures, tpu_schedule as readings, ptx as readings_gpu
+from pallas_kernels.matrix.targets import TARGETS, Gpu, Tpu, compiled, missing, worker
 from pallas_kernels.tune_rows import FAMILIES, Row, Tile, rows
 
 ROUNDS = 5

@@ -13,10 +13,10 @@ from typing import Any, Iterator
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import cases
-from pallas_kernels.case import BF16, F32
-from pallas_kernels.cases_flash import attention
-from pallas_kernels.targets import Gpu, Tpu
+from pallas_kernels.matrix import cases
+from pallas_kernels.matrix.case import BF16, F32
+from pallas_kernels.matrix.cases_flash import attention
+from pallas_kernels.matrix.targets import Gpu, Tpu
 
 ROWS = {"flash": ("flash_forward", "flash_backward"),
         "blocks": ("blocks_forward", "blocks_backward"), "decode": ("decode",)}

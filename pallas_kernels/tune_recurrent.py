@@ -10,9 +10,9 @@ from __future__ import annotations
 import itertools
 from typing import Any, Iterator
 
-from pallas_kernels.cases_delta import rule
-from pallas_kernels.cases_recurrent import prefixes, recurrence
-from pallas_kernels.targets import Gpu, Tpu
+from pallas_kernels.matrix.cases_delta import rule
+from pallas_kernels.matrix.cases_recurrent import prefixes, recurrence
+from pallas_kernels.matrix.targets import Gpu, Tpu
 
 LINEAR = tuple(f"linear_{way}{decay}" for way in ("forward", "backward")
                for decay in ("", " channels"))

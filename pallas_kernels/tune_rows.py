@@ -6,7 +6,7 @@ import itertools
 from typing import Any, Iterator, NamedTuple, Sequence
 
 from pallas_kernels import tables, tune_exact, tune_recurrent
-from pallas_kernels.targets import Gpu, Tpu
+from pallas_kernels.matrix.targets import Gpu, Tpu
 
 WIDTHS = {"d128": 128, "d256": 256}
 FAMILIES = (*tune_exact.ROWS, "linear", "delta", "scan")

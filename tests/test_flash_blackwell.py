@@ -22,7 +22,7 @@ from pallas_kernels.flash.api import flash
 from pallas_kernels.machine import hopper
 from pallas_kernels.machine.blackwell import COLUMNS, ROWS
 from pallas_kernels.machine.hopper import LATER
-from pallas_kernels.targets import TARGETS
+from pallas_kernels.matrix.targets import TARGETS
 from tests.test_flash import results
 from tests.test_flash_mosaic import RUNS, apart, everything, inputs, refused, table
 

@@ -12,7 +12,7 @@ from experiments import scale, torus
 from experiments.collectives import Collective
 from experiments.forecast import SHARE, Forecast, computing, rate, took
 from experiments.topology import LINK, Pod, pod
-from pallas_kernels.targets import TARGETS
+from pallas_kernels.matrix.targets import TARGETS
 
 
 def chips(name, *shape):

@@ -11,12 +11,12 @@ import numpy as np
 
 from pallas_kernels import tables
 from pallas_kernels.blocks.api import blocks
-from pallas_kernels.case import BF16, F32, Case, Trips, struct, with_gradients
-from pallas_kernels.cases_delta import DELTA, rule, work as delta_work
-from pallas_kernels.cases_flash import FLASH, Causal, attention, work
-from pallas_kernels.cases_peers import peers
-from pallas_kernels.cases_recurrent import recurrent
 from pallas_kernels.decode.api import decode
+from pallas_kernels.matrix.case import BF16, F32, Case, Trips, struct, with_gradients
+from pallas_kernels.matrix.cases_delta import DELTA, rule, work as delta_work
+from pallas_kernels.matrix.cases_flash import FLASH, Causal, attention, work
+from pallas_kernels.matrix.cases_peers import peers
+from pallas_kernels.matrix.cases_recurrent import recurrent
 
 
 def chosen(target, *, backend, backward, t=8192, h=16, k=2, block=64, n=16, d=128,

@@ -7,8 +7,8 @@ import importlib.util
 
 import jax
 
-from pallas_kernels.case import Case, Trips, struct, with_gradients
-from pallas_kernels.cases_flash import Causal, products, work
+from pallas_kernels.matrix.case import Case, Trips, struct, with_gradients
+from pallas_kernels.matrix.cases_flash import Causal, products, work
 from pallas_kernels.schedule import Tiling, asked
 
 PEER = "causal T8192 D128 H16"

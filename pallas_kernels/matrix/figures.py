@@ -14,10 +14,11 @@ import json
 import pathlib
 from typing import Any
 
-from pallas_kernels import Refused, readings, readings_gpu
-from pallas_kernels.case import Trips
-from pallas_kernels.cases import Case, bytes_of
-from pallas_kernels.targets import Gpu, Tpu, compiled
+from pallas_kernels import Refused
+from pallas_kernels.matrix import tpu_schedule as readings, ptx as readings_gpu
+from pallas_kernels.matrix.case import Trips
+from pallas_kernels.matrix.cases import Case, bytes_of
+from pallas_kernels.matrix.targets import Gpu, Tpu, compiled
 
 GROWS = ("bundles", "spills", "registers", "memory")  # what may not get larger
 

@@ -26,7 +26,7 @@ import dataclasses
 import itertools
 import re
 
-from pallas_kernels.targets import Gpu
+from pallas_kernels.matrix.targets import Gpu
 
 LABEL = re.compile(r"^(\$L\w+):")
 BRANCH = re.compile(r"\bbra(?:\.uni)?\s+(\$L\w+)")

@@ -8,8 +8,8 @@ from typing import Any
 import jax.numpy as jnp
 
 from pallas_kernels import tables
-from pallas_kernels.case import BF16, F32, Case, Trips, struct, with_gradients
 from pallas_kernels.linear.api import linear
+from pallas_kernels.matrix.case import BF16, F32, Case, Trips, struct, with_gradients
 from pallas_kernels.scan.api import scan
 
 

@@ -12,8 +12,8 @@ import re
 import subprocess
 from typing import NamedTuple
 
-from pallas_kernels import passes_gpu
-from pallas_kernels.targets import Gpu, ptxas
+from pallas_kernels.matrix import ptx_loop as passes_gpu
+from pallas_kernels.matrix.targets import Gpu, ptxas
 
 TENSOR = re.compile(r"\b(wgmma\.mma_async|tcgen05\.mma|mma\.sync)\b")
 ENTRY = re.compile(r"\.entry\s+([\w$]+)")

@@ -43,11 +43,11 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")  # read when jax loads
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 
-from pallas_kernels.figures import GROWS, figures  # noqa: E402
-from pallas_kernels.matrix_table import page, show  # noqa: E402
-from pallas_kernels.targets import TARGETS, missing, worker  # noqa: E402
+from pallas_kernels.matrix.figures import GROWS, figures  # noqa: E402
+from pallas_kernels.matrix.report import page, show  # noqa: E402
+from pallas_kernels.matrix.targets import TARGETS, missing, worker  # noqa: E402
 
-HERE = pathlib.Path(__file__).parent
+HERE = pathlib.Path(__file__).parents[1]
 RECORD, PAGE = HERE / "matrix.json", HERE / "MATRIX.md"
 SLACK = 1.05  # how much more of anything a check allows
 SHAPE = re.compile(r"^(\w+)\[([\d,]*)\]$")
@@ -59,7 +59,7 @@ PACKAGES = ("jax", "libtpu", "jax-cuda13-plugin", "nvidia-cuda-nvcc", "tokamax")
 def own_case(function: str, shapes: str) -> Any:
     """A case from `module:name` and 'bf16[1,8] f32[4]'. ValueError says what is wrong.
     """
-    from pallas_kernels.cases import Case
+    from pallas_kernels.matrix.cases import Case
 
     module, _, name = function.partition(":")
     try:
@@ -112,7 +112,7 @@ def unrecorded(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 
 def chosen(given: argparse.Namespace, name: str) -> dict[str, Any]:
     """The cases of one target that the command line asks for."""
-    from pallas_kernels.cases import cases
+    from pallas_kernels.matrix.cases import cases
 
     if given.function:
         return {given.function: own_case(given.function, given.shapes)}

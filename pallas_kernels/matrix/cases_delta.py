@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import tables
-from pallas_kernels.case import Trips
 from pallas_kernels.delta.api import delta
 from pallas_kernels.delta.chunk import CHUNK
+from pallas_kernels.matrix.case import Trips
 
 BF16, F32 = jnp.bfloat16, jnp.float32
 DELTA: dict[str, dict[str, Any]] = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from pallas_kernels.targets import TARGETS
+from pallas_kernels.matrix.targets import TARGETS
 
 COLUMNS = {
     "tpu": ("kernel: bundles of tiles x trips", "matrix", "vector", "load", "store",

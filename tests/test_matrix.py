@@ -7,13 +7,14 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from pallas_kernels import tables, tune
+from pallas_kernels import tables
 from pallas_kernels.matrix import (
     cases, cases_flash, figures, __main__ as matrix, report as matrix_table,
     ptx_loop as passes_gpu, tpu_schedule as readings, ptx as readings_gpu
 )
 from pallas_kernels.matrix.case import Trips
 from pallas_kernels.matrix.targets import TARGETS
+from pallas_kernels.tune import __main__ as tune
 
 USE = """header MATMUL, MATPUSH, XLU, VALU, VPOP, EUP, VLOAD, VLOAD:FILL, ...
 CAPACITY 4, 4, 3, 4, 2, 1, 3, 3, 1, 1, 2

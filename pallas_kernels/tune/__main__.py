@@ -39,7 +39,7 @@ import numpy as np
 from pallas_kernels import tables
 from pallas_kernels.matrix import figures, tpu_schedule as readings, ptx as readings_gpu
 from pallas_kernels.matrix.targets import TARGETS, Gpu, Tpu, compiled, missing, worker
-from pallas_kernels.tune_rows import FAMILIES, Row, Tile, rows
+from pallas_kernels.tune.rows import FAMILIES, Row, Tile, rows
 
 ROUNDS = 5
 

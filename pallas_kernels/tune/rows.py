@@ -5,8 +5,9 @@ from __future__ import annotations
 import itertools
 from typing import Any, Iterator, NamedTuple, Sequence
 
-from pallas_kernels import tables, tune_exact, tune_recurrent
+from pallas_kernels import tables
 from pallas_kernels.matrix.targets import Gpu, Tpu
+from pallas_kernels.tune import exact as tune_exact, recurrent as tune_recurrent
 
 WIDTHS = {"d128": 128, "d256": 256}
 FAMILIES = (*tune_exact.ROWS, "linear", "delta", "scan")

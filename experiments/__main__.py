@@ -10,7 +10,7 @@ import pathlib
 import runpy
 import sys
 
-from experiments.fields import unknown
+from experiments.cli.fields import unknown
 
 HERE = pathlib.Path(__file__).resolve().parent
 

@@ -46,8 +46,9 @@ from rich.table import Table
 from attn.layers import MultiHead
 from attn.rat import RAT
 from attn.softmax import Softmax
-from experiments import config, lm, recall
-from experiments.config import knob
+from experiments import lm, recall
+from experiments.cli import config
+from experiments.cli.config import knob
 from experiments.contenders import keep_memory, repeats, seconds
 from experiments.data import Corpus, Text
 from experiments.runs import open_folder

@@ -33,8 +33,9 @@ from attn.lightning import Lightning
 from attn.masks import Causal, Window
 from attn.snapkv import SnapKV
 from attn.softmax import Softmax
-from experiments import config, lm, recall, report
-from experiments.config import knob
+from experiments import lm, recall, report
+from experiments.cli import config
+from experiments.cli.config import knob
 from experiments.data import Corpus, Text
 from experiments.runs import open_folder
 

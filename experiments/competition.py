@@ -32,8 +32,8 @@ from rich.table import Table
 from attn.flow import Flow
 from attn.masks import Full
 from attn.softmax import Softmax
-from experiments import config
-from experiments.config import knob
+from experiments.cli import config
+from experiments.cli.config import knob
 from experiments.images import LABELS, Digits, accuracy
 from experiments.train import Plan, fit
 from models.pixels import PixelNet

@@ -48,8 +48,8 @@ from attn.flow import Flow
 from attn.lightning import Lightning
 from attn.retnet import RetNet
 from attn.softmax import Softmax
-from experiments import config
-from experiments.config import knob
+from experiments.cli import config
+from experiments.cli.config import knob
 from experiments.contenders import (
     PASSES, exact, inputs, keep_memory, prepared, repeats, seconds
 )

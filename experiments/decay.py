@@ -30,8 +30,8 @@ from rich.table import Table
 
 from attn.lightning import Lightning
 from attn.softmax import Softmax
-from experiments import config
-from experiments.config import knob
+from experiments.cli import config
+from experiments.cli.config import knob
 from experiments.data import Corpus, Text
 from experiments.train import Plan, evaluate, fit
 from models.lm import LM

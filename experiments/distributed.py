@@ -92,7 +92,7 @@ def agreed(make: Callable[[], str]) -> str:
 def main(argv: list[str]) -> None:
     """Joins the hosts that the options name, then runs the experiment behind them."""
     from experiments import __main__ as experiments
-    from experiments import config
+    from experiments.cli import config
 
     at = next((n for n, word in enumerate(argv) if word[:2] != "--"), None)
     if at is None or "--help" in argv[:at]:

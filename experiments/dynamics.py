@@ -45,18 +45,19 @@ from rich.console import Console
 from rich.table import Table
 
 from attn.layers import Layer, MultiHead
-from attn.linformer import Linformer
 from attn.lineartransformer import LinearTransformer
+from attn.linformer import Linformer
 from attn.masks import Full
 from attn.mixers import Depthwise, FNet, LongConv
 from attn.softmax import Softmax
-from experiments import config, spread
+from experiments import spread
+from experiments.cli import config
+from experiments.cli.config import knob
 from experiments.coins import Majority
-from experiments.config import knob
 from experiments.images import LABELS, Digits, accuracy
 from experiments.runs import open_folder
-from experiments.spread import Hardware
 from experiments.source import Cycle
+from experiments.spread import Hardware
 from experiments.train import Plan, evaluate, fit
 from models.lm import LM
 from models.pixels import PixelNet

@@ -53,8 +53,9 @@ from attn.gla import GLA
 from attn.lightning import Lightning
 from attn.masks import Causal, Window
 from attn.softmax import Softmax
-from experiments import config, recall, report
-from experiments.config import knob
+from experiments import recall, report
+from experiments.cli import config
+from experiments.cli.config import knob
 from experiments.contenders import inputs, prepared, repeats, seconds
 from experiments.runs import open_folder
 from models.lm import state_bytes

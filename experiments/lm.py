@@ -25,8 +25,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from attn.softmax import Softmax
-from experiments import config
-from experiments.config import knob
+from experiments.cli import config
+from experiments.cli.config import knob
 from experiments.data import Corpus, Text
 from experiments.mesh import whole
 from experiments.runs import open_folder

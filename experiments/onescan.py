@@ -43,8 +43,8 @@ from attn.grid import MDLRPE, MDTPE
 from attn.lightnet import LightNet
 from attn.recurrent.causal import attend
 from attn.recurrent.linear import across
-from experiments import config
-from experiments.config import knob
+from experiments.cli import config
+from experiments.cli.config import knob
 from experiments.contenders import repeats, seconds
 from experiments.images import LABELS, Digits, accuracy
 from experiments.train import Plan, fit

@@ -23,8 +23,8 @@ import numpy as np
 
 from attn.baseconv import BaseConv
 from attn.softmax import Softmax
-from experiments import config
-from experiments.config import knob
+from experiments.cli import config
+from experiments.cli.config import knob
 from experiments.data import Cycle, Recall
 from experiments.mesh import whole
 from experiments.runs import open_folder

@@ -46,8 +46,8 @@ from rich.console import Console
 from attn.lightning import Lightning
 from attn.parallel.exchange import EXCHANGES
 from attn.softmax import Softmax
-from experiments import config
-from experiments.config import knob
+from experiments.cli import config
+from experiments.cli.config import knob
 from experiments.forecast import forecast
 from experiments.mesh import Sizes
 from experiments.scale_table import Row, figures, show

@@ -65,8 +65,9 @@ from attn.lightning import Lightning
 from attn.masks import Causal, Window
 from attn.rat import RAT
 from attn.softmax import Softmax
-from experiments import breakeven, config
-from experiments.config import knob
+from experiments import breakeven
+from experiments.cli import config
+from experiments.cli.config import knob
 from experiments.contenders import (
     PASSES, Inputs, exact, flops, inputs, limits, prepared, repeats, seconds
 )

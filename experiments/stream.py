@@ -41,8 +41,8 @@ import optax
 from attn.aaren import Aaren
 from attn.layers import MultiHead
 from attn.softmax import Softmax
-from experiments import config
-from experiments.config import knob
+from experiments.cli import config
+from experiments.cli.config import knob
 from experiments.runs import open_folder
 from experiments.train import Plan
 from models.stack import Block, Layers, Pattern, unbound

@@ -31,8 +31,8 @@ from rich.console import Console
 from rich.table import Table
 
 from attn.essa import Essa
-from experiments import config
-from experiments.config import knob
+from experiments.cli import config
+from experiments.cli.config import knob
 from experiments.images import Pairs, Photos, Spectra
 from experiments.train import Objective, Plan, fit
 from models.essaformer import ESSAformer

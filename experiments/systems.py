@@ -46,8 +46,8 @@ from attn.recurrent.linear import recur
 from attn.recurrent.scan import attend as prefixes
 from attn.retnet import RetNet
 from attn.softmax import Softmax
-from experiments import config
-from experiments.config import knob
+from experiments.cli import config
+from experiments.cli.config import knob
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,16 +6,16 @@ import pathlib
 import jax.numpy as jnp
 import pytest
 
-from attn.based import Based
 from attn.baseconv import BaseConv
+from attn.based import Based
 from attn.landmark import Landmark
 from attn.lightning import Lightning
 from attn.masks import Causal, Full, Not, Sink, Window
 from attn.positions import ALiBi, RoPE
 from attn.snapkv import SnapKV
 from attn.softmax import Softmax
-from experiments import config
-from experiments.config import command, knob, main, parse, read, show
+from experiments.cli import config
+from experiments.cli.config import command, knob, main, parse, read, show
 from experiments.data import Recall, Text
 
 VALUES = [

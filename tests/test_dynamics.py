@@ -9,7 +9,8 @@ from attn.layers import MultiHead
 from attn.masks import Full
 from attn.mixers import FNet, Static
 from attn.softmax import Softmax
-from experiments import config, dynamics, spread
+from experiments import dynamics, spread
+from experiments.cli import config
 from experiments.coins import Majority
 
 

@@ -8,8 +8,8 @@ import sys
 
 import pytest
 
-from experiments import config
 from experiments.__main__ import experiments
+from experiments.cli import config
 
 ROOT = pathlib.Path(__file__).parents[1]
 NAMES = list(experiments())

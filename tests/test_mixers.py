@@ -12,7 +12,7 @@ from attn.mixers import Depthwise, FNet, LongConv, MeanPool, Mixer, Static
 from attn.recurrent.delta_rule import delta_rule
 from attn.softmax import Softmax
 from attn.template import TEMPLATE, matrix, row
-from experiments import config
+from experiments.cli import config
 from models.lm import LM
 from models.pixels import PixelNet
 from experiments import cost

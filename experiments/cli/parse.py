@@ -23,9 +23,9 @@ from typing import Any
 
 import numpy as np
 
-from experiments.fields import construct, unknown
+from experiments.cli.fields import construct, unknown
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 # every class of these files has a name; of the packages, one class a file
 FILES = (
     "attn/masks.py",

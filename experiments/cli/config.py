@@ -19,10 +19,10 @@ import typing
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from experiments.fields import construct, default, fit, hints, required, spelled
-from experiments.fields import unknown
-from experiments.notation import ROOT, parse
-from experiments.show import same, show
+from experiments.cli.fields import construct, default, fit, hints, required, spelled
+from experiments.cli.fields import unknown
+from experiments.cli.format import same, show
+from experiments.cli.parse import ROOT, parse
 
 __all__ = ["command", "knob", "main", "parse", "read", "show"]
 OURS = ("attn", "experiments", "models", "pallas_kernels", "tests")

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.fields import default, required, written_fields
+from experiments.cli.fields import default, required, written_fields
 
 # of the mask classes that have a symbol: the symbol and how tightly it binds
 SYMBOLS = {"Or": (" | ", 1), "And": (" & ", 2)}

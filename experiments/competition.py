@@ -34,7 +34,7 @@ from attn.masks import Full
 from attn.softmax import Softmax
 from experiments.cli import config
 from experiments.cli.config import knob
-from experiments.images import LABELS, Digits, accuracy
+from experiments.data.images import LABELS, Digits, accuracy
 from experiments.train import Plan, fit
 from models.pixels import PixelNet
 

@@ -53,10 +53,10 @@ from attn.softmax import Softmax
 from experiments import spread
 from experiments.cli import config
 from experiments.cli.config import knob
-from experiments.coins import Majority
-from experiments.images import LABELS, Digits, accuracy
+from experiments.data.images import LABELS, Digits, accuracy
+from experiments.data.majority import Majority
+from experiments.data.source import Cycle
 from experiments.runs import open_folder
-from experiments.source import Cycle
 from experiments.spread import Hardware
 from experiments.train import Plan, evaluate, fit
 from models.lm import LM

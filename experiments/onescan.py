@@ -46,7 +46,7 @@ from attn.recurrent.linear import across
 from experiments.cli import config
 from experiments.cli.config import knob
 from experiments.contenders import repeats, seconds
-from experiments.images import LABELS, Digits, accuracy
+from experiments.data.images import LABELS, Digits, accuracy
 from experiments.train import Plan, fit
 from models.pixels import PixelNet
 

@@ -33,7 +33,7 @@ from rich.table import Table
 from attn.essa import Essa
 from experiments.cli import config
 from experiments.cli.config import knob
-from experiments.images import Pairs, Photos, Spectra
+from experiments.data.images import Pairs, Photos, Spectra
 from experiments.train import Objective, Plan, fit
 from models.essaformer import ESSAformer
 

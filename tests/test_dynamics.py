@@ -11,7 +11,7 @@ from attn.mixers import FNet, Static
 from attn.softmax import Softmax
 from experiments import dynamics, spread
 from experiments.cli import config
-from experiments.coins import Majority
+from experiments.data.majority import Majority
 
 
 def test_the_side_that_came_up_more_often():

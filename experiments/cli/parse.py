@@ -31,9 +31,9 @@ FILES = (
     "attn/masks.py",
     "attn/mixers.py",
     "attn/positions.py",
-    "experiments/text.py",
-    "experiments/puzzles.py",
-    "experiments/coins.py",
+    "experiments/data/text.py",
+    "experiments/data/synthetic.py",
+    "experiments/data/majority.py",
 )
 PACKAGES = ("attn", "models")
 LONGEST = 10_000  # elements of a repeated tuple
@@ -149,7 +149,8 @@ def names() -> dict[str, str]:
                     found.setdefault(name, f"{package}.{path.stem}")
     for file in FILES:
         for name in _classes(ROOT / file):
-            found.setdefault(name, file.removesuffix(".py").replace("/", "."))
+            module = file.removesuffix(".py").removesuffix("/__init__")
+            found.setdefault(name, module.replace("/", "."))
     return found
 
 

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attn.based import Based, features
 from attn.baseconv import BaseConv
+from attn.based import Based, features
 from attn.masks import Causal, Window
 from attn.softmax import Softmax
 from experiments.data import mqar

@@ -10,7 +10,7 @@ import dataclasses
 
 import numpy as np
 
-from experiments.source import Batch, Source, row
+from experiments.data.source import Batch, Source, row
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

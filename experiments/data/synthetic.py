@@ -6,8 +6,8 @@ import dataclasses
 
 import numpy as np
 
-from experiments.source import Batch, Source, chosen, row
-from experiments.text import Corpus
+from experiments.data.source import Batch, Source, chosen, row
+from experiments.data.text import Corpus
 
 IGNORED = -100  # the label of positions without a target in the published generator
 

@@ -5,9 +5,9 @@ int32 (-1: no loss) and, where sequences are packed, segments [B,T] int32. It de
 the source's fields, the step and the size alone.
 """
 
-from experiments.puzzles import Copy, Needles, Recall, mqar
-from experiments.source import Batch, Cycle, Source
-from experiments.text import Corpus, HuggingFace, Text
+from experiments.data.source import Batch, Cycle, Source
+from experiments.data.synthetic import Copy, Needles, Recall, mqar
+from experiments.data.text import Corpus, HuggingFace, Text
 
 __all__ = [
     "Batch", "Copy", "Corpus", "Cycle", "HuggingFace", "Needles", "Recall", "Source",

@@ -15,8 +15,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from experiments import bpe
-from experiments.source import SPLITS, Batch, Source
+from experiments.data import bpe
+from experiments.data.source import SPLITS, Batch, Source
 
 OUTSIDE = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
 

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from experiments.source import Batch, Source
+from experiments.data.source import Batch, Source
 from experiments.train import Objective
 from models.lm import loss
 

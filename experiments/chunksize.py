@@ -51,8 +51,8 @@ from experiments.cli import config
 from experiments.cli.config import knob
 from experiments.contenders import keep_memory, repeats, seconds
 from experiments.data import Corpus, Text
-from experiments.runs import open_folder
-from experiments.train import evaluate
+from experiments.training.loop import evaluate
+from experiments.training.runs import open_folder
 
 
 @dataclasses.dataclass(frozen=True)

@@ -37,7 +37,7 @@ from experiments import lm, recall, report
 from experiments.cli import config
 from experiments.cli.config import knob
 from experiments.data import Corpus, Text
-from experiments.runs import open_folder
+from experiments.training.runs import open_folder
 
 COLUMNS = {
     "attention": ("attention", "{}"),

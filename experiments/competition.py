@@ -35,7 +35,7 @@ from attn.softmax import Softmax
 from experiments.cli import config
 from experiments.cli.config import knob
 from experiments.data.images import LABELS, Digits, accuracy
-from experiments.train import Plan, fit
+from experiments.training.loop import Plan, fit
 from models.pixels import PixelNet
 
 

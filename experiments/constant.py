@@ -53,7 +53,7 @@ from experiments.cli.config import knob
 from experiments.contenders import (
     PASSES, exact, inputs, keep_memory, prepared, repeats, seconds
 )
-from experiments.runs import open_folder
+from experiments.training.runs import open_folder
 
 
 @dataclasses.dataclass(frozen=True)

@@ -33,7 +33,7 @@ from attn.softmax import Softmax
 from experiments.cli import config
 from experiments.cli.config import knob
 from experiments.data import Corpus, Text
-from experiments.train import Plan, evaluate, fit
+from experiments.training.loop import Plan, evaluate, fit
 from models.lm import LM
 from models.transnormer import TransNormer
 

@@ -56,9 +56,9 @@ from experiments.cli.config import knob
 from experiments.data.images import LABELS, Digits, accuracy
 from experiments.data.majority import Majority
 from experiments.data.source import Cycle
-from experiments.runs import open_folder
 from experiments.spread import Hardware
-from experiments.train import Plan, evaluate, fit
+from experiments.training.loop import Plan, evaluate, fit
+from experiments.training.runs import open_folder
 from models.lm import LM
 from models.pixels import PixelNet
 

@@ -57,7 +57,7 @@ from experiments import recall, report
 from experiments.cli import config
 from experiments.cli.config import knob
 from experiments.contenders import inputs, prepared, repeats, seconds
-from experiments.runs import open_folder
+from experiments.training.runs import open_folder
 from models.lm import state_bytes
 
 

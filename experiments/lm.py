@@ -28,9 +28,9 @@ from attn.softmax import Softmax
 from experiments.cli import config
 from experiments.cli.config import knob
 from experiments.data import Corpus, Text
-from experiments.mesh import whole
-from experiments.runs import open_folder
-from experiments.train import Fit, Plan, check, evaluate, fit
+from experiments.training.loop import Fit, Plan, check, evaluate, fit
+from experiments.training.mesh import whole
+from experiments.training.runs import open_folder
 from models.generate import generate, stream
 from models.lm import LM, loss, state_bytes
 

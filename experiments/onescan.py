@@ -47,7 +47,7 @@ from experiments.cli import config
 from experiments.cli.config import knob
 from experiments.contenders import repeats, seconds
 from experiments.data.images import LABELS, Digits, accuracy
-from experiments.train import Plan, fit
+from experiments.training.loop import Plan, fit
 from models.pixels import PixelNet
 
 SIDE = 8  # pixels of a digit's side

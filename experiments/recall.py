@@ -26,9 +26,9 @@ from attn.softmax import Softmax
 from experiments.cli import config
 from experiments.cli.config import knob
 from experiments.data import Cycle, Recall
-from experiments.mesh import whole
-from experiments.runs import open_folder
-from experiments.train import Fit, Plan, check, evaluate, fit
+from experiments.training.loop import Fit, Plan, check, evaluate, fit
+from experiments.training.mesh import whole
+from experiments.training.runs import open_folder
 from models.generate import stream
 from models.lm import LM, state_bytes
 

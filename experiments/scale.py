@@ -49,10 +49,10 @@ from attn.softmax import Softmax
 from experiments.cli import config
 from experiments.cli.config import knob
 from experiments.forecast import forecast
-from experiments.mesh import Sizes
 from experiments.scale_table import Row, figures, show
-from experiments.step import Plan, staged
 from experiments.topology import pod
+from experiments.training.mesh import Sizes
+from experiments.training.step import Plan, staged
 from models.hybrid import hybrid_1b, hybrid_8b
 from models.lm import LM
 from pallas_kernels.schedule import FULL, MASKED, Tiling, asked

@@ -72,7 +72,7 @@ from experiments.contenders import (
     PASSES, Inputs, exact, flops, inputs, limits, prepared, repeats, seconds
 )
 from experiments.peers import PEER, linear_peers, peers
-from experiments.runs import open_folder
+from experiments.training.runs import open_folder
 
 
 @dataclasses.dataclass(frozen=True)

@@ -43,8 +43,8 @@ from attn.layers import MultiHead
 from attn.softmax import Softmax
 from experiments.cli import config
 from experiments.cli.config import knob
-from experiments.runs import open_folder
-from experiments.train import Plan
+from experiments.training.loop import Plan
+from experiments.training.runs import open_folder
 from models.stack import Block, Layers, Pattern, unbound
 
 

@@ -34,7 +34,7 @@ from attn.essa import Essa
 from experiments.cli import config
 from experiments.cli.config import knob
 from experiments.data.images import Pairs, Photos, Spectra
-from experiments.train import Objective, Plan, fit
+from experiments.training.loop import Objective, Plan, fit
 from models.essaformer import ESSAformer
 
 

@@ -23,8 +23,8 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
-from experiments import mesh
-from experiments.mesh import Sizes
+from experiments.training import mesh
+from experiments.training.mesh import Sizes
 from pallas_kernels.matrix.targets import TARGETS, Tpu
 
 GIB = 2**30

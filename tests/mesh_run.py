@@ -8,7 +8,7 @@ import numpy as np
 
 from attn.lightning import Lightning
 from attn.softmax import Softmax
-from experiments.train import Plan
+from experiments.training.loop import Plan
 from models.lm import LM
 
 MODEL = LM(

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from experiments.distributed import Hosts
-from experiments.runs import Checkpoints
-from experiments.train import abstract, fit
+from experiments.training.loop import abstract, fit
+from experiments.training.runs import Checkpoints
 from tests.mesh_run import BATCH, MODEL, Counting, plan
 
 ROOT = pathlib.Path(__file__).parents[1]

@@ -11,10 +11,10 @@ import pytest
 
 from attn.lightning import Lightning
 from attn.softmax import Softmax
-from experiments import mesh as meshes
-from experiments import train
-from experiments.runs import open_folder
-from experiments.train import fit
+from experiments.training import mesh as meshes
+from experiments.training import loop as train
+from experiments.training.loop import fit
+from experiments.training.runs import open_folder
 from models.lm import LM
 from models.transnormer import TransNormer
 from tests.laws import close

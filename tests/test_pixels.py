@@ -10,7 +10,7 @@ import pytest
 from attn.essa import Essa
 from attn.flow import Flow
 from experiments.data.images import LABELS, Digits, accuracy
-from experiments.train import Plan, fit
+from experiments.training.loop import Plan, fit
 from models.pixels import PixelNet, patches
 from tests.laws import close
 

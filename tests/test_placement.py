@@ -13,8 +13,8 @@ from attn.baseconv import BaseConv
 from attn.lightning import Lightning
 from attn.masks import Causal, Window
 from attn.softmax import Softmax
-from experiments import mesh as meshes
-from experiments.train import Plan, staged
+from experiments.training import mesh as meshes
+from experiments.training.loop import Plan, staged
 from models import placement
 from models.lm import LM
 from models.transnormer import TransNormer

@@ -8,10 +8,11 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import scale, torus
+from experiments import scale
 from experiments.collectives import Collective
 from experiments.forecast import SHARE, Forecast, computing, rate, took
 from experiments.topology import LINK, Pod, pod
+from experiments.training import torus
 from pallas_kernels.matrix.targets import TARGETS
 
 

@@ -15,9 +15,9 @@ import pytest
 
 from attn.masks import Causal, Window
 from attn.softmax import Softmax
-from experiments import train
-from experiments.runs import Checkpoints, Metrics, open_folder
-from experiments.train import NotFinite, Plan, evaluate, fit
+from experiments.training import loop as train
+from experiments.training.loop import NotFinite, Plan, evaluate, fit
+from experiments.training.runs import Checkpoints, Metrics, open_folder
 from models.lm import LM
 
 ROOT = pathlib.Path(__file__).parents[1]

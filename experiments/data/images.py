@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from experiments.data.source import Batch, Source
-from experiments.train import Objective
+from experiments.training.loop import Objective
 from models.lm import loss
 
 

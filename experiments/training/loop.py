@@ -16,11 +16,11 @@ import flax.linen as nn
 import jax
 import numpy as np
 
-from experiments import mesh as meshes
-from experiments.progress import progress
-from experiments.runs import Checkpoints, Metrics
-from experiments.step import TEXT, Objective, Plan, State
-from experiments.step import abstract, next_token, staged, start, trace, update
+from experiments.training import mesh as meshes
+from experiments.training.progress import progress
+from experiments.training.runs import Checkpoints, Metrics
+from experiments.training.step import TEXT, Objective, Plan, State
+from experiments.training.step import abstract, next_token, staged, start, trace, update
 from models.lm import loss
 
 __all__ = [

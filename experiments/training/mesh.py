@@ -14,7 +14,7 @@ import numpy as np
 from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from experiments import torus
+from experiments.training import torus
 from models import placement
 
 AXES = ("data", "seq", "model")

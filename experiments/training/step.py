@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from experiments import mesh as meshes
+from experiments.training import mesh as meshes
 from models.lm import loss
 from models.placement import lay
 

@@ -49,8 +49,8 @@ from attn.softmax import Softmax
 from experiments import lm, recall
 from experiments.cli import config
 from experiments.cli.config import knob
-from experiments.contenders import keep_memory, repeats, seconds
 from experiments.data import Corpus, Text
+from experiments.measure.timing import keep_memory, repeats, seconds
 from experiments.training.loop import evaluate
 from experiments.training.runs import open_folder
 
@@ -202,7 +202,7 @@ def tables(config_: Config, found: dict[str, Any]) -> list[Table]:
 
 def picture(config_: Config, found: dict[str, Any], path: pathlib.Path) -> None:
     """The time of a layer, and recall, against L."""
-    from experiments.report import plt
+    from experiments.measure.report import plt
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(8, 3.6), layout="constrained")
     chunks, recall_chunks = config_.chunks, config_.recall_chunks

@@ -33,10 +33,11 @@ from attn.lightning import Lightning
 from attn.masks import Causal, Window
 from attn.snapkv import SnapKV
 from attn.softmax import Softmax
-from experiments import lm, recall, report
+from experiments import lm, recall
 from experiments.cli import config
 from experiments.cli.config import knob
 from experiments.data import Corpus, Text
+from experiments.measure import report
 from experiments.training.runs import open_folder
 
 COLUMNS = {

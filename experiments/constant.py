@@ -50,7 +50,7 @@ from attn.retnet import RetNet
 from attn.softmax import Softmax
 from experiments.cli import config
 from experiments.cli.config import knob
-from experiments.contenders import (
+from experiments.measure.timing import (
     PASSES, exact, inputs, keep_memory, prepared, repeats, seconds
 )
 from experiments.training.runs import open_folder
@@ -164,7 +164,7 @@ def table(config_: Config, rows: list[dict[str, Any]]) -> Table:
 
 def picture(rows: list[dict[str, Any]], path: pathlib.Path) -> None:
     """Time of a token against length, a line an attention."""
-    from experiments.report import plt
+    from experiments.measure.report import plt
 
     passes = list(dict.fromkeys(row["pass"] for row in rows))
     figure, axes = plt.subplots(1, len(passes), figsize=(4 * len(passes), 3.8),

@@ -50,13 +50,13 @@ from attn.linformer import Linformer
 from attn.masks import Full
 from attn.mixers import Depthwise, FNet, LongConv
 from attn.softmax import Softmax
-from experiments import spread
 from experiments.cli import config
 from experiments.cli.config import knob
 from experiments.data.images import LABELS, Digits, accuracy
 from experiments.data.majority import Majority
 from experiments.data.source import Cycle
-from experiments.spread import Hardware
+from experiments.measure import grid_cost as spread
+from experiments.measure.grid_cost import Hardware
 from experiments.training.loop import Plan, evaluate, fit
 from experiments.training.runs import open_folder
 from models.lm import LM
@@ -166,7 +166,7 @@ def run(config_: Config) -> dict[str, Any]:
              "scores": scores, "spread": rows, "times": times}
     (folder / "dynamics.json").write_text(json.dumps(found, indent=1) + "\n")
     if scores:
-        from experiments.report import context_picture
+        from experiments.measure.report import context_picture
 
         context_picture(scores, folder / "dynamics.png")
     if not config_.quiet:

@@ -53,10 +53,11 @@ from attn.gla import GLA
 from attn.lightning import Lightning
 from attn.masks import Causal, Window
 from attn.softmax import Softmax
-from experiments import recall, report
+from experiments import recall
 from experiments.cli import config
 from experiments.cli.config import knob
-from experiments.contenders import inputs, prepared, repeats, seconds
+from experiments.measure import report
+from experiments.measure.timing import inputs, prepared, repeats, seconds
 from experiments.training.runs import open_folder
 from models.lm import state_bytes
 

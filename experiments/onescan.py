@@ -45,8 +45,8 @@ from attn.recurrent.causal import attend
 from attn.recurrent.linear import across
 from experiments.cli import config
 from experiments.cli.config import knob
-from experiments.contenders import repeats, seconds
 from experiments.data.images import LABELS, Digits, accuracy
+from experiments.measure.timing import repeats, seconds
 from experiments.training.loop import Plan, fit
 from models.pixels import PixelNet
 

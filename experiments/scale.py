@@ -2,7 +2,7 @@
 
 The real training step, AdamW and all, is compiled for the chips of a TPU pod that is
 not there, and read: memory a chip, what moves between chips by kind, the operations of
-products and kernels, and the time that these take at least (`experiments/forecast.py`
+products and kernels, and the time that these take at least (`experiments/measure/roofline.py`
 says how; elementwise work is left out, so a real step is longer).
 
     pip install -e '.[aot]'
@@ -48,9 +48,9 @@ from attn.parallel.exchange import EXCHANGES
 from attn.softmax import Softmax
 from experiments.cli import config
 from experiments.cli.config import knob
-from experiments.forecast import forecast
-from experiments.scale_table import Row, figures, show
-from experiments.topology import pod
+from experiments.measure.roofline import forecast
+from experiments.measure.scale_table import Row, figures, show
+from experiments.measure.topology import pod
 from experiments.training.mesh import Sizes
 from experiments.training.step import Plan, staged
 from models.hybrid import hybrid_1b, hybrid_8b

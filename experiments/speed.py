@@ -65,13 +65,13 @@ from attn.lightning import Lightning
 from attn.masks import Causal, Window
 from attn.rat import RAT
 from attn.softmax import Softmax
-from experiments import breakeven
 from experiments.cli import config
 from experiments.cli.config import knob
-from experiments.contenders import (
+from experiments.measure import breakeven
+from experiments.measure.peers import PEER, linear_peers, peers
+from experiments.measure.timing import (
     PASSES, Inputs, exact, flops, inputs, limits, prepared, repeats, seconds
 )
-from experiments.peers import PEER, linear_peers, peers
 from experiments.training.runs import open_folder
 
 

@@ -224,7 +224,7 @@ def learned(config_: Config, attention: Any) -> tuple[float, int]:
 
 def picture(config_: Config, curves, path: pathlib.Path) -> None:
     """Time and memory against the length of the stream."""
-    from experiments.report import plt
+    from experiments.measure.report import plt
 
     figure, both = plt.subplots(1, 2, figsize=(8, 3.6), layout="constrained")
     titles = "time of all of them (s)", "memory of a sequence (bytes)"

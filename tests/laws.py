@@ -36,7 +36,7 @@ from attn.rat import RAT
 from attn.retnet import RetNet
 from attn.snapkv import SnapKV
 from attn.softmax import Softmax
-from experiments import cost
+from experiments.measure import cost
 
 # relative errors; never loosened in a test of one attention
 TOLERANCE = {"float32": 1e-5, "gradient": 2e-5, "low": 2.0}

@@ -8,7 +8,7 @@ import pytest
 from attn.masks import Causal, Full
 from attn.softmax import logits, values, weights
 from attn.sparse import chosen_blocks as blocks
-from experiments import cost
+from experiments.measure import cost
 from tests.laws import close, gradients
 
 B, T, H, K, D, V, BLOCK = 2, 22, 4, 2, 8, 12, 4

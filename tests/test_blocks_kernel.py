@@ -13,7 +13,7 @@ from attn.sparse import chosen_blocks as blocks
 from pallas_kernels import Refused, tables
 from pallas_kernels.blocks import triton as blocks_triton
 from pallas_kernels.blocks.api import Static, blocks as attention, inverse
-from experiments import cost
+from experiments.measure import cost
 from tests.test_flash import BACKENDS, close, normal, results
 
 B, T, S, H, K, D, V, BLOCK = 2, 37, 45, 4, 2, 8, 12, 8

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.collectives import Collective, collectives, instructions, main
+from experiments.measure.collectives import Collective, collectives, instructions, main
 
 TEXT = """\
 HloModule jit_f, is_scheduled=true, num_partitions=8, entry_layout={(f32[4])->f32[4]}

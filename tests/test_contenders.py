@@ -13,8 +13,9 @@ from attn.rat import RAT
 from attn.recurrent.delta_rule import delta_rule
 from attn.recurrent.linear import recur
 from attn.softmax import Softmax
-from experiments import contenders, peers, speed
-from experiments.breakeven import break_even, crossing, table
+from experiments import speed
+from experiments.measure import timing as contenders, peers
+from experiments.measure.breakeven import break_even, crossing, table
 
 SIZES = {"batch": 1, "t": 12, "heads": 4, "kv_heads": 2, "d": 8, "v": 8,
          "dtype": jnp.float32}

@@ -9,9 +9,10 @@ from attn.layers import MultiHead
 from attn.masks import Full
 from attn.mixers import FNet, Static
 from attn.softmax import Softmax
-from experiments import dynamics, spread
+from experiments import dynamics
 from experiments.cli import config
 from experiments.data.majority import Majority
+from experiments.measure import grid_cost as spread
 
 
 def test_the_side_that_came_up_more_often():

@@ -14,7 +14,7 @@ from attn.parallel import ring_schedule as rounds
 from attn.parallel.zigzag import collected, dealt
 from attn.positions import ALiBi
 from attn.softmax import Softmax, attend
-from experiments.collectives import collectives
+from experiments.measure.collectives import collectives
 from tests.laws import close
 
 B, T, H, K, D, V = 1, 48, 8, 4, 4, 6

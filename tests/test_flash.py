@@ -20,7 +20,7 @@ from pallas_kernels.flash import (
     triton as flash_triton, tpu_portions as portions_tpu
 )
 from pallas_kernels.flash.api import flash
-from experiments import cost
+from experiments.measure import cost
 
 B, T, S, H, K, D, V = 2, 37, 37, 4, 2, 8, 12
 TILE = (16, 16)

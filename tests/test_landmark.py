@@ -13,7 +13,7 @@ from attn.positions import RoPE
 from attn.softmax import Softmax
 from attn.sparse import grouped_softmax as grouped
 from models.lm import LM
-from experiments import cost
+from experiments.measure import cost
 from tests.laws import close, gradients, stream
 
 B, T, H, K, D, V = 2, 23, 4, 2, 8, 12

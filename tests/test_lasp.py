@@ -17,7 +17,7 @@ from attn.recurrent.linear import LinearState, across
 from attn.recurrent.noncausal import whole
 from attn.recurrent.shortconv import across as convolved
 from attn.recurrent.shortconv import shortconv
-from experiments.collectives import collectives
+from experiments.measure.collectives import collectives
 from tests import delta_oracle
 from tests.laws import ENTRIES, given
 from tests.test_linear import (

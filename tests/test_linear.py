@@ -10,7 +10,7 @@ import pytest
 from attn.parallel.sharding import over_mesh
 from attn.recurrent.linear import across, one, recur
 from attn.recurrent.noncausal import whole
-from experiments import cost
+from experiments.measure import cost
 
 B, H, K, D, V = 2, 4, 2, 8, 12
 FORWARD, GRADIENT = 2e-6, 1.5e-5

@@ -6,8 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from attn.based import Based
 from attn.baseconv import BaseConv
+from attn.based import Based
 from attn.landmark import Landmark
 from attn.lightning import Lightning
 from attn.masks import Causal, Window
@@ -15,7 +15,7 @@ from attn.snapkv import SnapKV
 from attn.softmax import Softmax
 from models.lm import LM, loss, state_bytes
 from models.stack import Pattern, stack, unstack
-from experiments import cost
+from experiments.measure import cost
 from tests.laws import close
 
 HYBRID = (BaseConv(), Lightning(), Based(feature_dim=4),

@@ -15,7 +15,7 @@ from attn.template import TEMPLATE, matrix, row
 from experiments.cli import config
 from models.lm import LM
 from models.pixels import PixelNet
-from experiments import cost
+from experiments.measure import cost
 from tests.laws import ENTRIES, Learned, close
 from tests.test_layering import ANALYSES, FAMILIES
 

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from experiments import scale
-from experiments.collectives import Collective
-from experiments.forecast import SHARE, Forecast, computing, rate, took
-from experiments.topology import LINK, Pod, pod
+from experiments.measure.collectives import Collective
+from experiments.measure.roofline import SHARE, Forecast, computing, rate, took
+from experiments.measure.topology import LINK, Pod, pod
 from experiments.training import torus
 from pallas_kernels.matrix.targets import TARGETS
 

@@ -9,7 +9,7 @@ import pytest
 
 from attn.parallel.sharding import over_mesh
 from attn.recurrent.scan import Triple, across, attend, empty, join, prefix, total
-from experiments import cost
+from experiments.measure import cost
 from tests.test_linear import close
 
 B, H, K, V = 2, 4, 2, 12

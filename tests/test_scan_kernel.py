@@ -11,7 +11,7 @@ from attn.contract import dispatch
 from attn.recurrent.scan import Triple, attend, empty
 from pallas_kernels import Refused
 from pallas_kernels.scan.api import scan
-from experiments import cost
+from experiments.measure import cost
 from tests.test_linear import close
 from tests.test_scan import B, H, K, RUNS, V, check, inputs
 

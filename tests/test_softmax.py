@@ -10,7 +10,7 @@ import pytest
 from attn.masks import Causal, Full, Mask, Sink, Window
 from attn.positions import ALiBi
 from attn.softmax import Softmax, attend
-from experiments import cost
+from experiments.measure import cost
 from tests.laws import TOLERANCE, close
 
 B, T, S, H, K, D, V = 2, 21, 29, 4, 2, 8, 12

@@ -20,7 +20,7 @@ from rich.table import Table
 from attn.exact.online import merge, output
 from attn.masks import Causal
 from attn.parallel.device_grid import distributed, partial, traffic
-from experiments.collectives import collectives
+from experiments.measure.collectives import collectives
 
 GRIDS = {1: (1, 1), 2: (1, 2), 4: (2, 2), 8: (2, 4)}
 

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 from rich.console import Console
 from rich.table import Table
 
-from experiments.forecast import Forecast
-from experiments.topology import Pod
+from experiments.measure.roofline import Forecast
+from experiments.measure.topology import Pod
 
 
 class Row(NamedTuple):

@@ -30,9 +30,9 @@ import jax
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 import pallas_kernels
-from experiments import cost
-from experiments.collectives import Collective, instructions
-from experiments.topology import Pod
+from experiments.measure import cost
+from experiments.measure.collectives import Collective, instructions
+from experiments.measure.topology import Pod
 from pallas_kernels.matrix.cases import cases
 from pallas_kernels.matrix.targets import TARGETS
 

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from attn.lightning import slopes
-from experiments.contenders import Inputs, prepared
+from experiments.measure.timing import Inputs, prepared
 
 PEER = "jax.nn"
 Makes = dict[str, Callable[[Inputs], Callable[[], Any]]]

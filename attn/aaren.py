@@ -7,8 +7,8 @@ a stream needs the same memory however long it is.
 
     s_i = scale q.k_i,    o_t = sum_{i <= t} exp(s_i) v_i / sum_{i <= t} exp(s_i)
 
-in the stable form of `attn/recurrent/scan.py`. The query asks for no position, so order has to
-come with the tokens: by embeddings, by rotated keys, or by the layers below.
+in the stable form of `attn/recurrent/scan.py`. The query asks for no position, so order
+has to come with the tokens: by embeddings, by rotated keys, or by the layers below.
 """
 
 from __future__ import annotations

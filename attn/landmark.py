@@ -3,9 +3,10 @@ stands for it, and attending to that token is retrieving the block.
 
 After every `block` tokens of text the sequence holds a landmark. A query gives weight
 to the text of its own block and to the landmarks of earlier ones; what a landmark gets
-is dealt out among its block's tokens (`attn/sparse/grouped_softmax.py`). So the model learns to point
-at blocks while it learns to read, and at inference it needs only the `top_k` blocks
-whose landmarks a query likes best, at positions that stay small however long the text.
+is dealt out among its block's tokens (`attn/sparse/grouped_softmax.py`). So the model
+learns to point at blocks while it learns to read, and at inference it needs only the
+`top_k` blocks whose landmarks a query likes best, at positions that stay small however
+long the text.
 
 `interleave` puts the landmarks into a text; `models.lm.LM` does that by itself.
 """

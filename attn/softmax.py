@@ -63,7 +63,8 @@ class Softmax:
 
     `score` is a function of positions such as `ALiBi(heads)`; `dropout` acts when the
     call is given a `key`. axis: the mesh axis that tokens are split over; exchange: how
-    its shards meet, "gather", "ring", "zigzag" or "swap" (see `attn/parallel/exchange.py`).
+    its shards meet, "gather", "ring", "zigzag" or "swap" (see
+    `attn/parallel/exchange.py`).
     """
 
     mask: Mask = Causal()

@@ -2,8 +2,9 @@
 
 The real training step, AdamW and all, is compiled for the chips of a TPU pod that is
 not there, and read: memory a chip, what moves between chips by kind, the operations of
-products and kernels, and the time that these take at least (`experiments/measure/roofline.py`
-says how; elementwise work is left out, so a real step is longer).
+products and kernels, and the time that these take at least
+(`experiments/measure/roofline.py` says how; elementwise work is left out, so a real
+step is longer).
 
     pip install -e '.[aot]'
     python -m experiments.scale                 # 8B hybrid, 2M tokens, 256 chips of v5e

@@ -1,8 +1,8 @@
 """The passes over tiles of exact attention, forward and backward: XLA's form.
 
 While key tiles pass by, a row of queries keeps its running maximum, sum and weighted
-value; the backward pass makes each tile again from q, k and lse. `attn/exact/chunked.py` has
-the equations, and lays out what comes here.
+value; the backward pass makes each tile again from q, k and lse.
+`attn/exact/chunked.py` has the equations, and lays out what comes here.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Distributed attention: a grid of devices, queries by rows, keys by columns.
 
 The device in row r and column c of a grid reads the queries of its row and the keys of
-its column, and one maximum and one sum along the row end the work (`attn/exact/online.py`).
+its column, and one maximum and one sum along the row end the work
+(`attn/exact/online.py`).
 
 The grid is proposed here, after "A Unified View of Long-Sequence Models", whose own
 schedule was not to be found.

@@ -5,10 +5,11 @@ There are four ways, which give the same numbers:
 
 - "gather": every shard gathers all keys and values (LASP-2H, Sun et al., 2025,
   arXiv:2502.07563). One collective, memory of the whole S.
-- "ring": keys and values travel from shard to shard (`attn/parallel/ring.py`). Memory of two
-  pieces a direction, transfers hidden behind computing; of a window only neighbours'
-  keys travel. Causal work is uneven.
-- "zigzag": a ring whose causal work is even (`attn/parallel/zigzag.py`), for two exchanges more.
+- "ring": keys and values travel from shard to shard (`attn/parallel/ring.py`). Memory
+  of two pieces a direction, transfers hidden behind computing; of a window only
+  neighbours' keys travel. Causal work is uneven.
+- "zigzag": a ring whose causal work is even (`attn/parallel/zigzag.py`), for two
+  exchanges more.
 - "swap": heads for tokens (DeepSpeed-Ulysses, Jacobs et al., 2023, arXiv:2309.14509):
   every shard gets all tokens of its part of the heads. It needs as many heads as
   shards; of fewer key heads each is sent to those that read it.

@@ -1,4 +1,4 @@
-"""The delta rule by chunks: XLA's form of the recurrence of `attn/recurrent/delta_rule.py`.
+"""The delta rule by chunks: XLA's form of `attn/recurrent/delta_rule.py`.
 
 All chunks are solved at once, each as a lower triangular system that is linear in the
 state that it begins with; only the state travels between them, by a scan.

@@ -1,4 +1,4 @@
-"""Linear attention by chunks: XLA's form of the recurrence of `attn/recurrent/linear.py`.
+"""Linear attention by chunks: XLA's form of `attn/recurrent/linear.py`.
 
 Inside a chunk of tokens the recurrence is written out as a small masked matrix of q.k,
 for all chunks at once; between chunks only the state travels, by a scan. Only exponents

@@ -1,8 +1,9 @@
 """Triples: softmax over every prefix, in chunks whose tokens meet in one product.
 
 Inside a chunk P[t,i] = exp(s_i - m_t), i <= t, with the running maximum m_t: w = P v
-and u = P 1. Between chunks one triple travels (see `attn/recurrent/scan.py`). The gradient goes
-the same way back. With r_t = 1/u_t and delta_t = do_t.o_t = sum_i P[t,i] r_t do_t.v_i,
+and u = P 1. Between chunks one triple travels (see `attn/recurrent/scan.py`). The
+gradient goes the same way back. With r_t = 1/u_t and delta_t = do_t.o_t = sum_i P[t,i]
+r_t do_t.v_i,
 
     ds_i = sum_t P[t,i] r_t (do_t.v_i - delta_t),    dv_i = sum_t P[t,i] r_t do_t
 

@@ -22,8 +22,8 @@ Backward, the states and their gradients are 0.67 of the 2.44 GB, the float32 gr
 of keys and queries a head, written and added up, 0.54. Not in these numbers: the passes
 over states take their 128 steps of 5 products one after the other.
 
-Source: see `pallas_kernels/delta/api.py`; the division into kernels follows the published
-ones of flash-linear-attention.
+Source: see `pallas_kernels/delta/api.py`; the division into kernels follows the
+published ones of flash-linear-attention.
 """
 
 from __future__ import annotations

@@ -5,17 +5,18 @@
     python -m pallas_kernels.tune --kernels linear,delta  # not all of them
 
 Without the accelerator, a TPU candidate costs its bundles times their trips (see
-`pallas_kernels/matrix/tpu_schedule.py`), which is exact for what the compiler scheduled and knows
-nothing of the memory system. A GPU has no such schedule to read: a candidate that
-spills registers is dropped, and what is left is ranked, for flash, blocks and decode,
-by the time of the busiest loop's pass for each logit (`pallas_kernels/matrix/ptx_loop.py`),
-among equals by a warp's own; for recurrences, whose loops are not alike, by how much of
-a chunk a multiprocessor keeps in flight, among equals by registers. The kernels of
-Mosaic GPU, which share out registers themselves, keep their tiles. Kernels of one
-program are tried one by one, as far as each has a row of its own. Where the device is
-there, --timed runs every candidate instead, and its row is written under the device's
-own name. What does not compile, because it asks for more fast memory than there is, is
-passed over. About a quarter of an hour a target and family of kernels.
+`pallas_kernels/matrix/tpu_schedule.py`), which is exact for what the compiler scheduled
+and knows nothing of the memory system. A GPU has no such schedule to read: a candidate
+that spills registers is dropped, and what is left is ranked, for flash, blocks and
+decode, by the time of the busiest loop's pass for each logit
+(`pallas_kernels/matrix/ptx_loop.py`), among equals by a warp's own; for recurrences,
+whose loops are not alike, by how much of a chunk a multiprocessor keeps in flight,
+among equals by registers. The kernels of Mosaic GPU, which share out registers
+themselves, keep their tiles. Kernels of one program are tried one by one, as far as
+each has a row of its own. Where the device is there, --timed runs every candidate
+instead, and its row is written under the device's own name. What does not compile,
+because it asks for more fast memory than there is, is passed over. About a quarter of
+an hour a target and family of kernels.
 """
 
 from __future__ import annotations

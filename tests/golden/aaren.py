@@ -34,7 +34,7 @@ def _core(case):
 def _resolved(ds: np.ndarray, case) -> np.ndarray:
     """dscores up to what float64 resolves of do.v - do.o. On a ramp of scores all of
     dscores, about 1e-17, is below that: there the file holds rounding errors (0.67 away
-    from the exact gradient, which `tests/test_aaren.py` holds to 1e-6)."""
+    from the exact gradient, which `tests/attn/test_aaren.py` holds to 1e-6)."""
     unit = np.finfo(np.float64).eps * np.abs(case["cotangent"] * case["v"]).sum(-1)
     near = np.abs(ds - case["dscores"]) <= 2 * unit.max()
     return np.where(near, case["dscores"], ds)

@@ -11,7 +11,7 @@ from attn.contract import dispatch
 from attn.recurrent.delta_rule import delta_rule
 from pallas_kernels import Refused
 from pallas_kernels.delta.api import delta
-from tests.delta_oracle import B, H, NAMES, close, held, inputs, recurrence
+from tests.oracles.delta_rule import B, H, NAMES, close, held, inputs, recurrence
 
 BACKENDS = pytest.mark.parametrize("backend", ["tpu", "triton"])
 TILE = {"tpu": (2,), "triton": (16, 4, 1)}

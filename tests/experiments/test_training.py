@@ -20,7 +20,7 @@ from experiments.training.loop import NotFinite, Plan, evaluate, fit
 from experiments.training.runs import Checkpoints, Metrics, open_folder
 from models.lm import LM
 
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = pathlib.Path(__file__).parents[2]
 MODEL = LM(vocab=16, width=16, heads=2, hidden=16,
            attention=(Softmax(dropout=0.1), Softmax(mask=Causal() & Window(4))))
 PLAN = Plan(steps=12, batch=8, warmup=2, log=2, save=4)

@@ -23,8 +23,10 @@ from pallas_kernels.machine import hopper
 from pallas_kernels.machine.blackwell import COLUMNS, ROWS
 from pallas_kernels.machine.hopper import LATER
 from pallas_kernels.matrix.targets import TARGETS
-from tests.test_flash import results
-from tests.test_flash_mosaic import RUNS, apart, everything, inputs, refused, table
+from tests.pallas_kernels.test_flash import results
+from tests.pallas_kernels.test_flash_mosaic import (
+    RUNS, apart, everything, inputs, refused, table
+)
 
 BF16, F16 = jnp.bfloat16, jnp.float16
 ONE = (128, 64)  # a tile of one warpgroup

@@ -18,12 +18,11 @@ from attn.recurrent.noncausal import whole
 from attn.recurrent.shortconv import across as convolved
 from attn.recurrent.shortconv import shortconv
 from experiments.measure.collectives import collectives
-from tests import delta_oracle
-from tests.laws import ENTRIES, given
-from tests.test_linear import (
-    B, D, FORWARD, GRADIENT, H, K, RUNS, V, close, inputs, like, per_channel,
-    recurrence,
+from tests.attn.recurrent.test_linear import (
+    B, D, FORWARD, GRADIENT, H, K, RUNS, V, close, inputs, like, per_channel, recurrence
 )
+from tests.laws import ENTRIES, given
+from tests.oracles import delta_rule as delta_oracle
 
 KINDS = ("none", "head", "token", "channel")
 FORMS = ("plain", "packed", "stream")

@@ -18,7 +18,7 @@ from experiments.training.runs import open_folder
 from models.lm import LM
 from models.transnormer import TransNormer
 from tests.laws import close
-from tests.mesh_run import BATCH, MODEL, Counting, plan
+from tests.small_run import BATCH, MODEL, Counting, plan
 
 MESHES = ((1, 8, 1), (1, 4, 2), (2, 4, 1), (1, 2, 4), (8, 1, 1))
 

@@ -12,8 +12,8 @@ from attn.recurrent.scan import Triple, attend, empty
 from pallas_kernels import Refused
 from pallas_kernels.scan.api import scan
 from experiments.measure import cost
-from tests.test_linear import close
-from tests.test_scan import B, H, K, RUNS, V, check, inputs
+from tests.attn.recurrent.test_linear import close
+from tests.attn.recurrent.test_scan import B, H, K, RUNS, V, check, inputs
 
 BACKENDS = ("tpu", "triton")
 KERNEL = pytest.mark.parametrize("backend", BACKENDS)

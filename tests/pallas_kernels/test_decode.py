@@ -17,7 +17,7 @@ from pallas_kernels.decode import (
 )
 from pallas_kernels.decode.api import decode, packed, unpacked
 from pallas_kernels.decode.triton import splits
-from tests.test_flash import BACKENDS, close, normal, results
+from tests.pallas_kernels.test_flash import BACKENDS, close, normal, results
 
 B, T, S, H, K, D, V = 2, 3, 41, 4, 2, 8, 12
 

@@ -14,7 +14,7 @@ from pallas_kernels import Refused, tables
 from pallas_kernels.blocks import triton as blocks_triton
 from pallas_kernels.blocks.api import Static, blocks as attention, inverse
 from experiments.measure import cost
-from tests.test_flash import BACKENDS, close, normal, results
+from tests.pallas_kernels.test_flash import BACKENDS, close, normal, results
 
 B, T, S, H, K, D, V, BLOCK = 2, 37, 45, 4, 2, 8, 12, 8
 SEGMENTS = np.array([[1] * 15 + [2] * 30, [0] * 2 + [1] * 30 + [2] * 13], np.int32)

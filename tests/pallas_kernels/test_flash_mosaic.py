@@ -19,7 +19,7 @@ from attn.positions import ALiBi
 from attn.softmax import Softmax
 from pallas_kernels import Refused
 from pallas_kernels.flash.api import flash
-from tests.test_flash import normal, results
+from tests.pallas_kernels.test_flash import normal, results
 
 BF16, F16 = jnp.bfloat16, jnp.float16
 SHORT = 128, 64  # tiles of two warpgroups; backward, each keeps one of dk and dv

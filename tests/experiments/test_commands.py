@@ -11,7 +11,7 @@ import pytest
 from experiments.__main__ import experiments
 from experiments.cli import config
 
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = pathlib.Path(__file__).parents[2]
 NAMES = list(experiments())
 
 

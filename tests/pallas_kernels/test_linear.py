@@ -13,8 +13,8 @@ from attn.recurrent.linear import across, recur
 from pallas_kernels import Refused
 from pallas_kernels.linear import tpu as linear_tpu
 from pallas_kernels.linear.api import linear
-from tests import test_linear
-from tests.test_linear import (
+from tests.attn.recurrent import test_linear
+from tests.attn.recurrent.test_linear import (
     GRADIENT, RUNS, close, inputs, like, per_channel, recurrence
 )
 

@@ -10,7 +10,7 @@ import pytest
 from attn.delta import Delta
 from attn.recurrent.delta_rule import delta_rule, one
 from attn.recurrent.triangular import inverse
-from tests.delta_oracle import B, H, RUNS, close, held, inputs, recurrence
+from tests.oracles.delta_rule import B, H, RUNS, close, held, inputs, recurrence
 
 SCALE = 0.5
 

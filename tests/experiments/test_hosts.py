@@ -13,9 +13,9 @@ import pytest
 from experiments.distributed import Hosts
 from experiments.training.loop import abstract, fit
 from experiments.training.runs import Checkpoints
-from tests.mesh_run import BATCH, MODEL, Counting, plan
+from tests.small_run import BATCH, MODEL, Counting, plan
 
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = pathlib.Path(__file__).parents[2]
 SIZES = (2, 2, 2)
 PROCESS = """
 import json, os, pathlib, sys
@@ -27,7 +27,7 @@ from experiments.distributed import Hosts, agreed, join
 join(Hosts(f"localhost:{port}", 2, int(index)), patience=40)
 import jax
 from experiments import mesh, runs, train
-from tests.mesh_run import MODEL, Counting, plan
+from tests.small_run import MODEL, Counting, plan
 assert jax.process_count() == 2 and len(jax.local_devices()) == 4
 path = runs.open_folder("two", folder, "python -m two")
 run = train.fit(MODEL, Counting(), plan((2, 2, 2)), path, quiet=True)

@@ -258,10 +258,10 @@ def interleave(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """A text with its landmarks -> tokens, segments [B,T+T//block+1], index [B,T].
 
-    tokens [B,T] and segments as in `attn.segments`; end, last [B]: the clock of the
-    state that they follow, landmarks counted. A token with id `landmark` stands behind
-    every `block` tokens of a sequence, what is left of the row is padding, and index
-    says where each token of the text went.
+    tokens [B,T] and segments as in `attn.contract.segments`; end, last [B]: the clock
+    of the state that they follow, landmarks counted. A token with id `landmark` stands
+    behind every `block` tokens of a sequence, what is left of the row is padding, and
+    index says where each token of the text went.
     """
     b, t = tokens.shape
     length = t + t // block + 1

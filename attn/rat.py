@@ -25,11 +25,11 @@ from attn.cache import kv as caches
 from attn.cache.kv import Cache
 from attn.contract.segments import place
 from attn.contract.shapes import check
+from attn.exact.attend import attend
 from attn.masks import Causal
 from attn.parallel.sharding import Axis, over_mesh
 from attn.positions import RoPE
 from attn.recurrent.lasp import before
-from attn.softmax import attend
 
 _INIT = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
 

@@ -25,8 +25,9 @@ from attn.cache import kv as caches
 from attn.cache.kv import Cache
 from attn.contract.segments import Place, place
 from attn.contract.shapes import check
+from attn.exact.dense import allowed, logits, weights
 from attn.masks import FOREVER
-from attn.softmax import Softmax, allowed, logits, weights
+from attn.softmax import Softmax
 
 POOLS = ("avg", "max")
 

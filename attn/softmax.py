@@ -4,9 +4,7 @@ Softmax attention looks at all pairs of tokens, but the T x S matrix never exist
 of keys pass by while each row keeps a running maximum, sum and weighted value, and the
 backward pass computes the tiles again. Tiles that the mask hides are never visited.
 
-`Softmax` is the attention, `attend` the mechanism under it (XLA's form is
-`attn/exact/chunked.py`, the kernels' `pallas_kernels/flash/api.py`), and
-`logits`, `weights`, `values` the same in three steps for ideas that need the matrix.
+`Softmax` is the attention, `attn/exact/attend.py` the mechanism under it.
 """
 
 from __future__ import annotations
@@ -20,37 +18,14 @@ import jax.numpy as jnp
 
 from attn.cache import kv as caches
 from attn.cache import sharded as shardcache
-from attn.contract.dispatch import interpreted, pick
 from attn.contract.segments import place
 from attn.contract.shapes import check
-from attn.exact import chunked as tiles
-from attn.exact.dense import allowed, logits, values, weights
+from attn.exact.attend import attend
 from attn.masks import Causal, Full, Mask
 from attn.parallel.exchange import EXCHANGES, exchanged, split_axis
 from attn.parallel.sharding import Axis, devices_of, over_mesh, spread_heads
-from pallas_kernels.flash.api import flash
 
 FEW = 8  # queries for which a step is bound by the bytes of the cache
-
-__all__ = ["Softmax", "allowed", "attend", "logits", "values", "weights"]
-
-
-def attend(
-    q: jax.Array, k: jax.Array, v: jax.Array, *, implementation: str | None = None,
-    **options: Any,
-) -> tuple[jax.Array, jax.Array]:
-    """Exact attention: o [B,T,H,V] and lse [B,H,T], by the best implementation here.
-
-    q [B,T,H,D], k [B,S,K,D], v [B,S,K,V]; options: those of `attn.tiles.attend`.
-    implementation: "xla", "pallas" or None for the best; see `attn.dispatch.pick`.
-    """
-    kernel = lambda backend: lambda: flash(
-        q, k, v, backend=backend, interpret=interpreted(), **options
-    )
-    return pick(
-        implementation, xla=lambda: tiles.attend(q, k, v, **options),
-        tpu=kernel("tpu"), gpu=(kernel("mosaic"), kernel("triton")),
-    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -62,7 +62,8 @@ def attend(
 
     Positions count from 0, aligned at the last token when T != S, unless q_pos [B,T]
     and kv_pos [B,S] or [B,S,K|1] are given (-1: an empty slot). q_run, kv_run: see
-    `attn.segments`. head [H]: the global head numbers, for masks that read them.
+    `attn.contract.segments`. head [H]: the global head numbers, for masks that read
+    them.
     dropout: the share of weights set to 0, if `key` is given; the choice is a hash of
     (key, batch row, head, query index, key index), so no tile or pass can disagree on
     it. keep [B,H,T,S] bool gives the choice instead. shift: how many tokens further on

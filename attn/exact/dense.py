@@ -49,7 +49,8 @@ def allowed(
     """The mask at given positions, as booleans that broadcast to [B,H,T,S].
 
     q_pos [B|1,T]; kv_pos [B|1,S] or, per head, [B,S,H]; -1 is an empty slot. Runs as
-    in `attn.segments`: a token sees its own run, and padding is run 0. head [H].
+    in `attn.contract.segments`: a token sees its own run, and padding is run 0.
+    head [H].
     """
     i = q_pos[:, None, :, None]
     per_head = kv_pos.ndim == 3

@@ -18,8 +18,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from attn.parallel.sharding import Axis
-
 EMPTY = -1e30  # the maximum of no logits, finite so that differences are no NaN
 
 
@@ -40,7 +38,7 @@ def normalized(o: jax.Array, lse: jax.Array) -> Partial:
     )
 
 
-def merge(parts: Partial, axis: Axis | None = None) -> Partial:
+def merge(parts: Partial, axis: str | tuple[str, ...] | None = None) -> Partial:
     """The triple of all keys: of the parts on the devices along mesh axis `axis`,
     inside `shard_map`, by one maximum and one sum; without one, of a leading axis."""
     if axis is None:

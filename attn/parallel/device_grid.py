@@ -17,12 +17,13 @@ import jax
 import jax.numpy as jnp
 
 from attn.contract.shapes import check
+from attn.exact.attend import attend
+from attn.exact.dense import allowed, logits, values
 from attn.exact.online import EMPTY, Partial, merge, normalized, output
 from attn.masks import Full, Mask
 from attn.parallel.sharding import (
     Axis, devices_of, gather, mesh_of, names_of, spec, spread_heads
 )
-from attn.softmax import allowed, attend, logits, values
 
 
 def partial(
@@ -71,11 +72,11 @@ def distributed(
     the two may be (): rows alone is an all-gather of keys, columns alone what decoding
     over a sharded cache needs, one maximum and one sum of B H T (V+1) numbers.
 
-    Positions and runs as in `attn.tiles.attend`, in the global view. T and S need not
-    be multiples of the devices: keys that are filled in have no place. On r x c devices
-    a column's keys are every c-th of r c pieces of the sequence, so that columns share
-    a causal mask's work; rows do not, nor do columns alone. In low precision o of a
-    part is rounded before it is merged.
+    Positions and runs as in `attn.exact.chunked.attend`, in the global view. T and S
+    need not be multiples of the devices: keys that are filled in have no place. On r x
+    c devices a column's keys are every c-th of r c pieces of the sequence, so that
+    columns share a causal mask's work; rows do not, nor do columns alone. In low
+    precision o of a part is rounded before it is merged.
     """
     check(q, k, v)
     names = names_of(rows) + names_of(columns)

@@ -65,7 +65,7 @@ def exchanged(
 ) -> jax.Array:
     """o [B,T,H,V] of a shard's queries with the keys of all, inside `shard_map`.
 
-    Arguments of `attn.softmax.attend`, which `attend` is, for this shard. counted:
+    Arguments of `attn.exact.attend`, which `attend` is, for this shard. counted:
     positions are 0, 1, 2, ... over the shards, there are no runs, and T = S.
     """
     along, swapped = split_axis(axis, exchange)

@@ -50,7 +50,7 @@ def ring(
     """`attend` over all shards of mesh axis `axis`, inside `shard_map` -> o [B,T,H,V]
     in v's dtype and lse [B,H,T] float32 of this shard's queries.
 
-    Arguments are those of `attn.softmax.attend` for this shard, options its others.
+    Arguments are those of `attn.exact.attend` for this shard, options its others.
     counted: positions are 0, 1, 2, ... over the shards, there are no runs, and T = S.
     balanced: zigzag, for a causal mask that never forgets; the work of other masks is
     even as it is. ValueError if it cannot cut a shard in two.

@@ -15,8 +15,8 @@ import jax.numpy as jnp
 
 from attn.contract.dispatch import interpreted, pick
 from attn.contract.shapes import check
+from attn.exact.dense import weights
 from attn.masks import Full, Mask
-from attn.softmax import weights
 from pallas_kernels.blocks import api as kernels
 
 
@@ -64,9 +64,9 @@ def attend(
     q [B,T,H,D], k [B,S,K,D], v [B,S,K,V]; chosen [B,H|K,N,n] int32: the key blocks of
     `block` tokens for each of N blocks of ceil(T/N) queries, -1 for none. A block that
     is chosen twice counts twice: `distinct` comes first. The mask acts inside blocks;
-    positions (0, 1, ... by default) and runs are those of `attn.softmax.allowed`. A
+    positions (0, 1, ... by default) and runs are those of `dense.allowed`. A
     query that sees nothing gives o = 0 and lse = -inf. implementation: "xla", "pallas"
-    or None for the best; see `attn.dispatch.pick`.
+    or None for the best; see `attn.contract.dispatch.pick`.
     """
     check(q, k, v)
     _check(chosen, (*q.shape[:3], k.shape[2]), k.shape[1], block)

@@ -27,9 +27,9 @@ STEPS = 4  # of the staircase that leaves out keys behind all queries of a tile
 class Row(NamedTuple):
     """What is known of the tokens of a row, [B,T] each.
 
-    run, pos: as in `attn.segments`. group: number of the token's group. mark: it is a
-    landmark. late: its group began in an earlier window of `size` keys; None if every
-    group fills a window of its own.
+    run, pos: as in `attn.contract.segments`. group: number of the token's group. mark:
+    it is a landmark. late: its group began in an earlier window of `size` keys; None if
+    every group fills a window of its own.
     """
 
     run: jax.Array

@@ -7,11 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from attn.exact.attend import attend
 from attn.masks import Causal, Full, Mask, Sink, Window
 from attn.positions import ALiBi
-from attn.softmax import Softmax, attend
+from attn.softmax import Softmax
 from experiments.measure import cost
 from tests.laws import TOLERANCE, close
+from tests.oracles.softmax import oracle
 
 B, T, S, H, K, D, V = 2, 21, 29, 4, 2, 8, 12
 TILE = (8, 10)
@@ -32,47 +34,6 @@ def inputs(t=T, s=S, scale=1.0):
     shapes = (B, t, H, D), (B, s, K, D), (B, s, K, V), (B, t, H, V)
     q, *rest = (jax.random.normal(k, shape) for k, shape in zip(keys, shapes))
     return q * scale, *rest
-
-
-def oracle(q, k, v, do, *, mask=Full(), softcap=None, score=None, bias=None, sink=None,
-           keep=None, dropout=0.0, dlse=None):
-    """o, lse and the gradients of (do, dlse) by name, in float64."""
-    q, k, v, do = (np.asarray(a, np.float64) for a in (q, k, v, do))
-    (b, t, h, d), s, g = q.shape, k.shape[1], q.shape[2] // k.shape[2]
-    kk, vv = np.repeat(k, g, 2), np.repeat(v, g, 2)
-    raw = np.einsum("bthd,bshd->bhts", q, kk) / np.sqrt(d)
-    capped = softcap * np.tanh(raw / softcap) if softcap else raw
-    i, j = np.arange(s - t, s)[:, None], np.arange(s)[None]
-    heads = np.arange(h)[:, None, None]
-    logit = capped
-    if score is not None:
-        logit = logit + np.asarray(score(heads, i[None], j[None]), np.float64)[None]
-    if bias is not None:
-        logit = logit + np.asarray(bias, np.float64)
-    seen = np.broadcast_to(mask(heads, i[None], j[None]), (h, t, s))[None]
-    e = np.where(seen, np.exp(logit), 0)
-    out = 0 if sink is None else np.exp(np.asarray(sink, np.float64))[None, :, None]
-    total = e.sum(-1) + out
-    p = e / np.where(total > 0, total, 1)[..., None]
-    kept = 1.0 if keep is None else np.asarray(keep) / (1 - dropout)
-    o = np.einsum("bhts,bshv->bthv", p * kept, vv)
-    with np.errstate(divide="ignore"):
-        lse = np.log(total)
-    dp = np.einsum("bthv,bshv->bhts", do, vv) * kept
-    delta = (p * dp).sum(-1) - (0 if dlse is None else np.asarray(dlse, np.float64))
-    ds = p * (dp - delta[..., None])
-    grads = {"v": np.einsum("bhts,bthv->bshv", p * kept, do)}
-    if bias is not None:
-        axes = tuple(n for n in range(4) if bias.shape[n] == 1)
-        grads["bias"] = ds.sum(axes, keepdims=True)
-    if sink is not None:
-        grads["sink"] = -(out / total * delta).sum((0, 2))
-    ds = ds * (1 - (capped / softcap) ** 2 if softcap else 1) / np.sqrt(d)
-    grads["q"] = np.einsum("bhts,bshd->bthd", ds, kk)
-    grads["k"] = np.einsum("bhts,bthd->bshd", ds, q)
-    for name in "kv":
-        grads[name] = grads[name].reshape(b, s, h // g, g, -1).sum(3)
-    return o, lse, grads
 
 
 def holds(q, k, v, do, *, bias=None, sink=None, dlse=None, tile=TILE, **options):

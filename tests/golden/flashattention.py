@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from attn.exact.attend import attend
 from attn.masks import FOREVER, Causal, Full, Mask, Sink, Window
-from attn.softmax import Softmax, attend
+from attn.softmax import Softmax
 from attn.sparse import chosen_blocks as blocks
 
 OPTIONS = {"layout", "softmax_scale", "causal", "causal_alignment", "window", "softcap",

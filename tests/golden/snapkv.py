@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from attn.contract.segments import place
+from attn.exact.dense import logits, values, weights
 from attn.snapkv import SnapKV
-from attn.softmax import logits, values, weights
 
 
 def run(case: Mapping[str, Any]) -> dict[str, np.ndarray]:

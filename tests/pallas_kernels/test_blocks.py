@@ -1,4 +1,4 @@
-"""The kernels of chosen blocks are the function `attn.blocks.attend`, interpreted."""
+"""The kernels are the function `attn.sparse.chosen_blocks.attend`, interpreted."""
 
 import functools
 

@@ -1,6 +1,6 @@
 """The flash kernel is the function: every feature, every input's gradient, interpreted.
 
-The reference is `attn.tiles.attend`, which test_softmax holds against float64 numpy.
+The reference is `attn.exact.chunked.attend`, which test_softmax holds against float64.
 """
 
 import functools

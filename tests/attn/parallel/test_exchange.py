@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 
 from attn.contract import dispatch
+from attn.exact.attend import attend
 from attn.masks import Causal, Full, Sink, Window
 from attn.parallel import ring_schedule as rounds
 from attn.parallel.zigzag import collected, dealt
 from attn.positions import ALiBi
-from attn.softmax import Softmax, attend
+from attn.softmax import Softmax
 from experiments.measure.collectives import collectives
 from tests.laws import close
 

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from attn.exact.dense import logits, values, weights
 from attn.masks import Causal, Full
-from attn.softmax import logits, values, weights
 from attn.sparse import chosen_blocks as blocks
 from experiments.measure import cost
 from tests.laws import close, gradients

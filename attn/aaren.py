@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from attn.contract.dispatch import pick
-from attn.contract.segments import place, runs
+from attn.contract.segments import locate, segment_indices
 from attn.contract.shapes import check
 from attn.parallel.sharding import (
     Axis, gather, over_mesh, splits, spread_heads, stacked
@@ -72,7 +72,7 @@ class Aaren(nn.Module):
         """All tokens at once. q [B,T,H,D] (its shape), k [B,S,K,D], v [B,S,K,V] ->
         [B,T,H,V]."""
         check(q, k, v, segments=segments, aligned=self.causal)
-        q_run, kv_run = runs(segments, q, self.causal)
+        q_run, kv_run = segment_indices(segments, q, self.causal)
         scores = self._scores(q, k)
         if self.causal:
             return self._prefixes(None, scores, v, kv_run, self.axis)[1]
@@ -101,11 +101,11 @@ class Aaren(nn.Module):
             raise ValueError(
                 f"state is a {type(state).__name__}: expected an AarenState"
             )
-        now = place(segments, q.shape[0], q.shape[1], state.end, state.segment)
+        now = locate(segments, q.shape[0], q.shape[1], state.end, state.segment)
         memory, o = self._prefixes(
             state.memory, self._scores(q, k), v,
-            None if segments is None else now.run, splits(self.axis, q.shape[1]))
-        return AarenState(memory, now.end, now.last), o
+            None if segments is None else now.segment, splits(self.axis, q.shape[1]))
+        return AarenState(memory, now.next_pos, now.last_segment), o
 
     @nn.compact
     def _scores(self, q, k) -> jax.Array:

@@ -16,7 +16,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from attn.contract.segments import place
+from attn.contract.segments import locate
 from attn.layers import Layer
 from attn.parallel.sharding import Axis, home, over_mesh, splits
 from attn.recurrent.shortconv import across
@@ -73,8 +73,8 @@ class BaseConv(Layer):
             raise NotImplementedError("BaseConv reads its own tokens, not a context")
         width = self._width(x)
         end, segment = (None, None) if state is None else (state.end, state.segment)
-        now = place(segments, x.shape[0], x.shape[1], end, segment)
-        run = None if segments is None else now.run
+        now = locate(segments, x.shape[0], x.shape[1], end, segment)
+        run = None if segments is None else now.segment
         x = x.astype(self.dtype)
         gate, mixed = self._project(x)
         fans = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
@@ -88,7 +88,9 @@ class BaseConv(Layer):
         if bias is not None:
             mixed = mixed + bias.astype(mixed.dtype).reshape(1, 1, width)
         y = self._combine(x, gate, mixed, run)
-        return y if state is None else (ConvState(last, now.end, now.last), y)
+        if state is None:
+            return y
+        return ConvState(last, now.next_pos, now.last_segment), y
 
     def init_state(self, size: int, x: Any) -> ConvState:
         """An empty memory for `size` tokens, which does not grow; x [B,T,E] gives its

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from attn.contract.dispatch import pick
-from attn.contract.segments import place, runs
+from attn.contract.segments import locate, segment_indices
 from attn.contract.shapes import check
 from attn.parallel.sharding import Axis, gather, over_mesh, splits, spread_heads
 from attn.recurrent.chunks import Runs, chunked, filled, only, runs_of, unchunked
@@ -80,7 +80,7 @@ class Based:
     def __call__(self, q, k, v, *, x=None, segments=None):
         """All tokens at once. q [B,T,H,D], k [B,S,K,D], v [B,S,K,V] -> [B,T,H,V]."""
         check(q, k, v, segments=segments, aligned=self.causal)
-        q_run, kv_run = runs(segments, q, self.causal)
+        q_run, kv_run = segment_indices(segments, q, self.causal)
         k, v = (spread_heads(a, q.shape[2], self.axis) for a in (k, v))
         letters = "BTHD BSKD BSKV BT BS -> BTHV"
         o = over_mesh(self._local, letters, self.axis)(q, k, v, q_run, kv_run)
@@ -97,8 +97,8 @@ class Based:
         self._check_stream()
         check(q, k, v, segments=segments, aligned=True)
         check_state(state, self._memory(q, v.shape[-1] + self.normalize))
-        now = place(segments, q.shape[0], q.shape[1], state.end, state.segment)
-        run = None if segments is None else now.run
+        now = locate(segments, q.shape[0], q.shape[1], state.end, state.segment)
+        run = None if segments is None else now.segment
         here = dataclasses.replace(self, axis=splits(self.axis, q.shape[1]))
         k, v = (spread_heads(a, q.shape[2], here.axis) for a in (k, v))
         f = over_mesh(
@@ -107,7 +107,8 @@ class Based:
         )
         xla = lambda: f(q, k, v, run, state.memory)
         memory, o = pick(self.implementation, xla=xla)
-        return LinearState(memory, now.end, now.last), self._divided(o).astype(v.dtype)
+        after = LinearState(memory, now.next_pos, now.last_segment)
+        return after, self._divided(o).astype(v.dtype)
 
     def _check_stream(self) -> None:
         if not self.causal:

@@ -18,7 +18,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from attn.contract.segments import Place, place
+from attn.contract.segments import TokenPositions, locate
 from attn.contract.shapes import check
 from attn.parallel.sharding import Axis, home, over_mesh, splits, spread_heads
 from attn.recurrent.delta_rule import across
@@ -74,7 +74,7 @@ class Delta(nn.Module):
         """All tokens at once. q [B,T,H,D], k [B,T,K,D], v [B,T,K,V], and x [B,T,E] the
         tokens that they were made from -> [B,T,H,V]."""
         check(q, k, v, segments=segments, aligned=True)
-        now = place(segments, q.shape[0], q.shape[1])
+        now = locate(segments, q.shape[0], q.shape[1])
         return self._apply(None, now, q, k, v, x, segments is not None, self.axis)[1]
 
     def init_state(self, size, q, k, v, *, x=None) -> DeltaState:
@@ -95,21 +95,23 @@ class Delta(nn.Module):
         check(q, k, v, segments=segments, aligned=True)
         if not isinstance(state, DeltaState):
             raise ValueError(f"state is a {type(state).__name__}: expected DeltaState")
-        now = place(
+        now = locate(
             segments, q.shape[0], q.shape[1], state.end, state.segment
         )
         axis = splits(self.axis, q.shape[1])
         return self._apply(state, now, q, k, v, x, segments is not None, axis)
 
     @nn.compact
-    def _apply(self, state, now: Place, q, k, v, x, packed: bool, axis: Axis | None):
+    def _apply(
+        self, state, now: TokenPositions, q, k, v, x, packed: bool, axis: Axis | None
+    ):
         """The state after the tokens, and o [B,T,H,V]."""
         if x is None or x.shape[:2] != q.shape[:2]:
             raise ValueError(
                 f"x {None if x is None else x.shape}: expected the tokens "
                 f"{q.shape[:2]} that q, k and v were made from, [B,T,E]"
             )
-        run, low = now.run if packed else None, v.dtype
+        run, low = now.segment if packed else None, v.dtype
         memory, *tails = [None] * 4 if state is None else state[:4]
         tails, (q, k, v) = self._short((q, k, v), tails, run, axis)
         beta, log_decay = self._gates(x.astype(jnp.float32), q.shape[2])
@@ -127,7 +129,8 @@ class Delta(nn.Module):
         memory, o = over_mesh(local, letters, axis)(
             memory, q, k, v, beta, log_decay, run)
         q_tail, k_tail, v_tail = tails
-        return DeltaState(memory, q_tail, k_tail, v_tail, now.end, now.last), o
+        clock = now.next_pos, now.last_segment
+        return DeltaState(memory, q_tail, k_tail, v_tail, *clock), o
 
     def _short(self, arrays, tails, run, axis: Axis | None) -> tuple[Any, list]:
         """The next tails; and q, k, v after their convolutions and silu, float32."""

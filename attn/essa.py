@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 
 from attn.contract.dispatch import pick
-from attn.contract.segments import runs
+from attn.contract.segments import segment_indices
 from attn.contract.shapes import check
 from attn.parallel.sharding import Axis, over_mesh, spread_heads
 from attn.recurrent.noncausal import whole
@@ -50,7 +50,7 @@ class Essa:
     def __call__(self, q, k, v, *, x=None, segments=None):
         """All tokens at once. q [B,T,H,D], k [B,S,K,D], v [B,S,K,V] -> [B,T,H,V]."""
         check(q, k, v, segments=segments, aligned=self.residual)
-        where = runs(segments, q, ordered=False)
+        where = segment_indices(segments, q, ordered=False)
         k, v = (spread_heads(a, q.shape[2], self.axis) for a in (k, v))
         f = over_mesh(self._local, "BTHD BSKD BSKV BT BS -> BTHV", self.axis)
         o = pick(self.implementation, xla=lambda: f(q, k, v, *where))

@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 
 from attn.contract.dispatch import pick
-from attn.contract.segments import place, runs
+from attn.contract.segments import locate, segment_indices
 from attn.contract.shapes import check
 from attn.parallel.sharding import Axis, over_mesh, splits
 from attn.recurrent.linear import across, recur
@@ -97,13 +97,13 @@ class Flow:
         b, t, h, _ = q.shape
         k, v = (jnp.repeat(a, h // a.shape[2], 2) for a in (k, v))
         if self.causal:
-            more = place(segments, b, t).pos, runs(segments, q)[0]
+            more = locate(segments, b, t).pos, segment_indices(segments, q)[0]
             f = over_mesh(
                 lambda *a: self._causal(self.axis, *a)[1],
                 "BTHD BTHD BTHV BT BT -> BTHV", self.axis)
             return f(q, k, v, *more).astype(v.dtype)
         f = over_mesh(self._normal, "BTHD BSHD BSHV BT BS -> BTHV", self.axis)
-        xla = lambda: f(q, k, v, *runs(segments, q, ordered=False))
+        xla = lambda: f(q, k, v, *segment_indices(segments, q, ordered=False))
         return pick(self.implementation, xla=xla).astype(v.dtype)
 
     def init_state(self, size, q, k, v, *, x=None) -> FlowState:
@@ -130,15 +130,16 @@ class Flow:
                 )
         b, t, h, _ = q.shape
         k, v = (jnp.repeat(a, h // a.shape[2], 2) for a in (k, v))
-        now = place(segments, b, t, state.end, state.segment)
-        run = None if segments is None else now.run
+        now = locate(segments, b, t, state.end, state.segment)
+        run = None if segments is None else now.segment
         axis = splits(self.axis, t)
         f = over_mesh(
             functools.partial(self._causal, axis),
             "BTHD BTHD BTHV BT BT BHDV -> BHDV BTHV", axis)
         after, o = f(q, k, v, now.pos, run, state[:6])
         named = dict(zip(FlowState._fields, after))
-        return FlowState(**named, end=now.end, segment=now.last), o.astype(v.dtype)
+        after = FlowState(**named, end=now.next_pos, segment=now.last_segment)
+        return after, o.astype(v.dtype)
 
     def _check_stream(self) -> None:
         if not self.causal:

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from attn.cache import kv as caches
 from attn.cache.blocks import Blocks
 from attn.contract.dispatch import pick
-from attn.contract.segments import Place, place
+from attn.contract.segments import TokenPositions, locate
 from attn.contract.shapes import check
 from attn.parallel.sharding import Axis, gather, over_mesh, spread_heads
 from attn.positions import RoPE
@@ -95,12 +95,12 @@ class Landmark:
         key: a PRNG key, for dropout and jumps.
         """
         check(q, k, v, segments=segments, aligned=True)
-        now = place(segments, q.shape[0], q.shape[1])
+        now = locate(segments, q.shape[0], q.shape[1])
         queries = keys = self._row(now, segments is not None, landmark)
         hops, gates = (None, None) if key is None else jax.random.split(key)
         q, k = self._rotated(q, k, self._jumped(now.pos, queries.mark, hops))
         if landmark is None and segments is not None:
-            run, pos, k, v = compact(now.run, now.pos, k, v)
+            run, pos, k, v = compact(now.segment, now.pos, k, v)
             keys = regular(run, pos, self.size)
         k, v = (spread_heads(a, q.shape[2], self.axis) for a in (k, v))
         size = self.size if landmark is None else None
@@ -131,26 +131,26 @@ class Landmark:
         """The next T tokens, landmarks included -> state, [B,T,H,V]."""
         check(q, k, v, segments=segments, aligned=True)
         caches.check_fits(state, k, v)
-        now = place(segments, q.shape[0], q.shape[1], state.end, state.segment)
+        now = locate(segments, q.shape[0], q.shape[1], state.end, state.segment)
         step = self._exact if self.top_k is None else self._retrieving
         return pick(self.implementation, xla=lambda: step(state, q, k, v, now))
 
-    def _exact(self, state, q, k, v, now: Place):
+    def _exact(self, state, q, k, v, now: TokenPositions):
         """The cache holds all tokens, rotated, and a query sees every block."""
         slots = state.k.shape[1]
-        caches.check_room(now.end, slots)
+        caches.check_room(now.next_pos, slots)
         q, k = self._rotated(q, k, now.pos)
         after = caches.append(state, k, v, now, now.pos)
         both, runs = caches.joined(state, k, v, now)
         if q.shape[1] == 1:
             # the token's own sequence is all that is left in the cache
-            both, runs = after, jnp.broadcast_to(now.run, (q.shape[0], slots))
+            both, runs = after, jnp.broadcast_to(now.segment, (q.shape[0], slots))
         pos = both.pos[..., 0]
         row = jnp.where(pos >= 0, runs, 0), pos, both.k, both.v
         o = self._read(q, row if q.shape[1] == 1 else compact(*row), now)
-        return after, caches.spoil(o, now.end, slots)
+        return after, caches.spoil(o, now.next_pos, slots)
 
-    def _read(self, q, row, now: Place, far=None):
+    def _read(self, q, row, now: TokenPositions, far=None):
         """Attention of q at `now` to a row (run, pos, k, v) without gaps."""
         run, pos, k, v = row
         return grouped(
@@ -158,12 +158,12 @@ class Landmark:
             scale=self._scale(q), far=far,
         )
 
-    def _retrieving(self, state, q, k, v, now: Place):
+    def _retrieving(self, state, q, k, v, now: TokenPositions):
         """The own block, the piece itself, and `top_k` blocks of the cache a query."""
         ring = Blocks(state, self.size, self.top_k or 0)
         if ring.many != self.cache_blocks:
-            caches.check_room(now.end, state.k.shape[1])
-        shift = jnp.where(now.run == 1, ring.shift[:, None], 0)
+            caches.check_room(now.next_pos, state.k.shape[1])
+        shift = jnp.where(now.segment == 1, ring.shift[:, None], 0)
         after = caches.append(state, k, v, now, ring.slot(now))
         tail = ring.tail()
         join = lambda a, b: jnp.concatenate([a, b.astype(a.dtype)], 1)
@@ -171,17 +171,18 @@ class Landmark:
         keys = join(tail.k, k)
         q, keys = self._turned(q, now.pos - shift), self._turned(keys, at)
         row = compact(
-            join(tail.run, now.run), join(tail.pos, now.pos), keys, join(tail.v, v)
+            join(tail.run, now.segment), join(tail.pos, now.pos), keys, join(tail.v, v)
         )
         far = None
         if self.top_k:
             chosen = self._chosen(q, ring, now)
             far = lambda index: self._fetched(q, chosen, ring, index)
         o = self._read(q, row, now, far=far)
-        full = jnp.zeros_like(now.end) if ring.many == self.cache_blocks else now.end
+        forgets = ring.many == self.cache_blocks  # so it is never full
+        full = jnp.zeros_like(now.next_pos) if forgets else now.next_pos
         return after, caches.spoil(o, full, state.k.shape[1])
 
-    def _chosen(self, q, ring: Blocks, now: Place) -> jax.Array:
+    def _chosen(self, q, ring: Blocks, now: TokenPositions) -> jax.Array:
         """The cached blocks that each query retrieves, as ages [B,H,T,n] in order, -1
         for none behind them."""
         k = self._turned(ring.landmarks(), ring.place() * self.size + self.block)
@@ -189,7 +190,7 @@ class Landmark:
         s = jnp.einsum("btkgd,bnkd->bkgtn", q, k, preferred_element_type=jnp.float32)
         s = s.reshape(s.shape[0], -1, *s.shape[3:]) * self._scale(q)
         there = (jnp.arange(ring.many)[None] < ring.cached[:, None])[:, None, None]
-        asks = (now.run == 1)[:, None, :, None]
+        asks = (now.segment == 1)[:, None, :, None]
         p = jax.nn.softmax(jnp.where(there, s, -1e30))
         if self.selection == "max_over_heads":
             p = jnp.broadcast_to(p.max(1, keepdims=True), p.shape)
@@ -220,14 +221,14 @@ class Landmark:
         split = lambda a: a.reshape(b, ring.cache.k.shape[2], -1, *a.shape[2:])
         return Far(split(s), split(v))
 
-    def _row(self, now: Place, packed: bool = True, landmark=None) -> Row:
+    def _row(self, now: TokenPositions, packed: bool = True, landmark=None) -> Row:
         if landmark is None:
-            return regular(now.run, now.pos, self.size, packed=packed)
-        if landmark.shape != now.run.shape:
+            return regular(now.segment, now.pos, self.size, packed=packed)
+        if landmark.shape != now.segment.shape:
             raise ValueError(
-                f"landmark has shape {landmark.shape}: expected {now.run.shape}"
+                f"landmark has shape {landmark.shape}: expected {now.segment.shape}"
             )
-        return irregular(now.run, now.pos, landmark)
+        return irregular(now.segment, now.pos, landmark)
 
     def _jumped(self, pos, mark, key):
         """Positions, moved on behind each landmark by what the key says."""
@@ -250,27 +251,30 @@ class Landmark:
 def interleave(
     tokens: jax.Array,
     segments: jax.Array | None = None,
-    end: jax.Array | None = None,
-    last: jax.Array | None = None,
+    next_pos: jax.Array | None = None,
+    last_segment: jax.Array | None = None,
     *,
     block: int,
     landmark: int,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """A text with its landmarks -> tokens, segments [B,T+T//block+1], index [B,T].
 
-    tokens [B,T] and segments as in `attn.contract.segments`; end, last [B]: the clock
-    of the state that they follow, landmarks counted. A token with id `landmark` stands
-    behind every `block` tokens of a sequence, what is left of the row is padding, and
-    index says where each token of the text went.
+    tokens [B,T] and segments as in `attn.contract.segments`; next_pos, last_segment
+    [B]: the clock of the state that they follow, landmarks counted. A token with id
+    `landmark` stands behind every `block` tokens of a sequence, what is left of the row
+    is padding, and index says where each token of the text went.
     """
     b, t = tokens.shape
     length = t + t // block + 1
-    text = None if end is None else end - end // (block + 1)
-    now = place(segments, b, t, text, last)
+    # the clock counts landmarks, one in block + 1; a text does not
+    text = None if next_pos is None else next_pos - next_pos // (block + 1)
+    now = locate(segments, b, t, text, last_segment)
     if segments is None:
-        before = jnp.ones((b,), jnp.int32) if last is None else jnp.maximum(last, 1)
+        before = jnp.ones((b,), jnp.int32)
+        if last_segment is not None:
+            before = jnp.maximum(last_segment, 1)
         segments = jnp.broadcast_to(before[:, None], (b, t))
-    closes = (now.run > 0) & (now.pos % block == block - 1)
+    closes = (now.segment > 0) & (now.pos % block == block - 1)
     index = jnp.arange(t)[None] + jnp.cumsum(closes, 1) - closes
     row = jnp.arange(b)[:, None]
     put = lambda at, a, into: into.at[row, at].set(a, mode="drop")

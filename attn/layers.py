@@ -16,7 +16,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from attn.contract.segments import Place, place
+from attn.contract.segments import TokenPositions, locate
 from attn.positions import RoPE
 
 
@@ -183,7 +183,7 @@ class MultiHead(Layer):
         if state is None:
             q_at, kv_at = (_count(s, a) for s, a in zip(pair, (x, source)))
         else:
-            q_at = kv_at = place(
+            q_at = kv_at = locate(
                 pair[0], x.shape[0], x.shape[1], state.end, state.segment
             )
         return q_at.pos, kv_at.pos
@@ -214,5 +214,5 @@ class MultiHead(Layer):
 _INIT = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
 
 
-def _count(segments, x) -> Place:
-    return place(segments, x.shape[0], x.shape[1])
+def _count(segments, x) -> TokenPositions:
+    return locate(segments, x.shape[0], x.shape[1])

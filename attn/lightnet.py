@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 
 from attn.contract.dispatch import pick
-from attn.contract.segments import place, runs
+from attn.contract.segments import locate, segment_indices
 from attn.contract.shapes import check
 from attn.parallel.sharding import Axis, over_mesh, splits
 from attn.recurrent.causal import attend, follow
@@ -108,8 +108,8 @@ class LightNet:
         b, t, h, d = q.shape
         if not self.causal:
             return self._unordered(q, k, wide, segments).astype(v.dtype)
-        run, _ = runs(segments, q)
-        pos = place(segments, b, t).pos
+        run, _ = segment_indices(segments, q)
+        pos = locate(segments, b, t).pos
         share, log_decay, *_ = self._shares(
             k, run, nothing((b, h, d)), self.axis, ends=False)
         o = attend(
@@ -139,8 +139,8 @@ class LightNet:
         if not isinstance(state, LightNetState) or state.memory.shape != want:
             raise ValueError(f"state: expected a LightNetState with memory {want}")
         q, k, wide = self._ready(q, k, v)
-        now = place(segments, b, t, state.end, state.segment)
-        run = None if segments is None else now.run
+        now = locate(segments, b, t, state.end, state.segment)
+        run = None if segments is None else now.segment
         share, log_decay, top, total = self._shares(
             k, run, (state.top, state.total), splits(self.axis, t))
         held = LinearState(state.memory, state.end, state.segment)
@@ -220,10 +220,10 @@ class LightNet:
     def _unordered(self, q, k, v, segments) -> jax.Array:
         """Every query sees every key of its run, or simply every key."""
         pair = segments if isinstance(segments, tuple) else (segments, segments)
-        places = [place(g, *a.shape[:2]) for g, a in zip(pair, (q, k))]
-        share = self._softmax(k, None if segments is None else places[1].run)
+        places = [locate(g, *a.shape[:2]) for g, a in zip(pair, (q, k))]
+        share = self._softmax(k, None if segments is None else places[1].segment)
         turned = self._turned(q, share, *(p.pos for p in places))
-        of = runs(segments, q, ordered=False)
+        of = segment_indices(segments, q, ordered=False)
 
         def local(q, share, v, q_run, kv_run):
             return whole(q, share, v, q_run=q_run, kv_run=kv_run, axis=self.axis)

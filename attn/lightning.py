@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from attn.contract.dispatch import pick
-from attn.contract.segments import runs
+from attn.contract.segments import segment_indices
 from attn.contract.shapes import check
 from attn.parallel.sharding import Axis, over_mesh, spread_heads
 from attn.recurrent.causal import attend, follow
@@ -115,7 +115,7 @@ class Lightning:
         log_decay = self._log_decay(q)
         if self.causal:
             return attend(q, k, v, log_decay, segments=segments, **self._how())
-        q_run, kv_run = runs(segments, q, ordered)
+        q_run, kv_run = segment_indices(segments, q, ordered)
         k, v = (spread_heads(a, q.shape[2], self.axis) for a in (k, v))
         letters = "BTHD BSKD BSKV H BT BS -> BTHV"
         o = over_mesh(self._two_sided, letters, self.axis)(

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from attn.contract.dispatch import pick
-from attn.contract.segments import place, runs
+from attn.contract.segments import locate, segment_indices
 from attn.contract.shapes import check
 from attn.parallel.sharding import Axis, over_mesh, splits, spread_heads
 from attn.recurrent.linear import LinearState, across, check_state, empty
@@ -51,7 +51,7 @@ class LinearTransformer:
     def __call__(self, q, k, v, *, x=None, segments=None):
         """All tokens at once. q [B,T,H,D], k [B,S,K,D], v [B,S,K,V] -> [B,T,H,V]."""
         check(q, k, v, segments=segments, aligned=self.causal)
-        where = runs(segments, q, self.causal)
+        where = segment_indices(segments, q, self.causal)
         k, v = (spread_heads(a, q.shape[2], self.axis) for a in (k, v))
         letters = "BTHD BSKD BSKV BT BS -> BTHV"
         return over_mesh(self._local, letters, self.axis)(q, k, v, *where)
@@ -67,16 +67,17 @@ class LinearTransformer:
         self._check_stream()
         check(q, k, v, segments=segments, aligned=True)
         check_state(state, self._memory(q, v))
-        now = place(segments, q.shape[0], q.shape[1], state.end, state.segment)
+        now = locate(segments, q.shape[0], q.shape[1], state.end, state.segment)
         axis = splits(self.axis, q.shape[1])
         k, v = (spread_heads(a, q.shape[2], axis) for a in (k, v))
         f = over_mesh(
             functools.partial(self._sums, axis), "BHDV BTHD BTKD BTKV BT -> BHDV BTHV",
             axis,
         )
-        run = None if segments is None else now.run
+        run = None if segments is None else now.segment
         memory, o = f(state.memory, q, k, v, run)
-        return LinearState(memory, now.end, now.last), self._divided(o).astype(v.dtype)
+        after = LinearState(memory, now.next_pos, now.last_segment)
+        return after, self._divided(o).astype(v.dtype)
 
     def _check_stream(self) -> None:
         if not self.causal:

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from attn.contract.dispatch import pick
-from attn.contract.segments import place, runs
+from attn.contract.segments import locate, segment_indices
 from attn.contract.shapes import check
 from attn.parallel.sharding import Axis, over_mesh, spread_heads
 from attn.recurrent.noncausal import whole
@@ -62,7 +62,8 @@ class Linformer(nn.Module):
         init = nn.initializers.normal(self.length**-0.5)
         mixes = [self.param(n, init, shape, jnp.float32) for n in ("keys", "values")]
         kv_segments = segments[1] if isinstance(segments, tuple) else segments
-        where = place(kv_segments, b, s).pos, *runs(segments, q, ordered=False)
+        indices = segment_indices(segments, q, ordered=False)
+        where = locate(kv_segments, b, s).pos, *indices
         k, v = (spread_heads(a, q.shape[2], self.axis) for a in (k, v))
         f = over_mesh(self._local, "BTHD BSKD BSKV .. .. BS BT BS -> BTHV", self.axis)
         o = pick(self.implementation, xla=lambda: f(q, k, v, *mixes, *where))

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 
 from attn.cache import kv as caches
 from attn.cache.kv import Cache
-from attn.contract.segments import place
+from attn.contract.segments import locate
 from attn.contract.shapes import check
 from attn.exact.attend import attend
 from attn.masks import Causal
@@ -77,8 +77,8 @@ class RAT(nn.Module):
         [B,T,H,V]."""
         k, v = self._checked(q, k, v, segments)
         b, t, h, d = q.shape
-        now = place(segments, b, t)
-        run = None if segments is None else now.run
+        now = locate(segments, b, t)
+        run = None if segments is None else now.segment
         letters = "BTHD BTHD BTHV BTHD BT BT -> BTHV"
         return over_mesh(self._local, letters, self.axis)(
             q, k, v, self.gates(q, v, x), now.pos, run
@@ -101,35 +101,36 @@ class RAT(nn.Module):
         b, t, h, d = q.shape
         if not isinstance(state, RATState) or state.own_k.shape != (b, h, d):
             raise ValueError(f"state: expected a RATState of {(b, h, d)} a chunk")
-        now = place(segments, b, t, state.end, state.segment)
+        now = locate(segments, b, t, state.end, state.segment)
         size = state.k.shape[1] * self.chunk
-        caches.check_room(now.end, size)
+        caches.check_room(now.next_pos, size)
         own = state.own_k, state.own_v
         gates = self.gates(q, v, x)
-        own_k, own_v = self._running(k, v, gates, now.pos, now.run, own)
+        own_k, own_v = self._running(k, v, gates, now.pos, now.segment, own)
         last = own_k[:, -1], own_v[:, -1]  # padding hands on what was before it
-        ends = self._ends(own_k, own_v, now.pos, now.run, v.dtype)
+        ends = self._ends(own_k, own_v, now.pos, now.segment, v.dtype)
         held = Cache(state.k, state.v, state.pos, state.end, state.segment)
         if t == 1:
             # a chunk that ends now is not seen by its own last token
             both, runs = held, jnp.ones(held.k.shape[:2], jnp.int32)
         else:
-            places = now._replace(pos=ends.number, run=ends.run)
+            places = now._replace(pos=ends.number, segment=ends.run)
             both, runs = caches.joined(held, ends.k, ends.v, places)
         o = self._read(
-            q, own_k, own_v, now.pos, now.run, both.k, both.v, both.pos[..., 0], runs
+            q, own_k, own_v, now.pos, now.segment, both.k, both.v, both.pos[..., 0],
+            runs,
         )
-        newest = now.run.max(1, keepdims=True)
+        newest = now.segment.max(1, keepdims=True)
         stays = (ends.run == newest) & (ends.run > 0)
         # where a sequence began, what is held is of another one
-        began = (now.run > 1).any(1)[:, None, None]
+        began = (now.segment > 1).any(1)[:, None, None]
         held = held._replace(pos=jnp.where(began, -1, held.pos))
         after = caches.append(
-            held, ends.k, ends.v, now._replace(pos=ends.number, run=ends.run),
+            held, ends.k, ends.v, now._replace(pos=ends.number, segment=ends.run),
             jnp.where(stays, ends.number, -1),
         )
-        after = after._replace(end=now.end, segment=now.last)
-        return _state(after, *last), caches.spoil(o, now.end, size)
+        after = after._replace(end=now.next_pos, segment=now.last_segment)
+        return _state(after, *last), caches.spoil(o, now.next_pos, size)
 
     def _checked(self, q, k, v, segments):
         """k and v with H heads."""

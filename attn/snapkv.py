@@ -23,7 +23,7 @@ import jax.numpy as jnp
 
 from attn.cache import kv as caches
 from attn.cache.kv import Cache
-from attn.contract.segments import Place, place
+from attn.contract.segments import TokenPositions, locate
 from attn.contract.shapes import check
 from attn.exact.dense import allowed, logits, weights
 from attn.masks import FOREVER
@@ -78,13 +78,13 @@ class SnapKV(Softmax):
         k, v = (a if self.share_group else _repeat(a, h) for a in (k, v))
         caches.check_fits(state, k, v)
         slots = state.k.shape[1]
-        now = place(segments, b, t, state.end, state.segment)
+        now = locate(segments, b, t, state.end, state.segment)
         both, runs = caches.joined(state, k, v, now)
         if t == 1:
-            used = jnp.where(now.run.max(1) > 1, 0, (state.pos[..., 0] >= 0).sum(1))
+            used = jnp.where(now.segment.max(1) > 1, 0, (state.pos[..., 0] >= 0).sum(1))
             after = caches.append(state, k, v, now, used[:, None])
             o = self.read(both, runs, q, now, sink=sink)
-            full = used + (now.run[:, 0] > 0)
+            full = used + (now.segment[:, 0] > 0)
             caches.check_room(full, slots)
             return after, caches.spoil(o, full, slots)
         o = self.read(both, runs, q, now, sink=sink)
@@ -92,21 +92,21 @@ class SnapKV(Softmax):
         after = caches.keep(mine, self.worth(q, mine, now), self._kept(mine, slots))
         return caches.grown(after, slots), o
 
-    def worth(self, q: jax.Array, cache: Cache, now: Place) -> jax.Array:
+    def worth(self, q: jax.Array, cache: Cache, now: TokenPositions) -> jax.Array:
         """The worth [B,C,K] of each slot of a cache that holds the whole prompt: the
         pooled votes, and infinity for the window. q [B,T,H,D] at `now`."""
         order = jnp.argsort(jnp.where(cache.pos < 0, FOREVER, cache.pos), axis=1)
         pos = jnp.take_along_axis(cache.pos, order, 1)
         k = jnp.take_along_axis(cache.k, order[..., None], 1)
         vote = self.votes(q, k, pos, now)
-        early = (pos >= 0) & (pos < now.end[:, None, None] - self.window)
+        early = (pos >= 0) & (pos < now.next_pos[:, None, None] - self.window)
         heads = q.shape[2] // pos.shape[2]
         pooled = self.pooled(vote, jnp.repeat(jnp.moveaxis(early, 1, 2), heads, 1))
         pooled = pooled.reshape(*pooled.shape[:1], pos.shape[2], heads, -1).mean(2)
         worth = jnp.where(early, jnp.moveaxis(pooled, 1, 2), jnp.inf)
         return jnp.take_along_axis(worth, jnp.argsort(order, axis=1), 1)
 
-    def votes(self, q, k, pos, now: Place) -> jax.Array:
+    def votes(self, q, k, pos, now: TokenPositions) -> jax.Array:
         """What each key gets from the last `window` real queries: [B,H,S].
 
         q [B,T,H,D] at `now`, k [B,S,K,D] at positions pos [B,S,K].

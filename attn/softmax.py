@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from attn.cache import kv as caches
 from attn.cache import sharded as shardcache
-from attn.contract.segments import place
+from attn.contract.segments import locate
 from attn.contract.shapes import check
 from attn.exact.attend import attend
 from attn.masks import Causal, Full, Mask
@@ -92,18 +92,19 @@ class Softmax:
         caches.check_fits(state, k, v)
         b, t = q.shape[:2]
         slots = state.k.shape[1]
-        now = place(segments, b, t, state.end, state.segment)
+        now = locate(segments, b, t, state.end, state.segment)
         ring = caches.ring(self.mask, slots)
         if not ring.endless:
-            caches.check_room(now.end, slots)
+            caches.check_room(now.next_pos, slots)
         after = self._append(state, k, v, now, ring.slot(now))
         if t == 1 or (segments is None and not ring.endless):
             # the token's own sequence is all that is left in the cache
-            read = after, jnp.broadcast_to(now.run.max(1, keepdims=True), (b, slots))
+            newest = now.segment.max(1, keepdims=True)
+            read = after, jnp.broadcast_to(newest, (b, slots))
         else:
             read = caches.joined(state, k, v, now)
         o = self.read(*read, q, now, sink=sink)
-        return after, o if ring.endless else caches.spoil(o, now.end, slots)
+        return after, o if ring.endless else caches.spoil(o, now.next_pos, slots)
 
     def _check_stream(self, bias) -> None:
         if not self.mask.causal:
@@ -125,7 +126,7 @@ class Softmax:
                 return shardcache.read(cache, runs, q, now, self.axis, **options)
             return caches.read(cache, runs, q, now, **options)[0]
         streamed = dataclasses.replace(self, axis=self._split(q, cache.k))
-        where = now.pos, cache.pos, now.run, runs
+        where = now.pos, cache.pos, now.segment, runs
         return streamed._attend(q, cache.k, cache.v, where, None, sink, None)
 
     def _append(self, cache, k, v, now, slot):
@@ -151,10 +152,10 @@ class Softmax:
                 return None, None, None, None
             return count(t, s - t), count(s, 0), None, None
         if not isinstance(segments, tuple):
-            here = place(segments, b, t)
-            return here.pos, here.pos, here.run, here.run
+            here = locate(segments, b, t)
+            return here.pos, here.pos, here.segment, here.segment
         q_seg, kv_seg = (a.astype(jnp.int32) for a in segments)
-        q_pos, kv_pos = place(q_seg, b, t).pos, place(kv_seg, b, s).pos
+        q_pos, kv_pos = locate(q_seg, b, t).pos, locate(kv_seg, b, s).pos
         if t != s or not self.mask.relative or self.mask != Full():
             # aligned at the last token of each sequence, of its true lengths
             q_pos = q_pos + _count(kv_seg, q_seg) - _count(q_seg, q_seg)

@@ -21,7 +21,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from attn.contract.segments import place
+from attn.contract.segments import locate
 from attn.layers import Layer
 from attn.lightning import Lightning
 from attn.recurrent.linear import LinearState
@@ -126,7 +126,7 @@ class GLA(Layer):
     def _rotate(self, x, q, k, state, pos, segments):
         end, segment = (None, None) if state is None else (state.end, state.segment)
         if pos is None:
-            pos = place(segments, x.shape[0], x.shape[1], end, segment).pos
+            pos = locate(segments, x.shape[0], x.shape[1], end, segment).pos
         shape = q.shape[2:]
         slow = lambda key, shape, dtype: 10000 ** (
             -2 * jnp.arange(shape[0] * shape[1], dtype=dtype).reshape(shape)

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from attn.cache.kv import Cache
-from attn.contract.segments import Place
+from attn.contract.segments import TokenPositions
 
 
 class Tail(NamedTuple):
@@ -60,10 +60,10 @@ class Blocks:
         slot = self.home(ages) * self.size + self.size - 1
         return jnp.take_along_axis(self.cache.k, slot[..., None, None], 1)
 
-    def slot(self, now: Place) -> jax.Array:
+    def slot(self, now: TokenPositions) -> jax.Array:
         """Where new tokens go [B,T]; -1 for those that later tokens replace."""
         slots = (self.many + 1) * self.size
-        return jnp.where(now.pos >= now.end[:, None] - slots, now.pos % slots, -1)
+        return jnp.where(now.pos >= now.next_pos[:, None] - slots, now.pos % slots, -1)
 
     def tail(self) -> Tail:
         """The tokens of the block that is not complete."""

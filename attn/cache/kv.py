@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from attn.contract.dispatch import interpreted, pick
-from attn.contract.segments import Place
+from attn.contract.segments import TokenPositions
 from attn.contract.shapes import concrete
 from attn.exact.chunked import attend
 from attn.masks import FOREVER, Mask
@@ -47,12 +47,12 @@ def empty(k, v, slots: int, *, per_head: bool = False) -> Cache:
     )
 
 
-def current(place: Place) -> jax.Array:
+def current(place: TokenPositions) -> jax.Array:
     """Which of the new tokens [B,T] belong to the sequence that goes on afterwards."""
-    return (place.run == place.run.max(1, keepdims=True)) & (place.run > 0)
+    return (place.segment == place.segment.max(1, keepdims=True)) & (place.segment > 0)
 
 
-def append(cache: Cache, k, v, place: Place, slot: jax.Array) -> Cache:
+def append(cache: Cache, k, v, place: TokenPositions, slot: jax.Array) -> Cache:
     """The cache with new tokens k [B,T,K,D], v [B,T,K,V] written to `slot` [B,T].
 
     A slot outside the cache drops its token. Tokens of a sequence that has ended are
@@ -60,7 +60,7 @@ def append(cache: Cache, k, v, place: Place, slot: jax.Array) -> Cache:
     """
     slots = cache.k.shape[1]
     stored = current(place)
-    began = (place.run > 1).any(1)
+    began = (place.segment > 1).any(1)
     slot = jnp.where(stored & (slot >= 0), slot, slots)
     row = jnp.arange(k.shape[0])[:, None]
     pos = jnp.where(began[:, None, None], -1, cache.pos)
@@ -69,24 +69,24 @@ def append(cache: Cache, k, v, place: Place, slot: jax.Array) -> Cache:
         cache.k.at[row, slot].set(k.astype(cache.k.dtype), mode="drop"),
         cache.v.at[row, slot].set(v.astype(cache.v.dtype), mode="drop"),
         pos.at[row, slot].set(new_pos, mode="drop"),
-        place.end,
-        place.last,
+        place.next_pos,
+        place.last_segment,
     )
 
 
-def joined(cache: Cache, k, v, place: Place) -> tuple[Cache, jax.Array]:
+def joined(cache: Cache, k, v, place: TokenPositions) -> tuple[Cache, jax.Array]:
     """The cache with T more slots for the new tokens, and the run [B,C+T] of each slot:
     what a piece of several tokens attends to before some of it is forgotten."""
     b, t = k.shape[:2]
-    own = jnp.where(place.run > 0, place.pos, -1)[..., None]
+    own = jnp.where(place.segment > 0, place.pos, -1)[..., None]
     own = jnp.broadcast_to(own, (b, t, cache.pos.shape[2]))
-    runs = jnp.concatenate([jnp.ones(cache.k.shape[:2], jnp.int32), place.run], 1)
+    runs = jnp.concatenate([jnp.ones(cache.k.shape[:2], jnp.int32), place.segment], 1)
     both = cache._replace(
         k=jnp.concatenate([cache.k, k.astype(cache.k.dtype)], 1),
         v=jnp.concatenate([cache.v, v.astype(cache.v.dtype)], 1),
         pos=jnp.concatenate([cache.pos, own], 1),
-        end=place.end,
-        segment=place.last,
+        end=place.next_pos,
+        segment=place.last_segment,
     )
     return both, runs
 
@@ -105,13 +105,13 @@ class Ring(NamedTuple):
     first: int
     endless: bool
 
-    def slot(self, place: Place) -> jax.Array:
+    def slot(self, place: TokenPositions) -> jax.Array:
         """The slot [B,T] of each token; -1 if a later token of the call takes it."""
         if not self.endless:
             return place.pos
         around = self.slots - self.first
         later = self.first + (place.pos - self.first) % around
-        stays = place.pos >= place.end[:, None] - around
+        stays = place.pos >= place.next_pos[:, None] - around
         return jnp.where(
             place.pos < self.first, place.pos, jnp.where(stays, later, -1)
         )
@@ -125,13 +125,14 @@ def ring(mask: Mask, slots: int) -> Ring:
 
 
 def read(
-    cache: Cache, runs: jax.Array, q: jax.Array, now: Place, *,
+    cache: Cache, runs: jax.Array, q: jax.Array, now: TokenPositions, *,
     implementation: str | None = None, **options: Any,
 ) -> tuple[jax.Array, jax.Array]:
     """What a few queries q [B,T,H,D] at `now` find in a cache whose slots have runs
     [B,C] -> o [B,T,H,V], lse [B,H,T]; options: mask, head, scale, softcap, score, sink.
     """
-    options |= {"q_pos": now.pos, "kv_pos": cache.pos, "q_run": now.run, "kv_run": runs}
+    options |= {"q_pos": now.pos, "kv_pos": cache.pos, "q_run": now.segment,
+                "kv_run": runs}
     kernel = lambda backend: lambda: decode(
         q, cache.k, cache.v, backend=backend, interpret=interpreted(), **options
     )

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from attn.cache import kv as caches
 from attn.cache.kv import Cache
-from attn.contract.segments import Place
+from attn.contract.segments import TokenPositions
 from attn.exact.online import merge, normalized, output
 from attn.parallel.sharding import Axis, devices_of, mesh_of, over_mesh
 from pallas_kernels.tile import NEVER
@@ -30,26 +30,28 @@ def splits(cache: Cache, axis: Axis | None) -> bool:
     return cache.k.shape[1] % devices_of(axis) == 0 and cache.k.shape[2] % model == 0
 
 
-def append(cache: Cache, k, v, place: Place, slot: jax.Array, axis: Any) -> Cache:
+def append(
+    cache: Cache, k, v, place: TokenPositions, slot: jax.Array, axis: Any
+) -> Cache:
     """`attn.cache.append` where each device writes to its own slots."""
     numbers = jnp.arange(cache.k.shape[1], dtype=jnp.int32)
 
     def local(numbers, slot, k, v, *rest):
         old_k, old_v, pos, *place = rest
-        now = Place(*place)
+        now = TokenPositions(*place)
         mine = slot - numbers[0]
         mine = jnp.where((mine >= 0) & (mine < numbers.shape[0]), mine, -1)
-        part = Cache(old_k, old_v, pos, now.end, now.last)
+        part = Cache(old_k, old_v, pos, now.next_pos, now.last_segment)
         return tuple(caches.append(part, k, v, now, mine)[:3])
 
     held = _letters(cache)
     f = over_mesh(local, f"S B. B.KD B.KV {held} B. B. B B -> {held}", axis)
     new_k, new_v, pos = f(numbers, slot, k, v, *cache[:3], *place)
-    return Cache(new_k, new_v, pos, place.end, place.last)
+    return Cache(new_k, new_v, pos, place.next_pos, place.last_segment)
 
 
 def read(
-    cache: Cache, runs: jax.Array, q: jax.Array, now: Place, axis: Any, *,
+    cache: Cache, runs: jax.Array, q: jax.Array, now: TokenPositions, axis: Any, *,
     sink: jax.Array | None = None, **options: Any,
 ) -> jax.Array:
     """`attn.cache.read`, o [B,T,H,V], where each device reads its own slots."""
@@ -57,8 +59,8 @@ def read(
 
     def local(q, head, runs, *rest):
         k, v, pos, *place = rest
-        now = Place(*place)
-        part = Cache(k, v, pos, now.end, now.last)
+        now = TokenPositions(*place)
+        part = Cache(k, v, pos, now.next_pos, now.last_segment)
         o, lse = caches.read(part, runs, q, now, head=head, **options)
         found = merge(normalized(o, lse), axis)
         some = found.l > 0

@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from attn.contract.segments import place, runs
+from attn.contract.segments import locate, segment_indices
 from attn.contract.shapes import check
 from attn.parallel.sharding import Axis, over_mesh, splits, spread_heads
 from attn.recurrent.linear import LinearState, across, check_state
@@ -33,7 +33,7 @@ def attend(
     [B,T,K,D], v [B,T,K,V], log_decay [H], [B,T,H] or [B,T,H,D]; segments [B,T]. how:
     chunk, scale and implementation of `attn.linear.recur`."""
     check(q, k, v, segments=segments, aligned=True)
-    run, _ = runs(segments, q)
+    run, _ = segment_indices(segments, q)
     return _over(axis, None, q, k, v, log_decay, run, how)[1]
 
 
@@ -52,12 +52,12 @@ def follow(
     state is whole on every shard of `axis`, and T is split where that can be done."""
     check(q, k, v, segments=segments, aligned=True)
     check_state(state, (q.shape[0], q.shape[2], q.shape[3], v.shape[3]))
-    now = place(segments, q.shape[0], q.shape[1], state.end, state.segment)
-    run = None if segments is None else now.run
+    now = locate(segments, q.shape[0], q.shape[1], state.end, state.segment)
+    run = None if segments is None else now.segment
     memory, o = _over(
         splits(axis, q.shape[1]), state.memory, q, k, v, log_decay, run, how
     )
-    return LinearState(memory, now.end, now.last), o
+    return LinearState(memory, now.next_pos, now.last_segment), o
 
 
 def _over(axis, state, q, k, v, log_decay, run, how) -> tuple[Any, jax.Array]:

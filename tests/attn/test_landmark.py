@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from attn.contract.segments import place
+from attn.contract.segments import locate
 from attn.landmark import Landmark, interleave
 from attn.positions import RoPE
 from attn.softmax import Softmax
@@ -68,8 +68,8 @@ def test_grouped_softmax_by_loops(form, tile, monkeypatch):
     monkeypatch.setattr(grouped, "TILE", tile)
     q, k, v = inputs()
     segments = jnp.asarray(SEGMENTS) if form == "packed" else None
-    now = place(segments, B, T)
-    run, mark = np.asarray(now.run), np.asarray(marks(now.run, now.pos))
+    now = locate(segments, B, T)
+    run, mark = np.asarray(now.segment), np.asarray(marks(now.segment, now.pos))
     options = {}
     if form == "irregular":
         mark = np.random.default_rng(2).random((B, T)) < 0.3
@@ -162,8 +162,8 @@ def test_interleaving_a_text_in_pieces(sizes):
         tokens, ids, _ = interleave(
             text[:, at:at + size], None, end, last, block=3, landmark=7
         )
-        now = place(ids, 1, tokens.shape[1], end, last)
-        end, last, at = now.end, now.last, at + size
+        now = locate(ids, 1, tokens.shape[1], end, last)
+        end, last, at = now.next_pos, now.last_segment, at + size
         found += np.asarray(tokens)[np.asarray(ids) > 0].tolist()
     assert found == want.tolist()
 

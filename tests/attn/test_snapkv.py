@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from attn.contract.segments import place
+from attn.contract.segments import locate
 from attn.snapkv import SnapKV
 from attn.softmax import Softmax
 from tests.laws import close, stream
@@ -124,7 +124,7 @@ def test_ragged_prompts_are_voted_on_by_their_own_end():
         alone, o_alone = prefilled(SNAP, *(a[b:b + 1, :n] for a in (q, k, v)))
         assert (state.pos[b, :12] == alone.pos[0, :12]).all()
         close(o[b, :n], o_alone[0])
-    assert place(segments, B, T).end.tolist() == list(lengths)
+    assert locate(segments, B, T).next_pos.tolist() == list(lengths)
 
 
 @pytest.mark.parametrize("fields, message", [

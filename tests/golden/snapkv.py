@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attn.contract.segments import place
+from attn.contract.segments import locate
 from attn.exact.dense import logits, values, weights
 from attn.snapkv import SnapKV
 
@@ -23,7 +23,7 @@ def run(case: Mapping[str, Any]) -> dict[str, np.ndarray]:
         capacity=config["capacity"], window=config["window"], kernel=config["kernel"],
         pool=config["pool"].removesuffix("pool"), share_group=shared,
     )
-    now = place(None, b, s)
+    now = locate(None, b, s)
     kv_pos = jnp.broadcast_to(now.pos[..., None], k.shape[:3])
     early = jnp.broadcast_to(jnp.arange(s) < s - snap.window, (b, h, s))
     vote = jax.jit(snap.votes)(q, k, kv_pos, now)

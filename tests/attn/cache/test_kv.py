@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from attn.cache import kv as caches
-from attn.contract.segments import place
+from attn.contract.segments import locate
 from attn.masks import FOREVER, Causal, Sink, Window
 
 B, K, D, V = 2, 2, 4, 6
@@ -19,7 +19,7 @@ def tokens(t, start=0):
 
 def filled(t=6, slots=8, **options):
     k, v = tokens(t)
-    now = place(None, B, t)
+    now = locate(None, B, t)
     empty = caches.empty(k, v, slots, **options)
     return caches.append(empty, k, v, now, now.pos)
 
@@ -36,7 +36,7 @@ def test_an_empty_cache():
 def test_appending_drops_what_has_no_slot():
     cache = filled()
     assert cache.pos[0, :, 0].tolist() == [0, 1, 2, 3, 4, 5, -1, -1]
-    now = place(None, B, 3, cache.end, cache.segment)
+    now = locate(None, B, 3, cache.end, cache.segment)
     after = caches.append(cache, *tokens(3, 6), now, now.pos)
     assert after.pos[0, :, 0].tolist() == list(range(8))  # the ninth found no slot
     assert after.end.tolist() == [9, 9] and after.k[0, 7, 0, 0] == 7
@@ -44,7 +44,7 @@ def test_appending_drops_what_has_no_slot():
 
 def test_a_new_sequence_forgets_the_old_one():
     cache = filled()
-    now = place(jnp.array([[1, 2, 2], [1, 0, 1]]), B, 3, cache.end, cache.segment)
+    now = locate(jnp.array([[1, 2, 2], [1, 0, 1]]), B, 3, cache.end, cache.segment)
     after = caches.append(cache, *tokens(3, 90), now, now.pos)
     assert after.pos[0, :, 0].tolist() == [0, 1] + [-1] * 6
     assert after.k[0, :2, 0, 0].tolist() == [91, 92]
@@ -54,7 +54,7 @@ def test_a_new_sequence_forgets_the_old_one():
 
 def test_joined_and_only_current():
     cache = filled()
-    now = place(jnp.array([[1, 2, 2], [1, 0, 1]]), B, 3, cache.end, cache.segment)
+    now = locate(jnp.array([[1, 2, 2], [1, 0, 1]]), B, 3, cache.end, cache.segment)
     both, runs = caches.joined(cache, *tokens(3, 90), now)
     assert both.k.shape[1] == 11 and runs.shape == (B, 11)
     left = caches.only_current(both, runs).pos[..., 0]
@@ -85,7 +85,7 @@ def test_rings(mask, slots, want):
 
 def test_a_ring_uses_slots_again_and_keeps_the_first():
     ring = caches.Ring(5, 2, True)
-    now = place(None, 1, 9)
+    now = locate(None, 1, 9)
     assert ring.slot(now)[0].tolist() == [0, 1, -1, -1, -1, -1, 3, 4, 2]
     assert caches.ring(Causal(), 4).slots == 4 and FOREVER > 10**9
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from attn.contract import dispatch
-from attn.contract.segments import place
+from attn.contract.segments import locate
 from attn.lightning import Lightning
 from attn.parallel.sharding import TILE, over_mesh, stacked
 from attn.recurrent.causal import attend, follow
@@ -315,7 +315,7 @@ def test_a_short_convolution_over_a_mesh(shards, form):
     xs, ws = [normal(2, 16, c) for c in (3, 5)], [normal(4, c) for c in (3, 5)]
     states = [normal(2, 3, c) for c in (3, 5)] if form == "stream" else None
     segments = [[1] * 5 + [0] * 5 + [1] * 3 + [2] * 3, [0] * 2 + [1] * 13 + [2]]
-    run = place(jnp.asarray(segments), 2, 16).run if form != "plain" else None
+    run = locate(jnp.asarray(segments), 2, 16).segment if form != "plain" else None
     words = "BT. BT. .. .. B.. B.. BT -> B.. B.. BT. BT."
 
     def f(a, b, u, w, s, r, run):

@@ -23,6 +23,7 @@ import jax.numpy as jnp
 
 from attn.cache import kv as caches
 from attn.cache.kv import Cache
+from attn.contract.logits import LogitSpec, Where
 from attn.contract.segments import locate
 from attn.contract.shapes import check
 from attn.exact.attend import attend
@@ -226,9 +227,8 @@ class RAT(nn.Module):
         scale = q.shape[-1] ** -0.5 if self.scale is None else self.scale
         number = pos // self.chunk
         far, lse = attend(
-            self._turned(q, number), k, v, mask=Causal(), q_pos=number - 1,
-            kv_pos=kv_pos, q_run=run, kv_run=kv_run, scale=scale,
-            implementation=self.implementation,
+            self._turned(q, number), k, v, LogitSpec(Causal(), scale),
+            Where(number - 1, kv_pos, run, kv_run), implementation=self.implementation,
         )
         own = scale * (q.astype(jnp.float32) * own_k).sum(-1, keepdims=True)
         lse = jnp.where(jnp.isfinite(lse), lse, -1e30)  # nothing is far away yet

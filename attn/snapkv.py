@@ -23,6 +23,7 @@ import jax.numpy as jnp
 
 from attn.cache import kv as caches
 from attn.cache.kv import Cache
+from attn.contract.logits import Where
 from attn.contract.segments import TokenPositions, locate
 from attn.contract.shapes import check
 from attn.exact.dense import allowed, logits, weights
@@ -118,7 +119,7 @@ class SnapKV(Softmax):
         asked = jnp.take_along_axis(q, index[..., None, None], 1)
         q_pos = jnp.take_along_axis(now.pos, index, 1)
         kv_pos = jnp.repeat(pos, h // pos.shape[2], 2)
-        seen = allowed(self.mask, q_pos, kv_pos, head=jnp.arange(h))
+        seen = allowed(self.mask, Where(q_pos, kv_pos, head=jnp.arange(h)))
         p = weights(logits(asked, k, self.scale), seen).astype(q.dtype)
         return (p * (last >= 0)[:, None, :, None]).sum(2, dtype=jnp.float32)
 

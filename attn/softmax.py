@@ -18,11 +18,12 @@ import jax.numpy as jnp
 
 from attn.cache import kv as caches
 from attn.cache import sharded as shardcache
-from attn.contract.segments import locate
+from attn.contract.logits import Dropout, LogitSpec, Where
+from attn.contract.segments import TokenPositions, locate
 from attn.contract.shapes import check
 from attn.exact.attend import attend
 from attn.masks import Causal, Full, Mask
-from attn.parallel.exchange import EXCHANGES, exchanged, split_axis
+from attn.parallel.exchange import EXCHANGES, GATHER, exchanged, split_axis
 from attn.parallel.sharding import Axis, devices_of, over_mesh, spread_heads
 
 FEW = 8  # queries for which a step is bound by the bytes of the cache
@@ -33,12 +34,12 @@ class Softmax:
     """FlashAttention (Dao et al., 2022) arXiv:2205.14135: exact softmax attention.
 
     softmax(scale q.k + score(h, i, j)) v over the keys that `mask` lets a query see,
-    with `attend`'s tiles. Its memory is a `Cache`: of every token, or, where the mask
+    by `attn.exact.attend`. Its memory is a `Cache`: of every token, or, where the mask
     forgets (a window, a window with sinks), a ring of just those that can be seen.
 
     `score` is a function of positions such as `ALiBi(heads)`; `dropout` acts when the
     call is given a `key`. axis: the mesh axis that tokens are split over; exchange: how
-    its shards meet, "gather", "ring", "zigzag" or "swap" (see
+    its shards meet, "all_gather" ("gather"), "ring", "zigzag" or "ulysses" ("swap"; see
     `attn/parallel/exchange.py`).
     """
 
@@ -76,7 +77,7 @@ class Softmax:
         """
         check(q, k, v, segments=segments)
         counted = segments is None and q.shape[1] == k.shape[1]
-        where = self._places(q, k, segments)
+        where = self._where(q, k, segments)
         return self._attend(q, k, v, where, bias, sink, key, counted)
 
     def init_state(self, size, q, k, v, *, x=None):
@@ -114,19 +115,17 @@ class Softmax:
         if bias is not None:
             raise NotImplementedError("step: a bias array has no place in a stream")
 
-    def read(self, cache, runs, q, now, *, sink=None):
-        """q [B,T,H,D] at `now` over a cache with runs [B,C] of slots -> [B,T,H,V]."""
+    def read(self, cache, kv_segment, q, now: TokenPositions, *, sink=None):
+        """q [B,T,H,D] at `now` over a cache whose slots have segment indices [B,C] ->
+        [B,T,H,V]."""
         if q.shape[1] <= FEW:
-            options: dict[str, Any] = {
-                "mask": self.mask, "scale": self.scale, "softcap": self.softcap,
-                "score": self.score, "sink": sink,
-                "implementation": self.implementation,
-            }
+            how: dict[str, Any] = {"sink": sink, "implementation": self.implementation}
+            args = cache, kv_segment, q, now, self._spec()
             if shardcache.splits(cache, self.axis):
-                return shardcache.read(cache, runs, q, now, self.axis, **options)
-            return caches.read(cache, runs, q, now, **options)[0]
+                return shardcache.read(*args, self.axis, **how)
+            return caches.read(*args, **how)[0]
         streamed = dataclasses.replace(self, axis=self._split(q, cache.k))
-        where = now.pos, cache.pos, now.segment, runs
+        where = Where(now.pos, cache.pos, now.segment, kv_segment)
         return streamed._attend(q, cache.k, cache.v, where, None, sink, None)
 
     def _append(self, cache, k, v, now, slot):
@@ -141,69 +140,66 @@ class Softmax:
         fits = q.shape[1] % pieces == 0 and k.shape[1] % pieces == 0
         return self.axis if fits else None
 
-    def _places(self, q, k, segments):
-        """q_pos, kv_pos, q_run, kv_run; None where positions simply count."""
+    def _spec(self) -> LogitSpec:
+        return LogitSpec(self.mask, self.scale, self.softcap, self.score)
+
+    def _where(self, q, k, segments) -> Where:
+        """Positions and segment indices; none where positions simply count."""
         b, t, s = q.shape[0], q.shape[1], k.shape[1]
-        count = lambda n, start: jnp.broadcast_to(
-            jnp.arange(start, start + n, dtype=jnp.int32), (b, n)
-        )
         if segments is None:
             if self.axis is None:
-                return None, None, None, None
-            return count(t, s - t), count(s, 0), None, None
+                return Where()
+            q_pos = jnp.arange(s - t, s, dtype=jnp.int32)[None]
+            kv_pos = jnp.arange(s, dtype=jnp.int32)[None]
+            return Where(
+                jnp.broadcast_to(q_pos, (b, t)), jnp.broadcast_to(kv_pos, (b, s))
+            )
         if not isinstance(segments, tuple):
-            here = locate(segments, b, t)
-            return here.pos, here.pos, here.segment, here.segment
+            now = locate(segments, b, t)
+            return Where(now.pos, now.pos, now.segment, now.segment)
         q_seg, kv_seg = (a.astype(jnp.int32) for a in segments)
         q_pos, kv_pos = locate(q_seg, b, t).pos, locate(kv_seg, b, s).pos
         if t != s or not self.mask.relative or self.mask != Full():
             # aligned at the last token of each sequence, of its true lengths
             q_pos = q_pos + _count(kv_seg, q_seg) - _count(q_seg, q_seg)
-        return q_pos, kv_pos, q_seg, kv_seg
+        return Where(q_pos, kv_pos, q_seg, kv_seg)
 
-    def _attend(self, q, k, v, where, bias, sink, key, counted=False):
+    def _attend(self, q, k, v, where: Where, bias, sink, key, counted=False):
         heads = jnp.arange(q.shape[2], dtype=jnp.int32)
         rows = jnp.arange(q.shape[0], dtype=jnp.int32)
         if self.axis is not None:
             self._check_exchange(bias, key)
             swapped = split_axis(self.axis, self.exchange)[1]
             k, v = (spread_heads(a, q.shape[2], self.axis, swapped) for a in (k, v))
-        letters = "BTHD BSKD BSKV H B BT BS BT BS " + _letters(bias) + " H . -> BTHV"
+        letters = "BTHD BSKD BSKV BT BS BT BS H B " + _letters(bias) + " H . -> BTHV"
         local = functools.partial(self._local, counted)
         return over_mesh(local, letters, self.axis)(
-            q, k, v, heads, rows, *where, bias, sink, key
+            q, k, v, where.q_pos, where.kv_pos, where.q_segment, where.kv_segment,
+            heads, rows, bias, sink, key,
         )
 
     def _check_exchange(self, bias, key) -> None:
         if key is not None and self.dropout:
             raise NotImplementedError("dropout over a mesh axis is not there yet")
         one = not isinstance(self.axis, tuple) or len(self.axis) == 1
-        if bias is not None and not (self.exchange == "gather" and one):
+        if bias is not None and not (self.exchange in GATHER and one):
             raise NotImplementedError(
                 "a bias array over a mesh axis: its keys do not travel, expected "
                 "exchange='gather' over one axis"
             )
 
-    def _local(
-        self, counted, q, k, v, head, batch, q_pos, kv_pos, q_run, kv_run, bias, sink,
-        key,
-    ):
-        where = {"q_pos": q_pos, "kv_pos": kv_pos, "q_run": q_run, "kv_run": kv_run}
-        told = {
-            "mask": self.mask, "head": head, "scale": self.scale, "sink": sink,
-            "softcap": self.softcap, "score": self.score,
-            "implementation": self.implementation,
+    def _local(self, counted, q, k, v, *rest):
+        *tokens, batch, bias, sink, key = rest
+        where = Where(*tokens)
+        how: dict[str, Any] = {
+            "bias": bias, "sink": sink, "implementation": self.implementation
         }
         if self.axis is None:
-            return attend(
-                q, k, v, bias=bias, dropout=self.dropout, key=key, batch=batch,
-                **where, **told,
-            )[0]
-        if bias is not None:
-            told["bias"] = bias
+            dropout = Dropout(self.dropout, key, batch)
+            return attend(q, k, v, self._spec(), where, dropout=dropout, **how)[0]
         return exchanged(
-            attend, q, k, v, axis=self.axis, exchange=self.exchange, counted=counted,
-            **where, **told,
+            q, k, v, self._spec(), where, axis=self.axis, exchange=self.exchange,
+            counted=counted, **how,
         )
 
 
@@ -217,7 +213,8 @@ def _letters(bias) -> str:
 def _count(keys: jax.Array, ids: jax.Array) -> jax.Array:
     """How often each of ids [B,T] stands in keys [B,S], in memory linear in T and S."""
     ordered = jnp.sort(keys, axis=1)
-    find = lambda side: jax.vmap(
-        functools.partial(jnp.searchsorted, side=side)
-    )(ordered, ids)
+
+    def find(side: str) -> jax.Array:
+        return jax.vmap(functools.partial(jnp.searchsorted, side=side))(ordered, ids)
+
     return (find("right") - find("left")).astype(jnp.int32)

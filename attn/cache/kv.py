@@ -8,15 +8,17 @@ segment begins, what came before can no longer be seen and is dropped.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from attn.contract.dispatch import interpreted, pick
+from attn.contract.logits import LogitSpec, Where
 from attn.contract.segments import TokenPositions
 from attn.contract.shapes import concrete
-from attn.exact.chunked import attend
+from attn.exact import chunked
+from attn.exact.attend import kernel_options
 from attn.masks import FOREVER, Mask
 from pallas_kernels.decode.api import decode
 
@@ -125,19 +127,20 @@ def ring(mask: Mask, slots: int) -> Ring:
 
 
 def read(
-    cache: Cache, runs: jax.Array, q: jax.Array, now: TokenPositions, *,
-    implementation: str | None = None, **options: Any,
+    cache: Cache, kv_segment: jax.Array, q: jax.Array, now: TokenPositions,
+    spec: LogitSpec, *, head: jax.Array | None = None, sink: jax.Array | None = None,
+    implementation: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """What a few queries q [B,T,H,D] at `now` find in a cache whose slots have runs
-    [B,C] -> o [B,T,H,V], lse [B,H,T]; options: mask, head, scale, softcap, score, sink.
-    """
-    options |= {"q_pos": now.pos, "kv_pos": cache.pos, "q_run": now.segment,
-                "kv_run": runs}
+    """What a few queries q [B,T,H,D] at `now` find in a cache whose slots have segment
+    indices kv_segment [B,C] -> o [B,T,H,V], lse [B,H,T]. head, sink: see `attend`."""
+    where = Where(now.pos, cache.pos, now.segment, kv_segment, head)
     kernel = lambda backend: lambda: decode(
-        q, cache.k, cache.v, backend=backend, interpret=interpreted(), **options
+        q, cache.k, cache.v, sink=sink, backend=backend, interpret=interpreted(),
+        **kernel_options(spec, where),
     )
     return pick(
-        implementation, xla=lambda: attend(q, cache.k, cache.v, **options),
+        implementation,
+        xla=lambda: chunked.attend(q, cache.k, cache.v, spec, where, sink=sink),
         tpu=kernel("tpu"), gpu=kernel("triton"),
     )
 

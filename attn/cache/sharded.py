@@ -15,10 +15,10 @@ import jax.numpy as jnp
 
 from attn.cache import kv as caches
 from attn.cache.kv import Cache
+from attn.contract.logits import LogitSpec
 from attn.contract.segments import TokenPositions
-from attn.exact.online import merge, normalized, output
+from attn.exact.online import logsumexp, merge, output, state_of
 from attn.parallel.sharding import Axis, devices_of, mesh_of, over_mesh
-from pallas_kernels.tile import NEVER
 
 
 def splits(cache: Cache, axis: Axis | None) -> bool:
@@ -51,27 +51,28 @@ def append(
 
 
 def read(
-    cache: Cache, runs: jax.Array, q: jax.Array, now: TokenPositions, axis: Any, *,
-    sink: jax.Array | None = None, **options: Any,
+    cache: Cache, kv_segment: jax.Array, q: jax.Array, now: TokenPositions,
+    spec: LogitSpec, axis: Any, *, sink: jax.Array | None = None,
+    implementation: str | None = None,
 ) -> jax.Array:
     """`attn.cache.read`, o [B,T,H,V], where each device reads its own slots."""
     heads = jnp.arange(q.shape[2], dtype=jnp.int32)
 
-    def local(q, head, runs, *rest):
+    def local(q, head, kv_segment, *rest):
         k, v, pos, *place = rest
         now = TokenPositions(*place)
         part = Cache(k, v, pos, now.next_pos, now.last_segment)
-        o, lse = caches.read(part, runs, q, now, head=head, **options)
-        found = merge(normalized(o, lse), axis)
-        some = found.l > 0
-        lse = found.m + jnp.log(jnp.where(some, found.l, 1))
-        return output(found), jnp.where(some, lse, NEVER)
+        found = caches.read(
+            part, kv_segment, q, now, spec, head=head, implementation=implementation
+        )
+        both = merge(state_of(*found), axis)
+        return output(both), logsumexp(both)
 
-    letters = f"B.HD H BS {_letters(cache)} B. B. B B -> B.HV BH."
-    o, lse = over_mesh(local, letters, axis)(q, heads, runs, *cache[:3], *now)
+    letters = f"B.HD H BS {_letters(cache)} B. B. B B -> B.HV B.H"
+    o, lse = over_mesh(local, letters, axis)(q, heads, kv_segment, *cache[:3], *now)
     if sink is not None:
-        share = jnp.exp(lse - jnp.logaddexp(lse, sink[None, :, None]))
-        o = o * share.swapaxes(1, 2)[..., None]
+        share = jnp.exp(lse - jnp.logaddexp(lse, sink[None, None]))
+        o = o * share[..., None]
     return o.astype(cache.v.dtype)
 
 

@@ -7,29 +7,65 @@ same in three steps, for ideas that need the matrix.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Callable
 
 import jax
 
 from attn.contract.dispatch import interpreted, pick
+from attn.contract.logits import Dropout, LogitSpec, Where
 from attn.exact import chunked
 from pallas_kernels.flash.api import flash
 
 
 def attend(
-    q: jax.Array, k: jax.Array, v: jax.Array, *, implementation: str | None = None,
-    **options: Any,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    spec: LogitSpec = LogitSpec(),
+    where: Where = Where(),
+    *,
+    bias: jax.Array | None = None,
+    sink: jax.Array | None = None,
+    dropout: Dropout | None = None,
+    given: jax.Array | None = None,
+    tile: tuple[int, int] | None = None,
+    implementation: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Exact attention: o [B,T,H,V] and lse [B,H,T], by the best implementation here.
 
-    q [B,T,H,D], k [B,S,K,D], v [B,S,K,V]; options: those of `chunked.attend`.
-    implementation: "xla", "pallas" or None for the best; see
-    `attn.contract.dispatch.pick`.
+    Arguments are those of `chunked.attend`. implementation: "xla", "pallas" or None for
+    the best; see `attn.contract.dispatch.pick`.
     """
-    kernel = lambda backend: lambda: flash(
-        q, k, v, backend=backend, interpret=interpreted(), **options
-    )
+    options: dict[str, Any] = {
+        "bias": bias, "sink": sink, "given": given, "tile": tile
+    }
+
+    def xla():
+        return chunked.attend(q, k, v, spec, where, dropout=dropout, **options)
+
+    def kernel(backend: str) -> Callable:
+        return lambda: flash(
+            q, k, v, backend=backend, interpret=interpreted(), shift=where.shift,
+            **kernel_options(spec, where), **_dropout_options(dropout), **options,
+        )
+
     return pick(
-        implementation, xla=lambda: chunked.attend(q, k, v, **options),
+        implementation, xla=xla,
         tpu=kernel("tpu"), gpu=(kernel("mosaic"), kernel("triton")),
     )
+
+
+def kernel_options(spec: LogitSpec, where: Where) -> dict[str, Any]:
+    """Both as the keyword arguments of a kernel's entry function."""
+    return {
+        "mask": spec.mask, "scale": spec.scale, "softcap": spec.softcap,
+        "score": spec.score, "head": where.head, "q_pos": where.q_pos,
+        "kv_pos": where.kv_pos, "q_run": where.q_segment, "kv_run": where.kv_segment,
+    }
+
+
+def _dropout_options(dropout: Dropout | None) -> dict[str, Any]:
+    if dropout is None:
+        return {}
+    return {"dropout": dropout.rate, "key": dropout.key, "batch": dropout.batch,
+            "keep": dropout.keep}

@@ -1,5 +1,5 @@
-"""Softmax attention in three steps, for ideas that need the matrix of scores: logits of
-all pairs, weights of those that are seen, weighted values.
+"""Dense softmax attention, for ideas that need the matrix: logits of all pairs, weights
+of those that are seen, weighted values.
 """
 
 from __future__ import annotations
@@ -7,6 +7,9 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from attn.contract.logits import LogitSpec, Where
+from attn.contract.shapes import check
+from attn.exact.online import EMPTY, OnlineSoftmax
 from attn.masks import Mask
 from pallas_kernels.tile import NEVER
 
@@ -15,6 +18,7 @@ def logits(q: jax.Array, k: jax.Array, scale: float | None = None) -> jax.Array:
     """scale * q.k as float32 [B,H,T,S]; query head h reads key head h // (H/K)."""
     b, t, h, d = q.shape
     grouped = q.reshape(b, t, k.shape[2], -1, d)
+    # [B,T,K,G,D] x [B,S,K,D] -> [B,K,G,T,S]
     s = jnp.einsum("btkgd,bskd->bkgts", grouped, k, preferred_element_type=jnp.float32)
     return (s * (d**-0.5 if scale is None else scale)).reshape(b, h, t, -1)
 
@@ -32,32 +36,53 @@ def values(p: jax.Array, v: jax.Array) -> jax.Array:
     """Weights p [B,H,T,S] times v [B,S,K,V] -> [B,T,H,V] in v's dtype."""
     b, h, t, s = p.shape
     grouped = p.astype(v.dtype).reshape(b, v.shape[2], -1, t, s)
+    # [B,K,G,T,S] x [B,S,K,V] -> [B,T,K,G,V]
     o = jnp.einsum(
         "bkgts,bskv->btkgv", grouped, v, preferred_element_type=jnp.float32
     )
     return o.reshape(b, t, h, -1).astype(v.dtype)
 
 
-def allowed(
-    mask: Mask,
-    q_pos: jax.Array,
-    kv_pos: jax.Array,
-    q_run: jax.Array | None = None,
-    kv_run: jax.Array | None = None,
-    head: jax.Array | None = None,
-) -> jax.Array:
+def allowed(mask: Mask, where: Where) -> jax.Array:
     """The mask at given positions, as booleans that broadcast to [B,H,T,S].
 
-    q_pos [B|1,T]; kv_pos [B|1,S] or, per head, [B,S,H]; -1 is an empty slot. Runs as
-    in `attn.contract.segments`: a token sees its own run, and padding is run 0.
-    head [H].
+    A kv_pos [B,S,H] of `where` has one position a head.
     """
-    i = q_pos[:, None, :, None]
-    per_head = kv_pos.ndim == 3
-    j = jnp.moveaxis(kv_pos, 2, 1)[:, :, None] if per_head else kv_pos[:, None, None]
-    h = None if head is None else head[None, :, None, None]
+    i = where.q_pos[:, None, :, None]
+    kv_pos = where.kv_pos[..., None] if where.kv_pos.ndim == 2 else where.kv_pos
+    j = jnp.moveaxis(kv_pos, 2, 1)[:, :, None]
+    h = None if where.head is None else where.head[None, :, None, None]
     seen = mask(h, i, j) & (j >= 0)
-    if q_run is not None and kv_run is not None:
-        q_r, k_r = q_run[:, None, :, None], kv_run[:, None, None, :]
-        seen = seen & (q_r == k_r) & (k_r > 0)
-    return seen
+    if where.q_segment is None or where.kv_segment is None:
+        return seen
+    own = where.q_segment[:, None, :, None]
+    other = where.kv_segment[:, None, None, :]
+    return seen & (own == other) & (other > 0)
+
+
+def partial(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    spec: LogitSpec = LogitSpec(),
+    where: Where = Where(),
+) -> OnlineSoftmax:
+    """The online softmax state [B,T,H] of these keys, whose logits are one array.
+
+    q [B,T,H,D], k [B,S,K,D], v [B,S,K,V]. Of `spec` mask and scale count.
+    """
+    check(q, k, v)
+    t, s = q.shape[1], k.shape[1]
+    q_pos, kv_pos = where.q_pos, where.kv_pos
+    if where.counted:
+        q_pos = jnp.arange(s - t, s, dtype=jnp.int32)[None]
+        kv_pos = jnp.arange(s, dtype=jnp.int32)[None]
+    head = jnp.arange(q.shape[2], dtype=jnp.int32)
+    seen = allowed(
+        spec.mask, Where(q_pos, kv_pos, where.q_segment, where.kv_segment, head)
+    )
+    x = jnp.where(seen, logits(q, k, spec.scale), EMPTY)  # [B,H,T,S]
+    m = jax.lax.stop_gradient(x.max(-1))  # o does not depend on it
+    p = jnp.where(seen, jnp.exp(x - m[..., None]), 0)
+    l, acc = p.sum(-1), values(p, v.astype(jnp.float32))
+    return OnlineSoftmax(m.swapaxes(1, 2), l.swapaxes(1, 2), acc)

@@ -1,14 +1,14 @@
-"""Partial softmax: what some of the keys say of a query, in three numbers a head.
+"""Online softmax: what some of the keys say of a query, in three numbers a head.
 
 However many they are, it is the largest logit, the sum of the exponentials below it and
-the weighted sum of values. Triples of different keys merge in any order:
+the weighted sum of values. States of different keys merge in any order:
 
-    m_c = max_j s_j,  l_c = sum_j exp(s_j - m_c),  a_c = sum_j exp(s_j - m_c) v_j
-    m = max_c m_c,  l = sum_c exp(m_c - m) l_c,  a = sum_c exp(m_c - m) a_c,  o = a / l
+    m_c = max_j s_j,  l_c = sum_j exp(s_j - m_c),  acc_c = sum_j exp(s_j - m_c) v_j
+    m = max_c m_c,  l = sum_c exp(m_c - m) l_c,  acc = sum_c exp(m_c - m) acc_c
+    o = acc / l,  lse = m + log l
 
-What is summed has been rescaled to the common m before. Keys of which a query sees none
-give m = -1e30, l = 0 and a = 0. m, l and a are float32 (Milakov & Gimelshein, 2018,
-arXiv:1805.02867).
+Keys of which a query sees none give m = -1e30, l = 0 and acc = 0. All is float32.
+Source: Milakov & Gimelshein, 2018, arXiv:1805.02867.
 """
 
 from __future__ import annotations
@@ -18,42 +18,72 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.tile import NEVER
+
 EMPTY = -1e30  # the maximum of no logits, finite so that differences are no NaN
 
 
-class Partial(NamedTuple):
-    """What some keys say of each query, float32: m, l [B,H,T] and a [B,T,H,V]."""
+class OnlineSoftmax(NamedTuple):
+    """What some keys say of each query, float32: m, l [...] and acc [...,V], where
+    [...] is [B,T,H], or another order of the axes of queries."""
 
     m: jax.Array
     l: jax.Array
-    a: jax.Array
+    acc: jax.Array
 
 
-def normalized(o: jax.Array, lse: jax.Array) -> Partial:
-    """The triple of an attention that is done, as `attend` gives it: o [B,T,H,V] and
-    lse [B,H,T], -inf where a row sees nothing. It is (lse, 1, o)."""
+def empty(shape: tuple[int, ...], width: int) -> OnlineSoftmax:
+    """The state of no keys, of queries [...] = `shape` and V = width."""
+    zeros = jnp.zeros((*shape, width), jnp.float32)
+    return OnlineSoftmax(zeros[..., 0] + EMPTY, zeros[..., 0], zeros)
+
+
+def state_of(o: jax.Array, lse: jax.Array) -> OnlineSoftmax:
+    """The state (lse, 1, o) of an attention that is done, as `attend` gives it: o
+    [B,T,H,V] and lse [B,H,T], -inf where a row sees nothing."""
+    lse = lse.swapaxes(1, 2)
     some = lse > EMPTY
-    return Partial(
+    return OnlineSoftmax(
         jnp.where(some, lse, EMPTY), some.astype(jnp.float32), o.astype(jnp.float32)
     )
 
 
-def merge(parts: Partial, axis: str | tuple[str, ...] | None = None) -> Partial:
-    """The triple of all keys: of the parts on the devices along mesh axis `axis`,
-    inside `shard_map`, by one maximum and one sum; without one, of a leading axis."""
+def rescale(state: OnlineSoftmax, m: jax.Array) -> OnlineSoftmax:
+    """The same state, its sums taken below another maximum m [...] >= state.m."""
+    # where no key has been seen, exp(EMPTY - EMPTY) would be 1
+    decay = jnp.where(state.l > 0, jnp.exp(state.m - m), 0)
+    return OnlineSoftmax(m, decay * state.l, decay[..., None] * state.acc)
+
+
+def join(a: OnlineSoftmax, b: OnlineSoftmax) -> OnlineSoftmax:
+    """The state of the keys of both. No gradient flows through its m, on which o does
+    not depend."""
+    m = jax.lax.stop_gradient(jnp.maximum(a.m, b.m))
+    a, b = rescale(a, m), rescale(b, m)
+    return OnlineSoftmax(m, a.l + b.l, a.acc + b.acc)
+
+
+def merge(
+    parts: OnlineSoftmax, axis: str | tuple[str, ...] | None = None
+) -> OnlineSoftmax:
+    """The state of all keys: of the parts on the devices along mesh axis `axis`, inside
+    `shard_map`, by one maximum and one sum; without one, of a leading axis."""
+    own = jax.lax.stop_gradient(parts.m)
     if axis is None:
-        m = jax.lax.stop_gradient(parts.m).max(0)
-        add, top = lambda a: a.sum(0), m[None]
-    else:
-        m = top = jax.lax.pmax(jax.lax.stop_gradient(parts.m), axis)
-        add = lambda a: jax.lax.psum(a, axis)
-    # where no part has seen a key, exp(EMPTY - EMPTY) would be 1
-    fade = jnp.where(parts.l > 0, jnp.exp(parts.m - top), 0)
-    l, a = add((fade * parts.l)), add(fade.swapaxes(-1, -2)[..., None] * parts.a)
-    return Partial(m, l, a)
+        m = own.max(0)
+        _, l, acc = rescale(parts, jnp.broadcast_to(m, own.shape))
+        return OnlineSoftmax(m, l.sum(0), acc.sum(0))
+    m = jax.lax.pmax(own, axis)
+    _, l, acc = rescale(parts, m)
+    return OnlineSoftmax(m, jax.lax.psum(l, axis), jax.lax.psum(acc, axis))
 
 
-def output(part: Partial) -> jax.Array:
-    """a / l, [B,T,H,V] float32; 0 where nothing was seen."""
-    total = jnp.where(part.l > 0, part.l, 1)
-    return part.a / total.swapaxes(-1, -2)[..., None]
+def output(state: OnlineSoftmax) -> jax.Array:
+    """o = acc / l [...,V] float32; 0 where nothing was seen."""
+    return state.acc / jnp.where(state.l > 0, state.l, 1)[..., None]
+
+
+def logsumexp(state: OnlineSoftmax) -> jax.Array:
+    """lse = m + log l [...] float32; -inf where nothing was seen."""
+    some = state.l > 0
+    return jnp.where(some, state.m + jnp.log(jnp.where(some, state.l, 1)), NEVER)

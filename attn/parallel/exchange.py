@@ -3,16 +3,16 @@
 Tokens are split over a mesh axis, and exact attention needs every key for every query.
 There are four ways, which give the same numbers:
 
-- "gather": every shard gathers all keys and values (LASP-2H, Sun et al., 2025,
-  arXiv:2502.07563). One collective, memory of the whole S.
+- "all_gather", or "gather": every shard gathers all keys and values (LASP-2H, Sun et
+  al., 2025, arXiv:2502.07563). One collective, memory of the whole S.
 - "ring": keys and values travel from shard to shard (`attn/parallel/ring.py`). Memory
   of two pieces a direction, transfers hidden behind computing; of a window only
   neighbours' keys travel. Causal work is uneven.
 - "zigzag": a ring whose causal work is even (`attn/parallel/zigzag.py`), for two
   exchanges more.
-- "swap": heads for tokens (DeepSpeed-Ulysses, Jacobs et al., 2023, arXiv:2309.14509):
-  every shard gets all tokens of its part of the heads. It needs as many heads as
-  shards; of fewer key heads each is sent to those that read it.
+- "ulysses", or "swap": heads for tokens (DeepSpeed-Ulysses, Jacobs et al., 2023,
+  arXiv:2309.14509): every shard gets all tokens of its part of the heads. It needs as
+  many heads as shards; of fewer key heads each is sent to those that read it.
 
 Over two mesh axes at once (USP, Fang & Zhao, 2024, arXiv:2405.07719), heads are swapped
 over the last and the other is gathered or a ring.
@@ -20,20 +20,23 @@ over the last and the other is gathered or a ring.
 
 from __future__ import annotations
 
-from typing import Any, Callable
+import dataclasses
 
 import jax
 
+from attn.contract.logits import LogitSpec, Where
+from attn.exact.attend import attend
 from attn.parallel.ring import ring
 from attn.parallel.sharding import Axis, gather, names_of
 
-EXCHANGES = ("gather", "ring", "zigzag", "swap")
+GATHER, SWAP = ("gather", "all_gather"), ("swap", "ulysses")  # two words for one thing
+EXCHANGES = (*GATHER, "ring", "zigzag", *SWAP)
 
 
 def split_axis(axis: Axis, exchange: str) -> tuple[str | None, Axis | None]:
     """The mesh axis over which keys are gathered or travel, and the one over which
     heads are swapped."""
-    if exchange == "swap":
+    if exchange in SWAP:
         return None, axis
     names = names_of(axis)
     if len(names) == 1:
@@ -47,54 +50,63 @@ def split_axis(axis: Axis, exchange: str) -> tuple[str | None, Axis | None]:
 
 
 def exchanged(
-    attend: Callable,
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
+    spec: LogitSpec,
+    where: Where,
     *,
     axis: Axis,
     exchange: str,
-    head: Any,
-    q_pos: Any,
-    kv_pos: Any,
-    q_run: Any,
-    kv_run: Any,
     counted: bool,
+    bias: jax.Array | None = None,
     sink: jax.Array | None = None,
-    **options: Any,
+    implementation: str | None = None,
 ) -> jax.Array:
     """o [B,T,H,V] of a shard's queries with the keys of all, inside `shard_map`.
 
-    Arguments of `attn.exact.attend`, which `attend` is, for this shard. counted:
-    positions are 0, 1, 2, ... over the shards, there are no runs, and T = S.
+    Arguments of `attn.exact.attend` for this shard. counted: positions are 0, 1, 2, ...
+    over the shards, there are no segments, and T = S.
     """
     along, swapped = split_axis(axis, exchange)
     if swapped is not None:
         q, k, v = (_to_tokens(a, swapped) for a in (q, k, v))
-        q_pos, kv_pos, q_run, kv_run = (
-            gather(a, swapped) for a in (q_pos, kv_pos, q_run, kv_run)
-        )
-        mine = jax.lax.axis_index(swapped) * q.shape[2]
-        head, sink = (
-            a if a is None else jax.lax.dynamic_slice_in_dim(a, mine, q.shape[2])
-            for a in (head, sink)
-        )
-    where: dict[str, Any] = {
-        "q_pos": q_pos, "kv_pos": kv_pos, "q_run": q_run, "kv_run": kv_run
-    }
-    told = {"head": head, "sink": sink, **options}
+        where, sink = _of_heads(where, sink, swapped, q.shape[2])
     if along is None:
-        o, _ = attend(q, k, v, **({} if counted else where), **told)
-    elif exchange == "gather":
-        for name in ("kv_pos", "kv_run"):
-            where[name] = gather(where[name], along)
-        o, _ = attend(q, gather(k, along), gather(v, along), **where, **told)
+        where = Where(head=where.head) if counted else where
+        o, _ = attend(
+            q, k, v, spec, where, bias=bias, sink=sink, implementation=implementation
+        )
+    elif exchange in GATHER:
+        everywhere = dataclasses.replace(
+            where, kv_pos=gather(where.kv_pos, along),
+            kv_segment=gather(where.kv_segment, along),
+        )
+        o, _ = attend(
+            q, gather(k, along), gather(v, along), spec, everywhere, bias=bias,
+            sink=sink, implementation=implementation,
+        )
     else:
         o, _ = ring(
-            attend, q, k, v, axis=along, counted=counted,
-            balanced=exchange == "zigzag", **where, **told,
+            q, k, v, spec, where, axis=along, sink=sink, counted=counted,
+            balanced=exchange == "zigzag", implementation=implementation,
         )
     return o if swapped is None else _to_heads(o, swapped)
+
+
+def _of_heads(where: Where, sink, axis: Axis, heads: int):
+    """`where` of all tokens of the shards along `axis`, and of this one's `heads`, with
+    their sinks."""
+    first = jax.lax.axis_index(axis) * heads
+    head, sink = (
+        a if a is None else jax.lax.dynamic_slice_in_dim(a, first, heads)
+        for a in (where.head, sink)
+    )
+    q_pos, kv_pos, q_segment, kv_segment = (
+        gather(a, axis)
+        for a in (where.q_pos, where.kv_pos, where.q_segment, where.kv_segment)
+    )
+    return Where(q_pos, kv_pos, q_segment, kv_segment, head), sink
 
 
 def _to_tokens(a: jax.Array, axis: Axis) -> jax.Array:

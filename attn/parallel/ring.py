@@ -2,7 +2,7 @@
 
 Every shard keeps its queries. The keys and values of the others come by, from both
 neighbours at once, and while one shard's are attended to the next ones are already on
-their way. What each gives is joined by its log-sum-exp, in float32. Going back they
+their way. What they give is one online softmax state, in float32. Going back they
 travel again, with their gradients one step behind them, which at last are sent home.
 No shard ever holds more of the others than two pieces of each direction (Ring
 Attention, Liu et al., 2023, arXiv:2310.01889; that the two directions share the way is
@@ -16,179 +16,180 @@ work in every step; the tokens are exchanged when the attention begins and when 
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from typing import Any, Callable
 
 import jax
 import jax.numpy as jnp
 
-from attn.masks import FOREVER, Causal, Mask
-from attn.parallel.ring_loop import Keys, Side, each, journey, move, put, sent, take
-from attn.parallel.ring_schedule import MANY, Call, Pair, ends, halo, own
-from attn.parallel.zigzag import collected, dealt
-from pallas_kernels.tile import NEVER
+from attn.contract.logits import LogitSpec, Where
+from attn.exact.attend import attend
+from attn.exact.online import OnlineSoftmax, join, logsumexp, output, state_of
+from attn.masks import FOREVER, Causal
+from attn.parallel.ring_loop import (
+    Keys, move, over_pairs, put, ring_loop, take, travelling
+)
+from attn.parallel.ring_schedule import (
+    MANY, Pair, RingPlan, halo, last_steps, own_pair
+)
+from attn.parallel.zigzag import from_zigzag, to_zigzag
 
 
 def ring(
-    attend: Callable,
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
+    spec: LogitSpec,
+    where: Where,
     *,
     axis: str,
-    mask: Mask,
-    head: Any,
-    q_pos: Any,
-    kv_pos: Any,
-    q_run: Any = None,
-    kv_run: Any = None,
     sink: jax.Array | None = None,
     counted: bool = False,
     balanced: bool = False,
-    **options: Any,
+    implementation: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """`attend` over all shards of mesh axis `axis`, inside `shard_map` -> o [B,T,H,V]
     in v's dtype and lse [B,H,T] float32 of this shard's queries.
 
-    Arguments are those of `attn.exact.attend` for this shard, options its others.
-    counted: positions are 0, 1, 2, ... over the shards, there are no runs, and T = S.
-    balanced: zigzag, for a causal mask that never forgets; the work of other masks is
-    even as it is. ValueError if it cannot cut a shard in two.
+    Arguments are those of `attn.exact.attend` for this shard. counted: positions are
+    0, 1, 2, ... over the shards, there are no segments, and T = S. balanced: zigzag,
+    for a causal mask that never forgets; the work of other masks is even as it is.
+    ValueError if it cannot cut a shard in two.
     """
-    shards = jax.lax.axis_size(axis)
+    shards, mask = jax.lax.axis_size(axis), spec.mask
     balanced &= shards > 1 and mask.causal and mask.reach().left >= FOREVER
-    zigzag = balanced and counted and mask == Causal() and not options.get("score")
+    zigzag = balanced and counted and mask == Causal() and not spec.score
     # with a score every step is a program of its own
-    loops = not options.get("score") or shards <= MANY
+    loops = not spec.score or shards <= MANY
     counted &= zigzag or (mask.relative and not balanced and loops)
-    told = tuple(sorted(options.items()))
-    call = Call(attend, axis, shards, mask, told, counted, zigzag)
+    plan = RingPlan(axis, shards, spec, implementation, counted, zigzag)
     if balanced:
-        for name, a in (("T", q), ("S", k)):
-            if a.shape[1] % 2:
-                raise ValueError(
-                    f"{name}={shards * a.shape[1]} cannot be dealt in zigzag to the "
-                    f"{shards} devices of mesh axis {axis!r}: expected a multiple of "
-                    f"{2 * shards}"
-                )
-        q, k, v, q_pos, kv_pos, q_run, kv_run = jax.tree.map(
-            lambda a: dealt(a, axis), (q, k, v, q_pos, kv_pos, q_run, kv_run)
-        )
-    side, keys = Side(head, q_pos, q_run), Keys(k, v, kv_pos, kv_run)
+        _check_halves(q, k, axis, shards)
+        q, k, v, where = _to_zigzag(q, k, v, where, axis)
     if counted:
-        side, keys = Side(head, None, None), Keys(k, v, None, None)
-    o, lse = _ring(call, side, keys.pos, keys.run, q, k, v, sink)
-    return (collected(o, axis), collected(lse, axis, 2)) if balanced else (o, lse)
+        where = Where(head=where.head)
+    o, lse = _ring(plan, where, q, k, v, sink)
+    return (from_zigzag(o, axis), from_zigzag(lse, axis, 2)) if balanced else (o, lse)
 
 
-def join(o, lse, new_o, new_lse) -> tuple[jax.Array, jax.Array]:
-    """o [B,T,H,V] and lse [B,H,T] of two sets of keys as those of both, in float32."""
-    top = jnp.maximum(lse, new_lse)
-    base = jnp.where(jnp.isfinite(top), top, 0)
-    a, b = jnp.exp(lse - base), jnp.exp(new_lse - base)
-    some = a + b > 0
-    safe = jnp.where(some, a + b, 1)
-    share = lambda w: (w / safe).swapaxes(1, 2)[..., None]
-    o = o.astype(jnp.float32) * share(a) + new_o.astype(jnp.float32) * share(b)
-    return o, jnp.where(some, base + jnp.log(safe), NEVER)
+def _check_halves(q, k, axis: str, shards: int) -> None:
+    for name, a in (("T", q), ("S", k)):
+        if a.shape[1] % 2:
+            raise ValueError(
+                f"{name}={shards * a.shape[1]} cannot be dealt in zigzag to the "
+                f"{shards} devices of mesh axis {axis!r}: expected a multiple of "
+                f"{2 * shards}"
+            )
 
 
-def _meet(call: Call, side: Side, pair: Pair, q, keys: Keys, sink=None, given=None):
+def _to_zigzag(q, k, v, where: Where, axis: str):
+    tokens = where.q_pos, where.kv_pos, where.q_segment, where.kv_segment
+    q, k, v, q_pos, kv_pos, q_segment, kv_segment = jax.tree.map(
+        lambda a: to_zigzag(a, axis), (q, k, v, *tokens)
+    )
+    return q, k, v, Where(q_pos, kv_pos, q_segment, kv_segment, where.head)
+
+
+def _meet(
+    plan: RingPlan, where: Where, pair: Pair, q, keys: Keys, sink=None, given=None
+):
     """o and lse of a pair's queries with its keys, as a function of both and `sink`."""
     cut = Keys(*(take(a, pair.columns) for a in keys))
-    where: dict[str, Any] = {"shift": pair.shift}
     if pair.shift is None:
-        where = {
-            "q_pos": take(side.q_pos, pair.rows), "kv_pos": cut.pos,
-            "q_run": take(side.q_run, pair.rows), "kv_run": cut.run,
-        }
+        q_pos, q_segment = (take(a, pair.rows) for a in (where.q_pos, where.q_segment))
+        here = Where(q_pos, cut.pos, q_segment, cut.segment, where.head)
+    else:
+        here = Where(head=where.head, shift=pair.shift)
+    spec = dataclasses.replace(plan.spec, mask=pair.mask)
     if given is not None:
-        where["given"] = take(given, pair.rows, 2)
-    f = lambda q, k, v, sink: call.attend(
-        q, k, v, mask=pair.mask, head=side.head, sink=sink, **where,
-        **dict(call.options),
-    )
+        given = take(given, pair.rows, 2)
+
+    def f(q, k, v, sink):
+        how = plan.implementation
+        return attend(
+            q, k, v, spec, here, sink=sink, given=given, implementation=how
+        )
+
     return f, (take(q, pair.rows), cut.k, cut.v, sink)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _ring(call: Call, side: Side, kv_pos, kv_run, q, k, v, sink):
-    return _forward(call, side, kv_pos, kv_run, q, k, v, sink)[0]
+def _ring(plan: RingPlan, where: Where, q, k, v, sink):
+    return _forward(plan, where, q, k, v, sink)[0]
 
 
-def _forward(call: Call, side: Side, kv_pos, kv_run, q, k, v, sink):
-    keys = Keys(k, v, kv_pos, kv_run)
-    f, args = _meet(call, side, own(call, q, k), q, keys, sink)
-    o, lse = f(*args)
+def _forward(plan: RingPlan, where: Where, q, k, v, sink):
+    keys = Keys(k, v, where.kv_pos, where.kv_segment)
+    f, args = _meet(plan, where, own_pair(plan, q, k), q, keys, sink)
+    start = state_of(*f(*args))
 
     def add(state, pair, keys):
-        f, args = _meet(call, side, pair, q, keys)
-        old = [take(a, pair.rows, d) for d, a in enumerate(state, 1)]
-        new = join(*old, *f(*args))
-        return tuple(
-            put(a, b, pair.rows, d) for d, (a, b) in enumerate(zip(state, new), 1)
-        )
+        f, args = _meet(plan, where, pair, q, keys)
+        old = OnlineSoftmax(*(take(a, pair.rows) for a in state))
+        new = join(old, state_of(*f(*args)))
+        return OnlineSoftmax(*(put(a, b, pair.rows) for a, b in zip(state, new)))
 
-    def visit(state, n, step, moving):
-        return each(call, n, step, moving, q.shape[1], state, add)
+    def visit(state, n, step, arrived):
+        return over_pairs(plan, n, step, arrived, q.shape[1], state, add)
 
-    state = o.astype(jnp.float32), lse
-    o, lse = journey(call, keys, q.shape[1], state, visit)
-    o = o.astype(v.dtype)
-    return (o, lse), (side, keys, q, sink, o, lse)
+    state = ring_loop(plan, keys, q.shape[1], start, visit)
+    o, lse = output(state).astype(v.dtype), logsumexp(state).swapaxes(1, 2)
+    return (o, lse), (where, q, k, v, sink, o, lse)
 
 
-def _backward(call: Call, saved, cotangents):
-    side, keys, q, sink, o, lse = saved
+def _backward(plan: RingPlan, saved, cotangents):
+    where, q, k, v, sink, o, lse = saved
+    keys = Keys(k, v, where.kv_pos, where.kv_segment)
     # keys travel again: those that came by before are not kept until now
     keys, cotangents = jax.lax.optimization_barrier((keys, cotangents))
     t = q.shape[1]
     do, dlse = cotangents
-    # what the gradients of all pairs share is made once
+    # what the gradients of all pairs share is made once: d(lse) - rowsum(do o)
     dlse -= (do.astype(jnp.float32) * o.astype(jnp.float32)).sum(-1).swapaxes(1, 2)
 
     def gradients(pair, keys, sink=None):
-        f, args = _meet(call, side, pair, q, keys, sink, lse)
+        f, args = _meet(plan, where, pair, q, keys, sink, lse)
         return jax.vjp(f, *args)[1]((take(do, pair.rows), take(dlse, pair.rows, 2)))
 
-    dq, dk, dv, dsink = gradients(own(call, q, keys.k), keys, sink)
-    wide = lambda a: a.astype(jnp.float32)
+    def zeros(direction):
+        there = travelling(plan, keys[:2], t, direction)
+        return tuple(jnp.zeros_like(a, jnp.float32) for a in there)
 
-    zeros = lambda way: tuple(
-        jnp.zeros_like(a, jnp.float32) for a in sent(call, keys[:2], t, way))
+    def add(found, pair, keys):
+        parts = gradients(pair, keys)  # of q, k, v
+        pieces = pair.rows, pair.columns, pair.columns
+        return tuple(
+            put(a, take(a, piece) + part.astype(jnp.float32), piece)
+            for a, part, piece in zip(found, parts, pieces)
+        )
 
-    def visit(state, n, step, moving):
+    def visit(state, n, step, arrived):
         dq, sums = state
         new = {}
-        for way, kinds in zip(step.ways, step.kinds):
-            def add(found, pair, keys):
-                parts = gradients(pair, keys)
-                pieces = pair.rows, pair.columns, pair.columns
-                return tuple(
-                    put(a, take(a, at) + wide(b), at)
-                    for a, b, at in zip(found, parts, pieces)
-                )
-
-            one = step._replace(ways=(way,), kinds=(kinds,))
-            here = {way: moving[way]}
-            dq, *found = each(call, n, one, here, t, (dq, *zeros(way)), add)
-            if way in sums:
-                found = map(jnp.add, found, move(call, sums[way], way))
-            new[way] = tuple(found)
-        # of a way that has ended, the sums stay where they are
+        for direction, mask_kind in zip(step.directions, step.mask_kinds):
+            one = step._replace(directions=(direction,), mask_kinds=(mask_kind,))
+            here = {direction: arrived[direction]}
+            start = dq, *zeros(direction)
+            dq, *found = over_pairs(plan, n, one, here, t, start, add)
+            if direction in sums:
+                # the sums of dk and dv are one step behind their keys
+                before = move(plan, sums[direction], direction)
+                found = [a + b for a, b in zip(found, before)]
+            new[direction] = tuple(found)
+        # of a direction that has ended, the sums stay where they are
         return dq, sums | new
 
-    dk, dv = wide(dk), wide(dv)
-    begun = {way: zeros(way) for way in ends(call, t)} if call.looped else {}
-    dq, sums = journey(call, keys, t, (wide(dq), begun), visit)
-    for way, far in ends(call, t).items():
-        at = halo(call, t, way) or (0, dk.shape[1])
+    dq, dk, dv, dsink = gradients(own_pair(plan, q, k), keys, sink)
+    dq, dk, dv = (a.astype(jnp.float32) for a in (dq, dk, dv))
+    begun = {d: zeros(d) for d in last_steps(plan, t)} if plan.looped else {}
+    dq, sums = ring_loop(plan, keys, t, (dq, begun), visit)
+    for direction, far in last_steps(plan, t).items():
+        piece = halo(plan, t, direction) or (0, dk.shape[1])
+        home = move(plan, sums[direction], -direction * far)
         dk, dv = (
-            put(a, take(a, at) + b, at)
-            for a, b in zip((dk, dv), move(call, sums[way], -way * far))
+            put(a, take(a, piece) + b, piece) for a, b in zip((dk, dv), home)
         )
-    low = lambda d, a: d.astype(a.dtype)
-    return None, None, None, low(dq, q), low(dk, keys.k), low(dv, keys.v), dsink
+    return None, dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), dsink
 
 
 _ring.defvjp(_forward, _backward)

@@ -1,4 +1,4 @@
-"""The journey of keys around a ring, and what is done at each of its steps.
+"""Ring loop: the steps in which keys travel around a ring of shards.
 
 While the keys that are here are looked at, the next ones are on their way. Steps of one
 form share a loop, and so do pairs of pieces, where there are many shards.
@@ -12,15 +12,9 @@ from typing import Any, Callable, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from attn.parallel.ring_schedule import WAYS, Call, Step, alike, halo, pairs, schedule
-
-
-class Side(NamedTuple):
-    """Arrays of a call that have no gradient: head [H], q_pos [B,T], q_run [B,T]."""
-
-    head: Any
-    q_pos: Any
-    q_run: Any
+from attn.parallel.ring_schedule import (
+    DIRECTIONS, RingPlan, Step, alike, halo, pairs, schedule
+)
 
 
 class Keys(NamedTuple):
@@ -29,77 +23,86 @@ class Keys(NamedTuple):
     k: jax.Array
     v: jax.Array
     pos: Any
-    run: Any
+    segment: Any
 
 
-def journey(call: Call, keys: Keys, t: int, state: Any, visit: Callable) -> Any:
-    """state after `visit(state, n, step, moving)` of all steps; moving: the keys that
-    are here in step n, of each way."""
-    plan = schedule(call, t)
-    on = lambda moving, ways: {way: move(call, moving[way], way) for way in ways}
-    gone = {way: sent(call, keys, t, way) for way in WAYS}
-    moving = on(gone, plan[0][0].ways) if plan else {}
-    for place, steps in enumerate(plan):
+def ring_loop(plan: RingPlan, keys: Keys, t: int, state: Any, visit: Callable) -> Any:
+    """state after `visit(state, n, step, arrived)` of all steps; arrived: the keys that
+    are here in step n, of each direction."""
+    def advance(keys_of: dict, directions: tuple) -> dict:
+        return {d: move(plan, keys_of[d], d) for d in directions}
+
+    groups = schedule(plan, t)
+    own = {direction: travelling(plan, keys, t, direction) for direction in DIRECTIONS}
+    arrived = advance(own, groups[0][0].directions) if groups else {}
+    for number, steps in enumerate(groups):
         first, last = steps[0], steps[-1]
 
         def loop(carry, n):
-            state, moving = carry
-            return (visit(state, n, first, moving), on(moving, first.ways)), None
+            state, arrived = carry
+            # the next keys do not wait for what is computed with these
+            in_flight = advance(arrived, first.directions)
+            return (visit(state, n, first, arrived), in_flight), None
 
-        looped = call.looped and len(steps) > 1
+        looped = plan.looped and len(steps) > 1
         order = jnp.arange(first.n, last.n + looped)
         if len(order):
-            (state, moving), _ = jax.lax.scan(loop, (state, moving), order)
+            (state, arrived), _ = jax.lax.scan(loop, (state, arrived), order)
         if not looped:
             # on their way before the last ones that are here are looked at
-            here, rest = moving, plan[place + 1:]
-            moving = on(moving, rest[0][0].ways) if rest else {}
-            state = visit(state, last.n, last, here)
+            rest = groups[number + 1:]
+            in_flight = advance(arrived, rest[0][0].directions) if rest else {}
+            state = visit(state, last.n, last, arrived)
+            arrived = in_flight
     return state
 
 
-def sent(call: Call, tree: Any, t: int, way: int) -> Any:
-    """What travels `way` of keys, or of what is shaped like them."""
-    part = halo(call, t, way)
+def travelling(plan: RingPlan, tree: Any, t: int, direction: int) -> Any:
+    """What travels in `direction` of keys, or of what is shaped like them."""
+    part = halo(plan, t, direction)
     return tree if part is None else jax.tree.map(lambda a: take(a, part), tree)
 
 
-def each(call: Call, n, step: Step, moving, t: int, state, add: Callable):
+def over_pairs(plan: RingPlan, n, step: Step, arrived, t: int, state, add: Callable):
     """state after `add(state, pair, keys)` of all pairs that meet in a step."""
     found = []
-    for way, kinds in zip(step.ways, step.kinds):
-        r = n if way > 0 else call.shards - n
-        s, (cut, _) = moving[way].k.shape[1], halo(call, t, way) or (0, t)
-        found += [(way, pair) for pair in pairs(call, r, kinds, t, s, cut)]
+    for direction, mask_kind in zip(step.directions, step.mask_kinds):
+        r = n if direction > 0 else plan.shards - n
+        s = arrived[direction].k.shape[1]
+        cut, _ = halo(plan, t, direction) or (0, t)
+        found += [(direction, p) for p in pairs(plan, r, mask_kind, t, s, cut)]
     for same in alike(found):
-        if not call.looped or len(same) == 1:
-            for way, pair in same:
-                state = _if(pair.when, functools.partial(
-                    add, pair=pair, keys=moving[way]), state)
+        if plan.looped and len(same) > 1:
+            state = _loop_over_pairs(same, arrived, state, add)
             continue
-        stacked = jax.tree.map(lambda *a: jnp.stack(a), *moving.values())
-        at = [list(moving).index(way) for way, _ in same]
-        told = [(p.rows[0], p.columns[0], p.when) for _, p in same]
-        order = jnp.array(at), *(jnp.stack([*map(jnp.asarray, a)]) for a in zip(*told))
-        one = same[0][1]
-
-        def loop(state, told):
-            n, row, column, when = told
-            keys = jax.tree.map(lambda a: a[n], stacked)
-            pair = one._replace(
-                rows=(row, one.rows[1]), columns=(column, one.columns[1]))
-            always = all(p.when is True for _, p in same)
-            f = functools.partial(add, pair=pair, keys=keys)
-            return _if(True if always else when, f, state), None
-
-        state, _ = jax.lax.scan(loop, state, order)
+        for direction, pair in same:
+            f = functools.partial(add, pair=pair, keys=arrived[direction])
+            state = _if(pair.when, f, state)
     return state
 
 
-def move(call: Call, tree: Any, way: int) -> Any:
-    """Everything goes `way` shards on."""
-    to = [(p, (p + way) % call.shards) for p in range(call.shards)]
-    return jax.tree.map(lambda a: jax.lax.ppermute(a, call.axis, to), tree)
+def _loop_over_pairs(same, arrived, state, add: Callable):
+    """`over_pairs` of pairs that one program can do."""
+    stacked = jax.tree.map(lambda *a: jnp.stack(a), *arrived.values())
+    source = [list(arrived).index(direction) for direction, _ in same]
+    given = [(p.rows[0], p.columns[0], p.when) for _, p in same]
+    row, column, when = (jnp.stack([*map(jnp.asarray, a)]) for a in zip(*given))
+    one, always = same[0][1], all(p.when is True for _, p in same)
+
+    def loop(state, at):
+        n, row, column, when = at
+        pair = one._replace(rows=(row, one.rows[1]), columns=(column, one.columns[1]))
+        keys = jax.tree.map(lambda a: a[n], stacked)
+        f = functools.partial(add, pair=pair, keys=keys)
+        return _if(True if always else when, f, state), None
+
+    return jax.lax.scan(loop, state, (jnp.array(source), row, column, when))[0]
+
+
+def move(plan: RingPlan, tree: Any, distance: int) -> Any:
+    """Everything goes `distance` shards on."""
+    to = [(p, (p + distance) % plan.shards) for p in range(plan.shards)]
+    return jax.tree.map(lambda a: jax.lax.ppermute(a, plan.axis, to), tree)
 
 
 def take(a: Any, piece: tuple[Any, int], dim: int = 1) -> Any:

@@ -109,7 +109,7 @@ def _check_divisible(word: str, array: Any, axis: Axis) -> None:
                 )
 
 
-def gather(a: jax.Array | None, axis: Axis | None, dim: int = 1) -> jax.Array | None:
+def gather(a: Any, axis: Axis | None, dim: int = 1) -> Any:
     """Every shard's part of `a` along `dim`, in order; `a` itself without an axis."""
     if axis is None or a is None:
         return a

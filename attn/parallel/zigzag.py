@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 
-def dealt(a: jax.Array, axis: str, dim: int = 1) -> jax.Array:
+def to_zigzag(a: jax.Array, axis: str, dim: int = 1) -> jax.Array:
     """Natural order to zigzag, inside `shard_map`: shard p gets pieces p and 2P-1-p of
     2P along `dim`, whose length on a shard is even."""
     shards = jax.lax.axis_size(axis)
@@ -21,13 +21,13 @@ def dealt(a: jax.Array, axis: str, dim: int = 1) -> jax.Array:
                                       for p in range(shards)])
         for n, half in enumerate(jnp.split(a, 2, dim))
     ]
-    return jnp.concatenate(_turned(sent, axis), dim)
+    return jnp.concatenate(_reordered(sent, axis), dim)
 
 
-def collected(a: jax.Array, axis: str, dim: int = 1) -> jax.Array:
-    """The inverse of `dealt`."""
+def from_zigzag(a: jax.Array, axis: str, dim: int = 1) -> jax.Array:
+    """The inverse of `to_zigzag`."""
     shards = jax.lax.axis_size(axis)
-    halves = _turned(jnp.split(a, 2, dim), axis)
+    halves = _reordered(jnp.split(a, 2, dim), axis)
     back = [
         jax.lax.ppermute(half, axis, [(_owner(2 * p + n, shards), p)
                                       for p in range(shards)])
@@ -40,7 +40,7 @@ def _owner(piece: int, shards: int) -> int:
     return min(piece, 2 * shards - 1 - piece)
 
 
-def _turned(pair: list[jax.Array], axis: str) -> tuple[jax.Array, jax.Array]:
+def _reordered(pair: list[jax.Array], axis: str) -> tuple[jax.Array, jax.Array]:
     """A pair on shards of even number, else (b, a): even pieces are their early ones,
     and the late ones of the others."""
     a, b = pair

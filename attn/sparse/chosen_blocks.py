@@ -8,15 +8,16 @@ here. Time and memory grow with the number of blocks chosen, not with S.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Callable
 
 import jax
 import jax.numpy as jnp
 
 from attn.contract.dispatch import interpreted, pick
+from attn.contract.logits import LogitSpec, Where
 from attn.contract.shapes import check
+from attn.exact.attend import kernel_options
 from attn.exact.dense import weights
-from attn.masks import Full, Mask
 from pallas_kernels.blocks import api as kernels
 
 
@@ -48,15 +49,10 @@ def attend(
     k: jax.Array,
     v: jax.Array,
     chosen: jax.Array,
-    mask: Mask = Full(),
+    spec: LogitSpec = LogitSpec(),
+    where: Where = Where(),
     *,
     block: int,
-    head: jax.Array | None = None,
-    q_pos: jax.Array | None = None,
-    kv_pos: jax.Array | None = None,
-    q_run: jax.Array | None = None,
-    kv_run: jax.Array | None = None,
-    scale: float | None = None,
     implementation: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Attention to chosen blocks -> o [B,T,H,V] and lse [B,H,T] float32.
@@ -64,62 +60,84 @@ def attend(
     q [B,T,H,D], k [B,S,K,D], v [B,S,K,V]; chosen [B,H|K,N,n] int32: the key blocks of
     `block` tokens for each of N blocks of ceil(T/N) queries, -1 for none. A block that
     is chosen twice counts twice: `distinct` comes first. The mask acts inside blocks;
-    positions (0, 1, ... by default) and runs are those of `dense.allowed`. A
-    query that sees nothing gives o = 0 and lse = -inf. implementation: "xla", "pallas"
-    or None for the best; see `attn.contract.dispatch.pick`.
+    positions are 0, 1, ... by default, of queries too. A query that sees nothing gives
+    o = 0 and lse = -inf. implementation: "xla", "pallas" or None for the best; see
+    `attn.contract.dispatch.pick`. NotImplementedError for a softcap or a score.
     """
     check(q, k, v)
     _check(chosen, (*q.shape[:3], k.shape[2]), k.shape[1], block)
-    options: dict[str, Any] = {"block": block, "head": head, "q_pos": q_pos,
-                               "kv_pos": kv_pos, "q_run": q_run, "kv_run": kv_run,
-                               "scale": scale}
-    kernel = lambda backend: lambda: kernels.blocks(
-        q, k, v, chosen, mask=mask, backend=backend, interpret=interpreted(), **options
-    )
+    for name in ("softcap", "score"):
+        if (value := getattr(spec, name)) is not None:
+            raise NotImplementedError(
+                f"{name}={value}: chosen blocks have logits without one"
+            )
+
+    def kernel(backend: str) -> Callable:
+        told = kernel_options(spec, where)
+        told = {n: a for n, a in told.items() if n not in ("softcap", "score")}
+        return lambda: kernels.blocks(
+            q, k, v, chosen, block=block, backend=backend, interpret=interpreted(),
+            **told,
+        )
+
     return pick(
-        implementation, xla=lambda: _gathered(q, k, v, chosen, mask, **options),
+        implementation, xla=lambda: _gathered(q, k, v, chosen, spec, where, block),
         tpu=kernel("tpu"), gpu=kernel("triton"),
     )
 
 
-def _gathered(q, k, v, chosen, mask, *, block, head, q_pos, kv_pos, q_run, kv_run,
-              scale):
+def _gathered(q, k, v, chosen, spec: LogitSpec, where: Where, block: int):
     """The XLA form: chosen blocks are gathered, once."""
-    (b, t, h, d), s = q.shape, k.shape[1]
-    chosen = jnp.repeat(chosen, h // chosen.shape[1], 1)
-    n = chosen.shape[2]
-    size = -(-t // n)
-    count = lambda m: jnp.arange(m, dtype=jnp.int32)[None]
-    q_pos, kv_pos = (
-        jnp.broadcast_to(count(m) if a is None else a, (b, m))
-        for a, m in ((q_pos, t), (kv_pos, s))
-    )
-    fill = lambda a: jnp.pad(a, [(0, 0), (0, n * size - t)] + [(0, 0)] * (a.ndim - 2))
-    queries = fill(q).reshape(b, n, size, h, d)
-    rows = lambda a: fill(a).reshape(b, 1, n, size, 1)
-    taken = lambda a: gather(
-        jnp.broadcast_to(a[..., None, None], (b, s, 1, 1)), chosen.reshape(b, 1, -1, 1),
-        block,
-    ).reshape(b, h, n, 1, -1)
-    heads = jnp.arange(h, dtype=jnp.int32) if head is None else head
-    j = taken(kv_pos)
-    seen = mask(heads[None, :, None, None, None], rows(q_pos), j) & (j >= 0)
-    real = jnp.repeat(chosen >= 0, block, -1)[:, :, :, None]
-    inside = taken(count(s) * jnp.ones((b, 1), jnp.int32) + 1) > 0  # no key beyond S
-    seen = seen & real & inside
-    if q_run is not None:
-        runs = taken(kv_run)
-        seen = seen & (rows(q_run) == runs) & (runs > 0)
+    (b, t, h, d), n = q.shape, chosen.shape[2]
+    chosen = jnp.repeat(chosen, h // chosen.shape[1], 1)  # [B,H,N,n]
+    queries = _rows(q, n)  # [B,N,T/N,H,D]
+    # [B,H,N,n,block,.] -> [B,H,N,J,.], the J = n * block keys of each query block
     keys, vals = (gather(a, chosen, block) for a in (k, v))
     keys, vals = (a.reshape(b, h, n, -1, a.shape[-1]) for a in (keys, vals))
+    # [B,N,I,H,D] x [B,H,N,J,D] -> [B,H,N,I,J]
     logits = jnp.einsum(
         "bnihd,bhnjd->bhnij", queries, keys, preferred_element_type=jnp.float32
-    ) * (d**-0.5 if scale is None else scale)
+    ) * (d**-0.5 if spec.scale is None else spec.scale)
+    seen = _seen(chosen, spec, where, (b, t, k.shape[1], h), block)
     p = weights(logits, seen)
+    # [B,H,N,I,J] x [B,H,N,J,V] -> [B,N,I,H,V]
     o = jnp.einsum("bhnij,bhnjv->bnihv", p.astype(v.dtype), vals,
                    preferred_element_type=jnp.float32)
     lse = jax.nn.logsumexp(logits, -1, where=seen).reshape(b, h, -1)[..., :t]
-    return o.reshape(b, n * size, h, -1)[:, :t].astype(v.dtype), lse
+    return o.reshape(b, -1, h, v.shape[3])[:, :t].astype(v.dtype), lse
+
+
+def _rows(a, n: int) -> jax.Array:
+    """[B,T,...] -> [B,n,T/n,...], filled up behind."""
+    b, t = a.shape[:2]
+    size = -(-t // n)
+    a = jnp.pad(a, [(0, 0), (0, n * size - t)] + [(0, 0)] * (a.ndim - 2))
+    return a.reshape(b, n, size, *a.shape[2:])
+
+
+def _seen(chosen, spec: LogitSpec, where: Where, sizes: tuple, block: int) -> jax.Array:
+    """Which of the gathered keys [B,H,N,I,J] a query sees."""
+    (b, t, s, h), n = sizes, chosen.shape[2]
+
+    def rows(a):
+        return _rows(jnp.broadcast_to(a, (b, t)), n)[:, None, :, :, None]
+
+    def taken(a):
+        a = jnp.broadcast_to(a, (b, s))[..., None, None]
+        return gather(a, chosen.reshape(b, 1, -1, 1), block).reshape(b, h, n, 1, -1)
+
+    q_pos, kv_pos = where.q_pos, where.kv_pos
+    q_pos = jnp.arange(t, dtype=jnp.int32)[None] if q_pos is None else q_pos
+    kv_pos = jnp.arange(s, dtype=jnp.int32)[None] if kv_pos is None else kv_pos
+    heads = jnp.arange(h, dtype=jnp.int32) if where.head is None else where.head
+    j = taken(kv_pos)
+    seen = spec.mask(heads[None, :, None, None, None], rows(q_pos), j) & (j >= 0)
+    seen = seen & jnp.repeat(chosen >= 0, block, -1)[:, :, :, None]
+    seen = seen & taken(jnp.ones((1, s), bool))  # no key beyond S
+    if where.q_segment is not None:
+        segment = taken(where.kv_segment)
+        seen = seen & (rows(where.q_segment) == segment) & (segment > 0)
+    return seen
 
 
 def _check(chosen, sizes: tuple, s: int, block: int) -> None:

@@ -17,11 +17,14 @@ from jax.sharding import NamedSharding, PartitionSpec
 from rich import box
 from rich.table import Table
 
+from attn.contract.logits import LogitSpec, Where
+from attn.exact.dense import partial
 from attn.exact.online import merge, output
 from attn.masks import Causal
-from attn.parallel.device_grid import distributed, partial, traffic
+from attn.parallel.device_grid import grid_attention, traffic
 from experiments.measure.collectives import collectives
 
+CAUSAL = LogitSpec(Causal())
 GRIDS = {1: (1, 1), 2: (1, 2), 4: (2, 2), 8: (2, 4)}
 
 
@@ -54,7 +57,7 @@ def measured(
     against one device, bytes of temporary memory of a device of three programs, and
     bytes received, from the compiled text and by hand.
 
-    tiles: `distributed`. dense: the same grid with every logit of a device at once.
+    tiles: `grid_attention`. dense: the same grid with every logit of a device at once.
     ring: one step of a ring, T/P queries and T/P keys, with every logit at once.
     """
     keys = jax.random.split(jax.random.key(0), 3)
@@ -93,18 +96,18 @@ def measured(
 
 
 def _tiles(q, k, v) -> jax.Array:
-    return distributed(q, k, v, Causal(), rows="rows", columns="columns")
+    return grid_attention(q, k, v, CAUSAL, rows="rows", columns="columns")
 
 
 def _all(q, k, v) -> jax.Array:
-    """`distributed` in its plain form: the logits of a device are one array."""
+    """`grid_attention` in its plain form: the logits of a device are one array."""
     at = jnp.arange(q.shape[1])[None]
 
     def local(q, k, v, q_pos, kv_pos):
         k, v, kv_pos = (
             jax.lax.all_gather(a, "rows", axis=1, tiled=True) for a in (k, v, kv_pos)
         )
-        part = partial(q, k, v, Causal(), q_pos=q_pos, kv_pos=kv_pos)
+        part = partial(q, k, v, CAUSAL, Where(q_pos, kv_pos))
         return output(merge(part, "columns"))
 
     row, own = (PartitionSpec(None, at) for at in ("rows", ("rows", "columns")))

@@ -8,10 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from attn.contract.logits import Dropout, LogitSpec, Where
 from attn.exact.attend import attend
 from attn.masks import FOREVER, Causal, Full, Mask, Sink, Window
 from attn.softmax import Softmax
-from attn.sparse import chosen_blocks as blocks
+from attn.sparse import chosen_blocks
 
 OPTIONS = {"layout", "softmax_scale", "causal", "causal_alignment", "window", "softcap",
            "dropout_p", "kind", "block", "sink_token_length"}
@@ -71,34 +72,37 @@ def _exact(case, implementation) -> Callable:
     """f(arrays by name) -> o, lse, by the tiles alone, and by tiles of odd sizes."""
     config = case["config"]
     (b, t), s = case["q"].shape[:2], case["k"].shape[1]
-    extra: dict[str, Any] = {}
+    where, dropout = Where(), None
     if "k_lengths" in case:
-        extra["q_run"], extra["kv_run"] = _lengths(case)
+        q_real, k_real = _lengths(case)
         # aligned at the last real token of both sides
-        end = extra["kv_run"].sum(1) - extra["q_run"].sum(1)
-        extra["q_pos"] = jnp.arange(t)[None] + end[:, None]
-        extra["kv_pos"] = jnp.broadcast_to(jnp.arange(s)[None], (b, s))
+        end = k_real.sum(1) - q_real.sum(1)
+        q_pos = jnp.arange(t)[None] + end[:, None]
+        kv_pos = jnp.broadcast_to(jnp.arange(s)[None], (b, s))
+        where = Where(q_pos, kv_pos, q_real, k_real)
     if "segment_ids" in case:
-        extra["q_run"] = extra["kv_run"] = jnp.asarray(case["segment_ids"], jnp.int32)
+        segment = jnp.asarray(case["segment_ids"], jnp.int32)
+        where = Where(q_segment=segment, kv_segment=segment)
     if "keep_mask_BHTS" in case:
-        extra |= {"keep": jnp.asarray(case["keep_mask_BHTS"]),
-                  "dropout": config["dropout_p"]}
+        keep = jnp.asarray(case["keep_mask_BHTS"])
+        dropout = Dropout(config["dropout_p"], keep=keep)
+    spec = LogitSpec(_mask(config), _scale(config), config.get("softcap") or None)
     return lambda a: attend(
-        a["q"], a["k"], a["v"], sink=a.get("sink"), bias=a.get("bias"),
-        mask=_mask(config), scale=_scale(config), softcap=config.get("softcap") or None,
-        tile=(16, 24), implementation=implementation, **extra,
+        a["q"], a["k"], a["v"], spec, where, sink=a.get("sink"), bias=a.get("bias"),
+        dropout=dropout, tile=(16, 24), implementation=implementation,
     )
 
 
 def _lengths(case) -> tuple[jax.Array, jax.Array]:
-    """Runs [B,T] and [B,S]: 1 for real tokens, 0 for padding behind them."""
-    def run(name, size):
+    """Segments [B,T] and [B,S]: 1 for real tokens, 0 for padding behind them."""
+    def segment(name, size):
         lengths = case.get(name)
         lengths = np.full(len(case["q"]), size) if lengths is None else lengths
         real = np.arange(size)[None] < np.asarray(lengths)[:, None]
         return jnp.asarray(real.astype(np.int32))
 
-    return run("q_lengths", case["q"].shape[1]), run("k_lengths", case["k"].shape[1])
+    return (segment("q_lengths", case["q"].shape[1]),
+            segment("k_lengths", case["k"].shape[1]))
 
 
 def _agrees_with_softmax(case, o) -> None:
@@ -131,9 +135,9 @@ def _blocks(case, implementation) -> Callable:
 
     def f(a):
         q = jnp.pad(a["q"], ((0, 0), (0, fill), (0, 0), (0, 0)))
-        o, lse = blocks.attend(q, a["k"], a["v"], chosen, _mask(case["config"]),
-                               block=block, scale=_scale(case["config"]),
-                               implementation=implementation)
+        spec = LogitSpec(_mask(case["config"]), _scale(case["config"]))
+        o, lse = chosen_blocks.attend(q, a["k"], a["v"], chosen, spec, block=block,
+                                      implementation=implementation)
         return o[:, :t], lse[..., :t]
 
     return f

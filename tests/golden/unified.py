@@ -8,12 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from attn.contract.logits import LogitSpec, Where
+from attn.exact.dense import partial
 from attn.exact.online import merge, output
 from attn.lineartransformer import LinearTransformer
 from attn.linformer import Linformer
 from attn.masks import Causal, Full, Window
 from attn.mixers import Depthwise, FNet, LongConv, MeanPool, Static
-from attn.parallel.device_grid import distributed, partial
+from attn.parallel.device_grid import grid_attention
 from attn.softmax import Softmax
 
 
@@ -62,10 +64,10 @@ def _dist(case: Mapping[str, Any]) -> dict[str, jax.Array]:
     shards, scale = config["shards"], config["scale"]
     mask = Causal() if config["causal"] else Full()
     t, s = q.shape[1], k.shape[1]
-    size, place = s // shards, jnp.arange(s)[None]
+    size, pos, spec = s // shards, jnp.arange(s)[None], LogitSpec(mask, scale)
     parts = [
-        partial(q, k[:, at:at + size], v[:, at:at + size], mask, scale=scale,
-                q_pos=jnp.arange(s - t, s)[None], kv_pos=place[:, at:at + size])
+        partial(q, k[:, at:at + size], v[:, at:at + size], spec,
+                Where(jnp.arange(s - t, s)[None], pos[:, at:at + size]))
         for at in range(0, s, size)
     ]
     stacked = jax.tree.map(lambda *a: jnp.stack(a), *parts)
@@ -76,9 +78,10 @@ def _dist(case: Mapping[str, Any]) -> dict[str, jax.Array]:
     with jax.set_mesh(mesh):
         out = jax.jit(Softmax(mask=mask, scale=scale, axis="seq"))(q, k, v)
         columns = jax.jit(
-            lambda *args: distributed(*args, mask, columns="seq", scale=scale)
+            lambda *args: grid_attention(*args, spec, columns="seq")
         )(q, k, v)
     for other in (output(merge(stacked)), columns):
         np.testing.assert_allclose(other, out, rtol=1e-4, atol=1e-5)
-    return {"partial_max": stacked.m, "partial_denominator": stacked.l,
-            "partial_numerator": stacked.a, "out": out}
+    m, l = (a.swapaxes(2, 3) for a in stacked[:2])  # [P,B,H,T]
+    return {"partial_max": m, "partial_denominator": l,
+            "partial_numerator": stacked.acc, "out": out}

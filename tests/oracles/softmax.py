@@ -1,8 +1,14 @@
-"""Softmax attention in float64, by the matrix, with all gradients."""
+"""Softmax attention in float64, by the matrix, with all gradients; and exact attention
+with the keyword arguments that kernels have."""
+
+import functools
 
 import numpy as np
 
+from attn.contract.logits import Dropout, LogitSpec, Where
+from attn.exact import attend as exact, chunked
 from attn.masks import Full
+from attn.sparse import chosen_blocks
 
 
 def oracle(q, k, v, do, *, mask=Full(), softcap=None, score=None, bias=None, sink=None,
@@ -59,3 +65,18 @@ def attention(q, k, v, seen):
 def order(t, s):
     """What is seen [T,S] in causal order, aligned at the last token."""
     return np.arange(s)[None] <= np.arange(t)[:, None] + s - t
+
+
+def by_keywords(f, *args, mask=Full(), scale=None, softcap=None, score=None, head=None,
+                q_pos=None, kv_pos=None, q_run=None, kv_run=None, shift=0, dropout=0.0,
+                key=None, batch=None, keep=None, **options):
+    """f(*args, spec=, where=, dropout=) of what a kernel takes one by one."""
+    if key is not None or keep is not None:
+        options["dropout"] = Dropout(dropout, key, batch, keep)
+    return f(*args, spec=LogitSpec(mask, scale, softcap, score),
+             where=Where(q_pos, kv_pos, q_run, kv_run, head, shift), **options)
+
+
+chunks = functools.partial(by_keywords, chunked.attend)
+best = functools.partial(by_keywords, exact.attend)
+blocks = functools.partial(by_keywords, chosen_blocks.attend)

@@ -9,11 +9,11 @@ import pytest
 from jax.experimental import pallas as pl
 
 from attn.masks import Causal, Full, Window
-from attn.sparse import chosen_blocks as blocks
 from pallas_kernels import Refused, tables
 from pallas_kernels.blocks import triton as blocks_triton
 from pallas_kernels.blocks.api import Static, blocks as attention, inverse
 from experiments.measure import cost
+from tests.oracles.softmax import blocks
 from tests.pallas_kernels.test_flash import BACKENDS, close, normal, results
 
 B, T, S, H, K, D, V, BLOCK = 2, 37, 45, 4, 2, 8, 12, 8
@@ -75,7 +75,7 @@ CASES = {
 
 
 def gathered(**given):
-    return blocks.attend(**given, implementation="xla")
+    return blocks(**given, implementation="xla")
 
 
 def kernel(backend):
@@ -188,7 +188,7 @@ def test_loops_on_gpu_end_with_the_blocks_that_there_are():
 
 def test_attend_runs_the_kernel_by_name():
     options = CASES["causal"]() | {"block": BLOCK}
-    found = blocks.attend(**arrays(), **options, implementation="pallas")
+    found = blocks(**arrays(), **options, implementation="pallas")
     for a, b in zip(found, gathered(**arrays(), **options)):
         np.testing.assert_allclose(a, b, atol=1e-5)
 
@@ -221,5 +221,5 @@ def test_choosing_among_no_places_is_refused(backend):
 def test_refusals_name_their_reason():
     wide = {n: normal(0, 1, 8, 1, 512) for n in "qkv"}
     with pytest.raises(Refused, match="D=512: at most 256"):
-        blocks.attend(**wide, chosen=jnp.zeros((1, 1, 1, 1), jnp.int32), block=8,
-                      implementation="pallas")
+        blocks(**wide, chosen=jnp.zeros((1, 1, 1, 1), jnp.int32), block=8,
+               implementation="pallas")

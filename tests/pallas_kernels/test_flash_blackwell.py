@@ -14,7 +14,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from attn.exact.chunked import attend
 from attn.masks import Causal, Full, Sink, Window
 from attn.positions import ALiBi
 from pallas_kernels import tables
@@ -23,6 +22,7 @@ from pallas_kernels.machine import hopper
 from pallas_kernels.machine.blackwell import COLUMNS, ROWS
 from pallas_kernels.machine.hopper import LATER
 from pallas_kernels.matrix.targets import TARGETS
+from tests.oracles.softmax import chunks as attend
 from tests.pallas_kernels.test_flash import results
 from tests.pallas_kernels.test_flash_mosaic import (
     RUNS, apart, everything, inputs, refused, table

@@ -1,22 +1,27 @@
-"""Partial softmax: triples merge in any cut, on any grid, with the same gradient."""
+"""Online softmax: states merge in any cut, on any grid, with the same gradient."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from attn.contract.logits import LogitSpec, Where
 from attn.exact.attend import attend
-from attn.exact.online import EMPTY, Partial, merge, normalized, output
+from attn.exact.dense import partial
+from attn.exact.online import (
+    EMPTY, OnlineSoftmax, empty, join, logsumexp, merge, output, state_of
+)
 from attn.masks import Causal
-from attn.parallel.device_grid import partial
 from attn.softmax import Softmax
 from tests.laws import close, gradients, inputs
 from tests.oracles.softmax import attention, order
 
+CAUSAL = LogitSpec(Causal())
+
 
 @pytest.mark.parametrize("cuts", [(16,), (4, 4, 4, 4), (1, 9, 6)])
-@pytest.mark.parametrize("tiled", [False, True])
-def test_parts_merge_to_the_whole(cuts, tiled):
+@pytest.mark.parametrize("chunked", [False, True])
+def test_parts_merge_to_the_whole(cuts, chunked):
     q, k, v = inputs()
     edges = np.cumsum((0, *cuts))
     where = jnp.broadcast_to(jnp.arange(16)[None], (2, 16))
@@ -26,14 +31,14 @@ def test_parts_merge_to_the_whole(cuts, tiled):
         for a, b in zip(edges[:-1], edges[1:]):
             args, at = (q, k[:, a:b], v[:, a:b]), where[:, a:b]
             parts.append(
-                normalized(*attend(*args, mask=Causal(), q_pos=where, kv_pos=at))
-                if tiled else partial(*args, Causal(), q_pos=where, kv_pos=at)
+                state_of(*attend(*args, CAUSAL, Where(where, at)))
+                if chunked else partial(*args, CAUSAL, Where(where, at))
             )
         found = parts[0]
         for part in parts[1:]:  # one after the other
-            found = merge(jax.tree.map(lambda *a: jnp.stack(a), found, part))
+            found = join(found, part)
         at_once = merge(jax.tree.map(
-            lambda *a: jnp.stack(a), *(Partial(*part) for part in parts)))
+            lambda *a: jnp.stack(a), *(OnlineSoftmax(*part) for part in parts)))
         return output(found), output(at_once)
 
     for n in range(2):
@@ -44,20 +49,23 @@ def test_parts_merge_to_the_whole(cuts, tiled):
             close(a, b, "gradient")
 
 
-def test_nothing_seen_is_the_neutral_triple():
+def test_nothing_seen_is_the_neutral_state():
     q, k, v = inputs()
-    none = partial(q, k, v, Causal(), q_pos=jnp.zeros((1, 16), int),
-                   kv_pos=1 + jnp.arange(16)[None])
+    later = Where(jnp.zeros((2, 16), jnp.int32),
+                  jnp.broadcast_to(1 + jnp.arange(16)[None], (2, 16)))
+    none = partial(q, k, v, CAUSAL, later)
     assert (none.m == np.float32(EMPTY)).all()
-    assert (none.l == 0).all() and (none.a == 0).all()
-    o, lse = attend(q, k, v, mask=Causal(), q_pos=jnp.zeros((2, 16), jnp.int32),
-                    kv_pos=jnp.broadcast_to(1 + jnp.arange(16)[None], (2, 16)))
-    for a, b in zip(normalized(o, lse), none):
-        np.testing.assert_array_equal(a, b)
+    assert (none.l == 0).all() and (none.acc == 0).all()
+    o, lse = attend(q, k, v, CAUSAL, later)
+    for state in (state_of(o, lse), empty(none.m.shape, v.shape[-1])):
+        for a, b in zip(state, none):
+            np.testing.assert_array_equal(a, b)
+    assert (logsumexp(none) == -np.inf).all()
     some = partial(q, k, v)
     stacked = lambda *parts: jax.tree.map(lambda *a: jnp.stack(a), *parts)
-    for a, b in zip(merge(stacked(none, some)), some):
-        np.testing.assert_array_equal(a, b)
+    for both in (merge(stacked(none, some)), join(some, none)):
+        for a, b in zip(both, some):
+            np.testing.assert_array_equal(a, b)
     both = merge(stacked(none, none))
     assert (both.m == np.float32(EMPTY)).all() and (both.l == 0).all()
     assert (output(both) == 0).all()
@@ -72,7 +80,7 @@ def test_the_maximum_is_subtracted_before_anything_is_summed():
     wide = lambda a, first: jnp.concatenate([jnp.full_like(a[..., :1], first), a], -1)
     q_wide, late = wide(q, 1.0), jnp.arange(16) >= 8
     k_wide = wide(k, 0.0).at[:, 8:, :, 0].set(4e3)
-    parts = [partial(q_wide, k_wide[:, at], v[:, at], scale=0.25)
+    parts = [partial(q_wide, k_wide[:, at], v[:, at], LogitSpec(scale=0.25))
              for at in (slice(0, 8), slice(8, 16))]
     o = output(merge(jax.tree.map(lambda *a: jnp.stack(a), *parts)))
     scaled = np.asarray(q, np.float64) * 0.25 * q.shape[-1] ** 0.5

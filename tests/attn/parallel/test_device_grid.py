@@ -5,12 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from attn.contract.logits import LogitSpec, Where
 from attn.masks import Causal, Full, Window
-from attn.parallel.device_grid import distributed, traffic
+from attn.parallel.device_grid import grid_attention, traffic
 from attn.softmax import Softmax
 from tests.laws import TOLERANCE, close, gradients, inputs, plain
 from tests.oracles.softmax import attention, order
 
+CAUSAL = LogitSpec(Causal())
 GRIDS = {  # sizes of (data, rows, columns, model), and what rows and columns are
     "grid": ((1, 2, 2, 2), "rows", "columns"),
     "wide": ((2, 2, 2, 1), "rows", "columns"),
@@ -29,7 +31,7 @@ def mesh_of(sizes):
 def test_a_grid_changes_nothing(grid):
     sizes, rows, columns = GRIDS[grid]
     q, k, v = inputs()
-    f = lambda q, k, v: distributed(q, k, v, Causal(), rows=rows, columns=columns)
+    f = lambda q, k, v: grid_attention(q, k, v, CAUSAL, rows=rows, columns=columns)
     with jax.set_mesh(mesh_of(sizes)):
         have, grads = jax.jit(f)(q, k, v), gradients(f, q, k, v)
     close(have, attention(q, k, v, order(16, 16)))
@@ -43,7 +45,8 @@ def test_any_length_on_a_grid(t, s):
     q, k, v = inputs()
     q, k, v = q[:, :t], k[:, :s], v[:, :s]
     for mask, seen in ((Full(), np.ones((t, s), bool)), (Causal(), order(t, s))):
-        f = lambda q, k, v: distributed(q, k, v, mask, rows=rows, columns=columns)
+        f = lambda q, k, v: grid_attention(
+            q, k, v, LogitSpec(mask), rows=rows, columns=columns)
         whole = lambda q, k, v: Softmax(mask=mask)(q, k, v)
         with jax.set_mesh(mesh_of(sizes)):
             have, grads = jax.jit(f)(q, k, v), gradients(f, q, k, v)
@@ -62,9 +65,9 @@ def test_runs_windows_and_rows_that_see_nothing():
     run = jnp.asarray([[1] * 6 + [2] * 7 + [0] * 3, [0] * 16], jnp.int32)
     at = jnp.broadcast_to(jnp.arange(16)[None], (2, 16))
     mask = Causal() & Window(3)
-    f = lambda q, k, v: distributed(
-        q, k, v, mask, rows="rows", columns="columns", q_pos=at, kv_pos=at, q_run=run,
-        kv_run=run)
+    f = lambda q, k, v: grid_attention(
+        q, k, v, LogitSpec(mask), Where(at, at, run, run), rows="rows",
+        columns="columns")
     with jax.set_mesh(mesh_of(GRIDS["wide"][0])):
         o, grads = jax.jit(f)(q, k, v), gradients(f, q, k, v)
     whole = lambda q, k, v: Softmax(mask=mask)(q, k, v, segments=run)
@@ -80,7 +83,7 @@ def test_low_precision_is_as_good_as_plain_jnp():
     exact = [a.astype(jnp.float32) for a in low]
     with jax.set_mesh(mesh_of(GRIDS["columns"][0])), \
             jax.numpy_dtype_promotion("strict"):
-        f = jax.jit(lambda q, k, v: distributed(q, k, v, Causal(), columns="columns"))
+        f = jax.jit(lambda q, k, v: grid_attention(q, k, v, CAUSAL, columns="columns"))
         o = f(*low)
     assert o.dtype == jnp.bfloat16
     want = np.asarray(plain(*exact))
@@ -90,8 +93,8 @@ def test_low_precision_is_as_good_as_plain_jnp():
 
 def test_the_kernel_runs_on_every_device():
     q, k, v = inputs()
-    f = lambda q, k, v: distributed(q, k, v, Causal(), rows="rows", columns="columns",
-                                    implementation="pallas")
+    f = lambda q, k, v: grid_attention(q, k, v, CAUSAL, rows="rows", columns="columns",
+                                       implementation="pallas")
     with jax.set_mesh(mesh_of(GRIDS["grid"][0])):
         have, grads = jax.jit(f)(q, k, v), gradients(f, q, k, v)
     close(have, attention(q, k, v, order(16, 16)))
@@ -108,13 +111,13 @@ def test_traffic_counts_what_the_spec_counts():
 def test_wrong_calls_say_what_was_expected():
     q, k, v = inputs()
     with pytest.raises(ValueError, match="there is no mesh"):
-        distributed(q, k, v, columns="columns")
+        grid_attention(q, k, v, columns="columns")
     with jax.set_mesh(mesh_of(GRIDS["grid"][0])):
         for options, message in (
             ({"rows": "rows", "columns": "rows"}, "expected different mesh axes"),
             ({"columns": "lines"}, "expected one of the mesh's"),
-            ({"columns": "columns", "q_pos": jnp.zeros((2, 16), int)}, "kv_pos go"),
-            ({"columns": "columns", "kv_run": jnp.ones((2, 16), int)}, "kv_run go"),
+            ({"where": Where(q_pos=jnp.zeros((2, 16), int))}, "kv_pos go"),
+            ({"where": Where(kv_segment=jnp.ones((2, 16), int))}, "kv_segment go"),
         ):
             with pytest.raises(ValueError, match=message):
-                distributed(q, k, v, **options)
+                grid_attention(q, k, v, **{"columns": "columns"} | options)

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 
 from attn.contract import dispatch
+from attn.contract.logits import LogitSpec, Where
 from attn.exact.attend import attend
 from attn.masks import Causal, Full, Sink, Window
-from attn.parallel import ring_schedule as rounds
-from attn.parallel.zigzag import collected, dealt
+from attn.parallel import ring_schedule
+from attn.parallel.zigzag import from_zigzag, to_zigzag
 from attn.positions import ALiBi
 from attn.softmax import Softmax
 from experiments.measure.collectives import collectives
@@ -89,6 +90,19 @@ def test_forward_and_gradients_are_those_of_one_device(way, case):
     same(CASES[case], way, inputs())
 
 
+@pytest.mark.parametrize("axis, word, other", [
+    ("seq", "gather", "all_gather"), ("seq", "swap", "ulysses"),
+    (("seq", "head"), "gather", "all_gather"), (("seq", "head"), "swap", "ulysses"),
+])
+def test_the_literature_s_words_mean_the_same(axis, word, other):
+    args, w = inputs(), jnp.ones((B, T, H, V))
+    with jax.set_mesh(mesh(seq=2, head=2)):
+        want = both(Softmax(axis=axis, exchange=word), args, w)
+        have = both(Softmax(axis=axis, exchange=other), args, w)
+    for a, b in zip(jax.tree.leaves(have), jax.tree.leaves(want), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
 @pytest.mark.parametrize("way", WAYS)
 def test_packed_segments(way):
     segments = jnp.asarray([[1] * 15 + [2] * 18 + [0] * 4 + [3] * 11])
@@ -124,7 +138,7 @@ def test_other_meshes(way, sizes):
 @pytest.mark.parametrize("case", ["causal", "full", "window", "sinks"])
 @pytest.mark.parametrize("way", ["ring", "zigzag"])
 def test_steps_that_share_a_program(way, case, monkeypatch):
-    monkeypatch.setattr(rounds, "MANY", 1)
+    monkeypatch.setattr(ring_schedule, "MANY", 1)
     args, w = inputs(), jnp.ones((B, T, H, V))
     want = both(CASES[case], args, w)
     with jax.set_mesh(mesh(seq=8)):
@@ -173,15 +187,15 @@ def test_the_part_of_a_call_has_its_own_gradients():
     q, k, v = inputs()
     w = jax.random.normal(jax.random.key(9), (B, T, H, V))
     dlse = jax.random.normal(jax.random.key(8), (B, H, T))
-    (o, lse), pull = jax.vjp(functools.partial(attend, mask=Causal()), q, k, v)
+    causal = LogitSpec(Causal())
+    (o, lse), pull = jax.vjp(functools.partial(attend, spec=causal), q, k, v)
     want = pull((w, dlse))
     shared = dlse - (w * o).sum(-1).swapaxes(1, 2)
     half = T // 2
     parts = []
     for n, at in enumerate((slice(0, half), slice(half, T))):
-        f = lambda q, k, v: attend(
-            q, k, v, mask=Causal(), shift=half - n * half, given=lse
-        )
+        here = Where(shift=half - n * half)
+        f = lambda q, k, v: attend(q, k, v, causal, here, given=lse)
         (_, same_lse), pull = jax.vjp(f, q, k[:, at], v[:, at])
         np.testing.assert_array_equal(same_lse, lse)
         parts.append(pull((w, shared)))
@@ -198,11 +212,11 @@ def test_zigzag_deals_and_collects(devices):
         functools.partial(f, axis="seq"), mesh=mesh(seq=devices), in_specs=spec,
         out_specs=spec,
     )
-    out = here(dealt)(a)
+    out = here(to_zigzag)(a)
     pieces = np.split(np.arange(48), 2 * devices)
     want = [x for p in range(devices) for x in (pieces[p], pieces[2 * devices - 1 - p])]
     assert out[0].tolist() == np.concatenate(want).tolist()
-    np.testing.assert_array_equal(here(collected)(out), a)
+    np.testing.assert_array_equal(here(from_zigzag)(out), a)
 
 
 def test_what_does_not_fit_is_refused():

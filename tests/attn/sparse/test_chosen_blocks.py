@@ -5,9 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from attn.contract.logits import LogitSpec, Where
 from attn.exact.dense import logits, values, weights
 from attn.masks import Causal, Full
-from attn.sparse import chosen_blocks as blocks
+from attn.sparse import chosen_blocks
 from experiments.measure import cost
 from tests.laws import close, gradients
 
@@ -47,7 +48,8 @@ def dense(q, k, v, chosen, mask):
 def test_it_is_dense_attention_to_the_chosen_blocks(heads, mask):
     q, k, v = inputs()
     chosen = pick(heads)
-    run = lambda q, k, v: blocks.attend(q, k, v, chosen, mask, block=BLOCK)
+    run = lambda q, k, v: chosen_blocks.attend(
+        q, k, v, chosen, LogitSpec(mask), block=BLOCK)
     want = lambda q, k, v: dense(q, k, v, chosen, mask)
     (o, lse), (o_want, lse_want) = jax.jit(run)(q, k, v), want(q, k, v)
     close(o, o_want)
@@ -64,7 +66,9 @@ def test_runs_hide_other_sequences():
     q, k, v = inputs()
     run = jnp.broadcast_to(jnp.where(jnp.arange(T) < 9, 1, 2), (B, T))
     every = jnp.broadcast_to(jnp.arange(M, dtype=jnp.int32), (B, H, 1, M))
-    o, _ = blocks.attend(q, k, v, every, Causal(), block=BLOCK, q_run=run, kv_run=run)
+    where = Where(q_segment=run, kv_segment=run)
+    o, _ = chosen_blocks.attend(
+        q, k, v, every, LogitSpec(Causal()), where, block=BLOCK)
     for part in (slice(0, 9), slice(9, T)):
         s = logits(q[:, part], k[:, part])
         seen = jnp.tril(jnp.ones(s.shape[-2:], bool))[None, None]
@@ -74,14 +78,15 @@ def test_runs_hide_other_sequences():
 def test_distinct_keeps_every_block_once():
     chosen = jnp.array([[3, 1, 3, -1, 1], [2, 2, 2, 2, 2]])
     want = [[-1, -1, -1, 1, 3], [-1, -1, -1, -1, 2]]
-    assert blocks.distinct(chosen).tolist() == want
+    assert chosen_blocks.distinct(chosen).tolist() == want
 
 
 def test_the_cost_is_that_of_the_chosen_blocks():
     def work(s, n):
         shape = lambda t, h, d: jax.ShapeDtypeStruct((1, t, h, d), jnp.float32)
         chosen = jax.ShapeDtypeStruct((1, 4, 4, n), jnp.int32)
-        f = lambda q, k, v, c: blocks.attend(q, k, v, c, Causal(), block=16)[0]
+        f = lambda q, k, v, c: chosen_blocks.attend(
+            q, k, v, c, LogitSpec(Causal()), block=16)[0]
         args = shape(64, 4, 8), shape(s, 2, 8), shape(s, 2, 8), chosen
         return cost.flops(f, *args), cost.memory(f, *args)
 
@@ -99,4 +104,4 @@ def test_the_cost_is_that_of_the_chosen_blocks():
 ])
 def test_wrong_calls(chosen, block, message):
     with pytest.raises(ValueError, match=message):
-        blocks.attend(*inputs(), chosen, block=block)
+        chosen_blocks.attend(*inputs(), chosen, block=block)

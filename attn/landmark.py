@@ -26,8 +26,10 @@ from attn.contract.segments import TokenPositions, locate
 from attn.contract.shapes import check
 from attn.parallel.sharding import Axis, gather, over_mesh, spread_heads
 from attn.positions import RoPE
-from attn.sparse import chosen_blocks as blocks
-from attn.sparse.grouped_softmax import Far, Row, compact, grouped, irregular, regular
+from attn.sparse.chosen_blocks import gather as gather_blocks
+from attn.sparse.grouped_softmax import (
+    Retrieved, Row, compact, grouped, irregular, regular
+)
 
 SELECTIONS = ("per_token_and_head", "max_over_heads", "max_over_tokens")
 
@@ -46,8 +48,9 @@ class Landmark:
     rope: the rotation, which `MultiHead` hands over: with `top_k`, keys are cached
     unrotated and given positions in a short virtual sequence: slot 0 for all far blocks
     (whose landmarks are compared there), the next `top_k` for the retrieved ones, then
-    the text at hand. dropout: of the block gates, when called with a `key`; jump: each
-    landmark moves later positions on by a random number below it, with a `key`.
+    the text at hand. dropout: of the block gates, when called with a `key`; jump (the
+    authors' `pos_jump_on_mem`): each landmark moves later positions on by a random
+    number below it, with a `key`.
 
     As proposed here, not published: fewer than `top_k` cached blocks stand at their
     true positions; packed segments; grouped heads retrieve a query head each.
@@ -97,11 +100,11 @@ class Landmark:
         check(q, k, v, segments=segments, aligned=True)
         now = locate(segments, q.shape[0], q.shape[1])
         queries = keys = self._row(now, segments is not None, landmark)
-        hops, gates = (None, None) if key is None else jax.random.split(key)
-        q, k = self._rotated(q, k, self._jumped(now.pos, queries.mark, hops))
+        jumps, gates = (None, None) if key is None else jax.random.split(key)
+        q, k = self._rotated(q, k, self._jumped(now.pos, queries.mark, jumps))
         if landmark is None and segments is not None:
-            run, pos, k, v = compact(now.segment, now.pos, k, v)
-            keys = regular(run, pos, self.size)
+            segment, pos, k, v = compact(now.segment, now.pos, k, v)
+            keys = regular(segment, pos, self.size)
         k, v = (spread_heads(a, q.shape[2], self.axis) for a in (k, v))
         size = self.size if landmark is None else None
         local = functools.partial(self._local, size=size, key=gates)
@@ -112,11 +115,10 @@ class Landmark:
         if self.axis is not None and key is not None and self.dropout:
             raise NotImplementedError("dropout over a mesh axis is not there yet")
         k, v, keys = jax.tree.map(lambda a: gather(a, self.axis), (k, v, keys))
-        xla = lambda: grouped(
+        return pick(self.implementation, xla=lambda: grouped(
             q, k, v, queries, keys, size=size, scale=self._scale(q),
             ordered=self.axis is None, drop=self.dropout, key=key,
-        )
-        return pick(self.implementation, xla=xla)
+        ))
 
     def init_state(self, size, q, k, v, *, x=None):
         """An empty memory for `size` tokens, landmarks included, rounded up to blocks:
@@ -141,21 +143,21 @@ class Landmark:
         caches.check_room(now.next_pos, slots)
         q, k = self._rotated(q, k, now.pos)
         after = caches.append(state, k, v, now, now.pos)
-        both, runs = caches.joined(state, k, v, now)
+        both, segment = caches.joined(state, k, v, now)
         if q.shape[1] == 1:
             # the token's own sequence is all that is left in the cache
-            both, runs = after, jnp.broadcast_to(now.segment, (q.shape[0], slots))
+            both, segment = after, jnp.broadcast_to(now.segment, (q.shape[0], slots))
         pos = both.pos[..., 0]
-        row = jnp.where(pos >= 0, runs, 0), pos, both.k, both.v
+        row = jnp.where(pos >= 0, segment, 0), pos, both.k, both.v
         o = self._read(q, row if q.shape[1] == 1 else compact(*row), now)
         return after, caches.spoil(o, now.next_pos, slots)
 
-    def _read(self, q, row, now: TokenPositions, far=None):
-        """Attention of q at `now` to a row (run, pos, k, v) without gaps."""
-        run, pos, k, v = row
+    def _read(self, q, row, now: TokenPositions, retrieve=None):
+        """Attention of q at `now` to a row (segment, pos, k, v) without gaps."""
+        segment, pos, k, v = row
         return grouped(
-            q, k, v, self._row(now), regular(run, pos, self.size), size=self.size,
-            scale=self._scale(q), far=far,
+            q, k, v, self._row(now), regular(segment, pos, self.size), size=self.size,
+            scale=self._scale(q), retrieve=retrieve,
         )
 
     def _retrieving(self, state, q, k, v, now: TokenPositions):
@@ -166,18 +168,21 @@ class Landmark:
         shift = jnp.where(now.segment == 1, ring.shift[:, None], 0)
         after = caches.append(state, k, v, now, ring.slot(now))
         tail = ring.tail()
-        join = lambda a, b: jnp.concatenate([a, b.astype(a.dtype)], 1)
+
+        def join(a, b):
+            return jnp.concatenate([a, b.astype(a.dtype)], 1)
+
         at = join(tail.pos - ring.shift[:, None], now.pos - shift)
         keys = join(tail.k, k)
         q, keys = self._turned(q, now.pos - shift), self._turned(keys, at)
         row = compact(
             join(tail.run, now.segment), join(tail.pos, now.pos), keys, join(tail.v, v)
         )
-        far = None
+        retrieve = None
         if self.top_k:
             chosen = self._chosen(q, ring, now)
-            far = lambda index: self._fetched(q, chosen, ring, index)
-        o = self._read(q, row, now, far=far)
+            retrieve = functools.partial(self._retrieved, q, chosen, ring)
+        o = self._read(q, row, now, retrieve)
         forgets = ring.many == self.cache_blocks  # so it is never full
         full = jnp.zeros_like(now.next_pos) if forgets else now.next_pos
         return after, caches.spoil(o, full, state.k.shape[1])
@@ -187,6 +192,7 @@ class Landmark:
         for none behind them."""
         k = self._turned(ring.landmarks(), ring.place() * self.size + self.block)
         q = q.reshape(*q.shape[:2], k.shape[2], -1, q.shape[-1])
+        # [B,T,K,G,D] x [B,N,K,D] -> [B,K,G,T,N]: what queries think of landmarks
         s = jnp.einsum("btkgd,bnkd->bkgtn", q, k, preferred_element_type=jnp.float32)
         s = s.reshape(s.shape[0], -1, *s.shape[3:]) * self._scale(q)
         there = (jnp.arange(ring.many)[None] < ring.cached[:, None])[:, None, None]
@@ -202,13 +208,13 @@ class Landmark:
         known = (chosen < ring.cached[:, None, None, None]) & asks
         return jnp.where(known, chosen, -1)
 
-    def _fetched(self, q, chosen, ring: Blocks, index) -> Far:
+    def _retrieved(self, q, chosen, ring: Blocks, index) -> Retrieved:
         """The blocks that the queries with these indices retrieve."""
         b, _, h, d = q.shape
         chosen, q = chosen[:, :, index], q[:, index]
         where = jnp.where(chosen < 0, -1, ring.home(chosen))
         held = ring.cache.k, ring.cache.v
-        k, v = (blocks.gather(a, where, self.size) for a in held)
+        k, v = (gather_blocks(a, where, self.size) for a in held)
         near = jnp.take_along_axis(ring.place(), chosen.reshape(b, -1), 1) > 0
         near = (near & ring.crowded[:, None]).reshape(chosen.shape)
         slot = jnp.arange(chosen.shape[3])[None, None, None] + near
@@ -216,10 +222,13 @@ class Landmark:
         pos = slot[..., None] * self.size + inside
         rows = k.reshape(b, -1, 1, d)
         k = self._turned(rows, pos.reshape(b, -1)).reshape(k.shape)
+        # [B,T,H,D] x [B,H,T,n,size,D] -> [B,H,T,n,size]
         s = jnp.einsum("bthd,bhtnjd->bhtnj", q, k, preferred_element_type=jnp.float32)
         s = jnp.where((chosen >= 0)[..., None], s * self._scale(q), -jnp.inf)
-        split = lambda a: a.reshape(b, ring.cache.k.shape[2], -1, *a.shape[2:])
-        return Far(split(s), split(v))
+        # query heads in their groups: [B,K,G,...]
+        heads = ring.cache.k.shape[2]
+        s, v = (a.reshape(b, heads, -1, *a.shape[2:]) for a in (s, v))
+        return Retrieved(s, v)
 
     def _row(self, now: TokenPositions, packed: bool = True, landmark=None) -> Row:
         if landmark is None:
@@ -277,9 +286,11 @@ def interleave(
     closes = (now.segment > 0) & (now.pos % block == block - 1)
     index = jnp.arange(t)[None] + jnp.cumsum(closes, 1) - closes
     row = jnp.arange(b)[:, None]
-    put = lambda at, a, into: into.at[row, at].set(a, mode="drop")
-    marks = jnp.where(closes, index + 1, length)
+    marks = jnp.where(closes, index + 1, length)  # length: no landmark, dropped
     empty = jnp.zeros((b, length), jnp.int32)
-    tokens = put(marks, landmark, put(index, tokens.astype(jnp.int32), empty))
-    segments = put(marks, segments, put(index, segments.astype(jnp.int32), empty))
-    return tokens, segments, index
+
+    def laid(text, of_mark):
+        row_of = empty.at[row, index].set(text.astype(jnp.int32), mode="drop")
+        return row_of.at[row, marks].set(of_mark, mode="drop")
+
+    return laid(tokens, landmark), laid(segments, segments), index

@@ -27,49 +27,54 @@ STEPS = 4  # of the staircase that leaves out keys behind all queries of a tile
 class Row(NamedTuple):
     """What is known of the tokens of a row, [B,T] each.
 
-    run, pos: as in `attn.contract.segments`. group: number of the token's group. mark:
-    it is a landmark. late: its group began in an earlier window of `size` keys; None if
-    every group fills a window of its own.
+    segment (an index), pos: as in `attn.contract.segments`. group: number of the
+    token's group. mark: it is a landmark. spills: its group began in an earlier window
+    of `size` keys; None if every group fills a window of its own.
     """
 
-    run: jax.Array
+    segment: jax.Array
     pos: jax.Array
     group: jax.Array
     mark: jax.Array
-    late: jax.Array | None = None
+    spills: jax.Array | None = None
 
 
-class Far(NamedTuple):
-    """Groups fetched for each query: logits [B,K,G,q,n,size], the landmark's last, -inf
-    where there is none, and values [B,K,G,q,n,size,V]."""
+class Retrieved(NamedTuple):
+    """Groups retrieved for each query: logits [B,K,G,q,n,size], the landmark's last,
+    -inf where there is none, and values [B,K,G,q,n,size,V]."""
 
     logits: jax.Array
     values: jax.Array
 
 
-def regular(run: jax.Array, pos: jax.Array, size: int, *, packed: bool = True) -> Row:
+def regular(
+    segment: jax.Array, pos: jax.Array, size: int, *, packed: bool = True
+) -> Row:
     """The row in which every `size`-th token of a sequence is a landmark. packed: its
     groups begin anywhere, in order and without gaps."""
-    late = None
+    spills = None
     if packed:
-        index = jnp.arange(run.shape[1])[None]
-        late = index // size != (index - pos % size) // size
-    return Row(run, pos, pos // size, (pos % size == size - 1) & (run > 0), late)
+        index = jnp.arange(segment.shape[1])[None]
+        spills = index // size != (index - pos % size) // size
+    mark = (pos % size == size - 1) & (segment > 0)
+    return Row(segment, pos, pos // size, mark, spills)
 
 
-def irregular(run: jax.Array, pos: jax.Array, mark: jax.Array) -> Row:
+def irregular(segment: jax.Array, pos: jax.Array, mark: jax.Array) -> Row:
     """The row in which landmarks stand anywhere: where mark [B,T]."""
-    mark = mark & (run > 0)
-    return Row(run, pos, jnp.cumsum(mark, axis=1) - mark, mark)
+    mark = mark & (segment > 0)
+    return Row(segment, pos, jnp.cumsum(mark, axis=1) - mark, mark)
 
 
-def compact(run: jax.Array, *others: jax.Array) -> tuple[jax.Array, ...]:
-    """run [B,S] and other arrays [B,S,...] with padding (run 0) moved to the end."""
-    order = jnp.argsort(run == 0, axis=1, stable=True)
-    take = lambda a: jnp.take_along_axis(
-        a, order.reshape(order.shape + (1,) * (a.ndim - 2)), 1
-    )
-    return tuple(take(a) for a in (run, *others))
+def compact(segment: jax.Array, *others: jax.Array) -> tuple[jax.Array, ...]:
+    """segment [B,S] and other arrays [B,S,...] with padding (0) moved to the end."""
+    order = jnp.argsort(segment == 0, axis=1, stable=True)
+
+    def take(a):
+        at = order.reshape(order.shape + (1,) * (a.ndim - 2))
+        return jnp.take_along_axis(a, at, 1)
+
+    return tuple(take(a) for a in (segment, *others))
 
 
 def grouped(
@@ -82,43 +87,44 @@ def grouped(
     size: int | None,
     scale: float,
     ordered: bool = False,
-    far: Callable[[Any], Far] | None = None,
+    retrieve: Callable[[Any], Retrieved] | None = None,
     drop: float = 0.0,
     key: jax.Array | None = None,
 ) -> jax.Array:
     """Attention by grouped softmax, q [B,T,H,D], k [B,S,K,D], v [B,S,K,V] -> [B,T,H,V].
 
     size: tokens of a group, its landmark included; None if they vary. ordered: query t
-    sees no key behind t. far: the groups fetched for the queries with given indices,
-    as `Far`. drop: the share of gates that a PRNG `key` sets to zero.
+    sees no key behind t. retrieve: the groups for the queries with given indices, as
+    `Retrieved`. drop: the share of gates that a PRNG `key` sets to zero.
     """
     b, t, h, _ = q.shape
     heads = k.shape[2]
     tile = min(TILE, t)
     count = -(-t // tile)
-    pad = lambda a, n: jnp.pad(a, [(0, 0), (0, n)] + [(0, 0)] * (a.ndim - 2))
-    grown = lambda a: pad(a, count * tile - t)
-    q = grown(q).reshape(b, count, tile, heads, h // heads, -1)
-    rows = jax.tree.map(lambda a: grown(a).reshape(b, count, tile), queries[:4])
+    q = _pad(q, count * tile).reshape(b, count, tile, heads, h // heads, -1)
+    rows = jax.tree.map(
+        lambda a: _pad(a, count * tile).reshape(b, count, tile), queries[:4]
+    )
     if size is not None:
-        keys = jax.tree.map(lambda a: pad(a, -a.shape[1] % size), keys)
-        k, v = (pad(a, -a.shape[1] % size) for a in (k, v))
+        whole = -(-k.shape[1] // size) * size
+        keys, k, v = jax.tree.map(lambda a: _pad(a, whole), (keys, k, v))
     s = k.shape[1]
 
     @functools.partial(jax.checkpoint, static_argnums=(1,))
     def one(n, end):
-        cut = lambda a: a[:, :end]
+        k_end, v_end, keys_end = jax.tree.map(lambda a: a[:, :end], (k, v, keys))
         at = tuple(jax.lax.dynamic_index_in_dim(a, n, 1, False) for a in rows)
-        fetched = None
-        if far is not None:
-            fetched = far(jnp.minimum(n * tile + jnp.arange(tile), t - 1))
+        retrieved = None
+        if retrieve is not None:
+            retrieved = retrieve(jnp.minimum(n * tile + jnp.arange(tile), t - 1))
         noise = None if key is None or not drop else (jax.random.fold_in(key, n), drop)
         mine = jax.lax.dynamic_index_in_dim(q, n, 1, False)
-        return _tile(mine, cut(k), cut(v), Row(*at), jax.tree.map(cut, keys),
-                     size, scale, fetched, noise)
+        return _tile(
+            mine, k_end, v_end, keys_end, Row(*at), size, scale, retrieved, noise
+        )
 
     outs = []
-    for first, last in _stairs(count if ordered else 1, count):
+    for first, last in _staircase(count if ordered else 1, count):
         end = min(-(-last * tile // (size or 1)) * (size or 1), s) if ordered else s
         if last - first == 1:
             outs.append(one(first, end)[None])
@@ -129,43 +135,53 @@ def grouped(
     return o.swapaxes(0, 1).reshape(b, count * tile, h, -1)[:, :t]
 
 
-def _stairs(parts: int, count: int) -> list[tuple[int, int]]:
+def _staircase(parts: int, count: int) -> list[tuple[int, int]]:
     """The query tiles 0..count in at most STEPS stretches (first, last)."""
     steps = min(STEPS, parts)
     edges = [round(n * count / steps) for n in range(steps + 1)]
     return list(zip(edges, edges[1:]))
 
 
-def _tile(q, k, v, at: Row, keys: Row, size, scale, far: Far | None, noise):
+def _pad(a: jax.Array, length: int) -> jax.Array:
+    """`a` [B,n,...] filled up with zeros to `length`."""
+    return jnp.pad(a, [(0, 0), (0, length - a.shape[1])] + [(0, 0)] * (a.ndim - 2))
+
+
+def _tile(q, k, v, keys: Row, at: Row, size, scale, retrieved, noise):
     """One tile of queries q [B,q,K,G,D] -> [B,q,H,V]."""
+    # [B,q,K,G,D] x [B,S,K,D] -> [B,K,G,q,S]
     s = jnp.einsum("bikgd,bjkd->bkgij", q, k, preferred_element_type=jnp.float32)
     s = s * scale
     wide = lambda a: a[:, None, None, None, :]
     mine = lambda a: a[:, None, None, :, None]
-    seen = (mine(at.run) == wide(keys.run)) & wide(keys.run > 0)
+    seen = (mine(at.segment) == wide(keys.segment)) & wide(keys.segment > 0)
     seen = seen & (wide(keys.pos) <= mine(at.pos))
     own, mark = mine(at.group) == wide(keys.group), wide(keys.mark)
     outer = jnp.where(seen & (own ^ mark), s, NEVER)
     n = s.shape[-1]
-    if far is not None:
-        outer = jnp.concatenate([outer, far.logits[..., -1]], -1)
+    if retrieved is not None:
+        outer = jnp.concatenate([outer, retrieved.logits[..., -1]], -1)
+    # the first softmax: the own group's text and the landmarks of earlier groups
     p = _softmax(outer, outer.max(-1, keepdims=True), _row_sum)
     first, gates = jnp.where(own, p[..., :n], 0), jnp.where(own, 0, p[..., :n])
     distant = p[..., n:]
     if noise is not None:
         gates, distant = _dropped(gates, 0, *noise), _dropped(distant, 1, *noise)
+    # the second one: the text inside each earlier group
     peak, total = _reducers(keys, size)
     inside = jnp.where(seen & ~own & ~mark, s, NEVER)
     inner = _softmax(inside, peak(inside), total)
-    w = first + inner * total(gates)
+    w = first + inner * total(gates)  # p_ij, or p_ij|group p_i,m(group)
+    # [B,K,G,q,S] x [B,S,K,V] -> [B,q,K,G,V]
     o = jnp.einsum("bkgij,bjkv->bikgv", w.astype(v.dtype), v,
                    preferred_element_type=jnp.float32)
-    if far is not None:
-        text = far.logits[..., :-1]
+    if retrieved is not None:
+        text = retrieved.logits[..., :-1]
         peak_of = text.max(-1, keepdims=True, initial=NEVER)
         inner = _softmax(text, peak_of, _row_sum)
         w = (inner * distant[..., None]).astype(v.dtype)
-        o = o + jnp.einsum("bkginj,bkginjv->bikgv", w, far.values[..., :-1, :],
+        # [B,K,G,q,n,size-1] x [B,K,G,q,n,size-1,V] -> [B,q,K,G,V]
+        o = o + jnp.einsum("bkginj,bkginjv->bikgv", w, retrieved.values[..., :-1, :],
                            preferred_element_type=jnp.float32)
     return o.reshape(*o.shape[:2], -1, o.shape[-1]).astype(v.dtype)
 
@@ -191,33 +207,45 @@ def _reducers(keys: Row, size: int | None) -> tuple[Callable, Callable]:
     """(max, sum) over each key's group, of arrays [B,K,G,q,S], for every key of it."""
     if size is None:
         peak, total = jax.ops.segment_max, jax.ops.segment_sum
-        return _scattered(keys, peak), _scattered(keys, total)
-    late = None
-    if keys.late is not None:
-        late = keys.late.reshape(keys.late.shape[0], 1, 1, 1, -1, size)
-
-    def reducer(reduce: Callable, join: Callable, nothing: float):
-        def over(x):
-            cut = x.reshape(*x.shape[:-1], -1, size)
-            if late is None:
-                each = jnp.broadcast_to(reduce(cut, axis=-1, keepdims=True), cut.shape)
-                return each.reshape(x.shape)
-            # a group lies in the window in which it begins and in the one after that
-            part = lambda where: reduce(jnp.where(where, cut, nothing), axis=-1)
-            edge = [(0, 0)] * (x.ndim - 1)
-            behind = jnp.pad(part(late)[..., 1:], [*edge, (0, 1)],
-                             constant_values=nothing)
-            each = join(part(~late), behind)
-            before = jnp.pad(each[..., :-1], [*edge, (1, 0)], constant_values=nothing)
-            return jnp.where(late, before[..., None], each[..., None]).reshape(x.shape)
-        return over
-
-    return reducer(jnp.max, jnp.maximum, NEVER), reducer(jnp.sum, jnp.add, 0.0)
+        return _by_group(keys, peak), _by_group(keys, total)
+    if keys.spills is None:
+        return _by_window(jnp.max, size), _by_window(jnp.sum, size)
+    spills = keys.spills.reshape(keys.spills.shape[0], 1, 1, 1, -1, size)
+    return (_by_two_windows(jnp.max, jnp.maximum, NEVER, spills),
+            _by_two_windows(jnp.sum, jnp.add, 0.0, spills))
 
 
-def _scattered(keys: Row, reduce: Callable) -> Callable:
-    """The same for groups of any lengths."""
+def _by_group(keys: Row, reduce: Callable) -> Callable:
+    """Groups of any lengths."""
+    def row(x, group):
+        return reduce(jnp.moveaxis(x, -1, 0), group, group.shape[0])[group]
+
+    return lambda x: jnp.moveaxis(jax.vmap(row)(x, keys.group), 1, -1)
+
+
+def _by_window(reduce: Callable, size: int) -> Callable:
+    """Groups that fill a window of `size` keys each."""
     def over(x):
-        row = lambda x, ids: reduce(jnp.moveaxis(x, -1, 0), ids, ids.shape[0])[ids]
-        return jnp.moveaxis(jax.vmap(row)(x, keys.group), 1, -1)
+        cut = x.reshape(*x.shape[:-1], -1, size)
+        each = jnp.broadcast_to(reduce(cut, axis=-1, keepdims=True), cut.shape)
+        return each.reshape(x.shape)
+
+    return over
+
+
+def _by_two_windows(reduce, join, nothing: float, spills: jax.Array) -> Callable:
+    """Groups that lie in the window in which they begin and, where `spills`
+    [B,1,1,1,n,size] says so, in the one after that."""
+    def over(x):
+        cut = x.reshape(*x.shape[:-1], *spills.shape[-2:])
+        left, right = ([*[(0, 0)] * (x.ndim - 1), end] for end in ((1, 0), (0, 1)))
+
+        def part(there):
+            return reduce(jnp.where(there, cut, nothing), axis=-1)
+
+        behind = jnp.pad(part(spills)[..., 1:], right, constant_values=nothing)
+        each = join(part(~spills), behind)  # of the groups that begin in each window
+        before = jnp.pad(each[..., :-1], left, constant_values=nothing)
+        return jnp.where(spills, before[..., None], each[..., None]).reshape(x.shape)
+
     return over

@@ -25,6 +25,7 @@ def coordinates(pos: jax.Array, dims: tuple[int, ...], extra: int = 0) -> jax.Ar
     `dims`; the first `extra` tokens are in front of it and have coordinates 0. Tokens
     behind the grid go on along the first axis."""
     at, found = jnp.maximum(pos - extra, 0), []
+    # digits of the number, the last axis first; the first axis takes what is left
     for size in dims[:0:-1]:
         found.append(at % size)
         at = at // size
@@ -94,6 +95,7 @@ class MDLRPE(nn.Module):
             )
         theta = jnp.repeat(theta, h // shape[0], 0)
         at = coordinates(pos, self.dims, self.extra).astype(jnp.float32)
+        # [B,T,1,m,1] x [1,1,H,1,e] -> [B,T,H,m,e], side by side up to `width`
         angle = at[:, :, None, :, None] * theta[None, None, :, None]
         angle = angle.reshape(*at.shape[:2], h, -1)[..., :width]
         return _turned(x, angle, self.doubles)
@@ -155,8 +157,8 @@ class MDTPE(nn.Module):
         for a in range(len(self.dims)):
             q, k = (self.param(f"{n}_{a}", normal, one, jnp.float32) for n in "qk")
             p = self.param(f"decay_{a}", normal, one[:1], jnp.float32)
-            log = {"exp": lambda p: -jnp.exp(p), "sigmoid": jax.nn.log_sigmoid}
-            decay = log[self.decay_param](p)
+            # log lambda, of lambda = exp(-exp(p)) or sigmoid(p)
+            decay = -jnp.exp(p) if self.decay_param == "exp" else jax.nn.log_sigmoid(p)
             mixed = along(
                 x.reshape(b, *self.dims, *one), a, (q * k).sum(-1), decay, self.chunk
             )
@@ -176,8 +178,10 @@ def along(
 ) -> jax.Array:
     """gain sum_(s<=t) exp((t-s) log_decay) x_s along one axis of a grid, float32. x
     [B,*dims,H,V]; axis: of dims; gain, log_decay [H]."""
+    # the axis becomes the sequence, all others the batch: [B',T,H,V]
     moved = jnp.moveaxis(x, axis + 1, -3)
     rows = moved.reshape(-1, *moved.shape[-3:]).astype(jnp.float32)
+    # linear attention whose q and k are numbers: q = gain, k = 1, v = x
     one = jnp.ones((*rows.shape[:3], 1), jnp.float32)
     scaled = one * gain.astype(jnp.float32)[None, None, :, None]
     o = recur(scaled, one, rows, log_decay, chunk=chunk)[1]

@@ -55,6 +55,7 @@ class Mask:
     @property
     def causal(self) -> bool:
         """Whether no query can see a later key."""
+        # query 0 and every key behind it
         zero = np.zeros((), np.int64)
         return not self.bounds((zero, zero), (zero + 1, zero + FOREVER))[0].any()
 
@@ -103,6 +104,7 @@ class Causal(Mask):
         return j <= i
 
     def bounds(self, i, j):
+        # some: the first key and the last query; every: the last key, the first query
         return j[0] <= i[1], j[1] <= i[0]
 
     @property
@@ -130,6 +132,7 @@ class Window(Mask):
         return seen if self.right is None else seen & (j - i <= self.right)
 
     def bounds(self, i, j):
+        # some: the two that are nearest; every: the two that are furthest apart
         some, every = i[0] - j[1] <= self.left, i[1] - j[0] <= self.left
         if self.right is not None:
             some = some & (j[0] - i[1] <= self.right)
@@ -162,7 +165,7 @@ class Sink(Mask):
         return (j[0] < self.n) & (i[0] == i[0]), (j[1] < self.n) & (i[0] == i[0])
 
     def reach(self):
-        return Reach(-1, self.n)
+        return Reach(-1, self.n)  # -1: none but the first ones is seen later
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,10 +180,12 @@ class And(Mask):
 
     def bounds(self, i, j):
         a, b = self.a.bounds(i, j), self.b.bounds(i, j)
+        # each may have a pair and both none in common: "may be" is all that is said
         return a[0] & b[0], a[1] & b[1]
 
     def reach(self):
         a, b = self.a.reach(), self.b.reach()
+        # the larger `first`: what one mask sees near, the other may see as a first one
         return Reach(min(a.left, b.left), max(a.first, b.first))
 
     @property
@@ -215,6 +220,7 @@ class Not(Mask):
 
     def bounds(self, i, j):
         some, every = self.a.bounds(i, j)
+        # a pair is visible unless `a` shows every one; all are if it shows none
         return every ^ True, some ^ True
 
     @property

@@ -55,6 +55,7 @@ class RoPE:
             raise ValueError(f"RoPE: {width} channels: expected an even number")
         theta = self.theta
         if self.scaling == "ntk" and width > 2:
+            # the slowest channel turns `factor` times slower, the fastest as before
             theta = theta * self.factor ** (width / (width - 2))
         plain = theta ** (-np.arange(0, width, 2) / width)
         if self.scaling in (None, "ntk"):
@@ -64,17 +65,22 @@ class RoPE:
         turns = self.original * plain / (2 * math.pi)
         if self.scaling == "yarn":
             # the ramp runs over channel numbers, between those with `fast` and `slow`
-            channel = lambda n: (
-                width * math.log(self.original / (n * 2 * math.pi))
-                / (2 * math.log(self.theta))
-            )
-            low = max(math.floor(channel(self.fast)), 0)
-            high = min(math.ceil(channel(self.slow)), width - 1)
+            low = max(math.floor(self._channel(self.fast, width)), 0)
+            high = min(math.ceil(self._channel(self.slow, width)), width - 1)
             own = (np.arange(width // 2) - low) / max(high - low, 1e-3)
             keep = 1 - np.clip(own, 0, 1)
         else:
             keep = np.clip((turns - self.slow) / (self.fast - self.slow), 0, 1)
+        # keep 1: as trained; 0: divided by the factor, as "linear" does
         return plain * (keep + (1 - keep) / self.factor)
+
+    def _channel(self, turns: float, width: int) -> float:
+        """The channel number, not a whole one, that makes so many turns in `original`
+        tokens: theta^(-2m/D) original = 2 pi turns, solved for m."""
+        return (
+            width * math.log(self.original / (turns * 2 * math.pi))
+            / (2 * math.log(self.theta))
+        )
 
     @property
     def magnitude(self) -> float:
@@ -85,11 +91,13 @@ class RoPE:
         """x [B,T,H,D] turned to its positions: pos [B|1,T], or [B,T,H] per head."""
         width = int(x.shape[-1] * self.fraction)
         turned, rest = x[..., :width], x[..., width:]
+        # [B,T,1|H,1], then [B,T,1|H,D/2]
         angle = pos[..., None] if pos.ndim == 3 else pos[:, :, None, None]
         angle = angle.astype(jnp.float32) * jnp.asarray(
             self.frequencies(width), jnp.float32
         ).reshape((1,) * 3 + (-1,))
         cos, sin = jnp.cos(angle) * self.magnitude, jnp.sin(angle) * self.magnitude
+        # (a, b) -> (a cos - b sin, a sin + b cos), in float32
         y = turned.astype(jnp.float32)
         if self.interleaved:
             a, b = y[..., 0::2], y[..., 1::2]

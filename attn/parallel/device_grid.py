@@ -59,14 +59,17 @@ def grid_attention(
     t, h = q.shape[1:3]
     tokens = _filled_where(where, q, k, devices_of(rows), devices_of(names))
     q = _filled(q, devices_of(rows), 0)
+    # spec lies (rows, columns): row r, column c holds piece r C + c of the keys
     k, v = (spread_heads(_filled(a, devices_of(names), 0), h, names) for a in (k, v))
     grid = devices_of(rows) > 1, devices_of(columns) > 1
 
     def local(q, k, v, head, q_pos, kv_pos, q_segment, kv_segment):
+        # [B,S/(R C),K,.] -> [B,S/C,K,.]: all keys of this column
         k, v, kv_pos, kv_segment = (
             gather(a, rows if grid[0] else None) for a in (k, v, kv_pos, kv_segment)
         )
         here = Where(q_pos, kv_pos, q_segment, kv_segment, head)
+        # o [B,T/R,H,V] of this column's keys; the columns' states make the whole
         part = state_of(*attend(q, k, v, spec, here, implementation=implementation))
         return output(merge(part, columns) if grid[1] else part).astype(v.dtype)
 
@@ -88,6 +91,7 @@ def traffic(
     receives along rows. reduced: m, l and acc of its queries, which one maximum and one
     sum reduce along columns (a ring of n devices sends 2 (n-1)/n of that)."""
     keys = batch * math.ceil(s / (rows * columns))
+    # of a key: k, v and its int32 position
     each = 2 * (kv_heads or heads) * width * itemsize + 4
     mine = batch * math.ceil(t / rows) * heads if columns > 1 else 0
     return {"gathered": (rows - 1) * keys * each, "reduced": mine * (width + 2) * 4}

@@ -69,10 +69,12 @@ def exchanged(
     over the shards, there are no segments, and T = S.
     """
     along, swapped = split_axis(axis, exchange)
+    # heads first: [B,T/P,H,D] -> [B,T/P_along,H/P_swapped,D]
     if swapped is not None:
         q, k, v = (_to_tokens(a, swapped) for a in (q, k, v))
         where, sink = _of_heads(where, sink, swapped, q.shape[2])
     if along is None:
+        # all tokens are here; if they count, nothing has to be said of them
         where = Where(head=where.head) if counted else where
         o, _ = attend(
             q, k, v, spec, where, bias=bias, sink=sink, implementation=implementation
@@ -97,6 +99,7 @@ def exchanged(
 def _of_heads(where: Where, sink, axis: Axis, heads: int):
     """`where` of all tokens of the shards along `axis`, and of this one's `heads`, with
     their sinks."""
+    # all-to-all hands heads out in order: shard n gets the n-th part of them
     first = jax.lax.axis_index(axis) * heads
     head, sink = (
         a if a is None else jax.lax.dynamic_slice_in_dim(a, first, heads)

@@ -57,9 +57,11 @@ def ring(
     ValueError if it cannot cut a shard in two.
     """
     shards, mask = jax.lax.axis_size(axis), spec.mask
+    # a window's work is even as it is
     balanced &= shards > 1 and mask.causal and mask.reach().left >= FOREVER
     zigzag = balanced and counted and mask == Causal() and not spec.score
-    # with a score every step is a program of its own
+    # with a score every step is a program of its own: many shards would be many, and
+    # so arrays say where their tokens stand
     loops = not spec.score or shards <= MANY
     counted &= zigzag or (mask.relative and not balanced and loops)
     plan = RingPlan(axis, shards, spec, implementation, counted, zigzag)
@@ -67,6 +69,7 @@ def ring(
         _check_halves(q, k, axis, shards)
         q, k, v, where = _to_zigzag(q, k, v, where, axis)
     if counted:
+        # shift says it all: neither positions nor segments have to travel
         where = Where(head=where.head)
     o, lse = _ring(plan, where, q, k, v, sink)
     return (from_zigzag(o, axis), from_zigzag(lse, axis, 2)) if balanced else (o, lse)
@@ -121,7 +124,7 @@ def _ring(plan: RingPlan, where: Where, q, k, v, sink):
 def _forward(plan: RingPlan, where: Where, q, k, v, sink):
     keys = Keys(k, v, where.kv_pos, where.kv_segment)
     f, args = _meet(plan, where, own_pair(plan, q, k), q, keys, sink)
-    start = state_of(*f(*args))
+    start = state_of(*f(*args))  # m, l [B,T,H], acc [B,T,H,V]
 
     def add(state, pair, keys):
         f, args = _meet(plan, where, pair, q, keys)
@@ -185,6 +188,7 @@ def _backward(plan: RingPlan, saved, cotangents):
     dq, sums = ring_loop(plan, keys, t, (dq, begun), visit)
     for direction, far in last_steps(plan, t).items():
         piece = halo(plan, t, direction) or (0, dk.shape[1])
+        # the gradients of keys go back to the shard that the keys are from
         home = move(plan, sums[direction], -direction * far)
         dk, dv = (
             put(a, take(a, piece) + b, piece) for a, b in zip((dk, dv), home)

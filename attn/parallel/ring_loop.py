@@ -45,6 +45,7 @@ def ring_loop(plan: RingPlan, keys: Keys, t: int, state: Any, visit: Callable) -
             return (visit(state, n, first, arrived), in_flight), None
 
         looped = plan.looped and len(steps) > 1
+        # unless it is a loop of its own, the group's last step stands behind the loop
         order = jnp.arange(first.n, last.n + looped)
         if len(order):
             (state, arrived), _ = jax.lax.scan(loop, (state, arrived), order)
@@ -67,6 +68,7 @@ def over_pairs(plan: RingPlan, n, step: Step, arrived, t: int, state, add: Calla
     """state after `add(state, pair, keys)` of all pairs that meet in a step."""
     found = []
     for direction, mask_kind in zip(step.directions, step.mask_kinds):
+        # keys from n shards behind are, around the ring, from P - n shards before
         r = n if direction > 0 else plan.shards - n
         s = arrived[direction].k.shape[1]
         cut, _ = halo(plan, t, direction) or (0, t)
@@ -83,6 +85,7 @@ def over_pairs(plan: RingPlan, n, step: Step, arrived, t: int, state, add: Calla
 
 def _loop_over_pairs(same, arrived, state, add: Callable):
     """`over_pairs` of pairs that one program can do."""
+    # [directions,B,S,...], of which each round of the loop takes one
     stacked = jax.tree.map(lambda *a: jnp.stack(a), *arrived.values())
     source = [list(arrived).index(direction) for direction, _ in same]
     given = [(p.rows[0], p.columns[0], p.when) for _, p in same]

@@ -71,6 +71,7 @@ class Step(NamedTuple):
 def schedule(plan: RingPlan, t: int) -> list[list[Step]]:
     """The steps behind a shard's own keys, where neighbours of one form, which one loop
     can do, stand together. t: tokens of a shard."""
+    # the two directions share the way: P/2 steps instead of P - 1
     half = plan.shards // 2
     forward = [mask_kind_of(plan, n, t) for n in range(1, half + 1)]
     back = [
@@ -105,6 +106,8 @@ def mask_kind_of(plan: RingPlan, r: int, t: int) -> tuple | None:
     if not plan.counted or plan.zigzag:
         return None
     left = []
+    # queries of shard p stand r T behind the keys of shard p - r, or, where that is
+    # below 0 and the ring closes, (P - r) T in front of them
     for shift in (r * t, (r - plan.shards) * t):
         queries = np.int64(shift), np.int64(shift + t - 1)
         some, every = plan.spec.mask.bounds(queries, (np.int64(0), np.int64(t - 1)))
@@ -123,6 +126,8 @@ def pairs(
         return [Pair(rows, columns, plan.spec.mask, None)]
     later = jax.lax.axis_index(plan.axis) >= r  # the keys stand before the queries
     if mask_kind is None:
+        # zigzag: of keys before, their early half is seen by both halves of the
+        # queries; of keys behind, the late half of the queries sees both halves
         half = t // 2
         same = jnp.where(later, 0, half), half
         return [Pair((half, half), (0, half), Full(), 0), Pair(same, same, Full(), 0)]
@@ -158,6 +163,7 @@ def halo(plan: RingPlan, t: int, direction: int) -> tuple[int, int] | None:
     before, behind = mask_kind_of(plan, direction % plan.shards, t) or (None, None)
     if (behind if direction > 0 else before) is not None:
         return None  # the ring closes: these keys are seen from both sides
+    # where the neighbour's queries stand, if the keys that travel are 0..T-1
     queries = np.int64(direction * t), np.int64(direction * t + t - 1)
 
     def enough(n: int) -> bool:
@@ -165,6 +171,7 @@ def halo(plan: RingPlan, t: int, direction: int) -> tuple[int, int] | None:
         left = np.int64(first), np.int64(last)
         return not np.any(plan.spec.mask.bounds(queries, left)[0])
 
+    # the fewest keys that leave out only what nobody sees
     n = bisect.bisect_left(range(t), True, key=enough)
     return (t - n if direction > 0 else 0), n
 

@@ -1,8 +1,8 @@
 """Sharding: sequence parallelism is a mesh axis.
 
 A mesh has the axes `data` (batch), `seq` (tokens) and `model` (heads). Everything that
-a shard must know about its place, head numbers, decays, positions and runs, is made in
-the global view and handed in by letters, so that no code asks where it is.
+a shard must know about its place, head numbers, decays, positions and segments, is made
+in the global view and handed in by letters, so that no code asks where it is.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def over_mesh(f: Callable, letters: str, axis: Axis | None) -> Callable:
     """
     if axis is None:
         return f
-    mesh_of(axis)
+    mesh_of(axis)  # raises before anything is traced
     ins, outs = (side.split() for side in letters.split(" -> "))
     out_specs = tuple(spec(word, axis) for word in outs)
 
@@ -84,7 +84,7 @@ def over_mesh(f: Callable, letters: str, axis: Axis | None) -> Callable:
             f,
             in_specs=in_specs,
             out_specs=out_specs if len(outs) > 1 else out_specs[0],
-            check_vma=False,
+            check_vma=False,  # custom gradients and kernels do not say what varies
         )(*(_laid(a, where) for a, where in zip(arrays, in_specs)))
 
     return sharded
@@ -95,7 +95,10 @@ def _laid(tree: Any, where: PartitionSpec) -> Any:
     mesh = jax.sharding.get_abstract_mesh()
     if AxisType.Explicit not in mesh.axis_types:
         return tree
-    lay = lambda a: jax.sharding.reshard(a, PartitionSpec(*where[:a.ndim]))
+
+    def lay(a):
+        return jax.sharding.reshard(a, PartitionSpec(*where[:a.ndim]))
+
     return jax.tree.map(lay, tree)
 
 
@@ -122,6 +125,7 @@ def stacked(tree: Any, axis: Axis) -> Any:
     leaves, form = jax.tree.flatten(tree)
     if len(leaves) == 1 and leaves[0].dtype == jnp.float32:
         return jax.tree.unflatten(form, [jax.lax.all_gather(leaves[0], axis)])
+    # one message instead of one a leaf
     flat = [part.reshape(-1) for a in leaves for part in _floats(a)]
     # rows of whole tiles: others are not gathered on TPU, but added up in zeros
     flat.append(jnp.zeros((-sum(a.size for a in flat) % TILE,), jnp.float32))
@@ -138,6 +142,7 @@ def stacked(tree: Any, axis: Axis) -> Any:
 
 def _floats(a: jax.Array) -> tuple[jax.Array, ...]:
     if jnp.issubdtype(a.dtype, jnp.integer):
+        # each half is below 2^16, and float32 counts to 2^24
         a = a.astype(jnp.int32)
         return (a >> 16).astype(jnp.float32), (a & 0xFFFF).astype(jnp.float32)
     return (a.astype(jnp.float32),)
@@ -167,6 +172,7 @@ def spread_heads(
     devices = model * devices_of(swapped)
     if a.shape[2] % devices == 0:
         return a
+    # the fewest copies: K r heads that divide H and that the devices divide
     repeat = next(
         (r for r in range(1, heads // a.shape[2] + 1)
          if heads % (a.shape[2] * r) == 0 and (a.shape[2] * r) % devices == 0),

@@ -12,10 +12,14 @@ import jax
 import jax.numpy as jnp
 
 
+# P = 2: pieces 0 1 | 2 3 become 0 3 | 1 2; of a causal mask's 10 tiles each has 5
+
+
 def to_zigzag(a: jax.Array, axis: str, dim: int = 1) -> jax.Array:
     """Natural order to zigzag, inside `shard_map`: shard p gets pieces p and 2P-1-p of
     2P along `dim`, whose length on a shard is even."""
     shards = jax.lax.axis_size(axis)
+    # half n of shard p is piece 2p + n
     sent = [
         jax.lax.ppermute(half, axis, [(p, _owner(2 * p + n, shards))
                                       for p in range(shards)])
@@ -27,6 +31,7 @@ def to_zigzag(a: jax.Array, axis: str, dim: int = 1) -> jax.Array:
 def from_zigzag(a: jax.Array, axis: str, dim: int = 1) -> jax.Array:
     """The inverse of `to_zigzag`."""
     shards = jax.lax.axis_size(axis)
+    # undone in the other order: first which half is which, then where it came from
     halves = _reordered(jnp.split(a, 2, dim), axis)
     back = [
         jax.lax.ppermute(half, axis, [(_owner(2 * p + n, shards), p)
@@ -37,6 +42,7 @@ def from_zigzag(a: jax.Array, axis: str, dim: int = 1) -> jax.Array:
 
 
 def _owner(piece: int, shards: int) -> int:
+    # pieces p and 2P-1-p are shard p's
     return min(piece, 2 * shards - 1 - piece)
 
 

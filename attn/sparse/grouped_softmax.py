@@ -152,11 +152,10 @@ def _tile(q, k, v, keys: Row, at: Row, size, scale, retrieved, noise):
     # [B,q,K,G,D] x [B,S,K,D] -> [B,K,G,q,S]
     s = jnp.einsum("bikgd,bjkd->bkgij", q, k, preferred_element_type=jnp.float32)
     s = s * scale
-    wide = lambda a: a[:, None, None, None, :]
-    mine = lambda a: a[:, None, None, :, None]
-    seen = (mine(at.segment) == wide(keys.segment)) & wide(keys.segment > 0)
-    seen = seen & (wide(keys.pos) <= mine(at.pos))
-    own, mark = mine(at.group) == wide(keys.group), wide(keys.mark)
+    at = Row(*(a[:, None, None, :, None] for a in at[:4]))  # [B,1,1,q,1]
+    of = Row(*(a[:, None, None, None, :] for a in keys[:4]))  # [B,1,1,1,S]
+    seen = (at.segment == of.segment) & (of.segment > 0) & (of.pos <= at.pos)
+    own, mark = at.group == of.group, of.mark
     outer = jnp.where(seen & (own ^ mark), s, NEVER)
     n = s.shape[-1]
     if retrieved is not None:

@@ -30,13 +30,13 @@ def inputs(t=T):
     return tuple(jax.random.normal(key, shape) for key, shape in zip(keys, shapes))
 
 
-def by_loops(q, k, v, mark, run):
+def by_loops(q, k, v, mark, segment):
     """Section 1 of the paper's mechanism, one query after the other, in float64."""
     q, k, v = (np.asarray(a, np.float64) for a in (q, k, v))
     k, v = (np.repeat(a, H // K, 2) for a in (k, v))
     o = np.zeros((*q.shape[:3], v.shape[-1]))
     for b, i, h in np.ndindex(q.shape[:3]):
-        js = [j for j in range(i + 1) if run[b, j] == run[b, i] > 0]
+        js = [j for j in range(i + 1) if segment[b, j] == segment[b, i] > 0]
         if not js:
             continue
         group = dict(zip(js, np.cumsum([0] + [int(mark[b, j]) for j in js])))
@@ -58,8 +58,8 @@ def share(s, among):
     return {j: x / sum(e.values()) for j, x in e.items()}
 
 
-def marks(run, pos):
-    return (pos % FIVE.size == FIVE.block) & (run > 0)
+def marks(segment, pos):
+    return (pos % FIVE.size == FIVE.block) & (segment > 0)
 
 
 @pytest.mark.parametrize("tile", [grouped.TILE, 4])
@@ -69,13 +69,13 @@ def test_grouped_softmax_by_loops(form, tile, monkeypatch):
     q, k, v = inputs()
     segments = jnp.asarray(SEGMENTS) if form == "packed" else None
     now = locate(segments, B, T)
-    run, mark = np.asarray(now.segment), np.asarray(marks(now.segment, now.pos))
+    segment, mark = np.asarray(now.segment), np.asarray(marks(now.segment, now.pos))
     options = {}
     if form == "irregular":
         mark = np.random.default_rng(2).random((B, T)) < 0.3
         options = {"landmark": jnp.asarray(mark)}
     o = FIVE(q, k, v, segments=segments, **options)
-    close(o, by_loops(q, k, v, mark, run))
+    close(o, by_loops(q, k, v, mark, segment))
 
 
 def test_tiles_do_not_change_gradients(monkeypatch):

@@ -62,20 +62,20 @@ def test_any_length_on_a_grid(t, s):
 
 def test_runs_windows_and_rows_that_see_nothing():
     q, k, v = inputs()
-    run = jnp.asarray([[1] * 6 + [2] * 7 + [0] * 3, [0] * 16], jnp.int32)
+    segment = jnp.asarray([[1] * 6 + [2] * 7 + [0] * 3, [0] * 16], jnp.int32)
     at = jnp.broadcast_to(jnp.arange(16)[None], (2, 16))
     mask = Causal() & Window(3)
     f = lambda q, k, v: grid_attention(
-        q, k, v, LogitSpec(mask), Where(at, at, run, run), rows="rows",
+        q, k, v, LogitSpec(mask), Where(at, at, segment, segment), rows="rows",
         columns="columns")
     with jax.set_mesh(mesh_of(GRIDS["wide"][0])):
         o, grads = jax.jit(f)(q, k, v), gradients(f, q, k, v)
-    whole = lambda q, k, v: Softmax(mask=mask)(q, k, v, segments=run)
+    whole = lambda q, k, v: Softmax(mask=mask)(q, k, v, segments=segment)
     close(o, whole(q, k, v))
     for a, b in zip(grads, gradients(whole, q, k, v)):
         close(a, b, "gradient")
     for a in (o, *grads):
-        assert (np.asarray(a)[np.asarray(run) == 0] == 0).all()
+        assert (np.asarray(a)[np.asarray(segment) == 0] == 0).all()
 
 
 def test_low_precision_is_as_good_as_plain_jnp():

@@ -64,9 +64,9 @@ def test_it_is_dense_attention_to_the_chosen_blocks(heads, mask):
 
 def test_runs_hide_other_sequences():
     q, k, v = inputs()
-    run = jnp.broadcast_to(jnp.where(jnp.arange(T) < 9, 1, 2), (B, T))
+    segment = jnp.broadcast_to(jnp.where(jnp.arange(T) < 9, 1, 2), (B, T))
     every = jnp.broadcast_to(jnp.arange(M, dtype=jnp.int32), (B, H, 1, M))
-    where = Where(q_segment=run, kv_segment=run)
+    where = Where(q_segment=segment, kv_segment=segment)
     o, _ = chosen_blocks.attend(
         q, k, v, every, LogitSpec(Causal()), where, block=BLOCK)
     for part in (slice(0, 9), slice(9, T)):

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from attn.cache import kv as caches
 from attn.cache.blocks import Blocks
 from attn.contract.dispatch import pick
+from attn.contract.logits import Dropout
 from attn.contract.segments import TokenPositions, locate
 from attn.contract.shapes import check
 from attn.parallel.sharding import Axis, gather, over_mesh, spread_heads
@@ -117,7 +118,7 @@ class Landmark:
         k, v, keys = jax.tree.map(lambda a: gather(a, self.axis), (k, v, keys))
         return pick(self.implementation, xla=lambda: grouped(
             q, k, v, queries, keys, size=size, scale=self._scale(q),
-            ordered=self.axis is None, drop=self.dropout, key=key,
+            ordered=self.axis is None, dropout=Dropout(self.dropout, key),
         ))
 
     def init_state(self, size, q, k, v, *, x=None):

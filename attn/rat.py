@@ -27,6 +27,7 @@ from attn.contract.logits import LogitSpec, Where
 from attn.contract.segments import locate
 from attn.contract.shapes import check
 from attn.exact.attend import attend
+from attn.exact.online import OnlineSoftmax, join, output, state_of
 from attn.masks import Causal
 from attn.parallel.sharding import Axis, over_mesh
 from attn.positions import RoPE
@@ -226,15 +227,14 @@ class RAT(nn.Module):
     def _read(self, q, own_k, own_v, pos, run, k, v, kv_pos, kv_run) -> jax.Array:
         scale = q.shape[-1] ** -0.5 if self.scale is None else self.scale
         number = pos // self.chunk
-        far, lse = attend(
+        far = state_of(*attend(
             self._turned(q, number), k, v, LogitSpec(Causal(), scale),
             Where(number - 1, kv_pos, run, kv_run), implementation=self.implementation,
-        )
-        own = scale * (q.astype(jnp.float32) * own_k).sum(-1, keepdims=True)
-        lse = jnp.where(jnp.isfinite(lse), lse, -1e30)  # nothing is far away yet
-        ahead = own - jnp.moveaxis(lse, 1, 2)[..., None]
-        far = far.astype(jnp.float32)
-        o = far * jax.nn.sigmoid(-ahead) + own_v * jax.nn.sigmoid(ahead)
+        ))
+        # the own chunk's running state is one key more: m its logit, l = 1, acc = v'
+        logit = scale * (q.astype(jnp.float32) * own_k).sum(-1)  # [B,T,H]
+        own = OnlineSoftmax(logit, jnp.ones_like(logit), own_v)
+        o = output(join(far, own))
         if run is not None:
             o = jnp.where((run > 0)[..., None, None], o, 0)
         return o.astype(q.dtype)

@@ -148,87 +148,93 @@ def chunked(plan: Plan, const: Constants, q, k, v, bias, sink):
 
 
 def _forward(plan, const, q, k, v, bias, sink):
-    bq, bk = plan.tile
-    start = empty(q.shape[:4], v.shape[-1])
+    state = empty(q.shape[:4], v.shape[-1])
     if sink is not None:
         # a logit without value: m = sink, l = 1, acc = 0
-        m = jnp.broadcast_to(jnp.maximum(sink, EMPTY)[None, :, :, None], start.m.shape)
-        start = start._replace(m=m, l=(m > EMPTY).astype(jnp.float32))
-
-    def body(state, i, j):
-        q_i, k_j, v_j = _cut(q, 3, i, bq), _cut(k, 2, j, bk), _cut(v, 2, j, bk)
-        s, _ = _tile_logits(plan, const, q_i, k_j, bias, i, j)
-        # Algorithm 1 of the paper, its lines 10 to 12, undivided
-        old = OnlineSoftmax(*(_cut(a, 3, i, bq) for a in state))
-        m = jnp.maximum(old.m, s.max(-1))
-        p = jnp.exp(s - m[..., None])
-        _, l, acc = rescale(old, m)
-        l = l + p.sum(-1)  # dropout leaves the sum as it is
-        keep = _tile_keep(plan, const, i, j)
-        p = (p if keep is None else p * keep).astype(v.dtype)
-        # [B,K,G,bq,bk] x [B,K,bk,V] -> [B,K,G,bq,V]
-        acc = acc + jnp.einsum("bkgij,bkjv->bkgiv", p, v_j,
-                               preferred_element_type=jnp.float32)
-        new = OnlineSoftmax(m, l, acc)
-        return OnlineSoftmax(*(_put(a, b, 3, i, bq) for a, b in zip(state, new)))
-
-    state = _over_tiles(plan, const, body, start)
+        m = jnp.broadcast_to(jnp.maximum(sink, EMPTY)[None, :, :, None], state.m.shape)
+        state = state._replace(m=m, l=(m > EMPTY).astype(jnp.float32))
+    body = functools.partial(_forward_tile, plan, const, (q, k, v, bias))
+    state = _over_tiles(plan, const, body, state)
     o, lse = output(state), logsumexp(state)
     return (o, lse), (const, q, k, v, bias, sink, o, lse)
+
+
+def _forward_tile(plan: Plan, const: Constants, arrays, state, i, j) -> OnlineSoftmax:
+    """The state of all queries with what tile (i, j) says of its own: Algorithm 1 of
+    the paper, its lines 10 to 12, but divided only at last."""
+    (q, k, v, bias), (bq, bk) = arrays, plan.tile
+    q_i, k_j, v_j = _cut(q, 3, i, bq), _cut(k, 2, j, bk), _cut(v, 2, j, bk)
+    s, _ = _tile_logits(plan, const, q_i, k_j, bias, i, j)
+    old = OnlineSoftmax(*(_cut(a, 3, i, bq) for a in state))
+    m = jnp.maximum(old.m, s.max(-1))
+    p = jnp.exp(s - m[..., None])
+    _, l, acc = rescale(old, m)
+    l = l + p.sum(-1)  # dropout leaves the sum as it is
+    keep = _tile_keep(plan, const, i, j)
+    p = (p if keep is None else p * keep).astype(v.dtype)
+    # [B,K,G,bq,bk] x [B,K,bk,V] -> [B,K,G,bq,V]
+    acc = acc + jnp.einsum("bkgij,bkjv->bkgiv", p, v_j,
+                           preferred_element_type=jnp.float32)
+    new = OnlineSoftmax(m, l, acc)
+    return OnlineSoftmax(*(_put(a, b, 3, i, bq) for a, b in zip(state, new)))
 
 
 def _backward(plan, saved, cotangents):
     const, q, k, v, bias, sink, o, lse = saved
     do, dlse = cotangents
-    bq, bk = plan.tile
     # delta = rowsum(do o); d(lse) enters exactly where it leaves
     delta = (0 if o is None else (do * o).sum(-1)) - dlse
     base = jnp.where(jnp.isfinite(lse), lse, 0)
-    do_low = do.astype(v.dtype)
-
-    def body(carry, i, j):
-        dq, dk, dv, dbias = carry
-        q_i, k_j, v_j = _cut(q, 3, i, bq), _cut(k, 2, j, bk), _cut(v, 2, j, bk)
-        s, slope = _tile_logits(plan, const, q_i, k_j, bias, i, j)
-        p = jnp.exp(s - _cut(base, 3, i, bq)[..., None])
-        # Algorithm 4 of the paper: dv = p^T do, dp = do v^T,
-        # ds = p (dp - delta), dq = ds k, dk = ds^T q
-        do_i = _cut(do_low, 3, i, bq)
-        # [B,K,G,bq,V] x [B,K,bk,V] -> [B,K,G,bq,bk]
-        dp = jnp.einsum("bkgiv,bkjv->bkgij", do_i, v_j,
-                        preferred_element_type=jnp.float32)
-        drop = _tile_keep(plan, const, i, j)
-        dropped = p if drop is None else p * drop
-        dp = dp if drop is None else dp * drop
-        ds = p * (dp - _cut(delta, 3, i, bq)[..., None])
-        # [B,K,G,bq,bk] x [B,K,G,bq,V] -> [B,K,bk,V], summed over G
-        dv_j = jnp.einsum("bkgij,bkgiv->bkjv", dropped.astype(v.dtype), do_i,
-                          preferred_element_type=jnp.float32)
-        if dbias is not None:
-            dbias = _add_bias(dbias, ds, plan.tile, i, j)
-        ds = ((ds if slope is None else ds * slope) * plan.form.scale).astype(q.dtype)
-        # [B,K,G,bq,bk] x [B,K,bk,D] -> [B,K,G,bq,D], and the other way for dk
-        dq_i = jnp.einsum("bkgij,bkjd->bkgid", ds, k_j,
-                          preferred_element_type=jnp.float32)
-        dk_j = jnp.einsum("bkgij,bkgid->bkjd", ds, q_i,
-                          preferred_element_type=jnp.float32)
-        dq = _put(dq, _cut(dq, 3, i, bq) + dq_i, 3, i, bq)
-        dk = _put(dk, _cut(dk, 2, j, bk) + dk_j, 2, j, bk)
-        dv = _put(dv, _cut(dv, 2, j, bk) + dv_j, 2, j, bk)
-        return dq, dk, dv, dbias
-
+    rows = do.astype(v.dtype), delta, base
+    body = functools.partial(_backward_tile, plan, const, (q, k, v, bias), rows)
     start = tuple(
         None if a is None else jnp.zeros(a.shape, jnp.float32) for a in (q, k, v, bias)
     )
-    dq, dk, dv, dbias = _over_tiles(plan, const, body, start)
+    grads = _over_tiles(plan, const, body, start)
     dsink = None
     if sink is not None:
         # the sink's share of each row is a weight whose value is 0
         share = jnp.exp(sink[None, :, :, None] - base)
         dsink = -(share * delta).sum((0, 3))
-    grads = (dq, q), (dk, k), (dv, v), (dbias, bias)
-    low = (None if a is None else d.astype(a.dtype) for d, a in grads)
+    low = (
+        None if a is None else d.astype(a.dtype) for d, a in zip(grads, (q, k, v, bias))
+    )
     return None, *low, dsink
+
+
+def _backward_tile(plan: Plan, const: Constants, arrays, rows, carry, i, j):
+    """(dq, dk, dv, dbias) with what tile (i, j) adds, as Algorithm 4 of the paper does:
+
+        p = exp(s - lse);  dv += p^T do;  dp = do v^T;  ds = p (dp - delta)
+        dq += scale ds k;  dk += scale ds^T q
+
+    arrays: q, k, v, bias; rows: do, delta and lse of the queries.
+    """
+    (q, k, v, bias), (bq, bk) = arrays, plan.tile
+    dq, dk, dv, dbias = carry
+    q_i, k_j, v_j = _cut(q, 3, i, bq), _cut(k, 2, j, bk), _cut(v, 2, j, bk)
+    do, delta, lse = (_cut(a, 3, i, bq) for a in rows)
+    s, slope = _tile_logits(plan, const, q_i, k_j, bias, i, j)
+    p = jnp.exp(s - lse[..., None])
+    # [B,K,G,bq,V] x [B,K,bk,V] -> [B,K,G,bq,bk]
+    dp = jnp.einsum("bkgiv,bkjv->bkgij", do, v_j, preferred_element_type=jnp.float32)
+    keep = _tile_keep(plan, const, i, j)
+    dropped = p if keep is None else p * keep
+    dp = dp if keep is None else dp * keep
+    ds = p * (dp - delta[..., None])
+    # [B,K,G,bq,bk] x [B,K,G,bq,V] -> [B,K,bk,V], summed over G
+    dv_j = jnp.einsum("bkgij,bkgiv->bkjv", dropped.astype(v.dtype), do,
+                      preferred_element_type=jnp.float32)
+    if dbias is not None:
+        dbias = _add_bias(dbias, ds, plan.tile, i, j)
+    ds = ((ds if slope is None else ds * slope) * plan.form.scale).astype(q.dtype)
+    # [B,K,G,bq,bk] x [B,K,bk,D] -> [B,K,G,bq,D], and the other way for dk
+    dq_i = jnp.einsum("bkgij,bkjd->bkgid", ds, k_j, preferred_element_type=jnp.float32)
+    dk_j = jnp.einsum("bkgij,bkgid->bkjd", ds, q_i, preferred_element_type=jnp.float32)
+    dq = _put(dq, _cut(dq, 3, i, bq) + dq_i, 3, i, bq)
+    dk = _put(dk, _cut(dk, 2, j, bk) + dk_j, 2, j, bk)
+    dv = _put(dv, _cut(dv, 2, j, bk) + dv_j, 2, j, bk)
+    return dq, dk, dv, dbias
 
 
 def _add_bias(dbias, ds, tile, i, j):

@@ -186,14 +186,18 @@ def _backward(plan: RingPlan, saved, cotangents):
     dq, dk, dv = (a.astype(jnp.float32) for a in (dq, dk, dv))
     begun = {d: zeros(d) for d in last_steps(plan, t)} if plan.looped else {}
     dq, sums = ring_loop(plan, keys, t, (dq, begun), visit)
-    for direction, far in last_steps(plan, t).items():
-        piece = halo(plan, t, direction) or (0, dk.shape[1])
-        # the gradients of keys go back to the shard that the keys are from
-        home = move(plan, sums[direction], -direction * far)
-        dk, dv = (
-            put(a, take(a, piece) + b, piece) for a, b in zip((dk, dv), home)
-        )
+    dk, dv = _sent_home(plan, t, sums, (dk, dv))
     return None, dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), dsink
+
+
+def _sent_home(plan: RingPlan, t: int, sums: dict, grads):
+    """grads (dk, dv) with the sums that have travelled, back on the shard whose keys
+    they are of."""
+    for direction, far in last_steps(plan, t).items():
+        piece = halo(plan, t, direction) or (0, grads[0].shape[1])
+        home = move(plan, sums[direction], -direction * far)
+        grads = tuple(put(a, take(a, piece) + b, piece) for a, b in zip(grads, home))
+    return grads
 
 
 _ring.defvjp(_forward, _backward)

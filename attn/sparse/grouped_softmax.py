@@ -19,7 +19,9 @@ from typing import Any, Callable, NamedTuple
 import jax
 import jax.numpy as jnp
 
-NEVER = -jnp.inf
+from attn.contract.logits import Dropout
+from pallas_kernels.tile import NEVER
+
 TILE = 128  # queries at once
 STEPS = 4  # of the staircase that leaves out keys behind all queries of a tile
 
@@ -88,14 +90,13 @@ def grouped(
     scale: float,
     ordered: bool = False,
     retrieve: Callable[[Any], Retrieved] | None = None,
-    drop: float = 0.0,
-    key: jax.Array | None = None,
+    dropout: Dropout | None = None,
 ) -> jax.Array:
     """Attention by grouped softmax, q [B,T,H,D], k [B,S,K,D], v [B,S,K,V] -> [B,T,H,V].
 
     size: tokens of a group, its landmark included; None if they vary. ordered: query t
     sees no key behind t. retrieve: the groups for the queries with given indices, as
-    `Retrieved`. drop: the share of gates that a PRNG `key` sets to zero.
+    `Retrieved`. dropout: of the gates, by its key.
     """
     b, t, h, _ = q.shape
     heads = k.shape[2]
@@ -117,7 +118,9 @@ def grouped(
         retrieved = None
         if retrieve is not None:
             retrieved = retrieve(jnp.minimum(n * tile + jnp.arange(tile), t - 1))
-        noise = None if key is None or not drop else (jax.random.fold_in(key, n), drop)
+        noise = None
+        if dropout is not None and dropout.key is not None and dropout.rate:
+            noise = jax.random.fold_in(dropout.key, n), dropout.rate
         mine = jax.lax.dynamic_index_in_dim(q, n, 1, False)
         return _tile(
             mine, k_end, v_end, keys_end, Row(*at), size, scale, retrieved, noise
@@ -197,9 +200,9 @@ def _row_sum(e: jax.Array) -> jax.Array:
     return e.sum(-1, keepdims=True)
 
 
-def _dropped(gates, salt: int, key, share: float):
-    kept = jax.random.bernoulli(jax.random.fold_in(key, salt), 1 - share, gates.shape)
-    return jnp.where(kept, gates / (1 - share), 0)
+def _dropped(gates, salt: int, key, rate: float):
+    keep = jax.random.bernoulli(jax.random.fold_in(key, salt), 1 - rate, gates.shape)
+    return jnp.where(keep, gates / (1 - rate), 0)
 
 
 def _reducers(keys: Row, size: int | None) -> tuple[Callable, Callable]:

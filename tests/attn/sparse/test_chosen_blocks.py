@@ -105,3 +105,12 @@ def test_the_cost_is_that_of_the_chosen_blocks():
 def test_wrong_calls(chosen, block, message):
     with pytest.raises(ValueError, match=message):
         chosen_blocks.attend(*inputs(), chosen, block=block)
+
+
+@pytest.mark.parametrize("spec", [
+    LogitSpec(softcap=2.0), LogitSpec(score=lambda h, i, j: i - j),
+])
+def test_forms_of_a_logit_that_blocks_do_not_have_are_refused(spec):
+    with pytest.raises(NotImplementedError, match="without one"):
+        chosen_blocks.attend(
+            *inputs(), jnp.zeros((B, K, 2, 1), jnp.int32), spec, block=BLOCK)

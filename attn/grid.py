@@ -159,6 +159,7 @@ class MDTPE(nn.Module):
             p = self.param(f"decay_{a}", normal, one[:1], jnp.float32)
             # log lambda, of lambda = exp(-exp(p)) or sigmoid(p)
             decay = -jnp.exp(p) if self.decay_param == "exp" else jax.nn.log_sigmoid(p)
+            # q.k is one number a head, the gain of the sum along this axis
             mixed = along(
                 x.reshape(b, *self.dims, *one), a, (q * k).sum(-1), decay, self.chunk
             )

@@ -126,6 +126,7 @@ class Landmark:
         a `Cache` in whose slots the blocks follow each other as a ring."""
         if size < 1 or self.top_k is None:
             return caches.empty(k, v, size)
+        # one block more than is held: the one that is being filled
         held = -(-size // self.size)
         held = held if self.cache_blocks is None else min(held, self.cache_blocks)
         return caches.empty(k, v, (held + 1) * self.size)
@@ -166,6 +167,7 @@ class Landmark:
         ring = Blocks(state, self.size, self.top_k or 0)
         if ring.many != self.cache_blocks:
             caches.check_room(now.next_pos, state.k.shape[1])
+        # only the sequence that goes on has blocks in the cache
         shift = jnp.where(now.segment == 1, ring.shift[:, None], 0)
         after = caches.append(state, k, v, now, ring.slot(now))
         tail = ring.tail()
@@ -204,6 +206,7 @@ class Landmark:
         if self.selection == "max_over_tokens":
             best = jnp.where(asks, p, 0).max(2, keepdims=True)
             p = jnp.broadcast_to(best, p.shape)
+        # -1: of blocks that are not there, below every probability
         _, chosen = jax.lax.top_k(jnp.where(there, p, -1), min(ring.top_k, ring.many))
         chosen = jnp.sort(chosen, -1)
         known = (chosen < ring.cached[:, None, None, None]) & asks
@@ -218,6 +221,7 @@ class Landmark:
         k, v = (gather_blocks(a, where, self.size) for a in held)
         near = jnp.take_along_axis(ring.place(), chosen.reshape(b, -1), 1) > 0
         near = (near & ring.crowded[:, None]).reshape(chosen.shape)
+        # the i-th one stands at place i, or at i + 1 if it is one of the youngest
         slot = jnp.arange(chosen.shape[3])[None, None, None] + near
         inside = jnp.arange(self.size).reshape(1, 1, 1, 1, -1)
         pos = slot[..., None] * self.size + inside
@@ -245,6 +249,7 @@ class Landmark:
         if key is None or not self.jump:
             return pos
         steps = jax.random.randint(key, pos.shape, 0, self.jump)
+        # a landmark moves those behind it, not itself: an exclusive sum
         steps = jnp.where(mark, steps, 0)
         return pos + jnp.cumsum(steps, 1) - steps
 

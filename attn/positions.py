@@ -62,6 +62,7 @@ class RoPE:
             return plain
         if self.scaling == "linear":
             return plain / self.factor
+        # how often each channel turns within the length that the model was trained on
         turns = self.original * plain / (2 * math.pi)
         if self.scaling == "yarn":
             # the ramp runs over channel numbers, between those with `fast` and `slow`
@@ -125,6 +126,7 @@ class ALiBi:
 
     def slopes(self, h: jax.Array) -> jax.Array:
         """m_h of the global head numbers h (from 0), any shape."""
+        # the power of two below H, whose heads have 2^(-8/P), 2^(-16/P), ...
         power = 2 ** int(math.log2(self.heads))
         h = jnp.asarray(h, jnp.float32)
         # exp2, not a power: kernels know it on every platform

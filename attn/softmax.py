@@ -76,12 +76,14 @@ class Softmax:
         value, key a PRNG key for dropout. T != S aligns the last tokens.
         """
         check(q, k, v, segments=segments)
+        # of a ring's shards it is known before anything runs how far apart they stand
         counted = segments is None and q.shape[1] == k.shape[1]
         where = self._where(q, k, segments)
         return self._attend(q, k, v, where, bias, sink, key, counted)
 
     def init_state(self, size, q, k, v, *, x=None):
         """An empty memory for `size` tokens; q, k, v give shapes and dtypes."""
+        # a window never needs more slots than it is long
         need = caches.ring(self.mask, max(size, 1)).slots
         return caches.empty(k, v, need if size > 0 else size)
 
@@ -103,6 +105,7 @@ class Softmax:
             newest = now.segment.max(1, keepdims=True)
             read = after, jnp.broadcast_to(newest, (b, slots))
         else:
+            # early tokens of the piece see what its late ones take the slots of
             read = caches.joined(state, k, v, now)
         o = self.read(*read, q, now, sink=sink)
         return after, o if ring.endless else caches.spoil(o, now.next_pos, slots)
@@ -119,11 +122,13 @@ class Softmax:
         """q [B,T,H,D] at `now` over a cache whose slots have segment indices [B,C] ->
         [B,T,H,V]."""
         if q.shape[1] <= FEW:
+            # decoding: every device answers from the slots that it holds
             how: dict[str, Any] = {"sink": sink, "implementation": self.implementation}
             args = cache, kv_segment, q, now, self._spec()
             if shardcache.splits(cache, self.axis):
                 return shardcache.read(*args, self.axis, **how)
             return caches.read(*args, **how)[0]
+        # a prompt: keys are exchanged, as in `__call__`
         streamed = dataclasses.replace(self, axis=self._split(q, cache.k))
         where = Where(now.pos, cache.pos, now.segment, kv_segment)
         return streamed._attend(q, cache.k, cache.v, where, None, sink, None)
@@ -165,6 +170,7 @@ class Softmax:
         return Where(q_pos, kv_pos, q_seg, kv_seg)
 
     def _attend(self, q, k, v, where: Where, bias, sink, key, counted=False):
+        # made in the global view: inside `over_mesh` a shard sees only its own
         heads = jnp.arange(q.shape[2], dtype=jnp.int32)
         rows = jnp.arange(q.shape[0], dtype=jnp.int32)
         if self.axis is not None:

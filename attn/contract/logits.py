@@ -57,6 +57,7 @@ class Where:
     def counted(self) -> bool:
         """Whether positions count from 0. ValueError if one of the two is missing, or
         segments of one side."""
+        # one without the other would be ignored, and nothing is ignored silently
         for name in ("pos", "segment"):
             q, kv = (getattr(self, f"{side}_{name}") for side in ("q", "kv"))
             if (q is None) != (kv is None):

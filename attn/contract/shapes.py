@@ -26,6 +26,7 @@ def check(
             raise ValueError(f"{name} is {a.dtype}: expected a floating point type")
         if a.dtype != q.dtype:
             raise ValueError(f"{name} is {a.dtype}, q is {q.dtype}: expected one type")
+    # from here on all are [B,.,.,.]: what is left is that their letters agree
     (b, t, h, d), (kb, s, heads, kd) = q.shape, k.shape
     if k.shape[:3] != v.shape[:3]:
         raise ValueError(f"k {k.shape} and v {v.shape} differ in B, S or K")
@@ -53,7 +54,7 @@ def _check_segments(segments: Any, queries: tuple, keys: tuple) -> None:
                 f"segments is one array for {queries[1]} queries and {keys[1]} keys: "
                 "expected a pair ([B,T], [B,S])"
             )
-        segments = (segments, segments)
+        segments = (segments, segments)  # self-attention: one row, read twice
     for name, a, shape in zip(("queries", "keys"), segments, (queries, keys)):
         if a.shape != shape:
             raise ValueError(f"segments of the {name}: {a.shape}, expected {shape}")

@@ -49,6 +49,7 @@ def attend(
             **kernel_options(spec, where), **_dropout_options(dropout), **options,
         )
 
+    # of a GPU's two, Hopper's first; what it refuses (a bias, another card) is Triton's
     return pick(
         implementation, xla=xla,
         tpu=kernel("tpu"), gpu=(kernel("mosaic"), kernel("triton")),
@@ -57,6 +58,7 @@ def attend(
 
 def kernel_options(spec: LogitSpec, where: Where) -> dict[str, Any]:
     """Both as the keyword arguments of a kernel's entry function."""
+    # kernels know nothing of attn, and call a segment index a run
     return {
         "mask": spec.mask, "scale": spec.scale, "softcap": spec.softcap,
         "score": spec.score, "head": where.head, "q_pos": where.q_pos,

@@ -63,6 +63,7 @@ def attend(
     const = _constants(plan, where, dropout, (b, h, heads))
     const = const._replace(busy=_busy(plan, table, where))
     rows, columns = plan.padded
+    # a key head's G = H/K query heads lie side by side and share its chunks
     grouped = q.reshape(b, t, heads, h // heads, -1).transpose(0, 2, 3, 1, 4)
     grouped = _pad(grouped, 3, rows)  # [B,K,G,T,D]
     # [B,K,S,D] and [B,K,S,V]
@@ -79,6 +80,7 @@ def attend(
     else:
         lse = _pad(given.reshape(b, heads, h // heads, t), 3, rows, NEVER)
         o, lse = chunked_part(plan, const, *arrays, lse)
+    # [B,K,G,T,V] -> [B,T,H,V]
     o = o.transpose(0, 3, 1, 2, 4).reshape(b, rows, h, -1)[:, :t]
     return o.astype(v.dtype), lse.reshape(b, h, rows)[:, :, :t]
 
@@ -88,6 +90,7 @@ def _plan(
 ) -> tuple[Plan, np.ndarray]:
     """What is known before the call runs, and what the mask leaves of each tile."""
     t, s = q.shape[1], k.shape[1]
+    # where positions are arrays, only the data says which tiles are hidden
     offset = s - t + where.shift if where.counted else None
     bq, bk = tile or tile_for(t, s)
     tiling = Tiling(t, s, bq, bk, offset)
@@ -130,6 +133,7 @@ def _busy(plan: Plan, table: np.ndarray, where: Where) -> jax.Array | None:
         plan.form.mask, plan.tiling, table, where.q_pos, where.kv_pos, where.q_segment,
         where.kv_segment,
     )
+    # the batch takes its tiles together: one is left out if no row needs it
     i, j = np.asarray(plan.pairs, np.int32).T
     return (seen[:, i, j] != SKIP).any(0)
 

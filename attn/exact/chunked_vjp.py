@@ -81,6 +81,7 @@ def _seen(plan: Plan, const: Constants, i, j):
         q_pos = _cut(const.q_pos, 1, i, bq)[:, None, None, :, None]
         kv_pos = jnp.moveaxis(_cut(const.kv_pos, 1, j, bk), 2, 1)[:, :, None, None, :]
     else:
+        # i and j may be traced: one program serves all tiles of a scan
         q_pos = (i * bq + offset + jnp.arange(bq))[None, None, None, :, None]
         kv_pos = (j * bk + jnp.arange(bk))[None, None, None, None, :]
     h = const.head[None, :, :, None, None]
@@ -121,11 +122,13 @@ def _tile_keep(plan: Plan, const: Constants, i, j):
         )
     else:
         return None
+    # what is kept is made larger, so that the expectation stays
     return chosen.astype(jnp.float32) / (1 - plan.form.dropout)
 
 
 def _over_tiles(plan: Plan, const: Constants, body: Callable, carry):
     """The carry after `body(carry, i, j)` of the plan's tiles, one after the other."""
+    # one tile needs no loop, and its slices become no operations at all
     if len(plan.pairs) == 1:
         return body(carry, *plan.pairs[0])
     pairs = jnp.asarray(plan.pairs, jnp.int32).reshape(-1, 2)
@@ -184,6 +187,7 @@ def _backward(plan, saved, cotangents):
     do, dlse = cotangents
     # delta = rowsum(do o); d(lse) enters exactly where it leaves
     delta = (0 if o is None else (do * o).sum(-1)) - dlse
+    # a row that sees nothing: exp(-inf - 0) is 0, where -inf - -inf were no number
     base = jnp.where(jnp.isfinite(lse), lse, 0)
     rows = do.astype(v.dtype), delta, base
     body = functools.partial(_backward_tile, plan, const, (q, k, v, bias), rows)
@@ -256,6 +260,7 @@ def chunked_part(plan: Plan, const: Constants, q, k, v, bias, sink, lse):
 
 
 def _backward_part(plan, saved, cotangents):
+    # o is None: what d(o) says of it is in lse's cotangent already
     return *_backward(plan, (*saved[:-1], None, saved[-1]), cotangents), None
 
 

@@ -27,6 +27,7 @@ def weights(s: jax.Array, seen: jax.Array | None = None) -> jax.Array:
     """Softmax of logits [...,S] over the keys that are `seen`; all zero if none is."""
     s = s if seen is None else jnp.where(seen, s, NEVER)
     top = jax.lax.stop_gradient(s.max(-1, keepdims=True, initial=NEVER))
+    # where no key is seen, top is -inf, and exp(-inf - 0) = 0
     p = jnp.exp(s - jnp.where(jnp.isfinite(top), top, 0))
     total = p.sum(-1, keepdims=True)
     return p / jnp.where(total > 0, total, 1)
@@ -48,6 +49,7 @@ def allowed(mask: Mask, where: Where) -> jax.Array:
 
     A kv_pos [B,S,H] of `where` has one position a head.
     """
+    # queries along T, keys along S: [B,1,T,1] and [B,1|H,1,S]
     i = where.q_pos[:, None, :, None]
     kv_pos = where.kv_pos[..., None] if where.kv_pos.ndim == 2 else where.kv_pos
     j = jnp.moveaxis(kv_pos, 2, 1)[:, :, None]

@@ -41,7 +41,7 @@ def empty(shape: tuple[int, ...], width: int) -> OnlineSoftmax:
 def state_of(o: jax.Array, lse: jax.Array) -> OnlineSoftmax:
     """The state (lse, 1, o) of an attention that is done, as `attend` gives it: o
     [B,T,H,V] and lse [B,H,T], -inf where a row sees nothing."""
-    lse = lse.swapaxes(1, 2)
+    lse = lse.swapaxes(1, 2)  # [B,T,H]
     some = lse > EMPTY
     return OnlineSoftmax(
         jnp.where(some, lse, EMPTY), some.astype(jnp.float32), o.astype(jnp.float32)
@@ -74,6 +74,7 @@ def merge(
         _, l, acc = rescale(parts, jnp.broadcast_to(m, own.shape))
         return OnlineSoftmax(m, l.sum(0), acc.sum(0))
     m = jax.lax.pmax(own, axis)
+    # every part is below the common maximum before it is summed: nothing overflows
     _, l, acc = rescale(parts, m)
     return OnlineSoftmax(m, jax.lax.psum(l, axis), jax.lax.psum(acc, axis))
 

@@ -27,6 +27,7 @@ def gather(a: jax.Array, chosen: jax.Array, block: int) -> jax.Array:
     Query head h reads key head h // (H/K). What -1 names is some block: mask it.
     """
     b, s, heads, width = a.shape
+    # [B,S,K,X] -> [B,K,M,block,X], of M blocks
     a = jnp.pad(a, ((0, 0), (0, -s % block), (0, 0), (0, 0)))
     a = a.reshape(b, -1, block, heads, width).transpose(0, 3, 1, 2, 4)
     grouped = jnp.maximum(chosen, 0).reshape(b, heads, -1)
@@ -37,6 +38,7 @@ def gather(a: jax.Array, chosen: jax.Array, block: int) -> jax.Array:
 
 def distinct(chosen: jax.Array) -> jax.Array:
     """chosen [...,n] sorted, with every block once; -1 for the others, in front."""
+    # sorted, the same blocks are neighbours; the second of two becomes -1
     chosen = jnp.sort(chosen, axis=-1)
     again = jnp.concatenate(
         [jnp.zeros_like(chosen[..., :1], bool), chosen[..., 1:] == chosen[..., :-1]], -1

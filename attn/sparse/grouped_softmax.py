@@ -70,6 +70,7 @@ def irregular(segment: jax.Array, pos: jax.Array, mark: jax.Array) -> Row:
 
 def compact(segment: jax.Array, *others: jax.Array) -> tuple[jax.Array, ...]:
     """segment [B,S] and other arrays [B,S,...] with padding (0) moved to the end."""
+    # stable: tokens stay in order, and so do positions
     order = jnp.argsort(segment == 0, axis=1, stable=True)
 
     def take(a):
@@ -126,6 +127,8 @@ def grouped(
             mine, k_end, v_end, keys_end, Row(*at), size, scale, retrieved, noise
         )
 
+    # keys behind a tile's last query are never looked at, in STEPS sizes: one program
+    # for each stretch of tiles
     outs = []
     for first, last in _staircase(count if ordered else 1, count):
         end = min(-(-last * tile // (size or 1)) * (size or 1), s) if ordered else s
@@ -190,6 +193,7 @@ def _tile(q, k, v, keys: Row, at: Row, size, scale, retrieved, noise):
 
 def _softmax(s, peak, total: Callable) -> jax.Array:
     """exp(s) over its total, 0 where there is nothing; `peak`: the group's largest."""
+    # the peak cancels, so no gradient flows through it
     peak = jax.lax.stop_gradient(jnp.where(jnp.isfinite(peak), peak, 0))
     e = jnp.exp(s - peak)
     z = total(e)

@@ -34,8 +34,9 @@ from attn.masks import Full
 from attn.softmax import Softmax
 from experiments.cli import config
 from experiments.cli.config import knob
-from experiments.data.images import LABELS, Digits, accuracy
+from experiments.data.images import Digits
 from experiments.training.loop import Plan, fit
+from experiments.training.objectives import LABELS, accuracy
 from models.pixels import PixelNet
 
 

@@ -52,12 +52,13 @@ from attn.mixers import Depthwise, FNet, LongConv
 from attn.softmax import Softmax
 from experiments.cli import config
 from experiments.cli.config import knob
-from experiments.data.images import LABELS, Digits, accuracy
+from experiments.data.images import Digits
 from experiments.data.majority import Majority
 from experiments.data.source import Cycle
 from experiments.measure import grid_cost as spread
 from experiments.measure.grid_cost import Hardware
 from experiments.training.loop import Plan, evaluate, fit
+from experiments.training.objectives import LABELS, accuracy
 from experiments.training.runs import open_folder
 from models.lm import LM
 from models.pixels import PixelNet

@@ -45,9 +45,10 @@ from attn.recurrent.causal import attend
 from attn.recurrent.linear import across
 from experiments.cli import config
 from experiments.cli.config import knob
-from experiments.data.images import LABELS, Digits, accuracy
+from experiments.data.images import Digits
 from experiments.measure.timing import repeats, seconds
 from experiments.training.loop import Plan, fit
+from experiments.training.objectives import LABELS, accuracy
 from models.pixels import PixelNet
 
 SIDE = 8  # pixels of a digit's side

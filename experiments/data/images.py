@@ -9,14 +9,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any
 
-import jax
 import numpy as np
 
 from experiments.data.source import Batch, Source
-from experiments.training.loop import Objective
-from models.lm import loss
 
 
 def _datasets():
@@ -161,23 +157,3 @@ def _low_pass(noise: np.ndarray, smooth: float) -> np.ndarray:
     keep = np.exp(-2 * (np.pi * smooth) ** 2 * (y**2 + x**2) / 4)[None, ..., None]
     soft = np.fft.ifft2(np.fft.fft2(noise, axes=(1, 2)) * keep, axes=(1, 2)).real
     return soft / soft.std()
-
-
-def label(model: Any, params: Any, batch: dict, key: Any) -> tuple[Any, Any]:
-    """Cross entropy in nats of the labels [B] of pictures x: (sum, count)."""
-    logits = model.apply(params, batch["x"], rngs={"dropout": key})
-    return loss(logits, batch["labels"])
-
-
-LABELS = Objective(label, "x")
-
-
-def accuracy(model: Any, params: Any, batch: dict) -> float:
-    """The share of the pictures whose label is the largest logit, 64 at a time."""
-    best = jax.jit(lambda x: model.apply(params, x).argmax(-1))
-    x, labels = batch["x"], batch["labels"]
-    hits = [
-        np.asarray(best(x[n:n + 64])) == labels[n:n + 64]
-        for n in range(0, len(labels), 64)
-    ]
-    return float(np.concatenate(hits).mean())

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from experiments.distributed import Hosts
+from experiments.training.hosts import Hosts
 from experiments.training.loop import abstract, fit
 from experiments.training.runs import Checkpoints
 from tests.small_run import BATCH, MODEL, Counting, plan
@@ -23,7 +23,7 @@ port, index, folder = sys.argv[1:]
 os.environ["XLA_FLAGS"] = " ".join((
     "--xla_force_host_platform_device_count=4", "--xla_backend_optimization_level=0"))
 import conftest  # the settings of every test
-from experiments.distributed import Hosts, agreed, join
+from experiments.training.hosts import Hosts, agreed, join
 join(Hosts(f"localhost:{port}", 2, int(index)), patience=40)
 import jax
 from experiments import mesh, runs, train

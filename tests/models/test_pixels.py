@@ -9,8 +9,9 @@ import pytest
 
 from attn.essa import Essa
 from attn.flow import Flow
-from experiments.data.images import LABELS, Digits, accuracy
+from experiments.data.images import Digits
 from experiments.training.loop import Plan, fit
+from experiments.training.objectives import LABELS, accuracy
 from models.pixels import PixelNet, patches
 from tests.laws import close
 

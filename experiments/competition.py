@@ -35,7 +35,7 @@ from attn.softmax import Softmax
 from experiments.cli import config
 from experiments.cli.config import knob
 from experiments.data.images import Digits
-from experiments.training.loop import Plan, fit
+from experiments.training.loop import TrainConfig, fit
 from experiments.training.objectives import LABELS, accuracy
 from models.pixels import PixelNet
 
@@ -70,10 +70,12 @@ class Config:
             table=True,
         )
 
-    def plan(self, seed: int) -> Plan:
+    def plan(self, seed: int) -> TrainConfig:
         """The training."""
-        return Plan(steps=self.steps, batch=self.batch, rate=self.rate, seed=seed,
-                    warmup=self.steps // 10)
+        return TrainConfig(
+            steps=self.steps, batch=self.batch, learning_rate=self.rate, seed=seed,
+            warmup=self.steps // 10,
+        )
 
 
 TINY = Config(attentions=(Flow(causal=False),), zoom=1, width=8, heads=2, layers=1,

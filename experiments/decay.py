@@ -33,7 +33,7 @@ from attn.softmax import Softmax
 from experiments.cli import config
 from experiments.cli.config import knob
 from experiments.data import Corpus, Text
-from experiments.training.loop import Plan, evaluate, fit
+from experiments.training.loop import TrainConfig, evaluate, fit
 from models.lm import LM
 from models.transnormer import TransNormer
 
@@ -68,10 +68,12 @@ class Config:
             "softmax": LM(**size, attention=(Softmax(),) * self.depth, hidden=hidden),
         }
 
-    def plan(self) -> Plan:
+    def plan(self) -> TrainConfig:
         """The training."""
-        return Plan(steps=self.steps, batch=self.batch, rate=self.rate, seed=self.seed,
-                    warmup=self.steps // 10)
+        return TrainConfig(
+            steps=self.steps, batch=self.batch, learning_rate=self.rate, seed=self.seed,
+            warmup=self.steps // 10,
+        )
 
 
 TINY = Config(text=Text(length=32), width=24, heads=2, steps=2, batch=2, quiet=True)

@@ -57,7 +57,7 @@ from experiments.data.majority import Majority
 from experiments.data.source import Cycle
 from experiments.measure import grid_cost as spread
 from experiments.measure.grid_cost import Hardware
-from experiments.training.loop import Plan, evaluate, fit
+from experiments.training.loop import TrainConfig, evaluate, fit
 from experiments.training.objectives import LABELS, accuracy
 from experiments.training.runs import open_folder
 from models.lm import LM
@@ -133,10 +133,12 @@ class Config:
         alone the difference is too small to begin with."""
         return Cycle((self.coins(bias=0.5), self.coins()))
 
-    def plan(self, steps: int, batch: int) -> Plan:
+    def plan(self, steps: int, batch: int) -> TrainConfig:
         """The training."""
-        return Plan(steps=steps, batch=batch, rate=self.rate, seed=self.seed,
-                    warmup=steps // 10, log=25)
+        return TrainConfig(
+            steps=steps, batch=batch, learning_rate=self.rate, seed=self.seed,
+            warmup=steps // 10, log=25,
+        )
 
 
 TINY = Config(

@@ -28,7 +28,7 @@ from attn.softmax import Softmax
 from experiments.cli import config
 from experiments.cli.config import knob
 from experiments.data import Corpus, Text
-from experiments.training.loop import Fit, Plan, check, evaluate, fit
+from experiments.training.loop import TrainResult, TrainConfig, check, evaluate, fit
 from experiments.training.mesh import whole
 from experiments.training.runs import open_folder
 from models.generate import generate, stream
@@ -74,12 +74,12 @@ class Config:
             scan=len(self.attention) > 8, dtype=self.dtype,
         )
 
-    def plan(self) -> Plan:
+    def plan(self) -> TrainConfig:
         """The training."""
-        return Plan(
-            steps=self.steps, batch=self.batch, rate=self.rate, warmup=self.steps // 10,
-            accumulate=self.accumulate, seed=self.seed, mesh=self.mesh,
-            fsdp=self.fsdp,
+        return TrainConfig(
+            steps=self.steps, batch=self.batch, learning_rate=self.rate,
+            warmup=self.steps // 10, accumulate=self.accumulate, seed=self.seed,
+            mesh=self.mesh, fsdp=self.fsdp,
         )
 
 
@@ -108,13 +108,13 @@ def run(config_: Config) -> dict[str, Any]:
     return found | {"folder": str(folder)}
 
 
-def trained(config_: Config, folder=None) -> Fit:
+def trained(config_: Config, folder=None) -> TrainResult:
     """The training alone."""
     return fit(config_.model(), config_.text, config_.plan(), folder,
                label="text", quiet=config_.quiet)
 
 
-def scores(config_: Config, model: LM, fitted: Fit) -> dict[str, Any]:
+def scores(config_: Config, model: LM, fitted: TrainResult) -> dict[str, Any]:
     """bits_per_byte and accuracy on held-out text, training tokens_per_second,
     decode_ms per token after a row of text, state_bytes of a row, parameters."""
     held_out = dataclasses.replace(config_.text, split="valid")
@@ -132,7 +132,7 @@ def scores(config_: Config, model: LM, fitted: Fit) -> dict[str, Any]:
     }
 
 
-def streamed_bits(config_: Config, model: LM, fitted: Fit) -> float:
+def streamed_bits(config_: Config, model: LM, fitted: TrainResult) -> float:
     """Bits per byte of the second half of held-out rows, which comes token by token
     after the first half was read in one piece: what a small memory really costs."""
     held_out = dataclasses.replace(config_.text, split="valid")

@@ -47,7 +47,7 @@ from experiments.cli import config
 from experiments.cli.config import knob
 from experiments.data.images import Digits
 from experiments.measure.timing import repeats, seconds
-from experiments.training.loop import Plan, fit
+from experiments.training.loop import TrainConfig, fit
 from experiments.training.objectives import LABELS, accuracy
 from models.pixels import PixelNet
 
@@ -92,11 +92,11 @@ class Config:
             out_norm="all", out_gate="silu", gate_rank=one,
         )
 
-    def plan(self) -> Plan:
+    def plan(self) -> TrainConfig:
         """The training."""
-        return Plan(
-            steps=self.steps, batch=self.batch, rate=self.rate, decay=self.decay,
-            log=20, warmup=self.steps // 10, seed=self.seed,
+        return TrainConfig(
+            steps=self.steps, batch=self.batch, learning_rate=self.rate,
+            weight_decay=self.decay, log=20, warmup=self.steps // 10, seed=self.seed,
         )
 
 

@@ -26,7 +26,7 @@ from attn.softmax import Softmax
 from experiments.cli import config
 from experiments.cli.config import knob
 from experiments.data import Cycle, Recall
-from experiments.training.loop import Fit, Plan, check, evaluate, fit
+from experiments.training.loop import TrainResult, TrainConfig, check, evaluate, fit
 from experiments.training.mesh import whole
 from experiments.training.runs import open_folder
 from models.generate import stream
@@ -76,11 +76,11 @@ class Config:
             halves.append(halves[-1] // 2)
         return Cycle(tuple(self.task(n) for n in reversed(halves)))
 
-    def plan(self) -> Plan:
+    def plan(self) -> TrainConfig:
         """The training."""
-        return Plan(
-            steps=self.steps, batch=self.batch, rate=self.rate, seed=self.seed,
-            warmup=self.steps // 10, decay=0.0, log=20, mesh=self.mesh,
+        return TrainConfig(
+            steps=self.steps, batch=self.batch, learning_rate=self.rate, seed=self.seed,
+            warmup=self.steps // 10, weight_decay=0.0, log=20, mesh=self.mesh,
         )
 
 
@@ -96,13 +96,13 @@ def run(config_: Config) -> dict[str, Any]:
     return scores(config_, config_.model(), trained(config_, folder))
 
 
-def trained(config_: Config, folder=None) -> Fit:
+def trained(config_: Config, folder=None) -> TrainResult:
     """The training alone."""
     return fit(config_.model(), config_.lessons(), config_.plan(), folder,
                label="recall", quiet=config_.quiet)
 
 
-def scores(config_: Config, model: LM, fitted: Fit) -> dict[str, Any]:
+def scores(config_: Config, model: LM, fitted: TrainResult) -> dict[str, Any]:
     """recall: the share of right answers in the stream; at_once: without a stream;
     state_bytes of a sequence; chance; loss, of the last training steps."""
     valid = config_.task(config_.pairs, "valid")

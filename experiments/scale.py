@@ -53,7 +53,7 @@ from experiments.measure.roofline import forecast
 from experiments.measure.scale_table import Row, figures, show
 from experiments.measure.topology import pod
 from experiments.training.mesh import Sizes
-from experiments.training.step import Plan, staged
+from experiments.training.step import TrainConfig, staged
 from models.hybrid import hybrid_1b, hybrid_8b
 from models.lm import LM
 from pallas_kernels.schedule import FULL, MASKED, Tiling, asked
@@ -141,7 +141,7 @@ def variants(config_: Config, sizes: Sizes, mesh: Any) -> dict[str, Any]:
             for name, a in ways.items()
         }
     shape = jax.ShapeDtypeStruct((config_.batch, config_.tokens), jnp.int32)
-    plan = Plan(batch=config_.batch, mesh=sizes)
+    plan = TrainConfig(batch=config_.batch, mesh=sizes)
     found: dict[str, Any] = {}
     for every in config_.shares if config_.model in MODELS else (1,):
         for way, a in exact.items():

@@ -43,7 +43,7 @@ from attn.layers import MultiHead
 from attn.softmax import Softmax
 from experiments.cli import config
 from experiments.cli.config import knob
-from experiments.training.loop import Plan
+from experiments.training.loop import TrainConfig
 from experiments.training.runs import open_folder
 from models.stack import Block, Layers, Pattern, unbound
 
@@ -84,10 +84,12 @@ class Config:
         block = Block(mixer, 2 * self.small, parent=None)
         return Classifier(Pattern((block,) * self.layers), self.small, self.classes)
 
-    def plan(self) -> Plan:
+    def plan(self) -> TrainConfig:
         """The training."""
-        return Plan(steps=self.steps, batch=self.batch, rate=self.rate, decay=0.0,
-                    warmup=self.steps // 10, seed=self.seed)
+        return TrainConfig(
+            steps=self.steps, batch=self.batch, learning_rate=self.rate,
+            weight_decay=0.0, warmup=self.steps // 10, seed=self.seed,
+        )
 
 
 TINY = Config(lengths=(4, 8), sequences=1, width=16, heads=2, rounds=1, events=8,

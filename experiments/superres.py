@@ -34,7 +34,7 @@ from attn.essa import Essa
 from experiments.cli import config
 from experiments.cli.config import knob
 from experiments.data.images import Pairs, Photos, Spectra
-from experiments.training.loop import Objective, Plan, fit
+from experiments.training.loop import Objective, TrainConfig, fit
 from models.essaformer import ESSAformer
 
 
@@ -82,11 +82,11 @@ class Config:
         network = ESSAformer(self.data.scale, self.width, attention, self.dropout)
         return Over(network) if self.skip else network
 
-    def plan(self) -> Plan:
+    def plan(self) -> TrainConfig:
         """The training, of the mean absolute error, which is proposed here."""
-        return Plan(
-            steps=self.steps, batch=self.batch, rate=self.rate, decay=0.0,
-            warmup=self.steps // 10, seed=self.seed,
+        return TrainConfig(
+            steps=self.steps, batch=self.batch, learning_rate=self.rate,
+            weight_decay=0.0, warmup=self.steps // 10, seed=self.seed,
         )
 
 

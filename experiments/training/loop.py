@@ -19,17 +19,17 @@ import numpy as np
 from experiments.training import mesh as meshes
 from experiments.training.progress import progress
 from experiments.training.runs import Checkpoints, Metrics
-from experiments.training.step import TEXT, Objective, Plan, State
+from experiments.training.step import TEXT, Objective, TrainConfig, State
 from experiments.training.step import abstract, next_token, staged, start, trace, update
 from models.lm import loss
 
 __all__ = [
-    "TEXT", "Objective", "Plan", "State", "abstract", "check", "evaluate", "fit",
+    "TEXT", "Objective", "TrainConfig", "State", "abstract", "check", "evaluate", "fit",
     "next_token", "staged", "start", "update",
 ]
 
 
-class Fit(NamedTuple):
+class TrainResult(NamedTuple):
     """What training gives back: the parameters, the metrics (a row every `log` steps)
     and the median number of tokens per second, without compilation."""
 
@@ -71,13 +71,13 @@ def evaluate(
 def fit(
     model: nn.Module,
     source: Any,
-    plan: Plan,
+    plan: TrainConfig,
     folder: pathlib.Path | None = None,
     *,
     objective: Objective = TEXT,
     label: str = "train",
     quiet: bool = False,
-) -> Fit:
+) -> TrainResult:
     """Trains `model` on `source`; with a folder, goes on from its newest checkpoint,
     which may come from another mesh.
 
@@ -117,11 +117,11 @@ def fit(
                     checkpoints.save(step + 1, state)
         checkpoints.close()
         speed = float(np.median(rates[1:] or rates or [0.0]))
-        return Fit(state.params, metrics.rows, speed)
+        return TrainResult(state.params, metrics.rows, speed)
 
 
 def check(
-    model: nn.Module, plan: Plan, source: Any, objective: Objective = TEXT
+    model: nn.Module, plan: TrainConfig, source: Any, objective: Objective = TEXT
 ) -> None:
     """ValueError or NotImplementedError, in one sentence, if `fit` cannot run this plan
     on the devices there are: too few of them, sizes that they cannot split, an

@@ -1,4 +1,4 @@
-"""Objectives: what a model is trained for beside the next token, and how it is scored."""
+"""Objectives: what a model is trained for beside the next token, and its score."""
 
 from __future__ import annotations
 

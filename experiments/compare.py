@@ -35,7 +35,7 @@ from attn.snapkv import SnapKV
 from attn.softmax import Softmax
 from experiments import lm, recall
 from experiments.cli import config
-from experiments.cli.config import knob
+from experiments.cli.config import option
 from experiments.data import Corpus, Text
 from experiments.measure import report
 from experiments.training.runs import open_folder
@@ -55,7 +55,7 @@ COLUMNS = {
 class Config:
     """What is compared, and the budget of each."""
 
-    attentions: tuple = knob(
+    attentions: tuple = option(
         (
             Softmax(),
             Softmax(mask=Causal() & Window(31)),
@@ -67,15 +67,15 @@ class Config:
         ),
         "the list; an entry may be a tuple with one attention per layer",
     )
-    pairs: int = knob(16, "keys with values of the recall task")
-    recall_steps: int = knob(800, "training steps on recall")
-    text: Corpus = knob(Text(length=256), "the text, and the tokens of a row")
-    layers: int = knob(2, "layers of the language model")
-    width: int = knob(128, "width of the language model")
-    text_steps: int = knob(200, "training steps on text")
-    seed: int = knob(0, "of data and parameters")
-    quiet: bool = knob(False, "no progress bars")
-    folder: str | None = knob(None, "where results go; None makes a new folder")
+    pairs: int = option(16, "keys with values of the recall task")
+    recall_steps: int = option(800, "training steps on recall")
+    text: Corpus = option(Text(length=256), "the text, and the tokens of a row")
+    layers: int = option(2, "layers of the language model")
+    width: int = option(128, "width of the language model")
+    text_steps: int = option(200, "training steps on text")
+    seed: int = option(0, "of data and parameters")
+    quiet: bool = option(False, "no progress bars")
+    folder: str | None = option(None, "where results go; None makes a new folder")
 
     def __post_init__(self):
         if not self.attentions:

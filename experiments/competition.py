@@ -33,7 +33,7 @@ from attn.flow import Flow
 from attn.masks import Full
 from attn.softmax import Softmax
 from experiments.cli import config
-from experiments.cli.config import knob
+from experiments.cli.config import option
 from experiments.data.images import Digits
 from experiments.training.loop import TrainConfig, fit
 from experiments.training.objectives import LABELS, accuracy
@@ -44,20 +44,20 @@ from models.pixels import PixelNet
 class Config:
     """The attentions and the task."""
 
-    attentions: tuple = knob(
+    attentions: tuple = option(
         (Flow(causal=False), Flow(causal=False, compete=False),
          Flow(causal=False, compete=False, allocate=False), Softmax(mask=Full())),
         "what is compared, each in all layers",
     )
-    zoom: int = knob(4, "pixels a side for each of the digit's 8")
-    width: int = knob(32, "model width E")
-    heads: int = knob(4, "heads H")
-    layers: int = knob(2, "layers")
-    steps: int = knob(200, "training steps")
-    batch: int = knob(16, "pictures a step")
-    rate: float = knob(5e-3, "peak learning rate")
-    seeds: int = knob(1, "networks trained of each, of different seeds")
-    quiet: bool = knob(False, "no progress bar and no table")
+    zoom: int = option(4, "pixels a side for each of the digit's 8")
+    width: int = option(32, "model width E")
+    heads: int = option(4, "heads H")
+    layers: int = option(2, "layers")
+    steps: int = option(200, "training steps")
+    batch: int = option(16, "pictures a step")
+    rate: float = option(5e-3, "peak learning rate")
+    seeds: int = option(1, "networks trained of each, of different seeds")
+    quiet: bool = option(False, "no progress bar and no table")
 
     def data(self, split: str = "train") -> Digits:
         """The pictures."""

@@ -51,7 +51,7 @@ from attn.masks import Full
 from attn.mixers import Depthwise, FNet, LongConv
 from attn.softmax import Softmax
 from experiments.cli import config
-from experiments.cli.config import knob
+from experiments.cli.config import option
 from experiments.data.images import Digits
 from experiments.data.majority import Majority
 from experiments.data.source import Cycle
@@ -82,30 +82,32 @@ class Pieces(Layer):
 class Config:
     """The mixers, the two tasks, and the attention that is spread over devices."""
 
-    mixers: tuple = knob(
+    mixers: tuple = option(
         (Softmax(mask=Full()), LinearTransformer(causal=False), Linformer(rank=32),
          FNet(), LongConv(), Depthwise()),
         "what is compared, each in all layers; `length` becomes that of the context",
     )
-    tasks: tuple[str, ...] = knob(TASKS, "digits, majority or both")
-    cuts: tuple[int, ...] = knob((4, 2, 1), "pieces that a sequence is cut into")
-    width: int = knob(32, "model width E")
-    heads: int = knob(2, "heads H")
-    layers: int = knob(2, "layers of the network that reads digits")
-    coin_layers: int = knob(1, "layers of the network that counts coins")
-    length: int = knob(512, "tokens of a row of coins")
-    steps: int = knob(150, "training steps on digits")
-    coin_steps: int = knob(150, "training steps on coins")
-    batch: int = knob(32, "digits a step")
-    coin_batch: int = knob(16, "rows of coins a step")
-    rate: float = knob(5e-3, "peak learning rate")
-    seed: int = knob(0, "of data and parameters")
-    tokens: int = knob(4096, "tokens of the attention over devices, 0 for none")
-    devices: int = knob(8, "the most devices; on a CPU they are asked for")
-    far: int = knob(131072, "tokens in the model of time")
-    hardware: Hardware = knob(Hardware(), "peaks in the model of time, of an RTX 4090")
-    quiet: bool = knob(False, "no progress bar and no table")
-    folder: str | None = knob(None, "where results go; None makes a new folder")
+    tasks: tuple[str, ...] = option(TASKS, "digits, majority or both")
+    cuts: tuple[int, ...] = option((4, 2, 1), "pieces that a sequence is cut into")
+    width: int = option(32, "model width E")
+    heads: int = option(2, "heads H")
+    layers: int = option(2, "layers of the network that reads digits")
+    coin_layers: int = option(1, "layers of the network that counts coins")
+    length: int = option(512, "tokens of a row of coins")
+    steps: int = option(150, "training steps on digits")
+    coin_steps: int = option(150, "training steps on coins")
+    batch: int = option(32, "digits a step")
+    coin_batch: int = option(16, "rows of coins a step")
+    rate: float = option(5e-3, "peak learning rate")
+    seed: int = option(0, "of data and parameters")
+    tokens: int = option(4096, "tokens of the attention over devices, 0 for none")
+    devices: int = option(8, "the most devices; on a CPU they are asked for")
+    far: int = option(131072, "tokens in the model of time")
+    hardware: Hardware = option(
+        Hardware(), "peaks in the model of time, of an RTX 4090"
+    )
+    quiet: bool = option(False, "no progress bar and no table")
+    folder: str | None = option(None, "where results go; None makes a new folder")
 
     def __post_init__(self):
         if unknown := set(self.tasks) - set(TASKS):
@@ -128,7 +130,7 @@ class Config:
         """Coins of which the most frequent side is asked for."""
         return Majority(length=self.length, seed=self.seed, split=split, bias=bias)
 
-    def lessons(self) -> Cycle:
+    def curriculum(self) -> Cycle:
         """What is trained on: coins with a bias and fair ones in turn; of fair ones
         alone the difference is too small to begin with."""
         return Cycle((self.coins(bias=0.5), self.coins()))
@@ -209,7 +211,7 @@ def majority(config_: Config, layer: Pieces, label: str) -> float:
     model = LM(vocab=held.vocab, width=config_.width, heads=config_.heads,
                attention=(layer,) * config_.coin_layers)
     plan = config_.plan(config_.coin_steps, size)
-    fitted = fit(model, config_.lessons(), plan, label=label, quiet=config_.quiet)
+    fitted = fit(model, config_.curriculum(), plan, label=label, quiet=config_.quiet)
     batches = min(512, 8 * config_.coin_steps) // size
     return evaluate(model, fitted.params, held, batches, size)["accuracy"]
 

@@ -44,7 +44,7 @@ from attn.lightnet import LightNet
 from attn.recurrent.causal import attend
 from attn.recurrent.linear import across
 from experiments.cli import config
-from experiments.cli.config import knob
+from experiments.cli.config import option
 from experiments.data.images import Digits
 from experiments.measure.timing import repeats, seconds
 from experiments.training.loop import TrainConfig, fit
@@ -59,21 +59,21 @@ PLACES = ("both", "tpe", "lrpe", "none")
 class Config:
     """The networks, and the shapes of the timing."""
 
-    places: tuple[str, ...] = knob(
+    places: tuple[str, ...] = option(
         PLACES, "what tells where pixels are: MD-TPE, MD-LRPE, both or none"
     )
-    width: int = knob(32, "model width E")
-    layers: int = knob(2, "layers")
-    heads: int = knob(4, "heads H")
-    steps: int = knob(1200, "training steps")
-    batch: int = knob(64, "digits a step")
-    rate: float = knob(4e-3, "peak learning rate")
-    decay: float = knob(0.1, "weight decay")
-    seed: int = knob(0, "of data and parameters")
-    side: int = knob(64, "pixels of a side in the timing; T is its square")
-    rounds: int = knob(7, "how often each is timed")
-    lengths: tuple[int, ...] = knob((64, 256, 1024, 4096), "T where decays are read")
-    quiet: bool = knob(False, "no progress bar and no table")
+    width: int = option(32, "model width E")
+    layers: int = option(2, "layers")
+    heads: int = option(4, "heads H")
+    steps: int = option(1200, "training steps")
+    batch: int = option(64, "digits a step")
+    rate: float = option(4e-3, "peak learning rate")
+    decay: float = option(0.1, "weight decay")
+    seed: int = option(0, "of data and parameters")
+    side: int = option(64, "pixels of a side in the timing; T is its square")
+    rounds: int = option(7, "how often each is timed")
+    lengths: tuple[int, ...] = option((64, 256, 1024, 4096), "T where decays are read")
+    quiet: bool = option(False, "no progress bar and no table")
 
     def __post_init__(self):
         if unknown := set(self.places) - set(PLACES):

@@ -48,7 +48,7 @@ from attn.lightning import Lightning
 from attn.parallel.exchange import EXCHANGES
 from attn.softmax import Softmax
 from experiments.cli import config
-from experiments.cli.config import knob
+from experiments.cli.config import option
 from experiments.measure.roofline import forecast
 from experiments.measure.scale_table import Row, figures, show
 from experiments.measure.topology import pod
@@ -65,18 +65,18 @@ MODELS = {"hybrid_8b": hybrid_8b, "hybrid_1b": hybrid_1b}
 class Config:
     """What is compiled, and for which chips."""
 
-    model: str = knob("hybrid_8b", "hybrid_8b, hybrid_1b, or a model as LM(...)")
-    every: int | tuple[int, ...] = knob(
+    model: str = option("hybrid_8b", "hybrid_8b, hybrid_1b, or a model as LM(...)")
+    every: int | tuple[int, ...] = option(
         4, "of so many layers one is exact; 1: all, 0: none; several: one model each")
-    linear: Any = knob(Lightning(), "the other layers, of a model by name")
-    exact: Any = knob(Softmax(), "the exact layers, of a model by name")
-    exchanges: tuple[str, ...] = knob(("zigzag",), "how shards meet in exact layers")
-    tokens: int = knob(2**21, "tokens of a sequence")
-    batch: int = knob(1, "sequences")
-    topology: str = knob("v5e:16x16", "the pod, such as v5p:4x4x4, or cpu")
-    mesh: tuple[int, int, int] | None = knob(
+    linear: Any = option(Lightning(), "the other layers, of a model by name")
+    exact: Any = option(Softmax(), "the exact layers, of a model by name")
+    exchanges: tuple[str, ...] = option(("zigzag",), "how shards meet in exact layers")
+    tokens: int = option(2**21, "tokens of a sequence")
+    batch: int = option(1, "sequences")
+    topology: str = option("v5e:16x16", "the pod, such as v5p:4x4x4, or cpu")
+    mesh: tuple[int, int, int] | None = option(
         None, "chips along data, seq and model; None: all along seq")
-    layer: bool = knob(False, "the attention of one exact and one linear layer alone")
+    layer: bool = option(False, "the attention of one exact and one linear layer alone")
 
     def __post_init__(self):
         for name in ("tokens", "batch"):

@@ -66,7 +66,7 @@ from attn.masks import Causal, Window
 from attn.rat import RAT
 from attn.softmax import Softmax
 from experiments.cli import config
-from experiments.cli.config import knob
+from experiments.cli.config import option
 from experiments.measure import breakeven
 from experiments.measure.peers import PEER, linear_peers, peers
 from experiments.measure.timing import (
@@ -79,23 +79,25 @@ from experiments.training.runs import open_folder
 class Config:
     """What is timed, and on what shapes."""
 
-    attentions: tuple = knob(
+    attentions: tuple = option(
         (Softmax(), Softmax(mask=Causal() & Window(256)), Landmark(), Lightning(),
          Based(), Flow(), GLA(), Delta(gated=True), RAT()),
         "the contenders; jax.nn is always there, other peers where installed",
     )
-    lengths: tuple[int, ...] = knob((512, 1024, 2048, 4096), "sequence lengths T")
-    batch: int = knob(1, "batch B")
-    heads: int = knob(4, "query heads H")
-    kv_heads: int | None = knob(None, "key heads K (None: H)")
-    width: int = knob(64, "width of a head D")
-    feature_dim: int = knob(16, "width of q and k for attentions made for narrow ones")
-    dtype: Any = knob(jnp.float32, "of q, k and v")
-    passes: tuple[str, ...] = knob(
+    lengths: tuple[int, ...] = option((512, 1024, 2048, 4096), "sequence lengths T")
+    batch: int = option(1, "batch B")
+    heads: int = option(4, "query heads H")
+    kv_heads: int | None = option(None, "key heads K (None: H)")
+    width: int = option(64, "width of a head D")
+    feature_dim: int = option(
+        16, "width of q and k for attentions made for narrow ones"
+    )
+    dtype: Any = option(jnp.float32, "of q, k and v")
+    passes: tuple[str, ...] = option(
         PASSES[:2], "forward, both (forward and backward), decode")
-    rounds: int = knob(7, "how often each is timed")
-    quiet: bool = knob(False, "no progress bar")
-    folder: str | None = knob(None, "where results go; None makes a new folder")
+    rounds: int = option(7, "how often each is timed")
+    quiet: bool = option(False, "no progress bar")
+    folder: str | None = option(None, "where results go; None makes a new folder")
 
     def __post_init__(self):
         if unknown := set(self.passes) - set(PASSES):

@@ -24,7 +24,7 @@ from experiments.cli.fields import unknown
 from experiments.cli.format import same, show
 from experiments.cli.parse import ROOT, parse
 
-__all__ = ["command", "knob", "main", "parse", "read", "show"]
+__all__ = ["command", "option", "main", "parse", "read", "show"]
 OURS = ("attn", "experiments", "models", "pallas_kernels", "tests")
 OPTIONS = {
     "help": "print this text",
@@ -33,7 +33,7 @@ OPTIONS = {
 }
 
 
-def knob(default: Any = dataclasses.MISSING, doc: str = "") -> Any:
+def option(default: Any = dataclasses.MISSING, doc: str = "") -> Any:
     """A field of a Config with its default (none: it must be given) and its help."""
     return dataclasses.field(default=default, metadata={"doc": doc})
 

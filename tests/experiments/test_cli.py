@@ -15,7 +15,7 @@ from attn.positions import ALiBi, RoPE
 from attn.snapkv import SnapKV
 from attn.softmax import Softmax
 from experiments.cli import config
-from experiments.cli.config import command, knob, main, parse, read, show
+from experiments.cli.config import command, option, main, parse, read, show
 from experiments.data import Recall, Text
 
 VALUES = [
@@ -34,14 +34,14 @@ VALUES = [
 class Config:
     """A config of every kind of field."""
 
-    attention: tuple = knob((Softmax(),), "the layers")
-    steps: int = knob(10, "training steps")
-    rate: float = knob(1e-3, "learning rate")
-    name: str = knob("x", "of the run")
-    folder: str | None = knob(None, "where to")
-    quiet: bool = knob(False, "no bar")
-    mesh: tuple[int, int, int] = knob((1, 1, 1), "devices")
-    text: Text = knob(Text(), "the text")
+    attention: tuple = option((Softmax(),), "the layers")
+    steps: int = option(10, "training steps")
+    rate: float = option(1e-3, "learning rate")
+    name: str = option("x", "of the run")
+    folder: str | None = option(None, "where to")
+    quiet: bool = option(False, "no bar")
+    mesh: tuple[int, int, int] = option((1, 1, 1), "devices")
+    text: Text = option(Text(), "the text")
 
     def __post_init__(self):
         if self.steps < 1:

@@ -112,7 +112,7 @@ def run(config_: Config) -> dict[str, Any]:
     console, rows = Console(stderr=True, quiet=config_.quiet), []
     fits: dict[Any, tuple] = {}
     for n, attention in enumerate(config_.attentions, 1):
-        console.print(f"[bold]{n}/{len(config_.attentions)} {config.show(attention)}")
+        console.print(f"[bold]{n}/{len(config_.attentions)} {config.format_value(attention)}")
         rows.append(row(config_, attention, fits))
     devices = f"{jax.devices()[0].device_kind}, {jax.device_count()} device(s)"
     found = {
@@ -140,8 +140,8 @@ def row(config_: Config, attention: Any, fits: dict) -> dict[str, Any]:
     read = lm.scores(of_text, model, text)
     rows = config_.text.length * of_text.batch
     return {
-        "attention": config.show(attention),
-        "trained_as": config.show(source),
+        "attention": config.format_value(attention),
+        "trained_as": config.format_value(source),
         "recall": remembered["recall"],
         "chance": remembered["chance"],
         "recall_state": remembered["state_bytes"],

@@ -87,7 +87,7 @@ def run(config_: Config) -> dict[str, Any]:
     training pixels a second."""
     found: dict[str, Any] = {}
     for attention in config_.attentions:
-        name, model = config.show(attention), config_.model(attention)
+        name, model = config.format_value(attention), config_.model(attention)
         scores, speeds = [], []
         for seed in range(config_.seeds):
             fitted = fit(
@@ -127,7 +127,7 @@ def _show(config_: Config, found: dict[str, Any]) -> None:
     for title in ("attention", "accuracy", "pixels/s", "max c / min c"):
         table.add_column(title, justify="left" if title == "attention" else "right")
     for attention in config_.attentions:
-        name = config.show(attention)
+        name = config.format_value(attention)
         ratio = found.get(f"{name} largest_over_smallest")
         table.add_row(name, f"{found[f'{name} accuracy']:.1%}",
                       f"{found[f'{name} pixels_per_second']:,.0f}",

@@ -133,7 +133,7 @@ def timed(config_: Config) -> list[dict[str, Any]]:
             tokens = [1 if which == "decode" else t for t in lengths]
             us = [1e6 * best[which, a, t] / n for t, n in zip(lengths, tokens)]
             rows.append({
-                "pass": which, "attention": config.show(a), "lengths": lengths,
+                "pass": which, "attention": config.format_value(a), "lengths": lengths,
                 "us": us, "growth": max(us) / min(us),
                 "exponent": float(np.polyfit(np.log(lengths), np.log(us), 1)[0])
                 if len(us) > 1 else 0.0,

@@ -54,7 +54,7 @@ from experiments.cli import config
 from experiments.cli.config import option
 from experiments.data.images import Digits
 from experiments.data.majority import Majority
-from experiments.data.source import Cycle
+from experiments.data.dataset import Cycle
 from experiments.measure import grid_cost as spread
 from experiments.measure.grid_cost import Hardware
 from experiments.training.loop import TrainConfig, evaluate, fit
@@ -184,7 +184,7 @@ def learned(config_: Config, task: str) -> dict[str, dict[int, float]]:
     found: dict[str, dict[int, float]] = {}
     length = 64 if task == "digits" else config_.length
     for mixer in config_.mixers:
-        name = config.show(mixer)
+        name = config.format_value(mixer)
         for cut in config_.cuts:
             layer = config_.layer(mixer, length // cut)
             train = digits if task == "digits" else majority
@@ -198,10 +198,10 @@ def digits(config_: Config, layer: Pieces, label: str) -> float:
     model = PixelNet(width=config_.width, heads=config_.heads, table=True,
                      attention=(layer,) * config_.layers)
     plan = config_.plan(config_.steps, config_.batch)
-    source = Digits(seed=config_.seed)
-    fitted = fit(model, source, plan, objective=LABELS, label=label,
+    dataset = Digits(seed=config_.seed)
+    fitted = fit(model, dataset, plan, objective=LABELS, label=label,
                  quiet=config_.quiet)
-    held = dataclasses.replace(source, split="valid").whole()
+    held = dataclasses.replace(dataset, split="valid").whole()
     return accuracy(model, fitted.params, held)
 
 

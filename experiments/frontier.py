@@ -125,7 +125,7 @@ def run(config_: Config) -> dict[str, Any]:
     console = Console(stderr=True, quiet=config_.quiet)
     times, rows = decoding(config_), []
     for n, attention in enumerate(config_.attentions, 1):
-        console.print(f"[bold]{n}/{len(config_.attentions)} {config.show(attention)}")
+        console.print(f"[bold]{n}/{len(config_.attentions)} {config.format_value(attention)}")
         rows.append(row(config_, attention) | {"decode_us": 1e6 * times[n - 1]})
     found = {
         "command": config.command(config_), "jax": jax.__version__,
@@ -152,7 +152,7 @@ def row(config_: Config, attention: Any) -> dict[str, Any]:
     ends = [np.log(end / start) for start, end in (
         (config_.lengths[0], config_.lengths[-1]), (sizes[0], sizes[-1]))]
     return {
-        "attention": config.show(attention), "kind": type(attention).__name__,
+        "attention": config.format_value(attention), "kind": type(attention).__name__,
         "recall": scores["recall"], "chance": scores["chance"],
         "state_bytes": scores["state_bytes"], "recall_state": scores["state_bytes"],
         "train_loss": scores["train_loss"], "sizes": sizes,

@@ -124,14 +124,14 @@ def run(config_: Config) -> dict[str, Any]:
 def learning(config_: Config) -> dict[str, float]:
     """Accuracy on held-out digits by what tells the place; `NAME shuffled` is of the
     same network on digits whose pixels are mixed, all in the same way."""
-    source, found = Digits(seed=config_.seed), {}
-    held = dataclasses.replace(source, split="valid").whole()
+    dataset, found = Digits(seed=config_.seed), {}
+    held = dataclasses.replace(dataset, split="valid").whole()
     order = np.random.default_rng(config_.seed).permutation(SIDE * SIDE)
     flat = held["x"].reshape(-1, SIDE * SIDE, 1)
     mixed = held | {"x": flat[:, order].reshape(held["x"].shape)}
     for places in config_.places:
         model = config_.model(places)
-        fitted = fit(model, source, config_.plan(), objective=LABELS, label=places,
+        fitted = fit(model, dataset, config_.plan(), objective=LABELS, label=places,
                      quiet=config_.quiet)
         found[places] = accuracy(model, fitted.params, held)
         found[f"{places} shuffled"] = accuracy(model, fitted.params, mixed)

@@ -208,7 +208,7 @@ def _makers(config_: Config, which: str) -> dict[str, Maker]:
         found[name] = Maker(make, None, True, False)
     for attention in config_.attentions:
         make = functools.partial(prepared, attention, which=which)
-        found[config.show(attention)] = Maker(
+        found[config.format_value(attention)] = Maker(
             make, attention, False, exact(attention))
     return found
 

@@ -64,7 +64,7 @@ class Over(nn.Module):
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """One network on one source of images."""
+    """One network on one dataset of images."""
 
     data: Pairs = option(Photos(size=8), "the images: Photos() or Spectra()")
     width: int = option(16, "channels inside the network")

@@ -1,4 +1,4 @@
-"""Images: sources of pictures that are on the machine, or made up, and never fetched.
+"""Images: datasets of pictures that are on the machine, or made up, and never fetched.
 
 Digits and photographs come with scikit-learn (the extra `images`), spectral cubes are
 drawn from a model of mixed materials. A batch is a pure function of seed, split, step
@@ -12,7 +12,7 @@ import functools
 
 import numpy as np
 
-from experiments.data.source import Batch, Source
+from experiments.data.dataset import Batch, Dataset
 
 
 def _datasets():
@@ -41,7 +41,7 @@ def _photo(name: str) -> np.ndarray:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Digits(Source):
+class Digits(Dataset):
     """Handwritten digits, 8 x 8 grey pixels (UCI; Alpaydin & Kaynak, 1998): x [B,8,8,1]
     float32 in 0..1 and labels [B] int32. The last fifth of 1,797 is held out. zoom: so
     many pixels a side for each, all alike: 4 makes 32 x 32."""
@@ -67,7 +67,7 @@ class Digits(Source):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Pairs(Source):
+class Pairs(Dataset):
     """Images beside smaller ones: y [B,s h,s w,bands] and x [B,h,w,bands], the means of
     squares of s x s pixels. `size` is the side of x, `scale` is s; values are in 0..1.
     """

@@ -1,4 +1,4 @@
-"""Training: one loop for every model and every source of batches.
+"""Training: one loop for every model and every dataset.
 
 A batch is a pure function of the step, and so is the dropout; with the state in a
 checkpoint nothing else is needed, so a run that was killed at any point and started
@@ -52,7 +52,7 @@ def measure(model: nn.Module, params: Any, batch: dict) -> tuple:
 
 
 def evaluate(
-    model: nn.Module, params: Any, source: Any, batches: int, size: int,
+    model: nn.Module, params: Any, dataset: Any, batches: int, size: int,
     mesh: meshes.Sizes = (1, 1, 1),
 ) -> dict[str, float]:
     """Mean loss in nats and accuracy over `batches` batches of `size` rows, on the mesh
@@ -61,7 +61,7 @@ def evaluate(
     with meshes.in_force(mesh) as devices:
         model = meshes.spread(model, mesh)
         for step in range(batches):
-            batch = source.batch(step, size)
+            batch = dataset.batch(step, size)
             meshes.check(mesh, 1, batch)
             found = measure(model, params, meshes.put(batch, devices))
             sums += np.asarray(found, np.float64)
@@ -70,7 +70,7 @@ def evaluate(
 
 def fit(
     model: nn.Module,
-    source: Any,
+    dataset: Any,
     plan: TrainConfig,
     folder: pathlib.Path | None = None,
     *,
@@ -78,7 +78,7 @@ def fit(
     label: str = "train",
     quiet: bool = False,
 ) -> TrainResult:
-    """Trains `model` on `source`; with a folder, goes on from its newest checkpoint,
+    """Trains `model` on `dataset`; with a folder, goes on from its newest checkpoint,
     which may come from another mesh.
 
     On a mesh every attention that names no axis of its own gets "seq". `NotFinite`
@@ -86,19 +86,19 @@ def fit(
     objective: what is made small; by default the loss of the next token. quiet: no
     progress bar.
     """
-    check(model, plan, source, objective)
+    check(model, plan, dataset, objective)
     checkpoints = Checkpoints(folder)
     first = jax.process_index() == 0
     with meshes.in_force(plan.mesh) as mesh:
         model = meshes.spread(model, plan.mesh)
-        state = _resumed(model, plan, source, objective, checkpoints, mesh)
+        state = _resumed(model, plan, dataset, objective, checkpoints, mesh)
         done = int(state.step)
         metrics = Metrics(folder / "metrics.jsonl" if folder and first else None, done)
         rates: list[float] = []
         with progress(label, plan.steps, done, quiet or not first) as show:
             clock, since = time.perf_counter(), done
             for step in range(done, plan.steps):
-                batch = source.batch(step, plan.batch)
+                batch = dataset.batch(step, plan.batch)
                 state, mean = update(
                     model, plan, state, meshes.put(batch, mesh), objective
                 )
@@ -121,23 +121,23 @@ def fit(
 
 
 def check(
-    model: nn.Module, plan: TrainConfig, source: Any, objective: Objective = TEXT
+    model: nn.Module, plan: TrainConfig, dataset: Any, objective: Objective = TEXT
 ) -> None:
     """ValueError or NotImplementedError, in one sentence, if `fit` cannot run this plan
     on the devices there are: too few of them, sizes that they cannot split, an
     attention that cannot be split. The step is traced, which `fit` need not do again.
     """
-    batch = source.batch(0, plan.batch)
+    batch = dataset.batch(0, plan.batch)
     with meshes.in_force(plan.mesh) as mesh:
         meshes.check(plan.mesh, plan.accumulate, batch)
         trace(meshes.spread(model, plan.mesh), plan, mesh, batch, objective)
 
 
-def _resumed(model, plan, source, objective, checkpoints, mesh) -> State:
+def _resumed(model, plan, dataset, objective, checkpoints, mesh) -> State:
     """The newest checkpoint, read straight to where it lies; else a new state."""
     if checkpoints.latest is None:
-        return start(model, plan, source, objective)
-    inputs = source.batch(0, plan.mesh[0])[objective.inputs]
+        return start(model, plan, dataset, objective)
+    inputs = dataset.batch(0, plan.mesh[0])[objective.inputs]
     return checkpoints.restore(abstract(model, plan, inputs, mesh))
 
 

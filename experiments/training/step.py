@@ -153,11 +153,11 @@ def _parts(batch: dict, many: int) -> dict:
 
 
 def start(
-    model: nn.Module, plan: TrainConfig, source: Any, objective: Objective = TEXT
+    model: nn.Module, plan: TrainConfig, dataset: Any, objective: Objective = TEXT
 ) -> State:
     """The state before the first step. On the mesh in force, if there is one, no device
     ever holds more of it than its own part."""
-    like = _like(source.batch(0, plan.mesh[0])[objective.inputs])
+    like = _like(dataset.batch(0, plan.mesh[0])[objective.inputs])
     make = functools.partial(_initial, model, plan, like)
     mesh = jax.sharding.get_abstract_mesh()
     if mesh is None or mesh.empty:

@@ -16,11 +16,11 @@ from experiments.measure import grid_cost as spread
 
 
 def test_the_side_that_came_up_more_often():
-    source = Majority(length=8)
-    batch = source.batch(3, 64)
+    dataset = Majority(length=8)
+    batch = dataset.batch(3, 64)
     coins = batch["tokens"][:, :-1]
     assert coins.shape == (64, 7) and set(coins.ravel()) == {0, 1}
-    assert (batch["tokens"][:, -1] == 2).all() and source.vocab == 3
+    assert (batch["tokens"][:, -1] == 2).all() and dataset.vocab == 3
     assert (batch["targets"][:, :-1] == -1).all()
     np.testing.assert_array_equal(batch["targets"][:, -1], coins.mean(1) > 0.5)
     biased = Majority(length=512, bias=0.5).batch(0, 256)["tokens"][:, :-1].mean(1)
@@ -29,11 +29,11 @@ def test_the_side_that_came_up_more_often():
 
 @pytest.mark.parametrize("context", [128, 256, 512])
 def test_what_the_last_coins_allow(context):
-    source = Majority(length=512)
-    batch = source.batch(0, 20000)
+    dataset = Majority(length=512)
+    batch = dataset.batch(0, 20000)
     seen = batch["tokens"][:, -context:-1]
     right = ((2 * seen.sum(1) > seen.shape[1]) == batch["targets"][:, -1]).mean()
-    assert abs(right - source.best(context)) < 0.015
+    assert abs(right - dataset.best(context)) < 0.015
 
 
 def test_pieces_do_not_meet():

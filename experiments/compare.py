@@ -112,7 +112,8 @@ def run(config_: Config) -> dict[str, Any]:
     console, rows = Console(stderr=True, quiet=config_.quiet), []
     fits: dict[Any, tuple] = {}
     for n, attention in enumerate(config_.attentions, 1):
-        console.print(f"[bold]{n}/{len(config_.attentions)} {config.format_value(attention)}")
+        label = config.format_value(attention)
+        console.print(f"[bold]{n}/{len(config_.attentions)} {label}")
         rows.append(row(config_, attention, fits))
     devices = f"{jax.devices()[0].device_kind}, {jax.device_count()} device(s)"
     found = {

@@ -55,7 +55,7 @@ from experiments.cli.config import option
 from experiments.data.images import Digits
 from experiments.data.majority import Majority
 from experiments.data.dataset import Cycle
-from experiments.measure import grid_cost as spread
+from experiments.measure import grid_cost
 from experiments.measure.grid_cost import Hardware
 from experiments.training.loop import TrainConfig, evaluate, fit
 from experiments.training.objectives import LABELS, accuracy
@@ -126,14 +126,14 @@ class Config:
             mixer = MultiHead(mixer, self.heads, position=None, parent=None)
         return Pieces(mixer, context, parent=None)
 
-    def coins(self, split: str = "train", bias: float = 0.0) -> Majority:
+    def majority(self, split: str = "train", bias: float = 0.0) -> Majority:
         """Coins of which the most frequent side is asked for."""
         return Majority(length=self.length, seed=self.seed, split=split, bias=bias)
 
     def curriculum(self) -> Cycle:
         """What is trained on: coins with a bias and fair ones in turn; of fair ones
         alone the difference is too small to begin with."""
-        return Cycle((self.coins(bias=0.5), self.coins()))
+        return Cycle((self.majority(bias=0.5), self.majority()))
 
     def plan(self, steps: int, batch: int) -> TrainConfig:
         """The training."""
@@ -152,20 +152,20 @@ TINY = Config(
 
 def run(config_: Config) -> dict[str, Any]:
     """Trains, counts and models -> accuracies by task, mixer and context, and the
-    numbers of `experiments.spread`."""
-    spread.many(config_.devices)
+    numbers of `grid_cost`."""
+    grid_cost.many(config_.devices)
     folder = open_folder("dynamics", config_.folder, config.command(config_))
     scores = {task: learned(config_, task) for task in config_.tasks}
     if "majority" in scores:  # and what the coins in sight allow
         contexts = [config_.length // cut for cut in config_.cuts]
         scores["majority"]["the best possible"] = {
-            at: config_.coins().best(at) for at in contexts}
+            at: config_.majority().best(at) for at in contexts}
     rows, times = [], {}
     if config_.tokens:
         width = 2 * config_.width
-        rows = spread.measured(
+        rows = grid_cost.measured(
             config_.tokens, config_.heads, width, config_.devices)
-        times = {t: spread.modelled(t, config_.heads, width, config_.hardware)
+        times = {t: grid_cost.modelled(t, config_.heads, width, config_.hardware)
                  for t in (config_.tokens, config_.far)}
     found = {"command": config.command(config_), "jax": jax.__version__,
              "scores": scores, "spread": rows, "times": times}
@@ -207,7 +207,7 @@ def digits(config_: Config, layer: Pieces, label: str) -> float:
 
 def majority(config_: Config, layer: Pieces, label: str) -> float:
     """The share of right answers about 512 held-out rows of coins."""
-    held, size = config_.coins("valid"), config_.coin_batch
+    held, size = config_.majority("valid"), config_.coin_batch
     model = LM(vocab=held.vocab, width=config_.width, heads=config_.heads,
                attention=(layer,) * config_.coin_layers)
     plan = config_.plan(config_.coin_steps, size)
@@ -239,7 +239,7 @@ def show(scores: dict, rows: list, times: dict) -> None:
         for name, by in each.items():
             table.add_row(name, *(f"{by[at]:.1%}" for at in contexts))
         Console().print(table)
-    for table in spread.tables(rows, times):
+    for table in grid_cost.tables(rows, times):
         Console().print(table)
 
 

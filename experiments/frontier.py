@@ -125,7 +125,8 @@ def run(config_: Config) -> dict[str, Any]:
     console = Console(stderr=True, quiet=config_.quiet)
     times, rows = decoding(config_), []
     for n, attention in enumerate(config_.attentions, 1):
-        console.print(f"[bold]{n}/{len(config_.attentions)} {config.format_value(attention)}")
+        label = config.format_value(attention)
+        console.print(f"[bold]{n}/{len(config_.attentions)} {label}")
         rows.append(row(config_, attention) | {"decode_us": 1e6 * times[n - 1]})
     found = {
         "command": config.command(config_), "jax": jax.__version__,

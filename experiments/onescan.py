@@ -139,7 +139,7 @@ def learning(config_: Config) -> dict[str, float]:
 
 
 def scans(side: int) -> dict[str, Callable]:
-    """The contenders as f(q, k, v, log_decay), all forward: LightNet's one scan without
+    """The candidates as f(q, k, v, log_decay), all forward: LightNet's one scan without
     order, and decays that multiply, over the rows from the front, also from the back,
     and also both ways over the columns."""
     def turned(a):

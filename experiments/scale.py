@@ -49,8 +49,8 @@ from attn.parallel.exchange import EXCHANGES
 from attn.softmax import Softmax
 from experiments.cli import config
 from experiments.cli.config import option
-from experiments.measure.roofline import forecast
-from experiments.measure.scale_table import Row, figures, show
+from experiments.measure.roofline import roofline
+from experiments.measure.scale_table import Row, metrics, show
 from experiments.measure.topology import pod
 from experiments.training.mesh import Sizes
 from experiments.training.step import TrainConfig, staged
@@ -113,7 +113,7 @@ def run(config_: Config) -> dict[str, Any]:
         with console.status(f"{name}: compiling for {config_.topology}"):
             begin = time.perf_counter()
             traced, lowered = make()
-            one = forecast(chips, mesh, traced, lowered)
+            one = roofline(chips, mesh, traced, lowered)
             took = time.perf_counter() - begin
         rows[name] = Row(one, took, wanted / len(chips.devices))
         console.print(f"{name}: compiled in {took:.0f} s")
@@ -121,7 +121,7 @@ def run(config_: Config) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, row in rows.items():
         label = name.replace(", ", "_").replace(" ", "_")
-        found |= {f"{label}_{k}": v for k, v in figures(row).items()}
+        found |= {f"{label}_{k}": v for k, v in metrics(row).items()}
     return found
 
 

@@ -36,7 +36,7 @@ def format_value(value: Any) -> str:
     if type(value) is list:
         return "[" + ", ".join(map(format_value, value)) + "]"
     if type(value) is dict:
-        items = (f"{show(k)}: {show(v)}" for k, v in value.items())
+        items = (f"{format_value(k)}: {format_value(v)}" for k, v in value.items())
         return "{" + ", ".join(items) + "}"
     if isinstance(value, type):
         return _type(value)

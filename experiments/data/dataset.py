@@ -1,8 +1,8 @@
 """Dataset: where batches come from, each a pure function of (seed, split, step, size).
 
 There is no loader and no loader state: a run that stops at step 700 goes on with
-`dataset.batch(700, size)`, and two hosts draw the same batch or, with other seeds, other
-ones.
+`dataset.batch(700, size)`, and two hosts draw the same batch or, with other seeds,
+other ones.
 """
 
 from __future__ import annotations

@@ -19,13 +19,15 @@ import numpy as np
 from experiments.training import mesh as meshes
 from experiments.training.progress import progress
 from experiments.training.runs import Checkpoints, Metrics
-from experiments.training.step import TEXT, Objective, TrainConfig, State
-from experiments.training.step import abstract, next_token, staged, start, trace, update
+from experiments.training.step import (
+    TEXT, Objective, State, TrainConfig, abstract, next_token, staged, start, trace,
+    train_step,
+)
 from models.lm import loss
 
 __all__ = [
     "TEXT", "Objective", "TrainConfig", "State", "abstract", "check", "evaluate", "fit",
-    "next_token", "staged", "start", "update",
+    "next_token", "staged", "start", "train_step",
 ]
 
 
@@ -99,7 +101,7 @@ def fit(
             clock, since = time.perf_counter(), done
             for step in range(done, plan.steps):
                 batch = dataset.batch(step, plan.batch)
-                state, mean = update(
+                state, mean = train_step(
                     model, plan, state, meshes.put(batch, mesh), objective
                 )
                 last = step + 1 == plan.steps

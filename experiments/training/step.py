@@ -109,7 +109,7 @@ TEXT = Objective(next_token)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 4), donate_argnums=2)
-def update(
+def train_step(
     model: nn.Module, plan: TrainConfig, state: State, batch: dict,
     objective: Objective = TEXT,
 ) -> tuple:
@@ -187,17 +187,17 @@ def trace(
     model: nn.Module, plan: TrainConfig, mesh: Any, batch: dict,
     objective: Objective = TEXT,
 ) -> None:
-    """Traces `update` on the mesh in force, or on one device for None, so that what the
-    model refuses is raised; nothing is computed. jax keeps the trace for the steps."""
+    """Traces `train_step` on the mesh in force, or on one device for None, so that what
+    the model refuses is raised; nothing is computed. jax keeps the trace for the steps."""
     state = abstract(model, plan, batch[objective.inputs], mesh)
-    update.eval_shape(model, plan, state, meshes.shapes(batch, mesh), objective)
+    train_step.eval_shape(model, plan, state, meshes.shapes(batch, mesh), objective)
 
 
 def staged(
     model: nn.Module, plan: TrainConfig, mesh: Any, batch_shapes: dict,
     objective: Objective = TEXT,
 ) -> tuple[jax.stages.Traced, jax.stages.Lowered]:
-    """`update`, the step that `fit` takes, traced and lowered for the devices of
+    """`train_step`, the step that `fit` takes, traced and lowered for the devices of
     `mesh`, which need not be there; nothing is computed. mesh and batch_shapes, a shape
     and dtype for each array of a batch, take the place of `plan.mesh` and `plan.batch`.
 
@@ -210,5 +210,5 @@ def staged(
         model = meshes.spread(model, sizes)
         state = abstract(model, plan, batch[objective.inputs], mesh)
         batch = meshes.shapes(batch, mesh)
-        traced = update.trace(model, plan, state, batch, objective)
+        traced = train_step.trace(model, plan, state, batch, objective)
         return traced, traced.lower()

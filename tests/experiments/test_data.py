@@ -1,4 +1,4 @@
-"""Data: batches are functions of the step, and each puzzle has its answer in it."""
+"""Data: batches are functions of the step, and each task has its answer in it."""
 
 import dataclasses
 import sys

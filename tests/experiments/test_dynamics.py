@@ -12,7 +12,7 @@ from attn.softmax import Softmax
 from experiments import dynamics
 from experiments.cli import config
 from experiments.data.majority import Majority
-from experiments.measure import grid_cost as spread
+from experiments.measure import grid_cost
 
 
 def test_the_side_that_came_up_more_often():
@@ -51,7 +51,7 @@ def test_pieces_do_not_meet():
 
 
 def test_bytes_in_the_program_are_those_by_hand():
-    rows = spread.measured(256, 2, 8)
+    rows = grid_cost.measured(256, 2, 8)
     assert [row["devices"] for row in rows] == [1, 2, 4, 8]
     for row in rows:
         assert row["error"] <= 2e-5
@@ -63,11 +63,11 @@ def test_bytes_in_the_program_are_those_by_hand():
 
 
 def test_the_model_of_time():
-    ideal = spread.Hardware(link=1e30)
-    times = spread.modelled(4096, 4, 64, ideal)
+    ideal = grid_cost.Hardware(link=1e30)
+    times = grid_cost.modelled(4096, 4, 64, ideal)
     assert np.isclose(times["1 device"] / times["8 devices"], 8)
     assert times["vanilla"] > 5 * times["1 device"]
-    slow = spread.modelled(4096, 4, 64, spread.Hardware())
+    slow = grid_cost.modelled(4096, 4, 64, grid_cost.Hardware())
     assert slow["8 devices"] > times["8 devices"]
     assert slow["vanilla"] == times["vanilla"]
 

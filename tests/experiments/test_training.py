@@ -55,18 +55,18 @@ def test_it_learns():
 
 def test_a_run_that_was_stopped_ends_bit_identical(tmp_path, monkeypatch):
     whole = fit(MODEL, Counting(), PLAN, tmp_path / "whole", quiet=True)
-    count, update = [0], train.update
+    count, train_step = [0], train.train_step
 
     def stopping(*args):
         count[0] += 1
         if count[0] == 7:
             raise KeyboardInterrupt
-        return update(*args)
+        return train_step(*args)
 
-    monkeypatch.setattr(train, "update", stopping)
+    monkeypatch.setattr(train, "train_step", stopping)
     with pytest.raises(KeyboardInterrupt):
         fit(MODEL, Counting(), PLAN, tmp_path / "parts", quiet=True)
-    monkeypatch.setattr(train, "update", update)
+    monkeypatch.setattr(train, "train_step", train_step)
     again = fit(MODEL, Counting(), PLAN, tmp_path / "parts", quiet=True)
     assert _same(whole.params, again.params)
     assert whole.rows == again.rows
@@ -76,7 +76,7 @@ def test_a_run_that_was_stopped_ends_bit_identical(tmp_path, monkeypatch):
 
 KILLED = """
 import pathlib, sys
-from tests.test_train import *
+from tests.experiments.test_training import *
 fit(MODEL, Counting(), dataclasses.replace(PLAN, steps=400, save=2),
     pathlib.Path(sys.argv[1]), quiet=True)
 """

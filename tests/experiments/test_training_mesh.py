@@ -33,7 +33,7 @@ def steps(mesh, **fields):
         state = train.start(model, how, dataset)
         for step in range(how.steps):
             batch = meshes.put(dataset.batch(step, how.batch), devices)
-            state, mean = train.update(model, how, state, batch)
+            state, mean = train.train_step(model, how, state, batch)
             losses.append(float(mean))
             if first is None:
                 mu = state.moments[1][0].mu

@@ -188,7 +188,8 @@ def trace(
     objective: Objective = TEXT,
 ) -> None:
     """Traces `train_step` on the mesh in force, or on one device for None, so that what
-    the model refuses is raised; nothing is computed. jax keeps the trace for the steps."""
+    the model refuses is raised; nothing is computed. jax keeps the trace for the
+    steps."""
     state = abstract(model, plan, batch[objective.inputs], mesh)
     train_step.eval_shape(model, plan, state, meshes.shapes(batch, mesh), objective)
 

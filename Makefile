@@ -7,7 +7,7 @@ JAX ?= 0.11.2 0.12.0
 PYTHON_JAX ?= python3.12
 RUN := -m pytest -n $(JOBS) --dist loadgroup
 
-.PHONY: compare test quick test-jax lint matrix matrix-all clean
+.PHONY: compare test quick test-jax test-peers lint matrix matrix-all clean
 
 compare: .venv/.run  ## train and compare attentions: the main job
 	$(BIN)/python -m experiments.compare
@@ -41,6 +41,14 @@ matrix-all: .venv-aot/.done  ## the same with peers and those that another one i
 .venv/.test: setup.cfg pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -q --disable-pip-version-check -e ".[test]"
+	touch $@
+
+test-peers: .venv-peers/.done  ## ours beside torch's and ejkernel's
+	.venv-peers/bin/python -m pytest -rs tests/experiments/test_timing.py
+
+.venv-peers/.done: setup.cfg pyproject.toml
+	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install -q --disable-pip-version-check -e ".[test,peers]"
 	touch $@
 
 .venv-jax%/.done: setup.cfg pyproject.toml

@@ -2,9 +2,9 @@
 
 import os
 
-import pytest
-
 from tests import compile_cache
+
+LARGE = 3 * 2**29  # bytes of a process from which on compiled programs are let go
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 _FLAGS = os.environ.get("XLA_FLAGS", "")
@@ -18,16 +18,35 @@ compile_cache.use()
 
 import jax  # noqa: E402
 
+from tests import memory  # noqa: E402
+
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")
 compile_cache.write_whole_entries()
 
 
-@pytest.fixture(autouse=True, scope="module")
-def compiled_programs_are_let_go():
-    """A worker stays small to the end: what a file of tests compiled goes with it."""
-    yield
-    jax.clear_caches()
+def _group(item):
+    """What of a test's compiled programs others use: its file, and of a law its row."""
+    law = item.path.name == "laws.py" and hasattr(item, "callspec")
+    return item.path, item.callspec.params["name"] if law else None
+
+
+def pytest_collection_modifyitems(items):
+    """Laws of one row follow each other, and so share what they compile."""
+    laws = [n for n, item in enumerate(items) if item.path.name == "laws.py"]
+    rows = list(dict.fromkeys(_group(items[n])[1] for n in laws))
+    ordered = sorted((items[n] for n in laws), key=lambda i: rows.index(_group(i)[1]))
+    for n, item in zip(laws, ordered):
+        items[n] = item
+
+
+def pytest_runtest_teardown(item, nextitem):
+    """A worker stays small to the end: what a file of tests compiled, or a row of laws,
+    goes with it once there is much of it."""
+    if nextitem is None or _group(item) == _group(nextitem):
+        return
+    if memory.resident() > LARGE:
+        memory.let_go()
 
 
 def pytest_sessionfinish(session):

@@ -48,7 +48,7 @@ from attn.rat import RAT
 from attn.softmax import Softmax
 from experiments import lm, recall
 from experiments.cli import config
-from experiments.cli.config import knob
+from experiments.cli.config import option
 from experiments.data import Corpus, Text
 from experiments.measure.timing import keep_memory, repeats, seconds
 from experiments.training.loop import evaluate
@@ -59,25 +59,25 @@ from experiments.training.runs import open_folder
 class Config:
     """Chunks, and the sizes of the three parts."""
 
-    chunks: tuple[int, ...] = knob((1, 16, 64), "L of the layers that are timed")
-    tokens: int = knob(8192, "tokens T of a timed layer")
-    layer_width: int = knob(128, "its model width E, of 4 heads")
-    rounds: int = knob(7, "how often each layer is timed")
-    keep: bool = knob(True, "keep freed memory in the process, where glibc is used")
-    text: Corpus = knob(Text(length=256), "the text, and the tokens of a row")
-    chunk: int = knob(16, "L of the language model beside softmax and L = T")
-    layers: int = knob(2, "layers of the language models")
-    width: int = knob(96, "their model width E, of 4 heads")
-    text_steps: int = knob(300, "training steps on text")
-    recall_chunks: tuple[int, ...] = knob((1, 4, 16, 64), "L of the recall networks")
-    pairs: int = knob(16, "keys with values of the recall task")
-    length: int = knob(64, "tokens of a sequence of it")
-    recall_width: int = knob(64, "model width E of its networks")
-    recall_steps: int = knob(800, "training steps on recall")
-    rate: float = knob(1e-2, "peak learning rate on recall")
-    seed: int = knob(0, "of data and parameters")
-    quiet: bool = knob(False, "no progress bars and no table")
-    folder: str | None = knob(None, "where results go; None makes a new folder")
+    chunks: tuple[int, ...] = option((1, 16, 64), "L of the layers that are timed")
+    tokens: int = option(8192, "tokens T of a timed layer")
+    layer_width: int = option(128, "its model width E, of 4 heads")
+    rounds: int = option(7, "how often each layer is timed")
+    keep: bool = option(True, "keep freed memory in the process, where glibc is used")
+    text: Corpus = option(Text(length=256), "the text, and the tokens of a row")
+    chunk: int = option(16, "L of the language model beside softmax and L = T")
+    layers: int = option(2, "layers of the language models")
+    width: int = option(96, "their model width E, of 4 heads")
+    text_steps: int = option(300, "training steps on text")
+    recall_chunks: tuple[int, ...] = option((1, 4, 16, 64), "L of the recall networks")
+    pairs: int = option(16, "keys with values of the recall task")
+    length: int = option(64, "tokens of a sequence of it")
+    recall_width: int = option(64, "model width E of its networks")
+    recall_steps: int = option(800, "training steps on recall")
+    rate: float = option(1e-2, "peak learning rate on recall")
+    seed: int = option(0, "of data and parameters")
+    quiet: bool = option(False, "no progress bars and no table")
+    folder: str | None = option(None, "where results go; None makes a new folder")
 
     def lm(self, attention: Any) -> lm.Config:
         """The text run of one attention."""

@@ -35,7 +35,7 @@ from attn.snapkv import SnapKV
 from attn.softmax import Softmax
 from experiments import lm, recall
 from experiments.cli import config
-from experiments.cli.config import knob
+from experiments.cli.config import option
 from experiments.data import Corpus, Text
 from experiments.measure import report
 from experiments.training.runs import open_folder
@@ -55,7 +55,7 @@ COLUMNS = {
 class Config:
     """What is compared, and the budget of each."""
 
-    attentions: tuple = knob(
+    attentions: tuple = option(
         (
             Softmax(),
             Softmax(mask=Causal() & Window(31)),
@@ -67,15 +67,15 @@ class Config:
         ),
         "the list; an entry may be a tuple with one attention per layer",
     )
-    pairs: int = knob(16, "keys with values of the recall task")
-    recall_steps: int = knob(800, "training steps on recall")
-    text: Corpus = knob(Text(length=256), "the text, and the tokens of a row")
-    layers: int = knob(2, "layers of the language model")
-    width: int = knob(128, "width of the language model")
-    text_steps: int = knob(200, "training steps on text")
-    seed: int = knob(0, "of data and parameters")
-    quiet: bool = knob(False, "no progress bars")
-    folder: str | None = knob(None, "where results go; None makes a new folder")
+    pairs: int = option(16, "keys with values of the recall task")
+    recall_steps: int = option(800, "training steps on recall")
+    text: Corpus = option(Text(length=256), "the text, and the tokens of a row")
+    layers: int = option(2, "layers of the language model")
+    width: int = option(128, "width of the language model")
+    text_steps: int = option(200, "training steps on text")
+    seed: int = option(0, "of data and parameters")
+    quiet: bool = option(False, "no progress bars")
+    folder: str | None = option(None, "where results go; None makes a new folder")
 
     def __post_init__(self):
         if not self.attentions:
@@ -112,7 +112,8 @@ def run(config_: Config) -> dict[str, Any]:
     console, rows = Console(stderr=True, quiet=config_.quiet), []
     fits: dict[Any, tuple] = {}
     for n, attention in enumerate(config_.attentions, 1):
-        console.print(f"[bold]{n}/{len(config_.attentions)} {config.show(attention)}")
+        label = config.format_value(attention)
+        console.print(f"[bold]{n}/{len(config_.attentions)} {label}")
         rows.append(row(config_, attention, fits))
     devices = f"{jax.devices()[0].device_kind}, {jax.device_count()} device(s)"
     found = {
@@ -140,8 +141,8 @@ def row(config_: Config, attention: Any, fits: dict) -> dict[str, Any]:
     read = lm.scores(of_text, model, text)
     rows = config_.text.length * of_text.batch
     return {
-        "attention": config.show(attention),
-        "trained_as": config.show(source),
+        "attention": config.format_value(attention),
+        "trained_as": config.format_value(source),
         "recall": remembered["recall"],
         "chance": remembered["chance"],
         "recall_state": remembered["state_bytes"],

@@ -33,9 +33,10 @@ from attn.flow import Flow
 from attn.masks import Full
 from attn.softmax import Softmax
 from experiments.cli import config
-from experiments.cli.config import knob
-from experiments.data.images import LABELS, Digits, accuracy
-from experiments.training.loop import Plan, fit
+from experiments.cli.config import option
+from experiments.data.images import Digits
+from experiments.training.loop import TrainConfig, fit
+from experiments.training.objectives import LABELS, accuracy
 from models.pixels import PixelNet
 
 
@@ -43,20 +44,20 @@ from models.pixels import PixelNet
 class Config:
     """The attentions and the task."""
 
-    attentions: tuple = knob(
+    attentions: tuple = option(
         (Flow(causal=False), Flow(causal=False, compete=False),
          Flow(causal=False, compete=False, allocate=False), Softmax(mask=Full())),
         "what is compared, each in all layers",
     )
-    zoom: int = knob(4, "pixels a side for each of the digit's 8")
-    width: int = knob(32, "model width E")
-    heads: int = knob(4, "heads H")
-    layers: int = knob(2, "layers")
-    steps: int = knob(200, "training steps")
-    batch: int = knob(16, "pictures a step")
-    rate: float = knob(5e-3, "peak learning rate")
-    seeds: int = knob(1, "networks trained of each, of different seeds")
-    quiet: bool = knob(False, "no progress bar and no table")
+    zoom: int = option(4, "pixels a side for each of the digit's 8")
+    width: int = option(32, "model width E")
+    heads: int = option(4, "heads H")
+    layers: int = option(2, "layers")
+    steps: int = option(200, "training steps")
+    batch: int = option(16, "pictures a step")
+    rate: float = option(5e-3, "peak learning rate")
+    seeds: int = option(1, "networks trained of each, of different seeds")
+    quiet: bool = option(False, "no progress bar and no table")
 
     def data(self, split: str = "train") -> Digits:
         """The pictures."""
@@ -69,10 +70,12 @@ class Config:
             table=True,
         )
 
-    def plan(self, seed: int) -> Plan:
+    def plan(self, seed: int) -> TrainConfig:
         """The training."""
-        return Plan(steps=self.steps, batch=self.batch, rate=self.rate, seed=seed,
-                    warmup=self.steps // 10)
+        return TrainConfig(
+            steps=self.steps, batch=self.batch, learning_rate=self.rate, seed=seed,
+            warmup=self.steps // 10,
+        )
 
 
 TINY = Config(attentions=(Flow(causal=False),), zoom=1, width=8, heads=2, layers=1,
@@ -84,7 +87,7 @@ def run(config_: Config) -> dict[str, Any]:
     training pixels a second."""
     found: dict[str, Any] = {}
     for attention in config_.attentions:
-        name, model = config.show(attention), config_.model(attention)
+        name, model = config.format_value(attention), config_.model(attention)
         scores, speeds = [], []
         for seed in range(config_.seeds):
             fitted = fit(
@@ -124,7 +127,7 @@ def _show(config_: Config, found: dict[str, Any]) -> None:
     for title in ("attention", "accuracy", "pixels/s", "max c / min c"):
         table.add_column(title, justify="left" if title == "attention" else "right")
     for attention in config_.attentions:
-        name = config.show(attention)
+        name = config.format_value(attention)
         ratio = found.get(f"{name} largest_over_smallest")
         table.add_row(name, f"{found[f'{name} accuracy']:.1%}",
                       f"{found[f'{name} pixels_per_second']:,.0f}",

@@ -49,7 +49,7 @@ from attn.lightning import Lightning
 from attn.retnet import RetNet
 from attn.softmax import Softmax
 from experiments.cli import config
-from experiments.cli.config import knob
+from experiments.cli.config import option
 from experiments.measure.timing import (
     PASSES, exact, inputs, keep_memory, prepared, repeats, seconds
 )
@@ -60,19 +60,20 @@ from experiments.training.runs import open_folder
 class Config:
     """What is timed, and on what shapes."""
 
-    attentions: tuple = knob((Lightning(), RetNet(), Flow(), Softmax()),
-                             "what is compared")
-    lengths: tuple[int, ...] = knob((256, 1024, 4096, 16384), "tokens T, rising")
-    limit: int = knob(16384, "longest T of exact attention, forward and backward")
-    passes: tuple[str, ...] = knob(
+    attentions: tuple = option(
+        (Lightning(), RetNet(), Flow(), Softmax()), "what is compared"
+    )
+    lengths: tuple[int, ...] = option((256, 1024, 4096, 16384), "tokens T, rising")
+    limit: int = option(16384, "longest T of exact attention, forward and backward")
+    passes: tuple[str, ...] = option(
         PASSES, "forward, both (forward and backward), decode (one token more)")
-    batch: int = knob(1, "batch B")
-    heads: int = knob(4, "heads H")
-    width: int = knob(32, "width of a head D")
-    rounds: int = knob(7, "how often each is timed")
-    keep: bool = knob(True, "keep freed memory in the process, where glibc is used")
-    quiet: bool = knob(False, "no progress bar and no table")
-    folder: str | None = knob(None, "where results go; None makes a new folder")
+    batch: int = option(1, "batch B")
+    heads: int = option(4, "heads H")
+    width: int = option(32, "width of a head D")
+    rounds: int = option(7, "how often each is timed")
+    keep: bool = option(True, "keep freed memory in the process, where glibc is used")
+    quiet: bool = option(False, "no progress bar and no table")
+    folder: str | None = option(None, "where results go; None makes a new folder")
 
     def __post_init__(self):
         if list(self.lengths) != sorted(set(self.lengths)) or len(self.lengths) < 2:
@@ -132,7 +133,7 @@ def timed(config_: Config) -> list[dict[str, Any]]:
             tokens = [1 if which == "decode" else t for t in lengths]
             us = [1e6 * best[which, a, t] / n for t, n in zip(lengths, tokens)]
             rows.append({
-                "pass": which, "attention": config.show(a), "lengths": lengths,
+                "pass": which, "attention": config.format_value(a), "lengths": lengths,
                 "us": us, "growth": max(us) / min(us),
                 "exponent": float(np.polyfit(np.log(lengths), np.log(us), 1)[0])
                 if len(us) > 1 else 0.0,

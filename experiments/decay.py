@@ -31,9 +31,9 @@ from rich.table import Table
 from attn.lightning import Lightning
 from attn.softmax import Softmax
 from experiments.cli import config
-from experiments.cli.config import knob
+from experiments.cli.config import option
 from experiments.data import Corpus, Text
-from experiments.training.loop import Plan, evaluate, fit
+from experiments.training.loop import TrainConfig, evaluate, fit
 from models.lm import LM
 from models.transnormer import TransNormer
 
@@ -42,16 +42,16 @@ from models.transnormer import TransNormer
 class Config:
     """Three networks of one size on one text."""
 
-    text: Corpus = knob(Text(length=256), "the text, and the tokens of a row")
-    depth: int = knob(2, "layers")
-    width: int = knob(96, "model width E")
-    heads: int = knob(4, "heads H")
-    slopes: str = knob("code", "the decays of TransNormer: code, paper or fla")
-    steps: int = knob(300, "training steps")
-    batch: int = knob(8, "rows a step")
-    rate: float = knob(3e-3, "peak learning rate")
-    seed: int = knob(0, "of data and parameters")
-    quiet: bool = knob(False, "no progress bars and no table")
+    text: Corpus = option(Text(length=256), "the text, and the tokens of a row")
+    depth: int = option(2, "layers")
+    width: int = option(96, "model width E")
+    heads: int = option(4, "heads H")
+    slopes: str = option("code", "the decays of TransNormer: code, paper or fla")
+    steps: int = option(300, "training steps")
+    batch: int = option(8, "rows a step")
+    rate: float = option(3e-3, "peak learning rate")
+    seed: int = option(0, "of data and parameters")
+    quiet: bool = option(False, "no progress bars and no table")
 
     def networks(self) -> dict[str, nn.Module]:
         """The networks by name. TransNormer's gate takes E^2 parameters a layer, so its
@@ -68,10 +68,12 @@ class Config:
             "softmax": LM(**size, attention=(Softmax(),) * self.depth, hidden=hidden),
         }
 
-    def plan(self) -> Plan:
+    def plan(self) -> TrainConfig:
         """The training."""
-        return Plan(steps=self.steps, batch=self.batch, rate=self.rate, seed=self.seed,
-                    warmup=self.steps // 10)
+        return TrainConfig(
+            steps=self.steps, batch=self.batch, learning_rate=self.rate, seed=self.seed,
+            warmup=self.steps // 10,
+        )
 
 
 TINY = Config(text=Text(length=32), width=24, heads=2, steps=2, batch=2, quiet=True)

@@ -51,13 +51,14 @@ from attn.masks import Full
 from attn.mixers import Depthwise, FNet, LongConv
 from attn.softmax import Softmax
 from experiments.cli import config
-from experiments.cli.config import knob
-from experiments.data.images import LABELS, Digits, accuracy
+from experiments.cli.config import option
+from experiments.data.images import Digits
 from experiments.data.majority import Majority
-from experiments.data.source import Cycle
-from experiments.measure import grid_cost as spread
+from experiments.data.dataset import Cycle
+from experiments.measure import grid_cost
 from experiments.measure.grid_cost import Hardware
-from experiments.training.loop import Plan, evaluate, fit
+from experiments.training.loop import TrainConfig, evaluate, fit
+from experiments.training.objectives import LABELS, accuracy
 from experiments.training.runs import open_folder
 from models.lm import LM
 from models.pixels import PixelNet
@@ -81,30 +82,32 @@ class Pieces(Layer):
 class Config:
     """The mixers, the two tasks, and the attention that is spread over devices."""
 
-    mixers: tuple = knob(
+    mixers: tuple = option(
         (Softmax(mask=Full()), LinearTransformer(causal=False), Linformer(rank=32),
          FNet(), LongConv(), Depthwise()),
         "what is compared, each in all layers; `length` becomes that of the context",
     )
-    tasks: tuple[str, ...] = knob(TASKS, "digits, majority or both")
-    cuts: tuple[int, ...] = knob((4, 2, 1), "pieces that a sequence is cut into")
-    width: int = knob(32, "model width E")
-    heads: int = knob(2, "heads H")
-    layers: int = knob(2, "layers of the network that reads digits")
-    coin_layers: int = knob(1, "layers of the network that counts coins")
-    length: int = knob(512, "tokens of a row of coins")
-    steps: int = knob(150, "training steps on digits")
-    coin_steps: int = knob(150, "training steps on coins")
-    batch: int = knob(32, "digits a step")
-    coin_batch: int = knob(16, "rows of coins a step")
-    rate: float = knob(5e-3, "peak learning rate")
-    seed: int = knob(0, "of data and parameters")
-    tokens: int = knob(4096, "tokens of the attention over devices, 0 for none")
-    devices: int = knob(8, "the most devices; on a CPU they are asked for")
-    far: int = knob(131072, "tokens in the model of time")
-    hardware: Hardware = knob(Hardware(), "peaks in the model of time, of an RTX 4090")
-    quiet: bool = knob(False, "no progress bar and no table")
-    folder: str | None = knob(None, "where results go; None makes a new folder")
+    tasks: tuple[str, ...] = option(TASKS, "digits, majority or both")
+    cuts: tuple[int, ...] = option((4, 2, 1), "pieces that a sequence is cut into")
+    width: int = option(32, "model width E")
+    heads: int = option(2, "heads H")
+    layers: int = option(2, "layers of the network that reads digits")
+    coin_layers: int = option(1, "layers of the network that counts coins")
+    length: int = option(512, "tokens of a row of coins")
+    steps: int = option(150, "training steps on digits")
+    coin_steps: int = option(150, "training steps on coins")
+    batch: int = option(32, "digits a step")
+    coin_batch: int = option(16, "rows of coins a step")
+    rate: float = option(5e-3, "peak learning rate")
+    seed: int = option(0, "of data and parameters")
+    tokens: int = option(4096, "tokens of the attention over devices, 0 for none")
+    devices: int = option(8, "the most devices; on a CPU they are asked for")
+    far: int = option(131072, "tokens in the model of time")
+    hardware: Hardware = option(
+        Hardware(), "peaks in the model of time, of an RTX 4090"
+    )
+    quiet: bool = option(False, "no progress bar and no table")
+    folder: str | None = option(None, "where results go; None makes a new folder")
 
     def __post_init__(self):
         if unknown := set(self.tasks) - set(TASKS):
@@ -123,19 +126,21 @@ class Config:
             mixer = MultiHead(mixer, self.heads, position=None, parent=None)
         return Pieces(mixer, context, parent=None)
 
-    def coins(self, split: str = "train", bias: float = 0.0) -> Majority:
+    def majority(self, split: str = "train", bias: float = 0.0) -> Majority:
         """Coins of which the most frequent side is asked for."""
         return Majority(length=self.length, seed=self.seed, split=split, bias=bias)
 
-    def lessons(self) -> Cycle:
+    def curriculum(self) -> Cycle:
         """What is trained on: coins with a bias and fair ones in turn; of fair ones
         alone the difference is too small to begin with."""
-        return Cycle((self.coins(bias=0.5), self.coins()))
+        return Cycle((self.majority(bias=0.5), self.majority()))
 
-    def plan(self, steps: int, batch: int) -> Plan:
+    def plan(self, steps: int, batch: int) -> TrainConfig:
         """The training."""
-        return Plan(steps=steps, batch=batch, rate=self.rate, seed=self.seed,
-                    warmup=steps // 10, log=25)
+        return TrainConfig(
+            steps=steps, batch=batch, learning_rate=self.rate, seed=self.seed,
+            warmup=steps // 10, log=25,
+        )
 
 
 TINY = Config(
@@ -147,20 +152,20 @@ TINY = Config(
 
 def run(config_: Config) -> dict[str, Any]:
     """Trains, counts and models -> accuracies by task, mixer and context, and the
-    numbers of `experiments.spread`."""
-    spread.many(config_.devices)
+    numbers of `grid_cost`."""
+    grid_cost.many(config_.devices)
     folder = open_folder("dynamics", config_.folder, config.command(config_))
     scores = {task: learned(config_, task) for task in config_.tasks}
     if "majority" in scores:  # and what the coins in sight allow
         contexts = [config_.length // cut for cut in config_.cuts]
         scores["majority"]["the best possible"] = {
-            at: config_.coins().best(at) for at in contexts}
+            at: config_.majority().best(at) for at in contexts}
     rows, times = [], {}
     if config_.tokens:
         width = 2 * config_.width
-        rows = spread.measured(
+        rows = grid_cost.measured(
             config_.tokens, config_.heads, width, config_.devices)
-        times = {t: spread.modelled(t, config_.heads, width, config_.hardware)
+        times = {t: grid_cost.modelled(t, config_.heads, width, config_.hardware)
                  for t in (config_.tokens, config_.far)}
     found = {"command": config.command(config_), "jax": jax.__version__,
              "scores": scores, "spread": rows, "times": times}
@@ -179,7 +184,7 @@ def learned(config_: Config, task: str) -> dict[str, dict[int, float]]:
     found: dict[str, dict[int, float]] = {}
     length = 64 if task == "digits" else config_.length
     for mixer in config_.mixers:
-        name = config.show(mixer)
+        name = config.format_value(mixer)
         for cut in config_.cuts:
             layer = config_.layer(mixer, length // cut)
             train = digits if task == "digits" else majority
@@ -193,20 +198,20 @@ def digits(config_: Config, layer: Pieces, label: str) -> float:
     model = PixelNet(width=config_.width, heads=config_.heads, table=True,
                      attention=(layer,) * config_.layers)
     plan = config_.plan(config_.steps, config_.batch)
-    source = Digits(seed=config_.seed)
-    fitted = fit(model, source, plan, objective=LABELS, label=label,
+    dataset = Digits(seed=config_.seed)
+    fitted = fit(model, dataset, plan, objective=LABELS, label=label,
                  quiet=config_.quiet)
-    held = dataclasses.replace(source, split="valid").whole()
+    held = dataclasses.replace(dataset, split="valid").whole()
     return accuracy(model, fitted.params, held)
 
 
 def majority(config_: Config, layer: Pieces, label: str) -> float:
     """The share of right answers about 512 held-out rows of coins."""
-    held, size = config_.coins("valid"), config_.coin_batch
+    held, size = config_.majority("valid"), config_.coin_batch
     model = LM(vocab=held.vocab, width=config_.width, heads=config_.heads,
                attention=(layer,) * config_.coin_layers)
     plan = config_.plan(config_.coin_steps, size)
-    fitted = fit(model, config_.lessons(), plan, label=label, quiet=config_.quiet)
+    fitted = fit(model, config_.curriculum(), plan, label=label, quiet=config_.quiet)
     batches = min(512, 8 * config_.coin_steps) // size
     return evaluate(model, fitted.params, held, batches, size)["accuracy"]
 
@@ -234,7 +239,7 @@ def show(scores: dict, rows: list, times: dict) -> None:
         for name, by in each.items():
             table.add_row(name, *(f"{by[at]:.1%}" for at in contexts))
         Console().print(table)
-    for table in spread.tables(rows, times):
+    for table in grid_cost.tables(rows, times):
         Console().print(table)
 
 

@@ -55,7 +55,7 @@ from attn.masks import Causal, Window
 from attn.softmax import Softmax
 from experiments import recall
 from experiments.cli import config
-from experiments.cli.config import knob
+from experiments.cli.config import option
 from experiments.measure import report
 from experiments.measure.timing import inputs, prepared, repeats, seconds
 from experiments.training.runs import open_folder
@@ -66,7 +66,7 @@ from models.lm import state_bytes
 class Config:
     """What is compared, on what size of the task."""
 
-    attentions: tuple = knob(
+    attentions: tuple = option(
         (
             Based(feature_dim=2),
             Based(feature_dim=4),
@@ -82,19 +82,21 @@ class Config:
         ),
         "the list; Window(n) sees n tokens back and the present one",
     )
-    pairs: int = knob(16, "keys with values in a sequence")
-    length: int = knob(64, "tokens of a sequence")
-    vocab: int = knob(256, "token ids; the lower half are keys, the upper half values")
-    width: int = knob(64, "model width E")
-    steps: int = knob(800, "training steps")
-    batch: int = knob(16, "sequences a step")
-    rate: float = knob(1e-2, "peak learning rate")
-    lengths: tuple = knob((256, 1024, 4096, 16384), "at which memory is counted")
-    stream: int = knob(4096, "tokens in memory where a step of decoding is timed")
-    rounds: int = knob(9, "how often each step is timed")
-    seed: int = knob(0, "of data and parameters")
-    quiet: bool = knob(False, "no progress bars and no table")
-    folder: str | None = knob(None, "where results go; None makes a new folder")
+    pairs: int = option(16, "keys with values in a sequence")
+    length: int = option(64, "tokens of a sequence")
+    vocab: int = option(
+        256, "token ids; the lower half are keys, the upper half values"
+    )
+    width: int = option(64, "model width E")
+    steps: int = option(800, "training steps")
+    batch: int = option(16, "sequences a step")
+    rate: float = option(1e-2, "peak learning rate")
+    lengths: tuple = option((256, 1024, 4096, 16384), "at which memory is counted")
+    stream: int = option(4096, "tokens in memory where a step of decoding is timed")
+    rounds: int = option(9, "how often each step is timed")
+    seed: int = option(0, "of data and parameters")
+    quiet: bool = option(False, "no progress bars and no table")
+    folder: str | None = option(None, "where results go; None makes a new folder")
 
     def __post_init__(self):
         if not self.attentions or not self.lengths:
@@ -123,7 +125,8 @@ def run(config_: Config) -> dict[str, Any]:
     console = Console(stderr=True, quiet=config_.quiet)
     times, rows = decoding(config_), []
     for n, attention in enumerate(config_.attentions, 1):
-        console.print(f"[bold]{n}/{len(config_.attentions)} {config.show(attention)}")
+        label = config.format_value(attention)
+        console.print(f"[bold]{n}/{len(config_.attentions)} {label}")
         rows.append(row(config_, attention) | {"decode_us": 1e6 * times[n - 1]})
     found = {
         "command": config.command(config_), "jax": jax.__version__,
@@ -150,7 +153,7 @@ def row(config_: Config, attention: Any) -> dict[str, Any]:
     ends = [np.log(end / start) for start, end in (
         (config_.lengths[0], config_.lengths[-1]), (sizes[0], sizes[-1]))]
     return {
-        "attention": config.show(attention), "kind": type(attention).__name__,
+        "attention": config.format_value(attention), "kind": type(attention).__name__,
         "recall": scores["recall"], "chance": scores["chance"],
         "state_bytes": scores["state_bytes"], "recall_state": scores["state_bytes"],
         "train_loss": scores["train_loss"], "sizes": sizes,

@@ -26,9 +26,9 @@ import numpy as np
 
 from attn.softmax import Softmax
 from experiments.cli import config
-from experiments.cli.config import knob
+from experiments.cli.config import option
 from experiments.data import Corpus, Text
-from experiments.training.loop import Fit, Plan, check, evaluate, fit
+from experiments.training.loop import TrainResult, TrainConfig, check, evaluate, fit
 from experiments.training.mesh import whole
 from experiments.training.runs import open_folder
 from models.generate import generate, stream
@@ -39,26 +39,28 @@ from models.lm import LM, loss, state_bytes
 class Config:
     """One network on one text."""
 
-    attention: tuple = knob((Softmax(),) * 4, "one entry per layer")
-    text: Corpus = knob(Text(length=256), "where the text comes from, and its rows")
-    width: int = knob(128, "model width E")
-    heads: int = knob(4, "heads H")
-    kv_heads: int | None = knob(None, "key heads K (None: H)")
-    steps: int = knob(200, "training steps")
-    batch: int = knob(8, "rows a step")
-    rate: float = knob(3e-3, "peak learning rate")
-    accumulate: int = knob(1, "parts of a batch, one after the other")
-    remat: bool = knob(False, "compute layers again in the backward pass")
-    dtype: Any = knob(jnp.float32, "of the computation; parameters are float32")
-    mesh: tuple[int, int, int] = knob((1, 1, 1), "devices along data, seq and model")
-    fsdp: bool = knob(True, "split parameters over all devices, not over model alone")
-    seed: int = knob(0, "of data, parameters and sampling")
-    prompt: str = knob("def ", "what the sample begins with")
-    sample: int = knob(120, "tokens of the sample")
-    temperature: float = knob(0.7, "of the sample; 0 takes the likeliest token")
-    decode: int = knob(64, "tokens over which decoding is timed")
-    quiet: bool = knob(False, "no progress bar")
-    folder: str | None = knob(None, "folder of the run; an old one goes on (None: new)")
+    attention: tuple = option((Softmax(),) * 4, "one entry per layer")
+    text: Corpus = option(Text(length=256), "where the text comes from, and its rows")
+    width: int = option(128, "model width E")
+    heads: int = option(4, "heads H")
+    kv_heads: int | None = option(None, "key heads K (None: H)")
+    steps: int = option(200, "training steps")
+    batch: int = option(8, "rows a step")
+    rate: float = option(3e-3, "peak learning rate")
+    accumulate: int = option(1, "parts of a batch, one after the other")
+    remat: bool = option(False, "compute layers again in the backward pass")
+    dtype: Any = option(jnp.float32, "of the computation; parameters are float32")
+    mesh: tuple[int, int, int] = option((1, 1, 1), "devices along data, seq and model")
+    fsdp: bool = option(True, "split parameters over all devices, not over model alone")
+    seed: int = option(0, "of data, parameters and sampling")
+    prompt: str = option("def ", "what the sample begins with")
+    sample: int = option(120, "tokens of the sample")
+    temperature: float = option(0.7, "of the sample; 0 takes the likeliest token")
+    decode: int = option(64, "tokens over which decoding is timed")
+    quiet: bool = option(False, "no progress bar")
+    folder: str | None = option(
+        None, "folder of the run; an old one goes on (None: new)"
+    )
 
     def __post_init__(self):
         for name, least in (("sample", 0), ("decode", 1)):
@@ -74,12 +76,12 @@ class Config:
             scan=len(self.attention) > 8, dtype=self.dtype,
         )
 
-    def plan(self) -> Plan:
+    def plan(self) -> TrainConfig:
         """The training."""
-        return Plan(
-            steps=self.steps, batch=self.batch, rate=self.rate, warmup=self.steps // 10,
-            accumulate=self.accumulate, seed=self.seed, mesh=self.mesh,
-            fsdp=self.fsdp,
+        return TrainConfig(
+            steps=self.steps, batch=self.batch, learning_rate=self.rate,
+            warmup=self.steps // 10, accumulate=self.accumulate, seed=self.seed,
+            mesh=self.mesh, fsdp=self.fsdp,
         )
 
 
@@ -108,13 +110,13 @@ def run(config_: Config) -> dict[str, Any]:
     return found | {"folder": str(folder)}
 
 
-def trained(config_: Config, folder=None) -> Fit:
+def trained(config_: Config, folder=None) -> TrainResult:
     """The training alone."""
     return fit(config_.model(), config_.text, config_.plan(), folder,
                label="text", quiet=config_.quiet)
 
 
-def scores(config_: Config, model: LM, fitted: Fit) -> dict[str, Any]:
+def scores(config_: Config, model: LM, fitted: TrainResult) -> dict[str, Any]:
     """bits_per_byte and accuracy on held-out text, training tokens_per_second,
     decode_ms per token after a row of text, state_bytes of a row, parameters."""
     held_out = dataclasses.replace(config_.text, split="valid")
@@ -132,7 +134,7 @@ def scores(config_: Config, model: LM, fitted: Fit) -> dict[str, Any]:
     }
 
 
-def streamed_bits(config_: Config, model: LM, fitted: Fit) -> float:
+def streamed_bits(config_: Config, model: LM, fitted: TrainResult) -> float:
     """Bits per byte of the second half of held-out rows, which comes token by token
     after the first half was read in one piece: what a small memory really costs."""
     held_out = dataclasses.replace(config_.text, split="valid")

@@ -44,10 +44,11 @@ from attn.lightnet import LightNet
 from attn.recurrent.causal import attend
 from attn.recurrent.linear import across
 from experiments.cli import config
-from experiments.cli.config import knob
-from experiments.data.images import LABELS, Digits, accuracy
+from experiments.cli.config import option
+from experiments.data.images import Digits
 from experiments.measure.timing import repeats, seconds
-from experiments.training.loop import Plan, fit
+from experiments.training.loop import TrainConfig, fit
+from experiments.training.objectives import LABELS, accuracy
 from models.pixels import PixelNet
 
 SIDE = 8  # pixels of a digit's side
@@ -58,21 +59,21 @@ PLACES = ("both", "tpe", "lrpe", "none")
 class Config:
     """The networks, and the shapes of the timing."""
 
-    places: tuple[str, ...] = knob(
+    places: tuple[str, ...] = option(
         PLACES, "what tells where pixels are: MD-TPE, MD-LRPE, both or none"
     )
-    width: int = knob(32, "model width E")
-    layers: int = knob(2, "layers")
-    heads: int = knob(4, "heads H")
-    steps: int = knob(1200, "training steps")
-    batch: int = knob(64, "digits a step")
-    rate: float = knob(4e-3, "peak learning rate")
-    decay: float = knob(0.1, "weight decay")
-    seed: int = knob(0, "of data and parameters")
-    side: int = knob(64, "pixels of a side in the timing; T is its square")
-    rounds: int = knob(7, "how often each is timed")
-    lengths: tuple[int, ...] = knob((64, 256, 1024, 4096), "T where decays are read")
-    quiet: bool = knob(False, "no progress bar and no table")
+    width: int = option(32, "model width E")
+    layers: int = option(2, "layers")
+    heads: int = option(4, "heads H")
+    steps: int = option(1200, "training steps")
+    batch: int = option(64, "digits a step")
+    rate: float = option(4e-3, "peak learning rate")
+    decay: float = option(0.1, "weight decay")
+    seed: int = option(0, "of data and parameters")
+    side: int = option(64, "pixels of a side in the timing; T is its square")
+    rounds: int = option(7, "how often each is timed")
+    lengths: tuple[int, ...] = option((64, 256, 1024, 4096), "T where decays are read")
+    quiet: bool = option(False, "no progress bar and no table")
 
     def __post_init__(self):
         if unknown := set(self.places) - set(PLACES):
@@ -91,11 +92,11 @@ class Config:
             out_norm="all", out_gate="silu", gate_rank=one,
         )
 
-    def plan(self) -> Plan:
+    def plan(self) -> TrainConfig:
         """The training."""
-        return Plan(
-            steps=self.steps, batch=self.batch, rate=self.rate, decay=self.decay,
-            log=20, warmup=self.steps // 10, seed=self.seed,
+        return TrainConfig(
+            steps=self.steps, batch=self.batch, learning_rate=self.rate,
+            weight_decay=self.decay, log=20, warmup=self.steps // 10, seed=self.seed,
         )
 
 
@@ -123,14 +124,14 @@ def run(config_: Config) -> dict[str, Any]:
 def learning(config_: Config) -> dict[str, float]:
     """Accuracy on held-out digits by what tells the place; `NAME shuffled` is of the
     same network on digits whose pixels are mixed, all in the same way."""
-    source, found = Digits(seed=config_.seed), {}
-    held = dataclasses.replace(source, split="valid").whole()
+    dataset, found = Digits(seed=config_.seed), {}
+    held = dataclasses.replace(dataset, split="valid").whole()
     order = np.random.default_rng(config_.seed).permutation(SIDE * SIDE)
     flat = held["x"].reshape(-1, SIDE * SIDE, 1)
     mixed = held | {"x": flat[:, order].reshape(held["x"].shape)}
     for places in config_.places:
         model = config_.model(places)
-        fitted = fit(model, source, config_.plan(), objective=LABELS, label=places,
+        fitted = fit(model, dataset, config_.plan(), objective=LABELS, label=places,
                      quiet=config_.quiet)
         found[places] = accuracy(model, fitted.params, held)
         found[f"{places} shuffled"] = accuracy(model, fitted.params, mixed)
@@ -138,7 +139,7 @@ def learning(config_: Config) -> dict[str, float]:
 
 
 def scans(side: int) -> dict[str, Callable]:
-    """The contenders as f(q, k, v, log_decay), all forward: LightNet's one scan without
+    """The candidates as f(q, k, v, log_decay), all forward: LightNet's one scan without
     order, and decays that multiply, over the rows from the front, also from the back,
     and also both ways over the columns."""
     def turned(a):

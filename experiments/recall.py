@@ -24,9 +24,9 @@ import numpy as np
 from attn.baseconv import BaseConv
 from attn.softmax import Softmax
 from experiments.cli import config
-from experiments.cli.config import knob
+from experiments.cli.config import option
 from experiments.data import Cycle, Recall
-from experiments.training.loop import Fit, Plan, check, evaluate, fit
+from experiments.training.loop import TrainResult, TrainConfig, check, evaluate, fit
 from experiments.training.mesh import whole
 from experiments.training.runs import open_folder
 from models.generate import stream
@@ -37,19 +37,21 @@ from models.lm import LM, state_bytes
 class Config:
     """One attention on one size of the task."""
 
-    attention: Any = knob(Softmax(), "the attention, or a tuple with one per layer")
-    pairs: int = knob(16, "keys with values in a sequence")
-    length: int = knob(128, "tokens of a sequence")
-    vocab: int = knob(256, "token ids; the lower half are keys, the upper half values")
-    width: int = knob(64, "model width E")
-    heads: int = knob(1, "heads H")
-    steps: int = knob(800, "training steps")
-    batch: int = knob(16, "sequences a step")
-    rate: float = knob(1e-2, "peak learning rate")
-    mesh: tuple[int, int, int] = knob((1, 1, 1), "devices along data, seq and model")
-    seed: int = knob(0, "of data and parameters")
-    quiet: bool = knob(False, "no progress bar")
-    folder: str | None = knob(None, "where to keep the run, to go on after a stop")
+    attention: Any = option(Softmax(), "the attention, or a tuple with one per layer")
+    pairs: int = option(16, "keys with values in a sequence")
+    length: int = option(128, "tokens of a sequence")
+    vocab: int = option(
+        256, "token ids; the lower half are keys, the upper half values"
+    )
+    width: int = option(64, "model width E")
+    heads: int = option(1, "heads H")
+    steps: int = option(800, "training steps")
+    batch: int = option(16, "sequences a step")
+    rate: float = option(1e-2, "peak learning rate")
+    mesh: tuple[int, int, int] = option((1, 1, 1), "devices along data, seq and model")
+    seed: int = option(0, "of data and parameters")
+    quiet: bool = option(False, "no progress bar")
+    folder: str | None = option(None, "where to keep the run, to go on after a stop")
 
     def model(self) -> LM:
         """The network: a short convolution, then the attention."""
@@ -68,7 +70,7 @@ class Config:
             split=split, random_non_queries=False, power=1.0,
         )
 
-    def lessons(self) -> Cycle:
+    def curriculum(self) -> Cycle:
         """What is trained on: few pairs and many in turn, as in the paper's mixture,
         without which recall is learned late and suddenly."""
         halves = [self.pairs]
@@ -76,11 +78,11 @@ class Config:
             halves.append(halves[-1] // 2)
         return Cycle(tuple(self.task(n) for n in reversed(halves)))
 
-    def plan(self) -> Plan:
+    def plan(self) -> TrainConfig:
         """The training."""
-        return Plan(
-            steps=self.steps, batch=self.batch, rate=self.rate, seed=self.seed,
-            warmup=self.steps // 10, decay=0.0, log=20, mesh=self.mesh,
+        return TrainConfig(
+            steps=self.steps, batch=self.batch, learning_rate=self.rate, seed=self.seed,
+            warmup=self.steps // 10, weight_decay=0.0, log=20, mesh=self.mesh,
         )
 
 
@@ -89,20 +91,20 @@ TINY = Config(pairs=2, length=16, vocab=32, width=16, steps=2, batch=4, quiet=Tr
 
 def run(config_: Config) -> dict[str, Any]:
     """Trains and evaluates -> plain numbers; see `scores`."""
-    check(config_.model(), config_.plan(), config_.lessons())
+    check(config_.model(), config_.plan(), config_.curriculum())
     folder = None
     if config_.folder is not None:
         folder = open_folder("recall", config_.folder, config.command(config_))
     return scores(config_, config_.model(), trained(config_, folder))
 
 
-def trained(config_: Config, folder=None) -> Fit:
+def trained(config_: Config, folder=None) -> TrainResult:
     """The training alone."""
-    return fit(config_.model(), config_.lessons(), config_.plan(), folder,
+    return fit(config_.model(), config_.curriculum(), config_.plan(), folder,
                label="recall", quiet=config_.quiet)
 
 
-def scores(config_: Config, model: LM, fitted: Fit) -> dict[str, Any]:
+def scores(config_: Config, model: LM, fitted: TrainResult) -> dict[str, Any]:
     """recall: the share of right answers in the stream; at_once: without a stream;
     state_bytes of a sequence; chance; loss, of the last training steps."""
     valid = config_.task(config_.pairs, "valid")

@@ -48,12 +48,12 @@ from attn.lightning import Lightning
 from attn.parallel.exchange import EXCHANGES
 from attn.softmax import Softmax
 from experiments.cli import config
-from experiments.cli.config import knob
-from experiments.measure.roofline import forecast
-from experiments.measure.scale_table import Row, figures, show
+from experiments.cli.config import option
+from experiments.measure.roofline import roofline
+from experiments.measure.scale_table import Row, metrics, show
 from experiments.measure.topology import pod
 from experiments.training.mesh import Sizes
-from experiments.training.step import Plan, staged
+from experiments.training.step import TrainConfig, staged
 from models.hybrid import hybrid_1b, hybrid_8b
 from models.lm import LM
 from pallas_kernels.schedule import FULL, MASKED, Tiling, asked
@@ -65,18 +65,18 @@ MODELS = {"hybrid_8b": hybrid_8b, "hybrid_1b": hybrid_1b}
 class Config:
     """What is compiled, and for which chips."""
 
-    model: str = knob("hybrid_8b", "hybrid_8b, hybrid_1b, or a model as LM(...)")
-    every: int | tuple[int, ...] = knob(
+    model: str = option("hybrid_8b", "hybrid_8b, hybrid_1b, or a model as LM(...)")
+    every: int | tuple[int, ...] = option(
         4, "of so many layers one is exact; 1: all, 0: none; several: one model each")
-    linear: Any = knob(Lightning(), "the other layers, of a model by name")
-    exact: Any = knob(Softmax(), "the exact layers, of a model by name")
-    exchanges: tuple[str, ...] = knob(("zigzag",), "how shards meet in exact layers")
-    tokens: int = knob(2**21, "tokens of a sequence")
-    batch: int = knob(1, "sequences")
-    topology: str = knob("v5e:16x16", "the pod, such as v5p:4x4x4, or cpu")
-    mesh: tuple[int, int, int] | None = knob(
+    linear: Any = option(Lightning(), "the other layers, of a model by name")
+    exact: Any = option(Softmax(), "the exact layers, of a model by name")
+    exchanges: tuple[str, ...] = option(("zigzag",), "how shards meet in exact layers")
+    tokens: int = option(2**21, "tokens of a sequence")
+    batch: int = option(1, "sequences")
+    topology: str = option("v5e:16x16", "the pod, such as v5p:4x4x4, or cpu")
+    mesh: tuple[int, int, int] | None = option(
         None, "chips along data, seq and model; None: all along seq")
-    layer: bool = knob(False, "the attention of one exact and one linear layer alone")
+    layer: bool = option(False, "the attention of one exact and one linear layer alone")
 
     def __post_init__(self):
         for name in ("tokens", "batch"):
@@ -113,7 +113,7 @@ def run(config_: Config) -> dict[str, Any]:
         with console.status(f"{name}: compiling for {config_.topology}"):
             begin = time.perf_counter()
             traced, lowered = make()
-            one = forecast(chips, mesh, traced, lowered)
+            one = roofline(chips, mesh, traced, lowered)
             took = time.perf_counter() - begin
         rows[name] = Row(one, took, wanted / len(chips.devices))
         console.print(f"{name}: compiled in {took:.0f} s")
@@ -121,7 +121,7 @@ def run(config_: Config) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, row in rows.items():
         label = name.replace(", ", "_").replace(" ", "_")
-        found |= {f"{label}_{k}": v for k, v in figures(row).items()}
+        found |= {f"{label}_{k}": v for k, v in metrics(row).items()}
     return found
 
 
@@ -141,7 +141,7 @@ def variants(config_: Config, sizes: Sizes, mesh: Any) -> dict[str, Any]:
             for name, a in ways.items()
         }
     shape = jax.ShapeDtypeStruct((config_.batch, config_.tokens), jnp.int32)
-    plan = Plan(batch=config_.batch, mesh=sizes)
+    plan = TrainConfig(batch=config_.batch, mesh=sizes)
     found: dict[str, Any] = {}
     for every in config_.shares if config_.model in MODELS else (1,):
         for way, a in exact.items():

@@ -1,6 +1,6 @@
 """Speed: attentions against each other and against their peers, paired in one run.
 
-Every contender is timed in turn, round after round, so that what slows the machine down
+Every candidate is timed in turn, round after round, so that what slows the machine down
 slows all of them; a figure is the median of the rounds, a ratio the median of the
 ratios to jax.nn.dot_product_attention in the same round: 2 is twice as fast. Inputs are
 iid normal and attention is causal. The pass "both" is forward and backward; "decode" is
@@ -9,7 +9,7 @@ tokamax, torch, ejkernel. What does the whole of causal attention is also given 
 share of a large matrix product that the same process timed, a decoding step by the
 bytes of its memory as a share of a large copy. Attentions that learn something read
 tokens [B,T,H V] as well, iid normal, and their backward pass is also that of their
-parameters. A second table says from how many tokens on a contender stays faster than
+parameters. A second table says from how many tokens on a candidate stays faster than
 the best exact one, peers included: "< T" if from the first length on, "> T" if not even
 at the last, else on a line between two lengths.
 
@@ -17,7 +17,7 @@ at the last, else on a line between two lengths.
 
 takes half a minute on 2 cores (float32, B1 H4 D64), where exact attention is 2.2 times
 as fast as jax.nn forward and 3.4 times forward and backward at T = 2048, 2.4 and 3.9
-times at T = 4096. All contenders over all lengths,
+times at T = 4096. All candidates over all lengths,
 
     python -m experiments.speed
 
@@ -66,7 +66,7 @@ from attn.masks import Causal, Window
 from attn.rat import RAT
 from attn.softmax import Softmax
 from experiments.cli import config
-from experiments.cli.config import knob
+from experiments.cli.config import option
 from experiments.measure import breakeven
 from experiments.measure.peers import PEER, linear_peers, peers
 from experiments.measure.timing import (
@@ -79,23 +79,25 @@ from experiments.training.runs import open_folder
 class Config:
     """What is timed, and on what shapes."""
 
-    attentions: tuple = knob(
+    attentions: tuple = option(
         (Softmax(), Softmax(mask=Causal() & Window(256)), Landmark(), Lightning(),
          Based(), Flow(), GLA(), Delta(gated=True), RAT()),
-        "the contenders; jax.nn is always there, other peers where installed",
+        "the candidates; jax.nn is always there, other peers where installed",
     )
-    lengths: tuple[int, ...] = knob((512, 1024, 2048, 4096), "sequence lengths T")
-    batch: int = knob(1, "batch B")
-    heads: int = knob(4, "query heads H")
-    kv_heads: int | None = knob(None, "key heads K (None: H)")
-    width: int = knob(64, "width of a head D")
-    feature_dim: int = knob(16, "width of q and k for attentions made for narrow ones")
-    dtype: Any = knob(jnp.float32, "of q, k and v")
-    passes: tuple[str, ...] = knob(
+    lengths: tuple[int, ...] = option((512, 1024, 2048, 4096), "sequence lengths T")
+    batch: int = option(1, "batch B")
+    heads: int = option(4, "query heads H")
+    kv_heads: int | None = option(None, "key heads K (None: H)")
+    width: int = option(64, "width of a head D")
+    feature_dim: int = option(
+        16, "width of q and k for attentions made for narrow ones"
+    )
+    dtype: Any = option(jnp.float32, "of q, k and v")
+    passes: tuple[str, ...] = option(
         PASSES[:2], "forward, both (forward and backward), decode")
-    rounds: int = knob(7, "how often each is timed")
-    quiet: bool = knob(False, "no progress bar")
-    folder: str | None = knob(None, "where results go; None makes a new folder")
+    rounds: int = option(7, "how often each is timed")
+    quiet: bool = option(False, "no progress bar")
+    folder: str | None = option(None, "where results go; None makes a new folder")
 
     def __post_init__(self):
         if unknown := set(self.passes) - set(PASSES):
@@ -149,7 +151,7 @@ def run(config_: Config) -> dict[str, Any]:
 
 def measure(config_: Config, t: int, which: str, rates: tuple[float, float],
             absent: dict[str, str]) -> list[dict[str, Any]]:
-    """One row a contender: median milliseconds and ratio to jax.nn, and shares of the
+    """One row a candidate: median milliseconds and ratio to jax.nn, and shares of the
     `rates`; a peer that refuses goes into `absent` with its reason."""
     calls: dict[str, Callable] = {}
     works: dict[str, float | None] = {}
@@ -189,7 +191,7 @@ def measure(config_: Config, t: int, which: str, rates: tuple[float, float],
 
 
 class Maker(NamedTuple):
-    """What prepares a contender's call; subject: the attention, None for a peer; exact:
+    """What prepares a candidate's call; subject: the attention, None for a peer; exact:
     whether it computes causal softmax attention."""
 
     make: Callable[[Inputs], Callable]
@@ -199,20 +201,20 @@ class Maker(NamedTuple):
 
 
 def _makers(config_: Config, which: str) -> dict[str, Maker]:
-    """All contenders of a pass by name, jax.nn first."""
+    """All candidates of a pass by name, jax.nn first."""
     found = {name: Maker(make, None, name != PEER, True)
              for name, make in peers(which).items()}
     for name, make in linear_peers(which).items():
         found[name] = Maker(make, None, True, False)
     for attention in config_.attentions:
         make = functools.partial(prepared, attention, which=which)
-        found[config.show(attention)] = Maker(
+        found[config.format_value(attention)] = Maker(
             make, attention, False, exact(attention))
     return found
 
 
 def _inputs(config_: Config, subject: Any, t: int) -> Inputs:
-    """What a contender is given: narrow q and k for attentions made for such."""
+    """What a candidate is given: narrow q and k for attentions made for such."""
     narrow = getattr(subject, "feature_dim", None) is not None
     d = config_.feature_dim if narrow else config_.width
     heads = config_.heads
@@ -244,7 +246,7 @@ def _cell(row: dict[str, Any] | None) -> str:
 
 
 def picture(found: dict[str, Any], path) -> None:
-    """Time against length, a line a contender."""
+    """Time against length, a line a candidate."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -42,8 +42,8 @@ from attn.aaren import Aaren
 from attn.layers import MultiHead
 from attn.softmax import Softmax
 from experiments.cli import config
-from experiments.cli.config import knob
-from experiments.training.loop import Plan
+from experiments.cli.config import option
+from experiments.training.loop import TrainConfig
 from experiments.training.runs import open_folder
 from models.stack import Block, Layers, Pattern, unbound
 
@@ -52,23 +52,25 @@ from models.stack import Block, Layers, Pattern, unbound
 class Config:
     """Two attentions, the stream and the task."""
 
-    attentions: tuple = knob((Aaren(), Softmax()), "what is compared")
-    lengths: tuple = knob((256, 512, 1024, 2048, 4096), "vectors to generate")
-    sequences: int = knob(4, "sequences generated at once")
-    width: int = knob(256, "model width E of the stream")
-    heads: int = knob(8, "heads H of the stream")
-    rounds: int = knob(3, "runs of each length, of which the fastest counts")
-    classes: int = knob(8, "classes of the task")
-    events: int = knob(128, "vectors in a sequence of the task")
-    features: int = knob(16, "numbers of noise in a vector")
-    layers: int = knob(2, "layers of the network")
-    small: int = knob(32, "its width E")
-    distractors: bool = knob(False, "every vector has a class, not the marked one only")
-    steps: int = knob(600, "training steps")
-    batch: int = knob(32, "sequences a step")
-    rate: float = knob(1e-2, "peak learning rate")
-    seed: int = knob(0, "of data and parameters")
-    folder: str | None = knob(None, "where to keep the picture; a new folder if None")
+    attentions: tuple = option((Aaren(), Softmax()), "what is compared")
+    lengths: tuple = option((256, 512, 1024, 2048, 4096), "vectors to generate")
+    sequences: int = option(4, "sequences generated at once")
+    width: int = option(256, "model width E of the stream")
+    heads: int = option(8, "heads H of the stream")
+    rounds: int = option(3, "runs of each length, of which the fastest counts")
+    classes: int = option(8, "classes of the task")
+    events: int = option(128, "vectors in a sequence of the task")
+    features: int = option(16, "numbers of noise in a vector")
+    layers: int = option(2, "layers of the network")
+    small: int = option(32, "its width E")
+    distractors: bool = option(
+        False, "every vector has a class, not the marked one only"
+    )
+    steps: int = option(600, "training steps")
+    batch: int = option(32, "sequences a step")
+    rate: float = option(1e-2, "peak learning rate")
+    seed: int = option(0, "of data and parameters")
+    folder: str | None = option(None, "where to keep the picture; a new folder if None")
 
     def __post_init__(self):
         if len(self.lengths) < 2 or min(self.lengths) < 1:
@@ -84,10 +86,12 @@ class Config:
         block = Block(mixer, 2 * self.small, parent=None)
         return Classifier(Pattern((block,) * self.layers), self.small, self.classes)
 
-    def plan(self) -> Plan:
+    def plan(self) -> TrainConfig:
         """The training."""
-        return Plan(steps=self.steps, batch=self.batch, rate=self.rate, decay=0.0,
-                    warmup=self.steps // 10, seed=self.seed)
+        return TrainConfig(
+            steps=self.steps, batch=self.batch, learning_rate=self.rate,
+            weight_decay=0.0, warmup=self.steps // 10, seed=self.seed,
+        )
 
 
 TINY = Config(lengths=(4, 8), sequences=1, width=16, heads=2, rounds=1, events=8,

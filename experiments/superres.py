@@ -32,9 +32,9 @@ from rich.table import Table
 
 from attn.essa import Essa
 from experiments.cli import config
-from experiments.cli.config import knob
+from experiments.cli.config import option
 from experiments.data.images import Pairs, Photos, Spectra
-from experiments.training.loop import Objective, Plan, fit
+from experiments.training.loop import Objective, TrainConfig, fit
 from models.essaformer import ESSAformer
 
 
@@ -64,29 +64,31 @@ class Over(nn.Module):
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """One network on one source of images."""
+    """One network on one dataset of images."""
 
-    data: Pairs = knob(Photos(size=8), "the images: Photos() or Spectra()")
-    width: int = knob(16, "channels inside the network")
-    steps: int = knob(1000, "training steps")
-    batch: int = knob(8, "images a step")
-    rate: float = knob(3e-3, "peak learning rate")
-    seed: int = knob(0, "of data and parameters")
-    dropout: float = knob(0.0, "share of channels dropped; the authors' code has 0.2")
-    skip: bool = knob(True, "learn what is missing in bicubic; the paper's has no skip")
-    alone: bool = knob(True, "also train the network without attention")
-    quiet: bool = knob(False, "no progress bar and no table")
+    data: Pairs = option(Photos(size=8), "the images: Photos() or Spectra()")
+    width: int = option(16, "channels inside the network")
+    steps: int = option(1000, "training steps")
+    batch: int = option(8, "images a step")
+    rate: float = option(3e-3, "peak learning rate")
+    seed: int = option(0, "of data and parameters")
+    dropout: float = option(0.0, "share of channels dropped; the authors' code has 0.2")
+    skip: bool = option(
+        True, "learn what is missing in bicubic; the paper's has no skip"
+    )
+    alone: bool = option(True, "also train the network without attention")
+    quiet: bool = option(False, "no progress bar and no table")
 
     def model(self, attention: Any) -> nn.Module:
         """The network."""
         network = ESSAformer(self.data.scale, self.width, attention, self.dropout)
         return Over(network) if self.skip else network
 
-    def plan(self) -> Plan:
+    def plan(self) -> TrainConfig:
         """The training, of the mean absolute error, which is proposed here."""
-        return Plan(
-            steps=self.steps, batch=self.batch, rate=self.rate, decay=0.0,
-            warmup=self.steps // 10, seed=self.seed,
+        return TrainConfig(
+            steps=self.steps, batch=self.batch, learning_rate=self.rate,
+            weight_decay=0.0, warmup=self.steps // 10, seed=self.seed,
         )
 
 

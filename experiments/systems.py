@@ -47,19 +47,19 @@ from attn.recurrent.scan import attend as prefixes
 from attn.retnet import RetNet
 from attn.softmax import Softmax
 from experiments.cli import config
-from experiments.cli.config import knob
+from experiments.cli.config import option
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
     """The sizes of what is compared."""
 
-    tokens: int = knob(24, "sequence length T")
-    width: int = knob(4, "width D of q and k")
-    values: int = knob(3, "width V of values")
-    orders: int = knob(8, "orders of the expansion of softmax")
-    seed: int = knob(0, "of the numbers")
-    quiet: bool = knob(False, "no tables")
+    tokens: int = option(24, "sequence length T")
+    width: int = option(4, "width D of q and k")
+    values: int = option(3, "width V of values")
+    orders: int = option(8, "orders of the expansion of softmax")
+    seed: int = option(0, "of the numbers")
+    quiet: bool = option(False, "no tables")
 
 
 TINY = Config(tokens=6, width=3, values=2, orders=4, quiet=True)

@@ -2,6 +2,9 @@
 
 To add an attention, add an entry to `ENTRIES`. What only one attention claims stands in
 its own test file.
+
+Laws are compiled whole: `compiled` is one program for the output and all gradients, and
+what the attention gives on one device (`whole`) is computed once for all of its laws.
 """
 
 from __future__ import annotations
@@ -42,7 +45,8 @@ from experiments.measure import cost
 TOLERANCE = {"float32": 1e-5, "gradient": 2e-5, "low": 2.0}
 B, T, H, K, D, V = 2, 16, 4, 2, 8, 12
 MESHES = ((1, 4, 2), (2, 4, 1), (1, 2, 4), (1, 8, 1))
-SEGMENTS = np.array([[1] * 5 + [2] * 8 + [0] * 3, [0] * 2 + [1] * 6 + [3] * 8])
+# sequences of two lengths, so that each length is compiled once
+SEGMENTS = np.array([[1] * 5 + [2] * 8 + [0] * 3, [0] * 3 + [1] * 5 + [3] * 8])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,6 +87,20 @@ class Learned:
     @property
     def _params(self):
         return drawn(self.module.clone(axis=None, implementation=None, parent=None))
+
+
+@functools.cache
+def plain_error():
+    """The relative error of plain jnp in bfloat16."""
+    low = inputs(dtype=jnp.bfloat16)
+    exact = tuple(a.astype(jnp.float32) for a in low)
+    return relative(jax.jit(plain)(*low), jax.jit(plain)(*exact))
+
+
+def relative(a, b):
+    """Relative error in the norm, in float64."""
+    a, b = (np.asarray(x, np.float64) for x in (a, b))
+    return np.linalg.norm(a - b) / np.linalg.norm(b)
 
 
 @functools.cache
@@ -199,7 +217,11 @@ ENTRIES = {
     "landmark_top": Entry(Landmark(block=3, top_k=9), decode=1.0, kernel=False),
     "snapkv": Entry(SnapKV(capacity=2 * T, window=4), (SnapKV(), Softmax()), decode=0),
 }
-LAW = pytest.mark.parametrize("name", ENTRIES)
+# the laws of a row run in one process, which holds what `whole` computed
+LAW = pytest.mark.parametrize("name", [
+    pytest.param(name, marks=pytest.mark.xdist_group(f"laws of {name}"))
+    for name in ENTRIES
+])
 
 
 def inputs(seed=0, t=T, b=B, dtype=jnp.float32, d=D, v=V):
@@ -229,12 +251,44 @@ def plain(q, k, v):
     return jnp.einsum("bhts,bshv->bthv", p, v)
 
 
+def compiled(attention):
+    """One program: (q, k, v, segments, do) -> o [B,T,H,V] and the gradients of
+    sum(o * do) with respect to q, k and v."""
+    @jax.jit
+    def run(q, k, v, segments, do):
+        def product(q, k, v):
+            o = attention(q, k, v, segments=segments)
+            return (do * o.astype(jnp.float32)).sum(), o
+
+        (_, o), grads = jax.value_and_grad(product, (0, 1, 2), has_aux=True)(q, k, v)
+        return o, grads
+
+    return run
+
+
+program = functools.cache(compiled)
+
+
+def run(attention, q, k, v, segments=None, do=None, program=program):
+    """(o, gradients) of an attention; do [B,T,H,V], by default a fixed random one."""
+    if do is None:
+        shape = (*q.shape[:3], v.shape[-1])
+        do = jax.random.normal(jax.random.key(9), shape)
+    return program(attention)(q, k, v, segments, do)
+
+
 @functools.cache
-def call(name: str, packed: bool = False):
-    """The compiled attention, as f(q, k, v)."""
-    attention = ENTRIES[name].attention
+def whole(name, packed=False, repeated=False):
+    """(o, gradients) of a row on one device, all as numpy: of plain or packed tokens,
+    with K or, `repeated`, H key heads."""
+    q, k, v = repeat(*inputs()) if repeated else inputs()
     segments = jnp.asarray(SEGMENTS) if packed else None
-    return jax.jit(lambda q, k, v: attention(q, k, v, segments=segments))
+    return jax.device_get(run(ENTRIES[name].attention, q, k, v, segments))
+
+
+def repeat(q, k, v):
+    """q [B,T,H,D], and k and v with a head for each of q's."""
+    return q, *(jnp.repeat(a, H // a.shape[2], 2) for a in (k, v))
 
 
 def gradients(f, *args):
@@ -247,9 +301,15 @@ def gradients(f, *args):
     return jax.jit(jax.grad(scalar, tuple(range(len(args)))))(*args)
 
 
+@functools.cache
+def stepper(attention):
+    """The compiled `step`, (state, q, k, v, segments) -> state, o."""
+    return jax.jit(lambda s, q, k, v, seg: attention.step(s, q, k, v, segments=seg))
+
+
 def stream(attention, q, k, v, size, piece, segments=None):
     """o [B,T,H,V] by steps of `piece` tokens, and the last state."""
-    step = jax.jit(lambda s, q, k, v, seg: attention.step(s, q, k, v, segments=seg))
+    step = stepper(attention)
     state, outs = attention.init_state(size, q[:, :piece], k, v), []
     for at in range(0, q.shape[1], piece):
         part = slice(at, at + piece)
@@ -264,21 +324,16 @@ def stream(attention, q, k, v, size, piece, segments=None):
 def test_shape_dtype_and_finite(name, t):
     q, k, v = inputs(t=t)
     for scale in (1.0, 100.0):
-        args = (q * scale, k, v)
-        o = jax.jit(ENTRIES[name].attention)(*args)
+        o, grads = run(ENTRIES[name].attention, q * scale, k, v)
         chex.assert_shape(o, (B, t, H, V))
         chex.assert_type(o, jnp.float32)
-        chex.assert_tree_all_finite((o, gradients(ENTRIES[name].attention, *args)))
+        chex.assert_tree_all_finite((o, grads))
 
 
 @LAW
 def test_padding_gives_nothing_and_takes_nothing(name):
-    q, k, v = inputs()
-    attention = ENTRIES[name].attention
-    for segments in (np.zeros((B, T), np.int32), SEGMENTS):
-        seg = jnp.asarray(segments)
-        f = lambda q, k, v: attention(q, k, v, segments=seg)
-        o, grads = f(q, k, v), gradients(f, q, k, v)
+    for segments in (np.zeros_like(SEGMENTS), SEGMENTS):
+        o, grads = run(ENTRIES[name].attention, *inputs(), jnp.asarray(segments))
         chex.assert_tree_all_finite((o, grads))
         for a in (o, *grads):
             assert (np.asarray(a)[segments == 0] == 0).all()
@@ -292,25 +347,20 @@ def test_low_precision_is_as_good_as_plain_jnp(name):
     with jax.numpy_dtype_promotion("strict"):
         o = jax.jit(attention)(*low)
     assert o.dtype == jnp.bfloat16
-    error = lambda a, b: float(
-        jnp.linalg.norm(a.astype(jnp.float32) - b) / jnp.linalg.norm(b)
-    )
-    bound = TOLERANCE["low"] * error(plain(*low), plain(*exact))
-    assert error(o, jax.jit(attention)(*exact)) <= bound
+    have = relative(o, run(attention, *exact)[0])
+    assert have <= TOLERANCE["low"] * plain_error()
 
 
 @LAW
 def test_no_token_sees_the_future(name):
     stateless(name)
-    q, k, v = inputs()
-    f = call(name)
     for i in (0, 6, 11):
         seen = jnp.arange(T)[None, :, None, None] <= i
-        g = lambda k, v: jnp.where(seen, f(q, k, v), 0).sum()
-        grads = jax.grad(g, (0, 1))(k, v)
-        for grad in grads:
+        do = jnp.broadcast_to(seen, (B, T, H, V)).astype(jnp.float32)
+        _, grads = run(ENTRIES[name].attention, *inputs(), do=do)
+        for grad in grads[1:]:
             assert (np.asarray(grad)[:, i + 1:] == 0).all()
-        assert np.abs(grads[1]).max() > 0
+        assert np.abs(grads[2]).max() > 0
 
 
 @LAW
@@ -319,7 +369,7 @@ def test_stepping_is_attending(name, piece):
     stateless(name)
     q, k, v = inputs()
     o, state = stream(ENTRIES[name].attention, q, k, v, 2 * T, piece)
-    close(o, call(name)(q, k, v))
+    close(o, whole(name)[0])
     assert state.end.shape == (B,)
 
 
@@ -330,20 +380,18 @@ def test_stepping_through_packed_segments(name, piece):
     q, k, v = inputs()
     segments = jnp.asarray(SEGMENTS)
     o, state = stream(ENTRIES[name].attention, q, k, v, 2 * T, piece, segments)
-    close(o, call(name, packed=True)(q, k, v))
+    close(o, whole(name, packed=True)[0])
     assert state.end.tolist() == [8, 8]
 
 
 @LAW
 def test_packing_changes_nothing(name):
-    q, k, v = inputs()
-    packed = call(name, packed=True)(q, k, v)
-    attention = ENTRIES[name].attention
+    packed, alone = whole(name, packed=True)[0], jax.jit(ENTRIES[name].attention)
     for row in range(B):
         for segment in set(SEGMENTS[row].tolist()) - {0}:
             at = np.nonzero(SEGMENTS[row] == segment)[0]
-            alone = attention(*(a[row:row + 1, at] for a in (q, k, v)))
-            close(packed[row:row + 1, at], alone)
+            own = alone(*(a[row:row + 1, at] for a in inputs()))
+            close(packed[row:row + 1, at], own)
 
 
 @LAW
@@ -370,25 +418,21 @@ def test_the_limit(name):
 @LAW
 @pytest.mark.parametrize("sizes", MESHES)
 def test_sharding_changes_nothing(name, sizes):
-    q, k, v = inputs()
-    attention = ENTRIES[name].attention
     # grouped heads and packed segments take turns on the meshes; the convolutions of
     # the delta rule have weights for the channels of K heads
-    segments = jnp.asarray(SEGMENTS) if sizes == MESHES[0] else None
-    if sizes != MESHES[1] and not name.startswith("delta"):
-        k, v = (jnp.repeat(a, H // K, 2) for a in (k, v))
-    whole = lambda q, k, v: attention(q, k, v, segments=segments)
-    split = lambda q, k, v: given(attention, axis="seq")(
-        q, k, v, segments=segments
-    )
+    packed = sizes == MESHES[0]
+    repeated = sizes != MESHES[1] and not name.startswith("delta")
+    segments = jnp.asarray(SEGMENTS) if packed else None
+    args = repeat(*inputs()) if repeated else inputs()
     # the last one as jax makes it, with types that say where arrays lie
     types = None if sizes == MESHES[3] else (jax.sharding.AxisType.Auto,) * 3
     mesh = jax.make_mesh(sizes, ("data", "seq", "model"), axis_types=types)
-    want = jax.jit(whole)(q, k, v), gradients(whole, q, k, v)
+    split = given(ENTRIES[name].attention, axis="seq")
     with jax.set_mesh(mesh):
-        have = jax.jit(split)(q, k, v), gradients(split, q, k, v)
-    close(have[0], want[0])
-    for a, b in zip(have[1], want[1]):
+        o, grads = run(split, *args, segments, program=compiled)
+    want = whole(name, packed, repeated)
+    close(o, want[0])
+    for a, b in zip(grads, want[1], strict=True):
         close(a, b, "gradient")
 
 
@@ -402,7 +446,7 @@ def test_stepping_over_a_mesh_is_stepping(name):
     attention = ENTRIES[name].attention
 
     def streamed(attention, segments):
-        f = jax.jit(lambda s, q, k, v, seg: attention.step(s, q, k, v, segments=seg))
+        f = stepper.__wrapped__(attention)  # a program of its own for the mesh
         state, outs = attention.init_state(2 * T, q[:, :1], k, v), []
         for part in (slice(0, T), *(slice(T + i, T + i + 1) for i in range(3))):
             seg = None if segments is None else segments[:, part]
@@ -433,17 +477,16 @@ def test_an_axis_without_a_mesh_is_refused(name):
 @pytest.mark.parametrize("platform", ("tpu", "gpu"))
 def test_the_kernel_is_the_function(name, platform, monkeypatch):
     monkeypatch.setattr(dispatch, "INTERPRETED", platform)
-    q, k, v = inputs()
     kernel = given(ENTRIES[name].attention, implementation="pallas")
     if not ENTRIES[name].kernel:
         with pytest.raises(NotImplementedError, match="no kernel"):
-            kernel(q, k, v)
+            kernel(*inputs())
         return
-    have = kernel(q, k, v), gradients(kernel, q, k, v)
-    want = call(name)(q, k, v), gradients(call(name), q, k, v)
-    again = kernel(q, k, v), gradients(kernel, q, k, v)
+    of_this_platform = functools.cache(compiled)
+    have, again = (run(kernel, *inputs(), program=of_this_platform) for _ in range(2))
+    want = whole(name)
     close(have[0], want[0])
-    for a, b in zip(have[1], want[1]):
+    for a, b in zip(have[1], want[1], strict=True):
         close(a, b, "gradient")
     chex.assert_trees_all_equal(have, again)
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from attn.lightning import Lightning
 from attn.softmax import Softmax
-from experiments.training.loop import Plan
+from experiments.training.loop import TrainConfig
 from models.lm import LM
 
 MODEL = LM(
@@ -20,7 +20,7 @@ BATCH = {n: jax.ShapeDtypeStruct((8, 32), jnp.int32) for n in ("tokens", "target
 def plan(mesh=(1, 1, 1), **fields):
     """A few steps of training."""
     fields = dict(steps=3, batch=8, warmup=1, log=1, clip=1e9) | fields
-    return Plan(mesh=mesh, **fields)
+    return TrainConfig(mesh=mesh, **fields)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,21 +15,29 @@ BELOW = {
     "models": {"attn"},
     "experiments": {"attn", "models", "pallas_kernels"},
 }
-# mechanisms that many papers share, and the house around them
-SHARED = {
-    "__init__", "masks", "segments", "shapes", "dispatch", "sharding", "positions",
-    "tiles", "cache", "blockcache", "layers", "chunks", "linear", "blocks",
-    "grouped", "softmax", "baseconv", "decayed", "scan", "triples", "wy",
-    "triangular", "grid", "shards", "shardcache", "partial",
-    "distributed", "template", "mixers",
-    "exchange", "ring", "rounds", "journey", "zigzag", "shortconv", "unordered",
-    "tilepass", "scores", "linearchunks", "wychunks",
-    "contract", "exact", "parallel", "sparse", "recurrent", "cache",
+# inside a package a folder imports those that stand before it, those of one place never
+# each other; what is not named comes last
+ORDER = {
+    "pallas_kernels": (
+        ("__init__", "tile", "tables"), ("schedule", "refusals", "machine"),
+        ("flash", "decode", "linear", "delta", "scan"), ("blocks",), ("matrix",),
+        ("tune",),
+    ),
+    "attn": (
+        ("contract", "masks", "positions"), ("exact",), ("parallel", "sparse"),
+        ("recurrent", "cache"),
+    ),
+    "experiments": (("cli", "data", "training"), ("measure",)),
 }
+# files directly in attn/ that are no family: what surrounds the mechanisms
+AROUND = {"__init__", "masks", "positions", "layers", "template", "grid", "mixers",
+          "baseconv"}
+FOR_FAMILIES = {"softmax"}  # the family that others may build on
 ANALYSES = {"dsf"}  # papers that say what attention is, not another one
 FILES = [path for package in BELOW for path in sorted((ROOT / package).rglob("*.py"))]
 FAMILIES = [path for path in FILES if path.parent == ROOT / "attn"
-            and path.stem not in SHARED]
+            and path.stem not in AROUND | FOR_FAMILIES]
+NAMES = {path.stem for path in FAMILIES}
 PAPER = re.compile(r"\(.+, (19|20)\d\d\)\s+arXiv:\d{4}\.\d{4,5}")
 
 
@@ -44,7 +52,10 @@ def imported(path):
         for name in names:
             package, *rest = name.split(".")
             if package in (*BELOW, "tests"):
-                yield package, (rest or ["__init__"])[0]
+                module = (rest or ["__init__"])[0]
+                there = (ROOT / package / module).exists()
+                there |= (ROOT / package / f"{module}.py").exists()
+                yield package, module if there else "__init__"
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
@@ -53,7 +64,24 @@ def test_imports_go_down(path):
     for other, module in imported(path):
         assert other == package or other in BELOW[package], f"{path} imports {other}"
         if path in FAMILIES and other == "attn":
-            assert module in SHARED, f"family {path.stem} imports family {module}"
+            assert module not in NAMES, f"family {path.stem} imports family {module}"
+        own = path.relative_to(ROOT / package).parts[0].removesuffix(".py")
+        if other == package and module != own and named(package, own):
+            assert place(package, module) < place(package, own), (
+                f"{path} imports {other}.{module}, which stands beside or above it"
+            )
+
+
+def named(package, name):
+    """Whether a file or folder has a place in the order of its package."""
+    return any(name in names for names in ORDER.get(package, ()))
+
+
+def place(package, name):
+    """Which place that is; the last for what has none."""
+    order = ORDER[package]
+    at = [n for n, names in enumerate(order) if name in names]
+    return at[0] if at else len(order)
 
 
 @pytest.mark.parametrize("path", FAMILIES, ids=lambda path: path.stem)

@@ -19,12 +19,12 @@ import typing
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from experiments.cli.fields import construct, default, fit, hints, required, spelled
+from experiments.cli.fields import construct, default, coerce, hints, required, spelled
 from experiments.cli.fields import unknown
-from experiments.cli.format import same, show
+from experiments.cli.format import same, format_value
 from experiments.cli.parse import ROOT, parse
 
-__all__ = ["command", "knob", "main", "parse", "read", "show"]
+__all__ = ["command", "option", "main", "parse", "read", "format_value"]
 OURS = ("attn", "experiments", "models", "pallas_kernels", "tests")
 OPTIONS = {
     "help": "print this text",
@@ -33,7 +33,7 @@ OPTIONS = {
 }
 
 
-def knob(default: Any = dataclasses.MISSING, doc: str = "") -> Any:
+def option(default: Any = dataclasses.MISSING, doc: str = "") -> Any:
     """A field of a Config with its default (none: it must be given) and its help."""
     return dataclasses.field(default=default, metadata={"doc": doc})
 
@@ -107,7 +107,7 @@ def usage(cls: type, doc: str | None = None) -> str:
     rows = []
     for field in dataclasses.fields(cls):
         kind = spelled(hints(cls).get(field.name, Any))
-        value = "required" if required(field) else show(default(field))
+        value = "required" if required(field) else format_value(default(field))
         rows.append((f"--{field.name}={kind}", value, field.metadata.get("doc", "")))
     rows += [(f"--{name}", "", text) for name, text in OPTIONS.items()]
     wide = [min(max(len(row[i]) for row in rows), 30) for i in (0, 1)]
@@ -166,14 +166,14 @@ def _pairs(argv: Sequence[str], known: dict) -> Iterator[tuple[str, str]]:
 def _typed(name: str, text: str, hint: Any, module: types.ModuleType | None) -> Any:
     """The text of a field as its annotation has it."""
     if _is_words(hint):
-        return fit(_word(text, hint), hint, f"--{name}", text)
+        return coerce(_word(text, hint), hint, f"--{name}", text)
     try:
         value = parse(text, module)
     except ValueError as error:
         if {*_options(hint)} <= {bool, int, float, type(None)}:
             raise ValueError(f"--{name}={text}: expected {spelled(hint)}") from None
         raise ValueError(f"--{name}: {error}") from error
-    return fit(value, hint, f"--{name}", text)
+    return coerce(value, hint, f"--{name}", text)
 
 
 def _options(hint: Any) -> tuple:
@@ -205,7 +205,7 @@ def _word(text: str, hint: Any) -> str | None:
 def _written(value: Any, hint: Any) -> str:
     """The text of a field's value, without quotes where the field needs none."""
     if value is None or not _is_words(hint) or _word(str(value), hint) != str(value):
-        return show(value)
+        return format_value(value)
     return str(value)
 
 

@@ -1,4 +1,4 @@
-"""Fields: what a dataclass can be given, and whether a value is what a field asks for.
+"""Fields: what a dataclass can be given, and values coerced to what a field asks for.
 
 Only harmless changes are made: int to float, str to Path, list to tuple. Everything
 else that does not fit is refused in one sentence.
@@ -31,13 +31,13 @@ def hints(cls: type) -> dict[str, Any]:
         return {}
 
 
-def fit(value: Any, hint: Any, where: str, written: str | None = None) -> Any:
+def coerce(value: Any, hint: Any, where: str, written: str | None = None) -> Any:
     """`value` as the annotation `hint` has it.
 
     Raises ValueError, which starts with `where` and shows the value as `written`.
     """
     try:
-        return _fit(value, hint)
+        return _coerce(value, hint)
     except Unfit:
         shown = repr(value) if written is None else written
         raise ValueError(f"{where}={shown}: expected {spelled(hint)}") from None
@@ -52,16 +52,16 @@ def spelled(hint: Any) -> str:
     return re.sub(r"[A-Za-z_][\w.]*\.(\w+)", r"\1", str(hint))
 
 
-def _fit(value: Any, hint: Any) -> Any:
+def _coerce(value: Any, hint: Any) -> Any:
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
-        return _fit_one_of(value, args)
+        return _coerce_one_of(value, args)
     if origin is typing.Literal:
         return _keep(value, any(type(value) is type(a) and value == a for a in args))
     if origin is typing.Annotated:
-        return _fit(value, args[0])
+        return _coerce(value, args[0])
     if origin is tuple or hint is tuple:
-        return _fit_tuple(value, args)
+        return _coerce_tuple(value, args)
     if hint is Any:
         return value
     if hint is None:
@@ -86,17 +86,17 @@ def _keep(value: Any, fits: bool) -> Any:
     return value
 
 
-def _fit_one_of(value: Any, options: tuple) -> Any:
+def _coerce_one_of(value: Any, options: tuple) -> Any:
     # an exact type first, so that 1 stays an int in `float | int`
     for option in sorted(options, key=lambda o: o is not type(value)):
         try:
-            return _fit(value, option)
+            return _coerce(value, option)
         except Unfit:
             continue
     raise Unfit
 
 
-def _fit_tuple(value: Any, args: tuple) -> tuple:
+def _coerce_tuple(value: Any, args: tuple) -> tuple:
     if not isinstance(value, (tuple, list)):
         raise Unfit
     if not args:
@@ -105,7 +105,7 @@ def _fit_tuple(value: Any, args: tuple) -> tuple:
         args = args[:1] * len(value)
     if len(args) != len(value):
         raise Unfit
-    return tuple(_fit(v, a) for v, a in zip(value, args))
+    return tuple(_coerce(v, a) for v, a in zip(value, args))
 
 
 def construct(cls: type, args: list, keywords: dict[str, Any]) -> Any:
@@ -128,7 +128,7 @@ def construct(cls: type, args: list, keywords: dict[str, Any]) -> Any:
         if field.name not in given and required(field):
             raise ValueError(f"{title}: {field.name} is missing: it has no default")
     known = hints(cls)
-    typed = {n: fit(v, known.get(n, Any), f"{title}: {n}") for n, v in given.items()}
+    typed = {n: coerce(v, known.get(n, Any), f"{title}: {n}") for n, v in given.items()}
     try:
         return cls(**typed)
     except TypeError as error:

@@ -1,4 +1,4 @@
-"""Show: the text of a value, which `experiments.notation.parse` reads back.
+"""Format: the text of a value, which `experiments.cli.parse` reads back.
 
 Only fields that differ from their default are shown, a mask as its expression, and a
 tuple that repeats as `(A, B) * 2` where that is shorter.
@@ -20,8 +20,8 @@ SYMBOLS = {"Or": (" | ", 1), "And": (" & ", 2)}
 NOT, ATOM = 3, 4
 
 
-def show(value: Any) -> str:
-    """The text of a value: parse(show(value)) == value.
+def format_value(value: Any) -> str:
+    """The text of a value: parse(format_value(value)) == value.
 
     Raises ValueError for what has no text: arrays, functions, objects of other classes.
     """
@@ -32,11 +32,11 @@ def show(value: Any) -> str:
     if isinstance(value, pathlib.Path):
         return repr(str(value))
     if type(value) is tuple:
-        return _tuple([show(v) for v in value])
+        return _tuple([format_value(v) for v in value])
     if type(value) is list:
-        return "[" + ", ".join(map(show, value)) + "]"
+        return "[" + ", ".join(map(format_value, value)) + "]"
     if type(value) is dict:
-        items = (f"{show(k)}: {show(v)}" for k, v in value.items())
+        items = (f"{format_value(k)}: {format_value(v)}" for k, v in value.items())
         return "{" + ", ".join(items) + "}"
     if isinstance(value, type):
         return _type(value)
@@ -115,7 +115,7 @@ def _fields(value: Any) -> str:
         own = getattr(value, field.name)
         if required(field) or not same(own, default(field)):
             name = "" if field.name == first else f"{field.name}="
-            shown.append(name + show(own))
+            shown.append(name + format_value(own))
     return f"{type(value).__name__}({', '.join(shown)})"
 
 

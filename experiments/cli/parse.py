@@ -1,9 +1,9 @@
-"""Notation: values as text and back, `(Lightning(), Softmax(mask=Causal())) * 2`.
+"""Parse: text as values, as they are printed: `(Lightning(), Softmax()) * 2`.
 
 The text is read with `ast`, never evaluated. It holds literals, tuples, lists and
 dicts, `+` and `* n` of tuples, `&`, `|` and `~` of masks, `jnp.bfloat16`, and names and
 calls of dataclasses: a name `Landmark` is the class `Landmark` in `attn/landmark.py`
-(or in `models/landmark.py`), a mask, a mixer, a position, a data source, or a class of
+(or in `models/landmark.py`), a mask, a mixer, a position, a dataset, or a class of
 the module that reads.
 """
 

@@ -1,15 +1,15 @@
-"""Data: every source of batches under one roof.
+"""Data: every dataset under one roof.
 
-`source.batch(step, size)` is a dict of numpy arrays: tokens [B,T] and targets [B,T]
+`dataset.batch(step, size)` is a dict of numpy arrays: tokens [B,T] and targets [B,T]
 int32 (-1: no loss) and, where sequences are packed, segments [B,T] int32. It depends on
-the source's fields, the step and the size alone.
+the dataset's fields, the step and the size alone.
 """
 
-from experiments.data.source import Batch, Cycle, Source
+from experiments.data.dataset import Batch, Cycle, Dataset
 from experiments.data.synthetic import Copy, Needles, Recall, mqar
 from experiments.data.text import Corpus, HuggingFace, Text
 
 __all__ = [
-    "Batch", "Copy", "Corpus", "Cycle", "HuggingFace", "Needles", "Recall", "Source",
+    "Batch", "Copy", "Corpus", "Cycle", "HuggingFace", "Needles", "Recall", "Dataset",
     "Text", "mqar",
 ]

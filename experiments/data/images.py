@@ -1,4 +1,4 @@
-"""Images: sources of pictures that are on the machine, or made up, and never fetched.
+"""Images: datasets of pictures that are on the machine, or made up, and never fetched.
 
 Digits and photographs come with scikit-learn (the extra `images`), spectral cubes are
 drawn from a model of mixed materials. A batch is a pure function of seed, split, step
@@ -9,14 +9,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any
 
-import jax
 import numpy as np
 
-from experiments.data.source import Batch, Source
-from experiments.training.loop import Objective
-from models.lm import loss
+from experiments.data.dataset import Batch, Dataset
 
 
 def _datasets():
@@ -45,7 +41,7 @@ def _photo(name: str) -> np.ndarray:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Digits(Source):
+class Digits(Dataset):
     """Handwritten digits, 8 x 8 grey pixels (UCI; Alpaydin & Kaynak, 1998): x [B,8,8,1]
     float32 in 0..1 and labels [B] int32. The last fifth of 1,797 is held out. zoom: so
     many pixels a side for each, all alike: 4 makes 32 x 32."""
@@ -71,7 +67,7 @@ class Digits(Source):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Pairs(Source):
+class Pairs(Dataset):
     """Images beside smaller ones: y [B,s h,s w,bands] and x [B,h,w,bands], the means of
     squares of s x s pixels. `size` is the side of x, `scale` is s; values are in 0..1.
     """
@@ -161,23 +157,3 @@ def _low_pass(noise: np.ndarray, smooth: float) -> np.ndarray:
     keep = np.exp(-2 * (np.pi * smooth) ** 2 * (y**2 + x**2) / 4)[None, ..., None]
     soft = np.fft.ifft2(np.fft.fft2(noise, axes=(1, 2)) * keep, axes=(1, 2)).real
     return soft / soft.std()
-
-
-def label(model: Any, params: Any, batch: dict, key: Any) -> tuple[Any, Any]:
-    """Cross entropy in nats of the labels [B] of pictures x: (sum, count)."""
-    logits = model.apply(params, batch["x"], rngs={"dropout": key})
-    return loss(logits, batch["labels"])
-
-
-LABELS = Objective(label, "x")
-
-
-def accuracy(model: Any, params: Any, batch: dict) -> float:
-    """The share of the pictures whose label is the largest logit, 64 at a time."""
-    best = jax.jit(lambda x: model.apply(params, x).argmax(-1))
-    x, labels = batch["x"], batch["labels"]
-    hits = [
-        np.asarray(best(x[n:n + 64])) == labels[n:n + 64]
-        for n in range(0, len(labels), 64)
-    ]
-    return float(np.concatenate(hits).mean())

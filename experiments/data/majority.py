@@ -10,11 +10,11 @@ import dataclasses
 
 import numpy as np
 
-from experiments.data.source import Batch, Source, row
+from experiments.data.dataset import Batch, Dataset, row
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Majority(Source):
+class Majority(Dataset):
     """Coins, and at the end the question which side came up more often.
 
     tokens [B,T]: T - 1 coins 0 or 1, an odd number, then 2; the target there is the

@@ -6,7 +6,7 @@ import dataclasses
 
 import numpy as np
 
-from experiments.data.source import Batch, Source, chosen, row
+from experiments.data.dataset import Batch, Dataset, chosen, row
 from experiments.data.text import Corpus
 
 IGNORED = -100  # the label of positions without a target in the published generator
@@ -67,7 +67,7 @@ def _ask(keys, values, gaps, length: int, passes: int):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Recall(Source):
+class Recall(Dataset):
     """Multi-query associative recall: `pairs` keys with values, then every key again.
 
     tokens [B,T]: k1 v1 k2 v2 ..., then the keys at distances that follow a power law
@@ -111,7 +111,7 @@ class Recall(Source):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Copy(Source):
+class Copy(Dataset):
     """A random string, a separator, and the string again, which has to be predicted.
 
     tokens [B,T]: T/2 symbols, 0, the first T/2 - 1 symbols; the targets are the T/2
@@ -135,7 +135,7 @@ class Copy(Source):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Needles(Source):
+class Needles(Dataset):
     """Needles in a haystack: `needles` keys with answers, hidden in noise or in text.
 
     tokens [B,T]: the hay, in which stand needles `NEEDLE key a_1 .. a_n` at random
@@ -144,7 +144,7 @@ class Needles(Source):
     `depth` the needle that is asked for lies there: 0 is the beginning, 1 the end.
 
     With W hay tokens, ids below W are hay: uniform noise of W = `hay` ids, or the
-    text of a source, W = hay.vocab, of the same split. W is NEEDLE, W + 1 is ASK, then
+    text of a dataset, W = hay.vocab, of the same split. W is NEEDLE, W + 1 is ASK, then
     come `keys` keys and `values` values. Keys in a row differ. Chance: 1/values.
     """
 

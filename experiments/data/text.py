@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from experiments.data import bpe
-from experiments.data.source import SPLITS, Batch, Source
+from experiments.data.dataset import SPLITS, Batch, Dataset
 
 OUTSIDE = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
 
@@ -30,7 +30,7 @@ class Tokens(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Corpus(Source):
+class Corpus(Dataset):
     """Rows of `length` tokens of running text. Every position has a target, the next
     token.
 
@@ -238,10 +238,10 @@ class HuggingFace(Corpus):
             raise ValueError("HuggingFace needs the package datasets: "
                              "pip install 'attn[hf]'") from None
         try:
-            source = datasets.load_dataset(
+            dataset = datasets.load_dataset(
                 self.name, self.subset, split=self.part, streaming=True
             )
-            found = list(itertools.islice(source, self.rows))
+            found = list(itertools.islice(dataset, self.rows))
         except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
             first = str(error).strip().partition("\n")[0]
             raise ValueError(f"HuggingFace: name={self.name!r} cannot be loaded: "

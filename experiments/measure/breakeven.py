@@ -1,4 +1,4 @@
-"""Break-even: from how many tokens on a contender is faster than exact attention.
+"""Break-even: from how many tokens on a candidate is faster than exact attention.
 
 Exact attention costs more a token the longer the sequence, a state of fixed size does
 not: somewhere the lines cross. The best of all that compute causal softmax attention,
@@ -14,7 +14,7 @@ from rich.table import Table
 
 
 def break_even(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """pass, name and length of each contender that is not exact: the tokens from which
+    """pass, name and length of each candidate that is not exact: the tokens from which
     on it stays faster than the fastest exact one; "< T" if it is from the first length
     measured on, "> T" if it is not even at the last. rows: length, pass, name, ms and
     exact of `experiments.speed`."""
@@ -51,7 +51,7 @@ def crossing(gains: dict[int, float]) -> int | str:
 def table(found: list[dict[str, Any]]) -> Table:
     """The lengths for the terminal."""
     shown = Table(title="tokens from which on it is faster than exact attention")
-    shown.add_column("contender", overflow="fold")
+    shown.add_column("candidate", overflow="fold")
     passes = list(dict.fromkeys(one["pass"] for one in found))
     for which in passes:
         shown.add_column(which, justify="right")

@@ -1,4 +1,4 @@
-"""Forecast: what a compiled program needs on a pod, and how long it takes at least.
+"""Roofline: what a compiled program needs on a pod, and how long it takes at least.
 
 Nothing runs. Bytes of memory come from the compiler, collectives from the program's
 text, operations from walking what was traced. Times are a model:
@@ -46,7 +46,7 @@ RATED = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Forecast:
+class Roofline:
     """Of one device and one run. memory: bytes of arguments, results and temporaries;
     moved: (collectives, bytes) by kind; work: operations by name; compute, hidden and
     open: seconds of computing, of collectives behind it and of those that it waits for,
@@ -77,8 +77,8 @@ class Forecast:
         return None if not self.step else 1 - (self.compute or 0) / self.step
 
 
-def forecast(pod: Pod, mesh: Any, traced: Any, lowered: Any) -> Forecast:
-    """The forecast of a program on `mesh`, traced and lowered, which is compiled."""
+def roofline(pod: Pod, mesh: Any, traced: Any, lowered: Any) -> Roofline:
+    """The roofline of a program on `mesh`, traced and lowered, which is compiled."""
     compiled, text = built(pod, lowered)
     work = cost.work(traced.jaxpr.jaxpr)
     devices = len(pod.devices)
@@ -89,11 +89,11 @@ def forecast(pod: Pod, mesh: Any, traced: Any, lowered: Any) -> Forecast:
         count, size = moved.get(one.kind, (0, 0))
         moved[one.kind] = count + one.times, size + one.times * one.bytes
     if pod.target is None:
-        return Forecast(held(compiled), moved, work, None, None, None)
+        return Roofline(held(compiled), moved, work, None, None, None)
     seconds = {hidden: sum(
         took(pod, mesh, one) for one in found if one.hidden == hidden
     ) for hidden in (True, False)}
-    return Forecast(
+    return Roofline(
         held(compiled), moved, work, computing(pod, work), seconds[True], seconds[False]
     )
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from rich.console import Console
 from rich.table import Table
 
-from experiments.measure.roofline import Forecast
+from experiments.measure.roofline import Roofline
 from experiments.measure.topology import Pod
 
 
@@ -15,7 +15,7 @@ class Row(NamedTuple):
     """A column of the table. took: seconds of tracing and compiling; wanted: operations
     of a chip's products, if its work is even and none is in vain, 0 if not known."""
 
-    forecast: Forecast
+    roofline: Roofline
     took: float
     wanted: float
 
@@ -23,15 +23,15 @@ class Row(NamedTuple):
     def ideal(self) -> float | None:
         """The time of the products that are wanted, at the rate of those that are made,
         over that of the step."""
-        one = self.forecast
+        one = self.roofline
         if not self.wanted or not one.step or one.compute is None:
             return None
         return self.wanted / one.products * one.compute / one.step
 
 
-def figures(row: Row) -> dict[str, Any]:
-    """The numbers of a forecast."""
-    one = row.forecast
+def metrics(row: Row) -> dict[str, Any]:
+    """The numbers of a roofline."""
+    one = row.roofline
     found: dict[str, Any] = {"bytes": one.memory}
     for kind, (count, size) in sorted(one.moved.items()):
         found |= {f"{kind}s": count, f"{kind}_bytes": size}
@@ -53,7 +53,7 @@ def show(rows: dict[str, Row], chips: Pod) -> None:
     table.add_column("")
     for name in rows:
         table.add_column(name, justify="right")
-    kinds = sorted({kind for row in rows.values() for kind in row.forecast.moved})
+    kinds = sorted({kind for row in rows.values() for kind in row.roofline.moved})
     lines: dict[str, list[str]] = {"memory, GB": []}
     lines |= {f"{kind}, MB (times)": [] for kind in kinds}
     lines |= {n: [] for n in ("matrix products, Tflop", "computing, ms",
@@ -65,7 +65,7 @@ def show(rows: dict[str, Row], chips: Pod) -> None:
     known = lambda t: "-" if t is None else f"{t * 1e3:,.2f}"
     share = lambda x: "-" if x is None else f"{x:.1%}"
     for row in rows.values():
-        one = row.forecast
+        one = row.roofline
         cells = [f"{one.memory / 1e9:,.2f}"]
         for kind in kinds:
             count, size = one.moved.get(kind, (0, 0))

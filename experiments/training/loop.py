@@ -1,4 +1,4 @@
-"""Training: one loop for every model and every source of batches.
+"""Training: one loop for every model and every dataset.
 
 A batch is a pure function of the step, and so is the dropout; with the state in a
 checkpoint nothing else is needed, so a run that was killed at any point and started
@@ -19,17 +19,19 @@ import numpy as np
 from experiments.training import mesh as meshes
 from experiments.training.progress import progress
 from experiments.training.runs import Checkpoints, Metrics
-from experiments.training.step import TEXT, Objective, Plan, State
-from experiments.training.step import abstract, next_token, staged, start, trace, update
+from experiments.training.step import (
+    TEXT, Objective, State, TrainConfig, abstract, next_token, staged, start, trace,
+    train_step,
+)
 from models.lm import loss
 
 __all__ = [
-    "TEXT", "Objective", "Plan", "State", "abstract", "check", "evaluate", "fit",
-    "next_token", "staged", "start", "update",
+    "TEXT", "Objective", "TrainConfig", "State", "abstract", "check", "evaluate", "fit",
+    "next_token", "staged", "start", "train_step",
 ]
 
 
-class Fit(NamedTuple):
+class TrainResult(NamedTuple):
     """What training gives back: the parameters, the metrics (a row every `log` steps)
     and the median number of tokens per second, without compilation."""
 
@@ -52,7 +54,7 @@ def measure(model: nn.Module, params: Any, batch: dict) -> tuple:
 
 
 def evaluate(
-    model: nn.Module, params: Any, source: Any, batches: int, size: int,
+    model: nn.Module, params: Any, dataset: Any, batches: int, size: int,
     mesh: meshes.Sizes = (1, 1, 1),
 ) -> dict[str, float]:
     """Mean loss in nats and accuracy over `batches` batches of `size` rows, on the mesh
@@ -61,7 +63,7 @@ def evaluate(
     with meshes.in_force(mesh) as devices:
         model = meshes.spread(model, mesh)
         for step in range(batches):
-            batch = source.batch(step, size)
+            batch = dataset.batch(step, size)
             meshes.check(mesh, 1, batch)
             found = measure(model, params, meshes.put(batch, devices))
             sums += np.asarray(found, np.float64)
@@ -70,15 +72,15 @@ def evaluate(
 
 def fit(
     model: nn.Module,
-    source: Any,
-    plan: Plan,
+    dataset: Any,
+    plan: TrainConfig,
     folder: pathlib.Path | None = None,
     *,
     objective: Objective = TEXT,
     label: str = "train",
     quiet: bool = False,
-) -> Fit:
-    """Trains `model` on `source`; with a folder, goes on from its newest checkpoint,
+) -> TrainResult:
+    """Trains `model` on `dataset`; with a folder, goes on from its newest checkpoint,
     which may come from another mesh.
 
     On a mesh every attention that names no axis of its own gets "seq". `NotFinite`
@@ -86,20 +88,20 @@ def fit(
     objective: what is made small; by default the loss of the next token. quiet: no
     progress bar.
     """
-    check(model, plan, source, objective)
+    check(model, plan, dataset, objective)
     checkpoints = Checkpoints(folder)
     first = jax.process_index() == 0
     with meshes.in_force(plan.mesh) as mesh:
         model = meshes.spread(model, plan.mesh)
-        state = _resumed(model, plan, source, objective, checkpoints, mesh)
+        state = _resumed(model, plan, dataset, objective, checkpoints, mesh)
         done = int(state.step)
         metrics = Metrics(folder / "metrics.jsonl" if folder and first else None, done)
         rates: list[float] = []
         with progress(label, plan.steps, done, quiet or not first) as show:
             clock, since = time.perf_counter(), done
             for step in range(done, plan.steps):
-                batch = source.batch(step, plan.batch)
-                state, mean = update(
+                batch = dataset.batch(step, plan.batch)
+                state, mean = train_step(
                     model, plan, state, meshes.put(batch, mesh), objective
                 )
                 last = step + 1 == plan.steps
@@ -117,27 +119,27 @@ def fit(
                     checkpoints.save(step + 1, state)
         checkpoints.close()
         speed = float(np.median(rates[1:] or rates or [0.0]))
-        return Fit(state.params, metrics.rows, speed)
+        return TrainResult(state.params, metrics.rows, speed)
 
 
 def check(
-    model: nn.Module, plan: Plan, source: Any, objective: Objective = TEXT
+    model: nn.Module, plan: TrainConfig, dataset: Any, objective: Objective = TEXT
 ) -> None:
     """ValueError or NotImplementedError, in one sentence, if `fit` cannot run this plan
     on the devices there are: too few of them, sizes that they cannot split, an
     attention that cannot be split. The step is traced, which `fit` need not do again.
     """
-    batch = source.batch(0, plan.batch)
+    batch = dataset.batch(0, plan.batch)
     with meshes.in_force(plan.mesh) as mesh:
         meshes.check(plan.mesh, plan.accumulate, batch)
         trace(meshes.spread(model, plan.mesh), plan, mesh, batch, objective)
 
 
-def _resumed(model, plan, source, objective, checkpoints, mesh) -> State:
+def _resumed(model, plan, dataset, objective, checkpoints, mesh) -> State:
     """The newest checkpoint, read straight to where it lies; else a new state."""
     if checkpoints.latest is None:
-        return start(model, plan, source, objective)
-    inputs = source.batch(0, plan.mesh[0])[objective.inputs]
+        return start(model, plan, dataset, objective)
+    inputs = dataset.batch(0, plan.mesh[0])[objective.inputs]
     return checkpoints.restore(abstract(model, plan, inputs, mesh))
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from experiments.distributed import agreed
+from experiments.training.hosts import agreed
 
 ELSEWHERE = ("--mesh", "--fsdp", "--quiet")  # where and how loud, but not what
 

@@ -22,22 +22,22 @@ from models.placement import lay
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class TrainConfig:
     """How to train: AdamW with linear warm-up and cosine decay, gradients clipped.
 
-    rate: the peak learning rate; it ends at `final` times that. accumulate: a batch is
-    split in so many parts, whose gradients are added up. decay: weight decay, on
-    matrices only. mesh: devices along data, seq and model. fsdp: parameters and moments
+    learning_rate: at its peak; it ends at `final_scale` times that. accumulate: a batch
+    is split in so many parts, whose gradients are added up. weight_decay: on matrices
+    only. mesh: devices along data, seq and model. fsdp: parameters and moments
     are split over all devices and gathered where they are used, which moves at most
     half as much again as adding up gradients does; without it only `model` splits them.
     """
 
     steps: int = 500
     batch: int = 16
-    rate: float = 3e-3
+    learning_rate: float = 3e-3
     warmup: int = 50
-    final: float = 0.1
-    decay: float = 0.1
+    final_scale: float = 0.1
+    weight_decay: float = 0.1
     clip: float = 1.0
     accumulate: int = 1
     seed: int = 0
@@ -54,9 +54,10 @@ class Plan:
             raise ValueError(
                 f"accumulate={self.accumulate}: expected to divide batch={self.batch}"
             )
-        if self.rate <= 0 or self.warmup < 0:
+        if self.learning_rate <= 0 or self.warmup < 0:
             raise ValueError(
-                f"rate={self.rate}, warmup={self.warmup}: expected > 0 and >= 0"
+                f"learning_rate={self.learning_rate}, warmup={self.warmup}: "
+                "expected > 0 and >= 0"
             )
         if len(self.mesh) != 3 or min(self.mesh) < 1:
             raise ValueError(f"mesh={self.mesh}: expected sizes of data, seq, model")
@@ -65,12 +66,15 @@ class Plan:
         """The optimiser of this plan."""
         warmup = min(self.warmup, self.steps // 2)
         schedule = optax.warmup_cosine_decay_schedule(
-            0.0, self.rate, warmup, self.steps, self.rate * self.final
+            0.0, self.learning_rate, warmup, self.steps,
+            self.learning_rate * self.final_scale
         )
         matrices = lambda params: jax.tree.map(lambda a: a.ndim > 1, params)
         return optax.chain(
             optax.clip_by_global_norm(self.clip),
-            optax.adamw(schedule, b2=0.95, weight_decay=self.decay, mask=matrices),
+            optax.adamw(
+                schedule, b2=0.95, weight_decay=self.weight_decay, mask=matrices
+            ),
         )
 
 
@@ -105,8 +109,9 @@ TEXT = Objective(next_token)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 4), donate_argnums=2)
-def update(
-    model: nn.Module, plan: Plan, state: State, batch: dict, objective: Objective = TEXT
+def train_step(
+    model: nn.Module, plan: TrainConfig, state: State, batch: dict,
+    objective: Objective = TEXT,
 ) -> tuple:
     """One step of training -> state, mean loss."""
     parts = _parts(batch, plan.accumulate)
@@ -148,11 +153,11 @@ def _parts(batch: dict, many: int) -> dict:
 
 
 def start(
-    model: nn.Module, plan: Plan, source: Any, objective: Objective = TEXT
+    model: nn.Module, plan: TrainConfig, dataset: Any, objective: Objective = TEXT
 ) -> State:
     """The state before the first step. On the mesh in force, if there is one, no device
     ever holds more of it than its own part."""
-    like = _like(source.batch(0, plan.mesh[0])[objective.inputs])
+    like = _like(dataset.batch(0, plan.mesh[0])[objective.inputs])
     make = functools.partial(_initial, model, plan, like)
     mesh = jax.sharding.get_abstract_mesh()
     if mesh is None or mesh.empty:
@@ -160,7 +165,7 @@ def start(
     return jax.jit(lambda: meshes.constrain(make(), plan.fsdp))()
 
 
-def _initial(model: nn.Module, plan: Plan, like: Any) -> State:
+def _initial(model: nn.Module, plan: TrainConfig, like: Any) -> State:
     inputs = jnp.zeros(like.shape, like.dtype)
     params = model.init(jax.random.key(plan.seed), inputs)
     return State(params, plan.optimizer().init(params), jnp.int32(0), jnp.int32(-1))
@@ -170,7 +175,7 @@ def _like(a: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(a.shape, jax.dtypes.canonicalize_dtype(a.dtype))
 
 
-def abstract(model: nn.Module, plan: Plan, inputs: Any, mesh: Any) -> State:
+def abstract(model: nn.Module, plan: TrainConfig, inputs: Any, mesh: Any) -> State:
     """The shapes of the state and where each lies on `mesh`, or on one device for None;
     inputs: the array that the model takes, or its shape. Nothing is computed."""
     with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
@@ -179,19 +184,21 @@ def abstract(model: nn.Module, plan: Plan, inputs: Any, mesh: Any) -> State:
 
 
 def trace(
-    model: nn.Module, plan: Plan, mesh: Any, batch: dict, objective: Objective = TEXT
+    model: nn.Module, plan: TrainConfig, mesh: Any, batch: dict,
+    objective: Objective = TEXT,
 ) -> None:
-    """Traces `update` on the mesh in force, or on one device for None, so that what the
-    model refuses is raised; nothing is computed. jax keeps the trace for the steps."""
+    """Traces `train_step` on the mesh in force, or on one device for None, so that what
+    the model refuses is raised; nothing is computed. jax keeps the trace for the
+    steps."""
     state = abstract(model, plan, batch[objective.inputs], mesh)
-    update.eval_shape(model, plan, state, meshes.shapes(batch, mesh), objective)
+    train_step.eval_shape(model, plan, state, meshes.shapes(batch, mesh), objective)
 
 
 def staged(
-    model: nn.Module, plan: Plan, mesh: Any, batch_shapes: dict,
+    model: nn.Module, plan: TrainConfig, mesh: Any, batch_shapes: dict,
     objective: Objective = TEXT,
 ) -> tuple[jax.stages.Traced, jax.stages.Lowered]:
-    """`update`, the step that `fit` takes, traced and lowered for the devices of
+    """`train_step`, the step that `fit` takes, traced and lowered for the devices of
     `mesh`, which need not be there; nothing is computed. mesh and batch_shapes, a shape
     and dtype for each array of a batch, take the place of `plan.mesh` and `plan.batch`.
 
@@ -204,5 +211,5 @@ def staged(
         model = meshes.spread(model, sizes)
         state = abstract(model, plan, batch[objective.inputs], mesh)
         batch = meshes.shapes(batch, mesh)
-        traced = update.trace(model, plan, state, batch, objective)
+        traced = train_step.trace(model, plan, state, batch, objective)
         return traced, traced.lower()

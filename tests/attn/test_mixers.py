@@ -197,7 +197,7 @@ def test_mixers_are_layers_of_models():
 def test_a_mixer_can_be_written_on_a_command_line():
     value = config.parse("(Static(length=64), FNet())")
     assert value == (Static(length=64), FNet())
-    assert config.parse(config.show(value)) == value
+    assert config.parse(config.format_value(value)) == value
 
 
 def test_what_is_refused_is_refused_with_the_reason():

@@ -15,7 +15,7 @@ from attn.positions import ALiBi, RoPE
 from attn.snapkv import SnapKV
 from attn.softmax import Softmax
 from experiments.cli import config
-from experiments.cli.config import command, knob, main, parse, read, show
+from experiments.cli.config import command, option, main, parse, read, format_value
 from experiments.data import Recall, Text
 
 VALUES = [
@@ -34,14 +34,14 @@ VALUES = [
 class Config:
     """A config of every kind of field."""
 
-    attention: tuple = knob((Softmax(),), "the layers")
-    steps: int = knob(10, "training steps")
-    rate: float = knob(1e-3, "learning rate")
-    name: str = knob("x", "of the run")
-    folder: str | None = knob(None, "where to")
-    quiet: bool = knob(False, "no bar")
-    mesh: tuple[int, int, int] = knob((1, 1, 1), "devices")
-    text: Text = knob(Text(), "the text")
+    attention: tuple = option((Softmax(),), "the layers")
+    steps: int = option(10, "training steps")
+    rate: float = option(1e-3, "learning rate")
+    name: str = option("x", "of the run")
+    folder: str | None = option(None, "where to")
+    quiet: bool = option(False, "no bar")
+    mesh: tuple[int, int, int] = option((1, 1, 1), "devices")
+    text: Text = option(Text(), "the text")
 
     def __post_init__(self):
         if self.steps < 1:
@@ -53,16 +53,16 @@ TINY = Config(steps=1)
 
 @pytest.mark.parametrize("value", VALUES, ids=lambda v: str(v)[:30])
 def test_what_is_shown_is_read_back(value):
-    text = show(value)
+    text = format_value(value)
     assert parse(text) == value
-    assert show(parse(text)) == text and "\n" not in text
+    assert format_value(parse(text)) == text and "\n" not in text
 
 
 def test_short_forms():
-    assert show((Lightning(), Softmax()) * 2) == "(Lightning(), Softmax()) * 2"
+    assert format_value((Lightning(), Softmax()) * 2) == "(Lightning(), Softmax()) * 2"
     for text in ("(Lightning(),) * 3 + (Softmax(),)",
                  "Causal() & (Window(9) | Sink(4))"):
-        assert show(parse(text)) == text
+        assert format_value(parse(text)) == text
 
 
 @pytest.mark.parametrize("changes", [
@@ -155,6 +155,6 @@ def test_ctrl_c(capsys):
 def test_what_cannot_be_written_is_refused():
     for value in (object(), jnp.zeros(3), lambda: 0):
         with pytest.raises(ValueError, match="cannot be written"):
-            show(value)
-    assert show(pathlib.Path("a/b")) == "'a/b'"
+            format_value(value)
+    assert format_value(pathlib.Path("a/b")) == "'a/b'"
     assert config.parse("jnp.float32") == jnp.float32

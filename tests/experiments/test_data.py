@@ -1,4 +1,4 @@
-"""Data: batches are functions of the step, and each puzzle has its answer in it."""
+"""Data: batches are functions of the step, and each task has its answer in it."""
 
 import dataclasses
 import sys
@@ -8,7 +8,7 @@ import pytest
 
 from experiments.data import Copy, Cycle, HuggingFace, Needles, Recall, Text, mqar
 
-PUZZLES = [
+TASKS = [
     Recall(vocab=256, length=64, pairs=8), Copy(vocab=16, length=20),
     Needles(length=64, needles=3, questions=2),
     Needles(length=64, needles=2, depth=0.5),
@@ -28,13 +28,13 @@ def corpus(tmp_path, monkeypatch):
     return Text(path=str(folder), length=24)
 
 
-def check_batches(source, vocab):
-    one, again = source.batch(7, 5), source.batch(7, 5)
+def check_batches(dataset, vocab):
+    one, again = dataset.batch(7, 5), dataset.batch(7, 5)
     for name, array in one.items():
-        assert array.dtype == np.int32 and array.shape == (5, source.length)
+        assert array.dtype == np.int32 and array.shape == (5, dataset.length)
         assert (array == again[name]).all()
-    others = (source.batch(8, 5), dataclasses.replace(source, seed=1).batch(7, 5),
-              dataclasses.replace(source, split="valid").batch(7, 5))
+    others = (dataset.batch(8, 5), dataclasses.replace(dataset, seed=1).batch(7, 5),
+              dataclasses.replace(dataset, split="valid").batch(7, 5))
     assert all((other["tokens"] != one["tokens"]).any() for other in others)
     assert 0 <= one["tokens"].min() and one["tokens"].max() < vocab
     targets = one["targets"]
@@ -42,9 +42,9 @@ def check_batches(source, vocab):
     return one
 
 
-@pytest.mark.parametrize("source", PUZZLES, ids=lambda s: type(s).__name__)
-def test_puzzles_are_functions_of_the_step(source):
-    check_batches(source, source.vocab)
+@pytest.mark.parametrize("dataset", TASKS, ids=lambda s: type(s).__name__)
+def test_tasks_are_functions_of_the_step(dataset):
+    check_batches(dataset, dataset.vocab)
 
 
 def test_recall_asks_every_key_for_its_value():
@@ -76,12 +76,12 @@ def test_copying():
 
 @pytest.mark.parametrize("depth", [None, 0.0, 1.0])
 def test_needles_are_in_the_haystack(depth):
-    source = Needles(length=96, needles=3, questions=1, depth=depth)
-    batch = source.batch(0, 30)
+    dataset = Needles(length=96, needles=3, questions=1, depth=depth)
+    batch = dataset.batch(0, 30)
     for tokens, targets in zip(batch["tokens"], batch["targets"]):
         asked = np.nonzero(targets >= 0)[0]
         key = tokens[asked[0]]
-        marks = np.nonzero(tokens == source.words)[0]
+        marks = np.nonzero(tokens == dataset.words)[0]
         found = [i for i in marks if tokens[i + 1] == key]
         assert len(found) == 1 and len(marks) == 3
         place = found[0] + 2
@@ -91,9 +91,9 @@ def test_needles_are_in_the_haystack(depth):
 
 
 def test_needles_in_text(corpus):
-    source = Needles(length=96, hay=dataclasses.replace(corpus, length=8), needles=2)
-    tokens = source.batch(0, 4)["tokens"]
-    assert source.vocab == 256 + 2 + 64 and (tokens < 256).mean() > 0.8
+    dataset = Needles(length=96, hay=dataclasses.replace(corpus, length=8), needles=2)
+    tokens = dataset.batch(0, 4)["tokens"]
+    assert dataset.vocab == 256 + 2 + 64 and (tokens < 256).mean() > 0.8
 
 
 def test_text_windows(corpus):
@@ -138,9 +138,9 @@ def test_byte_pairs(corpus):
 def test_a_single_file_and_the_standard_library(tmp_path):
     file = tmp_path / "one.txt"
     file.write_text("abcdefghij" * 50)
-    source = Text(path=str(file), length=16)
-    assert len(source.content.ids) == 450
-    assert len(dataclasses.replace(source, split="valid").content.ids) == 50
+    dataset = Text(path=str(file), length=16)
+    assert len(dataset.content.ids) == 450
+    assert len(dataclasses.replace(dataset, split="valid").content.ids) == 50
     assert len(Text().content.ids) > 1_000_000
 
 
@@ -202,9 +202,9 @@ class Datasets:
 
 def test_hugging_face_rows(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", Datasets)
-    source = HuggingFace(name="known", subset="small", rows=50, length=16)
-    assert "of small" in source.decode(source.batch(0, 1)["tokens"][0]) + " of small"
-    assert len(source.documents()) == 50
+    dataset = HuggingFace(name="known", subset="small", rows=50, length=16)
+    assert "of small" in dataset.decode(dataset.batch(0, 1)["tokens"][0]) + " of small"
+    assert len(dataset.documents()) == 50
     with pytest.raises(ValueError, match="'absent' cannot be loaded: Dataset 'absent'"):
         HuggingFace(name="absent").content
     with pytest.raises(ValueError, match="column='n'.*text"):

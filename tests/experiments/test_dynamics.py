@@ -12,15 +12,15 @@ from attn.softmax import Softmax
 from experiments import dynamics
 from experiments.cli import config
 from experiments.data.majority import Majority
-from experiments.measure import grid_cost as spread
+from experiments.measure import grid_cost
 
 
 def test_the_side_that_came_up_more_often():
-    source = Majority(length=8)
-    batch = source.batch(3, 64)
+    dataset = Majority(length=8)
+    batch = dataset.batch(3, 64)
     coins = batch["tokens"][:, :-1]
     assert coins.shape == (64, 7) and set(coins.ravel()) == {0, 1}
-    assert (batch["tokens"][:, -1] == 2).all() and source.vocab == 3
+    assert (batch["tokens"][:, -1] == 2).all() and dataset.vocab == 3
     assert (batch["targets"][:, :-1] == -1).all()
     np.testing.assert_array_equal(batch["targets"][:, -1], coins.mean(1) > 0.5)
     biased = Majority(length=512, bias=0.5).batch(0, 256)["tokens"][:, :-1].mean(1)
@@ -29,11 +29,11 @@ def test_the_side_that_came_up_more_often():
 
 @pytest.mark.parametrize("context", [128, 256, 512])
 def test_what_the_last_coins_allow(context):
-    source = Majority(length=512)
-    batch = source.batch(0, 20000)
+    dataset = Majority(length=512)
+    batch = dataset.batch(0, 20000)
     seen = batch["tokens"][:, -context:-1]
     right = ((2 * seen.sum(1) > seen.shape[1]) == batch["targets"][:, -1]).mean()
-    assert abs(right - source.best(context)) < 0.015
+    assert abs(right - dataset.best(context)) < 0.015
 
 
 def test_pieces_do_not_meet():
@@ -51,7 +51,7 @@ def test_pieces_do_not_meet():
 
 
 def test_bytes_in_the_program_are_those_by_hand():
-    rows = spread.measured(256, 2, 8)
+    rows = grid_cost.measured(256, 2, 8)
     assert [row["devices"] for row in rows] == [1, 2, 4, 8]
     for row in rows:
         assert row["error"] <= 2e-5
@@ -63,11 +63,11 @@ def test_bytes_in_the_program_are_those_by_hand():
 
 
 def test_the_model_of_time():
-    ideal = spread.Hardware(link=1e30)
-    times = spread.modelled(4096, 4, 64, ideal)
+    ideal = grid_cost.Hardware(link=1e30)
+    times = grid_cost.modelled(4096, 4, 64, ideal)
     assert np.isclose(times["1 device"] / times["8 devices"], 8)
     assert times["vanilla"] > 5 * times["1 device"]
-    slow = spread.modelled(4096, 4, 64, spread.Hardware())
+    slow = grid_cost.modelled(4096, 4, 64, grid_cost.Hardware())
     assert slow["8 devices"] > times["8 devices"]
     assert slow["vanilla"] == times["vanilla"]
 

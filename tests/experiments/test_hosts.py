@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from experiments.distributed import Hosts
+from experiments.training.hosts import Hosts
 from experiments.training.loop import abstract, fit
 from experiments.training.runs import Checkpoints
 from tests.small_run import BATCH, MODEL, Counting, plan
@@ -23,16 +23,16 @@ port, index, folder = sys.argv[1:]
 os.environ["XLA_FLAGS"] = " ".join((
     "--xla_force_host_platform_device_count=4", "--xla_backend_optimization_level=0"))
 import conftest  # the settings of every test
-from experiments.distributed import Hosts, agreed, join
+from experiments.training.hosts import Hosts, agreed, join
 join(Hosts(f"localhost:{port}", 2, int(index)), patience=40)
 import jax
-from experiments import mesh, runs, train
+from experiments.training import loop, mesh, runs
 from tests.small_run import MODEL, Counting, plan
 assert jax.process_count() == 2 and len(jax.local_devices()) == 4
 path = runs.open_folder("two", folder, "python -m two")
-run = train.fit(MODEL, Counting(), plan((2, 2, 2)), path, quiet=True)
+run = loop.fit(MODEL, Counting(), plan((2, 2, 2)), path, quiet=True)
 assert not run.params["params"]["embed"]["embedding"].is_fully_addressable
-found = train.evaluate(MODEL, run.params, Counting(), 1, 8, mesh=(2, 2, 2))
+found = loop.evaluate(MODEL, run.params, Counting(), 1, 8, mesh=(2, 2, 2))
 whole = mesh.whole(run.params)["params"]["norm"]["scale"]
 try:
     runs.open_folder("two", folder, "python -m three")

@@ -10,7 +10,7 @@ import pytest
 
 from experiments import scale
 from experiments.measure.collectives import Collective
-from experiments.measure.roofline import SHARE, Forecast, computing, rate, took
+from experiments.measure.roofline import SHARE, Roofline, computing, rate, took
 from experiments.measure.topology import LINK, Pod, pod
 from experiments.training import torus
 from pallas_kernels.matrix.targets import TARGETS
@@ -113,4 +113,4 @@ def test_products_are_counted_apart_and_no_kernel_beats_the_peak():
     products = {"flash_forward products": 2 * peak}
     assert of(**products) == pytest.approx(max(2, 2 * peak / ours))
     both = Counter({"matmul": 1, "flash products": 2, "flash": 4, "other": 8})
-    assert Forecast(0, {}, both, None, None, None).products == 3
+    assert Roofline(0, {}, both, None, None, None).products == 3

@@ -14,7 +14,7 @@ from attn.recurrent.delta_rule import delta_rule
 from attn.recurrent.linear import recur
 from attn.softmax import Softmax
 from experiments import speed
-from experiments.measure import timing as contenders, peers
+from experiments.measure import peers, timing
 from experiments.measure.breakeven import break_even, crossing, table
 
 SIZES = {"batch": 1, "t": 12, "heads": 4, "kv_heads": 2, "d": 8, "v": 8,
@@ -24,8 +24,8 @@ SIZES = {"batch": 1, "t": 12, "heads": 4, "kv_heads": 2, "d": 8, "v": 8,
 @pytest.mark.parametrize("mask", (Causal(), Causal() & Window(3)))
 def test_a_decoding_step_is_the_last_token_each_time(mask):
     attention = Softmax(mask=mask)
-    x = contenders.inputs(**SIZES)
-    call = contenders.prepared(attention, x.last, "decode")
+    x = timing.inputs(**SIZES)
+    call = timing.prepared(attention, x.last, "decode")
     first, again = call(), call()
     np.testing.assert_array_equal(first, again)
     want = attention(jnp.broadcast_to(x.q[:, -1:], x.q.shape), x.k, x.v)[:, -1:]
@@ -34,8 +34,8 @@ def test_a_decoding_step_is_the_last_token_each_time(mask):
 
 
 def test_a_recurrent_memory_is_timed_too():
-    x = contenders.inputs(**SIZES | {"kv_heads": 4})
-    call = contenders.prepared(Lightning(), x.last, "decode")
+    x = timing.inputs(**SIZES | {"kv_heads": 4})
+    call = timing.prepared(Lightning(), x.last, "decode")
     assert call().shape == call().shape == (1, 1, 4, 8)
 
 
@@ -44,13 +44,13 @@ LEARNED = (GLA(), RAT(chunk=4))
 
 @pytest.mark.parametrize("attention", LEARNED, ids=lambda a: type(a).__name__)
 def test_what_learns_is_bound_to_parameters_and_tokens(attention):
-    x = contenders.inputs(**SIZES | {"kv_heads": 4})
-    f, more = contenders.bound(attention, x)
+    x = timing.inputs(**SIZES | {"kv_heads": 4})
+    f, more = timing.bound(attention, x)
     tokens, params = more
     assert tokens.shape == (1, 12, 4 * 8) and jax.tree.leaves(params)
-    o = contenders.prepared(attention, x, "forward")()
+    o = timing.prepared(attention, x, "forward")()
     np.testing.assert_allclose(o, f(*x[:3], *more), atol=1e-5)
-    grads = contenders.prepared(attention, x, "both")()
+    grads = timing.prepared(attention, x, "both")()
     assert len(grads) == 5
     assert jax.tree.structure(grads[4]) == jax.tree.structure(params)
     assert any(jnp.abs(g).max() > 0 for g in jax.tree.leaves(grads[4]))
@@ -58,8 +58,8 @@ def test_what_learns_is_bound_to_parameters_and_tokens(attention):
 
 @pytest.mark.parametrize("attention", LEARNED, ids=lambda a: type(a).__name__)
 def test_what_learns_is_streamed(attention):
-    x = contenders.inputs(**SIZES | {"kv_heads": 4})
-    call = contenders.prepared(attention, x.last, "decode")
+    x = timing.inputs(**SIZES | {"kv_heads": 4})
+    call = timing.prepared(attention, x.last, "decode")
     assert call().shape == (1, 1, 4, 8) and jnp.isfinite(call()).all()
     assert call.moved > 0
 
@@ -82,7 +82,7 @@ def test_lines_cross_between_lengths():
     assert crossing({64: 1.0}) == "< 64" and crossing({64: 0.0}) == "> 64"
 
 
-def test_break_even_is_against_the_best_exact_contender():
+def test_break_even_is_against_the_best_exact_candidate():
     of = lambda t, name, ms, exact: {
         "length": t, "pass": "forward", "name": name, "ms": ms, "exact": exact}
     rows = [of(256, "slow", 9, True), of(256, "fast", 1, True), of(256, "state", 2, 0),
@@ -97,7 +97,7 @@ def test_break_even_is_against_the_best_exact_contender():
 
 def test_ejkernel_where_it_is_installed():
     pytest.importorskip("ejkernel")
-    x = contenders.inputs(**SIZES | {"kv_heads": 4})
+    x = timing.inputs(**SIZES | {"kv_heads": 4})
     made = {name: make(x)() for name, make in peers.linear_peers("forward").items()}
     q, k, v = x[:3]
     decay = jnp.asarray(-slopes(4), jnp.float32)
@@ -112,17 +112,17 @@ def test_ejkernel_where_it_is_installed():
 
 
 def test_flops_are_those_of_the_field():
-    x = contenders.inputs(**SIZES)
+    x = timing.inputs(**SIZES)
     full = 2 * 4 * 12 * 12 * (8 + 8)
-    assert contenders.flops(x, "forward") == full / 2
-    assert contenders.flops(x, "both") == full / 2 * 3.5
-    assert contenders.flops(x.last, "decode") == full / 12
+    assert timing.flops(x, "forward") == full / 2
+    assert timing.flops(x, "both") == full / 2 * 3.5
+    assert timing.flops(x.last, "decode") == full / 12
 
 
 def test_who_does_all_the_work():
-    assert contenders.exact(None) and contenders.exact(Softmax())
-    assert not contenders.exact(Softmax(mask=Causal() & Window(3)))
-    assert not contenders.exact(Lightning())
+    assert timing.exact(None) and timing.exact(Softmax())
+    assert not timing.exact(Softmax(mask=Causal() & Window(3)))
+    assert not timing.exact(Lightning())
 
 
 def test_a_peer_that_refuses_is_named_and_left_out(monkeypatch):
@@ -142,13 +142,13 @@ def test_a_peer_that_refuses_is_named_and_left_out(monkeypatch):
 
 
 def test_limits_are_rates():
-    matmul, copy = contenders.limits(jnp.float32)
+    matmul, copy = timing.limits(jnp.float32)
     assert matmul > 1e8 and copy > 1e7
 
 
-@pytest.mark.parametrize("which", contenders.PASSES)
+@pytest.mark.parametrize("which", timing.PASSES)
 def test_torch_where_it_is_installed(which):
     pytest.importorskip("torch")
-    x = contenders.inputs(**SIZES)
+    x = timing.inputs(**SIZES)
     call = peers.peers(which)["torch SDPA"](x.last if which == "decode" else x)
     assert call() is None and jax.default_backend() == "cpu"

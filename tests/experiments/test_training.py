@@ -16,14 +16,14 @@ import pytest
 from attn.masks import Causal, Window
 from attn.softmax import Softmax
 from experiments.training import loop as train
-from experiments.training.loop import NotFinite, Plan, evaluate, fit
+from experiments.training.loop import NotFinite, TrainConfig, evaluate, fit
 from experiments.training.runs import Checkpoints, Metrics, open_folder
 from models.lm import LM
 
 ROOT = pathlib.Path(__file__).parents[2]
 MODEL = LM(vocab=16, width=16, heads=2, hidden=16,
            attention=(Softmax(dropout=0.1), Softmax(mask=Causal() & Window(4))))
-PLAN = Plan(steps=12, batch=8, warmup=2, log=2, save=4)
+PLAN = TrainConfig(steps=12, batch=8, warmup=2, log=2, save=4)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +46,7 @@ def _same(a, b):
 
 
 def test_it_learns():
-    plan = dataclasses.replace(PLAN, steps=60, rate=2e-2, warmup=5, log=10)
+    plan = dataclasses.replace(PLAN, steps=60, learning_rate=2e-2, warmup=5, log=10)
     run = fit(MODEL, Counting(), plan, quiet=True)
     assert run.rows[-1]["loss"] < 0.5 < run.rows[0]["loss"]
     assert evaluate(MODEL, run.params, Counting(), 2, 4)["accuracy"] > 0.9
@@ -55,18 +55,18 @@ def test_it_learns():
 
 def test_a_run_that_was_stopped_ends_bit_identical(tmp_path, monkeypatch):
     whole = fit(MODEL, Counting(), PLAN, tmp_path / "whole", quiet=True)
-    count, update = [0], train.update
+    count, train_step = [0], train.train_step
 
     def stopping(*args):
         count[0] += 1
         if count[0] == 7:
             raise KeyboardInterrupt
-        return update(*args)
+        return train_step(*args)
 
-    monkeypatch.setattr(train, "update", stopping)
+    monkeypatch.setattr(train, "train_step", stopping)
     with pytest.raises(KeyboardInterrupt):
         fit(MODEL, Counting(), PLAN, tmp_path / "parts", quiet=True)
-    monkeypatch.setattr(train, "update", update)
+    monkeypatch.setattr(train, "train_step", train_step)
     again = fit(MODEL, Counting(), PLAN, tmp_path / "parts", quiet=True)
     assert _same(whole.params, again.params)
     assert whole.rows == again.rows
@@ -76,7 +76,7 @@ def test_a_run_that_was_stopped_ends_bit_identical(tmp_path, monkeypatch):
 
 KILLED = """
 import pathlib, sys
-from tests.test_train import *
+from tests.experiments.test_training import *
 fit(MODEL, Counting(), dataclasses.replace(PLAN, steps=400, save=2),
     pathlib.Path(sys.argv[1]), quiet=True)
 """
@@ -122,7 +122,7 @@ def test_a_loss_that_is_not_finite_names_step_and_checkpoint(tmp_path):
                 out["targets"] = np.full_like(out["targets"], -1)
             return out
 
-    plan = dataclasses.replace(PLAN, rate=1e30, clip=1e30, warmup=5)
+    plan = dataclasses.replace(PLAN, learning_rate=1e30, clip=1e30, warmup=5)
     with pytest.raises(NotFinite, match=r"not finite at step \d+; .*checkpoint"):
         fit(MODEL, Broken(), plan, tmp_path, quiet=True)
 
@@ -166,7 +166,8 @@ def test_a_metrics_line_cut_short_is_dropped(tmp_path):
 
 
 @pytest.mark.parametrize("field, value", [
-    ("steps", 0), ("accumulate", 3), ("rate", 0.0), ("mesh", (1, 2)), ("log", 0),
+    ("steps", 0), ("accumulate", 3), ("learning_rate", 0.0), ("mesh", (1, 2)),
+    ("log", 0),
 ])
 def test_bad_plans_say_what_they_expect(field, value):
     with pytest.raises(ValueError, match=f"{field}=.*expected"):

@@ -27,13 +27,13 @@ MESHES = ((1, 8, 1), (1, 4, 2), (2, 4, 1), (1, 2, 4), (8, 1, 1))
 def steps(mesh, **fields):
     """Losses of three steps, and gradients [...] of the first: Adam's first moment is a
     tenth of them, and the learning rate begins at 0."""
-    how, source, losses, first = plan(mesh, **fields), Counting(), [], None
+    how, dataset, losses, first = plan(mesh, **fields), Counting(), [], None
     with meshes.in_force(mesh) as devices:
         model = meshes.spread(MODEL, mesh)
-        state = train.start(model, how, source)
+        state = train.start(model, how, dataset)
         for step in range(how.steps):
-            batch = meshes.put(source.batch(step, how.batch), devices)
-            state, mean = train.update(model, how, state, batch)
+            batch = meshes.put(dataset.batch(step, how.batch), devices)
+            state, mean = train.train_step(model, how, state, batch)
             losses.append(float(mean))
             if first is None:
                 mu = state.moments[1][0].mu
@@ -82,14 +82,14 @@ class Packed(Counting):
         return super().batch(step, size) | {"segments": np.tile(runs, (size, 1))}
 
 
-@pytest.mark.parametrize("model, source", [
+@pytest.mark.parametrize("model, dataset", [
     (TransNormer(vocab=33, width=32, heads=4), Counting()),
     (MODEL.clone(attention=(Lightning(),) * 2, tied=False, scan=True, remat=True),
      Packed()),
 ], ids=("TransNormer", "packed"))
-def test_other_models_on_a_mesh(model, source):
+def test_other_models_on_a_mesh(model, dataset):
     losses = [
-        [row["loss"] for row in fit(model, source, plan(mesh), quiet=True).rows]
+        [row["loss"] for row in fit(model, dataset, plan(mesh), quiet=True).rows]
         for mesh in ((1, 1, 1), (2, 2, 2))
     ]
     close(np.array(losses[1]), np.array(losses[0]))

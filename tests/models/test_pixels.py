@@ -9,8 +9,9 @@ import pytest
 
 from attn.essa import Essa
 from attn.flow import Flow
-from experiments.data.images import LABELS, Digits, accuracy
-from experiments.training.loop import Plan, fit
+from experiments.data.images import Digits
+from experiments.training.loop import TrainConfig, fit
+from experiments.training.objectives import LABELS, accuracy
 from models.pixels import PixelNet, patches
 from tests.laws import close
 
@@ -46,10 +47,10 @@ def test_without_places_it_is_a_function_of_a_set():
 
 
 def test_it_trains_on_digits():
-    model, source = PixelNet(width=8, heads=2, patch=2, table=True), Digits()
-    plan = Plan(steps=3, batch=4, warmup=1)
-    found = fit(model, source, plan, objective=LABELS, quiet=True)
-    assert 0 <= accuracy(model, found.params, source.whole()) <= 1
+    model, dataset = PixelNet(width=8, heads=2, patch=2, table=True), Digits()
+    plan = TrainConfig(steps=3, batch=4, warmup=1)
+    found = fit(model, dataset, plan, objective=LABELS, quiet=True)
+    assert 0 <= accuracy(model, found.params, dataset.whole()) <= 1
 
 
 def test_wrong_settings_say_what_was_expected():

@@ -14,7 +14,7 @@ from attn.lightning import Lightning
 from attn.masks import Causal, Window
 from attn.softmax import Softmax
 from experiments.training import mesh as meshes
-from experiments.training.loop import Plan, staged
+from experiments.training.loop import TrainConfig, staged
 from models import placement
 from models.lm import LM
 from models.transnormer import TransNormer
@@ -113,7 +113,7 @@ def moved(text, kinds="all-gather|all-to-all|collective-permute"):
 
 @pytest.mark.parametrize("sizes, accumulate", [((1, 4, 2), 1), ((2, 2, 2), 2)])
 def test_a_step_moves_parameters_keys_and_states_only(sizes, accumulate):
-    plan = Plan(batch=8, accumulate=accumulate)
+    plan = TrainConfig(batch=8, accumulate=accumulate)
     traced, lowered = staged(MODEL, plan, devices(*sizes), BATCH)
     assert isinstance(lowered, jax.stages.Lowered)
     compiled = lowered.compile()

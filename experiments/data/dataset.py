@@ -1,8 +1,8 @@
-"""Source: where batches come from, each a pure function of (seed, split, step, size).
+"""Dataset: where batches come from, each a pure function of (seed, split, step, size).
 
 There is no loader and no loader state: a run that stops at step 700 goes on with
-`source.batch(700, size)`, and two hosts draw the same batch or, with other seeds, other
-ones.
+`dataset.batch(700, size)`, and two hosts draw the same batch or, with other seeds,
+other ones.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ Batch = dict[str, np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Source:
+class Dataset:
     """Rows of `length` tokens below `vocab`; subclasses say what stands in them.
 
     `seed` (0 or more) and `split` ("train" or "valid") choose the stream of batches.
@@ -54,23 +54,23 @@ class Source:
 
 @dataclasses.dataclass(frozen=True)
 class Cycle:
-    """Sources in turn: batch n is that of source n mod their number. They share their
+    """Datasets in turn: batch n is that of dataset n mod their number. They share their
     shapes, so that a model compiles once."""
 
-    sources: tuple[Source, ...]
+    datasets: tuple[Dataset, ...]
 
     def __post_init__(self):
-        if len({source.length for source in self.sources}) != 1:
-            raise ValueError("Cycle: expected one or more sources of one length")
+        if len({dataset.length for dataset in self.datasets}) != 1:
+            raise ValueError("Cycle: expected one or more datasets of one length")
 
     @property
     def length(self) -> int:
         """Tokens of a row."""
-        return self.sources[0].length
+        return self.datasets[0].length
 
     def batch(self, step: int, size: int) -> Batch:
-        """The batch of the source whose turn it is."""
-        return self.sources[step % len(self.sources)].batch(step, size)
+        """The batch of the dataset whose turn it is."""
+        return self.datasets[step % len(self.datasets)].batch(step, size)
 
 
 def row(sequence: np.ndarray, answers: np.ndarray) -> Batch:

@@ -22,9 +22,9 @@ import jax.numpy as jnp
 from attn.cache import kv as caches
 from attn.cache.blocks import Blocks
 from attn.contract.dispatch import pick
-from attn.contract.logits import Dropout
 from attn.contract.segments import TokenPositions, locate
 from attn.contract.shapes import check
+from attn.exact.logits import Dropout
 from attn.parallel.sharding import Axis, gather, over_mesh, spread_heads
 from attn.positions import RoPE
 from attn.sparse.chosen_blocks import gather as gather_blocks

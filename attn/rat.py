@@ -23,10 +23,10 @@ import jax.numpy as jnp
 
 from attn.cache import kv as caches
 from attn.cache.kv import Cache
-from attn.contract.logits import LogitSpec, Where
 from attn.contract.segments import locate
 from attn.contract.shapes import check
 from attn.exact.attend import attend
+from attn.exact.logits import LogitSpec, Where
 from attn.exact.online import OnlineSoftmax, join, output, state_of
 from attn.masks import Causal
 from attn.parallel.sharding import Axis, over_mesh

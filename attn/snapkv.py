@@ -23,10 +23,10 @@ import jax.numpy as jnp
 
 from attn.cache import kv as caches
 from attn.cache.kv import Cache
-from attn.contract.logits import Where
 from attn.contract.segments import TokenPositions, locate
 from attn.contract.shapes import check
 from attn.exact.dense import allowed, logits, weights
+from attn.exact.logits import Where
 from attn.masks import FOREVER
 from attn.softmax import Softmax
 

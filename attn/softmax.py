@@ -18,10 +18,10 @@ import jax.numpy as jnp
 
 from attn.cache import kv as caches
 from attn.cache import sharded as shardcache
-from attn.contract.logits import Dropout, LogitSpec, Where
 from attn.contract.segments import TokenPositions, locate
 from attn.contract.shapes import check
 from attn.exact.attend import attend
+from attn.exact.logits import Dropout, LogitSpec, Where
 from attn.masks import Causal, Full, Mask
 from attn.parallel.exchange import EXCHANGES, GATHER, exchanged, split_axis
 from attn.parallel.sharding import Axis, devices_of, over_mesh, spread_heads

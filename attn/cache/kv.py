@@ -14,11 +14,11 @@ import jax
 import jax.numpy as jnp
 
 from attn.contract.dispatch import interpreted, pick
-from attn.contract.logits import LogitSpec, Where
 from attn.contract.segments import TokenPositions
 from attn.contract.shapes import concrete
 from attn.exact import chunked
 from attn.exact.attend import kernel_options
+from attn.exact.logits import LogitSpec, Where
 from attn.masks import FOREVER, Mask
 from pallas_kernels.decode.api import decode
 

@@ -15,8 +15,8 @@ import jax.numpy as jnp
 
 from attn.cache import kv as caches
 from attn.cache.kv import Cache
-from attn.contract.logits import LogitSpec
 from attn.contract.segments import TokenPositions
+from attn.exact.logits import LogitSpec
 from attn.exact.online import logsumexp, merge, output, state_of
 from attn.parallel.sharding import Axis, devices_of, mesh_of, over_mesh
 

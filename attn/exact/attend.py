@@ -12,8 +12,8 @@ from typing import Any, Callable
 import jax
 
 from attn.contract.dispatch import interpreted, pick
-from attn.contract.logits import Dropout, LogitSpec, Where
 from attn.exact import chunked
+from attn.exact.logits import Dropout, LogitSpec, Where
 from pallas_kernels.flash.api import flash
 
 

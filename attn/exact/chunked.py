@@ -24,8 +24,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attn.contract.logits import Dropout, LogitSpec, Where
 from attn.exact.chunked_vjp import Constants, Plan, chunked, chunked_part
+from attn.exact.logits import Dropout, LogitSpec, Where
 from attn.masks import Full
 from pallas_kernels.schedule import SKIP, Tiling, asked, found
 from pallas_kernels.tile import NEVER, Form

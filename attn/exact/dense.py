@@ -7,8 +7,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from attn.contract.logits import LogitSpec, Where
 from attn.contract.shapes import check
+from attn.exact.logits import LogitSpec, Where
 from attn.exact.online import EMPTY, OnlineSoftmax
 from attn.masks import Mask
 from pallas_kernels.tile import NEVER

@@ -16,9 +16,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from attn.contract.logits import LogitSpec, Where
 from attn.contract.shapes import check
 from attn.exact.attend import attend
+from attn.exact.logits import LogitSpec, Where
 from attn.exact.online import merge, output, state_of
 from attn.parallel.sharding import (
     Axis, devices_of, gather, mesh_of, names_of, spec as lies, spread_heads

@@ -24,8 +24,8 @@ import dataclasses
 
 import jax
 
-from attn.contract.logits import LogitSpec, Where
 from attn.exact.attend import attend
+from attn.exact.logits import LogitSpec, Where
 from attn.parallel.ring import ring
 from attn.parallel.sharding import Axis, gather, names_of
 

@@ -22,8 +22,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from attn.contract.logits import LogitSpec, Where
 from attn.exact.attend import attend
+from attn.exact.logits import LogitSpec, Where
 from attn.exact.online import OnlineSoftmax, join, logsumexp, output, state_of
 from attn.masks import FOREVER, Causal
 from attn.parallel.ring_loop import (

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attn.contract.logits import LogitSpec
+from attn.exact.logits import LogitSpec
 from attn.masks import Full, Mask
 
 DIRECTIONS = (1, -1)  # keys come from the shards before, and from those behind

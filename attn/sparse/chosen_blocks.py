@@ -14,10 +14,10 @@ import jax
 import jax.numpy as jnp
 
 from attn.contract.dispatch import interpreted, pick
-from attn.contract.logits import LogitSpec, Where
 from attn.contract.shapes import check
 from attn.exact.attend import kernel_options
 from attn.exact.dense import weights
+from attn.exact.logits import LogitSpec, Where
 from pallas_kernels.blocks import api as kernels
 
 

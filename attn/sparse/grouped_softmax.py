@@ -19,7 +19,7 @@ from typing import Any, Callable, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from attn.contract.logits import Dropout
+from attn.exact.logits import Dropout
 from pallas_kernels.tile import NEVER
 
 TILE = 128  # queries at once

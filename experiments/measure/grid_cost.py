@@ -17,8 +17,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from rich import box
 from rich.table import Table
 
-from attn.contract.logits import LogitSpec, Where
 from attn.exact.dense import partial
+from attn.exact.logits import LogitSpec, Where
 from attn.exact.online import merge, output
 from attn.masks import Causal
 from attn.parallel.device_grid import grid_attention, traffic

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attn.contract.logits import Dropout, LogitSpec, Where
 from attn.exact.attend import attend
+from attn.exact.logits import Dropout, LogitSpec, Where
 from attn.masks import FOREVER, Causal, Full, Mask, Sink, Window
 from attn.softmax import Softmax
 from attn.sparse import chosen_blocks

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attn.contract.logits import LogitSpec, Where
 from attn.exact.dense import partial
+from attn.exact.logits import LogitSpec, Where
 from attn.exact.online import merge, output
 from attn.lineartransformer import LinearTransformer
 from attn.linformer import Linformer

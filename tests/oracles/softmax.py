@@ -5,8 +5,8 @@ import functools
 
 import numpy as np
 
-from attn.contract.logits import Dropout, LogitSpec, Where
 from attn.exact import attend as exact, chunked
+from attn.exact.logits import Dropout, LogitSpec, Where
 from attn.masks import Full
 from attn.sparse import chosen_blocks
 

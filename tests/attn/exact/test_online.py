@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from attn.contract.logits import LogitSpec, Where
 from attn.exact.attend import attend
 from attn.exact.dense import partial
+from attn.exact.logits import LogitSpec, Where
 from attn.exact.online import (
     EMPTY, OnlineSoftmax, empty, join, logsumexp, merge, output, state_of
 )

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from attn.contract.logits import LogitSpec, Where
+from attn.exact.logits import LogitSpec, Where
 from attn.masks import Causal, Full, Window
 from attn.parallel.device_grid import grid_attention, traffic
 from attn.softmax import Softmax

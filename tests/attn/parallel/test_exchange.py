@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from attn.contract import dispatch
-from attn.contract.logits import LogitSpec, Where
 from attn.exact.attend import attend
+from attn.exact.logits import LogitSpec, Where
 from attn.masks import Causal, Full, Sink, Window
 from attn.parallel import ring_schedule
 from attn.parallel.zigzag import from_zigzag, to_zigzag

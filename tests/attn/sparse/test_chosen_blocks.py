@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from attn.contract.logits import LogitSpec, Where
 from attn.exact.dense import logits, values, weights
+from attn.exact.logits import LogitSpec, Where
 from attn.masks import Causal, Full
 from attn.sparse import chosen_blocks
 from experiments.measure import cost

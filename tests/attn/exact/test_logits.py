@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from attn.contract.logits import LogitSpec, Where
+from attn.exact.logits import LogitSpec, Where
 from attn.masks import Causal
 
 

@@ -13,9 +13,8 @@ from attn.recurrent.linear import across, recur
 from pallas_kernels import Refused
 from pallas_kernels.linear import tpu as linear_tpu
 from pallas_kernels.linear.api import linear
-from tests.attn.recurrent import test_linear
-from tests.attn.recurrent.test_linear import (
-    GRADIENT, RUNS, close, inputs, like, per_channel, recurrence
+from tests.oracles.linear import (
+    GRADIENT, H, K, RUNS, close, inputs, like, per_channel, recurrence
 )
 
 BACKENDS = ("tpu", "triton")
@@ -176,7 +175,7 @@ def test_recur_takes_it(platform, monkeypatch):
 def test_sharding_changes_nothing(platform, kind, packed, reverse, monkeypatch):
     monkeypatch.setattr(dispatch, "INTERPRETED", platform)
     q, k, v, g, _, d_o, _ = inputs(16, kind)
-    k, v = (np.repeat(a, test_linear.H // test_linear.K, 2) for a in (k, v))
+    k, v = (np.repeat(a, H // K, 2) for a in (k, v))
     run = jnp.array(RUNS[16], jnp.int32) if packed else None
     form = {None: ".", 1: "H", 3: "BTH", 4: "BTHD"}[None if g is None else g.ndim]
     split = lambda *args: over_mesh(

@@ -12,7 +12,7 @@ from attn.recurrent.scan import Triple, attend, empty
 from pallas_kernels import Refused
 from pallas_kernels.scan.api import scan
 from experiments.measure import cost
-from tests.attn.recurrent.test_linear import close
+from tests.oracles.linear import close
 from tests.attn.recurrent.test_scan import B, H, K, RUNS, V, check, inputs
 
 BACKENDS = ("tpu", "triton")

@@ -18,7 +18,7 @@ from attn.recurrent.noncausal import whole
 from attn.recurrent.shortconv import across as convolved
 from attn.recurrent.shortconv import shortconv
 from experiments.measure.collectives import collectives
-from tests.attn.recurrent.test_linear import (
+from tests.oracles.linear import (
     B, D, FORWARD, GRADIENT, H, K, RUNS, V, close, inputs, like, per_channel, recurrence
 )
 from tests.laws import ENTRIES, given
@@ -291,7 +291,7 @@ def test_the_kernels_over_a_mesh(platform, rule, monkeypatch):
         f, args = split, (state, q, k, v, g)
     else:
         if rule == "wide delta":  # two calls, where values and D are too many columns
-            monkeypatch.setattr("attn.wy.WIDEST", 16)
+            monkeypatch.setattr("attn.recurrent.delta_rule.WIDEST", 16)
         *args, d_o, d_state = delta_oracle.inputs(t, "token", 1.0)
         f, args = delta_split, (args[5], *args[:5])
 

@@ -10,7 +10,7 @@ import pytest
 from attn.parallel.sharding import over_mesh
 from attn.recurrent.scan import Triple, across, attend, empty, join, prefix, total
 from experiments.measure import cost
-from tests.attn.recurrent.test_linear import close
+from tests.oracles.linear import close
 
 B, H, K, V = 2, 4, 2, 12
 GRADIENT = 1.5e-5

@@ -61,7 +61,7 @@ class Aaren(nn.Module):
     chunk: int = 64
     axis: Axis | None = None
     implementation: str | None = None
-    reads_q = False
+    needs_query = False
 
     def __post_init__(self):
         if self.chunk < 1:

@@ -141,14 +141,14 @@ class Landmark:
         caches.check_room(now.end, slots)
         q, k = self._rotated(q, k, now.pos)
         after = caches.append(state, k, v, now, now.pos)
-        both, runs = caches.joined(state, k, v, now)
+        both, runs = caches.concat(state, k, v, now)
         if q.shape[1] == 1:
             # the token's own sequence is all that is left in the cache
             both, runs = after, jnp.broadcast_to(now.run, (q.shape[0], slots))
         pos = both.pos[..., 0]
         row = jnp.where(pos >= 0, runs, 0), pos, both.k, both.v
         o = self._read(q, row if q.shape[1] == 1 else compact(*row), now)
-        return after, caches.spoil(o, now.end, slots)
+        return after, caches.poison(o, now.end, slots)
 
     def _read(self, q, row, now: Place, far=None):
         """Attention of q at `now` to a row (run, pos, k, v) without gaps."""
@@ -179,7 +179,7 @@ class Landmark:
             far = lambda index: self._fetched(q, chosen, ring, index)
         o = self._read(q, row, now, far=far)
         full = jnp.zeros_like(now.end) if ring.many == self.cache_blocks else now.end
-        return after, caches.spoil(o, full, state.k.shape[1])
+        return after, caches.poison(o, full, state.k.shape[1])
 
     def _chosen(self, q, ring: Blocks, now: Place) -> jax.Array:
         """The cached blocks that each query retrieves, as ages [B,H,T,n] in order, -1
@@ -205,11 +205,11 @@ class Landmark:
         """The blocks that the queries with these indices retrieve."""
         b, _, h, d = q.shape
         chosen, q = chosen[:, :, index], q[:, index]
-        where = jnp.where(chosen < 0, -1, ring.home(chosen))
+        where = jnp.where(chosen < 0, -1, ring.slot_of(chosen))
         held = ring.cache.k, ring.cache.v
         k, v = (blocks.gather(a, where, self.size) for a in held)
         near = jnp.take_along_axis(ring.place(), chosen.reshape(b, -1), 1) > 0
-        near = (near & ring.crowded[:, None]).reshape(chosen.shape)
+        near = (near & ring.full[:, None]).reshape(chosen.shape)
         slot = jnp.arange(chosen.shape[3])[None, None, None] + near
         inside = jnp.arange(self.size).reshape(1, 1, 1, 1, -1)
         pos = slot[..., None] * self.size + inside

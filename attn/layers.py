@@ -33,8 +33,8 @@ class MultiHead(Layer):
     """An attention with its projections (Vaswani et al., 2017) arXiv:1706.03762.
 
     attention: any attention of this library; if it learns something, its parameters are
-    under `attention`. One that asks a question of its own and says `reads_q = False`
-    gets the shape of q only, and there is no projection for it. heads H, kv_heads K (H
+    under `attention`. One that asks a question of its own and says `needs_query =
+    False` gets the shape of q only, and there is no projection for it. heads H, kv_heads K (H
     is a multiple), head_dim D (by default what the attention asks for as `feature_dim`,
     else E/H), value_dim V (E/H).
     position: `RoPE()`, `MDLRPE(dims)` or None; an attention with a field `rope` keeps
@@ -127,11 +127,11 @@ class MultiHead(Layer):
     def _bound(self):
         """The attention as this layer uses it; a learned one is its child."""
         attention = self.attention
-        if self._hands_over() and not isinstance(attention, nn.Module):
+        if self._takes_rope() and not isinstance(attention, nn.Module):
             attention = dataclasses.replace(attention, rope=self.position)
         return attention
 
-    def _hands_over(self) -> bool:
+    def _takes_rope(self) -> bool:
         fields = getattr(self.attention, "__dataclass_fields__", {})
         return "rope" in fields and self.position is not None
 
@@ -194,18 +194,18 @@ class MultiHead(Layer):
         dense = functools.partial(
             nn.DenseGeneral, use_bias=self.use_bias, dtype=self.dtype, kernel_init=_INIT
         )
-        reads_q = getattr(self.attention, "reads_q", True)
-        if reads_q:
+        needs_query = getattr(self.attention, "needs_query", True)
+        if needs_query:
             q = dense((self.heads, d), name="q")(x)
         else:
             q = jax.ShapeDtypeStruct((*x.shape[:2], self.heads, d), self.dtype)
         k = dense((keys, d), name="k")(source)
         v = dense((keys, v_dim), name="v")(source)
         if self.qk_norm:
-            q = nn.RMSNorm(dtype=self.dtype, name="q_norm")(q) if reads_q else q
+            q = nn.RMSNorm(dtype=self.dtype, name="q_norm")(q) if needs_query else q
             k = nn.RMSNorm(dtype=self.dtype, name="k_norm")(k)
-        if self.position is not None and not self._hands_over():
-            q = self.position.rotate(q, q_pos) if reads_q else q
+        if self.position is not None and not self._takes_rope():
+            q = self.position.rotate(q, q_pos) if needs_query else q
             k = self.position.rotate(k, kv_pos)
         return q, k, v
 

@@ -115,7 +115,7 @@ class RAT(nn.Module):
             both, runs = held, jnp.ones(held.k.shape[:2], jnp.int32)
         else:
             places = now._replace(pos=ends.number, run=ends.run)
-            both, runs = caches.joined(held, ends.k, ends.v, places)
+            both, runs = caches.concat(held, ends.k, ends.v, places)
         o = self._read(
             q, own_k, own_v, now.pos, now.run, both.k, both.v, both.pos[..., 0], runs
         )
@@ -129,7 +129,7 @@ class RAT(nn.Module):
             jnp.where(stays, ends.number, -1),
         )
         after = after._replace(end=now.end, segment=now.last)
-        return _state(after, *last), caches.spoil(o, now.end, size)
+        return _state(after, *last), caches.poison(o, now.end, size)
 
     def _checked(self, q, k, v, segments):
         """k and v with H heads."""

@@ -78,22 +78,23 @@ class SnapKV(Softmax):
         caches.check_fits(state, k, v)
         slots = state.k.shape[1]
         now = place(segments, b, t, state.end, state.segment)
-        both, runs = caches.joined(state, k, v, now)
+        both, runs = caches.concat(state, k, v, now)
         if t == 1:
             used = jnp.where(now.run.max(1) > 1, 0, (state.pos[..., 0] >= 0).sum(1))
             after = caches.append(state, k, v, now, used[:, None])
             o = self.read(both, runs, q, now, sink=sink)
             full = used + (now.run[:, 0] > 0)
             caches.check_room(full, slots)
-            return after, caches.spoil(o, full, slots)
+            return after, caches.poison(o, full, slots)
         o = self.read(both, runs, q, now, sink=sink)
         mine = caches.only_current(both, runs)
-        after = caches.keep(mine, self.worth(q, mine, now), self._kept(mine, slots))
-        return caches.grown(after, slots), o
+        importance = self.importance(q, mine, now)
+        after = caches.keep(mine, importance, self._kept(mine, slots))
+        return caches.pad_slots(after, slots), o
 
-    def worth(self, q: jax.Array, cache: Cache, now: Place) -> jax.Array:
-        """The worth [B,C,K] of each slot of a cache that holds the whole prompt: the
-        pooled votes, and infinity for the window. q [B,T,H,D] at `now`."""
+    def importance(self, q: jax.Array, cache: Cache, now: Place) -> jax.Array:
+        """The importance [B,C,K] of each slot of a cache that holds the whole prompt:
+        the pooled votes, and infinity for the window. q [B,T,H,D] at `now`."""
         order = jnp.argsort(jnp.where(cache.pos < 0, FOREVER, cache.pos), axis=1)
         pos = jnp.take_along_axis(cache.pos, order, 1)
         k = jnp.take_along_axis(cache.k, order[..., None], 1)
@@ -102,8 +103,8 @@ class SnapKV(Softmax):
         heads = q.shape[2] // pos.shape[2]
         pooled = self.pooled(vote, jnp.repeat(jnp.moveaxis(early, 1, 2), heads, 1))
         pooled = pooled.reshape(*pooled.shape[:1], pos.shape[2], heads, -1).mean(2)
-        worth = jnp.where(early, jnp.moveaxis(pooled, 1, 2), jnp.inf)
-        return jnp.take_along_axis(worth, jnp.argsort(order, axis=1), 1)
+        importance = jnp.where(early, jnp.moveaxis(pooled, 1, 2), jnp.inf)
+        return jnp.take_along_axis(importance, jnp.argsort(order, axis=1), 1)
 
     def votes(self, q, k, pos, now: Place) -> jax.Array:
         """What each key gets from the last `window` real queries: [B,H,S].

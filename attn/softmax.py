@@ -106,7 +106,7 @@ class Softmax:
 
     def init_state(self, size, q, k, v, *, x=None):
         """An empty memory for `size` tokens; q, k, v give shapes and dtypes."""
-        need = caches.ring(self.mask, max(size, 1)).slots
+        need = caches.rolling_slots(self.mask, max(size, 1)).slots
         return caches.empty(k, v, need if size > 0 else size)
 
     def step(self, state, q, k, v, *, x=None, segments=None, bias=None, sink=None):
@@ -118,7 +118,7 @@ class Softmax:
         b, t = q.shape[:2]
         slots = state.k.shape[1]
         now = place(segments, b, t, state.end, state.segment)
-        ring = caches.ring(self.mask, slots)
+        ring = caches.rolling_slots(self.mask, slots)
         if not ring.endless:
             caches.check_room(now.end, slots)
         after = self._append(state, k, v, now, ring.slot(now))
@@ -126,9 +126,9 @@ class Softmax:
             # the token's own sequence is all that is left in the cache
             read = after, jnp.broadcast_to(now.run.max(1, keepdims=True), (b, slots))
         else:
-            read = caches.joined(state, k, v, now)
+            read = caches.concat(state, k, v, now)
         o = self.read(*read, q, now, sink=sink)
-        return after, o if ring.endless else caches.spoil(o, now.end, slots)
+        return after, o if ring.endless else caches.poison(o, now.end, slots)
 
     def _check_stream(self, bias) -> None:
         if not self.mask.causal:

@@ -74,7 +74,7 @@ def append(cache: Cache, k, v, place: Place, slot: jax.Array) -> Cache:
     )
 
 
-def joined(cache: Cache, k, v, place: Place) -> tuple[Cache, jax.Array]:
+def concat(cache: Cache, k, v, place: Place) -> tuple[Cache, jax.Array]:
     """The cache with T more slots for the new tokens, and the run [B,C+T] of each slot:
     what a piece of several tokens attends to before some of it is forgotten."""
     b, t = k.shape[:2]
@@ -97,9 +97,9 @@ def only_current(cache: Cache, runs: jax.Array) -> Cache:
     return cache._replace(pos=jnp.where(now[..., None], cache.pos, -1))
 
 
-class Ring(NamedTuple):
+class RollingSlots(NamedTuple):
     """How a mask lets slots be used again: the first `first` tokens stay where they
-    are, the others share the rest as a ring. `endless`: no visible token is lost."""
+    are, the others share the rest by turns. `endless`: no visible token is lost."""
 
     slots: int
     first: int
@@ -117,11 +117,11 @@ class Ring(NamedTuple):
         )
 
 
-def ring(mask: Mask, slots: int) -> Ring:
-    """The ring that `mask` needs, in at most `slots` slots."""
+def rolling_slots(mask: Mask, slots: int) -> RollingSlots:
+    """The slots that `mask` needs, in at most `slots` slots."""
     left, first = mask.reach()
     need = first + left + 1 if 0 <= left < FOREVER else FOREVER
-    return Ring(min(slots, need), first, need <= slots)
+    return RollingSlots(min(slots, need), first, need <= slots)
 
 
 def read(
@@ -141,15 +141,15 @@ def read(
     )
 
 
-def keep(cache: Cache, score: jax.Array, size: int) -> Cache:
-    """The `size` tokens of each head with the highest score, in order of position.
+def keep(cache: Cache, importance: jax.Array, size: int) -> Cache:
+    """The `size` most important tokens of each head, in order of position.
 
-    score [B,S,K]: one a slot and key head; empty slots are kept last. Every head then
-    has slots of its own: pos becomes [B,size,K].
+    importance [B,S,K]: of each slot and key head; empty slots are kept last. Every head
+    then has slots of its own: pos becomes [B,size,K].
     """
-    pos = jnp.broadcast_to(cache.pos, score.shape)
-    score = jnp.where(pos >= 0, score.astype(jnp.float32), -jnp.inf)
-    _, chosen = jax.lax.top_k(jnp.moveaxis(score, 1, 2), size)
+    pos = jnp.broadcast_to(cache.pos, importance.shape)
+    importance = jnp.where(pos >= 0, importance.astype(jnp.float32), -jnp.inf)
+    _, chosen = jax.lax.top_k(jnp.moveaxis(importance, 1, 2), size)
     at = jnp.moveaxis(chosen, 1, 2)
     late = jnp.where(pos >= 0, pos, FOREVER)
     order = jnp.argsort(jnp.take_along_axis(late, at, 1), axis=1)
@@ -161,7 +161,7 @@ def keep(cache: Cache, score: jax.Array, size: int) -> Cache:
     )
 
 
-def grown(cache: Cache, slots: int) -> Cache:
+def pad_slots(cache: Cache, slots: int) -> Cache:
     """The cache with empty slots added behind, `slots` in all."""
     more = slots - cache.k.shape[1]
     widen = lambda a, value: jnp.pad(
@@ -194,7 +194,7 @@ def check_room(end: jax.Array, size: int) -> None:
         )
 
 
-def spoil(o: jax.Array, end: jax.Array, size: int) -> jax.Array:
+def poison(o: jax.Array, end: jax.Array, size: int) -> jax.Array:
     """o [B,...] with NaN in the rows that have reached past `size` tokens: inside a
     trace nothing can be raised, and a wrong number must not pass for a right one."""
     over = (end > size).reshape((-1,) + (1,) * (o.ndim - 1))

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from attn.contract.segments import place
 from attn.layers import Layer
 from attn.parallel.sharding import Axis, home, over_mesh, splits
-from attn.recurrent.shortconv import across
+from attn.recurrent.shortconv import shortconvs
 
 VARIANTS = ("lm", "zoology")
 
@@ -133,7 +133,7 @@ def _convolved(axis: Axis | None, x, weight, state, run):
     """The next state and y [B,T,C]; without an axis, `shortconv`."""
     def local(x, weight, state, run):
         states = None if state is None else [state]
-        after, (y,) = across([x], [weight], states=states, run=run, axis=axis)
+        after, (y,) = shortconvs([x], [weight], states=states, run=run, axis=axis)
         return None if after is None else after[0], y
 
     c = home("H", x.shape[2], axis)  # channels lie where heads do

@@ -25,10 +25,10 @@ from attn.contract.dispatch import pick
 from attn.contract.segments import place, runs
 from attn.contract.shapes import check
 from attn.parallel.sharding import Axis, gather, over_mesh, splits, spread_heads
-from attn.recurrent.chunks import Runs, chunked, filled, only, runs_of, unchunked
-from attn.recurrent.lasp import prefix
-from attn.recurrent.linear import LinearState, check_state, empty, one
-from attn.recurrent.noncausal import by_run
+from attn.recurrent.chunks import Runs, filled, from_chunks, only, runs_of, to_chunks
+from attn.recurrent.lasp import carry_in
+from attn.recurrent.linear import LinearState, check_state, empty, naive
+from attn.recurrent.noncausal import by_segment
 
 
 def features(x: jax.Array, compact: bool = False) -> jax.Array:
@@ -140,7 +140,7 @@ class Based:
                 return self._whole(q, k, summed)
             keys, values, runs = (gather(a, self.axis) for a in (k, summed, kv_run))
             here = dataclasses.replace(self, axis=None)
-            return by_run(
+            return by_segment(
                 lambda *a: here._recur(*a)[1], q, keys, values, q_run, runs
             )
 
@@ -157,21 +157,21 @@ class Based:
         zeros = jnp.zeros(self._memory(q, v.shape[-1]), jnp.float32)
         before = zeros if state is None else state
         if t == 1 and self.axis is None:
-            return one(before, self._map(q), self._map(k), v, run=run)
+            return naive(self._map(q), self._map(k), v, state=before, run=run)
         c, copies = min(self.chunk, t), h // k.shape[2]
         row = filled(run, t, c)
-        q, k, v = chunked(q, c), chunked(k, c, h), chunked(v, c, h)
+        q, k, v = to_chunks(q, c), to_chunks(k, c, h), to_chunks(v, c, h)
         carried: jax.Array | int = 1
         if self.axis is not None:
             few = lambda a: a[:, :, ::copies]  # one state serves its query heads
             final = self._scan(
                 zeros[:, ::copies], None, few(k), few(v), runs_of(row, c, 0))[0]
             last = None if run is None else run.max(1)
-            begun = prefix(final, None, last, self.axis, state=state)
+            begun = carry_in(final, None, last, self.axis, state=state)
             carried, before = begun.run, begun.state
             before = jnp.repeat(before, h // before.shape[1], 1)
         after, o = self._scan(before, q, k, v, runs_of(row, c, carried))
-        return begun.after if self.axis is not None else after, unchunked(o, t)
+        return begun.after if self.axis is not None else after, from_chunks(o, t)
 
     def _scan(self, state, q, k, v, runs: Runs):
         """The state after all chunks, and o [N,B,H,c,V] unless q is None."""
@@ -199,8 +199,8 @@ class Based:
         t, h = q.shape[1:3]
         state = jnp.zeros(self._memory(q, v.shape[-1]), jnp.float32)
         c, full = min(self.chunk, k.shape[1]), Runs(None, None, None, None)
-        state, _ = self._scan(state, None, chunked(k, c, h), chunked(v, c, h), full)
+        state, _ = self._scan(state, None, to_chunks(k, c, h), to_chunks(v, c, h), full)
         state = state if self.axis is None else jax.lax.psum(state, self.axis)
         read = lambda q: jnp.einsum("bhip,bhpv->bhiv", self._map(q), state)
-        o = jax.lax.map(jax.checkpoint(read), chunked(q, min(self.chunk, t)))
-        return unchunked(o, t)
+        o = jax.lax.map(jax.checkpoint(read), to_chunks(q, min(self.chunk, t)))
+        return from_chunks(o, t)

@@ -21,8 +21,8 @@ import jax.numpy as jnp
 from attn.contract.segments import Place, place
 from attn.contract.shapes import check
 from attn.parallel.sharding import Axis, home, over_mesh, splits, spread_heads
-from attn.recurrent.delta_rule import across
-from attn.recurrent.shortconv import across as convolved
+from attn.recurrent.delta_rule import recurrence
+from attn.recurrent.shortconv import shortconvs
 
 
 class DeltaState(NamedTuple):
@@ -117,7 +117,7 @@ class Delta(nn.Module):
         q, k, v = (a.astype(low) for a in (_unit(q), _unit(k), v))
 
         def local(state, q, k, v, beta, log_decay, run):
-            return across(
+            return recurrence(
                 q, k, v, beta, log_decay, state=state, run=run, chunk=self.chunk,
                 axis=axis, scale=q.shape[3] ** -0.5, dtype=low,
                 implementation=self.implementation,
@@ -148,7 +148,7 @@ class Delta(nn.Module):
         letters = f"{of('BT')} {of('.')} {of('B.')} BT -> {of('B.')} {of('BT')}"
 
         def local(*arrays):
-            after, found = convolved(
+            after, found = shortconvs(
                 arrays[:3], arrays[3:6], states=arrays[6:9] if streams else None,
                 run=arrays[9], axis=axis,
             )

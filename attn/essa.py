@@ -25,7 +25,7 @@ from attn.contract.dispatch import pick
 from attn.contract.segments import runs
 from attn.contract.shapes import check
 from attn.parallel.sharding import Axis, over_mesh, spread_heads
-from attn.recurrent.noncausal import whole
+from attn.recurrent.noncausal import noncausal
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Essa:
 
     def _local(self, q, k, v, q_run, kv_run) -> jax.Array:
         def sums(a, b, w):
-            return whole(a, b, w, q_run=q_run, kv_run=kv_run, axis=self.axis)
+            return noncausal(a, b, w, q_run=q_run, kv_run=kv_run, axis=self.axis)
 
         q, k = self._squares(q), self._squares(k)
         one, ones = jnp.ones_like(q[..., :1]), jnp.ones_like(k[..., :1])

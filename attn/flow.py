@@ -29,8 +29,8 @@ from attn.contract.dispatch import pick
 from attn.contract.segments import place, runs
 from attn.contract.shapes import check
 from attn.parallel.sharding import Axis, over_mesh, splits
-from attn.recurrent.linear import across, recur
-from attn.recurrent.noncausal import whole
+from attn.recurrent.linear import recurrence
+from attn.recurrent.noncausal import noncausal
 
 FEATURES = ("sigmoid", "relu")
 
@@ -165,7 +165,7 @@ class Flow:
         def sums(names, a, b, w):
             # sums that do not need each other are heads of one
             before = [held[name] for name in names if state]
-            now, o = across(
+            now, o = recurrence(
                 a, b, w, state=jnp.concatenate(before, 1) if state else None, run=run,
                 chunk=self.chunk, axis=axis, implementation=self.implementation,
             )
@@ -180,7 +180,7 @@ class Flow:
         """Of the causal form: what the sum of a sink is multiplied with [B,T,H,1], and
         c [B,T,H,1], so that o_t = gain_t phi(q_t) sum_(s<=t) phi(k_s)^T v_s c_s. q and
         k [B,T,H,D]."""
-        sums = lambda _, a, b, w: recur(a, b, w, chunk=self.chunk)[1]
+        sums = lambda _, a, b, w: recurrence(a, b, w, chunk=self.chunk)[1]
         pos = jnp.arange(q.shape[1])[None]
         return self._gains(sums, self._phi(q), self._phi(k), pos)
 
@@ -214,7 +214,7 @@ class Flow:
         sink, source = self._phi(q), self._phi(k)
         incoming, taken, share = self._flows(sink, source, q_run, kv_run)
         v = v.astype(jnp.float32)
-        o = whole(
+        o = noncausal(
             sink, source, v * share if self.compete else v, q_run=q_run, kv_run=kv_run,
             axis=self.axis,
         )
@@ -223,7 +223,7 @@ class Flow:
     def _flows(self, sink, source, q_run, kv_run) -> tuple[jax.Array, ...]:
         """Of the normal form: I [B,T,H,1], I' T/S [B,T,H,1] and c [B,S,H,1]."""
         def sums(to, of):
-            return lambda _, a, b, w: whole(
+            return lambda _, a, b, w: noncausal(
                 a, b, w, q_run=to, kv_run=of, axis=self.axis
             )
 

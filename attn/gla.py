@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from attn.contract.shapes import check
 from attn.parallel.sharding import Axis
-from attn.recurrent.causal import attend, follow
+from attn.recurrent.causal import linear_attention, linear_attention_step
 from attn.recurrent.linear import LinearState, empty
 
 _INIT = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
@@ -52,7 +52,7 @@ class GLA(nn.Module):
         """All tokens at once. q [B,T,H,D], k [B,S,K,D], v [B,S,K,V], x [B,T,E] ->
         [B,T,H,V]."""
         check(q, k, v, segments=segments, aligned=True)
-        return attend(
+        return linear_attention(
             q, k, v, self.log_decay(q, x), segments=segments, **self._how(q),
         )
 
@@ -64,7 +64,7 @@ class GLA(nn.Module):
     def step(self, state, q, k, v, *, x=None, segments=None):
         """The next T tokens -> state, [B,T,H,V]; the state does not grow."""
         check(q, k, v, segments=segments, aligned=True)
-        return follow(
+        return linear_attention_step(
             state, q, k, v, self.log_decay(q, x), segments=segments, **self._how(q)
         )
 

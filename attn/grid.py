@@ -14,7 +14,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from attn.recurrent.linear import recur
+from attn.recurrent.linear import recurrence
 
 _INIT = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
 KINDS, DECAYS = ("cosine", "rotary"), ("sigmoid", "exp")
@@ -180,5 +180,5 @@ def along(
     rows = moved.reshape(-1, *moved.shape[-3:]).astype(jnp.float32)
     one = jnp.ones((*rows.shape[:3], 1), jnp.float32)
     scaled = one * gain.astype(jnp.float32)[None, None, :, None]
-    o = recur(scaled, one, rows, log_decay, chunk=chunk)[1]
+    o = recurrence(scaled, one, rows, log_decay, chunk=chunk)[1]
     return jnp.moveaxis(o.reshape(moved.shape), -3, axis + 1)

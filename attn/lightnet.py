@@ -27,11 +27,11 @@ from attn.contract.dispatch import pick
 from attn.contract.segments import place, runs
 from attn.contract.shapes import check
 from attn.parallel.sharding import Axis, over_mesh, splits
-from attn.recurrent.causal import attend, follow
+from attn.recurrent.causal import linear_attention, linear_attention_step
 from attn.recurrent.chunks import only
 from attn.recurrent.linear import LinearState
-from attn.recurrent.noncausal import whole
-from attn.recurrent.scan import prefix
+from attn.recurrent.noncausal import noncausal
+from attn.recurrent.scan import prefix_scan
 
 LOW = -1e30  # the largest of no keys; finite, as differences of two have to be
 ACTIVATIONS = ("silu", None)
@@ -112,7 +112,7 @@ class LightNet:
         pos = place(segments, b, t).pos
         share, log_decay, *_ = self._shares(
             k, run, nothing((b, h, d)), self.axis, ends=False)
-        o = attend(
+        o = linear_attention(
             *self._turned(q, share, pos, pos), wide, self._spread(log_decay),
             segments=segments, **self._how(d),
         )
@@ -144,7 +144,7 @@ class LightNet:
         share, log_decay, top, total = self._shares(
             k, run, (state.top, state.total), splits(self.axis, t))
         held = LinearState(state.memory, state.end, state.segment)
-        held, o = follow(
+        held, o = linear_attention_step(
             held, *self._turned(q, share, now.pos, now.pos), wide,
             self._spread(log_decay), segments=segments, **self._how(d),
         )
@@ -197,7 +197,7 @@ class LightNet:
         # a constant: top + log(total) does not depend on where it is measured from
         top, held = jax.lax.stop_gradient(k), Mass(*before)
         token = Mass(*nothing(k.shape)), Mass(top, jnp.exp(k - top))
-        after, (last, now) = prefix(
+        after, (last, now) = prefix_scan(
             _shifted, token, state=(held, held), run=run, chunk=self.chunk, axis=axis,
             ends=ends,
         )
@@ -226,7 +226,7 @@ class LightNet:
         of = runs(segments, q, ordered=False)
 
         def local(q, share, v, q_run, kv_run):
-            return whole(q, share, v, q_run=q_run, kv_run=kv_run, axis=self.axis)
+            return noncausal(q, share, v, q_run=q_run, kv_run=kv_run, axis=self.axis)
 
         f = over_mesh(local, "BTHD BSHD BSHV BT BS -> BTHV", self.axis)
         o = pick(self.implementation, xla=lambda: f(*turned, v, *of))
@@ -248,7 +248,7 @@ class LightNet:
 
     def _sums(self, each, run) -> jax.Array:
         one = jnp.ones_like(each[..., :1])
-        return whole(one, one, each, q_run=run, kv_run=run, axis=self.axis)
+        return noncausal(one, one, each, q_run=run, kv_run=run, axis=self.axis)
 
 
 def nothing(shape: tuple[int, ...]) -> Mass:

@@ -23,9 +23,9 @@ from attn.contract.dispatch import pick
 from attn.contract.segments import runs
 from attn.contract.shapes import check
 from attn.parallel.sharding import Axis, over_mesh, spread_heads
-from attn.recurrent.causal import attend, follow
-from attn.recurrent.linear import LinearState, across, empty
-from attn.recurrent.noncausal import whole
+from attn.recurrent.causal import linear_attention, linear_attention_step
+from attn.recurrent.linear import LinearState, empty, recurrence
+from attn.recurrent.noncausal import noncausal
 
 RULES = ("code", "paper", "fla", "none")
 
@@ -114,7 +114,9 @@ class Lightning:
         check(q, k, v, segments=segments, aligned=ordered)
         log_decay = self._log_decay(q)
         if self.causal:
-            return attend(q, k, v, log_decay, segments=segments, **self._how())
+            return linear_attention(
+                q, k, v, log_decay, segments=segments, **self._how()
+            )
         q_run, kv_run = runs(segments, q, ordered)
         k, v = (spread_heads(a, q.shape[2], self.axis) for a in (k, v))
         letters = "BTHD BSKD BSKV H BT BS -> BTHV"
@@ -133,7 +135,7 @@ class Lightning:
         """The next T tokens -> state, [B,T,H,V]; the state does not grow."""
         self._check_stream()
         check(q, k, v, segments=segments, aligned=True)
-        return follow(
+        return linear_attention_step(
             state, q, k, v, self._log_decay(q), segments=segments, **self._how()
         )
 
@@ -157,9 +159,9 @@ class Lightning:
 
     def _two_sided(self, q, k, v, log_decay, q_run, kv_run) -> jax.Array:
         if log_decay is None:
-            xla = lambda: whole(q, k, v, q_run=q_run, kv_run=kv_run, axis=self.axis)
+            xla = lambda: noncausal(q, k, v, q_run=q_run, kv_run=kv_run, axis=self.axis)
             return pick(self.implementation, xla=xla)
-        one_way = lambda reverse: across(
+        one_way = lambda reverse: recurrence(
             q, k, v, log_decay, run=q_run, chunk=self.chunk, axis=self.axis,
             reverse=reverse, implementation=self.implementation,
         )[1]

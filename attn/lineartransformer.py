@@ -21,8 +21,8 @@ from attn.contract.dispatch import pick
 from attn.contract.segments import place, runs
 from attn.contract.shapes import check
 from attn.parallel.sharding import Axis, over_mesh, splits, spread_heads
-from attn.recurrent.linear import LinearState, across, check_state, empty
-from attn.recurrent.noncausal import whole
+from attn.recurrent.linear import LinearState, check_state, empty, recurrence
+from attn.recurrent.noncausal import noncausal
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +89,7 @@ class LinearTransformer:
         return b, h, d, v.shape[-1] + 1
 
     def _sums(self, axis, state, q, k, v, run) -> tuple:
-        return across(
+        return recurrence(
             _phi(q), _phi(k), _beside_one(v), state=state, run=run, chunk=self.chunk,
             axis=axis, implementation=self.implementation,
         )
@@ -98,7 +98,7 @@ class LinearTransformer:
         if self.causal:
             _, o = self._sums(self.axis, None, q, k, v, kv_run)
         else:
-            o = pick(self.implementation, xla=lambda: whole(
+            o = pick(self.implementation, xla=lambda: noncausal(
                 _phi(q), _phi(k), _beside_one(v), q_run=q_run, kv_run=kv_run,
                 axis=self.axis))
         return self._divided(o).astype(v.dtype)

@@ -23,7 +23,7 @@ from attn.contract.dispatch import pick
 from attn.contract.segments import place, runs
 from attn.contract.shapes import check
 from attn.parallel.sharding import Axis, over_mesh, spread_heads
-from attn.recurrent.noncausal import whole
+from attn.recurrent.noncausal import noncausal
 
 
 class Linformer(nn.Module):
@@ -70,7 +70,7 @@ class Linformer(nn.Module):
 
     def _local(self, q, k, v, keys, values, pos, q_run, kv_run) -> jax.Array:
         def sums(a, b, w):
-            return whole(a, b, w, q_run=q_run, kv_run=kv_run, axis=self.axis)
+            return noncausal(a, b, w, q_run=q_run, kv_run=kv_run, axis=self.axis)
 
         q, k, v = (a.astype(jnp.float32) for a in (q, k, v))
         each = lambda mix: _columns(mix, pos, k.shape[2])

@@ -28,7 +28,7 @@ from attn.contract.shapes import check
 from attn.masks import Causal
 from attn.parallel.sharding import Axis, over_mesh
 from attn.positions import RoPE
-from attn.recurrent.lasp import before
+from attn.recurrent.lasp import exclusive_prefix
 from attn.softmax import attend
 
 _INIT = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
@@ -198,7 +198,7 @@ class RAT(nn.Module):
         one = jnp.ones(last[0].shape[:1], jnp.int32)
         decay, *states = last
         nothing = jnp.ones_like(decay), *map(jnp.zeros_like, states)
-        (_, found), _ = before(join, one, last, axis, (one, nothing))
+        (_, found), _ = exclusive_prefix(join, one, last, axis, (one, nothing))
         return found[1:]
 
     def _ends(self, own_k, own_v, pos, run, dtype) -> Ends:

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from attn.parallel.sharding import Axis
-from attn.recurrent.causal import attend, follow
+from attn.recurrent.causal import linear_attention, linear_attention_step
 from attn.recurrent.linear import LinearState, empty
 
 
@@ -47,7 +47,7 @@ class RetNet:
 
     def __call__(self, q, k, v, *, x=None, segments=None):
         """All tokens at once. q [B,T,H,D], k [B,S,K,D], v [B,S,K,V] -> [B,T,H,V]."""
-        return attend(
+        return linear_attention(
             q, k, v, self._log_decay(q), segments=segments, **self._how(q),
         )
 
@@ -58,7 +58,7 @@ class RetNet:
 
     def step(self, state, q, k, v, *, x=None, segments=None):
         """The next T tokens -> state, [B,T,H,V]; the state does not grow."""
-        return follow(
+        return linear_attention_step(
             state, q, k, v, self._log_decay(q), segments=segments, **self._how(q)
         )
 

@@ -60,7 +60,7 @@ def filled(run: jax.Array | None, t: int, c: int) -> jax.Array | None:
     return jnp.pad(run, ((0, 0), (0, -t % c)))
 
 
-def chunked(a: jax.Array, c: int, heads: int | None = None) -> jax.Array:
+def to_chunks(a: jax.Array, c: int, heads: int | None = None) -> jax.Array:
     """a [B,T,H,X] as float32 chunks [N,B,H,c,X], zeros behind the last token; with
     `heads`, key heads are repeated to so many."""
     b, t, h, x = a.shape
@@ -70,8 +70,8 @@ def chunked(a: jax.Array, c: int, heads: int | None = None) -> jax.Array:
     return a.reshape(b, -1, c, h, x).transpose(1, 0, 3, 2, 4)
 
 
-def unchunked(o: jax.Array, t: int) -> jax.Array:
-    """The inverse of `chunked`: [N,B,H,c,V] -> [B,T,H,V]."""
+def from_chunks(o: jax.Array, t: int) -> jax.Array:
+    """The inverse of `to_chunks`: [N,B,H,c,V] -> [B,T,H,V]."""
     n, b, h, c, v = o.shape
     return o.transpose(1, 0, 3, 2, 4).reshape(b, n * c, h, v)[:, :t]
 

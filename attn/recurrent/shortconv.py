@@ -29,9 +29,9 @@ def shortconv(
     """A causal convolution of each channel -> the next state, y [B,T,C].
 
     x [B,T,C]; weight [W,C], its last row meets the token itself; bias [C]; state
-    [B,W-1,C] the tokens before these, None for zeros. run [B,T] as in `attn.segments`:
-    a token sees its own run, the state is of run 1, or of state_run [B,W-1]; padding is
-    passed over and gets 0.
+    [B,W-1,C] the tokens before these, None for zeros. run [B,T] as in
+    `attn.contract.segments`: a token sees its own run, the state is of run 1, or of
+    state_run [B,W-1]; padding is passed over and gets 0.
     """
     _check(x, weight, bias, state, run)
     b, t, c = x.shape
@@ -56,7 +56,7 @@ def shortconv(
     return jnp.where(same[..., None], last, 0), y
 
 
-def across(
+def shortconvs(
     xs: Sequence[jax.Array],
     weights: Sequence[jax.Array],
     *,

@@ -9,7 +9,7 @@ from attn.delta import Delta
 from attn.lightning import Lightning
 from attn.masks import Causal, Window
 from attn.mixers import Depthwise, FNet, LongConv, MeanPool, Mixer, Static
-from attn.recurrent.delta_rule import delta_rule
+from attn.recurrent.delta_rule import recurrence as delta_rule
 from attn.softmax import Softmax
 from attn.template import TEMPLATE, matrix, row
 from experiments.cli import config

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from attn.recurrent.delta_rule import delta_rule, one
+from attn.recurrent.delta_rule import naive
+from attn.recurrent.delta_rule import recurrence as rule
 from attn.recurrent.triangular import inverse
 from tests.oracles.delta_rule import B, H, RUNS, close, held, inputs, recurrence
 
@@ -34,11 +35,22 @@ def test_it_is_the_recurrence(kind, packed, t):
         g = np.float64(0) if args[4] is None else args[4]
         want, grads = recurrence(
             *args[:4], g, args[5], run, SCALE, d_o, d_state)
-        f = lambda q, k, v, beta, g, state: delta_rule(
+        f = lambda q, k, v, beta, g, state: rule(
             q, k, v, beta, g, state=state, run=run if packed else None, chunk=chunk,
             scale=SCALE, implementation="xla",
         )
         held(*both(f)(args, (d_state, d_o)), want, grads, args[4])
+
+
+@pytest.mark.parametrize("kind, packed", [("none", True), ("token", False)])
+def test_the_loop_is_the_recurrence(kind, packed):
+    *args, d_o, d_state = inputs(37, kind)
+    run = np.array(RUNS[37] if packed else np.ones((B, 37)), np.int32)
+    g = np.float64(0) if args[4] is None else args[4]
+    want, grads = recurrence(*args[:4], g, args[5], run, 1.0, d_o, d_state)
+    f = lambda q, k, v, beta, g, state: naive(
+        q, k, v, beta, g, state=state, run=run if packed else None)
+    held(*both(f)(args, (d_state, d_o)), want, grads, args[4])
 
 
 @pytest.mark.parametrize("kind", ["none", "token"])
@@ -52,37 +64,37 @@ def test_long_rows_stay_exact(kind, alike):
     run, g = np.ones((1, 400), np.int32), args[4]
     want, grads = recurrence(*args[:4], np.float64(0) if g is None else g, args[5],
                              run, 1.0, d_o, d_state)
-    f = lambda q, k, v, beta, g, state: delta_rule(q, k, v, beta, g, state=state)
+    f = lambda q, k, v, beta, g, state: rule(q, k, v, beta, g, state=state)
     held(*both(f)(args, (d_state, d_o)), want, grads, g)
 
 
 def test_the_chunk_is_only_a_tile():
     q, k, v, beta, g, state, *_ = inputs(37, "mixed")
-    want = delta_rule(q, k, v, beta, g, state=state)
+    want = rule(q, k, v, beta, g, state=state)
     for chunk in (1, 7, 1000):
-        for a, b in zip(delta_rule(q, k, v, beta, g, state=state, chunk=chunk), want):
+        for a, b in zip(rule(q, k, v, beta, g, state=state, chunk=chunk), want):
             close(a, b)
 
 
 def test_one_token_is_a_chunk_of_one():
     q, k, v, beta, g, state, *_ = inputs(2)
     for run in (None, np.array([[1, 0], [1, 5]], np.int32)):
-        want, rows = delta_rule(q, k, v, beta, g, state=state, run=run, scale=SCALE)
+        want, rows = rule(q, k, v, beta, g, state=state, run=run, scale=SCALE)
         now = state
         for t in range(2):
             part = (a[:, t:t + 1] for a in (q, k, v, beta, g))
             at = None if run is None else np.minimum(run[:, t:t + 1], t + 1)
-            now, o = one(now, *part, run=at, scale=SCALE)
-            close(o, rows[:, t:t + 1])
+            now, o = naive(*part, state=now, run=at)
+            close(SCALE * o, rows[:, t:t + 1])
         close(now, want)
 
 
 def test_pieces_are_the_whole():
     q, k, v, beta, g, state, *_ = inputs(37)
-    want, rows = delta_rule(q, k, v, beta, g, state=state)
+    want, rows = rule(q, k, v, beta, g, state=state)
     for piece in (1, 4, 16):
         now, outs = state, []
-        step = jax.jit(lambda s, *a: delta_rule(*a, state=s))
+        step = jax.jit(lambda s, *a: rule(*a, state=s))
         for at in range(0, 37, piece):
             part = (a[:, at:at + piece] for a in (q, k, v, beta, g))
             now, o = step(now, *part)
@@ -94,8 +106,8 @@ def test_low_precision_reads_low_and_computes_high():
     q, k, v, beta, g, state, *_ = inputs(37)
     low = tuple(jnp.asarray(a, jnp.bfloat16) for a in (q, k, v))
     with jax.numpy_dtype_promotion("strict"):
-        have = delta_rule(*low, beta, g, state=state, dtype=jnp.bfloat16)
-    want = delta_rule(*(a.astype(jnp.float32) for a in low), beta, g, state=state)
+        have = rule(*low, beta, g, state=state, dtype=jnp.bfloat16)
+    want = rule(*(a.astype(jnp.float32) for a in low), beta, g, state=state)
     assert have[1].dtype == jnp.bfloat16
     close(have[0], want[0]), close(have[1].astype(jnp.float32), want[1], 2**-8)
 
@@ -117,7 +129,7 @@ def test_any_length_is_finite():
     shape = jax.eval_shape(lambda: jnp.zeros((1, 43884, 1, 16)))
     q = jnp.full(shape.shape, 0.25)
     beta, g = jnp.full((1, 43884, 1), 1.9), jnp.full((1, 43884, 1), -1e-4)
-    f = jax.jit(functools.partial(delta_rule, chunk=64))
+    f = jax.jit(functools.partial(rule, chunk=64))
     for a in f(q, q, q, beta, g):
         assert np.isfinite(a).all()
 
@@ -135,4 +147,4 @@ def test_wrong_calls_say_what_was_expected():
     }.items():
         given = {"q": q, "k": k, "v": v, "beta": beta, "log_decay": g} | change
         with pytest.raises(ValueError, match=message):
-            delta_rule(**given)
+            rule(**given)

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from attn.parallel.sharding import over_mesh
-from attn.recurrent.linear import across, one, recur
-from attn.recurrent.noncausal import whole
+from attn.recurrent import linear
+from attn.recurrent.linear import naive
+from attn.recurrent.noncausal import noncausal
 from experiments.measure import cost
 from tests.oracles.linear import (
     B, D, DECAYS, GRADIENT, H, K, RUNS, V, close, inputs, like, per_channel, recurrence
@@ -26,7 +27,7 @@ def test_it_is_the_recurrence(kind, packed, t):
 
     @functools.partial(jax.jit, static_argnums=0)
     def both(chunk, *args):
-        f = lambda q, k, v, g, state: recur(
+        f = lambda q, k, v, g, state: linear.recurrence(
             q, k, v, g, state=state, run=run if packed else None, chunk=chunk
         )
         out, back = jax.vjp(f, *args)
@@ -43,23 +44,39 @@ def test_it_is_the_recurrence(kind, packed, t):
             close(a, b, GRADIENT)
 
 
+@pytest.mark.parametrize("kind, packed", [
+    ("none", True), ("head", False), ("token", True), ("mixed channel", True),
+])
+def test_the_loop_is_the_recurrence(kind, packed):
+    q, k, v, g, state, d_o, d_state = inputs(37, kind)
+    run = np.array(RUNS[37] if packed else np.ones((B, 37)), np.int32)
+    want, grads = recurrence(q, k, v, per_channel(g, 37), state, run, d_o, d_state)
+    f = lambda q, k, v, g, state: naive(
+        q, k, v, g, state=state, run=run if packed else None)
+    have, back = jax.jit(lambda *a: jax.vjp(f, *a))(q, k, v, g, state)
+    close(have[0], want[0]), close(have[1], want[1])
+    for name, a, b in zip("qkvgs", back((d_state, d_o)), grads):
+        if name != "g" or g is not None:
+            close(a, like(b, g) if name == "g" else b, GRADIENT)
+
+
 @pytest.mark.parametrize("kind", ["head", "mixed channel"])
 def test_the_chunk_is_only_a_tile(kind):
     q, k, v, g, state, *_ = inputs(37, kind)
-    want = recur(q, k, v, g, state=state)
+    want = linear.recurrence(q, k, v, g, state=state)
     for chunk in (1, 7, 1000):
-        for a, b in zip(recur(q, k, v, g, state=state, chunk=chunk), want):
+        for a, b in zip(linear.recurrence(q, k, v, g, state=state, chunk=chunk), want):
             close(a, b)
 
 
 def test_one_token_is_a_chunk_of_one():
     q, k, v, g, state, *_ = inputs(2, "channel")
     for run in (None, np.array([[1, 0], [1, 5]], np.int32)):
-        want, rows = recur(q, k, v, g, state=state, run=run)
+        want, rows = linear.recurrence(q, k, v, g, state=state, run=run)
         for t in range(2):
             now = None if run is None else np.minimum(run[:, t:t + 1], t + 1)
             part = (a[:, t:t + 1] for a in (q, k, v, g))
-            state, o = one(state, *part, run=now)
+            state, o = naive(*part, state=state, run=now)
             close(o, rows[:, t:t + 1])
         close(state, want)
         state = inputs(2, "channel")[4]
@@ -69,9 +86,9 @@ def test_low_precision_keeps_a_float32_state():
     q, k, v, *_ = inputs(37)
     low = [jnp.asarray(a, jnp.bfloat16) for a in (q, k, v)]
     with jax.numpy_dtype_promotion("strict"):
-        state, o = recur(*low)
+        state, o = linear.recurrence(*low)
     assert state.dtype == o.dtype == jnp.float32
-    want = recur(*(a.astype(jnp.float32) for a in low))
+    want = linear.recurrence(*(a.astype(jnp.float32) for a in low))
     close(state, want[0]), close(o, want[1])
 
 
@@ -87,15 +104,15 @@ def test_without_order_every_key_of_the_run_is_seen():
     )
     seen = (q_run[..., None] == kv_run[:, None]) & (kv_run[:, None] > 0)
     args = [jnp.asarray(a, jnp.float32) for a in (q, k, v)]
-    close(whole(*args), weigh(np.ones_like(seen)))
+    close(noncausal(*args), weigh(np.ones_like(seen)))
     runs = (jnp.asarray(a, jnp.int32) for a in (q_run, kv_run))
-    close(whole(*args, **dict(zip(("q_run", "kv_run"), runs))), weigh(seen))
+    close(noncausal(*args, **dict(zip(("q_run", "kv_run"), runs))), weigh(seen))
 
 
 @pytest.mark.parametrize("kind", ["none", "channel"])
 def test_memory_is_linear(kind):
     def f(q, k, v, g):
-        return (recur(q, k, v, g)[1] ** 2).sum()
+        return (linear.recurrence(q, k, v, g)[1] ** 2).sum()
 
     wanted = (0, 1, 2) if kind == "none" else (0, 1, 2, 3)
     sizes = [
@@ -106,10 +123,10 @@ def test_memory_is_linear(kind):
 
 
 def split(q, k, v, g, run, reverse=False):
-    """`across` over the mesh in force."""
+    """`recurrence` over the mesh in force."""
     form = {None: ".", 1: "H", 3: "BTH", 4: "BTHD"}[None if g is None else g.ndim]
     return over_mesh(
-        lambda *a: across(
+        lambda *a: linear.recurrence(
             *a[:4], run=a[4], chunk=4, axis="seq", reverse=reverse)[1],
         f"BTHD BTKD BTKV {form} BT -> BTHV", "seq",
     )(q, k, v, g, run)
@@ -134,7 +151,7 @@ def test_sharding_changes_nothing(sizes, kind, packed, reverse):
             return out, back(d_o)
         return jax.jit(both)(*args)
 
-    want = gradients(lambda *a: across(*a, run=run, reverse=reverse)[1])
+    want = gradients(lambda *a: linear.recurrence(*a, run=run, reverse=reverse)[1])
     mesh = jax.make_mesh(
         sizes, ("data", "seq", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 3
     )
@@ -161,12 +178,12 @@ def test_a_constant_decay_takes_one_gather():
 def test_wrong_calls_say_what_was_expected():
     q, k, v, g, state, *_ = inputs(5, "token")
     with pytest.raises(ValueError, match=r"log_decay .*\(2, 5\): expected \(4,\)"):
-        recur(q, k, v, g[..., 0])
+        linear.recurrence(q, k, v, g[..., 0])
     with pytest.raises(ValueError, match="state .*expected"):
-        recur(q, k, v, g, state=state[:1])
+        linear.recurrence(q, k, v, g, state=state[:1])
     with pytest.raises(ValueError, match="run .*expected"):
-        recur(q, k, v, g, run=jnp.ones((B, 4), jnp.int32))
+        linear.recurrence(q, k, v, g, run=jnp.ones((B, 4), jnp.int32))
     with pytest.raises(ValueError, match="chunk=0: expected"):
-        recur(q, k, v, g, chunk=0)
+        linear.recurrence(q, k, v, g, chunk=0)
     with pytest.raises(ValueError, match="T must be S"):
-        recur(q, k[:, :4], v[:, :4])
+        linear.recurrence(q, k[:, :4], v[:, :4])

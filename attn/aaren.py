@@ -19,6 +19,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from attn.contract.attention import RECURRENT, Attention, TemplateRow
 from attn.contract.dispatch import pick
 from attn.contract.segments import place, runs
 from attn.contract.shapes import check
@@ -39,7 +40,7 @@ class AarenState(NamedTuple):
     segment: jax.Array
 
 
-class Aaren(nn.Module):
+class Aaren(nn.Module, Attention):
     """Aaren (Feng et al., 2024) arXiv:2405.13956: a learned query, growing prefixes.
 
     `query` [H,D] is learned, the q of a call gives only shapes, and `MultiHead` makes
@@ -62,6 +63,8 @@ class Aaren(nn.Module):
     axis: Axis | None = None
     implementation: str | None = None
     needs_query = False
+    row = TemplateRow(RECURRENT, "L D", 1)
+    parameter_axes = {"query": "HD"}
 
     def __post_init__(self):
         if self.chunk < 1:
@@ -86,7 +89,7 @@ class Aaren(nn.Module):
 
     def init_state(self, size, q, k, v, *, x=None) -> AarenState:
         """An empty memory for `size` tokens; q, k, v give shapes."""
-        self._check_stream()
+        self.check_stream()
         if size < 1:
             raise ValueError(f"size: a memory for {size} tokens, expected 1 or more")
         b, _, h, _ = q.shape
@@ -95,7 +98,7 @@ class Aaren(nn.Module):
 
     def step(self, state, q, k, v, *, x=None, segments=None):
         """The next T tokens -> state, [B,T,H,V]; the state does not grow."""
-        self._check_stream()
+        self.check_stream()
         check(q, k, v, segments=segments, aligned=True)
         if not isinstance(state, AarenState):
             raise ValueError(
@@ -131,12 +134,6 @@ class Aaren(nn.Module):
         letters = "BH BTH BTKV BT -> BH BH BHV BTHV"
         *after, o = over_mesh(local, letters, axis)(state, scores, v, run)
         return None if after[0] is None else SoftmaxState(*after), o
-
-    def _check_stream(self) -> None:
-        if not self.causal:
-            raise NotImplementedError(
-                "step: causal=False lets tokens see later ones: no stream"
-            )
 
     def _pool(self, scores, v) -> jax.Array:
         """The answer over all keys [B,H,V]."""

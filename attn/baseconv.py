@@ -16,6 +16,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from attn.contract.attention import CONV, TemplateRow
 from attn.contract.segments import place
 from attn.layers import Layer
 from attn.parallel.sharding import Axis, home, over_mesh, splits
@@ -50,6 +51,11 @@ class BaseConv(Layer):
     expand: int = 4
     dtype: Any = jnp.float32
     axis: Axis | None = None
+    row = TemplateRow(CONV, "L w D", 1)
+    # the halves of "in" are the filter's input and the gate: split, they would be apart
+    parameter_axes = {
+        "in/kernel": "EE", "gate/kernel": "EF", "out/kernel": "FE", "conv": "WE",
+    }
 
     def __post_init__(self):
         if self.variant not in VARIANTS:

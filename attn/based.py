@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from attn.contract.attention import FACTORS, Attention, TemplateRow
 from attn.contract.dispatch import pick
 from attn.contract.segments import place, runs
 from attn.contract.shapes import check
@@ -48,7 +49,7 @@ def features(x: jax.Array, compact: bool = False) -> jax.Array:
 
 
 @dataclasses.dataclass(frozen=True)
-class Based:
+class Based(Attention):
     """Based (Arora et al., 2024) arXiv:2402.18668: a Taylor expansion of softmax.
 
     sum_j w_tj v_j / (sum_j w_tj + eps), w = 1 + s + s^2/2, s = q.k / sqrt(D). It is
@@ -68,6 +69,7 @@ class Based:
     chunk: int = 128
     axis: Axis | None = None
     implementation: str | None = None
+    row = TemplateRow(FACTORS, "L m D", 1)
 
     def __post_init__(self):
         for name in ("feature_dim", "chunk"):
@@ -89,12 +91,12 @@ class Based:
     def init_state(self, size, q, k, v, *, x=None) -> LinearState:
         """An empty memory for `size` tokens [B,H,P,V+1]: sums of phi(k) v, and in the
         last column of phi(k), for P features. q, k, v give shapes."""
-        self._check_stream()
+        self.check_stream()
         return empty(size, *self._memory(q, v.shape[-1] + self.normalize))
 
     def step(self, state, q, k, v, *, x=None, segments=None):
         """The next T tokens -> state, [B,T,H,V]; the state does not grow."""
-        self._check_stream()
+        self.check_stream()
         check(q, k, v, segments=segments, aligned=True)
         check_state(state, self._memory(q, v.shape[-1] + self.normalize))
         now = place(segments, q.shape[0], q.shape[1], state.end, state.segment)
@@ -108,12 +110,6 @@ class Based:
         xla = lambda: f(q, k, v, run, state.memory)
         memory, o = pick(self.implementation, xla=xla)
         return LinearState(memory, now.end, now.last), self._divided(o).astype(v.dtype)
-
-    def _check_stream(self) -> None:
-        if not self.causal:
-            raise NotImplementedError(
-                "step: causal=False lets tokens see later ones: no stream"
-            )
 
     def _memory(self, q, width: int) -> tuple[int, int, int, int]:
         b, _, h, d = q.shape

@@ -18,6 +18,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from attn.contract.attention import RECURRENT, Attention, TemplateRow
 from attn.contract.segments import Place, place
 from attn.contract.shapes import check
 from attn.parallel.sharding import Axis, home, over_mesh, splits, spread_heads
@@ -39,7 +40,7 @@ class DeltaState(NamedTuple):
     segment: jax.Array
 
 
-class Delta(nn.Module):
+class Delta(nn.Module, Attention):
     """Delta (Yang et al., 2024) arXiv:2406.06484: DeltaNet, and Gated DeltaNet.
 
     beta = sigmoid(x W), a number a token and head, twice that if `negative`: past 1 the
@@ -61,6 +62,11 @@ class Delta(nn.Module):
     chunk: int = 64
     axis: Axis | None = None
     implementation: str | None = None
+    row = TemplateRow(RECURRENT, "L m D", 1)
+    parameter_axes = {
+        "[qkv]_conv": "WF", "beta/kernel": "EH", "decay/kernel": "EH", "A_log": "H",
+        "dt_bias": "H",
+    }
 
     def __post_init__(self):
         for name, least in (("conv", 0), ("chunk", 1)):

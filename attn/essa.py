@@ -21,6 +21,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from attn.contract.attention import FACTORS, Attention, TemplateRow
 from attn.contract.dispatch import pick
 from attn.contract.segments import runs
 from attn.contract.shapes import check
@@ -29,7 +30,7 @@ from attn.recurrent.noncausal import noncausal
 
 
 @dataclasses.dataclass(frozen=True)
-class Essa:
+class Essa(Attention):
     """Essa (Zhang et al., 2023) arXiv:2307.14010: attention by spectral correlation.
 
     It has no causal order: a key's norm is over all tokens. residual: v_t is added,
@@ -42,6 +43,8 @@ class Essa:
     eps: float = 1e-7
     axis: Axis | None = None
     implementation: str | None = None
+    causal = False
+    row = TemplateRow(FACTORS, "L m D", 1)
 
     def __post_init__(self):
         if self.eps <= 0:

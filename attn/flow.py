@@ -25,6 +25,7 @@ from typing import Any, Callable, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from attn.contract.attention import FACTORS, Attention, TemplateRow
 from attn.contract.dispatch import pick
 from attn.contract.segments import place, runs
 from attn.contract.shapes import check
@@ -55,7 +56,7 @@ Sums = Callable[[Any, jax.Array, jax.Array, jax.Array], jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
-class Flow:
+class Flow(Attention):
     """Flow (Wu et al., 2022) arXiv:2202.06258: linear attention with competition.
 
     causal=False is the paper's normal form, for self and cross attention. clamp: O' is
@@ -78,6 +79,7 @@ class Flow:
     chunk: int = 64
     axis: Axis | None = None
     implementation: str | None = None
+    row = TemplateRow(FACTORS, "L m D", 1)
 
     def __post_init__(self):
         if not 0 < self.clamp <= 80:
@@ -108,7 +110,7 @@ class Flow:
 
     def init_state(self, size, q, k, v, *, x=None) -> FlowState:
         """An empty memory for `size` tokens; q, k, v give shapes."""
-        self._check_stream()
+        self.check_stream()
         if size < 1:
             raise ValueError(f"size: a memory for {size} tokens, expected 1 or more")
         named = zip(FlowState._fields, self._shapes(q, v))
@@ -121,7 +123,7 @@ class Flow:
 
     def step(self, state, q, k, v, *, x=None, segments=None):
         """The next T tokens -> state, [B,T,H,V]; the state does not grow."""
-        self._check_stream()
+        self.check_stream()
         check(q, k, v, segments=segments, aligned=True)
         for name, shape in zip(FlowState._fields, self._shapes(q, v)):
             if getattr(state, name).shape != shape:
@@ -139,12 +141,6 @@ class Flow:
         after, o = f(q, k, v, now.pos, run, state[:6])
         named = dict(zip(FlowState._fields, after))
         return FlowState(**named, end=now.end, segment=now.last), o.astype(v.dtype)
-
-    def _check_stream(self) -> None:
-        if not self.causal:
-            raise NotImplementedError(
-                "step: causal=False lets tokens see later ones: no stream"
-            )
 
     def _shapes(self, q, v) -> tuple:
         b, _, h, d = q.shape

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 
 from attn.cache import kv as caches
 from attn.cache.blocks import Blocks
+from attn.contract.attention import MASKED, Attention, TemplateRow
 from attn.contract.dispatch import pick
 from attn.contract.segments import Place, place
 from attn.contract.shapes import check
@@ -33,7 +34,7 @@ SELECTIONS = ("per_token_and_head", "max_over_heads", "max_over_tokens")
 
 
 @dataclasses.dataclass(frozen=True)
-class Landmark:
+class Landmark(Attention):
     """Landmark Attention (Mohtashami and Jaggi, 2023) arXiv:2305.16300: landmark tokens
     gate their blocks.
 
@@ -63,6 +64,8 @@ class Landmark:
     jump: int = 0
     axis: Axis | None = None
     implementation: str | None = None
+    noise = "dropout", "jump"
+    row = TemplateRow(MASKED, "L^2 D, or L^2 D / b + L r b D for r blocks", 2)
 
     def __post_init__(self):
         least_of = {"block": 1, "top_k": 0, "cache_blocks": 1, "jump": 0}
@@ -82,6 +85,17 @@ class Landmark:
             )
         if not 0 <= self.dropout < 1:
             raise ValueError(f"Landmark: dropout={self.dropout}: expected in [0, 1)")
+
+    @property
+    def text_block(self) -> int:
+        """Tokens of text before each landmark."""
+        return self.block
+
+    def interleave(self, tokens, segments, end, last, own: int):
+        """The text with its landmarks, whose id is `own`: see `interleave` below."""
+        return interleave(
+            tokens, segments, end, last, block=self.block, landmark=own
+        )
 
     @property
     def size(self) -> int:

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from attn.contract.attention import RECURRENT, Attention, TemplateRow
 from attn.contract.dispatch import pick
 from attn.contract.segments import place, runs
 from attn.contract.shapes import check
@@ -65,7 +66,7 @@ class Mass(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class LightNet:
+class LightNet(Attention):
     """LightNet (Qin et al., 2024) arXiv:2405.21022: keys are a softmax over time.
 
     It learns nothing itself. The rest of the paper's layer is `MultiHead(out_norm=
@@ -87,6 +88,7 @@ class LightNet:
     chunk: int = 64
     axis: Axis | None = None
     implementation: str | None = None
+    row = TemplateRow(RECURRENT, "L m D", 1)
 
     def __post_init__(self):
         if self.activation not in ACTIVATIONS:
@@ -114,13 +116,13 @@ class LightNet:
             k, run, nothing((b, h, d)), self.axis, ends=False)
         o = linear_attention(
             *self._turned(q, share, pos, pos), wide, self._spread(log_decay),
-            segments=segments, **self._how(d),
+            segments=segments, **self._how(q),
         )
         return o.astype(v.dtype)
 
     def init_state(self, size, q, k, v, *, x=None) -> LightNetState:
         """An empty memory for `size` tokens; q, k, v give shapes."""
-        self._check_stream()
+        self.check_stream()
         if size < 1:
             raise ValueError(f"size: a memory for {size} tokens, expected 1 or more")
         b, _, h, d = q.shape
@@ -132,7 +134,7 @@ class LightNet:
 
     def step(self, state, q, k, v, *, x=None, segments=None):
         """The next T tokens -> state, [B,T,H,V]; the state does not grow."""
-        self._check_stream()
+        self.check_stream()
         check(q, k, v, segments=segments, aligned=True)
         b, t, h, d = q.shape
         want = (b, h, self._rows(d), v.shape[-1])
@@ -146,28 +148,16 @@ class LightNet:
         held = LinearState(state.memory, state.end, state.segment)
         held, o = linear_attention_step(
             held, *self._turned(q, share, now.pos, now.pos), wide,
-            self._spread(log_decay), segments=segments, **self._how(d),
+            self._spread(log_decay), segments=segments, **self._how(q),
         )
         state = LightNetState(held.memory, top, total, held.end, held.segment)
         return state, o.astype(v.dtype)
-
-    def _check_stream(self) -> None:
-        if not self.causal:
-            raise NotImplementedError(
-                "step: causal=False lets tokens see later ones: no stream"
-            )
 
     def _ready(self, q, k, v) -> tuple[jax.Array, jax.Array, jax.Array]:
         """float32, k and v with H heads, q after its activation."""
         q, k, v = (a.astype(jnp.float32) for a in (q, k, v))
         k, v = (jnp.repeat(a, q.shape[2] // a.shape[2], 2) for a in (k, v))
         return (jax.nn.silu(q) if self.activation else q), k, v
-
-    def _how(self, d: int) -> dict:
-        return {
-            "chunk": self.chunk, "scale": self._factor(d), "axis": self.axis,
-            "implementation": self.implementation,
-        }
 
     def _factor(self, d: int) -> float:
         return d ** -0.5 if self.scale is None else self.scale

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from attn.contract.attention import RECURRENT, Attention, TemplateRow
 from attn.contract.dispatch import pick
 from attn.contract.segments import runs
 from attn.contract.shapes import check
@@ -59,7 +60,7 @@ def _geometric(heads: int) -> np.ndarray:
 
 
 @dataclasses.dataclass(frozen=True)
-class Lightning:
+class Lightning(Attention):
     """Lightning (Qin et al., 2024) arXiv:2401.04658: decaying causal linear attention.
 
     slopes: the decay of head h, of H, in layer l = `layer` of L = `layers`:
@@ -84,6 +85,7 @@ class Lightning:
     chunk: int = 64
     axis: Axis | None = None
     implementation: str | None = None
+    row = TemplateRow(RECURRENT, "L m D", 1)
 
     def __post_init__(self):
         if self.slopes not in RULES:
@@ -115,7 +117,7 @@ class Lightning:
         log_decay = self._log_decay(q)
         if self.causal:
             return linear_attention(
-                q, k, v, log_decay, segments=segments, **self._how()
+                q, k, v, log_decay, segments=segments, **self._how(q)
             )
         q_run, kv_run = runs(segments, q, ordered)
         k, v = (spread_heads(a, q.shape[2], self.axis) for a in (k, v))
@@ -127,35 +129,23 @@ class Lightning:
 
     def init_state(self, size, q, k, v, *, x=None) -> LinearState:
         """An empty memory for `size` tokens; q, k, v give shapes."""
-        self._check_stream()
+        self.check_stream()
         b, _, h, d = q.shape
         return empty(size, b, h, d, v.shape[-1])
 
     def step(self, state, q, k, v, *, x=None, segments=None):
         """The next T tokens -> state, [B,T,H,V]; the state does not grow."""
-        self._check_stream()
+        self.check_stream()
         check(q, k, v, segments=segments, aligned=True)
         return linear_attention_step(
-            state, q, k, v, self._log_decay(q), segments=segments, **self._how()
+            state, q, k, v, self._log_decay(q), segments=segments, **self._how(q)
         )
-
-    def _check_stream(self) -> None:
-        if not self.causal:
-            raise NotImplementedError(
-                "step: causal=False lets tokens see later ones: no stream"
-            )
 
     def _log_decay(self, q) -> jax.Array | None:
         if self.slopes == "none":
             return None
         s = slopes(q.shape[2], self.slopes, self.layer, self.layers)
         return jnp.asarray(-s, jnp.float32)
-
-    def _how(self) -> dict:
-        return {
-            "chunk": self.chunk, "scale": self.scale,
-            "axis": self.axis, "implementation": self.implementation,
-        }
 
     def _two_sided(self, q, k, v, log_decay, q_run, kv_run) -> jax.Array:
         if log_decay is None:

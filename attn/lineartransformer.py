@@ -17,6 +17,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from attn.contract.attention import FACTORS, Attention, TemplateRow
 from attn.contract.dispatch import pick
 from attn.contract.segments import place, runs
 from attn.contract.shapes import check
@@ -26,7 +27,7 @@ from attn.recurrent.noncausal import noncausal
 
 
 @dataclasses.dataclass(frozen=True)
-class LinearTransformer:
+class LinearTransformer(Attention):
     """LinearTransformer (Katharopoulos et al., 2020) arXiv:2006.16236: phi = elu + 1.
 
     causal=False drops the order of tokens, for self and cross attention. eps: beside
@@ -39,6 +40,7 @@ class LinearTransformer:
     chunk: int = 64
     axis: Axis | None = None
     implementation: str | None = None
+    row = TemplateRow(FACTORS, "L m D", 1)
 
     def __post_init__(self):
         if self.eps < 0:
@@ -59,12 +61,12 @@ class LinearTransformer:
     def init_state(self, size, q, k, v, *, x=None) -> LinearState:
         """An empty memory for `size` tokens [B,H,D,V+1]: sums of phi(k) v, and in the
         last column of phi(k). q, k, v give shapes."""
-        self._check_stream()
+        self.check_stream()
         return empty(size, *self._memory(q, v))
 
     def step(self, state, q, k, v, *, x=None, segments=None):
         """The next T tokens -> state, [B,T,H,V]; the state does not grow."""
-        self._check_stream()
+        self.check_stream()
         check(q, k, v, segments=segments, aligned=True)
         check_state(state, self._memory(q, v))
         now = place(segments, q.shape[0], q.shape[1], state.end, state.segment)
@@ -77,12 +79,6 @@ class LinearTransformer:
         run = None if segments is None else now.run
         memory, o = f(state.memory, q, k, v, run)
         return LinearState(memory, now.end, now.last), self._divided(o).astype(v.dtype)
-
-    def _check_stream(self) -> None:
-        if not self.causal:
-            raise NotImplementedError(
-                "step: causal=False lets tokens see later ones: no stream"
-            )
 
     def _memory(self, q, v) -> tuple[int, int, int, int]:
         b, _, h, d = q.shape

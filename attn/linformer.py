@@ -19,6 +19,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from attn.contract.attention import LOW, Attention, TemplateRow
 from attn.contract.dispatch import pick
 from attn.contract.segments import place, runs
 from attn.contract.shapes import check
@@ -26,7 +27,7 @@ from attn.parallel.sharding import Axis, over_mesh, spread_heads
 from attn.recurrent.noncausal import noncausal
 
 
-class Linformer(nn.Module):
+class Linformer(nn.Module, Attention):
     """Linformer (Wang et al., 2020) arXiv:2006.04768: keys and values mixed to a few.
 
     length: the most tokens that E and F, the parameters `keys` and `values` [r,length],
@@ -42,6 +43,9 @@ class Linformer(nn.Module):
     scale: float | None = None
     axis: Axis | None = None
     implementation: str | None = None
+    causal = False
+    row = TemplateRow(LOW, "L r D", 1)
+    parameter_axes = {"keys": "RT", "values": "RT"}
 
     def __post_init__(self):
         for name in ("length", "rank"):

@@ -23,6 +23,7 @@ import jax.numpy as jnp
 
 from attn.cache import kv as caches
 from attn.cache.kv import Cache
+from attn.contract.attention import LOW, Attention, TemplateRow
 from attn.contract.segments import place
 from attn.contract.shapes import check
 from attn.masks import Causal
@@ -49,7 +50,7 @@ class RATState(NamedTuple):
     segment: jax.Array
 
 
-class RAT(nn.Module):
+class RAT(nn.Module, Attention):
     """RAT (Wei et al., 2025) arXiv:2507.04416: recurrence within, attention across.
 
     chunk: L, tokens of a chunk. rope: turns q and k' by chunk numbers. scale: of q.k',
@@ -66,6 +67,8 @@ class RAT(nn.Module):
     out_gate: str | None = "sigmoid"
     axis: Axis | None = None
     implementation: str | None = None
+    row = TemplateRow(LOW, "L^2 D / b", 2)
+    parameter_axes = {"gate/kernel": "EHD", "gate_bias": "HD"}
 
     def __post_init__(self):
         if self.chunk < 1:

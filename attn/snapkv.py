@@ -23,6 +23,7 @@ import jax.numpy as jnp
 
 from attn.cache import kv as caches
 from attn.cache.kv import Cache
+from attn.contract.attention import MASKED, TemplateRow
 from attn.contract.segments import Place, place
 from attn.contract.shapes import check
 from attn.masks import FOREVER
@@ -48,6 +49,7 @@ class SnapKV(Softmax):
     kernel: int = 5
     pool: str = "avg"
     share_group: bool = True
+    row = TemplateRow(MASKED, "L^2 D, then r D a token", 2)
 
     def __post_init__(self):
         super().__post_init__()

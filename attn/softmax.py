@@ -20,6 +20,7 @@ import jax.numpy as jnp
 
 from attn.cache import kv as caches
 from attn.cache import sharded as shardcache
+from attn.contract.attention import EXACT, Attention, TemplateRow
 from attn.contract.dispatch import interpreted, pick
 from attn.contract.segments import place
 from attn.contract.shapes import check
@@ -54,7 +55,7 @@ def attend(
 
 
 @dataclasses.dataclass(frozen=True)
-class Softmax:
+class Softmax(Attention):
     """FlashAttention (Dao et al., 2022) arXiv:2205.14135: exact softmax attention.
 
     softmax(scale q.k + score(h, i, j)) v over the keys that `mask` lets a query see,
@@ -75,6 +76,7 @@ class Softmax:
     axis: Axis | None = None
     exchange: str = "gather"
     implementation: str | None = None
+    row = TemplateRow(EXACT, "L^2 D", 2)
 
     def __post_init__(self):
         if self.exchange not in EXCHANGES:

@@ -63,6 +63,10 @@ class GLA(Layer):
     rotates: bool = False
     variant: str = "paper"
     dtype: Any = jnp.float32
+    parameter_axes = {
+        "[qkvu]/kernel": "EF", "out/kernel": "FE", "gate_down/kernel": "ER",
+        "gate_up/kernel": "RF", "theta": "HD",
+    }
 
     def __post_init__(self):
         if self.variant not in VARIANTS:

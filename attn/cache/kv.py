@@ -74,6 +74,14 @@ def append(cache: Cache, k, v, place: Place, slot: jax.Array) -> Cache:
     )
 
 
+def append_next(cache: Cache, k, v, place: Place) -> tuple[Cache, jax.Array]:
+    """The cache with one token k [B,1,K,D], v [B,1,K,V] behind those that it holds in
+    its first slots, and how many slots are then used [B]."""
+    used = jnp.where(place.run.max(1) > 1, 0, (cache.pos[..., 0] >= 0).sum(1))
+    after = append(cache, k, v, place, used[:, None])
+    return after, used + (place.run[:, 0] > 0)
+
+
 def concat(cache: Cache, k, v, place: Place) -> tuple[Cache, jax.Array]:
     """The cache with T more slots for the new tokens, and the run [B,C+T] of each slot:
     what a piece of several tokens attends to before some of it is forgotten."""
@@ -141,6 +149,21 @@ def read(
     )
 
 
+def in_order(cache: Cache) -> Cache:
+    """The same tokens in order of position, empty slots behind them."""
+    at = jnp.argsort(jnp.where(cache.pos < 0, FOREVER, cache.pos), axis=1)
+    return taken(cache, at)
+
+
+def taken(cache: Cache, at: jax.Array) -> Cache:
+    """The slots `at` [B,N,K|1] of each head."""
+    return cache._replace(
+        k=jnp.take_along_axis(cache.k, at[..., None], 1),
+        v=jnp.take_along_axis(cache.v, at[..., None], 1),
+        pos=jnp.take_along_axis(cache.pos, at, 1),
+    )
+
+
 def keep(cache: Cache, importance: jax.Array, size: int) -> Cache:
     """The `size` most important tokens of each head, in order of position.
 
@@ -153,12 +176,7 @@ def keep(cache: Cache, importance: jax.Array, size: int) -> Cache:
     at = jnp.moveaxis(chosen, 1, 2)
     late = jnp.where(pos >= 0, pos, FOREVER)
     order = jnp.argsort(jnp.take_along_axis(late, at, 1), axis=1)
-    at = jnp.take_along_axis(at, order, 1)
-    return cache._replace(
-        k=jnp.take_along_axis(cache.k, at[..., None], 1),
-        v=jnp.take_along_axis(cache.v, at[..., None], 1),
-        pos=jnp.take_along_axis(pos, at, 1),
-    )
+    return taken(cache._replace(pos=pos), jnp.take_along_axis(at, order, 1))
 
 
 def pad_slots(cache: Cache, slots: int) -> Cache:

@@ -4,9 +4,7 @@ Every attention is a frozen dataclass in a file of its own name and has the same
 methods: `__call__(q, k, v)` for all tokens at once, `init_state` for an empty memory
 and `step` for the next tokens. Import one by `from attn.landmark import Landmark`.
 
-Mechanisms            tiles, tilepass, scores, partial, blocks, grouped, cache,
-                      blockcache, linear, linearchunks, decayed, unordered, wy,
-                      wychunks, triangular, chunks, scan, triples, shortconv
+Mechanisms            contract, exact, parallel, sparse, recurrent, cache
 Exact attention       softmax
 Linear attention      lightning, retnet, gla, lightnet, based, delta, flow, essa,
                       lineartransformer
@@ -16,7 +14,5 @@ One form for all      dsf, template
 Fixed patterns        mixers
 Sparse, retrieval     landmark
 Cache compression     snapkv
-Over a mesh           sharding, shards, exchange, ring, rounds, journey, zigzag,
-                      shardcache, distributed
-Around them           masks, positions, grid, segments, layers, baseconv, dispatch
+Around them           masks, positions, grid, layers, baseconv
 """

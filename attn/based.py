@@ -15,6 +15,7 @@ beside v makes both sums at once. Models mix it with windows of softmax attentio
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -103,11 +104,13 @@ class Based(Attention):
         run = None if segments is None else now.run
         here = dataclasses.replace(self, axis=splits(self.axis, q.shape[1]))
         k, v = (spread_heads(a, q.shape[2], here.axis) for a in (k, v))
-        f = over_mesh(
-            lambda q, k, v, *rest: here._recur(q, k, here._summed(v), *rest),
-            "BTHD BTKD BTKV BT BHDV -> BHDV BTHV", here.axis,
-        )
-        xla = lambda: f(q, k, v, run, state.memory)
+
+        def local(q, k, v, run, memory):
+            return here._recurrence(q, k, here._summed(v), run, memory)
+
+        letters = "BTHD BTKD BTKV BT BHDV -> BHDV BTHV"
+        f = over_mesh(local, letters, here.axis)
+        xla = functools.partial(f, q, k, v, run, state.memory)
         memory, o = pick(self.implementation, xla=xla)
         return LinearState(memory, now.end, now.last), self._divided(o).astype(v.dtype)
 
@@ -131,21 +134,23 @@ class Based(Attention):
         def xla():
             summed = self._summed(v)
             if self.causal:
-                return self._recur(q, k, summed, q_run)[1]
+                return self._recurrence(q, k, summed, q_run)[1]
             if kv_run is None:
                 return self._whole(q, k, summed)
             keys, values, runs = (gather(a, self.axis) for a in (k, summed, kv_run))
             here = dataclasses.replace(self, axis=None)
-            return by_segment(
-                lambda *a: here._recur(*a)[1], q, keys, values, q_run, runs
-            )
+
+            def sums(*arrays):
+                return here._recurrence(*arrays)[1]
+
+            return by_segment(sums, q, keys, values, q_run, runs)
 
         return self._divided(pick(self.implementation, xla=xla))
 
     def _map(self, x: jax.Array) -> jax.Array:
         return features(x.astype(jnp.float32), self.compact)
 
-    def _recur(self, q, k, v, run, state=None) -> tuple[Any, jax.Array]:
+    def _recurrence(self, q, k, v, run, state=None) -> tuple[Any, jax.Array]:
         """The sums over j <= t -> state [B,H,P,V], o [B,T,H,V]; features are made for a
         chunk at a time. With an axis the state before this shard comes from the mesh,
         and the last one is that after all shards, None if none came in."""
@@ -159,9 +164,10 @@ class Based(Attention):
         q, k, v = to_chunks(q, c), to_chunks(k, c, h), to_chunks(v, c, h)
         carried: jax.Array | int = 1
         if self.axis is not None:
-            few = lambda a: a[:, :, ::copies]  # one state serves its query heads
-            final = self._scan(
-                zeros[:, ::copies], None, few(k), few(v), runs_of(row, c, 0))[0]
+            # one state serves its query heads
+            few_k, few_v = (a[:, :, ::copies] for a in (k, v))
+            final, _ = self._scan(
+                zeros[:, ::copies], None, few_k, few_v, runs_of(row, c, 0))
             last = None if run is None else run.max(1)
             begun = carry_in(final, None, last, self.axis, state=state)
             carried, before = begun.run, begun.state
@@ -178,17 +184,19 @@ class Based(Attention):
             q, k, v, own = chunk
             here = shared if alike else own
             o = None if q is None else self._seen(state, q, k, v, here)
-            added = jnp.einsum("bhjp,bhjv->bhpv", only(here.stays, self._map(k)), v)
+            k = only(here.stays, self._map(k))  # [B,H,c,P]
+            added = jnp.einsum("bhjp,bhjv->bhpv", k, v)  # [P,c] [c,V]
             return only(here.keeps, state) + added, o
 
         scanned = None if alike else runs
         return jax.lax.scan(jax.checkpoint(pass_on), state, (q, k, v, scanned))
 
     def _seen(self, state, q, k, v, here: Runs) -> jax.Array:
+        # inside the chunk the weights are written out, 1 + s + s^2/2 [B,H,c,c]
         s = jnp.einsum("bhid,bhjd->bhij", q, k) * q.shape[-1] ** -0.5
         o = jnp.einsum("bhij,bhjv->bhiv", only(here.seen, 1 + s + s * s / 2), v)
-        q = only(here.enters, self._map(q))
-        return o + jnp.einsum("bhip,bhpv->bhiv", q, state)
+        q = only(here.enters, self._map(q))  # [B,H,c,P]
+        return o + jnp.einsum("bhip,bhpv->bhiv", q, state)  # [c,P] [P,V]
 
     def _whole(self, q, k, v) -> jax.Array:
         """The sums over all keys, for all queries [B,T,H,V]."""
@@ -197,6 +205,9 @@ class Based(Attention):
         c, full = min(self.chunk, k.shape[1]), Runs(None, None, None, None)
         state, _ = self._scan(state, None, to_chunks(k, c, h), to_chunks(v, c, h), full)
         state = state if self.axis is None else jax.lax.psum(state, self.axis)
-        read = lambda q: jnp.einsum("bhip,bhpv->bhiv", self._map(q), state)
+
+        def read(q):
+            return jnp.einsum("bhip,bhpv->bhiv", self._map(q), state)  # [c,P] [P,V]
+
         o = jax.lax.map(jax.checkpoint(read), to_chunks(q, min(self.chunk, t)))
         return from_chunks(o, t)

@@ -100,12 +100,14 @@ class Flow(Attention):
         k, v = (jnp.repeat(a, h // a.shape[2], 2) for a in (k, v))
         if self.causal:
             more = place(segments, b, t).pos, runs(segments, q)[0]
-            f = over_mesh(
-                lambda *a: self._causal(self.axis, *a)[1],
-                "BTHD BTHD BTHV BT BT -> BTHV", self.axis)
+
+            def causal(*arrays):
+                return self._causal(self.axis, *arrays)[1]
+
+            f = over_mesh(causal, "BTHD BTHD BTHV BT BT -> BTHV", self.axis)
             return f(q, k, v, *more).astype(v.dtype)
         f = over_mesh(self._normal, "BTHD BSHD BSHV BT BS -> BTHV", self.axis)
-        xla = lambda: f(q, k, v, *runs(segments, q, ordered=False))
+        xla = functools.partial(f, q, k, v, *runs(segments, q, ordered=False))
         return pick(self.implementation, xla=xla).astype(v.dtype)
 
     def init_state(self, size, q, k, v, *, x=None) -> FlowState:
@@ -176,7 +178,9 @@ class Flow(Attention):
         """Of the causal form: what the sum of a sink is multiplied with [B,T,H,1], and
         c [B,T,H,1], so that o_t = gain_t phi(q_t) sum_(s<=t) phi(k_s)^T v_s c_s. q and
         k [B,T,H,D]."""
-        sums = lambda _, a, b, w: recurrence(a, b, w, chunk=self.chunk)[1]
+        def sums(_, a, b, w):
+            return recurrence(a, b, w, chunk=self.chunk)[1]
+
         pos = jnp.arange(q.shape[1])[None]
         return self._gains(sums, self._phi(q), self._phi(k), pos)
 
@@ -188,11 +192,17 @@ class Flow(Attention):
         return gain * sums(("memory",), sink, source, v.astype(jnp.float32) * share)
 
     def _gains(self, sums: Sums, sink, source, pos) -> tuple[jax.Array, jax.Array]:
-        n = (pos + 1).astype(jnp.float32)[..., None, None]
-        both = lambda a, b: jnp.concatenate([a, b], 2)
-        ones, ends = jnp.ones_like(sink[..., :1]), (both(sink, source),
-                                                    both(source, sink))
-        flow = lambda names, w: jnp.split(self._flow(sums)(names, *ends, w) / n, 2, 2)
+        n = (pos + 1).astype(jnp.float32)[..., None, None]  # tokens so far [B|1,T,1,1]
+        ones = jnp.ones_like(sink[..., :1])
+
+        def both(a, b):
+            return jnp.concatenate([a, b], 2)  # sums of two kinds are heads of one
+
+        def flow(names, w):
+            found = self._flow(sums)(names, both(sink, source), both(source, sink), w)
+            return jnp.split(found / n, 2, 2)
+
+        # I and O, then I' and O' [B,T,H,1]
         incoming, outgoing = flow(("keys", "queries"), both(ones, ones))
         taken, given = flow(("sources", "sinks"), both(1 / outgoing, 1 / incoming))
         weight = jnp.exp(self._clamped(given))
@@ -219,9 +229,10 @@ class Flow(Attention):
     def _flows(self, sink, source, q_run, kv_run) -> tuple[jax.Array, ...]:
         """Of the normal form: I [B,T,H,1], I' T/S [B,T,H,1] and c [B,S,H,1]."""
         def sums(to, of):
-            return lambda _, a, b, w: noncausal(
-                a, b, w, q_run=to, kv_run=of, axis=self.axis
-            )
+            def found(_, a, b, w):
+                return noncausal(a, b, w, q_run=to, kv_run=of, axis=self.axis)
+
+            return found
 
         into, out_of = sums(q_run, kv_run), sums(kv_run, q_run)
         at_q, at_k = jnp.ones_like(sink[..., :1]), jnp.ones_like(source[..., :1])
@@ -230,8 +241,8 @@ class Flow(Attention):
         taken = self._flow(into)("sources", sink, source, 1 / outgoing)
         given = self._flow(out_of)("sinks", source, sink, 1 / incoming)
         weight = jnp.exp(self._clamped(given))
-        among = lambda w: sums(kv_run, kv_run)("", at_k, at_k, w)
-        share = weight * among(at_k) / _nonzero(among(weight))
+        among = functools.partial(sums(kv_run, kv_run), "", at_k, at_k)
+        share = weight * among(at_k) / _nonzero(among(weight))  # c = S softmax(O')
         # T and S of the run, as many queries and keys as there are
         queries = sums(q_run, q_run)("", at_q, at_q, at_q)
         ratio = queries / _nonzero(into("", at_q, at_k, at_k))

@@ -155,10 +155,11 @@ class MDTPE(nn.Module):
         for a in range(len(self.dims)):
             q, k = (self.param(f"{n}_{a}", normal, one, jnp.float32) for n in "qk")
             p = self.param(f"decay_{a}", normal, one[:1], jnp.float32)
-            log = {"exp": lambda p: -jnp.exp(p), "sigmoid": jax.nn.log_sigmoid}
-            decay = log[self.decay_param](p)
+            by_exp = self.decay_param == "exp"
+            log_decay = -jnp.exp(p) if by_exp else jax.nn.log_sigmoid(p)
+            grid = x.reshape(b, *self.dims, *one)
             mixed = along(
-                x.reshape(b, *self.dims, *one), a, (q * k).sum(-1), decay, self.chunk
+                grid, a, (q * k).sum(-1), log_decay, self.chunk
             )
             mixed = nn.RMSNorm(
                 dtype=self.dtype, reduction_axes=-1, feature_axes=(-2, -1),

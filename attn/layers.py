@@ -110,9 +110,12 @@ class MultiHead(Layer):
         """An empty memory for `size` tokens; x [B,T,E] gives shapes and dtype only."""
         b, t, e = x.shape
         d, v = self._widths(e)
-        like = lambda h, w: jax.ShapeDtypeStruct((b, t, h, w), self.dtype)
         keys = self.kv_heads or self.heads
         self._check_stream()
+
+        def like(heads, width):
+            return jax.ShapeDtypeStruct((b, t, heads, width), self.dtype)
+
         return self._bound().init_state(
             size, like(self.heads, d), like(keys, d), like(keys, v), x=x
         )

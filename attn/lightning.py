@@ -13,6 +13,7 @@ Speed" (Qin et al., 2024, arXiv:2405.17381), which `models/transnormer.py` build
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 
 import jax
@@ -149,13 +150,17 @@ class Lightning(Attention):
 
     def _two_sided(self, q, k, v, log_decay, q_run, kv_run) -> jax.Array:
         if log_decay is None:
-            xla = lambda: noncausal(q, k, v, q_run=q_run, kv_run=kv_run, axis=self.axis)
+            xla = functools.partial(
+                noncausal, q, k, v, q_run=q_run, kv_run=kv_run, axis=self.axis)
             return pick(self.implementation, xla=xla)
-        one_way = lambda reverse: recurrence(
-            q, k, v, log_decay, run=q_run, chunk=self.chunk, axis=self.axis,
-            reverse=reverse, implementation=self.implementation,
-        )[1]
-        return one_way(False) + one_way(True) - _own(q, k, v, q_run)
+        forth, back = (
+            recurrence(
+                q, k, v, log_decay, run=q_run, chunk=self.chunk, axis=self.axis,
+                reverse=reverse, implementation=self.implementation,
+            )[1]
+            for reverse in (False, True)
+        )
+        return forth + back - _own(q, k, v, q_run)
 
 
 def _own(q, k, v, run) -> jax.Array:

@@ -94,9 +94,11 @@ class LinearTransformer(Attention):
         if self.causal:
             _, o = self._sums(self.axis, None, q, k, v, kv_run)
         else:
-            o = pick(self.implementation, xla=lambda: noncausal(
-                _phi(q), _phi(k), _beside_one(v), q_run=q_run, kv_run=kv_run,
-                axis=self.axis))
+            xla = functools.partial(
+                noncausal, _phi(q), _phi(k), _beside_one(v), q_run=q_run, kv_run=kv_run,
+                axis=self.axis,
+            )
+            o = pick(self.implementation, xla=xla)
         return self._divided(o).astype(v.dtype)
 
     def _divided(self, o: jax.Array) -> jax.Array:

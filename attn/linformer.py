@@ -77,10 +77,10 @@ class Linformer(nn.Module, Attention):
             return noncausal(a, b, w, q_run=q_run, kv_run=kv_run, axis=self.axis)
 
         q, k, v = (a.astype(jnp.float32) for a in (q, k, v))
-        each = lambda mix: _columns(mix, pos, k.shape[2])
+        keys, values = (_columns(mix, pos, k.shape[2]) for mix in (keys, values))
         scale = q.shape[-1] ** -0.5 if self.scale is None else self.scale
-        p = jax.nn.softmax(scale * sums(q, k, each(keys)))
-        return sums(p, each(values), v)
+        p = jax.nn.softmax(scale * sums(q, k, keys))  # over r: [B,T,H,r]
+        return sums(p, values, v)
 
 
 def _columns(mix: jax.Array, pos: Any, heads: int) -> jax.Array:

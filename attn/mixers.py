@@ -136,8 +136,8 @@ class LongConv(Mixer):
     def mix(self, x):
         t, h = x.shape[1], self.taps(x)[:x.shape[1]]
         n = t + h.shape[0]
-        spectrum = lambda a, axis: jnp.fft.rfft(a, n, axis=axis)
-        y = spectrum(_wide(x), 1) * spectrum(h, 0)[None]
+        # a product of spectra over T + length places: nothing wraps around
+        y = jnp.fft.rfft(_wide(x), n, axis=1) * jnp.fft.rfft(h, n, axis=0)[None]
         return jnp.fft.irfft(y, n, axis=1)[:, :t]
 
     def matrix(self, x):

@@ -91,11 +91,14 @@ class RAT(nn.Module, Attention):
         """An empty memory for `size` tokens, up to a whole chunk; q, k, v give shapes.
         """
         b, _, h, _ = q.shape
-        like = lambda a: jax.ShapeDtypeStruct((b, 1, h, a.shape[-1]), v.dtype)
+
+        def like(a):
+            return jax.ShapeDtypeStruct((b, 1, h, a.shape[-1]), v.dtype)
+
         slots = -(-size // self.chunk) if size > 0 else size
         ends = caches.empty(like(k), like(v), slots)
-        zeros = lambda a: jnp.zeros((b, h, a.shape[-1]), jnp.float32)
-        return _state(ends, zeros(k), zeros(v))
+        own = (jnp.zeros((b, h, a.shape[-1]), jnp.float32) for a in (k, v))
+        return _state(ends, *own)
 
     def step(self, state, q, k, v, *, x=None, segments=None):
         """The next T tokens -> state, [B,T,H,V]. Past the state's size: ValueError, and
@@ -186,10 +189,10 @@ class RAT(nn.Module, Attention):
             return b[0] * a[0], *after
 
         decay, *states = jax.lax.associative_scan(join, (keep, *new), axis=1)
-        edge = lambda arrays: tuple(a[:, -1] for a in arrays)
         decays = [decay[..., n] for n in own]
         if self.axis is not None and held is None:
-            held = self._shards_before(join, edge([decay, *states]), self.axis)
+            last = tuple(a[:, -1] for a in (decay, *states))
+            held = self._shards_before(join, last, self.axis)
         if held is not None:
             states = [
                 s + d * b[:, None] for s, d, b in zip(states, decays, held)
@@ -211,9 +214,11 @@ class RAT(nn.Module, Attention):
         if run is not None:
             last = last & (run > 0)
         order = jnp.argsort(~last, axis=1, stable=True)[:, : -(-t // self.chunk)]
-        take = lambda a: jnp.take_along_axis(
-            a, order.reshape(order.shape + (1,) * (a.ndim - 2)), 1
-        )
+
+        def take(a):
+            at = order.reshape(order.shape + (1,) * (a.ndim - 2))
+            return jnp.take_along_axis(a, at, 1)
+
         there, number = take(last), take(pos) // self.chunk
         ones = jnp.ones_like(pos) if run is None else run
         k = self._turned(take(own_k), number).astype(dtype)
@@ -232,6 +237,7 @@ class RAT(nn.Module, Attention):
             kv_pos=kv_pos, q_run=run, kv_run=kv_run, scale=scale,
             implementation=self.implementation,
         )
+        # the own chunk's logit q.k'_t [B,T,H,1], beside those of the far ones
         own = scale * (q.astype(jnp.float32) * own_k).sum(-1, keepdims=True)
         lse = jnp.where(jnp.isfinite(lse), lse, -1e30)  # nothing is far away yet
         ahead = own - jnp.moveaxis(lse, 1, 2)[..., None]

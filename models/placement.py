@@ -144,13 +144,15 @@ def lay(x: jax.Array, letters: str) -> jax.Array:
         return x
     homes = {"B": "data", "T": "seq", "N": "model", "H": "model", "F": "model"}
     free = PartitionSpec.UNCONSTRAINED
-    fits = lambda home, size: size % mesh.shape.get(home, size + 1) == 0
-    where = [
-        None if letter not in homes else
-        homes[letter] if fits(homes[letter], size) else free
-        for letter, size in zip(letters, x.shape, strict=True)
-    ]
-    return jax.lax.with_sharding_constraint(x, PartitionSpec(*where))
+
+    def where(letter, size):
+        if letter not in homes:
+            return None
+        fits = size % mesh.shape.get(homes[letter], size + 1) == 0
+        return homes[letter] if fits else free
+
+    homes_of = [where(*pair) for pair in zip(letters, x.shape, strict=True)]
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*homes_of))
 
 
 def over(model: Any, axis: Axis, strict: bool = True) -> Any:
@@ -215,7 +217,6 @@ def _trimmed(homes: list) -> PartitionSpec:
 
 
 def _written(where: PartitionSpec) -> str:
-    one = lambda home: "-" if home is None else (
-        "+".join(home) if isinstance(home, tuple) else home
-    )
-    return ", ".join(map(one, where)) or "whole"
+    names = ("-" if home is None else home if isinstance(home, str) else "+".join(home)
+             for home in where)
+    return ", ".join(names) or "whole"

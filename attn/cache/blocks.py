@@ -71,6 +71,5 @@ class Blocks:
         first = self.total[:, None] % (self.many + 1) * self.size
         run = (inside < (self.cache.end % self.size)[:, None]).astype(jnp.int32)
         at = (first + inside)[..., None, None]
-        take = lambda a: jnp.take_along_axis(a, at, 1)
-        pos = self.total[:, None] * self.size + inside
-        return Tail(run, pos, take(self.cache.k), take(self.cache.v))
+        k, v = (jnp.take_along_axis(a, at, 1) for a in (self.cache.k, self.cache.v))
+        return Tail(run, self.total[:, None] * self.size + inside, k, v)

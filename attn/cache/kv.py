@@ -8,6 +8,7 @@ segment begins, what came before can no longer be seen and is dropped.
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -140,13 +141,15 @@ def read(
     [B,C] -> o [B,T,H,V], lse [B,H,T]; options: mask, head, scale, softcap, score, sink.
     """
     options |= {"q_pos": now.pos, "kv_pos": cache.pos, "q_run": now.run, "kv_run": runs}
-    kernel = lambda backend: lambda: decode(
-        q, cache.k, cache.v, backend=backend, interpret=interpreted(), **options
-    )
-    return pick(
-        implementation, xla=lambda: attend(q, cache.k, cache.v, **options),
-        tpu=kernel("tpu"), gpu=kernel("triton"),
-    )
+
+    def kernel(backend):
+        return decode(
+            q, cache.k, cache.v, backend=backend, interpret=interpreted(), **options
+        )
+
+    tpu, gpu = (functools.partial(kernel, name) for name in ("tpu", "triton"))
+    xla = functools.partial(attend, q, cache.k, cache.v, **options)
+    return pick(implementation, xla=xla, tpu=tpu, gpu=gpu)
 
 
 def in_order(cache: Cache) -> Cache:
@@ -182,9 +185,11 @@ def keep(cache: Cache, importance: jax.Array, size: int) -> Cache:
 def pad_slots(cache: Cache, slots: int) -> Cache:
     """The cache with empty slots added behind, `slots` in all."""
     more = slots - cache.k.shape[1]
-    widen = lambda a, value: jnp.pad(
-        a, [(0, 0), (0, more)] + [(0, 0)] * (a.ndim - 2), constant_values=value
-    )
+
+    def widen(a, value):
+        behind = [(0, 0), (0, more)] + [(0, 0)] * (a.ndim - 2)
+        return jnp.pad(a, behind, constant_values=value)
+
     return cache._replace(
         k=widen(cache.k, 0), v=widen(cache.v, 0), pos=widen(cache.pos, -1)
     )

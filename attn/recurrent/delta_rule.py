@@ -115,7 +115,7 @@ def recurrence(
     (b, t, h), join = beta.shape, None
     if axis is not None:
         run, first, last = _renumbered(run)
-        join = functools.partial(_joined, v.shape[3], first, last, axis, state)
+        join = functools.partial(_shard_carry_in, v.shape[3], first, last, axis, state)
     elif state is None:
         state = jnp.zeros((b, h, q.shape[3], v.shape[3]), jnp.float32)
     alone = t == 1 and axis is None  # a chunk of one token would be padding
@@ -150,7 +150,7 @@ def _renumbered(run) -> tuple:
     return only(run > 0, run - first[:, None] + 1), first, last
 
 
-def _joined(width: int, first, last, axis, state, final) -> CarryIn:
+def _shard_carry_in(width: int, first, last, axis, state, final) -> CarryIn:
     """What this shard's first run begins with, given [M | A] [B,H,D,V+D]."""
     found = carry_in(final[..., :width], final[..., width:], last, axis, state=state)
     if first is None:

@@ -85,9 +85,10 @@ def _ahead(how: _How, added, factor, last, state):
         keep = None if newest is None else then == run
         passed = _times(factor if how.alike else own, now)
         new = jnp.repeat(new, now.shape[1] // new.shape[1], 1)
+        # P_(w+1) = A_w P_w + M_w
         return (_kept(keep, passed) + new, then, mine), keep
 
-    start = jnp.zeros_like(added) if state is None else state
+    start = jnp.zeros_like(added) if state is None else state  # P_0
     first = start, jnp.ones(added.shape[:1], jnp.int32)
     (after, _, mine), keeps = jax.lax.scan(pass_on, (*first, first), (order, parts))
     out = *mine, None if state is None else after
@@ -108,6 +109,7 @@ def _back(how: _How, saved, cotangents):
         n, own, keep, d = part
         mine = jnp.where(n == me, behind, mine)
         passed = _times(factor if how.alike else own, behind, True)
+        # R_w = dP_(w+1) + A_(w+1)^T R_(w+1)
         return (d + _kept(keep, passed), mine), None
 
     # every shard gave the state after all, so its cotangents add up
@@ -168,7 +170,9 @@ def tagged(op: Callable) -> Callable:
     rise, so if the last runs are equal, all behind the seam belongs to one run."""
     def step(a, b):
         def choose(x, y, joined):
-            of = lambda test: test.reshape(test.shape + (1,) * (x.ndim - test.ndim))
+            def of(test):
+                return test.reshape(test.shape + (1,) * (x.ndim - test.ndim))
+
             return jnp.where(of(b[0] == 0), x, jnp.where(of(a[0] == b[0]), joined, y))
 
         return jnp.maximum(a[0], b[0]), jax.tree.map(choose, a[1], b[1], op(a[1], b[1]))
@@ -205,7 +209,10 @@ def _gathered(how: tuple, last, final, run, state):
 def _joined(op: Callable, run, lasts, state, parts):
     """The pair behind all shards, and those that shards begin with [W,...]."""
     step = tagged(op)
-    pass_on = lambda pair, part: (step(pair, part), pair)
+
+    def pass_on(pair, part):
+        return step(pair, part), pair
+
     return jax.lax.scan(pass_on, (run, state), (lasts, parts))
 
 

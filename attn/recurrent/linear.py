@@ -130,7 +130,7 @@ def recurrence(
     (b, t, h, d), join = q.shape, None
     if axis is not None:
         join = functools.partial(
-            _joined, run=run, state=state, axis=axis, reverse=reverse,
+            _shard_carry_in, run=run, state=state, axis=axis, reverse=reverse,
             copies=h // k.shape[2] if log_decay is None else 1,
             alike=run is None and (log_decay is None or log_decay.ndim == 1),
         )
@@ -175,7 +175,9 @@ def _turned(q, k, v, log_decay, run):
     return q, k, v, log_decay, run
 
 
-def _joined(final, total, *, run, state, axis, reverse, copies, alike) -> CarryIn:
+def _shard_carry_in(
+    final, total, *, run, state, axis, reverse, copies, alike
+) -> CarryIn:
     """What this shard begins with, given its state at the end [B,H,D,V] and log decay
     [B|1,H,1|D]. Without decay `copies` query heads have one state, and one is gathered;
     a decay is of query heads, and then so are the states that it makes."""

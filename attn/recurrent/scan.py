@@ -84,6 +84,12 @@ def prefix_scan(
     def uncut(a):
         return a.swapaxes(0, 1).reshape(b, -1, *a.shape[3:])[:, :t]
 
+    def to_each_token(a):
+        return jnp.broadcast_to(a[:, :, None], (*a.shape[:2], c, *a.shape[2:]))
+
+    def pass_on(before, tip):
+        return step(before, tip), before
+
     step = tagged(op)
     inside = jax.lax.associative_scan(step, jax.tree.map(cut, (run, leaves)), axis=2)
     tips = jax.tree.map(lambda a: a[:, :, -1], inside)  # [N,B,...]: of whole chunks
@@ -94,11 +100,10 @@ def prefix_scan(
     if axis is not None:
         begin = jax.tree.map(lambda a: a[0], tips)
         rest = jax.tree.map(lambda a: a[1:], tips)
-        own, _ = jax.lax.scan(lambda x, tip: (step(x, tip), None), begin, rest)
+        own, _ = jax.lax.scan(pass_on, begin, rest)
         first, after = exclusive_prefix(op, own[0], own[1], axis, first, ends)
-    last, starts = jax.lax.scan(lambda x, tip: (step(x, tip), x), first, tips)
-    wide = lambda a: jnp.broadcast_to(a[:, :, None], (*a.shape[:2], c, *a.shape[2:]))
-    _, found = step(jax.tree.map(wide, starts), inside)
+    last, starts = jax.lax.scan(pass_on, first, tips)
+    _, found = step(jax.tree.map(to_each_token, starts), inside)
     last = last if axis is None else after
     return last[1] if ends else None, jax.tree.map(uncut, found)
 

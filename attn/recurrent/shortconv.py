@@ -102,12 +102,18 @@ def _tails(xs, states, run, count: int, axis: Axis):
     b, t = xs[0].shape[:2]
     ids = jnp.ones((b, t), jnp.int32) if run is None else run
     short = max(count - t, 0)
-    widen = lambda a: jnp.pad(a, [(0, 0), (short, 0)] + [(0, 0)] * (a.ndim - 2))
+
+    def widen(a):
+        return jnp.pad(a, [(0, 0), (short, 0)] + [(0, 0)] * (a.ndim - 2))
+
+    def flat(a):
+        """[B,shards,count,...] as [B,shards count,...]."""
+        return a.reshape(b, -1, *a.shape[3:])
+
     newest, *last = _last(count, widen(ids), *(widen(x) for x in xs))
     sent = newest, jnp.concatenate(last, -1)
     row = [jnp.moveaxis(a, 0, 1) for a in stacked(sent, axis)]  # [B,W,count,...]
     here = jnp.arange(row[0].shape[1]) < jax.lax.axis_index(axis)
-    flat = lambda a: a.reshape(b, -1, *a.shape[3:])
     ids, before = flat(row[0]), flat(jnp.where(here[None, :, None], row[0], 0))
     tokens = flat(row[1])
     if states is not None:

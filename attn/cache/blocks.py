@@ -43,7 +43,7 @@ class Blocks:
     def slot_of(self, age: jax.Array) -> jax.Array:
         """Which block of the cache's slots holds the block of this age [B,...]."""
         lead = (-1,) + (1,) * (age.ndim - 1)
-        number = (self.total - self.cached).reshape(lead) + age
+        number = (self.total - self.cached).reshape(lead) + age  # since the beginning
         return number % (self.many + 1)
 
     def place(self) -> jax.Array:
@@ -57,7 +57,7 @@ class Blocks:
         """The keys [B,many,K,D] of landmarks by age."""
         ages = jnp.arange(self.many)[None]
         ages = jnp.broadcast_to(ages, (len(self.total), self.many))
-        slot = self.slot_of(ages) * self.size + self.size - 1
+        slot = self.slot_of(ages) * self.size + self.size - 1  # last of its block
         return jnp.take_along_axis(self.cache.k, slot[..., None, None], 1)
 
     def slot(self, now: Place) -> jax.Array:

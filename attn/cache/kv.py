@@ -61,8 +61,9 @@ def append(cache: Cache, k, v, place: Place, slot: jax.Array) -> Cache:
     """
     slots = cache.k.shape[1]
     stored = current(place)
+    # runs count from 1, the sequence that the cache holds
     began = (place.run > 1).any(1)
-    slot = jnp.where(stored & (slot >= 0), slot, slots)
+    slot = jnp.where(stored & (slot >= 0), slot, slots)  # `slots` is outside: dropped
     row = jnp.arange(k.shape[0])[:, None]
     pos = jnp.where(began[:, None, None], -1, cache.pos)
     new_pos = jnp.broadcast_to(place.pos[..., None], (*slot.shape, pos.shape[2]))
@@ -175,8 +176,9 @@ def keep(cache: Cache, importance: jax.Array, size: int) -> Cache:
     """
     pos = jnp.broadcast_to(cache.pos, importance.shape)
     importance = jnp.where(pos >= 0, importance.astype(jnp.float32), -jnp.inf)
-    _, chosen = jax.lax.top_k(jnp.moveaxis(importance, 1, 2), size)
+    _, chosen = jax.lax.top_k(jnp.moveaxis(importance, 1, 2), size)  # [B,K,size]
     at = jnp.moveaxis(chosen, 1, 2)
+    # back into order of position, empty slots last
     late = jnp.where(pos >= 0, pos, FOREVER)
     order = jnp.argsort(jnp.take_along_axis(late, at, 1), axis=1)
     return taken(cache._replace(pos=pos), jnp.take_along_axis(at, order, 1))

@@ -65,6 +65,7 @@ class Policy:
             after, used = caches.append_next(state, k, v, now)
             caches.check_room(used, slots)
             return after, caches.poison(o, used, slots)
+        # only what goes on afterwards can be kept
         mine = caches.in_order(caches.only_current(both, runs))
         size = min(self.capacity, slots, mine.k.shape[1])
         after = caches.keep(mine, self.importance(q, mine, now), size)

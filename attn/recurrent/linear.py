@@ -15,7 +15,7 @@ decays that lie between two tokens, so that any decay, however strong, is safe.
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any, Callable, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -129,11 +129,10 @@ def recurrence(
         q, k, v, log_decay, run = _turned(q, k, v, log_decay, run)
     (b, t, h, d), join = q.shape, None
     if axis is not None:
+        fixed = run is None and (log_decay is None or log_decay.ndim == 1)
         join = functools.partial(
             _shard_carry_in, run=run, state=state, axis=axis, reverse=reverse,
-            copies=h // k.shape[2] if log_decay is None else 1,
-            alike=run is None and (log_decay is None or log_decay.ndim == 1),
-        )
+            heads=k.shape[2], alike=fixed)
     elif state is None:
         state = jnp.zeros((b, h, d, v.shape[-1]), jnp.float32)
     alone = t == 1 and axis is None  # a chunk of one token would be padding
@@ -143,8 +142,7 @@ def recurrence(
             found = naive(q, k, v, log_decay, state=state, run=run)
         else:
             found = chunked(q, k, v, log_decay, run, chunk, state, join)
-        after, o = found
-        return after, (o if scale == 1 else o * scale).astype(dtype)
+        return _scaled(found, scale, dtype)
 
     def kernel(backend):
         call = functools.partial(
@@ -152,17 +150,27 @@ def recurrence(
             interpret=interpreted())
         if join is None:
             return call(state=state, scale=scale, dtype=dtype)
-        final, o = call()  # the gather follows the kernel, which makes both at once
-        g = token_decays(log_decay, t, run)
-        begun = join(final, None if g is None else g.sum(1))
-        o = o + inter_shard(q, g, run, begun)
-        return begun.after, (o if scale == 1 else o * scale).astype(dtype)
+        found = _kernel_shard(call, q, token_decays(log_decay, t, run), run, join)
+        return _scaled(found, scale, dtype)
 
     if alone and implementation is None:
         implementation = "xla"
     tpu, gpu = (functools.partial(kernel, name) for name in ("tpu", "triton"))
     after, o = pick(implementation, xla=xla, tpu=tpu, gpu=gpu)
     return after, jnp.flip(o, 1) if reverse else o
+
+
+def _scaled(found: tuple, scale: float, dtype) -> tuple[Any, jax.Array]:
+    after, o = found
+    return after, (o if scale == 1 else o * scale).astype(dtype)
+
+
+def _kernel_shard(call: Callable, q, g, run, join: Callable) -> tuple:
+    """A shard reads its tokens from an empty state; what the state that comes in gives
+    them is added. The gather follows the kernel, which makes state and o at once."""
+    final, o = call()
+    begun = join(final, None if g is None else g.sum(1))
+    return begun.after, o + inter_shard(q, g, run, begun)
 
 
 def _turned(q, k, v, log_decay, run):
@@ -176,11 +184,12 @@ def _turned(q, k, v, log_decay, run):
 
 
 def _shard_carry_in(
-    final, total, *, run, state, axis, reverse, copies, alike
+    final, total, *, run, state, axis, reverse, heads, alike
 ) -> CarryIn:
     """What this shard begins with, given its state at the end [B,H,D,V] and log decay
-    [B|1,H,1|D]. Without decay `copies` query heads have one state, and one is gathered;
-    a decay is of query heads, and then so are the states that it makes."""
+    [B|1,H,1|D]. Without decay the query heads of a key head have one state, and one is
+    gathered; a decay is of query heads, and then so are the states that it makes."""
+    copies = final.shape[1] // heads if total is None else 1
     factor = None if total is None else jnp.exp(total)
     found = carry_in(
         final[:, ::copies], factor, None if run is None else run.max(1), axis,

@@ -97,9 +97,10 @@ def _ahead(chunk: int, dtype, scores, v, run, m, l, acc):
     m_in = m_before[..., None]
     m_in = m_in if enters is None else jnp.where(enters, m_in, -jnp.inf)
     tops = jnp.maximum(logits.max(-1), m_in)
+    # P [N,B,K,G,t,i], and what the state that comes in is multiplied with [N,B,K,G,t]
     p, rescale = exp(logits, tops[..., None]), exp(m_in, tops)
     sums = p.sum(-1) + rescale * l_before[..., None]
-    values = einsum("nbkgti,nbkiv->nbkgtv", p, x.v)
+    values = einsum("nbkgti,nbkiv->nbkgtv", p, x.v)  # [c,c] [c,V]
     values = values + rescale[..., None] * acc_before[..., None, :]
     o = values / jnp.where(sums > 0, sums, 1)[..., None]
     o = from_chunks(o.reshape(*o.shape[:2], h, *o.shape[4:]), t)
@@ -123,7 +124,7 @@ def _carry(x: Chunks, m, l, acc):
     def pass_on(carry, chunk):
         run, m, l, acc = carry
         end, (top, total, values) = chunk
-        m_in = jnp.where(run == end, m, -jnp.inf)
+        m_in = jnp.where(run == end, m, -jnp.inf)  # of another run: nothing comes in
         new = jnp.maximum(m_in, top)
         rescale, mine = exp(m_in, new), exp(top, new)
         values = acc * rescale[..., None] + values * mine[..., None]
@@ -147,7 +148,7 @@ def _back(chunk: int, dtype, saved, cotangents):
     r = jnp.where(sums > 0, 1 / jnp.where(sums > 0, sums, 1), 0)
     p, asked, level, delta = _weights(x, starts, tops, r, do)
     ds = (p * (asked - delta[..., None])).sum(-2)
-    dv = einsum("nbkgti,nbkgtv->nbkiv", p, do)
+    dv = einsum("nbkgti,nbkgtv->nbkiv", p, do)  # sum over t and the group: [c,V]
     first, behind = _carry_back(x, tops, r, do, level + delta, split(dl), split(dacc))
     ds, dv = _reached(x, behind, ds, dv)
     merge = lambda a: a.reshape(b, h, *a.shape[3:])
@@ -165,7 +166,7 @@ def _weights(x: Chunks, starts, tops, r, do):
     run_before, m_before, l_before, acc_before = starts
     logits = jnp.where(x.seen(), x.s[..., None, :], -jnp.inf)
     p = exp(logits, tops[..., None])
-    asked = einsum("nbkgtv,nbkiv->nbkgti", do, x.v)
+    asked = einsum("nbkgtv,nbkiv->nbkgti", do, x.v)  # do_t.v_i: [c,V] [V,c]
     greatest = p == 1
     level = only(greatest, asked).sum(-1) / jnp.maximum(greatest.sum(-1), 1)
     asked, p = asked - level[..., None], p * r[..., None]

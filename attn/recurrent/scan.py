@@ -117,10 +117,10 @@ def total(
         own = (run == run.max(1, keepdims=True)) & (run > 0)
         s = jnp.where(own[..., None], s, -jnp.inf)
     m = jax.lax.stop_gradient(s.max(1))
-    p = exp(s, m[:, None])
+    p = exp(s, m[:, None])  # [B,T,H]
     b, t, h = s.shape
     grouped = p.reshape(b, t, v.shape[2], -1)
-    acc = einsum("btkg,btkv->bkgv", grouped, v.astype(jnp.float32))
+    acc = einsum("btkg,btkv->bkgv", grouped, v.astype(jnp.float32))  # [G,T] [T,V]
     return SoftmaxState(m, p.sum(1), acc.reshape(b, h, -1))
 
 

@@ -13,6 +13,7 @@ has to come with the tokens: by embeddings, by rotated keys, or by the layers be
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -82,7 +83,7 @@ class Aaren(nn.Module, Attention):
         v = spread_heads(v, q.shape[2], self.axis)
         if q_run is None:
             pool = over_mesh(self._pool, "BSH BSKV -> BHV", self.axis)
-            pooled = pick(self.implementation, xla=lambda: pool(scores, v))
+            pooled = pick(self.implementation, xla=functools.partial(pool, scores, v))
             return jnp.broadcast_to(pooled[:, None], (*q.shape[:3], v.shape[-1]))
         f = over_mesh(self._pool_runs, "BSH BSKV BT BS -> BTHV", self.axis)
         return f(scores, v, q_run, kv_run)

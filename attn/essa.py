@@ -17,6 +17,7 @@ channel by channel.
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -56,7 +57,7 @@ class Essa(Attention):
         where = runs(segments, q, ordered=False)
         k, v = (spread_heads(a, q.shape[2], self.axis) for a in (k, v))
         f = over_mesh(self._local, "BTHD BSKD BSKV BT BS -> BTHV", self.axis)
-        o = pick(self.implementation, xla=lambda: f(q, k, v, *where))
+        o = pick(self.implementation, xla=functools.partial(f, q, k, v, *where))
         return o.astype(v.dtype)
 
     def _local(self, q, k, v, q_run, kv_run) -> jax.Array:

@@ -109,7 +109,7 @@ class LightNet(Attention):
         q, k, wide = self._ready(q, k, v)
         b, t, h, d = q.shape
         if not self.causal:
-            return self._unordered(q, k, wide, segments).astype(v.dtype)
+            return self._noncausal(q, k, wide, segments).astype(v.dtype)
         run, _ = runs(segments, q)
         pos = place(segments, b, t).pos
         share, log_decay, *_ = self._shares(
@@ -207,7 +207,7 @@ class LightNet(Attention):
             total = total * jnp.exp(mass.top - top) + jnp.exp(self.init_lse - top)
         return top, jnp.where(total > 0, total, 1)
 
-    def _unordered(self, q, k, v, segments) -> jax.Array:
+    def _noncausal(self, q, k, v, segments) -> jax.Array:
         """Every query sees every key of its run, or simply every key."""
         pair = segments if isinstance(segments, tuple) else (segments, segments)
         places = [place(g, *a.shape[:2]) for g, a in zip(pair, (q, k))]
@@ -219,7 +219,7 @@ class LightNet(Attention):
             return noncausal(q, share, v, q_run=q_run, kv_run=kv_run, axis=self.axis)
 
         f = over_mesh(local, "BTHD BSHD BSHV BT BS -> BTHV", self.axis)
-        o = pick(self.implementation, xla=lambda: f(*turned, v, *of))
+        o = pick(self.implementation, xla=functools.partial(f, *turned, v, *of))
         return o * self._factor(q.shape[-1])
 
     def _softmax(self, k, run) -> jax.Array:

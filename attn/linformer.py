@@ -13,6 +13,7 @@ Computed as two sums over keys, so that nothing of size T x S exists:
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -69,7 +70,7 @@ class Linformer(nn.Module, Attention):
         where = place(kv_segments, b, s).pos, *runs(segments, q, ordered=False)
         k, v = (spread_heads(a, q.shape[2], self.axis) for a in (k, v))
         f = over_mesh(self._local, "BTHD BSKD BSKV .. .. BS BT BS -> BTHV", self.axis)
-        o = pick(self.implementation, xla=lambda: f(q, k, v, *mixes, *where))
+        o = pick(self.implementation, xla=functools.partial(f, q, k, v, *mixes, *where))
         return o.astype(v.dtype)
 
     def _local(self, q, k, v, keys, values, pos, q_run, kv_run) -> jax.Array:

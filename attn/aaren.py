@@ -13,33 +13,35 @@ has to come with the tokens: by embeddings, by rotated keys, or by the layers be
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from attn.contract.attention import RECURRENT, Attention, TemplateRow
 from attn.contract.dispatch import pick
 from attn.contract.segments import locate, segment_indices
 from attn.contract.shapes import check
 from attn.parallel.sharding import (
     Axis, gather, over_mesh, splits, spread_heads, stacked
 )
-from attn.recurrent.noncausal import by_run
-from attn.recurrent.scan import Triple, across, attend, empty, join, total
+from attn.recurrent.noncausal import by_segment
+from attn.recurrent.scan import SoftmaxState, empty, merge, prefix_softmax, total
 
 
 class AarenState(NamedTuple):
-    """memory: the triple of the current sequence, m, u [B,H] and w [B,H,V] float32; end
-    [B] int32 the next token's position; segment [B] int32 the last token's segment, -1
+    """memory: of the current sequence, m, l [B,H] and acc [B,H,V] float32; end [B]
+    int32 the next token's position; segment [B] int32 the last token's segment, -1
     before the first."""
 
-    memory: Triple
+    memory: SoftmaxState
     end: jax.Array
     segment: jax.Array
 
 
-class Aaren(nn.Module):
+class Aaren(nn.Module, Attention):
     """Aaren (Feng et al., 2024) arXiv:2405.13956: a learned query, growing prefixes.
 
     `query` [H,D] is learned, the q of a call gives only shapes, and `MultiHead` makes
@@ -61,7 +63,9 @@ class Aaren(nn.Module):
     chunk: int = 64
     axis: Axis | None = None
     implementation: str | None = None
-    reads_q = False
+    needs_query = False
+    row = TemplateRow(RECURRENT, "L D", 1)
+    parameter_axes = {"query": "HD"}
 
     def __post_init__(self):
         if self.chunk < 1:
@@ -79,14 +83,14 @@ class Aaren(nn.Module):
         v = spread_heads(v, q.shape[2], self.axis)
         if q_run is None:
             pool = over_mesh(self._pool, "BSH BSKV -> BHV", self.axis)
-            pooled = pick(self.implementation, xla=lambda: pool(scores, v))
+            pooled = pick(self.implementation, xla=functools.partial(pool, scores, v))
             return jnp.broadcast_to(pooled[:, None], (*q.shape[:3], v.shape[-1]))
         f = over_mesh(self._pool_runs, "BSH BSKV BT BS -> BTHV", self.axis)
         return f(scores, v, q_run, kv_run)
 
     def init_state(self, size, q, k, v, *, x=None) -> AarenState:
         """An empty memory for `size` tokens; q, k, v give shapes."""
-        self._check_stream()
+        self.check_stream()
         if size < 1:
             raise ValueError(f"size: a memory for {size} tokens, expected 1 or more")
         b, _, h, _ = q.shape
@@ -95,7 +99,7 @@ class Aaren(nn.Module):
 
     def step(self, state, q, k, v, *, x=None, segments=None):
         """The next T tokens -> state, [B,T,H,V]; the state does not grow."""
-        self._check_stream()
+        self.check_stream()
         check(q, k, v, segments=segments, aligned=True)
         if not isinstance(state, AarenState):
             raise ValueError(
@@ -120,33 +124,27 @@ class Aaren(nn.Module):
         return s.reshape(*s.shape[:2], h)
 
     def _prefixes(self, state, scores, v, run, axis: Axis | None):
-        """The triple of all tokens, None for none over an axis; and o [B,T,H,V]."""
+        """The state of all tokens, None for none over an axis; and o [B,T,H,V]."""
         def local(state, scores, v, run):
-            after, o = across(
-                scores, v, state=state and Triple(*state), run=run, chunk=self.chunk,
-                dtype=v.dtype, axis=axis, implementation=self.implementation)
+            after, o = prefix_softmax(
+                scores, v, state=state and SoftmaxState(*state), run=run, axis=axis,
+                chunk=self.chunk, dtype=v.dtype, implementation=self.implementation)
             return *(after or [None] * 3), o
 
         v = spread_heads(v, scores.shape[2], axis)
         letters = "BH BTH BTKV BT -> BH BH BHV BTHV"
         *after, o = over_mesh(local, letters, axis)(state, scores, v, run)
-        return None if after[0] is None else Triple(*after), o
-
-    def _check_stream(self) -> None:
-        if not self.causal:
-            raise NotImplementedError(
-                "step: causal=False lets tokens see later ones: no stream"
-            )
+        return None if after[0] is None else SoftmaxState(*after), o
 
     def _pool(self, scores, v) -> jax.Array:
         """The answer over all keys [B,H,V]."""
         found: Any = total(scores, v)
         if self.axis is not None:
-            b, h = found.u.shape
+            b, h = found.l.shape
             parts = stacked(found, self.axis)
             first = empty(b, h, v.shape[-1])
-            found, _ = jax.lax.scan(lambda a, b: (join(a, b), None), first, parts)
-        o = found.w / jnp.where(found.u > 0, found.u, 1)[..., None]
+            found, _ = jax.lax.scan(lambda a, b: (merge(a, b), None), first, parts)
+        o = found.acc / jnp.where(found.l > 0, found.l, 1)[..., None]
         return o.astype(v.dtype)
 
     def _pool_runs(self, scores, v, q_run, kv_run) -> jax.Array:
@@ -157,8 +155,9 @@ class Aaren(nn.Module):
 
         def read(q, keys, v, run):
             s = jnp.where(keys[..., 1] > 0, keys[..., 0], -jnp.inf)
-            return attend(s, v, run=run, chunk=self.chunk, dtype=v.dtype,
-                          implementation=self.implementation)[1]
+            return prefix_softmax(
+                s, v, run=run, chunk=self.chunk, dtype=v.dtype,
+                implementation=self.implementation)[1]
 
         nobody = jnp.zeros((*q_run.shape, 1, 1), v.dtype)
-        return by_run(read, nobody, keys, v, q_run, kv_run)
+        return by_segment(read, nobody, keys, v, q_run, kv_run)

@@ -16,10 +16,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from attn.contract.attention import CONV, TemplateRow
 from attn.contract.segments import locate
 from attn.layers import Layer
 from attn.parallel.sharding import Axis, home, over_mesh, splits
-from attn.recurrent.shortconv import across
+from attn.recurrent.shortconv import shortconvs
 
 VARIANTS = ("lm", "zoology")
 
@@ -50,6 +51,11 @@ class BaseConv(Layer):
     expand: int = 4
     dtype: Any = jnp.float32
     axis: Axis | None = None
+    row = TemplateRow(CONV, "L w D", 1)
+    # the halves of "in" are the filter's input and the gate: split, they would be apart
+    parameter_axes = {
+        "in/kernel": "EE", "gate/kernel": "EF", "out/kernel": "FE", "conv": "WE",
+    }
 
     def __post_init__(self):
         if self.variant not in VARIANTS:
@@ -135,7 +141,7 @@ def _convolved(axis: Axis | None, x, weight, state, run):
     """The next state and y [B,T,C]; without an axis, `shortconv`."""
     def local(x, weight, state, run):
         states = None if state is None else [state]
-        after, (y,) = across([x], [weight], states=states, run=run, axis=axis)
+        after, (y,) = shortconvs([x], [weight], states=states, run=run, axis=axis)
         return None if after is None else after[0], y
 
     c = home("H", x.shape[2], axis)  # channels lie where heads do

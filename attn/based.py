@@ -15,20 +15,22 @@ beside v makes both sums at once. Models mix it with windows of softmax attentio
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from attn.contract.attention import FACTORS, Attention, TemplateRow
 from attn.contract.dispatch import pick
 from attn.contract.segments import locate, segment_indices
 from attn.contract.shapes import check
 from attn.parallel.sharding import Axis, gather, over_mesh, splits, spread_heads
-from attn.recurrent.chunks import Runs, chunked, filled, only, runs_of, unchunked
-from attn.recurrent.lasp import prefix
-from attn.recurrent.linear import LinearState, check_state, empty, one
-from attn.recurrent.noncausal import by_run
+from attn.recurrent.chunks import Runs, filled, from_chunks, only, runs_of, to_chunks
+from attn.recurrent.lasp import carry_in
+from attn.recurrent.linear import LinearState, check_state, empty, naive
+from attn.recurrent.noncausal import by_segment
 
 
 def features(x: jax.Array, compact: bool = False) -> jax.Array:
@@ -48,7 +50,7 @@ def features(x: jax.Array, compact: bool = False) -> jax.Array:
 
 
 @dataclasses.dataclass(frozen=True)
-class Based:
+class Based(Attention):
     """Based (Arora et al., 2024) arXiv:2402.18668: a Taylor expansion of softmax.
 
     sum_j w_tj v_j / (sum_j w_tj + eps), w = 1 + s + s^2/2, s = q.k / sqrt(D). It is
@@ -68,6 +70,7 @@ class Based:
     chunk: int = 128
     axis: Axis | None = None
     implementation: str | None = None
+    row = TemplateRow(FACTORS, "L m D", 1)
 
     def __post_init__(self):
         for name in ("feature_dim", "chunk"):
@@ -89,32 +92,28 @@ class Based:
     def init_state(self, size, q, k, v, *, x=None) -> LinearState:
         """An empty memory for `size` tokens [B,H,P,V+1]: sums of phi(k) v, and in the
         last column of phi(k), for P features. q, k, v give shapes."""
-        self._check_stream()
+        self.check_stream()
         return empty(size, *self._memory(q, v.shape[-1] + self.normalize))
 
     def step(self, state, q, k, v, *, x=None, segments=None):
         """The next T tokens -> state, [B,T,H,V]; the state does not grow."""
-        self._check_stream()
+        self.check_stream()
         check(q, k, v, segments=segments, aligned=True)
         check_state(state, self._memory(q, v.shape[-1] + self.normalize))
         now = locate(segments, q.shape[0], q.shape[1], state.end, state.segment)
         run = None if segments is None else now.segment
         here = dataclasses.replace(self, axis=splits(self.axis, q.shape[1]))
         k, v = (spread_heads(a, q.shape[2], here.axis) for a in (k, v))
-        f = over_mesh(
-            lambda q, k, v, *rest: here._recur(q, k, here._summed(v), *rest),
-            "BTHD BTKD BTKV BT BHDV -> BHDV BTHV", here.axis,
-        )
-        xla = lambda: f(q, k, v, run, state.memory)
+
+        def local(q, k, v, run, memory):
+            return here._recurrence(q, k, here._summed(v), run, memory)
+
+        letters = "BTHD BTKD BTKV BT BHDV -> BHDV BTHV"
+        f = over_mesh(local, letters, here.axis)
+        xla = functools.partial(f, q, k, v, run, state.memory)
         memory, o = pick(self.implementation, xla=xla)
         after = LinearState(memory, now.next_pos, now.last_segment)
         return after, self._divided(o).astype(v.dtype)
-
-    def _check_stream(self) -> None:
-        if not self.causal:
-            raise NotImplementedError(
-                "step: causal=False lets tokens see later ones: no stream"
-            )
 
     def _memory(self, q, width: int) -> tuple[int, int, int, int]:
         b, _, h, d = q.shape
@@ -136,21 +135,23 @@ class Based:
         def xla():
             summed = self._summed(v)
             if self.causal:
-                return self._recur(q, k, summed, q_run)[1]
+                return self._recurrence(q, k, summed, q_run)[1]
             if kv_run is None:
                 return self._whole(q, k, summed)
             keys, values, runs = (gather(a, self.axis) for a in (k, summed, kv_run))
             here = dataclasses.replace(self, axis=None)
-            return by_run(
-                lambda *a: here._recur(*a)[1], q, keys, values, q_run, runs
-            )
+
+            def sums(*arrays):
+                return here._recurrence(*arrays)[1]
+
+            return by_segment(sums, q, keys, values, q_run, runs)
 
         return self._divided(pick(self.implementation, xla=xla))
 
     def _map(self, x: jax.Array) -> jax.Array:
         return features(x.astype(jnp.float32), self.compact)
 
-    def _recur(self, q, k, v, run, state=None) -> tuple[Any, jax.Array]:
+    def _recurrence(self, q, k, v, run, state=None) -> tuple[Any, jax.Array]:
         """The sums over j <= t -> state [B,H,P,V], o [B,T,H,V]; features are made for a
         chunk at a time. With an axis the state before this shard comes from the mesh,
         and the last one is that after all shards, None if none came in."""
@@ -158,21 +159,22 @@ class Based:
         zeros = jnp.zeros(self._memory(q, v.shape[-1]), jnp.float32)
         before = zeros if state is None else state
         if t == 1 and self.axis is None:
-            return one(before, self._map(q), self._map(k), v, run=run)
+            return naive(self._map(q), self._map(k), v, state=before, run=run)
         c, copies = min(self.chunk, t), h // k.shape[2]
         row = filled(run, t, c)
-        q, k, v = chunked(q, c), chunked(k, c, h), chunked(v, c, h)
+        q, k, v = to_chunks(q, c), to_chunks(k, c, h), to_chunks(v, c, h)
         carried: jax.Array | int = 1
         if self.axis is not None:
-            few = lambda a: a[:, :, ::copies]  # one state serves its query heads
-            final = self._scan(
-                zeros[:, ::copies], None, few(k), few(v), runs_of(row, c, 0))[0]
+            # one state serves its query heads
+            few_k, few_v = (a[:, :, ::copies] for a in (k, v))
+            final, _ = self._scan(
+                zeros[:, ::copies], None, few_k, few_v, runs_of(row, c, 0))
             last = None if run is None else run.max(1)
-            begun = prefix(final, None, last, self.axis, state=state)
+            begun = carry_in(final, None, last, self.axis, state=state)
             carried, before = begun.run, begun.state
             before = jnp.repeat(before, h // before.shape[1], 1)
         after, o = self._scan(before, q, k, v, runs_of(row, c, carried))
-        return begun.after if self.axis is not None else after, unchunked(o, t)
+        return begun.after if self.axis is not None else after, from_chunks(o, t)
 
     def _scan(self, state, q, k, v, runs: Runs):
         """The state after all chunks, and o [N,B,H,c,V] unless q is None."""
@@ -183,25 +185,30 @@ class Based:
             q, k, v, own = chunk
             here = shared if alike else own
             o = None if q is None else self._seen(state, q, k, v, here)
-            added = jnp.einsum("bhjp,bhjv->bhpv", only(here.stays, self._map(k)), v)
+            k = only(here.stays, self._map(k))  # [B,H,c,P]
+            added = jnp.einsum("bhjp,bhjv->bhpv", k, v)  # [P,c] [c,V]
             return only(here.keeps, state) + added, o
 
         scanned = None if alike else runs
         return jax.lax.scan(jax.checkpoint(pass_on), state, (q, k, v, scanned))
 
     def _seen(self, state, q, k, v, here: Runs) -> jax.Array:
+        # inside the chunk the weights are written out, 1 + s + s^2/2 [B,H,c,c]
         s = jnp.einsum("bhid,bhjd->bhij", q, k) * q.shape[-1] ** -0.5
         o = jnp.einsum("bhij,bhjv->bhiv", only(here.seen, 1 + s + s * s / 2), v)
-        q = only(here.enters, self._map(q))
-        return o + jnp.einsum("bhip,bhpv->bhiv", q, state)
+        q = only(here.enters, self._map(q))  # [B,H,c,P]
+        return o + jnp.einsum("bhip,bhpv->bhiv", q, state)  # [c,P] [P,V]
 
     def _whole(self, q, k, v) -> jax.Array:
         """The sums over all keys, for all queries [B,T,H,V]."""
         t, h = q.shape[1:3]
         state = jnp.zeros(self._memory(q, v.shape[-1]), jnp.float32)
         c, full = min(self.chunk, k.shape[1]), Runs(None, None, None, None)
-        state, _ = self._scan(state, None, chunked(k, c, h), chunked(v, c, h), full)
+        state, _ = self._scan(state, None, to_chunks(k, c, h), to_chunks(v, c, h), full)
         state = state if self.axis is None else jax.lax.psum(state, self.axis)
-        read = lambda q: jnp.einsum("bhip,bhpv->bhiv", self._map(q), state)
-        o = jax.lax.map(jax.checkpoint(read), chunked(q, min(self.chunk, t)))
-        return unchunked(o, t)
+
+        def read(q):
+            return jnp.einsum("bhip,bhpv->bhiv", self._map(q), state)  # [c,P] [P,V]
+
+        o = jax.lax.map(jax.checkpoint(read), to_chunks(q, min(self.chunk, t)))
+        return from_chunks(o, t)

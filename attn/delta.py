@@ -3,7 +3,7 @@
 A linear attention adds every value to what its key already stands for, until the state
 is a blur. Here the state is first asked what it holds for the key, and only a share
 beta of the difference is written: what is new replaces what is old. `gated` lets the
-state fade as well, so that it can be cleared at once (Gated DeltaNet, Yang et al.,
+state decay as well, so that it can be cleared at once (Gated DeltaNet, Yang et al.,
 2024, arXiv:2412.06464).
 
     S' = exp(g_t) S_{t-1},   S_t = S' + beta_t k_t^T (v_t - k_t S'),
@@ -18,11 +18,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from attn.contract.attention import RECURRENT, Attention, TemplateRow
 from attn.contract.segments import TokenPositions, locate
 from attn.contract.shapes import check
 from attn.parallel.sharding import Axis, home, over_mesh, splits, spread_heads
-from attn.recurrent.delta_rule import across
-from attn.recurrent.shortconv import across as convolved
+from attn.recurrent.delta_rule import recurrence
+from attn.recurrent.shortconv import shortconvs
 
 
 class DeltaState(NamedTuple):
@@ -39,7 +40,7 @@ class DeltaState(NamedTuple):
     segment: jax.Array
 
 
-class Delta(nn.Module):
+class Delta(nn.Module, Attention):
     """Delta (Yang et al., 2024) arXiv:2406.06484: DeltaNet, and Gated DeltaNet.
 
     beta = sigmoid(x W), a number a token and head, twice that if `negative`: past 1 the
@@ -61,6 +62,11 @@ class Delta(nn.Module):
     chunk: int = 64
     axis: Axis | None = None
     implementation: str | None = None
+    row = TemplateRow(RECURRENT, "L m D", 1)
+    parameter_axes = {
+        "[qkv]_conv": "WF", "beta/kernel": "EH", "decay/kernel": "EH", "A_log": "H",
+        "dt_bias": "H",
+    }
 
     def __post_init__(self):
         for name, least in (("conv", 0), ("chunk", 1)):
@@ -83,8 +89,11 @@ class Delta(nn.Module):
         if size < 1:
             raise ValueError(f"size: a memory for {size} tokens, expected 1 or more")
         b, _, h, d = q.shape
-        tail = lambda a: jnp.zeros(
-            (b, max(self.conv - 1, 0), a.shape[2] * a.shape[3]), a.dtype)
+
+        def tail(a):
+            shape = b, max(self.conv - 1, 0), a.shape[2] * a.shape[3]
+            return jnp.zeros(shape, a.dtype)
+
         return DeltaState(
             jnp.zeros((b, h, d, v.shape[3]), jnp.float32), tail(q), tail(k), tail(v),
             jnp.zeros((b,), jnp.int32), jnp.full((b,), -1, jnp.int32),
@@ -119,7 +128,7 @@ class Delta(nn.Module):
         q, k, v = (a.astype(low) for a in (_unit(q), _unit(k), v))
 
         def local(state, q, k, v, beta, log_decay, run):
-            return across(
+            return recurrence(
                 q, k, v, beta, log_decay, state=state, run=run, chunk=self.chunk,
                 axis=axis, scale=q.shape[3] ** -0.5, dtype=low,
                 implementation=self.implementation,
@@ -147,11 +156,14 @@ class Delta(nn.Module):
         streams = tails[0] is not None
         tails = [a.astype(jnp.float32) for a in tails] if streams else None
         channels = [home("H", a.shape[2], axis) for a in arrays]
-        of = lambda before: " ".join(before + c for c in channels)
+
+        def of(axes: str) -> str:
+            return " ".join(axes + c for c in channels)
+
         letters = f"{of('BT')} {of('.')} {of('B.')} BT -> {of('B.')} {of('BT')}"
 
         def local(*arrays):
-            after, found = convolved(
+            after, found = shortconvs(
                 arrays[:3], arrays[3:6], states=arrays[6:9] if streams else None,
                 run=arrays[9], axis=axis,
             )
@@ -164,14 +176,16 @@ class Delta(nn.Module):
 
     def _gates(self, x, h: int) -> tuple[jax.Array, jax.Array | None]:
         """beta and the log decay [B,T,H], float32."""
-        dense = lambda name: nn.Dense(
-            h, use_bias=False, dtype=jnp.float32, name=name)(x)
+        def dense(name):
+            return nn.Dense(h, use_bias=False, dtype=jnp.float32, name=name)(x)
+
         beta = nn.sigmoid(dense("beta")) * (2.0 if self.negative else 1.0)
         if not self.gated:
             return beta, None
-        fade = jnp.exp(self.param("A_log", _fades, (h,))).reshape(1, 1, h)
+        rate = jnp.exp(self.param("A_log", _rates, (h,))).reshape(1, 1, h)
         bias = self.param("dt_bias", _steps, (h,)).reshape(1, 1, h)
-        return beta, -fade * nn.softplus(dense("decay") + bias)
+        # g = -exp(A) softplus(x W' + b)
+        return beta, -rate * nn.softplus(dense("decay") + bias)
 
 
 def _unit(a):
@@ -179,7 +193,7 @@ def _unit(a):
     return a * jax.lax.rsqrt((a * a).sum(-1, keepdims=True) + 1e-6)
 
 
-def _fades(key, shape):
+def _rates(key, shape):
     """log A, A uniform in (0,16)."""
     return jnp.log(jax.random.uniform(key, shape, minval=1e-4, maxval=16.0))
 

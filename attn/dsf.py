@@ -62,10 +62,14 @@ class DSF:
     def scan(self, u: jax.Array, parallel: bool = False) -> jax.Array:
         """y [T,p] of u [T,d], step by step, or by an associative scan over T."""
         added = jnp.einsum("tnd,td->tn", self.B, u)
-        times = (lambda a, x: a * x) if self.A.ndim == 2 else jnp.matmul
+        times: Any = jnp.multiply if self.A.ndim == 2 else jnp.matmul
         if parallel:
             columns = added if self.A.ndim == 2 else added[..., None]
-            join = lambda f, g: (times(g[0], f[0]), times(g[0], f[1]) + g[1])
+
+            def join(f, g):
+                """First f, then g: h -> A_g (A_f h + b_f) + b_g."""
+                return times(g[0], f[0]), times(g[0], f[1]) + g[1]
+
             states = jax.lax.associative_scan(join, (self.A, columns))[1]
             states = states.reshape(added.shape)
         else:
@@ -96,10 +100,9 @@ class DSF:
     def rescaled(self, s: jax.Array) -> DSF:
         """The same operator with the state s_t h_t, s [T] without zeros."""
         before = jnp.concatenate([s[:1], s[:-1]])
-        over = lambda a: a.reshape((-1,) + (1,) * (self.A.ndim - 1))
-        column = lambda a: a.reshape(-1, 1, 1)
-        return DSF(self.A * over(s / before), self.B * column(s), self.C / column(s),
-                   self.D)
+        change = (s / before).reshape((-1,) + (1,) * (self.A.ndim - 1))
+        column = s.reshape(-1, 1, 1)
+        return DSF(self.A * change, self.B * column, self.C / column, self.D)
 
 
 def distance(one: DSF, other: DSF) -> jax.Array:

@@ -17,19 +17,21 @@ channel by channel.
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 
+from attn.contract.attention import FACTORS, Attention, TemplateRow
 from attn.contract.dispatch import pick
 from attn.contract.segments import segment_indices
 from attn.contract.shapes import check
 from attn.parallel.sharding import Axis, over_mesh, spread_heads
-from attn.recurrent.noncausal import whole
+from attn.recurrent.noncausal import noncausal
 
 
 @dataclasses.dataclass(frozen=True)
-class Essa:
+class Essa(Attention):
     """Essa (Zhang et al., 2023) arXiv:2307.14010: attention by spectral correlation.
 
     It has no causal order: a key's norm is over all tokens. residual: v_t is added,
@@ -42,6 +44,8 @@ class Essa:
     eps: float = 1e-7
     axis: Axis | None = None
     implementation: str | None = None
+    causal = False
+    row = TemplateRow(FACTORS, "L m D", 1)
 
     def __post_init__(self):
         if self.eps <= 0:
@@ -53,12 +57,12 @@ class Essa:
         where = segment_indices(segments, q, ordered=False)
         k, v = (spread_heads(a, q.shape[2], self.axis) for a in (k, v))
         f = over_mesh(self._local, "BTHD BSKD BSKV BT BS -> BTHV", self.axis)
-        o = pick(self.implementation, xla=lambda: f(q, k, v, *where))
+        o = pick(self.implementation, xla=functools.partial(f, q, k, v, *where))
         return o.astype(v.dtype)
 
     def _local(self, q, k, v, q_run, kv_run) -> jax.Array:
         def sums(a, b, w):
-            return whole(a, b, w, q_run=q_run, kv_run=kv_run, axis=self.axis)
+            return noncausal(a, b, w, q_run=q_run, kv_run=kv_run, axis=self.axis)
 
         q, k = self._squares(q), self._squares(k)
         one, ones = jnp.ones_like(q[..., :1]), jnp.ones_like(k[..., :1])

@@ -25,12 +25,13 @@ from typing import Any, Callable, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from attn.contract.attention import FACTORS, Attention, TemplateRow
 from attn.contract.dispatch import pick
 from attn.contract.segments import locate, segment_indices
 from attn.contract.shapes import check
 from attn.parallel.sharding import Axis, over_mesh, splits
-from attn.recurrent.linear import across, recur
-from attn.recurrent.noncausal import whole
+from attn.recurrent.linear import recurrence
+from attn.recurrent.noncausal import noncausal
 
 FEATURES = ("sigmoid", "relu")
 
@@ -55,7 +56,7 @@ Sums = Callable[[Any, jax.Array, jax.Array, jax.Array], jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
-class Flow:
+class Flow(Attention):
     """Flow (Wu et al., 2022) arXiv:2202.06258: linear attention with competition.
 
     causal=False is the paper's normal form, for self and cross attention. clamp: O' is
@@ -78,6 +79,7 @@ class Flow:
     chunk: int = 64
     axis: Axis | None = None
     implementation: str | None = None
+    row = TemplateRow(FACTORS, "L m D", 1)
 
     def __post_init__(self):
         if not 0 < self.clamp <= 80:
@@ -98,17 +100,20 @@ class Flow:
         k, v = (jnp.repeat(a, h // a.shape[2], 2) for a in (k, v))
         if self.causal:
             more = locate(segments, b, t).pos, segment_indices(segments, q)[0]
-            f = over_mesh(
-                lambda *a: self._causal(self.axis, *a)[1],
-                "BTHD BTHD BTHV BT BT -> BTHV", self.axis)
+
+            def causal(*arrays):
+                return self._causal(self.axis, *arrays)[1]
+
+            f = over_mesh(causal, "BTHD BTHD BTHV BT BT -> BTHV", self.axis)
             return f(q, k, v, *more).astype(v.dtype)
         f = over_mesh(self._normal, "BTHD BSHD BSHV BT BS -> BTHV", self.axis)
-        xla = lambda: f(q, k, v, *segment_indices(segments, q, ordered=False))
+        indices = segment_indices(segments, q, ordered=False)
+        xla = functools.partial(f, q, k, v, *indices)
         return pick(self.implementation, xla=xla).astype(v.dtype)
 
     def init_state(self, size, q, k, v, *, x=None) -> FlowState:
         """An empty memory for `size` tokens; q, k, v give shapes."""
-        self._check_stream()
+        self.check_stream()
         if size < 1:
             raise ValueError(f"size: a memory for {size} tokens, expected 1 or more")
         named = zip(FlowState._fields, self._shapes(q, v))
@@ -121,7 +126,7 @@ class Flow:
 
     def step(self, state, q, k, v, *, x=None, segments=None):
         """The next T tokens -> state, [B,T,H,V]; the state does not grow."""
-        self._check_stream()
+        self.check_stream()
         check(q, k, v, segments=segments, aligned=True)
         for name, shape in zip(FlowState._fields, self._shapes(q, v)):
             if getattr(state, name).shape != shape:
@@ -140,12 +145,6 @@ class Flow:
         named = dict(zip(FlowState._fields, after))
         after = FlowState(**named, end=now.next_pos, segment=now.last_segment)
         return after, o.astype(v.dtype)
-
-    def _check_stream(self) -> None:
-        if not self.causal:
-            raise NotImplementedError(
-                "step: causal=False lets tokens see later ones: no stream"
-            )
 
     def _shapes(self, q, v) -> tuple:
         b, _, h, d = q.shape
@@ -166,7 +165,7 @@ class Flow:
         def sums(names, a, b, w):
             # sums that do not need each other are heads of one
             before = [held[name] for name in names if state]
-            now, o = across(
+            now, o = recurrence(
                 a, b, w, state=jnp.concatenate(before, 1) if state else None, run=run,
                 chunk=self.chunk, axis=axis, implementation=self.implementation,
             )
@@ -181,7 +180,9 @@ class Flow:
         """Of the causal form: what the sum of a sink is multiplied with [B,T,H,1], and
         c [B,T,H,1], so that o_t = gain_t phi(q_t) sum_(s<=t) phi(k_s)^T v_s c_s. q and
         k [B,T,H,D]."""
-        sums = lambda _, a, b, w: recur(a, b, w, chunk=self.chunk)[1]
+        def sums(_, a, b, w):
+            return recurrence(a, b, w, chunk=self.chunk)[1]
+
         pos = jnp.arange(q.shape[1])[None]
         return self._gains(sums, self._phi(q), self._phi(k), pos)
 
@@ -193,11 +194,17 @@ class Flow:
         return gain * sums(("memory",), sink, source, v.astype(jnp.float32) * share)
 
     def _gains(self, sums: Sums, sink, source, pos) -> tuple[jax.Array, jax.Array]:
-        n = (pos + 1).astype(jnp.float32)[..., None, None]
-        both = lambda a, b: jnp.concatenate([a, b], 2)
-        ones, ends = jnp.ones_like(sink[..., :1]), (both(sink, source),
-                                                    both(source, sink))
-        flow = lambda names, w: jnp.split(self._flow(sums)(names, *ends, w) / n, 2, 2)
+        n = (pos + 1).astype(jnp.float32)[..., None, None]  # tokens so far [B|1,T,1,1]
+        ones = jnp.ones_like(sink[..., :1])
+
+        def both(a, b):
+            return jnp.concatenate([a, b], 2)  # sums of two kinds are heads of one
+
+        def flow(names, w):
+            found = self._flow(sums)(names, both(sink, source), both(source, sink), w)
+            return jnp.split(found / n, 2, 2)
+
+        # I and O, then I' and O' [B,T,H,1]
         incoming, outgoing = flow(("keys", "queries"), both(ones, ones))
         taken, given = flow(("sources", "sinks"), both(1 / outgoing, 1 / incoming))
         weight = jnp.exp(self._clamped(given))
@@ -215,7 +222,7 @@ class Flow:
         sink, source = self._phi(q), self._phi(k)
         incoming, taken, share = self._flows(sink, source, q_run, kv_run)
         v = v.astype(jnp.float32)
-        o = whole(
+        o = noncausal(
             sink, source, v * share if self.compete else v, q_run=q_run, kv_run=kv_run,
             axis=self.axis,
         )
@@ -224,9 +231,10 @@ class Flow:
     def _flows(self, sink, source, q_run, kv_run) -> tuple[jax.Array, ...]:
         """Of the normal form: I [B,T,H,1], I' T/S [B,T,H,1] and c [B,S,H,1]."""
         def sums(to, of):
-            return lambda _, a, b, w: whole(
-                a, b, w, q_run=to, kv_run=of, axis=self.axis
-            )
+            def found(_, a, b, w):
+                return noncausal(a, b, w, q_run=to, kv_run=of, axis=self.axis)
+
+            return found
 
         into, out_of = sums(q_run, kv_run), sums(kv_run, q_run)
         at_q, at_k = jnp.ones_like(sink[..., :1]), jnp.ones_like(source[..., :1])
@@ -235,8 +243,8 @@ class Flow:
         taken = self._flow(into)("sources", sink, source, 1 / outgoing)
         given = self._flow(out_of)("sinks", source, sink, 1 / incoming)
         weight = jnp.exp(self._clamped(given))
-        among = lambda w: sums(kv_run, kv_run)("", at_k, at_k, w)
-        share = weight * among(at_k) / _nonzero(among(weight))
+        among = functools.partial(sums(kv_run, kv_run), "", at_k, at_k)
+        share = weight * among(at_k) / _nonzero(among(weight))  # c = S softmax(O')
         # T and S of the run, as many queries and keys as there are
         queries = sums(q_run, q_run)("", at_q, at_q, at_q)
         ratio = queries / _nonzero(into("", at_q, at_k, at_k))

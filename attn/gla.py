@@ -14,15 +14,16 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from attn.contract.attention import RECURRENT, Attention, TemplateRow
 from attn.contract.shapes import check
 from attn.parallel.sharding import Axis
-from attn.recurrent.causal import attend, follow
+from attn.recurrent.causal import linear_attention, linear_attention_step
 from attn.recurrent.linear import LinearState, empty
 
 _INIT = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
 
 
-class GLA(nn.Module):
+class GLA(nn.Module, Attention):
     """GLA (Yang et al., 2023) arXiv:2312.06635: a learned decay for each key channel.
 
     rank: width between the two matrices of the gate. temperature: the root that gates
@@ -39,6 +40,10 @@ class GLA(nn.Module):
     chunk: int = 64
     axis: Axis | None = None
     implementation: str | None = None
+    row = TemplateRow(RECURRENT, "L m D", 1)
+    parameter_axes = {
+        "gate_down/kernel": "ER", "gate_up/kernel": "RHD", "gate_up/bias": "HD",
+    }
 
     def __post_init__(self):
         for name in ("rank", "temperature", "chunk"):
@@ -52,7 +57,7 @@ class GLA(nn.Module):
         """All tokens at once. q [B,T,H,D], k [B,S,K,D], v [B,S,K,V], x [B,T,E] ->
         [B,T,H,V]."""
         check(q, k, v, segments=segments, aligned=True)
-        return attend(
+        return linear_attention(
             q, k, v, self.log_decay(q, x), segments=segments, **self._how(q),
         )
 
@@ -64,7 +69,7 @@ class GLA(nn.Module):
     def step(self, state, q, k, v, *, x=None, segments=None):
         """The next T tokens -> state, [B,T,H,V]; the state does not grow."""
         check(q, k, v, segments=segments, aligned=True)
-        return follow(
+        return linear_attention_step(
             state, q, k, v, self.log_decay(q, x), segments=segments, **self._how(q)
         )
 
@@ -76,10 +81,3 @@ class GLA(nn.Module):
         low = nn.Dense(self.rank, use_bias=False, kernel_init=_INIT, name="gate_down")
         up = nn.DenseGeneral(q.shape[2:], kernel_init=_INIT, name="gate_up")
         return jax.nn.log_sigmoid(up(low(x.astype(jnp.float32)))) / self.temperature
-
-    def _how(self, q) -> dict:
-        scale = q.shape[-1] ** -0.5 if self.scale is None else self.scale
-        return {
-            "chunk": self.chunk, "scale": scale, "axis": self.axis,
-            "implementation": self.implementation,
-        }

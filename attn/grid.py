@@ -14,7 +14,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from attn.recurrent.linear import recur
+from attn.recurrent.linear import recurrence
 
 _INIT = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
 KINDS, DECAYS = ("cosine", "rotary"), ("sigmoid", "exp")
@@ -158,10 +158,12 @@ class MDTPE(nn.Module):
             q, k = (self.param(f"{n}_{a}", normal, one, jnp.float32) for n in "qk")
             p = self.param(f"decay_{a}", normal, one[:1], jnp.float32)
             # log lambda, of lambda = exp(-exp(p)) or sigmoid(p)
-            decay = -jnp.exp(p) if self.decay_param == "exp" else jax.nn.log_sigmoid(p)
+            by_exp = self.decay_param == "exp"
+            log_decay = -jnp.exp(p) if by_exp else jax.nn.log_sigmoid(p)
+            grid = x.reshape(b, *self.dims, *one)
             # q.k is one number a head, the gain of the sum along this axis
             mixed = along(
-                x.reshape(b, *self.dims, *one), a, (q * k).sum(-1), decay, self.chunk
+                grid, a, (q * k).sum(-1), log_decay, self.chunk
             )
             mixed = nn.RMSNorm(
                 dtype=self.dtype, reduction_axes=-1, feature_axes=(-2, -1),
@@ -185,5 +187,5 @@ def along(
     # linear attention whose q and k are numbers: q = gain, k = 1, v = x
     one = jnp.ones((*rows.shape[:3], 1), jnp.float32)
     scaled = one * gain.astype(jnp.float32)[None, None, :, None]
-    o = recur(scaled, one, rows, log_decay, chunk=chunk)[1]
+    o = recurrence(scaled, one, rows, log_decay, chunk=chunk)[1]
     return jnp.moveaxis(o.reshape(moved.shape), -3, axis + 1)

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 
 from attn.cache import kv as caches
 from attn.cache.blocks import Blocks
+from attn.contract.attention import MASKED, Attention, TemplateRow
 from attn.contract.dispatch import pick
 from attn.contract.segments import TokenPositions, locate
 from attn.contract.shapes import check
@@ -36,7 +37,7 @@ SELECTIONS = ("per_token_and_head", "max_over_heads", "max_over_tokens")
 
 
 @dataclasses.dataclass(frozen=True)
-class Landmark:
+class Landmark(Attention):
     """Landmark Attention (Mohtashami and Jaggi, 2023) arXiv:2305.16300: landmark tokens
     gate their blocks.
 
@@ -67,6 +68,8 @@ class Landmark:
     jump: int = 0
     axis: Axis | None = None
     implementation: str | None = None
+    noise = "dropout", "jump"
+    row = TemplateRow(MASKED, "L^2 D, or L^2 D / b + L r b D for r blocks", 2)
 
     def __post_init__(self):
         least_of = {"block": 1, "top_k": 0, "cache_blocks": 1, "jump": 0}
@@ -86,6 +89,17 @@ class Landmark:
             )
         if not 0 <= self.dropout < 1:
             raise ValueError(f"Landmark: dropout={self.dropout}: expected in [0, 1)")
+
+    @property
+    def text_block(self) -> int:
+        """Tokens of text before each landmark."""
+        return self.block
+
+    def interleave(self, tokens, segments, end, last, own: int):
+        """The text with its landmarks, whose id is `own`: see `interleave` below."""
+        return interleave(
+            tokens, segments, end, last, block=self.block, landmark=own
+        )
 
     @property
     def size(self) -> int:
@@ -145,14 +159,14 @@ class Landmark:
         caches.check_room(now.next_pos, slots)
         q, k = self._rotated(q, k, now.pos)
         after = caches.append(state, k, v, now, now.pos)
-        both, segment = caches.joined(state, k, v, now)
+        both, segment = caches.concat(state, k, v, now)
         if q.shape[1] == 1:
             # the token's own sequence is all that is left in the cache
             both, segment = after, jnp.broadcast_to(now.segment, (q.shape[0], slots))
         pos = both.pos[..., 0]
         row = jnp.where(pos >= 0, segment, 0), pos, both.k, both.v
         o = self._read(q, row if q.shape[1] == 1 else compact(*row), now)
-        return after, caches.spoil(o, now.next_pos, slots)
+        return after, caches.poison(o, now.next_pos, slots)
 
     def _read(self, q, row, now: TokenPositions, retrieve=None):
         """Attention of q at `now` to a row (segment, pos, k, v) without gaps."""
@@ -188,7 +202,7 @@ class Landmark:
         o = self._read(q, row, now, retrieve)
         forgets = ring.many == self.cache_blocks  # so it is never full
         full = jnp.zeros_like(now.next_pos) if forgets else now.next_pos
-        return after, caches.spoil(o, full, state.k.shape[1])
+        return after, caches.poison(o, full, state.k.shape[1])
 
     def _chosen(self, q, ring: Blocks, now: TokenPositions) -> jax.Array:
         """The cached blocks that each query retrieves, as ages [B,H,T,n] in order, -1
@@ -216,11 +230,11 @@ class Landmark:
         """The blocks that the queries with these indices retrieve."""
         b, _, h, d = q.shape
         chosen, q = chosen[:, :, index], q[:, index]
-        where = jnp.where(chosen < 0, -1, ring.home(chosen))
+        where = jnp.where(chosen < 0, -1, ring.slot_of(chosen))
         held = ring.cache.k, ring.cache.v
         k, v = (gather_blocks(a, where, self.size) for a in held)
         near = jnp.take_along_axis(ring.place(), chosen.reshape(b, -1), 1) > 0
-        near = (near & ring.crowded[:, None]).reshape(chosen.shape)
+        near = (near & ring.full[:, None]).reshape(chosen.shape)
         # the i-th one stands at place i, or at i + 1 if it is one of the youngest
         slot = jnp.arange(chosen.shape[3])[None, None, None] + near
         inside = jnp.arange(self.size).reshape(1, 1, 1, 1, -1)

@@ -10,19 +10,27 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from attn.contract.attention import noisy, said, streams, takes_rope
 from attn.contract.segments import TokenPositions, locate
 from attn.positions import RoPE
 
 
 class Layer(nn.Module):
     """What models stack: `__call__(x, state=None, *, segments=None)` -> y, or (state,
-    y) if a state is given; `init_state(size, x)`, the state of an empty stream."""
+    y) if a state is given; `init_state(size, x)`, the state of an empty stream.
+
+    row: of the template (`attn/template.py`), if it has one. parameter_axes: the axes
+    of its parameters, as `attn.contract.attention.Attention` has them.
+    """
+
+    row: ClassVar[Any] = None
+    parameter_axes: ClassVar[dict[str, str]] = {}
 
     def init_state(self, size: int, x: Any) -> Any:
         """An empty memory for `size` tokens; x [B,T,E] gives shapes and dtype only."""
@@ -33,8 +41,8 @@ class MultiHead(Layer):
     """An attention with its projections (Vaswani et al., 2017) arXiv:1706.03762.
 
     attention: any attention of this library; if it learns something, its parameters are
-    under `attention`. One that asks a question of its own and says `reads_q = False`
-    gets the shape of q only, and there is no projection for it. heads H, kv_heads K (H
+    under `attention`. One that asks a question of its own (`needs_query = False`) gets
+    the shape of q only, and there is no projection for it. heads H, kv_heads K (H
     is a multiple), head_dim D (by default what the attention asks for as `feature_dim`,
     else E/H), value_dim V (E/H).
     position: `RoPE()`, `MDLRPE(dims)` or None; an attention with a field `rope` keeps
@@ -43,8 +51,8 @@ class MultiHead(Layer):
     learned logit without value a head, for `Softmax`.
     out_norm: RMSNorm of what is attended to, over the channels of each head ("head") or
     of all ("all"). out_gate: times silu or sigmoid of a projection of x ("silu",
-    "sigmoid"), through gate_rank channels if that is given. A learned attention may ask
-    for these three by fields of the same names. dtype: of the computation; parameters
+    "sigmoid"), through gate_rank channels if that is given. An attention may ask for
+    these three by fields of the same names. dtype: of the computation; parameters
     are float32.
     """
 
@@ -61,6 +69,11 @@ class MultiHead(Layer):
     gate_rank: int | None = None
     use_bias: bool = False
     dtype: Any = jnp.float32
+    parameter_axes = {
+        "[qkv]/kernel": "EHD", "[qkv]/bias": "HD", "out/kernel": "HDE", "sink": "H",
+        "gate/kernel": "EHD", "gate_down/kernel": "ER", "out_norm/scale": "HD",
+        "theta": "HD",  # of a learned rotation
+    }
 
     @nn.compact
     def __call__(
@@ -83,8 +96,7 @@ class MultiHead(Layer):
         if state is not None:
             state, o = attention.step(state, q, k, v, **options)
         else:
-            noisy = getattr(attention, "dropout", 0) or getattr(attention, "jump", 0)
-            if noisy and self.has_rng("dropout"):
+            if noisy(attention) and self.has_rng("dropout"):
                 options["key"] = self.make_rng("dropout")
             o = attention(q, k, v, **options)
         o = self._gated(x, self._normed(o))
@@ -98,12 +110,12 @@ class MultiHead(Layer):
         """An empty memory for `size` tokens; x [B,T,E] gives shapes and dtype only."""
         b, t, e = x.shape
         d, v = self._widths(e)
-        like = lambda h, w: jax.ShapeDtypeStruct((b, t, h, w), self.dtype)
         keys = self.kv_heads or self.heads
-        if not hasattr(self.attention, "init_state"):
-            raise NotImplementedError(
-                f"{type(self.attention).__name__} has no causal order: no stream"
-            )
+        self._check_stream()
+
+        def like(heads, width):
+            return jax.ShapeDtypeStruct((b, t, heads, width), self.dtype)
+
         return self._bound().init_state(
             size, like(self.heads, d), like(keys, d), like(keys, v), x=x
         )
@@ -119,7 +131,11 @@ class MultiHead(Layer):
             raise NotImplementedError(
                 "a state together with a context: keys of a context are not streamed"
             )
-        if state is not None and not hasattr(self.attention, "step"):
+        if state is not None:
+            self._check_stream()
+
+    def _check_stream(self) -> None:
+        if not streams(self.attention):
             raise NotImplementedError(
                 f"{type(self.attention).__name__} has no causal order: no stream"
             )
@@ -127,16 +143,15 @@ class MultiHead(Layer):
     def _bound(self):
         """The attention as this layer uses it; a learned one is its child."""
         attention = self.attention
-        if self._hands_over() and not isinstance(attention, nn.Module):
+        if self._takes_rope() and not isinstance(attention, nn.Module):
             attention = dataclasses.replace(attention, rope=self.position)
         return attention
 
-    def _hands_over(self) -> bool:
-        fields = getattr(self.attention, "__dataclass_fields__", {})
-        return "rope" in fields and self.position is not None
+    def _takes_rope(self) -> bool:
+        return takes_rope(self.attention) and self.position is not None
 
     def _widths(self, e: int) -> tuple[int, int]:
-        asked = self.head_dim or getattr(self.attention, "feature_dim", None)
+        asked = self.head_dim or said(self.attention, "feature_dim")
         if e % self.heads and not (asked and self.value_dim):
             raise ValueError(f"E={e}: expected a multiple of heads={self.heads}")
         return asked or e // self.heads, self.value_dim or (
@@ -144,11 +159,9 @@ class MultiHead(Layer):
         )
 
     def _asked(self, name: str) -> Any:
-        """An option of this layer, or what a learned attention asks for."""
+        """An option of this layer, or what the attention asks for."""
         own = getattr(self, name)
-        if own is None and isinstance(self.attention, nn.Module):
-            return getattr(self.attention, name, None)
-        return own
+        return said(self.attention, name) if own is None else own
 
     def _normed(self, o):
         over = self._asked("out_norm")
@@ -194,18 +207,18 @@ class MultiHead(Layer):
         dense = functools.partial(
             nn.DenseGeneral, use_bias=self.use_bias, dtype=self.dtype, kernel_init=_INIT
         )
-        reads_q = getattr(self.attention, "reads_q", True)
-        if reads_q:
-            q = dense((self.heads, d), name="q")(x)
+        needs_query = said(self.attention, "needs_query")
+        if needs_query:
+            q = dense((self.heads, d), name="q")(x)  # [B,T,E] [E,H,D]
         else:
             q = jax.ShapeDtypeStruct((*x.shape[:2], self.heads, d), self.dtype)
-        k = dense((keys, d), name="k")(source)
-        v = dense((keys, v_dim), name="v")(source)
+        k = dense((keys, d), name="k")(source)  # [B,S,K,D]
+        v = dense((keys, v_dim), name="v")(source)  # [B,S,K,V]
         if self.qk_norm:
-            q = nn.RMSNorm(dtype=self.dtype, name="q_norm")(q) if reads_q else q
+            q = nn.RMSNorm(dtype=self.dtype, name="q_norm")(q) if needs_query else q
             k = nn.RMSNorm(dtype=self.dtype, name="k_norm")(k)
-        if self.position is not None and not self._hands_over():
-            q = self.position.rotate(q, q_pos) if reads_q else q
+        if self.position is not None and not self._takes_rope():
+            q = self.position.rotate(q, q_pos) if needs_query else q
             k = self.position.rotate(k, kv_pos)
         return q, k, v
 

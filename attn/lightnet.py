@@ -23,15 +23,16 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from attn.contract.attention import RECURRENT, Attention, TemplateRow
 from attn.contract.dispatch import pick
 from attn.contract.segments import locate, segment_indices
 from attn.contract.shapes import check
 from attn.parallel.sharding import Axis, over_mesh, splits
-from attn.recurrent.causal import attend, follow
+from attn.recurrent.causal import linear_attention, linear_attention_step
 from attn.recurrent.chunks import only
 from attn.recurrent.linear import LinearState
-from attn.recurrent.noncausal import whole
-from attn.recurrent.scan import prefix
+from attn.recurrent.noncausal import noncausal
+from attn.recurrent.scan import prefix_scan
 
 LOW = -1e30  # the largest of no keys; finite, as differences of two have to be
 ACTIVATIONS = ("silu", None)
@@ -65,7 +66,7 @@ class Mass(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class LightNet:
+class LightNet(Attention):
     """LightNet (Qin et al., 2024) arXiv:2405.21022: keys are a softmax over time.
 
     It learns nothing itself. The rest of the paper's layer is `MultiHead(out_norm=
@@ -87,6 +88,7 @@ class LightNet:
     chunk: int = 64
     axis: Axis | None = None
     implementation: str | None = None
+    row = TemplateRow(RECURRENT, "L m D", 1)
 
     def __post_init__(self):
         if self.activation not in ACTIVATIONS:
@@ -107,20 +109,20 @@ class LightNet:
         q, k, wide = self._ready(q, k, v)
         b, t, h, d = q.shape
         if not self.causal:
-            return self._unordered(q, k, wide, segments).astype(v.dtype)
+            return self._noncausal(q, k, wide, segments).astype(v.dtype)
         run, _ = segment_indices(segments, q)
         pos = locate(segments, b, t).pos
         share, log_decay, *_ = self._shares(
             k, run, nothing((b, h, d)), self.axis, ends=False)
-        o = attend(
+        o = linear_attention(
             *self._turned(q, share, pos, pos), wide, self._spread(log_decay),
-            segments=segments, **self._how(d),
+            segments=segments, **self._how(q),
         )
         return o.astype(v.dtype)
 
     def init_state(self, size, q, k, v, *, x=None) -> LightNetState:
         """An empty memory for `size` tokens; q, k, v give shapes."""
-        self._check_stream()
+        self.check_stream()
         if size < 1:
             raise ValueError(f"size: a memory for {size} tokens, expected 1 or more")
         b, _, h, d = q.shape
@@ -132,7 +134,7 @@ class LightNet:
 
     def step(self, state, q, k, v, *, x=None, segments=None):
         """The next T tokens -> state, [B,T,H,V]; the state does not grow."""
-        self._check_stream()
+        self.check_stream()
         check(q, k, v, segments=segments, aligned=True)
         b, t, h, d = q.shape
         want = (b, h, self._rows(d), v.shape[-1])
@@ -144,30 +146,18 @@ class LightNet:
         share, log_decay, top, total = self._shares(
             k, run, (state.top, state.total), splits(self.axis, t))
         held = LinearState(state.memory, state.end, state.segment)
-        held, o = follow(
+        held, o = linear_attention_step(
             held, *self._turned(q, share, now.pos, now.pos), wide,
-            self._spread(log_decay), segments=segments, **self._how(d),
+            self._spread(log_decay), segments=segments, **self._how(q),
         )
         state = LightNetState(held.memory, top, total, held.end, held.segment)
         return state, o.astype(v.dtype)
-
-    def _check_stream(self) -> None:
-        if not self.causal:
-            raise NotImplementedError(
-                "step: causal=False lets tokens see later ones: no stream"
-            )
 
     def _ready(self, q, k, v) -> tuple[jax.Array, jax.Array, jax.Array]:
         """float32, k and v with H heads, q after its activation."""
         q, k, v = (a.astype(jnp.float32) for a in (q, k, v))
         k, v = (jnp.repeat(a, q.shape[2] // a.shape[2], 2) for a in (k, v))
         return (jax.nn.silu(q) if self.activation else q), k, v
-
-    def _how(self, d: int) -> dict:
-        return {
-            "chunk": self.chunk, "scale": self._factor(d), "axis": self.axis,
-            "implementation": self.implementation,
-        }
 
     def _factor(self, d: int) -> float:
         return d ** -0.5 if self.scale is None else self.scale
@@ -197,7 +187,7 @@ class LightNet:
         # a constant: top + log(total) does not depend on where it is measured from
         top, held = jax.lax.stop_gradient(k), Mass(*before)
         token = Mass(*nothing(k.shape)), Mass(top, jnp.exp(k - top))
-        after, (last, now) = prefix(
+        after, (last, now) = prefix_scan(
             _shifted, token, state=(held, held), run=run, chunk=self.chunk, axis=axis,
             ends=ends,
         )
@@ -217,7 +207,7 @@ class LightNet:
             total = total * jnp.exp(mass.top - top) + jnp.exp(self.init_lse - top)
         return top, jnp.where(total > 0, total, 1)
 
-    def _unordered(self, q, k, v, segments) -> jax.Array:
+    def _noncausal(self, q, k, v, segments) -> jax.Array:
         """Every query sees every key of its run, or simply every key."""
         pair = segments if isinstance(segments, tuple) else (segments, segments)
         places = [locate(g, *a.shape[:2]) for g, a in zip(pair, (q, k))]
@@ -226,10 +216,10 @@ class LightNet:
         of = segment_indices(segments, q, ordered=False)
 
         def local(q, share, v, q_run, kv_run):
-            return whole(q, share, v, q_run=q_run, kv_run=kv_run, axis=self.axis)
+            return noncausal(q, share, v, q_run=q_run, kv_run=kv_run, axis=self.axis)
 
         f = over_mesh(local, "BTHD BSHD BSHV BT BS -> BTHV", self.axis)
-        o = pick(self.implementation, xla=lambda: f(*turned, v, *of))
+        o = pick(self.implementation, xla=functools.partial(f, *turned, v, *of))
         return o * self._factor(q.shape[-1])
 
     def _softmax(self, k, run) -> jax.Array:
@@ -248,7 +238,7 @@ class LightNet:
 
     def _sums(self, each, run) -> jax.Array:
         one = jnp.ones_like(each[..., :1])
-        return whole(one, one, each, q_run=run, kv_run=run, axis=self.axis)
+        return noncausal(one, one, each, q_run=run, kv_run=run, axis=self.axis)
 
 
 def nothing(shape: tuple[int, ...]) -> Mass:

@@ -13,19 +13,21 @@ Speed" (Qin et al., 2024, arXiv:2405.17381), which `models/transnormer.py` build
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from attn.contract.attention import RECURRENT, Attention, TemplateRow
 from attn.contract.dispatch import pick
 from attn.contract.segments import segment_indices
 from attn.contract.shapes import check
 from attn.parallel.sharding import Axis, over_mesh, spread_heads
-from attn.recurrent.causal import attend, follow
-from attn.recurrent.linear import LinearState, across, empty
-from attn.recurrent.noncausal import whole
+from attn.recurrent.causal import linear_attention, linear_attention_step
+from attn.recurrent.linear import LinearState, empty, recurrence
+from attn.recurrent.noncausal import noncausal
 
 RULES = ("code", "paper", "fla", "none")
 
@@ -59,7 +61,7 @@ def _geometric(heads: int) -> np.ndarray:
 
 
 @dataclasses.dataclass(frozen=True)
-class Lightning:
+class Lightning(Attention):
     """Lightning (Qin et al., 2024) arXiv:2401.04658: decaying causal linear attention.
 
     slopes: the decay of head h, of H, in layer l = `layer` of L = `layers`:
@@ -84,6 +86,7 @@ class Lightning:
     chunk: int = 64
     axis: Axis | None = None
     implementation: str | None = None
+    row = TemplateRow(RECURRENT, "L m D", 1)
 
     def __post_init__(self):
         if self.slopes not in RULES:
@@ -114,7 +117,9 @@ class Lightning:
         check(q, k, v, segments=segments, aligned=ordered)
         log_decay = self._log_decay(q)
         if self.causal:
-            return attend(q, k, v, log_decay, segments=segments, **self._how())
+            return linear_attention(
+                q, k, v, log_decay, segments=segments, **self._how(q)
+            )
         q_run, kv_run = segment_indices(segments, q, ordered)
         k, v = (spread_heads(a, q.shape[2], self.axis) for a in (k, v))
         letters = "BTHD BSKD BSKV H BT BS -> BTHV"
@@ -125,23 +130,17 @@ class Lightning:
 
     def init_state(self, size, q, k, v, *, x=None) -> LinearState:
         """An empty memory for `size` tokens; q, k, v give shapes."""
-        self._check_stream()
+        self.check_stream()
         b, _, h, d = q.shape
         return empty(size, b, h, d, v.shape[-1])
 
     def step(self, state, q, k, v, *, x=None, segments=None):
         """The next T tokens -> state, [B,T,H,V]; the state does not grow."""
-        self._check_stream()
+        self.check_stream()
         check(q, k, v, segments=segments, aligned=True)
-        return follow(
-            state, q, k, v, self._log_decay(q), segments=segments, **self._how()
+        return linear_attention_step(
+            state, q, k, v, self._log_decay(q), segments=segments, **self._how(q)
         )
-
-    def _check_stream(self) -> None:
-        if not self.causal:
-            raise NotImplementedError(
-                "step: causal=False lets tokens see later ones: no stream"
-            )
 
     def _log_decay(self, q) -> jax.Array | None:
         if self.slopes == "none":
@@ -149,21 +148,19 @@ class Lightning:
         s = slopes(q.shape[2], self.slopes, self.layer, self.layers)
         return jnp.asarray(-s, jnp.float32)
 
-    def _how(self) -> dict:
-        return {
-            "chunk": self.chunk, "scale": self.scale,
-            "axis": self.axis, "implementation": self.implementation,
-        }
-
     def _two_sided(self, q, k, v, log_decay, q_run, kv_run) -> jax.Array:
         if log_decay is None:
-            xla = lambda: whole(q, k, v, q_run=q_run, kv_run=kv_run, axis=self.axis)
+            xla = functools.partial(
+                noncausal, q, k, v, q_run=q_run, kv_run=kv_run, axis=self.axis)
             return pick(self.implementation, xla=xla)
-        one_way = lambda reverse: across(
-            q, k, v, log_decay, run=q_run, chunk=self.chunk, axis=self.axis,
-            reverse=reverse, implementation=self.implementation,
-        )[1]
-        return one_way(False) + one_way(True) - _own(q, k, v, q_run)
+        forth, back = (
+            recurrence(
+                q, k, v, log_decay, run=q_run, chunk=self.chunk, axis=self.axis,
+                reverse=reverse, implementation=self.implementation,
+            )[1]
+            for reverse in (False, True)
+        )
+        return forth + back - _own(q, k, v, q_run)
 
 
 def _own(q, k, v, run) -> jax.Array:

@@ -17,16 +17,17 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from attn.contract.attention import FACTORS, Attention, TemplateRow
 from attn.contract.dispatch import pick
 from attn.contract.segments import locate, segment_indices
 from attn.contract.shapes import check
 from attn.parallel.sharding import Axis, over_mesh, splits, spread_heads
-from attn.recurrent.linear import LinearState, across, check_state, empty
-from attn.recurrent.noncausal import whole
+from attn.recurrent.linear import LinearState, check_state, empty, recurrence
+from attn.recurrent.noncausal import noncausal
 
 
 @dataclasses.dataclass(frozen=True)
-class LinearTransformer:
+class LinearTransformer(Attention):
     """LinearTransformer (Katharopoulos et al., 2020) arXiv:2006.16236: phi = elu + 1.
 
     causal=False drops the order of tokens, for self and cross attention. eps: beside
@@ -39,6 +40,7 @@ class LinearTransformer:
     chunk: int = 64
     axis: Axis | None = None
     implementation: str | None = None
+    row = TemplateRow(FACTORS, "L m D", 1)
 
     def __post_init__(self):
         if self.eps < 0:
@@ -59,12 +61,12 @@ class LinearTransformer:
     def init_state(self, size, q, k, v, *, x=None) -> LinearState:
         """An empty memory for `size` tokens [B,H,D,V+1]: sums of phi(k) v, and in the
         last column of phi(k). q, k, v give shapes."""
-        self._check_stream()
+        self.check_stream()
         return empty(size, *self._memory(q, v))
 
     def step(self, state, q, k, v, *, x=None, segments=None):
         """The next T tokens -> state, [B,T,H,V]; the state does not grow."""
-        self._check_stream()
+        self.check_stream()
         check(q, k, v, segments=segments, aligned=True)
         check_state(state, self._memory(q, v))
         now = locate(segments, q.shape[0], q.shape[1], state.end, state.segment)
@@ -79,18 +81,12 @@ class LinearTransformer:
         after = LinearState(memory, now.next_pos, now.last_segment)
         return after, self._divided(o).astype(v.dtype)
 
-    def _check_stream(self) -> None:
-        if not self.causal:
-            raise NotImplementedError(
-                "step: causal=False lets tokens see later ones: no stream"
-            )
-
     def _memory(self, q, v) -> tuple[int, int, int, int]:
         b, _, h, d = q.shape
         return b, h, d, v.shape[-1] + 1
 
     def _sums(self, axis, state, q, k, v, run) -> tuple:
-        return across(
+        return recurrence(
             _phi(q), _phi(k), _beside_one(v), state=state, run=run, chunk=self.chunk,
             axis=axis, implementation=self.implementation,
         )
@@ -99,9 +95,11 @@ class LinearTransformer:
         if self.causal:
             _, o = self._sums(self.axis, None, q, k, v, kv_run)
         else:
-            o = pick(self.implementation, xla=lambda: whole(
-                _phi(q), _phi(k), _beside_one(v), q_run=q_run, kv_run=kv_run,
-                axis=self.axis))
+            xla = functools.partial(
+                noncausal, _phi(q), _phi(k), _beside_one(v), q_run=q_run, kv_run=kv_run,
+                axis=self.axis,
+            )
+            o = pick(self.implementation, xla=xla)
         return self._divided(o).astype(v.dtype)
 
     def _divided(self, o: jax.Array) -> jax.Array:

@@ -13,20 +13,22 @@ Computed as two sums over keys, so that nothing of size T x S exists:
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from attn.contract.attention import LOW, Attention, TemplateRow
 from attn.contract.dispatch import pick
 from attn.contract.segments import locate, segment_indices
 from attn.contract.shapes import check
 from attn.parallel.sharding import Axis, over_mesh, spread_heads
-from attn.recurrent.noncausal import whole
+from attn.recurrent.noncausal import noncausal
 
 
-class Linformer(nn.Module):
+class Linformer(nn.Module, Attention):
     """Linformer (Wang et al., 2020) arXiv:2006.04768: keys and values mixed to a few.
 
     length: the most tokens that E and F, the parameters `keys` and `values` [r,length],
@@ -42,6 +44,9 @@ class Linformer(nn.Module):
     scale: float | None = None
     axis: Axis | None = None
     implementation: str | None = None
+    causal = False
+    row = TemplateRow(LOW, "L r D", 1)
+    parameter_axes = {"keys": "RT", "values": "RT"}
 
     def __post_init__(self):
         for name in ("length", "rank"):
@@ -66,18 +71,18 @@ class Linformer(nn.Module):
         where = locate(kv_segments, b, s).pos, *indices
         k, v = (spread_heads(a, q.shape[2], self.axis) for a in (k, v))
         f = over_mesh(self._local, "BTHD BSKD BSKV .. .. BS BT BS -> BTHV", self.axis)
-        o = pick(self.implementation, xla=lambda: f(q, k, v, *mixes, *where))
+        o = pick(self.implementation, xla=functools.partial(f, q, k, v, *mixes, *where))
         return o.astype(v.dtype)
 
     def _local(self, q, k, v, keys, values, pos, q_run, kv_run) -> jax.Array:
         def sums(a, b, w):
-            return whole(a, b, w, q_run=q_run, kv_run=kv_run, axis=self.axis)
+            return noncausal(a, b, w, q_run=q_run, kv_run=kv_run, axis=self.axis)
 
         q, k, v = (a.astype(jnp.float32) for a in (q, k, v))
-        each = lambda mix: _columns(mix, pos, k.shape[2])
+        keys, values = (_columns(mix, pos, k.shape[2]) for mix in (keys, values))
         scale = q.shape[-1] ** -0.5 if self.scale is None else self.scale
-        p = jax.nn.softmax(scale * sums(q, k, each(keys)))
-        return sums(p, each(values), v)
+        p = jax.nn.softmax(scale * sums(q, k, keys))  # over r: [B,T,H,r]
+        return sums(p, values, v)
 
 
 def _columns(mix: jax.Array, pos: Any, heads: int) -> jax.Array:

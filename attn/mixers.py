@@ -11,6 +11,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from attn.contract.attention import (
+    CONV, FOURIER, RECURRENT, STATIC, TemplateRow
+)
 from attn.layers import Layer
 from attn.recurrent.shortconv import shortconv
 from attn.template import row
@@ -73,6 +76,8 @@ class FNet(Mixer):
     exp(-2 pi i m n / T); the real part is taken once, after both.
     """
 
+    row = TemplateRow(FOURIER, "L D log(L D)", 1)
+
     def mix(self, x):
         return jnp.fft.fft2(_wide(x), axes=(1, 2)).real
 
@@ -92,6 +97,8 @@ class Static(Mixer):
     """
 
     length: int = 512
+    row = TemplateRow(STATIC, "L^2 D", 2)
+    parameter_axes = {"weight": "TT"}
 
     @nn.compact
     def weight(self, x) -> jax.Array:
@@ -117,6 +124,8 @@ class LongConv(Mixer):
     """
 
     length: int = 512
+    row = TemplateRow(CONV, "L D log L", 1)
+    parameter_axes = {"taps": "WE"}
 
     @nn.compact
     def taps(self, x) -> jax.Array:
@@ -127,8 +136,8 @@ class LongConv(Mixer):
     def mix(self, x):
         t, h = x.shape[1], self.taps(x)[:x.shape[1]]
         n = t + h.shape[0]
-        spectrum = lambda a, axis: jnp.fft.rfft(a, n, axis=axis)
-        y = spectrum(_wide(x), 1) * spectrum(h, 0)[None]
+        # a product of spectra over T + length places: nothing wraps around
+        y = jnp.fft.rfft(_wide(x), n, axis=1) * jnp.fft.rfft(h, n, axis=0)[None]
         return jnp.fft.irfft(y, n, axis=1)[:, :t]
 
     def matrix(self, x):
@@ -141,6 +150,8 @@ class Depthwise(Mixer):
     the sequence. Theirs has softmax-normalised taps that channels share."""
 
     kernel: int = 3
+    row = TemplateRow(CONV, "L w D", 1)
+    parameter_axes = {"taps": "WE"}
 
     @nn.compact
     def taps(self, x) -> jax.Array:
@@ -166,6 +177,7 @@ class MeanPool(Mixer):
     """
 
     causal: bool = True
+    row = TemplateRow(RECURRENT, "L D", 1)
 
     def mix(self, x):
         x = _wide(x)

@@ -23,6 +23,7 @@ import jax.numpy as jnp
 
 from attn.cache import kv as caches
 from attn.cache.kv import Cache
+from attn.contract.attention import LOW, Attention, TemplateRow
 from attn.contract.segments import locate
 from attn.contract.shapes import check
 from attn.exact.attend import attend
@@ -31,7 +32,7 @@ from attn.exact.online import OnlineSoftmax, join, output, state_of
 from attn.masks import Causal
 from attn.parallel.sharding import Axis, over_mesh
 from attn.positions import RoPE
-from attn.recurrent.lasp import before
+from attn.recurrent.lasp import exclusive_prefix
 
 _INIT = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
 
@@ -51,7 +52,7 @@ class RATState(NamedTuple):
     segment: jax.Array
 
 
-class RAT(nn.Module):
+class RAT(nn.Module, Attention):
     """RAT (Wei et al., 2025) arXiv:2507.04416: recurrence within, attention across.
 
     chunk: L, tokens of a chunk. rope: turns q and k' by chunk numbers. scale: of q.k',
@@ -68,6 +69,8 @@ class RAT(nn.Module):
     out_gate: str | None = "sigmoid"
     axis: Axis | None = None
     implementation: str | None = None
+    row = TemplateRow(LOW, "L^2 D / b", 2)
+    parameter_axes = {"gate/kernel": "EHD", "gate_bias": "HD"}
 
     def __post_init__(self):
         if self.chunk < 1:
@@ -90,11 +93,14 @@ class RAT(nn.Module):
         """An empty memory for `size` tokens, up to a whole chunk; q, k, v give shapes.
         """
         b, _, h, _ = q.shape
-        like = lambda a: jax.ShapeDtypeStruct((b, 1, h, a.shape[-1]), v.dtype)
+
+        def like(a):
+            return jax.ShapeDtypeStruct((b, 1, h, a.shape[-1]), v.dtype)
+
         slots = -(-size // self.chunk) if size > 0 else size
         ends = caches.empty(like(k), like(v), slots)
-        zeros = lambda a: jnp.zeros((b, h, a.shape[-1]), jnp.float32)
-        return _state(ends, zeros(k), zeros(v))
+        own = (jnp.zeros((b, h, a.shape[-1]), jnp.float32) for a in (k, v))
+        return _state(ends, *own)
 
     def step(self, state, q, k, v, *, x=None, segments=None):
         """The next T tokens -> state, [B,T,H,V]. Past the state's size: ValueError, and
@@ -117,7 +123,7 @@ class RAT(nn.Module):
             both, runs = held, jnp.ones(held.k.shape[:2], jnp.int32)
         else:
             places = now._replace(pos=ends.number, segment=ends.run)
-            both, runs = caches.joined(held, ends.k, ends.v, places)
+            both, runs = caches.concat(held, ends.k, ends.v, places)
         o = self._read(
             q, own_k, own_v, now.pos, now.segment, both.k, both.v, both.pos[..., 0],
             runs,
@@ -132,7 +138,7 @@ class RAT(nn.Module):
             jnp.where(stays, ends.number, -1),
         )
         after = after._replace(end=now.next_pos, segment=now.last_segment)
-        return _state(after, *last), caches.spoil(o, now.next_pos, size)
+        return _state(after, *last), caches.poison(o, now.next_pos, size)
 
     def _checked(self, q, k, v, segments):
         """k and v with H heads."""
@@ -186,10 +192,10 @@ class RAT(nn.Module):
             return b[0] * a[0], *after
 
         decay, *states = jax.lax.associative_scan(join, (keep, *new), axis=1)
-        edge = lambda arrays: tuple(a[:, -1] for a in arrays)
         decays = [decay[..., n] for n in own]
         if self.axis is not None and held is None:
-            held = self._shards_before(join, edge([decay, *states]), self.axis)
+            last = tuple(a[:, -1] for a in (decay, *states))
+            held = self._shards_before(join, last, self.axis)
         if held is not None:
             states = [
                 s + d * b[:, None] for s, d, b in zip(states, decays, held)
@@ -201,7 +207,7 @@ class RAT(nn.Module):
         one = jnp.ones(last[0].shape[:1], jnp.int32)
         decay, *states = last
         nothing = jnp.ones_like(decay), *map(jnp.zeros_like, states)
-        (_, found), _ = before(join, one, last, axis, (one, nothing))
+        (_, found), _ = exclusive_prefix(join, one, last, axis, (one, nothing))
         return found[1:]
 
     def _ends(self, own_k, own_v, pos, run, dtype) -> Ends:
@@ -211,9 +217,11 @@ class RAT(nn.Module):
         if run is not None:
             last = last & (run > 0)
         order = jnp.argsort(~last, axis=1, stable=True)[:, : -(-t // self.chunk)]
-        take = lambda a: jnp.take_along_axis(
-            a, order.reshape(order.shape + (1,) * (a.ndim - 2)), 1
-        )
+
+        def take(a):
+            at = order.reshape(order.shape + (1,) * (a.ndim - 2))
+            return jnp.take_along_axis(a, at, 1)
+
         there, number = take(last), take(pos) // self.chunk
         ones = jnp.ones_like(pos) if run is None else run
         k = self._turned(take(own_k), number).astype(dtype)

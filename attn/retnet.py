@@ -20,13 +20,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from attn.contract.attention import RECURRENT, Attention, TemplateRow
+from attn.contract.shapes import check
 from attn.parallel.sharding import Axis
-from attn.recurrent.causal import attend, follow
+from attn.recurrent.causal import linear_attention, linear_attention_step
 from attn.recurrent.linear import LinearState, empty
 
 
 @dataclasses.dataclass(frozen=True)
-class RetNet:
+class RetNet(Attention):
     """RetNet (Sun et al., 2023) arXiv:2307.08621: linear attention with fixed decay.
 
     first: the decay of head h is gamma = 1 - 2^(-first-h). scale: of q.k, by default
@@ -38,6 +40,7 @@ class RetNet:
     chunk: int = 64
     axis: Axis | None = None
     implementation: str | None = None
+    row = TemplateRow(RECURRENT, "L m D", 1)
 
     def __post_init__(self):
         if self.first <= 0:
@@ -47,7 +50,8 @@ class RetNet:
 
     def __call__(self, q, k, v, *, x=None, segments=None):
         """All tokens at once. q [B,T,H,D], k [B,S,K,D], v [B,S,K,V] -> [B,T,H,V]."""
-        return attend(
+        check(q, k, v, segments=segments, aligned=True)
+        return linear_attention(
             q, k, v, self._log_decay(q), segments=segments, **self._how(q),
         )
 
@@ -58,17 +62,11 @@ class RetNet:
 
     def step(self, state, q, k, v, *, x=None, segments=None):
         """The next T tokens -> state, [B,T,H,V]; the state does not grow."""
-        return follow(
+        check(q, k, v, segments=segments, aligned=True)
+        return linear_attention_step(
             state, q, k, v, self._log_decay(q), segments=segments, **self._how(q)
         )
 
     def _log_decay(self, q) -> jax.Array:
-        gap = 2.0 ** -(self.first + np.arange(q.shape[2] if len(q.shape) > 2 else 1))
+        gap = 2.0 ** -(self.first + np.arange(q.shape[2]))
         return jnp.asarray(np.log1p(-gap), jnp.float32)
-
-    def _how(self, q) -> dict:
-        scale = q.shape[-1] ** -0.5 if self.scale is None else self.scale
-        return {
-            "chunk": self.chunk, "scale": scale, "axis": self.axis,
-            "implementation": self.implementation,
-        }

@@ -23,18 +23,18 @@ import jax.numpy as jnp
 
 from attn.cache import kv as caches
 from attn.cache.kv import Cache
-from attn.contract.segments import TokenPositions, locate
-from attn.contract.shapes import check
+from attn.cache.policy import Policy
+from attn.contract.attention import MASKED, TemplateRow
+from attn.contract.segments import TokenPositions
 from attn.exact.dense import allowed, logits, weights
 from attn.exact.logits import Where
-from attn.masks import FOREVER
 from attn.softmax import Softmax
 
 POOLS = ("avg", "max")
 
 
 @dataclasses.dataclass(frozen=True)
-class SnapKV(Softmax):
+class SnapKV(Policy, Softmax):
     """SnapKV (Li et al., 2024) arXiv:2404.14469: keep the prompt keys that its end
     votes for.
 
@@ -50,6 +50,7 @@ class SnapKV(Softmax):
     kernel: int = 5
     pool: str = "avg"
     share_group: bool = True
+    row = TemplateRow(MASKED, "L^2 D, then r D a token", 2)
 
     def __post_init__(self):
         super().__post_init__()
@@ -63,64 +64,31 @@ class SnapKV(Softmax):
         if self.pool not in POOLS:
             raise ValueError(f"SnapKV: pool={self.pool!r}: expected one of {POOLS}")
 
-    def init_state(self, size, q, k, v, *, x=None):
-        """An empty memory for a prompt as long as q and the rest of `size` tokens."""
-        prompt = min(q.shape[1], size)
-        slots = min(prompt, self.capacity) + size - prompt
-        k, v = (self._per_head(a, q.shape[2]) for a in (k, v))
-        return caches.empty(k, v, slots, per_head=True)
-
-    def step(self, state, q, k, v, *, x=None, segments=None, bias=None, sink=None):
-        """The next T tokens -> state, [B,T,H,V]: one token is appended, a piece is
-        attended to exactly and then compressed to `capacity`."""
-        check(q, k, v, segments=segments, aligned=True)
-        self._check_stream(bias)
-        b, t, h, _ = q.shape
-        k, v = (a if self.share_group else _repeat(a, h) for a in (k, v))
-        caches.check_fits(state, k, v)
-        slots = state.k.shape[1]
-        now = locate(segments, b, t, state.end, state.segment)
-        both, runs = caches.joined(state, k, v, now)
-        if t == 1:
-            used = jnp.where(now.segment.max(1) > 1, 0, (state.pos[..., 0] >= 0).sum(1))
-            after = caches.append(state, k, v, now, used[:, None])
-            o = self.read(both, runs, q, now, sink=sink)
-            full = used + (now.segment[:, 0] > 0)
-            caches.check_room(full, slots)
-            return after, caches.spoil(o, full, slots)
-        o = self.read(both, runs, q, now, sink=sink)
-        mine = caches.only_current(both, runs)
-        after = caches.keep(mine, self.worth(q, mine, now), self._kept(mine, slots))
-        return caches.grown(after, slots), o
-
-    def worth(self, q: jax.Array, cache: Cache, now: TokenPositions) -> jax.Array:
-        """The worth [B,C,K] of each slot of a cache that holds the whole prompt: the
-        pooled votes, and infinity for the window. q [B,T,H,D] at `now`."""
-        order = jnp.argsort(jnp.where(cache.pos < 0, FOREVER, cache.pos), axis=1)
-        pos = jnp.take_along_axis(cache.pos, order, 1)
-        k = jnp.take_along_axis(cache.k, order[..., None], 1)
-        vote = self.votes(q, k, pos, now)
-        early = (pos >= 0) & (pos < now.next_pos[:, None, None] - self.window)
-        heads = q.shape[2] // pos.shape[2]
-        pooled = self.pooled(vote, jnp.repeat(jnp.moveaxis(early, 1, 2), heads, 1))
-        pooled = pooled.reshape(*pooled.shape[:1], pos.shape[2], heads, -1).mean(2)
-        worth = jnp.where(early, jnp.moveaxis(pooled, 1, 2), jnp.inf)
-        return jnp.take_along_axis(worth, jnp.argsort(order, axis=1), 1)
+    def importance(self, q: jax.Array, cache: Cache, now: TokenPositions) -> jax.Array:
+        """The pooled votes for each slot [B,C,K], and infinity for the window."""
+        b, _, h, _ = q.shape
+        window = now.next_pos[:, None, None] - self.window  # its first position
+        early = (cache.pos >= 0) & (cache.pos < window)
+        heads = early.shape[2]  # that keep tokens of their own
+        by_query = jnp.repeat(jnp.moveaxis(early, 1, 2), h // heads, 1)  # [B,H,C]
+        pooled = self.pooled(self.votes(q, cache.k, cache.pos, now), by_query)
+        pooled = pooled.reshape(b, heads, h // heads, -1).mean(2)  # [B,K,C]
+        return jnp.where(early, jnp.moveaxis(pooled, 1, 2), jnp.inf)
 
     def votes(self, q, k, pos, now: TokenPositions) -> jax.Array:
         """What each key gets from the last `window` real queries: [B,H,S].
 
         q [B,T,H,D] at `now`, k [B,S,K,D] at positions pos [B,S,K].
         """
-        b, t, h, _ = q.shape
-        w = min(self.window, t)
+        t, h = q.shape[1:3]
         mine = caches.current(now)
-        last, index = jax.lax.top_k(jnp.where(mine, jnp.arange(t), -1), w)
-        asked = jnp.take_along_axis(q, index[..., None, None], 1)
+        last, index = jax.lax.top_k(
+            jnp.where(mine, jnp.arange(t), -1), min(self.window, t))
+        asked = jnp.take_along_axis(q, index[..., None, None], 1)  # [B,W,H,D]
         q_pos = jnp.take_along_axis(now.pos, index, 1)
         kv_pos = jnp.repeat(pos, h // pos.shape[2], 2)
         seen = allowed(self.mask, Where(q_pos, kv_pos, head=jnp.arange(h)))
-        p = weights(logits(asked, k, self.scale), seen).astype(q.dtype)
+        p = weights(logits(asked, k, self.scale), seen).astype(q.dtype)  # [B,H,W,S]
         return (p * (last >= 0)[:, None, :, None]).sum(2, dtype=jnp.float32)
 
     def pooled(self, vote: jax.Array, early: jax.Array) -> jax.Array:
@@ -134,16 +102,3 @@ class SnapKV(Softmax):
             jnp.where(early, vote, start), start, add,
             (1, 1, self.kernel), (1, 1, 1), "SAME",
         ) / over
-
-    def _kept(self, cache: Cache, slots: int) -> int:
-        return min(self.capacity, slots, cache.k.shape[1])
-
-    def _per_head(self, a, heads: int):
-        if self.share_group:
-            return a
-        b, t, _, width = a.shape
-        return jax.ShapeDtypeStruct((b, t, heads, width), a.dtype)
-
-
-def _repeat(a: jax.Array, heads: int) -> jax.Array:
-    return jnp.repeat(a, heads // a.shape[2], 2)

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 
 from attn.cache import kv as caches
 from attn.cache import sharded as shardcache
+from attn.contract.attention import EXACT, Attention, TemplateRow
 from attn.contract.segments import TokenPositions, locate
 from attn.contract.shapes import check
 from attn.exact.attend import attend
@@ -30,7 +31,7 @@ FEW = 8  # queries for which a step is bound by the bytes of the cache
 
 
 @dataclasses.dataclass(frozen=True)
-class Softmax:
+class Softmax(Attention):
     """FlashAttention (Dao et al., 2022) arXiv:2205.14135: exact softmax attention.
 
     softmax(scale q.k + score(h, i, j)) v over the keys that `mask` lets a query see,
@@ -51,6 +52,7 @@ class Softmax:
     axis: Axis | None = None
     exchange: str = "gather"
     implementation: str | None = None
+    row = TemplateRow(EXACT, "L^2 D", 2)
 
     def __post_init__(self):
         if self.exchange not in EXCHANGES:
@@ -84,7 +86,7 @@ class Softmax:
     def init_state(self, size, q, k, v, *, x=None):
         """An empty memory for `size` tokens; q, k, v give shapes and dtypes."""
         # a window never needs more slots than it is long
-        need = caches.ring(self.mask, max(size, 1)).slots
+        need = caches.rolling_slots(self.mask, max(size, 1)).slots
         return caches.empty(k, v, need if size > 0 else size)
 
     def step(self, state, q, k, v, *, x=None, segments=None, bias=None, sink=None):
@@ -96,7 +98,7 @@ class Softmax:
         b, t = q.shape[:2]
         slots = state.k.shape[1]
         now = locate(segments, b, t, state.end, state.segment)
-        ring = caches.ring(self.mask, slots)
+        ring = caches.rolling_slots(self.mask, slots)
         if not ring.endless:
             caches.check_room(now.next_pos, slots)
         after = self._append(state, k, v, now, ring.slot(now))
@@ -106,9 +108,9 @@ class Softmax:
             read = after, jnp.broadcast_to(newest, (b, slots))
         else:
             # early tokens of the piece see what its late ones take the slots of
-            read = caches.joined(state, k, v, now)
+            read = caches.concat(state, k, v, now)
         o = self.read(*read, q, now, sink=sink)
-        return after, o if ring.endless else caches.spoil(o, now.next_pos, slots)
+        return after, o if ring.endless else caches.poison(o, now.next_pos, slots)
 
     def _check_stream(self, bias) -> None:
         if not self.mask.causal:

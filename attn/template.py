@@ -5,9 +5,9 @@
 A [L,L] says how much of each token goes to each other one, V(X) is X or a projection of
 it, N a normalisation. Models of long sequences differ in where A comes from (learned,
 Fourier, a convolution, a kernel of q and k, a recurrence) and in whether it can be
-applied without being written down. `TEMPLATE` is that table, with a row for every
-attention of this library and for the mixers of `attn/mixers.py`; `matrix(attention, q,
-k)` writes A down, to look at and for tests.
+applied without being written down. Every attention of this library and every mixer of
+`attn/mixers.py` says its own row of that table in its class; `row` reads it, and
+`matrix(attention, q, k)` writes A down, to look at and for tests.
 
 The template is proposed here after "A Unified View of Long-Sequence Models towards
 Modeling Million-Scale Dependencies", of which abstract and symbols were read.
@@ -15,61 +15,25 @@ Modeling Million-Scale Dependencies", of which abstract and symbols were read.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from attn.contract.attention import EXACT, MASKED, TemplateRow
 from attn.masks import Causal, Full, Mask, tiles
 
 
-class Row(NamedTuple):
-    """A row of the table: where A comes from; the cost of applying it in tokens L,
-    channels D, features m, rank r, window or kernel w, block b; its power of L, of a
-    call on all tokens with default settings (a logarithm counts as 0)."""
-
-    kind: str
-    cost: str
-    power: float
-
-
-STATIC, FOURIER, CONV = "static, dense", "static, Fourier", "static, convolution"
-EXACT, FACTORS = "kernel, exact", "kernel, in factors"
-LOW, MASKED, RECURRENT = "low rank", "masked", "recurrent or pooling"
-TEMPLATE: dict[str, Row] = {
-    "Static": Row(STATIC, "L^2 D", 2),
-    "FNet": Row(FOURIER, "L D log(L D)", 1),
-    "LongConv": Row(CONV, "L D log L", 1),
-    "Depthwise": Row(CONV, "L w D", 1),
-    "BaseConv": Row(CONV, "L w D", 1),
-    "MeanPool": Row(RECURRENT, "L D", 1),
-    "Softmax": Row(EXACT, "L^2 D", 2),
-    "LinearTransformer": Row(FACTORS, "L m D", 1),
-    "Based": Row(FACTORS, "L m D", 1),
-    "Flow": Row(FACTORS, "L m D", 1),
-    "Essa": Row(FACTORS, "L m D", 1),
-    "Linformer": Row(LOW, "L r D", 1),
-    "RAT": Row(LOW, "L^2 D / b", 2),
-    "Landmark": Row(MASKED, "L^2 D, or L^2 D / b + L r b D for r blocks", 2),
-    "SnapKV": Row(MASKED, "L^2 D, then r D a token", 2),
-    "Lightning": Row(RECURRENT, "L m D", 1),
-    "RetNet": Row(RECURRENT, "L m D", 1),
-    "GLA": Row(RECURRENT, "L m D", 1),
-    "LightNet": Row(RECURRENT, "L m D", 1),
-    "Delta": Row(RECURRENT, "L m D", 1),
-    "Aaren": Row(RECURRENT, "L D", 1),
-}
-
-
-def row(mixer: Any) -> Row:
+def row(mixer: Any) -> TemplateRow:
     """The row of an attention or mixer. ValueError for one that has none."""
-    name = type(mixer).__name__
-    if name not in TEMPLATE:
-        raise ValueError(f"{name} has no row: expected one of {sorted(TEMPLATE)}")
-    if name == "Softmax" and mixer.mask not in (Causal(), Full()):
-        return Row(MASKED, "visible pairs times D", _power(mixer.mask))
-    return TEMPLATE[name]
+    found = getattr(mixer, "row", None)
+    if found is None:
+        name = type(mixer).__name__
+        raise ValueError(f"{name} has no row: expected `row` in its class")
+    if found.kind == EXACT and mixer.mask not in (Causal(), Full()):
+        return TemplateRow(MASKED, "visible pairs times D", _power(mixer.mask))
+    return found
 
 
 def _power(mask: Mask) -> float:

@@ -41,8 +41,8 @@ from rich.table import Table
 
 from attn.grid import MDLRPE, MDTPE
 from attn.lightnet import LightNet
-from attn.recurrent.causal import attend
-from attn.recurrent.linear import across
+from attn.recurrent.causal import linear_attention
+from attn.recurrent.linear import recurrence
 from experiments.cli import config
 from experiments.cli.config import option
 from experiments.data.images import Digits
@@ -147,7 +147,7 @@ def scans(side: int) -> dict[str, Callable]:
         return a.reshape(b, side, side, *rest).swapaxes(1, 2).reshape(a.shape)
 
     def ways(many: int, *args):
-        both = lambda args: sum(across(*args, reverse=r)[1] for r in (False, True))
+        both = lambda args: sum(recurrence(*args, reverse=r)[1] for r in (False, True))
         o = both(args)
         # the columns of a square are the rows of its transpose, and back again
         return o if many == 2 else o + turned(both([turned(a) for a in args]))
@@ -155,7 +155,7 @@ def scans(side: int) -> dict[str, Callable]:
     found: dict[str, Callable] = {
         "one scan": lambda q, k, v, g: LightNet(causal=False)(q, k, v),
         "additive, in order": lambda q, k, v, g: LightNet()(q, k, v),
-        "one way": lambda q, k, v, g: attend(q, k, v, g),
+        "one way": lambda q, k, v, g: linear_attention(q, k, v, g),
     }
     for name, many in (("two ways", 2), ("four ways", 4)):
         found[name] = lambda *args, many=many: ways(many, *args)

@@ -41,9 +41,9 @@ from attn.flow import Flow
 from attn.lightnet import LightNet
 from attn.lightning import Lightning, slopes
 from attn.rat import RAT
-from attn.recurrent.delta_rule import delta_rule
-from attn.recurrent.linear import recur
-from attn.recurrent.scan import attend as prefixes
+from attn.recurrent.delta_rule import recurrence as delta_rule
+from attn.recurrent.linear import recurrence
+from attn.recurrent.scan import prefix_softmax
 from attn.retnet import RetNet
 from attn.softmax import Softmax
 from experiments.cli import config
@@ -102,7 +102,7 @@ def pairs(q, k, gate, width: int) -> dict[str, Pair]:
     fade = lambda a: jnp.broadcast_to(jnp.log(a), (len(q),))
     rate = jnp.exp(-slopes(1)[0])
     top = jnp.exp(k[:, 0] - k[:, 0].max())[:, None]
-    by_channel = lambda v: recur(
+    by_channel = lambda v: recurrence(
         at_one(q), at_one(unit), at_one(v), at_one(jnp.log(gate))
     )
     fading = jnp.log(1 - one / 2)
@@ -127,7 +127,7 @@ def pairs(q, k, gate, width: int) -> dict[str, Pair]:
         "lightnet": (plain(LightNet(activation=None, scale=1.0)), dsf.additive(
             q, k, width)),
         "rat": _rat(q, k, width),
-        "aaren": (lambda v: prefixes(k[None, :, :1], at_one(v))[1][0, :, 0],
+        "aaren": (lambda v: prefix_softmax(k[None, :, :1], at_one(v))[1][0, :, 0],
                   dsf.normalised(jnp.ones_like(top), top, width)),
     }
 

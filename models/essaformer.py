@@ -78,9 +78,12 @@ class Refine(nn.Module):
         """
         b, h, w, c = x.shape
         conv = functools.partial(Conv, dtype=self.dtype)
-        drop = lambda a: nn.Dropout(
-            self.dropout, broadcast_dims=(1, 2), deterministic=not train
-        )(a)
+
+        def drop(a):
+            return nn.Dropout(
+                self.dropout, broadcast_dims=(1, 2), deterministic=not train
+            )(a)
+
         tokens = nn.LayerNorm(epsilon=1e-5, dtype=self.dtype, name="norm")(
             x.reshape(b, h * w, c)
         )
@@ -143,10 +146,12 @@ class ESSAformer(nn.Module):
         bands = x.shape[-1]
         up = Resize(self.scale, dtype=self.dtype, name="up")
         down = Resize(self.scale, True, self.dtype, name="down")
-        block = lambda name: functools.partial(
-            Refine(self.attention, self.dropout, self.dtype, name=name), train=train
+        high, low = (
+            functools.partial(
+                Refine(self.attention, self.dropout, self.dtype, name=name), train=train
+            )
+            for name in ("high", "low")
         )
-        high, low = block("high"), block("low")
         x = conv(self.width, name="first")(x)
         fine = high(up(x))
         for _ in range(2):

@@ -14,7 +14,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from attn.landmark import Landmark, interleave
+from attn.contract.attention import said
 from attn.layers import Layer, MultiHead
 from attn.positions import RoPE
 from attn.softmax import Softmax
@@ -30,9 +30,9 @@ class LM(nn.Module):
     `BaseConv()`. width E, heads H, kv_heads K, head_dim D, hidden: width of the SwiGLU
     (by default 8/3 E up to a multiple of 16; 0 for none). position, qk_norm, out_norm,
     out_gate: see `MultiHead`. tied: the head is the embedding. dtype: of the
-    computation, parameters are float32. With `Landmark` layers a landmark token goes in
-    after every block of text tokens and its outputs are left out, so that the model
-    stays a function of the text.
+    computation, parameters are float32. With layers that read tokens of
+    their own among the text (`Landmark`), these go in and their outputs are left out,
+    so that the model stays a function of the text.
     """
 
     vocab: int = 256
@@ -58,7 +58,7 @@ class LM(nn.Module):
             raise ValueError(
                 f"LM: width={self.width}: expected a multiple of heads={self.heads}"
             )
-        more = 1 if self.landmark_block else 0
+        more = 1 if self.interleaving else 0
         self.embed = Embed(self.vocab + more, self.width, self.dtype)
         self.layers = Layers(Pattern(self.blocks()), self.scan, self.remat)
         self.norm = nn.RMSNorm(dtype=self.dtype)
@@ -68,12 +68,15 @@ class LM(nn.Module):
             )
 
     @property
-    def landmark_block(self) -> int | None:
-        """How many text tokens a landmark follows; None without `Landmark` layers."""
-        found = {a.block for a in self.attention if isinstance(a, Landmark)}
+    def interleaving(self) -> Any:
+        """The attention that puts tokens of its own into the text, None if none does.
+        """
+        asked = ((said(a, "text_block"), a) for a in self.attention)
+        found = {block: a for block, a in asked if block}
         if len(found) > 1:
-            raise ValueError(f"LM: Landmark blocks {sorted(found)}: expected one size")
-        return found.pop() if found else None
+            names = "/".join(sorted({type(a).__name__ for a in found.values()}))
+            raise ValueError(f"LM: {names} blocks {sorted(found)}: expected one size")
+        return next(iter(found.values()), None)
 
     def blocks(self) -> tuple[Block, ...]:
         """The layers, unbound."""
@@ -100,10 +103,10 @@ class LM(nn.Module):
         if tokens.ndim != 2 or 0 in tokens.shape:
             raise ValueError(f"tokens have shape {tokens.shape}: expected [B,T], T > 0")
         index = None
-        if self.landmark_block:
+        if self.interleaving:
             clock = (None, None) if state is None else (state[0].end, state[0].segment)
-            tokens, segments, index = interleave(
-                tokens, segments, *clock, block=self.landmark_block, landmark=self.vocab
+            tokens, segments, index = self.interleaving.interleave(
+                tokens, segments, *clock, own=self.vocab
             )
         x = lay(self.embed(tokens), "BTE")
         after, x = self.layers(x, state, segments)
@@ -120,8 +123,9 @@ class LM(nn.Module):
         """Empty memories for `size` tokens, one per layer. tokens [B,T]: the coming
         ones (the prompt), shapes only. Needs no parameters."""
         b, t = tokens.shape
-        if self.landmark_block:
-            size, t = (n + n // self.landmark_block + 1 for n in (size, t))
+        if self.interleaving:
+            block = self.interleaving.text_block
+            size, t = (n + n // block + 1 for n in (size, t))
         x = jax.ShapeDtypeStruct((b, t, self.width), self.dtype)
         return tuple(block.mixer.init_state(size, x) for block in self.blocks())
 

@@ -15,43 +15,25 @@ import dataclasses
 import fnmatch
 import itertools
 import math
-from typing import Any
+from typing import Any, Iterator
 
 import flax.linen as nn
 import jax
 from jax.sharding import PartitionSpec
 
+from attn.contract.attention import Attention, noisy
 from attn.layers import Layer
 from attn.parallel.sharding import Axis
 
-# letters of the axes of a parameter: H heads, F channels within a layer and N ids of
-# the vocabulary are split over `model`; E, D, R (a rank) and W (taps) are not
-RULES = (
-    ("embed/embedding", "NE"),
-    ("head/kernel", "EN"),
-    ("head/bias", "N"),
-    ("[qkv]/kernel", "EHD"),
-    ("[qkv]/bias", "HD"),
-    ("gate/kernel", "EHD"),
-    ("gate_up/kernel", "RHD"),
-    ("gate_up/bias", "HD"),
-    ("out/kernel", "HDE"),
-    ("out_norm/scale", "HD"),
-    ("[qkv]_conv", "WF"),
-    ("attention/beta/kernel", "EH"),
-    ("attention/decay/kernel", "EH"),
-    ("gate_bias", "HD"),
-    ("attention/query", "HD"),
-    ("theta", "HD"),
-    ("sink", "H"),
-    ("A_log", "H"),
-    ("dt_bias", "H"),
-    ("[qkvu]/kernel", "EF"),
-    ("gate/kernel", "EF"),
-    ("gate_up/kernel", "RF"),
-    ("up/kernel", "EF"),
-    ("out/kernel", "FE"),
-)
+# letters of the axes of a parameter, by the end of its path: H heads, F channels within
+# a layer and N ids of the vocabulary are split over `model`; E, D, R (a rank), T
+# (tokens) and W (taps) are not. These are the parameters of networks; those of
+# attentions and layers stand in their classes, as `parameter_axes`
+RULES = {
+    "embed/embedding": "NE", "head/kernel": "EN", "head/bias": "N",
+    "mlp/gate/kernel": "EF", "mlp/up/kernel": "EF", "mlp/out/kernel": "FE",
+    "channels_*/[vu]/kernel": "EF", "channels_*/out/kernel": "FE",
+}
 SPLIT = "HFN"
 SMALL = 1024  # a matrix with fewer numbers is not worth a message
 
@@ -92,15 +74,38 @@ def tensor_spec(name: str, shape: tuple[int, ...], mesh: Any) -> PartitionSpec:
     Whole if the axis that `model` would split is not a multiple: heads of k and v that
     are fewer than the devices, which every device then computes and takes its own from.
     """
-    devices = mesh.shape.get("model", 1)
-    for pattern, letters in RULES:
-        known = fnmatch.fnmatch(f"/{name}", f"*/{pattern}")
-        if known and len(letters) == len(shape) and devices > 1:
-            return _trimmed([
-                "model" if letter in SPLIT and size % devices == 0 else None
-                for letter, size in zip(letters, shape)
-            ])
-    return PartitionSpec()
+    devices, letters = mesh.shape.get("model", 1), letters_of(name, shape)
+    if letters is None or devices == 1:
+        return PartitionSpec()
+    return _trimmed([
+        "model" if letter in SPLIT and size % devices == 0 else None
+        for letter, size in zip(letters, shape)
+    ])
+
+
+def letters_of(name: str, shape: tuple[int, ...]) -> str | None:
+    """The axes of the parameter `name`, None if no class says them."""
+    for pattern, letters in rules():
+        if len(letters) == len(shape) and fnmatch.fnmatch(f"/{name}", f"*/{pattern}"):
+            return letters
+    return None
+
+
+def rules() -> Iterator[tuple[str, str]]:
+    """(end of a path, letters) of all that is imported: `RULES`, then what layers say,
+    and what attentions say, whose parameters lie in their layer under `attention`."""
+    yield from RULES.items()
+    for cls in _subclasses(Layer):
+        yield from cls.parameter_axes.items()
+    for cls in _subclasses(Attention):
+        for pattern, letters in cls.parameter_axes.items():
+            yield f"attention/{pattern}", letters
+
+
+def _subclasses(cls: Any) -> Iterator[Any]:
+    for sub in cls.__subclasses__():
+        yield sub
+        yield from _subclasses(sub)
 
 
 def table(tree: Any, mesh: Any, fsdp: bool = True) -> str:
@@ -139,13 +144,15 @@ def lay(x: jax.Array, letters: str) -> jax.Array:
         return x
     homes = {"B": "data", "T": "seq", "N": "model", "H": "model", "F": "model"}
     free = PartitionSpec.UNCONSTRAINED
-    fits = lambda home, size: size % mesh.shape.get(home, size + 1) == 0
-    where = [
-        None if letter not in homes else
-        homes[letter] if fits(homes[letter], size) else free
-        for letter, size in zip(letters, x.shape, strict=True)
-    ]
-    return jax.lax.with_sharding_constraint(x, PartitionSpec(*where))
+
+    def where(letter, size):
+        if letter not in homes:
+            return None
+        fits = size % mesh.shape.get(homes[letter], size + 1) == 0
+        return homes[letter] if fits else free
+
+    homes_of = [where(*pair) for pair in zip(letters, x.shape, strict=True)]
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*homes_of))
 
 
 def over(model: Any, axis: Axis, strict: bool = True) -> Any:
@@ -171,8 +178,7 @@ def _split(attention: Any, axis: Axis, strict: bool) -> Any:
             f"{type(attention).__name__} cannot be split over mesh axis {axis!r}: "
             "expected an attention with a field `axis`, or one device along it"
         )
-    noisy = getattr(attention, "dropout", 0)
-    if not has or attention.axis is not None or noisy and not strict:
+    if not has or attention.axis is not None or noisy(attention) and not strict:
         return attention
     return _replaced(attention, axis=axis)
 
@@ -211,7 +217,6 @@ def _trimmed(homes: list) -> PartitionSpec:
 
 
 def _written(where: PartitionSpec) -> str:
-    one = lambda home: "-" if home is None else (
-        "+".join(home) if isinstance(home, tuple) else home
-    )
-    return ", ".join(map(one, where)) or "whole"
+    names = ("-" if home is None else home if isinstance(home, str) else "+".join(home)
+             for home in where)
+    return ", ".join(names) or "whole"

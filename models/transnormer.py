@@ -63,6 +63,10 @@ class GLA(Layer):
     rotates: bool = False
     variant: str = "paper"
     dtype: Any = jnp.float32
+    parameter_axes = {
+        "[qkvu]/kernel": "EF", "out/kernel": "FE", "gate_down/kernel": "ER",
+        "gate_up/kernel": "RF", "theta": "HD",
+    }
 
     def __post_init__(self):
         if self.variant not in VARIANTS:
@@ -102,7 +106,10 @@ class GLA(Layer):
         """An empty memory for `size` tokens; x [B,T,E] gives its shape."""
         b, t, _ = x.shape
         d = self._width(x)
-        like = lambda d: jax.ShapeDtypeStruct((b, t, self.heads, d), self.dtype)
+
+        def like(d):
+            return jax.ShapeDtypeStruct((b, t, self.heads, d), self.dtype)
+
         wide = like(2 * d if self.rotates else d)
         return self.attention.init_state(size, wide, wide, like(d))
 
@@ -119,8 +126,8 @@ class GLA(Layer):
         )
 
     def _project(self, x) -> list[jax.Array]:
-        heads = lambda a: a.reshape(*a.shape[:2], self.heads, -1)
-        q, k, v = (heads(self._dense(x.shape[-1], n)(x)) for n in "qkv")
+        shape = *x.shape[:2], self.heads, -1
+        q, k, v = (self._dense(x.shape[-1], n)(x).reshape(shape) for n in "qkv")
         return [nn.silu(q), nn.silu(k), nn.silu(v) if self.variant == "example" else v]
 
     def _rotate(self, x, q, k, state, pos, segments):
@@ -128,10 +135,12 @@ class GLA(Layer):
         if pos is None:
             pos = locate(segments, x.shape[0], x.shape[1], end, segment).pos
         shape = q.shape[2:]
-        slow = lambda key, shape, dtype: 10000 ** (
-            -2 * jnp.arange(shape[0] * shape[1], dtype=dtype).reshape(shape)
-            / (shape[0] * shape[1])
-        )
+
+        def slow(key, shape, dtype):
+            size = shape[0] * shape[1]
+            at = jnp.arange(size, dtype=dtype).reshape(shape)
+            return 10000 ** (-2 * at / size)
+
         theta = self.param("theta", slow, shape, jnp.float32)
         return lrpe(q, theta, pos), lrpe(k, theta, pos)
 
@@ -192,14 +201,14 @@ class TransNormer(nn.Module):
             )
         if self.depth < 1:
             raise ValueError(f"TransNormer: depth={self.depth}: expected 1 or more")
-        rotates = lambda n: self.lrpe == ("first" if n == 0 else "rest")
-        told = lambda n: dataclasses.replace(
-            self.attention, layer=n, layers=self.depth
-        )
-        return [
-            GLA(told(n), self.heads, rotates(n), self.variant, self.dtype, **how)
-            for n in range(self.depth)
-        ]
+        made = []
+        for n in range(self.depth):
+            told = dataclasses.replace(self.attention, layer=n, layers=self.depth)
+            rotates = self.lrpe == ("first" if n == 0 else "rest")
+            made.append(
+                GLA(told, self.heads, rotates, self.variant, self.dtype, **how)
+            )
+        return made
 
     def __call__(self, tokens, state=None, *, segments=None, at=None):
         """tokens [B,T] int -> logits [B,T,vocab]; with a state: (state, logits).

@@ -1,4 +1,4 @@
-"""Block cache: a cache whose tokens lie in blocks of one size, as a ring of blocks.
+"""Block cache: a cache whose tokens lie in blocks of one size, on rolling slots.
 
 Methods that retrieve blocks remember the last complete ones and the one that is being
 filled. Blocks are numbered by age; slots of a `Cache` are used again block by block.
@@ -28,7 +28,7 @@ class Tail(NamedTuple):
 class Blocks:
     """The blocks of a cache: complete ones by age, 0 the oldest, and the present one.
 
-    many: how many fit; cached [B]: how many there are; crowded [B]: `top_k` or more
+    many: how many fit; cached [B]: how many there are; full [B]: `top_k` or more
     have been; shift [B]: how far stingy positions lie behind the true ones.
     """
 
@@ -37,13 +37,13 @@ class Blocks:
         self.many = cache.k.shape[1] // size - 1
         self.total = cache.end // size
         self.cached = jnp.minimum(self.total, self.many)
-        self.crowded = self.total >= top_k
+        self.full = self.total >= top_k
         self.shift = (self.total - jnp.minimum(self.total, top_k + 1)) * size
 
-    def home(self, age: jax.Array) -> jax.Array:
+    def slot_of(self, age: jax.Array) -> jax.Array:
         """Which block of the cache's slots holds the block of this age [B,...]."""
         lead = (-1,) + (1,) * (age.ndim - 1)
-        number = (self.total - self.cached).reshape(lead) + age
+        number = (self.total - self.cached).reshape(lead) + age  # since the beginning
         return number % (self.many + 1)
 
     def place(self) -> jax.Array:
@@ -51,13 +51,13 @@ class Blocks:
         1..top_k for the youngest, 0 for all others; true ones until there are top_k."""
         age = jnp.arange(self.many)[None]
         young = jnp.maximum(age - (self.cached - self.top_k)[:, None] + 1, 0)
-        return jnp.where(self.crowded[:, None], young, age)
+        return jnp.where(self.full[:, None], young, age)
 
     def landmarks(self) -> jax.Array:
         """The keys [B,many,K,D] of landmarks by age."""
         ages = jnp.arange(self.many)[None]
         ages = jnp.broadcast_to(ages, (len(self.total), self.many))
-        slot = self.home(ages) * self.size + self.size - 1
+        slot = self.slot_of(ages) * self.size + self.size - 1  # last of its block
         return jnp.take_along_axis(self.cache.k, slot[..., None, None], 1)
 
     def slot(self, now: TokenPositions) -> jax.Array:
@@ -71,6 +71,5 @@ class Blocks:
         first = self.total[:, None] % (self.many + 1) * self.size
         run = (inside < (self.cache.end % self.size)[:, None]).astype(jnp.int32)
         at = (first + inside)[..., None, None]
-        take = lambda a: jnp.take_along_axis(a, at, 1)
-        pos = self.total[:, None] * self.size + inside
-        return Tail(run, pos, take(self.cache.k), take(self.cache.v))
+        k, v = (jnp.take_along_axis(a, at, 1) for a in (self.cache.k, self.cache.v))
+        return Tail(run, self.total[:, None] * self.size + inside, k, v)

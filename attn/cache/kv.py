@@ -8,6 +8,7 @@ segment begins, what came before can no longer be seen and is dropped.
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -62,8 +63,9 @@ def append(cache: Cache, k, v, place: TokenPositions, slot: jax.Array) -> Cache:
     """
     slots = cache.k.shape[1]
     stored = current(place)
+    # runs count from 1, the sequence that the cache holds
     began = (place.segment > 1).any(1)
-    slot = jnp.where(stored & (slot >= 0), slot, slots)
+    slot = jnp.where(stored & (slot >= 0), slot, slots)  # `slots` is outside: dropped
     row = jnp.arange(k.shape[0])[:, None]
     pos = jnp.where(began[:, None, None], -1, cache.pos)
     new_pos = jnp.broadcast_to(place.pos[..., None], (*slot.shape, pos.shape[2]))
@@ -76,7 +78,15 @@ def append(cache: Cache, k, v, place: TokenPositions, slot: jax.Array) -> Cache:
     )
 
 
-def joined(cache: Cache, k, v, place: TokenPositions) -> tuple[Cache, jax.Array]:
+def append_next(cache: Cache, k, v, place: TokenPositions) -> tuple[Cache, jax.Array]:
+    """The cache with one token k [B,1,K,D], v [B,1,K,V] behind those that it holds in
+    its first slots, and how many slots are then used [B]."""
+    used = jnp.where(place.segment.max(1) > 1, 0, (cache.pos[..., 0] >= 0).sum(1))
+    after = append(cache, k, v, place, used[:, None])
+    return after, used + (place.segment[:, 0] > 0)
+
+
+def concat(cache: Cache, k, v, place: TokenPositions) -> tuple[Cache, jax.Array]:
     """The cache with T more slots for the new tokens, and the run [B,C+T] of each slot:
     what a piece of several tokens attends to before some of it is forgotten."""
     b, t = k.shape[:2]
@@ -99,9 +109,9 @@ def only_current(cache: Cache, runs: jax.Array) -> Cache:
     return cache._replace(pos=jnp.where(now[..., None], cache.pos, -1))
 
 
-class Ring(NamedTuple):
+class RollingSlots(NamedTuple):
     """How a mask lets slots be used again: the first `first` tokens stay where they
-    are, the others share the rest as a ring. `endless`: no visible token is lost."""
+    are, the others share the rest by turns. `endless`: no visible token is lost."""
 
     slots: int
     first: int
@@ -119,11 +129,11 @@ class Ring(NamedTuple):
         )
 
 
-def ring(mask: Mask, slots: int) -> Ring:
-    """The ring that `mask` needs, in at most `slots` slots."""
+def rolling_slots(mask: Mask, slots: int) -> RollingSlots:
+    """The slots that `mask` needs, in at most `slots` slots."""
     left, first = mask.reach()
     need = first + left + 1 if 0 <= left < FOREVER else FOREVER
-    return Ring(min(slots, need), first, need <= slots)
+    return RollingSlots(min(slots, need), first, need <= slots)
 
 
 def read(
@@ -134,43 +144,59 @@ def read(
     """What a few queries q [B,T,H,D] at `now` find in a cache whose slots have segment
     indices kv_segment [B,C] -> o [B,T,H,V], lse [B,H,T]. head, sink: see `attend`."""
     where = Where(now.pos, cache.pos, now.segment, kv_segment, head)
-    kernel = lambda backend: lambda: decode(
-        q, cache.k, cache.v, sink=sink, backend=backend, interpret=interpreted(),
-        **kernel_options(spec, where),
+
+    def kernel(backend):
+        return decode(
+            q, cache.k, cache.v, sink=sink, backend=backend, interpret=interpreted(),
+            **kernel_options(spec, where),
+        )
+
+    tpu, gpu = (functools.partial(kernel, name) for name in ("tpu", "triton"))
+    xla = functools.partial(
+        chunked.attend, q, cache.k, cache.v, spec, where, sink=sink
     )
-    return pick(
-        implementation,
-        xla=lambda: chunked.attend(q, cache.k, cache.v, spec, where, sink=sink),
-        tpu=kernel("tpu"), gpu=kernel("triton"),
-    )
+    return pick(implementation, xla=xla, tpu=tpu, gpu=gpu)
 
 
-def keep(cache: Cache, score: jax.Array, size: int) -> Cache:
-    """The `size` tokens of each head with the highest score, in order of position.
+def in_order(cache: Cache) -> Cache:
+    """The same tokens in order of position, empty slots behind them."""
+    at = jnp.argsort(jnp.where(cache.pos < 0, FOREVER, cache.pos), axis=1)
+    return taken(cache, at)
 
-    score [B,S,K]: one a slot and key head; empty slots are kept last. Every head then
-    has slots of its own: pos becomes [B,size,K].
-    """
-    pos = jnp.broadcast_to(cache.pos, score.shape)
-    score = jnp.where(pos >= 0, score.astype(jnp.float32), -jnp.inf)
-    _, chosen = jax.lax.top_k(jnp.moveaxis(score, 1, 2), size)
-    at = jnp.moveaxis(chosen, 1, 2)
-    late = jnp.where(pos >= 0, pos, FOREVER)
-    order = jnp.argsort(jnp.take_along_axis(late, at, 1), axis=1)
-    at = jnp.take_along_axis(at, order, 1)
+
+def taken(cache: Cache, at: jax.Array) -> Cache:
+    """The slots `at` [B,N,K|1] of each head."""
     return cache._replace(
         k=jnp.take_along_axis(cache.k, at[..., None], 1),
         v=jnp.take_along_axis(cache.v, at[..., None], 1),
-        pos=jnp.take_along_axis(pos, at, 1),
+        pos=jnp.take_along_axis(cache.pos, at, 1),
     )
 
 
-def grown(cache: Cache, slots: int) -> Cache:
+def keep(cache: Cache, importance: jax.Array, size: int) -> Cache:
+    """The `size` most important tokens of each head, in order of position.
+
+    importance [B,S,K]: of each slot and key head; empty slots are kept last. Every head
+    then has slots of its own: pos becomes [B,size,K].
+    """
+    pos = jnp.broadcast_to(cache.pos, importance.shape)
+    importance = jnp.where(pos >= 0, importance.astype(jnp.float32), -jnp.inf)
+    _, chosen = jax.lax.top_k(jnp.moveaxis(importance, 1, 2), size)  # [B,K,size]
+    at = jnp.moveaxis(chosen, 1, 2)
+    # back into order of position, empty slots last
+    late = jnp.where(pos >= 0, pos, FOREVER)
+    order = jnp.argsort(jnp.take_along_axis(late, at, 1), axis=1)
+    return taken(cache._replace(pos=pos), jnp.take_along_axis(at, order, 1))
+
+
+def pad_slots(cache: Cache, slots: int) -> Cache:
     """The cache with empty slots added behind, `slots` in all."""
     more = slots - cache.k.shape[1]
-    widen = lambda a, value: jnp.pad(
-        a, [(0, 0), (0, more)] + [(0, 0)] * (a.ndim - 2), constant_values=value
-    )
+
+    def widen(a, value):
+        behind = [(0, 0), (0, more)] + [(0, 0)] * (a.ndim - 2)
+        return jnp.pad(a, behind, constant_values=value)
+
     return cache._replace(
         k=widen(cache.k, 0), v=widen(cache.v, 0), pos=widen(cache.pos, -1)
     )
@@ -198,7 +224,7 @@ def check_room(end: jax.Array, size: int) -> None:
         )
 
 
-def spoil(o: jax.Array, end: jax.Array, size: int) -> jax.Array:
+def poison(o: jax.Array, end: jax.Array, size: int) -> jax.Array:
     """o [B,...] with NaN in the rows that have reached past `size` tokens: inside a
     trace nothing can be raised, and a wrong number must not pass for a right one."""
     over = (end > size).reshape((-1,) + (1,) * (o.ndim - 1))

@@ -33,7 +33,7 @@ def splits(cache: Cache, axis: Axis | None) -> bool:
 def append(
     cache: Cache, k, v, place: TokenPositions, slot: jax.Array, axis: Any
 ) -> Cache:
-    """`attn.cache.append` where each device writes to its own slots."""
+    """`attn.cache.kv.append` where each device writes to its own slots."""
     numbers = jnp.arange(cache.k.shape[1], dtype=jnp.int32)
 
     def local(numbers, slot, k, v, *rest):
@@ -55,7 +55,7 @@ def read(
     spec: LogitSpec, axis: Any, *, sink: jax.Array | None = None,
     implementation: str | None = None,
 ) -> jax.Array:
-    """`attn.cache.read`, o [B,T,H,V], where each device reads its own slots."""
+    """`attn.cache.kv.read`, o [B,T,H,V], where each device reads its own slots."""
     heads = jnp.arange(q.shape[2], dtype=jnp.int32)
 
     def local(q, head, kv_segment, *rest):

@@ -1,8 +1,9 @@
-"""Decayed: the two calls that every attention over the linear recurrence has.
+"""Causal: the two calls that every attention over the linear recurrence has.
 
-`attend` takes all tokens at once, over a mesh if there is an axis, and `follow` the
-next ones after a state. The decay is made before, in the global view, so that a paper's
-file holds its rule and little else.
+`linear_attention` takes all tokens at once, over a mesh if there is an axis, and
+`linear_attention_step` the next ones after a state. The decay is made before, in the
+global view, so that a paper's file holds its rule and little else. Shapes are those
+that `attn.contract.shapes.check` let in at the attention's door.
 """
 
 from __future__ import annotations
@@ -12,14 +13,13 @@ from typing import Any
 import jax
 
 from attn.contract.segments import locate, segment_indices
-from attn.contract.shapes import check
 from attn.parallel.sharding import Axis, over_mesh, splits, spread_heads
-from attn.recurrent.linear import LinearState, across, check_state
+from attn.recurrent.linear import LinearState, check_state, recurrence
 
-FORM = {1: "H", 3: "BTH", 4: "BTHD"}  # letters of a decay, by its number of axes
+LETTERS = {1: "H", 3: "BTH", 4: "BTHD"}  # of a decay, by its number of axes
 
 
-def attend(
+def linear_attention(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
@@ -31,13 +31,12 @@ def attend(
 ) -> jax.Array:
     """o [B,T,H,V] in v's dtype, each token after those before it. q [B,T,H,D], k
     [B,T,K,D], v [B,T,K,V], log_decay [H], [B,T,H] or [B,T,H,D]; segments [B,T]. how:
-    chunk, scale and implementation of `attn.linear.recur`."""
-    check(q, k, v, segments=segments, aligned=True)
+    chunk, scale and implementation of `attn.recurrent.linear.recurrence`."""
     run, _ = segment_indices(segments, q)
     return _over(axis, None, q, k, v, log_decay, run, how)[1]
 
 
-def follow(
+def linear_attention_step(
     state: LinearState,
     q: jax.Array,
     k: jax.Array,
@@ -48,9 +47,9 @@ def follow(
     axis: Axis | None = None,
     **how: Any,
 ) -> tuple[LinearState, jax.Array]:
-    """The next T tokens -> state, o [B,T,H,V] in v's dtype; arguments as `attend`. The
-    state is whole on every shard of `axis`, and T is split where that can be done."""
-    check(q, k, v, segments=segments, aligned=True)
+    """The next T tokens -> state, o [B,T,H,V] in v's dtype; arguments as for
+    `linear_attention`. The state is whole on every shard of `axis`, and T is split
+    where that can be done."""
     check_state(state, (q.shape[0], q.shape[2], q.shape[3], v.shape[3]))
     now = locate(segments, q.shape[0], q.shape[1], state.end, state.segment)
     run = None if segments is None else now.segment
@@ -63,10 +62,10 @@ def follow(
 def _over(axis, state, q, k, v, log_decay, run, how) -> tuple[Any, jax.Array]:
     """The state after the tokens, None for none over an axis, and o."""
     k, v = (spread_heads(a, q.shape[2], axis) for a in (k, v))
-    form = "." if log_decay is None else FORM[log_decay.ndim]
+    form = "." if log_decay is None else LETTERS[log_decay.ndim]
 
     def local(state, q, k, v, log_decay, run):
-        return across(
+        return recurrence(
             q, k, v, log_decay, state=state, run=run, axis=axis, dtype=v.dtype, **how
         )
 

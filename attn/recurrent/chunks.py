@@ -60,7 +60,7 @@ def filled(run: jax.Array | None, t: int, c: int) -> jax.Array | None:
     return jnp.pad(run, ((0, 0), (0, -t % c)))
 
 
-def chunked(a: jax.Array, c: int, heads: int | None = None) -> jax.Array:
+def to_chunks(a: jax.Array, c: int, heads: int | None = None) -> jax.Array:
     """a [B,T,H,X] as float32 chunks [N,B,H,c,X], zeros behind the last token; with
     `heads`, key heads are repeated to so many."""
     b, t, h, x = a.shape
@@ -70,8 +70,8 @@ def chunked(a: jax.Array, c: int, heads: int | None = None) -> jax.Array:
     return a.reshape(b, -1, c, h, x).transpose(1, 0, 3, 2, 4)
 
 
-def unchunked(o: jax.Array, t: int) -> jax.Array:
-    """The inverse of `chunked`: [N,B,H,c,V] -> [B,T,H,V]."""
+def from_chunks(o: jax.Array, t: int) -> jax.Array:
+    """The inverse of `to_chunks`: [N,B,H,c,V] -> [B,T,H,V]."""
     n, b, h, c, v = o.shape
     return o.transpose(1, 0, 3, 2, 4).reshape(b, n * c, h, v)[:, :t]
 
@@ -90,22 +90,29 @@ def pairs_by_channel(q, k, g: jax.Array, block: int) -> jax.Array:
     """
     *lead, c, d = q.shape
     n = c // block
-    blocks = lambda a: a.reshape(*a.shape[:3], n, block, a.shape[-1])
-    begin = lambda a: jnp.pad(
-        blocks(a)[..., :-1, -1:, :], [(0, 0)] * 3 + [(1, 0), (0, 0), (0, 0)]
-    )
-    apart = lambda a, b: sum(x - y for x, y in zip(a, b))
+
+    def blocks(a):
+        """[...,c,D] as n blocks [...,n,block,D]."""
+        return a.reshape(*a.shape[:3], n, block, a.shape[-1])
+
+    def begin(a):
+        """The clock in front of each block [...,n,1,D]."""
+        last = blocks(a)[..., :-1, -1:, :]
+        return jnp.pad(last, [(0, 0)] * 3 + [(1, 0), (0, 0), (0, 0)])
+
+    def merged(a):
+        # heads and blocks as one dimension: XLA:CPU of jaxlib 0.10.2 dies of some sums
+        # over arrays of seven (jax issue 40412)
+        return a.reshape(*a.shape[:2], -1, block, d)
+
     clock = _clock(g)
     first, inside = (tuple(f(a) for a in clock) for f in (begin, blocks))
-    near = blocks(q) * jnp.exp(apart(inside, first))
+    near = blocks(q) * jnp.exp(_apart(inside, first))  # [N,B,H,n,block,D]
     earlier = (jnp.arange(c) // block)[None] < jnp.arange(n)[:, None]
     earlier = earlier.reshape(1, 1, 1, n, c, 1)
-    since = apart(first, tuple(a[:, :, :, None] for a in clock))
-    far = only(earlier, k[:, :, :, None] * jnp.exp(only(earlier, since)))
-    s = jnp.einsum("nbhmid,nbhmjd->nbhmij", near, far)
-    # heads and blocks as one dimension: XLA:CPU of jaxlib 0.10.2 dies of some sums over
-    # arrays of seven (jax issue 40412)
-    merged = lambda a: a.reshape(*a.shape[:2], -1, block, d)
+    since = _apart(first, tuple(a[:, :, :, None] for a in clock))
+    far = only(earlier, k[:, :, :, None] * jnp.exp(only(earlier, since)))  # [..,n,c,D]
+    s = jnp.einsum("nbhmid,nbhmjd->nbhmij", near, far)  # [block,D] [D,c]
     own = _in_block(*map(merged, (blocks(q), blocks(k), *inside)))
     own = own.reshape(*lead, n, block, block)
     eye = jnp.eye(n, dtype=bool).reshape(1, 1, 1, n, 1, n, 1)
@@ -128,11 +135,19 @@ def _clock(g: jax.Array) -> tuple[jax.Array, jax.Array]:
     return jnp.cumsum(coarse, 3), jnp.cumsum(g - coarse, 3)
 
 
+def _apart(a: tuple, b: tuple) -> Any:
+    """The difference of two clocks, part by part."""
+    return sum(x - y for x, y in zip(a, b))
+
+
 def _between(coarse: jax.Array, fine: jax.Array) -> jax.Array:
     """Log decay from j to i [...,i,j,X] (0 for j >= i) of clocks [...,c,X]."""
     c = coarse.shape[-2]
     after = jnp.tril(jnp.ones((c, c), bool), -1)
     after = after.reshape((1,) * (coarse.ndim - 2) + (c, c, 1))
-    apart = lambda a: a[..., :, None, :] - a[..., None, :, :]
+
+    def pairwise(a):
+        return a[..., :, None, :] - a[..., None, :, :]  # [...,i,j,X]
+
     # a token does not decay against itself, and must get no gradient from that
-    return only(after, apart(coarse) + apart(fine))
+    return only(after, pairwise(coarse) + pairwise(fine))

@@ -10,8 +10,10 @@ the state that the chunk begins with (the WY form of a product of Householder ma
 
     (I + A) u = beta (v - exp(G) k S_0),    A_ij = beta_i exp(G_i - G_j) k_i.k_j, j < i
 
-so all chunks are solved at once, and only the state travels between them, by a scan.
-Only exponents <= 0 are computed, and the result does not depend on the chunk's size.
+so all chunks are solved at once, and only the state is carried between them, by a scan.
+`naive` is the loop, `recurrence` the same by chunks (`attn/recurrent/delta_chunked.py`)
+or by a kernel. Only exponents <= 0 are computed, and the result does not depend on the
+chunk's size.
 
 Sources: DeltaNet (Yang et al., 2024, arXiv:2406.06484); with the decay, Gated DeltaNet
 (Yang et al., 2024, arXiv:2412.06464).
@@ -27,16 +29,57 @@ import jax.numpy as jnp
 
 from attn.contract.dispatch import interpreted, pick
 from attn.parallel.sharding import Axis
-from attn.recurrent.chunks import only, unchunked
-from attn.recurrent.delta_chunked import system, travel
-from attn.recurrent.lasp import Before, prefix
-from attn.recurrent.linear_chunked import FLOOR
+from attn.recurrent.chunks import only
+from attn.recurrent.delta_chunked import chunked, unknown_state
+from attn.recurrent.lasp import CarryIn, carry_in
+from attn.recurrent.linear import token_decays
 from pallas_kernels.delta.api import WIDEST, delta
 
 NONE = 2**30  # the first run of a shard that has no tokens, behind all others
 
 
-def delta_rule(
+def naive(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    beta: jax.Array,
+    log_decay: jax.Array | None = None,
+    *,
+    state: Any,
+    run: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """The rule as it is written, token by token -> state [B,H,D,V], o [B,T,H,V],
+    float32. Arguments as for `recurrence`, which is this one for T = 1."""
+    t, h = beta.shape[1:]
+    q, k, v = (jnp.repeat(a.astype(jnp.float32), h // a.shape[2], 2) for a in (q, k, v))
+    g, beta = token_decays(log_decay, t), beta.astype(jnp.float32)
+
+    def step(carry, token):
+        state, present = carry  # [B,H,D,V], and its run [B]
+        q, k, v, beta, g, run = token  # [B,H,D] [B,H,D] [B,H,V] [B,H] [B|1,H,1] [B]
+        old = state if g is None else jnp.exp(g)[..., None] * state
+        same = None if run is None else (run == present)[:, None, None, None]
+        old = only(same, old)
+        u = beta[..., None] * (v - jnp.einsum("bhd,bhdv->bhv", k, old))
+        new = old + jnp.einsum("bhd,bhv->bhdv", k, u)
+        o = jnp.einsum("bhd,bhdv->bhv", q, new)
+        if run is None:
+            return (new, present), o
+        real = (run > 0)[:, None, None]
+        state = jnp.where(real[..., None], new, state)
+        return (state, jnp.where(run > 0, run, present)), only(real, o)
+
+    tokens = q, k, v, beta, g, run
+    first = state, jnp.ones(state.shape[:1], jnp.int32)
+    if t == 1:  # is no loop
+        (state, _), o = step(first, jax.tree.map(lambda a: a[:, 0], tokens))
+        return state, o[:, None]
+    tokens = jax.tree.map(lambda a: jnp.moveaxis(a, 1, 0), tokens)
+    (state, _), o = jax.lax.scan(step, first, tokens)
+    return state, jnp.moveaxis(o, 0, 1)
+
+
+def recurrence(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
@@ -45,161 +88,91 @@ def delta_rule(
     *,
     state: jax.Array | None = None,
     run: jax.Array | None = None,
+    axis: Axis | None = None,
     chunk: int = 64,
     scale: float = 1.0,
     dtype: Any = jnp.float32,
     implementation: str | None = None,
-) -> tuple[jax.Array, jax.Array]:
-    """The rule over T tokens -> state [B,H,D,V] float32, o [B,T,H,V] in `dtype`.
+) -> tuple[jax.Array | None, jax.Array]:
+    """The rule over T tokens -> state [B,H,D,V] float32, scale o [B,T,H,V] in `dtype`.
 
     beta [B,T,H] says what H is; q [B,T,.,D], k [B,T,.,D] and v [B,T,.,V] have H heads
     each, or a number that divides it and serves H/. neighbours: grouped keys and
     values, or, as Gated DeltaNet has them, fewer queries and keys than values.
     log_decay None, [H] or [B,T,H], at most 0; state [B,H,D,V] is seen by tokens of run
-    1. run [B,T] as in `attn.segments`: padding writes nothing, does not decay, and its
-    output is 0. Keys need not be unit vectors, but |k|^2 beta > 2 makes memories grow.
-    chunk: of XLA's form; it changes the time, not the result.
-    """
-    _check(q, k, v, beta, log_decay, state, run, chunk)
-    if state is None:
-        (b, _, h), d = beta.shape, q.shape[3]
-        state = jnp.zeros((b, h, d, v.shape[3]), jnp.float32)
-    xla = lambda: _xla(q, k, v, beta, log_decay, state, run, chunk, scale)
-    kernel = lambda backend: lambda: delta(
-        q, k, v, beta, log_decay, state=state, run=run, scale=scale, backend=backend,
-        interpret=interpreted(),
-    )
-    if implementation is None and q.shape[1] == 1:
-        implementation = "xla"  # one token makes no chunk
-    after, o = pick(implementation, xla=xla, gpu=kernel("triton"), tpu=kernel("tpu"))
-    return after, o.astype(dtype)
+    1. run [B,T] as in `attn.contract.segments`: padding writes nothing, does not decay,
+    and its output is 0. Keys need not be unit vectors, but |k|^2 beta > 2 makes
+    memories grow. chunk: of XLA's form; it changes the time, not the result.
 
-
-def one(
-    state: jax.Array,
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    beta: jax.Array,
-    log_decay: jax.Array | None = None,
-    *,
-    run: jax.Array | None = None,
-    scale: float = 1.0,
-) -> tuple[jax.Array, jax.Array]:
-    """`delta_rule` for T = 1, as in decoding: no system is solved. -> state, o, both
-    float32."""
-    h = beta.shape[2]
-    q, k, v = (
-        jnp.repeat(a[:, 0].astype(jnp.float32), h // a.shape[2], 1) for a in (q, k, v)
-    )
-    old = state
-    if run is not None:
-        r = run[:, :, None, None]
-        old = only(r <= 1, old)
-    if log_decay is not None:
-        g = jnp.maximum(log_decay.astype(jnp.float32), FLOOR)
-        g = g[None] if g.ndim == 1 else g[:, 0]
-        old = old * jnp.exp(g)[..., None, None]
-    answer = jnp.einsum("bhd,bhdv->bhv", k, old)
-    u = beta[:, 0, :, None].astype(jnp.float32) * (v - answer)
-    after = old + jnp.einsum("bhd,bhv->bhdv", k, u)
-    if run is not None:
-        after = jnp.where(r > 0, after, state)
-        q = only(r[..., 0] > 0, q)
-    return after, scale * jnp.einsum("bhd,bhdv->bhv", q, after)[:, None]
-
-
-def across(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    beta: jax.Array,
-    log_decay: jax.Array | None = None,
-    *,
-    state: jax.Array | None = None,
-    run: jax.Array | None = None,
-    chunk: int = 64,
-    axis: Axis | None = None,
-    scale: float = 1.0,
-    dtype: Any = jnp.float32,
-    implementation: str | None = None,
-) -> tuple[jax.Array | None, jax.Array]:
-    """`delta_rule` where T is split over mesh axis `axis`, inside `shard_map` -> state,
-    o. The form over a mesh is proposed here.
-
-    A shard maps the state that comes in to A S + M: every shard gathers A and M, [D,D]
-    and [D,V] a head of beta, of each, whatever T is, and in the backward pass one
-    gradient of a state. state [B,H,D,V] is the same on all shards, and so is the one
+    axis: the mesh axis that T is split over, inside `shard_map`, a form that is
+    proposed here. A shard maps the state that comes in to A S + M: every shard gathers
+    A and M, [D,D] and [D,V] a head of beta, of each, whatever T is, and in the backward
+    pass one gradient of a state. The state is the same on all shards, and so is the one
     given back; it is None over an axis where none came in. Runs are numbered in the
-    global view. Without an axis it is `delta_rule`.
+    global view.
     """
-    options: dict[str, Any] = {"chunk": chunk, "implementation": implementation}
-    if axis is None:
-        return delta_rule(q, k, v, beta, log_decay, state=state, run=run, scale=scale,
-                          dtype=dtype, **options)
     _check(q, k, v, beta, log_decay, state, run, chunk)
-    first = last = None
-    if run is not None:
-        # what comes in can only matter to the shard's first run, which is 1 in here
-        first, last = jnp.where(run > 0, run, NONE).min(1), run.max(1)
-        run = only(run > 0, run - first[:, None] + 1)
-    join = functools.partial(_joined, v.shape[3], first, last, axis, state)
-    xla = lambda: _shard(q, k, v, beta, log_decay, run, chunk, scale, join)
-    kernel = lambda backend: lambda: _kernel_shard(
-        q, k, v, beta, log_decay, run, scale, join, backend)
-    after, o = pick(implementation, xla=xla, gpu=kernel("triton"), tpu=kernel("tpu"))
+    (b, t, h), join = beta.shape, None
+    if axis is not None:
+        run, first, last = _renumbered(run)
+        join = functools.partial(_shard_carry_in, v.shape[3], first, last, axis, state)
+    elif state is None:
+        state = jnp.zeros((b, h, q.shape[3], v.shape[3]), jnp.float32)
+    alone = t == 1 and axis is None  # a chunk of one token would be padding
+
+    def xla():
+        if alone:
+            after, o = naive(q, k, v, beta, log_decay, state=state, run=run)
+            return after, scale * o
+        return chunked(q, k, v, beta, log_decay, run, chunk, scale, state, join)
+
+    def kernel(backend):
+        call = functools.partial(
+            delta, q, k, beta=beta, log_decay=log_decay, run=run, scale=scale,
+            backend=backend, interpret=interpreted())
+        if join is None:
+            return call(v=v, state=state)
+        return _kernel_shard(call, v, h, q.shape[3], join)
+
+    if alone and implementation is None:
+        implementation = "xla"
+    tpu, gpu = (functools.partial(kernel, name) for name in ("tpu", "triton"))
+    after, o = pick(implementation, xla=xla, gpu=gpu, tpu=tpu)
     return after, o.astype(dtype)
 
 
-def _joined(width: int, first, last, axis, state, final) -> Before:
+def _renumbered(run) -> tuple:
+    """This shard's runs from 1, and its first and last one in the global view: what
+    comes in can only matter to the first."""
+    if run is None:
+        return None, None, None
+    first, last = jnp.where(run > 0, run, NONE).min(1), run.max(1)
+    return only(run > 0, run - first[:, None] + 1), first, last
+
+
+def _shard_carry_in(width: int, first, last, axis, state, final) -> CarryIn:
     """What this shard's first run begins with, given [M | A] [B,H,D,V+D]."""
-    found = prefix(final[..., :width], final[..., width:], last, axis, state=state)
+    found = carry_in(final[..., :width], final[..., width:], last, axis, state=state)
     if first is None:
         return found
     own = (found.run == first)[:, None, None, None]
     return found._replace(state=only(own, found.state))
 
 
-def _unknown(b: int, h: int, d: int, width: int) -> jax.Array:
-    """[0 | I] [B,H,D,V+D]: as a state without values to write, its last columns become
-    A, and what queries read there is how they depend on the state that comes in."""
-    eye = jnp.broadcast_to(jnp.eye(d, dtype=jnp.float32), (b, h, d, d))
-    return jnp.concatenate([jnp.zeros((b, h, d, width), jnp.float32), eye], -1)
-
-
-def _shard(q, k, v, beta, log_decay, run, chunk: int, scale: float, join: Callable):
-    (b, t, h), d, width = beta.shape, q.shape[3], v.shape[3]
-    q, p, k, u, w, factor = system(q, k, v, beta, log_decay, run, chunk, scale)
-    wide = jnp.pad(u, [(0, 0)] * 4 + [(0, d)])
-    final, (states, _) = travel(_unknown(b, h, d, width), factor, k, wide, w)
-    begun = join(final)
-    states = states[..., :width] + states[..., width:] @ begun.state[None]
-    return begun.after, unchunked(q @ states + p @ (u - w @ states), t)
-
-
-def _kernel_shard(q, k, v, beta, log_decay, run, scale, join: Callable, backend: str):
-    (b, _, h), d, width = beta.shape, q.shape[3], v.shape[3]
-    rule = lambda v, state: delta(
-        q, k, v, beta, log_decay, state=state, run=run, scale=scale, backend=backend,
-        interpret=interpreted(),
-    )
-    state, silent = _unknown(b, h, d, width), jnp.zeros((*v.shape[:3], d), v.dtype)
+def _kernel_shard(call: Callable, v, h: int, d: int, join: Callable) -> tuple:
+    """The kernel with [values | none] from [0 | I], in one call or, where these are too
+    many columns, in two; what queries read of A then meets the state that comes in."""
+    b, width = v.shape[0], v.shape[3]
+    state, silent = unknown_state(b, h, d, width), jnp.zeros((*v.shape[:3], d), v.dtype)
     if width + d <= WIDEST:
-        final, o = rule(jnp.concatenate([v, silent], -1), state)
+        final, o = call(v=jnp.concatenate([v, silent], -1), state=state)
     else:
-        both = rule(v, state[..., :width]), rule(silent, state[..., width:])
+        both = call(v=v, state=state[..., :width]), call(
+            v=silent, state=state[..., width:])
         final, o = (jnp.concatenate(a, -1) for a in zip(*both))
     begun, o = join(final), o.astype(jnp.float32)
     entered = jnp.einsum("bthd,bhdv->bthv", o[..., width:], begun.state)
     return begun.after, o[..., :width] + entered
-
-
-def _xla(q, k, v, beta, log_decay, state, run, chunk: int, scale: float):
-    if beta.shape[1] == 1:
-        return one(state, q, k, v, beta, log_decay, run=run, scale=scale)
-    q, p, k, u, w, factor = system(q, k, v, beta, log_decay, run, chunk, scale)
-    state, (states, u) = travel(state, factor, k, u, w)
-    return state, unchunked(q @ states + p @ u, beta.shape[1])
 
 
 def _check(q, k, v, beta, log_decay, state, run, chunk: int) -> None:

@@ -1,4 +1,4 @@
-"""Shards: what a shard's state owes to the shards before it, by one collective.
+"""LASP: what a shard's state owes to the shards before it, by one collective.
 
 Each shard of a recurrence reads its own tokens from an empty state. What it does to the
 state that really comes in is affine, S_out = A S_in + M, so it is enough that every
@@ -11,8 +11,8 @@ The gradient goes the same way from the other end: every shard gathers the cotan
 dP_w and joins those behind it, R_w = dP_(w+1) + A_(w+1)^T R_(w+1), which is dM_w. Both
 ways it is one all-gather whose size does not depend on T. An all-gather moves W-1
 states to a shard, more than the hops of a chain do, but in one step that may overlap
-with the work inside the shards. `prefix` is this; `before` is the same for any
-associative join of stretches of tokens.
+with the work inside the shards. `carry_in` is this; `exclusive_prefix` is the same for
+any associative join of stretches of tokens.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from attn.parallel.sharding import Axis, stacked
 from attn.recurrent.chunks import only
 
 
-class Before(NamedTuple):
+class CarryIn(NamedTuple):
     """What a shard begins with, state [B,H,D,V] and its run [B] (1 without runs), and
     the state after all shards, None if nothing was there before them."""
 
@@ -42,7 +42,7 @@ class _How(NamedTuple):
     reverse: bool
 
 
-def prefix(
+def carry_in(
     added: jax.Array,
     factor: jax.Array | None,
     last: jax.Array | None,
@@ -51,7 +51,7 @@ def prefix(
     state: jax.Array | None = None,
     alike: bool = False,
     reverse: bool = False,
-) -> Before:
+) -> CarryIn:
     """The state that a shard begins with, inside `shard_map`.
 
     added M [B,H,D,V] float32: a shard's state at its end without the others. factor:
@@ -63,12 +63,12 @@ def prefix(
     fewer heads that divide H. `reverse`: the shards behind come first.
     """
     how = _How(axis, alike or factor is None, reverse)
-    before, run, after = _prefix(how, added, factor, last, state)
-    return Before(before, 1 if last is None else run, after)
+    before, run, after = _carry_in(how, added, factor, last, state)
+    return CarryIn(before, 1 if last is None else run, after)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _prefix(how: _How, added, factor, last, state):
+def _carry_in(how: _How, added, factor, last, state):
     return _ahead(how, added, factor, last, state)[0]
 
 
@@ -85,9 +85,10 @@ def _ahead(how: _How, added, factor, last, state):
         keep = None if newest is None else then == run
         passed = _times(factor if how.alike else own, now)
         new = jnp.repeat(new, now.shape[1] // new.shape[1], 1)
+        # P_(w+1) = A_w P_w + M_w
         return (_kept(keep, passed) + new, then, mine), keep
 
-    start = jnp.zeros_like(added) if state is None else state
+    start = jnp.zeros_like(added) if state is None else state  # P_0
     first = start, jnp.ones(added.shape[:1], jnp.int32)
     (after, _, mine), keeps = jax.lax.scan(pass_on, (*first, first), (order, parts))
     out = *mine, None if state is None else after
@@ -108,6 +109,7 @@ def _back(how: _How, saved, cotangents):
         n, own, keep, d = part
         mine = jnp.where(n == me, behind, mine)
         passed = _times(factor if how.alike else own, behind, True)
+        # R_w = dP_(w+1) + A_(w+1)^T R_(w+1)
         return (d + _kept(keep, passed), mine), None
 
     # every shard gave the state after all, so its cotangents add up
@@ -125,7 +127,7 @@ def _back(how: _How, saved, cotangents):
     return d_added, d_factor, None, d_state
 
 
-_prefix.defvjp(_ahead, _back)
+_carry_in.defvjp(_ahead, _back)
 
 
 def _order(how: _How) -> tuple[jax.Array, jax.Array]:
@@ -168,7 +170,9 @@ def tagged(op: Callable) -> Callable:
     rise, so if the last runs are equal, all behind the seam belongs to one run."""
     def step(a, b):
         def choose(x, y, joined):
-            of = lambda test: test.reshape(test.shape + (1,) * (x.ndim - test.ndim))
+            def of(test):
+                return test.reshape(test.shape + (1,) * (x.ndim - test.ndim))
+
             return jnp.where(of(b[0] == 0), x, jnp.where(of(a[0] == b[0]), joined, y))
 
         return jnp.maximum(a[0], b[0]), jax.tree.map(choose, a[1], b[1], op(a[1], b[1]))
@@ -176,7 +180,7 @@ def tagged(op: Callable) -> Callable:
     return step
 
 
-def before(
+def exclusive_prefix(
     op: Callable, last: jax.Array, final: Any, axis: Axis, first: Any,
     ends: bool = False,
 ) -> tuple[Any, Any]:
@@ -186,11 +190,11 @@ def before(
     in the backward pass one of their gradients, from which every shard takes its own
     by going the same way again.
     """
-    return _before((op, axis, ends), last, final, *first)
+    return _exclusive_prefix((op, axis, ends), last, final, *first)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _before(how: tuple, last, final, run, state):
+def _exclusive_prefix(how: tuple, last, final, run, state):
     return _gathered(how, last, final, run, state)[0]
 
 
@@ -205,7 +209,10 @@ def _gathered(how: tuple, last, final, run, state):
 def _joined(op: Callable, run, lasts, state, parts):
     """The pair behind all shards, and those that shards begin with [W,...]."""
     step = tagged(op)
-    pass_on = lambda pair, part: (step(pair, part), pair)
+
+    def pass_on(pair, part):
+        return step(pair, part), pair
+
     return jax.lax.scan(pass_on, (run, state), (lasts, parts))
 
 
@@ -238,4 +245,4 @@ def _scattered(how: tuple, saved, cotangents):
     return None, _of(axis, d_parts), None, d_state
 
 
-_before.defvjp(_gathered, _scattered)
+_exclusive_prefix.defvjp(_gathered, _scattered)

@@ -1,4 +1,4 @@
-"""Unordered: linear attention in which every query sees every key of its run.
+"""Noncausal: linear attention in which every query sees every key of its run.
 
 Without an order there is no recurrence: the sum over all keys comes first, and a mesh
 adds up one state. Where a row holds several runs, sorting by them makes an order that
@@ -13,10 +13,10 @@ import jax
 import jax.numpy as jnp
 
 from attn.parallel.sharding import Axis, gather
-from attn.recurrent.linear import recur
+from attn.recurrent.linear import recurrence
 
 
-def whole(
+def noncausal(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
@@ -32,29 +32,33 @@ def whole(
     all-gather; or, with runs, the keys and values are gathered."""
     if kv_run is not None:
         keys, values, runs = (gather(a, axis) for a in (k, v, kv_run))
-        sums = lambda q, k, v, run: recur(q, k, v, run=run)[1]
-        return by_run(sums, q, keys, values, q_run, runs)
+        return by_segment(_sums, q, keys, values, q_run, runs)
     b, t, h, d = q.shape
     q, k, v = (a.astype(jnp.float32) for a in (q, k, v))
-    state = jnp.einsum("bskd,bskv->bkdv", k, v)
+    state = jnp.einsum("bskd,bskv->bkdv", k, v)  # K^T V: [D,S] [S,V]
     state = state if axis is None else jax.lax.psum(state, axis)
     q = q.reshape(b, t, k.shape[2], -1, d)
-    return jnp.einsum("btkgd,bkdv->btkgv", q, state).reshape(b, t, h, -1)
+    return jnp.einsum("btkgd,bkdv->btkgv", q, state).reshape(b, t, h, -1)  # [T,D] [D,V]
 
 
-def by_run(recurrence: Callable, q, k, v, q_run, kv_run) -> jax.Array:
-    """What a causal recurrence(q, k, v, run) -> o [B,T,H,V] gives without an order:
+def _sums(q, k, v, run) -> jax.Array:
+    return recurrence(q, k, v, run=run)[1]
+
+
+def by_segment(causal: Callable, q, k, v, q_run, kv_run) -> jax.Array:
+    """What causal(q, k, v, run) -> o [B,T,H,V] gives without an order:
     keys and queries are sorted by run, the keys of each in front of its queries."""
-    s = k.shape[1]
-    runs = jnp.concatenate([kv_run, q_run], 1)
+    t, s = q_run.shape[1], k.shape[1]
+    runs = jnp.concatenate([kv_run, q_run], 1)  # [B,S+T]
     order = jnp.argsort(runs, axis=1, stable=True)
     back = jnp.argsort(order, axis=1)[:, s:]
-    take = lambda a, at: jnp.take_along_axis(
-        a, at.reshape(at.shape + (1,) * (a.ndim - 2)), 1
-    )
-    widen = lambda a, before, after: jnp.pad(
-        a, ((0, 0), (before, after), (0, 0), (0, 0))
-    )
-    q, k, v = widen(q, s, 0), widen(k, 0, q_run.shape[1]), widen(v, 0, q_run.shape[1])
-    o = recurrence(*(take(a, order) for a in (q, k, v)), take(runs, order))
+
+    def take(a, at):
+        return jnp.take_along_axis(a, at.reshape(at.shape + (1,) * (a.ndim - 2)), 1)
+
+    def widen(a, before, after):
+        return jnp.pad(a, ((0, 0), (before, after), (0, 0), (0, 0)))
+
+    q, k, v = widen(q, s, 0), widen(k, 0, t), widen(v, 0, t)
+    o = causal(*(take(a, order) for a in (q, k, v)), take(runs, order))
     return take(o, back)

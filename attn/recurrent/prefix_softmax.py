@@ -1,9 +1,9 @@
-"""Triples: softmax over every prefix, in chunks whose tokens meet in one product.
+"""Prefix softmax: over every prefix, in chunks whose tokens meet in one product.
 
-Inside a chunk P[t,i] = exp(s_i - m_t), i <= t, with the running maximum m_t: w = P v
-and u = P 1. Between chunks one triple travels (see `attn/recurrent/scan.py`). The
-gradient goes the same way back. With r_t = 1/u_t and delta_t = do_t.o_t = sum_i P[t,i]
-r_t do_t.v_i,
+Inside a chunk P[t,i] = exp(s_i - m_t), i <= t, with the running maximum m_t: acc = P v
+and l = P 1. Between chunks one state (m, l, acc) is carried (see
+`attn/recurrent/scan.py`). The gradient goes the same way back. With r_t = 1/l_t and
+delta_t = do_t.o_t = sum_i P[t,i] r_t do_t.v_i,
 
     ds_i = sum_t P[t,i] r_t (do_t.v_i - delta_t),    dv_i = sum_t P[t,i] r_t do_t
 
@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from attn.recurrent.chunks import only, unchunked
+from attn.recurrent.chunks import only, from_chunks
 
 F32 = jnp.float32
 # sums in float32 are what makes scores of any size safe
@@ -81,28 +81,29 @@ def cut(scores, v, run, c: int) -> Chunks:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def attend(chunk: int, dtype: Any, scores, v, run, m, u, w):
-    """((m, u, w), o) of `attn.scan.attend`."""
-    return _ahead(chunk, dtype, scores, v, run, m, u, w)[0]
+def chunked(chunk: int, dtype: Any, scores, v, run, m, l, acc):
+    """((m, l, acc), o) of `attn.recurrent.scan.prefix_softmax`."""
+    return _ahead(chunk, dtype, scores, v, run, m, l, acc)[0]
 
 
-def _ahead(chunk: int, dtype, scores, v, run, m, u, w):
+def _ahead(chunk: int, dtype, scores, v, run, m, l, acc):
     (b, t, h), k = scores.shape, v.shape[2]
     x = cut(scores, v, run, min(chunk, t))
     split = lambda a: a.reshape(b, k, h // k, *a.shape[2:])
-    last, starts = _travel(x, split(m), split(u), split(w))
-    run_before, m_before, u_before, w_before = starts
+    last, starts = _carry(x, split(m), split(l), split(acc))
+    run_before, m_before, l_before, acc_before = starts
     enters = x.of(run_before)
     logits = jnp.where(x.seen(), x.s[..., None, :], -jnp.inf)
     m_in = m_before[..., None]
     m_in = m_in if enters is None else jnp.where(enters, m_in, -jnp.inf)
     tops = jnp.maximum(logits.max(-1), m_in)
-    p, fade = exp(logits, tops[..., None]), exp(m_in, tops)
-    sums = p.sum(-1) + fade * u_before[..., None]
-    values = einsum("nbkgti,nbkiv->nbkgtv", p, x.v)
-    values = values + fade[..., None] * w_before[..., None, :]
+    # P [N,B,K,G,t,i], and what the state that comes in is multiplied with [N,B,K,G,t]
+    p, rescale = exp(logits, tops[..., None]), exp(m_in, tops)
+    sums = p.sum(-1) + rescale * l_before[..., None]
+    values = einsum("nbkgti,nbkiv->nbkgtv", p, x.v)  # [c,c] [c,V]
+    values = values + rescale[..., None] * acc_before[..., None, :]
     o = values / jnp.where(sums > 0, sums, 1)[..., None]
-    o = unchunked(o.reshape(*o.shape[:2], h, *o.shape[4:]), t)
+    o = from_chunks(o.reshape(*o.shape[:2], h, *o.shape[4:]), t)
     if run is not None:
         o = only(run[..., None, None] > 0, o)
     o = o.astype(dtype)
@@ -110,9 +111,9 @@ def _ahead(chunk: int, dtype, scores, v, run, m, u, w):
     return (state, o), (scores, v, run, starts, tops, sums)
 
 
-def _travel(x: Chunks, m, u, w):
-    """The last triple, [B,K,G] and [B,K,G,V], and what each chunk begins with: (run,
-    m, u, w), with N in front."""
+def _carry(x: Chunks, m, l, acc):
+    """The last state, [B,K,G] and [B,K,G,V], and what each chunk begins with: (run,
+    m, l, acc), with N in front."""
     ends = x.runs(-1)
     own = x.of(ends)
     s = x.s if own is None else jnp.where(own, x.s, -jnp.inf)
@@ -121,22 +122,22 @@ def _travel(x: Chunks, m, u, w):
     local = top, p.sum(-1), einsum("nbkgi,nbkiv->nbkgv", p, x.v)
 
     def pass_on(carry, chunk):
-        run, m, u, w = carry
+        run, m, l, acc = carry
         end, (top, total, values) = chunk
-        m_in = jnp.where(run == end, m, -jnp.inf)
+        m_in = jnp.where(run == end, m, -jnp.inf)  # of another run: nothing comes in
         new = jnp.maximum(m_in, top)
-        fade, mine = exp(m_in, new), exp(top, new)
-        values = w * fade[..., None] + values * mine[..., None]
-        return (end, new, u * fade + total * mine, values), carry
+        rescale, mine = exp(m_in, new), exp(top, new)
+        values = acc * rescale[..., None] + values * mine[..., None]
+        return (end, new, l * rescale + total * mine, values), carry
 
-    first = jnp.ones_like(ends[0]), m, u, w
+    first = jnp.ones_like(ends[0]), m, l, acc
     (_, *last), starts = jax.lax.scan(pass_on, first, (ends, local))
     return last, starts
 
 
 def _back(chunk: int, dtype, saved, cotangents):
     scores, v, run, starts, tops, sums = saved
-    (_, du, dw), do = cotangents
+    (_, dl, dacc), do = cotangents
     (b, t, h), k = scores.shape, v.shape[2]
     x = cut(scores, v, run, min(chunk, t))
     split = lambda a: a.reshape(b, k, h // k, *a.shape[2:])
@@ -147,30 +148,32 @@ def _back(chunk: int, dtype, saved, cotangents):
     r = jnp.where(sums > 0, 1 / jnp.where(sums > 0, sums, 1), 0)
     p, asked, level, delta = _weights(x, starts, tops, r, do)
     ds = (p * (asked - delta[..., None])).sum(-2)
-    dv = einsum("nbkgti,nbkgtv->nbkiv", p, do)
-    first, behind = _return(x, tops, r, do, level + delta, split(du), split(dw))
+    dv = einsum("nbkgti,nbkgtv->nbkiv", p, do)  # sum over t and the group: [c,V]
+    first, behind = _carry_back(x, tops, r, do, level + delta, split(dl), split(dacc))
     ds, dv = _reached(x, behind, ds, dv)
     merge = lambda a: a.reshape(b, h, *a.shape[3:])
-    whole = lambda a: unchunked(a, t)
-    ds = whole(ds.reshape(*ds.shape[:2], h, -1, 1))[..., 0]
+    unchunk = lambda a: from_chunks(a, t)
+    ds = unchunk(ds.reshape(*ds.shape[:2], h, -1, 1))[..., 0]
     run_0, ref, g, h_first = first
-    fade = jnp.where(run_0 == 1, exp(starts[1][0], ref), 0)
-    state = jnp.zeros((b, h), F32), merge(-fade * h_first), merge(fade[..., None] * g)
-    return ds.astype(scores.dtype), whole(dv).astype(v.dtype), None, *state
+    rescale = jnp.where(run_0 == 1, exp(starts[1][0], ref), 0)
+    d_l, d_acc = merge(-rescale * h_first), merge(rescale[..., None] * g)
+    state = jnp.zeros((b, h), F32), d_l, d_acc
+    return ds.astype(scores.dtype), unchunk(dv).astype(v.dtype), None, *state
 
 
 def _weights(x: Chunks, starts, tops, r, do):
     """P r and do.v - level [N,B,K,G,t,i]; level and delta - level [N,B,K,G,t]."""
-    run_before, m_before, u_before, w_before = starts
+    run_before, m_before, l_before, acc_before = starts
     logits = jnp.where(x.seen(), x.s[..., None, :], -jnp.inf)
     p = exp(logits, tops[..., None])
-    asked = einsum("nbkgtv,nbkiv->nbkgti", do, x.v)
+    asked = einsum("nbkgtv,nbkiv->nbkgti", do, x.v)  # do_t.v_i: [c,V] [V,c]
     greatest = p == 1
     level = only(greatest, asked).sum(-1) / jnp.maximum(greatest.sum(-1), 1)
     asked, p = asked - level[..., None], p * r[..., None]
-    fade = only(x.of(run_before), exp(m_before[..., None], tops)) * r
-    carried = einsum("nbkgtv,nbkgv->nbkgt", do, w_before) - level * u_before[..., None]
-    return p, asked, level, (p * asked).sum(-1) + fade * carried
+    rescale = only(x.of(run_before), exp(m_before[..., None], tops)) * r
+    carried = einsum("nbkgtv,nbkgv->nbkgt", do, acc_before)
+    carried = carried - level * l_before[..., None]
+    return p, asked, level, (p * asked).sum(-1) + rescale * carried
 
 
 def _reached(x: Chunks, behind, ds, dv):
@@ -181,7 +184,7 @@ def _reached(x: Chunks, behind, ds, dv):
     return ds, dv + einsum("nbkgi,nbkgv->nbkiv", e, g)
 
 
-def _return(x: Chunks, tops, r, do, delta, du, dw):
+def _carry_back(x: Chunks, tops, r, do, delta, dl, dacc):
     """What the tokens from a chunk on ask of those before it: (run, ref, G, h) of the
     first chunk, and of the chunk behind each, with N in front."""
     runs, refs = x.runs(0), tops[..., 0]
@@ -192,12 +195,12 @@ def _return(x: Chunks, tops, r, do, delta, du, dw):
     def pass_on(carry, chunk):
         run, ref, g, h = carry
         own, mine, (g_own, h_own) = chunk
-        fade = jnp.where(run == own, exp(mine, ref), 0)
-        return (own, mine, g_own + fade[..., None] * g, h_own + fade * h), carry
+        rescale = jnp.where(run == own, exp(mine, ref), 0)
+        return (own, mine, g_own + rescale[..., None] * g, h_own + rescale * h), carry
 
-    # the last triple asks for exp(s_i - m_T) (du + v_i.dw)
-    last = x.runs(-1)[-1], tops[-1, ..., -1], dw, -du
+    # the last state asks for exp(s_i - m_T) (dl + v_i.dacc)
+    last = x.runs(-1)[-1], tops[-1, ..., -1], dacc, -dl
     return jax.lax.scan(pass_on, last, (runs, refs, local), reverse=True)
 
 
-attend.defvjp(_ahead, _back)
+chunked.defvjp(_ahead, _back)

@@ -29,9 +29,9 @@ def shortconv(
     """A causal convolution of each channel -> the next state, y [B,T,C].
 
     x [B,T,C]; weight [W,C], its last row meets the token itself; bias [C]; state
-    [B,W-1,C] the tokens before these, None for zeros. run [B,T] as in `attn.segments`:
-    a token sees its own run, the state is of run 1, or of state_run [B,W-1]; padding is
-    passed over and gets 0.
+    [B,W-1,C] the tokens before these, None for zeros. run [B,T] as in
+    `attn.contract.segments`: a token sees its own run, the state is of run 1, or of
+    state_run [B,W-1]; padding is passed over and gets 0.
     """
     _check(x, weight, bias, state, run)
     b, t, c = x.shape
@@ -56,7 +56,7 @@ def shortconv(
     return jnp.where(same[..., None], last, 0), y
 
 
-def across(
+def shortconvs(
     xs: Sequence[jax.Array],
     weights: Sequence[jax.Array],
     *,
@@ -102,12 +102,18 @@ def _tails(xs, states, run, count: int, axis: Axis):
     b, t = xs[0].shape[:2]
     ids = jnp.ones((b, t), jnp.int32) if run is None else run
     short = max(count - t, 0)
-    widen = lambda a: jnp.pad(a, [(0, 0), (short, 0)] + [(0, 0)] * (a.ndim - 2))
+
+    def widen(a):
+        return jnp.pad(a, [(0, 0), (short, 0)] + [(0, 0)] * (a.ndim - 2))
+
+    def flat(a):
+        """[B,shards,count,...] as [B,shards count,...]."""
+        return a.reshape(b, -1, *a.shape[3:])
+
     newest, *last = _last(count, widen(ids), *(widen(x) for x in xs))
     sent = newest, jnp.concatenate(last, -1)
     row = [jnp.moveaxis(a, 0, 1) for a in stacked(sent, axis)]  # [B,W,count,...]
     here = jnp.arange(row[0].shape[1]) < jax.lax.axis_index(axis)
-    flat = lambda a: a.reshape(b, -1, *a.shape[3:])
     ids, before = flat(row[0]), flat(jnp.where(here[None, :, None], row[0], 0))
     tokens = flat(row[1])
     if states is not None:

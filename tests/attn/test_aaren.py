@@ -7,7 +7,7 @@ import pytest
 
 from attn.aaren import Aaren
 from attn.layers import MultiHead
-from attn.recurrent.scan import attend
+from attn.recurrent.scan import prefix_softmax
 from attn.softmax import Softmax
 from tests.laws import B, D, H, K, SEGMENTS, T, V, close, gradients, inputs
 
@@ -48,7 +48,7 @@ def test_scores_of_any_size(kind):
     steps = 40.0 * np.arange(t)[None, :, None] * np.ones_like(s)
     s = {"large": 1000 + 2 * s, "low": -3000 + s, "ramp": steps - 500, "fall": -steps,
          "equal": 0 * s + 7}[kind].astype(np.float32)
-    close(attend(jnp.asarray(s), v, chunk=16)[1], softmax(s, v))
+    close(prefix_softmax(jnp.asarray(s), v, chunk=16)[1], softmax(s, v))
 
 
 def test_the_gradient_is_exact_where_one_token_has_all_the_weight():
@@ -65,7 +65,7 @@ def test_the_gradient_is_exact_where_one_token_has_all_the_weight():
         want[:, :i + 1] += p * (a - (p * a).sum(1, keepdims=True))
     assert np.abs(want).max() < 1e-15
     for chunk in (4, 64):
-        f = lambda s: attend(s, v, chunk=chunk)[1]
+        f = lambda s: prefix_softmax(s, v, chunk=chunk)[1]
         have = np.asarray(jax.vjp(f, jnp.asarray(s))[1](do)[0], np.float64)
         assert np.linalg.norm(have - want) <= 1e-6 * np.linalg.norm(want)
 

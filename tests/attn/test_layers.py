@@ -1,5 +1,7 @@
 """MultiHead: the four patterns, positions, what is handed over, and wrong calls."""
 
+import dataclasses
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -15,6 +17,7 @@ from attn.masks import Causal, Full
 from attn.positions import ALiBi, RoPE
 from attn.snapkv import SnapKV
 from attn.softmax import Softmax
+from models.lm import LM
 from tests.laws import close
 
 B, T, S, E, H = 2, 12, 9, 16, 4
@@ -73,6 +76,35 @@ def test_a_stream_is_the_whole(attention, options):
         state, part = layer.apply(params, X[:, at:at + n], state)
         parts.append(part)
     close(jnp.concatenate(parts, 1), y, "gradient")
+
+
+@dataclasses.dataclass(frozen=True)
+class Bare:
+    """A user's attention: three methods, and nothing that it inherits."""
+
+    def __call__(self, q, k, v, *, x=None, segments=None):
+        return Softmax()(q, k, v, segments=segments)
+
+    def init_state(self, size, q, k, v, *, x=None):
+        return Softmax().init_state(size, q, k, v)
+
+    def step(self, state, q, k, v, *, x=None, segments=None):
+        return Softmax().step(state, q, k, v, segments=segments)
+
+
+def test_an_attention_needs_no_more_than_its_methods():
+    layer, own = MultiHead(Softmax(), heads=H), MultiHead(Bare(), heads=H)
+    params, y = made(layer, X)
+    close(own.apply(params, X), y)
+    state, first = own.apply(params, X[:, :5], own.init_state(T, X))
+    close(first, y[:, :5], "gradient")
+    tokens = jnp.arange(2 * T).reshape(2, T) % 9
+    lm = LM(vocab=9, width=16, heads=2, attention=(Bare(), Softmax()))
+    params = lm.init(jax.random.key(0), tokens)
+    want = lm.clone(attention=(Softmax(),) * 2).apply(params, tokens)
+    close(lm.apply(params, tokens), want)
+    _, logits = lm.apply(params, tokens, lm.init_state(T, tokens))
+    close(logits, want, "gradient")
 
 
 def test_widths_come_from_the_attention_unless_given():

@@ -10,8 +10,8 @@ from attn.gla import GLA
 from attn.lightning import Lightning, slopes
 from attn.masks import Causal, Window
 from attn.rat import RAT
-from attn.recurrent.delta_rule import delta_rule
-from attn.recurrent.linear import recur
+from attn.recurrent.delta_rule import recurrence as delta_rule
+from attn.recurrent.linear import recurrence
 from attn.softmax import Softmax
 from experiments import speed
 from experiments.measure import peers, timing
@@ -101,7 +101,7 @@ def test_ejkernel_where_it_is_installed():
     made = {name: make(x)() for name, make in peers.linear_peers("forward").items()}
     q, k, v = x[:3]
     decay = jnp.asarray(-slopes(4), jnp.float32)
-    own = recur(q, k, v, decay, scale=8**-0.5)[1]
+    own = recurrence(q, k, v, decay, scale=8**-0.5)[1]
     np.testing.assert_allclose(made["ejkernel decay"], own, atol=1e-4)
     q, k = (a / jnp.linalg.norm(a, axis=-1, keepdims=True) for a in (q, k))
     own = delta_rule(q, k, v, *peers.gates(x), scale=8**-0.5)[1]

@@ -1,4 +1,4 @@
-"""Adapter for aaren.npz: softmax over prefixes, its triples, and stacked attention."""
+"""Adapter for aaren.npz: softmax over prefixes, its states, and stacked attention."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 
 from attn.aaren import Aaren
 from attn.layers import MultiHead
-from attn.recurrent.scan import Triple, attend, join, prefix
+from attn.recurrent.scan import SoftmaxState, merge, prefix_scan, prefix_softmax
 
 
 def run(case: Mapping[str, Any]) -> dict[str, np.ndarray]:
@@ -24,11 +24,12 @@ def _core(case):
     if "valid" in case.keys():
         # what stands at padding is the answer over the tokens before it
         s = jnp.where(jnp.asarray(case["valid"])[..., None], s, -jnp.inf)
-    o, back = jax.vjp(jax.jit(lambda s, v: attend(s, v, chunk=4)[1]), s, v)
-    _, triples = prefix(join, Triple(s, (s > -jnp.inf).astype(s.dtype), v), chunk=4)
+    o, back = jax.vjp(jax.jit(lambda s, v: prefix_softmax(s, v, chunk=4)[1]), s, v)
+    leaves = SoftmaxState(s, (s > -jnp.inf).astype(s.dtype), v)
+    _, states = prefix_scan(merge, leaves, chunk=4)
     ds, dv = back(jnp.asarray(case["cotangent"], jnp.float32))
     ds = _resolved(np.asarray(ds, np.float64), case)
-    return {"out": o, "dscores": ds, "dv": dv, **triples._asdict()}
+    return {"out": o, "dscores": ds, "dv": dv, **dict(zip("muw", states))}
 
 
 def _resolved(ds: np.ndarray, case) -> np.ndarray:

@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from attn.parallel.sharding import over_mesh
-from attn.recurrent.lasp import Before, prefix
-from attn.recurrent.linear import across, entering, recur
-from attn.recurrent.noncausal import whole
+from attn.recurrent.lasp import CarryIn, carry_in
+from attn.recurrent.linear import inter_shard, recurrence, token_decays
+from attn.recurrent.noncausal import noncausal
 from attn.softmax import Softmax
 
 # specs: outputs and gradients 2e-5, states 1e-5
@@ -49,16 +49,17 @@ def _pulled(f, q, k, v, d_o) -> dict[str, jax.Array]:
 
 def _masked(q, k, v, g, d_o) -> dict[str, jax.Array]:
     form = "." if g is None else "H"
-    f = over_mesh(lambda *a: across(*a, axis="seq")[1],
+    f = over_mesh(lambda *a: recurrence(*a, axis="seq")[1],
                   f"BTHD BTHD BTHV {form} -> BTHV", "seq")
 
     def states(q, k, v, g, d_o):
-        local, _ = recur(q, k, v, g)
+        local, _ = recurrence(q, k, v, g)
         total = None if g is None else g[None, :, None] * q.shape[1]
         factor = None if total is None else jnp.exp(total)
-        handed = lambda m: prefix(m, factor, None, "seq", alike=True).state
+        handed = lambda m: carry_in(m, factor, None, "seq", alike=True).state
         before, back = jax.vjp(handed, local)
-        read = lambda p: entering(q, g, None, lambda total: Before(p, 1, None))[1]
+        decays = token_decays(g, q.shape[1])
+        read = lambda p: inter_shard(q, decays, None, CarryIn(p, 1, None))
         (d_before,) = jax.vjp(read, before)[1](d_o)
         return tuple(a[None] for a in (local, before, d_before, *back(d_before)))
 
@@ -69,7 +70,7 @@ def _masked(q, k, v, g, d_o) -> dict[str, jax.Array]:
 
 
 def _unmasked(q, k, v, g, d_o) -> dict[str, jax.Array]:
-    f = over_mesh(lambda *a: whole(*a, axis="seq"), "BTHD BSHD BSHV -> BTHV", "seq")
+    f = over_mesh(lambda *a: noncausal(*a, axis="seq"), "BTHD BSHD BSHV -> BTHV", "seq")
 
     def states(q, k, v, d_o):
         sums = lambda a, b: jnp.einsum("bthd,bthv->bhdv", a, b)

@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attn.recurrent.delta_rule import delta_rule
-from attn.recurrent.linear import recur
+from attn.recurrent.delta_rule import recurrence as delta_rule
+from attn.recurrent.linear import recurrence
 
 TOLERANCE = {"out": 2e-5, "state": 2e-5}  # the spec's, section 9
 
@@ -24,7 +24,7 @@ def run(case: Mapping[str, Any]) -> dict[str, np.ndarray]:
     by_channel = jnp.asarray(case["log_decay_channel"])
     retnet = jnp.asarray(case["retnet/log_decay"])
     scale = q.shape[-1] ** -0.5
-    linear = lambda *decay: recur(q * scale, k, v, *decay, chunk=8)
+    linear = lambda *decay: recurrence(q * scale, k, v, *decay, chunk=8)
     rule = lambda *decay: delta_rule(q, k, v, beta, *decay, scale=scale, chunk=8)
     forms = {
         "delta_rule": lambda: rule(),

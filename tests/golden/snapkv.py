@@ -42,7 +42,7 @@ def run(case: Mapping[str, Any]) -> dict[str, np.ndarray]:
         # the mean over the window's queries, as the shared form is stated
         out["pooled_scores_kv"] = by_head / snap.window
     if config["pool"] == "maxpool" and "kept_idx_sorted" in case:
-        kept = _same_worth(kept, np.asarray(case["kept_idx_sorted"]), by_head)
+        kept = _same_importance(kept, np.asarray(case["kept_idx_sorted"]), by_head)
         out["kept_idx_sorted"] = kept
     k_all, v_all = (
         a if shared else jnp.repeat(a, h // a.shape[2], 2) for a in (k, v)
@@ -64,13 +64,14 @@ def run(case: Mapping[str, Any]) -> dict[str, np.ndarray]:
     return {name: np.asarray(a) for name, a in out.items()}
 
 
-def _same_worth(ours, theirs, score):
+def _same_importance(ours, theirs, score):
     """Max pooling makes exact ties at the cut: the stored choice stands if it has the
     same scores as ours, and ours, which then fails, if it has not."""
     window = np.full((*score.shape[:2], ours.max() + 1 - score.shape[2]), 9e9)
     padded = np.concatenate([score, window], 2)
-    worth = lambda kept: np.sort(np.take_along_axis(padded, kept, 2), 2)
-    return theirs if np.allclose(worth(ours), worth(theirs), rtol=1e-5) else ours
+    importance = lambda kept: np.sort(np.take_along_axis(padded, kept, 2), 2)
+    same = np.allclose(importance(ours), importance(theirs), rtol=1e-5)
+    return theirs if same else ours
 
 
 def _same_order(ours, k, stored, score, cut):
@@ -81,8 +82,9 @@ def _same_order(ours, k, stored, score, cut):
     theirs = np.take_along_axis(ours, at, 2)
     window = np.full((*score.shape[:2], k.shape[1] - cut), -1)
     padded = np.concatenate([score, window], 2)
-    worth = lambda kept: np.take_along_axis(padded, kept, 2)
-    return theirs if np.allclose(worth(ours), worth(theirs), rtol=1e-5) else ours
+    importance = lambda kept: np.take_along_axis(padded, kept, 2)
+    same = np.allclose(importance(ours), importance(theirs), rtol=1e-5)
+    return theirs if same else ours
 
 
 def _official_order(kept, score, cut):
@@ -91,6 +93,6 @@ def _official_order(kept, score, cut):
     padded = np.concatenate(
         [score, np.broadcast_to(-big, (*score.shape[:2], big.size))], 2
     )
-    worth = np.take_along_axis(padded, kept, 2)
-    worth = np.where(kept >= cut, -9e9 - kept, worth)
-    return np.take_along_axis(kept, np.argsort(-worth, axis=2, kind="stable"), 2)
+    importance = np.take_along_axis(padded, kept, 2)
+    importance = np.where(kept >= cut, -9e9 - kept, importance)
+    return np.take_along_axis(kept, np.argsort(-importance, axis=2, kind="stable"), 2)

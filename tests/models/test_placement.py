@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 from attn.baseconv import BaseConv
 from attn.lightning import Lightning
 from attn.masks import Causal, Window
+from attn.mixers import Depthwise, LongConv, Static
 from attn.softmax import Softmax
 from experiments.training import mesh as meshes
 from experiments.training.loop import TrainConfig, staged
@@ -19,7 +20,7 @@ from models import placement
 from models.lm import LM
 from models.transnormer import TransNormer
 from models.vocabulary import lookup
-from tests.laws import close
+from tests.laws import ENTRIES, close
 
 # sizes that tell the axes of an array apart: T=24, E=48, vocab 80, hidden 112
 MODEL = LM(vocab=80, width=48, heads=4, hidden=112, attention=(Lightning(), Softmax()))
@@ -68,6 +69,40 @@ def test_the_table_adds_up():
     whole = sum(a.size * 4 for a in jax.tree.leaves(params))
     total = int(text.split()[-1].replace(",", ""))
     assert whole / 8 <= total < whole / 8 * 1.1
+
+
+NETWORKS = {
+    name: LM(
+        vocab=256, width=256, heads=8, out_norm="head", out_gate="silu",
+        attention=(getattr(entry.attention, "module", entry.attention),))
+    for name, entry in ENTRIES.items()
+} | {
+    "baseconv": LM(vocab=256, width=256, heads=8, attention=(BaseConv(),)),
+    "zoology": LM(vocab=256, width=256, heads=8, attention=(BaseConv("zoology"),)),
+    "mixers": LM(vocab=256, width=256, heads=8, attention=(
+        Static(length=64), LongConv(length=64), Depthwise(kernel=17))),
+    "transnormer": TransNormer(vocab=256, width=256, heads=8, tied=False),
+    "example": TransNormer(vocab=256, width=256, heads=8, variant="example"),
+    "untied": LM(vocab=256, width=256, heads=8, tied=False, qk_norm=True),
+}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_no_parameter_is_forgotten(name):
+    """A matrix of 1,024 numbers or more has letters in its class, and is split."""
+    mesh, tokens = devices(2, 2, 2), jax.ShapeDtypeStruct((1, 64), jnp.int32)
+    params = jax.eval_shape(NETWORKS[name].init, jax.random.key(0), tokens)
+    for path, a in jax.tree_util.tree_leaves_with_path(params):
+        name = "/".join(key.key for key in path)
+        if a.ndim > 1 and a.size >= placement.SMALL:
+            assert placement.letters_of(name, a.shape), (name, a.shape)
+            assert placement.spec(name, a.shape, mesh) != P(), (name, a.shape)
+
+
+def test_the_places_in_classes_do_not_contradict_each_other():
+    found = {}
+    for pattern, letters in placement.rules():
+        assert found.setdefault((pattern, len(letters)), letters) == letters, pattern
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from attn.contract import dispatch
-from attn.recurrent.delta_rule import delta_rule
+from attn.recurrent.delta_rule import recurrence as delta_rule
 from pallas_kernels import Refused
 from pallas_kernels.delta.api import delta
 from tests.oracles.delta_rule import B, H, NAMES, close, held, inputs, recurrence

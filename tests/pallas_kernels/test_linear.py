@@ -9,13 +9,12 @@ import pytest
 
 from attn.contract import dispatch
 from attn.parallel.sharding import over_mesh
-from attn.recurrent.linear import across, recur
+from attn.recurrent.linear import recurrence as linear_recurrence
 from pallas_kernels import Refused
 from pallas_kernels.linear import tpu as linear_tpu
 from pallas_kernels.linear.api import linear
-from tests.attn.recurrent import test_linear
-from tests.attn.recurrent.test_linear import (
-    GRADIENT, RUNS, close, inputs, like, per_channel, recurrence
+from tests.oracles.linear import (
+    GRADIENT, H, K, RUNS, close, inputs, like, per_channel, recurrence
 )
 
 BACKENDS = ("tpu", "triton")
@@ -160,11 +159,12 @@ def test_a_long_row(backend, kind, t):
 
 
 @pytest.mark.parametrize("platform", ("tpu", "gpu"))
-def test_recur_takes_it(platform, monkeypatch):
+def test_the_recurrence_takes_it(platform, monkeypatch):
     monkeypatch.setattr(dispatch, "INTERPRETED", platform)
     q, k, v, g, state, *_ = inputs(16, "channel")
     run = jnp.array(RUNS[16], jnp.int32)
-    f = functools.partial(recur, q, k, v, g, state=state, run=run, scale=0.3)
+    f = functools.partial(
+        linear_recurrence, q, k, v, g, state=state, run=run, scale=0.3)
     for a, b in zip(f(implementation="pallas"), f(implementation="xla")):
         close(a, b)
 
@@ -176,19 +176,19 @@ def test_recur_takes_it(platform, monkeypatch):
 def test_sharding_changes_nothing(platform, kind, packed, reverse, monkeypatch):
     monkeypatch.setattr(dispatch, "INTERPRETED", platform)
     q, k, v, g, _, d_o, _ = inputs(16, kind)
-    k, v = (np.repeat(a, test_linear.H // test_linear.K, 2) for a in (k, v))
+    k, v = (np.repeat(a, H // K, 2) for a in (k, v))
     run = jnp.array(RUNS[16], jnp.int32) if packed else None
     form = {None: ".", 1: "H", 3: "BTH", 4: "BTHD"}[None if g is None else g.ndim]
     split = lambda *args: over_mesh(
-        lambda *a: across(*a[:4], run=a[4], axis="seq", reverse=reverse,
-                          implementation="pallas")[1],
+        lambda *a: linear_recurrence(
+            *a[:4], run=a[4], axis="seq", reverse=reverse, implementation="pallas")[1],
         f"BTHD BTKD BTKV {form} BT -> BTHV", "seq")(*args)
 
     def results(f):
         out, back = jax.jit(lambda *a: jax.vjp(f, *a))(q, k, v, g)
         return out, back(d_o)
 
-    want = results(lambda *a: across(*a, run=run, reverse=reverse)[1])
+    want = results(lambda *a: linear_recurrence(*a, run=run, reverse=reverse)[1])
     mesh = jax.make_mesh((1, 4, 2), ("data", "seq", "model"),
                          axis_types=(jax.sharding.AxisType.Auto,) * 3)
     with jax.set_mesh(mesh):

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from attn.contract import dispatch
-from attn.recurrent.scan import Triple, attend, empty
+from attn.recurrent.scan import SoftmaxState, empty, prefix_softmax
 from pallas_kernels import Refused
 from pallas_kernels.scan.api import scan
 from experiments.measure import cost
-from tests.attn.recurrent.test_linear import close
+from tests.oracles.linear import close
 from tests.attn.recurrent.test_scan import B, H, K, RUNS, V, check, inputs
 
 BACKENDS = ("tpu", "triton")
@@ -20,11 +20,11 @@ KERNEL = pytest.mark.parametrize("backend", BACKENDS)
 
 
 def kernel(backend, run=None, chunk=16, dtype=jnp.float32):
-    """f(scores, v, state) -> (triple, o)."""
+    """f(scores, v, state) -> (state, o)."""
     def f(s, v, state):
         last, o = scan(s, v, tuple(state), run=run, chunk=chunk, dtype=dtype,
                        backend=backend, interpret=True)
-        return Triple(*last), o
+        return SoftmaxState(*last), o
 
     return f
 
@@ -52,14 +52,14 @@ def test_scores_of_any_size(backend):
     before, f = empty(B, H, V), jax.jit(kernel(backend))
     for size in (1e4, 1e30):
         o = f(s * size, v, before)[1]
-        close(o, attend(s * size, v, implementation="xla")[1])
+        close(o, prefix_softmax(s * size, v, implementation="xla")[1])
     steps = 40 * np.arange(37, dtype=np.float32)[None, :, None] * np.ones_like(s)
     for ramp in (steps - 500, -steps):
         ramp = jnp.asarray(ramp, jnp.float32)
         do = jnp.asarray(inputs(37)[3])
         pull = lambda g: jax.vjp(lambda s, v: g(s, v)[1], ramp, jnp.asarray(v))[1](do)
         have = pull(lambda s, v: kernel(backend)(s, v, before))
-        want = pull(lambda s, v: attend(s, v, implementation="xla"))
+        want = pull(lambda s, v: prefix_softmax(s, v, implementation="xla"))
         # exact where the greatest score is in the chunk, else to float32's rounding
         for a, b in zip(have, want):
             assert np.abs(a - b).max() <= (1e-6 if ramp[0, 1, 0] > ramp[0, 0, 0] else
@@ -75,18 +75,18 @@ def test_scores_of_any_size(backend):
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_low_precision(dtype, backend):
     s, v, state, d_o, d_state = inputs(37)
-    low, state, back_o = v.astype(dtype), Triple(*state), d_o.astype(dtype)
+    low, state, back_o = v.astype(dtype), SoftmaxState(*state), d_o.astype(dtype)
     f = kernel(backend, dtype=dtype)
     (last, o), back = jax.vjp(f, s, jnp.asarray(low), state)
-    g = lambda s, v, state: attend(s, v, state=state, implementation="xla")
+    g = lambda s, v, state: prefix_softmax(s, v, state=state, implementation="xla")
     (exact, want), pull = jax.vjp(g, s, jnp.asarray(low, jnp.float32), state)
     assert o.dtype == dtype
     unit = float(jnp.finfo(dtype).eps)
     close(o, want, unit)
     for a, b in zip(last, exact):
         close(a, b, 1e-5)  # the sums are those of float32
-    have = back((Triple(*d_state), back_o))
-    grads = pull((Triple(*d_state), back_o.astype(jnp.float32)))
+    have = back((SoftmaxState(*d_state), back_o))
+    grads = pull((SoftmaxState(*d_state), back_o.astype(jnp.float32)))
     assert have[1].dtype == dtype
     close(have[0], grads[0], 2e-5)
     close(have[1], grads[1], unit)
@@ -102,9 +102,9 @@ def test_twice_is_the_same(backend):
     @jax.jit
     def both(*args):
         out, back = jax.vjp(kernel(backend, run), *args)
-        return out, back((Triple(*d_state), d_o))
+        return out, back((SoftmaxState(*d_state), d_o))
 
-    one, two = (both(s, v, Triple(*state)) for _ in range(2))
+    one, two = (both(s, v, SoftmaxState(*state)) for _ in range(2))
     for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(two)):
         assert (np.asarray(a) == np.asarray(b)).all()
 
@@ -113,12 +113,12 @@ def test_twice_is_the_same(backend):
 def test_it_is_picked(platform, monkeypatch):
     monkeypatch.setattr(dispatch, "INTERPRETED", platform)
     s, v, state, *_ = inputs(37)
-    f = functools.partial(attend, s, v, state=Triple(*state))
+    f = functools.partial(prefix_softmax, s, v, state=SoftmaxState(*state))
     have, want = f(implementation="pallas"), f(implementation="xla")
     for a, b in zip(jax.tree.leaves(have), jax.tree.leaves(want)):
         close(a, b)
-    text = str(jax.make_jaxpr(lambda s: attend(s, v, implementation="pallas"))(s))
-    assert "pallas_call" in text
+    g = lambda s: prefix_softmax(s, v, implementation="pallas")
+    assert "pallas_call" in str(jax.make_jaxpr(g)(s))
 
 
 @KERNEL

@@ -1,4 +1,4 @@
-"""The cache: slots, rings, what a policy keeps, what is never silent."""
+"""The cache: slots, rolling slots, what a policy keeps, what is never silent."""
 
 import jax
 import jax.numpy as jnp
@@ -52,10 +52,10 @@ def test_a_new_sequence_forgets_the_old_one():
     assert after.end.tolist() == [2, 8]
 
 
-def test_joined_and_only_current():
+def test_concat_and_only_current():
     cache = filled()
     now = locate(jnp.array([[1, 2, 2], [1, 0, 1]]), B, 3, cache.end, cache.segment)
-    both, runs = caches.joined(cache, *tokens(3, 90), now)
+    both, runs = caches.concat(cache, *tokens(3, 90), now)
     assert both.k.shape[1] == 11 and runs.shape == (B, 11)
     left = caches.only_current(both, runs).pos[..., 0]
     assert left[0].tolist() == [-1] * 9 + [0, 1]
@@ -68,7 +68,7 @@ def test_keeping_the_best_of_each_head_in_order():
     kept = caches.keep(filled(), score, 3)
     assert kept.pos[0].T.tolist() == [[0, 2, 4], [2, 3, 4]]
     assert kept.k[0, :, 1, 0].tolist() == [2, 3, 4] and kept.v.shape == (B, 3, K, V)
-    wide = caches.grown(kept, 5)
+    wide = caches.pad_slots(kept, 5)
     assert wide.pos[0, :, 0].tolist() == [0, 2, 4, -1, -1]
     every = caches.keep(filled(), score, 8)
     assert every.pos[0, :, 0].tolist() == [0, 1, 2, 3, 4, 5, -1, -1]
@@ -79,22 +79,22 @@ def test_keeping_the_best_of_each_head_in_order():
     (Causal() & (Window(4) | Sink(2)), 20, (7, 2, True)),
     (Causal() & Window(30), 20, (20, 0, False)),
 ])
-def test_rings(mask, slots, want):
-    assert tuple(caches.ring(mask, slots)) == want
+def test_rolling_slots(mask, slots, want):
+    assert tuple(caches.rolling_slots(mask, slots)) == want
 
 
-def test_a_ring_uses_slots_again_and_keeps_the_first():
-    ring = caches.Ring(5, 2, True)
+def test_rolling_slots_are_used_again_and_the_first_stay():
+    rolling = caches.RollingSlots(5, 2, True)
     now = locate(None, 1, 9)
-    assert ring.slot(now)[0].tolist() == [0, 1, -1, -1, -1, -1, 3, 4, 2]
-    assert caches.ring(Causal(), 4).slots == 4 and FOREVER > 10**9
+    assert rolling.slot(now)[0].tolist() == [0, 1, -1, -1, -1, -1, 3, 4, 2]
+    assert caches.rolling_slots(Causal(), 4).slots == 4 and FOREVER > 10**9
 
 
 def test_no_room_is_never_silent():
     caches.check_room(jnp.array([3, 4]), 4)
     with pytest.raises(ValueError, match="5 tokens for a memory of 4"):
         caches.check_room(jnp.array([3, 5]), 4)
-    o = jax.jit(lambda end: caches.spoil(jnp.ones((2, 3)), end, 4))(jnp.array([4, 5]))
+    o = jax.jit(lambda end: caches.poison(jnp.ones((2, 3)), end, 4))(jnp.array([4, 5]))
     assert np.isnan(o[1]).all() and (o[0] == 1).all()
 
 

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from attn.delta import Delta
-from attn.recurrent.delta_rule import delta_rule, one
+from attn.recurrent.delta_rule import naive
+from attn.recurrent.delta_rule import recurrence as rule
 from attn.recurrent.triangular import inverse
 from tests.oracles.delta_rule import B, H, RUNS, close, held, inputs, recurrence
 
@@ -35,11 +35,22 @@ def test_it_is_the_recurrence(kind, packed, t):
         g = np.float64(0) if args[4] is None else args[4]
         want, grads = recurrence(
             *args[:4], g, args[5], run, SCALE, d_o, d_state)
-        f = lambda q, k, v, beta, g, state: delta_rule(
+        f = lambda q, k, v, beta, g, state: rule(
             q, k, v, beta, g, state=state, run=run if packed else None, chunk=chunk,
             scale=SCALE, implementation="xla",
         )
         held(*both(f)(args, (d_state, d_o)), want, grads, args[4])
+
+
+@pytest.mark.parametrize("kind, packed", [("none", True), ("token", False)])
+def test_the_loop_is_the_recurrence(kind, packed):
+    *args, d_o, d_state = inputs(37, kind)
+    run = np.array(RUNS[37] if packed else np.ones((B, 37)), np.int32)
+    g = np.float64(0) if args[4] is None else args[4]
+    want, grads = recurrence(*args[:4], g, args[5], run, 1.0, d_o, d_state)
+    f = lambda q, k, v, beta, g, state: naive(
+        q, k, v, beta, g, state=state, run=run if packed else None)
+    held(*both(f)(args, (d_state, d_o)), want, grads, args[4])
 
 
 @pytest.mark.parametrize("kind", ["none", "token"])
@@ -53,37 +64,37 @@ def test_long_rows_stay_exact(kind, alike):
     run, g = np.ones((1, 400), np.int32), args[4]
     want, grads = recurrence(*args[:4], np.float64(0) if g is None else g, args[5],
                              run, 1.0, d_o, d_state)
-    f = lambda q, k, v, beta, g, state: delta_rule(q, k, v, beta, g, state=state)
+    f = lambda q, k, v, beta, g, state: rule(q, k, v, beta, g, state=state)
     held(*both(f)(args, (d_state, d_o)), want, grads, g)
 
 
 def test_the_chunk_is_only_a_tile():
     q, k, v, beta, g, state, *_ = inputs(37, "mixed")
-    want = delta_rule(q, k, v, beta, g, state=state)
+    want = rule(q, k, v, beta, g, state=state)
     for chunk in (1, 7, 1000):
-        for a, b in zip(delta_rule(q, k, v, beta, g, state=state, chunk=chunk), want):
+        for a, b in zip(rule(q, k, v, beta, g, state=state, chunk=chunk), want):
             close(a, b)
 
 
 def test_one_token_is_a_chunk_of_one():
     q, k, v, beta, g, state, *_ = inputs(2)
     for run in (None, np.array([[1, 0], [1, 5]], np.int32)):
-        want, rows = delta_rule(q, k, v, beta, g, state=state, run=run, scale=SCALE)
+        want, rows = rule(q, k, v, beta, g, state=state, run=run, scale=SCALE)
         now = state
         for t in range(2):
             part = (a[:, t:t + 1] for a in (q, k, v, beta, g))
             at = None if run is None else np.minimum(run[:, t:t + 1], t + 1)
-            now, o = one(now, *part, run=at, scale=SCALE)
-            close(o, rows[:, t:t + 1])
+            now, o = naive(*part, state=now, run=at)
+            close(SCALE * o, rows[:, t:t + 1])
         close(now, want)
 
 
 def test_pieces_are_the_whole():
     q, k, v, beta, g, state, *_ = inputs(37)
-    want, rows = delta_rule(q, k, v, beta, g, state=state)
+    want, rows = rule(q, k, v, beta, g, state=state)
     for piece in (1, 4, 16):
         now, outs = state, []
-        step = jax.jit(lambda s, *a: delta_rule(*a, state=s))
+        step = jax.jit(lambda s, *a: rule(*a, state=s))
         for at in range(0, 37, piece):
             part = (a[:, at:at + piece] for a in (q, k, v, beta, g))
             now, o = step(now, *part)
@@ -95,8 +106,8 @@ def test_low_precision_reads_low_and_computes_high():
     q, k, v, beta, g, state, *_ = inputs(37)
     low = tuple(jnp.asarray(a, jnp.bfloat16) for a in (q, k, v))
     with jax.numpy_dtype_promotion("strict"):
-        have = delta_rule(*low, beta, g, state=state, dtype=jnp.bfloat16)
-    want = delta_rule(*(a.astype(jnp.float32) for a in low), beta, g, state=state)
+        have = rule(*low, beta, g, state=state, dtype=jnp.bfloat16)
+    want = rule(*(a.astype(jnp.float32) for a in low), beta, g, state=state)
     assert have[1].dtype == jnp.bfloat16
     close(have[0], want[0]), close(have[1].astype(jnp.float32), want[1], 2**-8)
 
@@ -118,7 +129,7 @@ def test_any_length_is_finite():
     shape = jax.eval_shape(lambda: jnp.zeros((1, 43884, 1, 16)))
     q = jnp.full(shape.shape, 0.25)
     beta, g = jnp.full((1, 43884, 1), 1.9), jnp.full((1, 43884, 1), -1e-4)
-    f = jax.jit(functools.partial(delta_rule, chunk=64))
+    f = jax.jit(functools.partial(rule, chunk=64))
     for a in f(q, q, q, beta, g):
         assert np.isfinite(a).all()
 
@@ -136,71 +147,4 @@ def test_wrong_calls_say_what_was_expected():
     }.items():
         given = {"q": q, "k": k, "v": v, "beta": beta, "log_decay": g} | change
         with pytest.raises(ValueError, match=message):
-            delta_rule(**given)
-
-
-LAYERS = {
-    "plain": Delta(chunk=8), "no_conv": Delta(conv=0, negative=True),
-    "gated": Delta(gated=True, chunk=8), "negative": Delta(gated=True, negative=True),
-}
-SEGMENTS = np.array([[1] * 5 + [2] * 8 + [0] * 3, [0] * 2 + [1] * 6 + [3] * 8])
-
-
-def layer_inputs(t=16):
-    keys = jax.random.split(jax.random.key(0), 4)
-    shapes = (B, t, H, 8), (B, t, 2, 8), (B, t, 2, 12), (B, t, 20)
-    return [jax.random.normal(key, shape) for key, shape in zip(keys, shapes)]
-
-
-@pytest.mark.parametrize("name", LAYERS)
-@pytest.mark.parametrize("packed", [False, True])
-def test_a_stream_of_the_layer_is_the_whole(name, packed):
-    layer, (q, k, v, x) = LAYERS[name], layer_inputs()
-    segments = jnp.asarray(SEGMENTS) if packed else None
-    params = layer.init(jax.random.key(1), q, k, v, x=x)
-    want = jax.jit(lambda *a: layer.apply(params, *a, x=x, segments=segments))(q, k, v)
-    if packed:
-        assert (np.asarray(want)[SEGMENTS == 0] == 0).all()
-        alone = layer.apply(params, *(a[:1, 5:13] for a in (q, k, v)), x=x[:1, 5:13])
-        close(want[:1, 5:13], alone, 1e-5)
-    step = jax.jit(lambda s, seg, x, *a: layer.apply(
-        params, s, *a, x=x, segments=seg, method="step"))
-    for piece in (1, 8):
-        state, outs = layer.init_state(16, q, k, v), []
-        for at in range(0, 16, piece):
-            part = slice(at, at + piece)
-            seg = None if segments is None else segments[:, part]
-            state, o = step(state, seg, *(a[:, part] for a in (x, q, k, v)))
-            outs.append(o)
-        close(jnp.concatenate(outs, 1), want, 1e-5)
-
-
-def test_the_layer_is_its_equation():
-    q, k, v, x = layer_inputs()
-    layer = Delta(gated=True, negative=True, conv=0)
-    params = layer.init(jax.random.key(1), q, k, v, x=x)
-    own = {n: np.asarray(a, np.float64) for n, a in params["params"].items()
-           if n in ("A_log", "dt_bias")}
-    own |= {n: np.asarray(params["params"][n]["kernel"], np.float64)
-            for n in ("beta", "decay")}
-    silu = lambda a: a / (1 + np.exp(-a))
-    unit = lambda a: a / np.sqrt((a * a).sum(-1, keepdims=True) + 1e-6)
-    a = [np.asarray(a, np.float64) for a in (q, k, v, x)]
-    beta = 2 / (1 + np.exp(-a[3] @ own["beta"]))
-    g = -np.exp(own["A_log"]) * np.log1p(np.exp(a[3] @ own["decay"] + own["dt_bias"]))
-    state, zeros = np.zeros((B, H, 8, 12)), np.zeros((B, 16, H, 12))
-    want, _ = recurrence(unit(silu(a[0])), unit(silu(a[1])), silu(a[2]), beta, g, state,
-                         np.ones((B, 16), int), 8**-0.5, zeros, state)
-    close(layer.apply(params, q, k, v, x=x), want[1], 1e-5)
-    assert (0 < np.exp(own["A_log"])).all() and (np.exp(own["A_log"]) <= 16).all()
-
-
-def test_the_layer_says_what_was_expected():
-    q, k, v, x = layer_inputs()
-    with pytest.raises(ValueError, match="Delta: conv=-1"):
-        Delta(conv=-1)
-    for wrong in (None, x[:, :3]):
-        with pytest.raises(ValueError, match="x .*expected the tokens"):
-            Delta().init(jax.random.key(0), q, k, v, x=wrong)
-    with pytest.raises(NotImplementedError, match="pair of segments"):
-        Delta()(q, k, v, x=x, segments=(SEGMENTS, SEGMENTS))
+            rule(**given)

@@ -11,14 +11,13 @@ from attn.contract import dispatch
 from attn.contract.segments import locate
 from attn.lightning import Lightning
 from attn.parallel.sharding import TILE, over_mesh, stacked
-from attn.recurrent.causal import attend, follow
-from attn.recurrent.delta_rule import across as delta_across
-from attn.recurrent.linear import LinearState, across
-from attn.recurrent.noncausal import whole
-from attn.recurrent.shortconv import across as convolved
-from attn.recurrent.shortconv import shortconv
+from attn.recurrent import delta_rule, linear
+from attn.recurrent.causal import linear_attention, linear_attention_step
+from attn.recurrent.linear import LinearState
+from attn.recurrent.noncausal import noncausal
+from attn.recurrent.shortconv import shortconv, shortconvs
 from experiments.measure.collectives import collectives
-from tests.attn.recurrent.test_linear import (
+from tests.oracles.linear import (
     B, D, FORWARD, GRADIENT, H, K, RUNS, V, close, inputs, like, per_channel, recurrence
 )
 from tests.laws import ENTRIES, given
@@ -41,8 +40,8 @@ def letters(g):
 
 
 def split(state, q, k, v, g, run=None, axis="seq", **how):
-    """(state, o) of `across` over the mesh in force."""
-    f = lambda s, q, k, v, g, run: across(
+    """(state, o) of `recurrence` over the mesh in force."""
+    f = lambda s, q, k, v, g, run: linear.recurrence(
         q, k, v, g, state=s, run=run, axis=axis, chunk=4, **how)
     words = f"BHDV BTHD BTKD BTKV {letters(g)} BT -> BHDV BTHV"
     return over_mesh(f, words, axis)(state, q, k, v, g, run)
@@ -97,7 +96,7 @@ def test_two_mesh_axes_are_one():
 @pytest.mark.parametrize("kind", ["none", "channel"])
 def test_a_token_a_shard(kind):
     q, k, v, g, state, *_ = inputs(8, kind)
-    want = across(q, k, v, g, state=state)
+    want = linear.recurrence(q, k, v, g, state=state)
     with jax.set_mesh(mesh(8)):
         have = jax.jit(split)(state, q, k, v, g)
     for a, b in zip(have, want):
@@ -115,7 +114,7 @@ def test_only_padding():
 def test_low_precision_gathers_float32():
     q, k, v, g, state, *_ = inputs(16, "token")
     low = tuple(jnp.asarray(a, jnp.bfloat16) for a in (q, k, v))
-    want = across(*low, g, state=state)
+    want = linear.recurrence(*low, g, state=state)
     f = functools.partial(split, dtype=jnp.bfloat16)
     with jax.set_mesh(mesh(8)), jax.numpy_dtype_promotion("strict"):
         after, o = jax.jit(f)(state, *low, g)
@@ -137,7 +136,8 @@ def test_without_order(shards):
         np.einsum("bskd,bkdv->bskv", b, d_state),
     )
     with jax.set_mesh(mesh(shards)):
-        f = over_mesh(lambda *x: whole(*x, axis="seq"), "BTHD BSKD BSKV -> BTHV", "seq")
+        sums = lambda *x: noncausal(*x, axis="seq")
+        f = over_mesh(sums, "BTHD BSKD BSKV -> BTHV", "seq")
         o, back = jax.vjp(jax.jit(f), q, k, v)
         for x, y in zip((o, *back(d_o)), want):
             close(x, y, GRADIENT)
@@ -146,7 +146,7 @@ def test_without_order(shards):
 def test_reading_backwards_takes_no_state():
     q, k, v, g, state, *_ = inputs(4)
     with pytest.raises(ValueError, match="reverse=True with a state"):
-        across(q, k, v, g, state=state, reverse=True)
+        linear.recurrence(q, k, v, g, state=state, reverse=True)
 
 
 def packed(*numbers):
@@ -178,7 +178,7 @@ def test_one_state_crosses_each_way_whatever_the_length(kind):
     sent = state if beside is None else packed(B * H * D * V, beside)
     shape = {"token": (B, 0, H), "channel": (B, 0, H, D)}.get(kind)
     fixed = -jnp.ones((H,)) if kind == "head" else None
-    f = lambda q, k, v, *g: attend(q, k, v, g[0] if g else fixed, axis="seq")
+    f = lambda q, k, v, *g: linear_attention(q, k, v, g[0] if g else fixed, axis="seq")
     for t in (16, 64):
         shapes = [(B, t, H, D), (B, t, K, D), (B, t, K, V)]
         shapes += [] if shape is None else [(B, t, *shape[2:])]
@@ -240,13 +240,14 @@ def test_a_prompt_that_cannot_be_split_runs_in_the_global_view():
     zero = jnp.zeros((B,), jnp.int32)
     begin = LinearState(jnp.asarray(state), zero, zero + 1)
     with jax.set_mesh(mesh(4)):
-        after, o = jax.jit(lambda *a: follow(*a, axis="seq"))(begin, q, k, v, g)
-    want, rows = follow(begin, q, k, v, g)
+        step = jax.jit(lambda *a: linear_attention_step(*a, axis="seq"))
+        after, o = step(begin, q, k, v, g)
+    want, rows = linear_attention_step(begin, q, k, v, g)
     close(o, rows), close(after.memory, want.memory)
 
 
 def delta_split(state, q, k, v, beta, g, run=None, **how):
-    f = lambda s, q, k, v, beta, g, run: delta_across(
+    f = lambda s, q, k, v, beta, g, run: delta_rule.recurrence(
         q, k, v, beta, g, state=s, run=run, chunk=4, axis="seq", scale=0.5, **how)
     words = f"BHDV BTHD BTKD BTKV BTH {letters(g)} BT -> BHDV BTHV"
     return over_mesh(f, words, "seq")(state, q, k, v, beta, g, run)
@@ -319,8 +320,8 @@ def test_a_short_convolution_over_a_mesh(shards, form):
     words = "BT. BT. .. .. B.. B.. BT -> B.. B.. BT. BT."
 
     def f(a, b, u, w, s, r, run):
-        after, ys = convolved((a, b), (u, w), states=(s, r) if states else None,
-                              run=run, axis=axis)
+        before = (s, r) if states else None
+        after, ys = shortconvs((a, b), (u, w), states=before, run=run, axis=axis)
         return *(after or (None, None)), *ys
 
     with jax.set_mesh(over):

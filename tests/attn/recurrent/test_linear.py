@@ -8,89 +8,13 @@ import numpy as np
 import pytest
 
 from attn.parallel.sharding import over_mesh
-from attn.recurrent.linear import across, one, recur
-from attn.recurrent.noncausal import whole
+from attn.recurrent import linear
+from attn.recurrent.linear import naive
+from attn.recurrent.noncausal import noncausal
 from experiments.measure import cost
-
-B, H, K, D, V = 2, 4, 2, 8, 12
-FORWARD, GRADIENT = 2e-6, 1.5e-5
-DECAYS = ("none", "head", "token", "channel", "strong", "mixed", "mixed channel")
-RUNS = {
-    37: [[1] * 9 + [0] * 3 + [1] * 4 + [17] * 20 + [0], [0] * 4 + [5] * 9 + [14] * 24],
-    16: [[1] * 5 + [6] * 8 + [0] * 3, [0] * 2 + [1] * 6 + [7] * 8],
-    1: [[1], [0]],
-}
-
-
-def recurrence(q, k, v, g, state, run, d_o, d_state):
-    """(state, o) and the gradients of sum(o d_o) + sum(state d_state), in float64."""
-    q, k, v, g, d_o = (np.asarray(a, np.float64) for a in (q, k, v, g, d_o))
-    (b, t, h, _), copies = q.shape, q.shape[2] // k.shape[2]
-    k, v = (np.repeat(a, copies, 2) for a in (k, v))
-    state, grad = (np.asarray(a, np.float64).copy() for a in (state, d_state))
-    after, o, old = np.zeros((t, *state.shape)), np.zeros_like(d_o), {}
-    present = np.ones(b, int)
-    begins = np.zeros((b, t), bool)
-    for i in range(t):
-        real = run[:, i] > 0
-        begins[:, i] = real & (run[:, i] != present)
-        present = np.where(real, run[:, i], present)
-        kept = np.where(begins[:, i, None, None, None], 0, state)
-        old[i] = kept * np.exp(g[:, i])[..., None]
-        new = old[i] + k[:, i, ..., None] * v[:, i, :, None]
-        state = np.where(real[:, None, None, None], new, state)
-        after[i] = state
-        o[:, i] = np.einsum("bhd,bhdv->bhv", q[:, i], state) * real[:, None, None]
-    dq, dk, dv, dg = (np.zeros_like(a) for a in (q, k, v, g))
-    for i in reversed(range(t)):
-        real = (run[:, i] > 0)[:, None, None]
-        d = grad + q[:, i, ..., None] * d_o[:, i, :, None]
-        dq[:, i] = np.einsum("bhdv,bhv->bhd", after[i], d_o[:, i]) * real
-        dk[:, i] = np.einsum("bhdv,bhv->bhd", d, v[:, i]) * real
-        dv[:, i] = np.einsum("bhdv,bhd->bhv", d, k[:, i]) * real
-        dg[:, i] = (old[i] * d).sum(-1) * real
-        passed = np.where(begins[:, i, None, None, None], 0, d)
-        grad = np.where(real[..., None], passed * np.exp(g[:, i])[..., None], grad)
-    share = lambda a: a.reshape(b, t, h // copies, copies, -1).sum(3)
-    return (state, o), (dq, share(dk), share(dv), dg, grad)
-
-
-def inputs(t, kind="none", seed=0, dtype=np.float32):
-    """q, k, v, log_decay, state, d_o, d_state."""
-    rng = np.random.default_rng(seed)
-    normal = lambda *shape: rng.normal(size=shape).astype(dtype)
-    shape = {"head": (H,), "channel": (B, t, H, D), "mixed channel": (B, t, H, D)}
-    uniform = rng.uniform(size=shape.get(kind, (B, t, H))).astype(np.float32)
-    g = None if kind == "none" else -uniform
-    if kind == "strong":
-        g = np.full_like(uniform, -30)
-    if kind.startswith("mixed"):
-        # next to tokens that forget all, others that forget next to nothing
-        g = np.where(uniform < 0.2, -1e9, np.where(uniform < 0.4, -30, -uniform / 99))
-    return (normal(B, t, H, D), normal(B, t, K, D), normal(B, t, K, V),
-            None if g is None else g.astype(np.float32),
-            normal(B, H, D, V), normal(B, t, H, V), normal(B, H, D, V))
-
-
-def per_channel(g, t):
-    """log_decay of any form as [B,T,H,D]."""
-    if g is None:
-        return np.zeros((B, t, H, D))
-    g = g if g.ndim > 1 else g[None, None]
-    return np.broadcast_to(g if g.ndim == 4 else g[..., None], (B, t, H, D))
-
-
-def like(dg, g):
-    """The gradient [B,T,H,D] of `per_channel`, of g itself."""
-    dg = dg if g.ndim == 4 else dg.sum(-1)
-    return dg if g.ndim > 1 else dg.sum((0, 1))
-
-
-def close(a, b, bound=FORWARD):
-    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-    assert a.shape == b.shape and np.isfinite(a).all()
-    error = np.linalg.norm(a - b) / max(np.linalg.norm(b), 1e-30)
-    assert error <= bound, f"{error:.2e}"
+from tests.oracles.linear import (
+    B, D, DECAYS, GRADIENT, H, K, RUNS, V, close, inputs, like, per_channel, recurrence
+)
 
 
 @pytest.mark.parametrize("t", [1, 37])
@@ -103,7 +27,7 @@ def test_it_is_the_recurrence(kind, packed, t):
 
     @functools.partial(jax.jit, static_argnums=0)
     def both(chunk, *args):
-        f = lambda q, k, v, g, state: recur(
+        f = lambda q, k, v, g, state: linear.recurrence(
             q, k, v, g, state=state, run=run if packed else None, chunk=chunk
         )
         out, back = jax.vjp(f, *args)
@@ -120,23 +44,39 @@ def test_it_is_the_recurrence(kind, packed, t):
             close(a, b, GRADIENT)
 
 
+@pytest.mark.parametrize("kind, packed", [
+    ("none", True), ("head", False), ("token", True), ("mixed channel", True),
+])
+def test_the_loop_is_the_recurrence(kind, packed):
+    q, k, v, g, state, d_o, d_state = inputs(37, kind)
+    run = np.array(RUNS[37] if packed else np.ones((B, 37)), np.int32)
+    want, grads = recurrence(q, k, v, per_channel(g, 37), state, run, d_o, d_state)
+    f = lambda q, k, v, g, state: naive(
+        q, k, v, g, state=state, run=run if packed else None)
+    have, back = jax.jit(lambda *a: jax.vjp(f, *a))(q, k, v, g, state)
+    close(have[0], want[0]), close(have[1], want[1])
+    for name, a, b in zip("qkvgs", back((d_state, d_o)), grads):
+        if name != "g" or g is not None:
+            close(a, like(b, g) if name == "g" else b, GRADIENT)
+
+
 @pytest.mark.parametrize("kind", ["head", "mixed channel"])
 def test_the_chunk_is_only_a_tile(kind):
     q, k, v, g, state, *_ = inputs(37, kind)
-    want = recur(q, k, v, g, state=state)
+    want = linear.recurrence(q, k, v, g, state=state)
     for chunk in (1, 7, 1000):
-        for a, b in zip(recur(q, k, v, g, state=state, chunk=chunk), want):
+        for a, b in zip(linear.recurrence(q, k, v, g, state=state, chunk=chunk), want):
             close(a, b)
 
 
 def test_one_token_is_a_chunk_of_one():
     q, k, v, g, state, *_ = inputs(2, "channel")
     for run in (None, np.array([[1, 0], [1, 5]], np.int32)):
-        want, rows = recur(q, k, v, g, state=state, run=run)
+        want, rows = linear.recurrence(q, k, v, g, state=state, run=run)
         for t in range(2):
             now = None if run is None else np.minimum(run[:, t:t + 1], t + 1)
             part = (a[:, t:t + 1] for a in (q, k, v, g))
-            state, o = one(state, *part, run=now)
+            state, o = naive(*part, state=state, run=now)
             close(o, rows[:, t:t + 1])
         close(state, want)
         state = inputs(2, "channel")[4]
@@ -146,9 +86,9 @@ def test_low_precision_keeps_a_float32_state():
     q, k, v, *_ = inputs(37)
     low = [jnp.asarray(a, jnp.bfloat16) for a in (q, k, v)]
     with jax.numpy_dtype_promotion("strict"):
-        state, o = recur(*low)
+        state, o = linear.recurrence(*low)
     assert state.dtype == o.dtype == jnp.float32
-    want = recur(*(a.astype(jnp.float32) for a in low))
+    want = linear.recurrence(*(a.astype(jnp.float32) for a in low))
     close(state, want[0]), close(o, want[1])
 
 
@@ -164,15 +104,15 @@ def test_without_order_every_key_of_the_run_is_seen():
     )
     seen = (q_run[..., None] == kv_run[:, None]) & (kv_run[:, None] > 0)
     args = [jnp.asarray(a, jnp.float32) for a in (q, k, v)]
-    close(whole(*args), weigh(np.ones_like(seen)))
+    close(noncausal(*args), weigh(np.ones_like(seen)))
     runs = (jnp.asarray(a, jnp.int32) for a in (q_run, kv_run))
-    close(whole(*args, **dict(zip(("q_run", "kv_run"), runs))), weigh(seen))
+    close(noncausal(*args, **dict(zip(("q_run", "kv_run"), runs))), weigh(seen))
 
 
 @pytest.mark.parametrize("kind", ["none", "channel"])
 def test_memory_is_linear(kind):
     def f(q, k, v, g):
-        return (recur(q, k, v, g)[1] ** 2).sum()
+        return (linear.recurrence(q, k, v, g)[1] ** 2).sum()
 
     wanted = (0, 1, 2) if kind == "none" else (0, 1, 2, 3)
     sizes = [
@@ -183,10 +123,10 @@ def test_memory_is_linear(kind):
 
 
 def split(q, k, v, g, run, reverse=False):
-    """`across` over the mesh in force."""
+    """`recurrence` over the mesh in force."""
     form = {None: ".", 1: "H", 3: "BTH", 4: "BTHD"}[None if g is None else g.ndim]
     return over_mesh(
-        lambda *a: across(
+        lambda *a: linear.recurrence(
             *a[:4], run=a[4], chunk=4, axis="seq", reverse=reverse)[1],
         f"BTHD BTKD BTKV {form} BT -> BTHV", "seq",
     )(q, k, v, g, run)
@@ -211,7 +151,7 @@ def test_sharding_changes_nothing(sizes, kind, packed, reverse):
             return out, back(d_o)
         return jax.jit(both)(*args)
 
-    want = gradients(lambda *a: across(*a, run=run, reverse=reverse)[1])
+    want = gradients(lambda *a: linear.recurrence(*a, run=run, reverse=reverse)[1])
     mesh = jax.make_mesh(
         sizes, ("data", "seq", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 3
     )
@@ -238,12 +178,12 @@ def test_a_constant_decay_takes_one_gather():
 def test_wrong_calls_say_what_was_expected():
     q, k, v, g, state, *_ = inputs(5, "token")
     with pytest.raises(ValueError, match=r"log_decay .*\(2, 5\): expected \(4,\)"):
-        recur(q, k, v, g[..., 0])
+        linear.recurrence(q, k, v, g[..., 0])
     with pytest.raises(ValueError, match="state .*expected"):
-        recur(q, k, v, g, state=state[:1])
+        linear.recurrence(q, k, v, g, state=state[:1])
     with pytest.raises(ValueError, match="run .*expected"):
-        recur(q, k, v, g, run=jnp.ones((B, 4), jnp.int32))
+        linear.recurrence(q, k, v, g, run=jnp.ones((B, 4), jnp.int32))
     with pytest.raises(ValueError, match="chunk=0: expected"):
-        recur(q, k, v, g, chunk=0)
+        linear.recurrence(q, k, v, g, chunk=0)
     with pytest.raises(ValueError, match="T must be S"):
-        recur(q, k[:, :4], v[:, :4])
+        linear.recurrence(q, k[:, :4], v[:, :4])

@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 
 from attn.parallel.sharding import over_mesh
-from attn.recurrent.scan import Triple, across, attend, empty, join, prefix, total
+from attn.recurrent.scan import (
+    SoftmaxState, empty, merge, prefix_scan, prefix_softmax, total
+)
 from experiments.measure import cost
-from tests.attn.recurrent.test_linear import close
+from tests.oracles.linear import close
 
 B, H, K, V = 2, 4, 2, 12
 GRADIENT = 1.5e-5
@@ -22,7 +24,7 @@ RUNS = {
 
 
 def recurrence(s, v, state, run, d_o, d_state):
-    """(triple, o) and the gradients of sum(o d_o) + du u + dw w, in float64: of s, v,
+    """(state, o) and the gradients of sum(o d_o) + du u + dw w, in float64: of s, v,
     and u and w of the state."""
     s, v, d_o = (np.asarray(a, np.float64) for a in (s, v, d_o))
     (b, t, h), copies = s.shape, s.shape[2] // v.shape[2]
@@ -84,11 +86,11 @@ def inputs(t, seed=0, scale=1.0, offset=0.0, h=H, k=K, width=V, state=True):
 
 
 def check(f, given, run, bound=2e-6, gradient=GRADIENT):
-    """f(scores, v, state) -> (triple, o) and its gradients against the recurrence."""
+    """f(scores, v, state) -> (state, o) and its gradients against the recurrence."""
     s, v, state, d_o, d_state = given
     want, grads = recurrence(s, v, state, run, d_o, d_state)
-    out, back = jax.jit(lambda *a: (lambda o, g: (o, g((Triple(*d_state), d_o))))(
-        *jax.vjp(f, *a)))(s, v, Triple(*state))
+    out, back = jax.jit(lambda *a: (lambda o, g: (o, g((SoftmaxState(*d_state), d_o))))(
+        *jax.vjp(f, *a)))(s, v, SoftmaxState(*state))
     (m, u, w), o = out
     finite = np.isfinite(want[0][0])
     assert (np.isfinite(m) == finite).all() and np.isfinite(o).all()
@@ -96,7 +98,7 @@ def check(f, given, run, bound=2e-6, gradient=GRADIENT):
     for a, b in ((u, want[0][1]), (w, want[0][2]), (o, want[1])):
         close(a, b, bound)
     assert (np.asarray(back[2].m) == 0).all()
-    for a, b in zip((back[0], back[1], back[2].u, back[2].w), grads):
+    for a, b in zip((back[0], back[1], back[2].l, back[2].acc), grads):
         close(a, b, gradient)
 
 
@@ -107,21 +109,21 @@ def test_it_is_the_recurrence(kind, packed, t):
     given = inputs(t, state=kind != "none", scale=30.0 if kind == "wide" else 1.0)
     run = np.array(RUNS[t] if packed else np.ones((B, t)), np.int32)
     for chunk in (16, 64) if t > 1 else (64,):
-        check(lambda s, v, state: attend(
+        check(lambda s, v, state: prefix_softmax(
             s, v, state=state, run=run if packed else None, chunk=chunk), given, run)
 
 
 def test_scores_of_any_size_are_safe():
     s, v, *rest = inputs(37)
     for size in (1e4, -1e4, 1e30, -1e30):
-        o = attend(s * size, v)[1]
+        o = prefix_softmax(s * size, v)[1]
         assert np.isfinite(o).all()
     # differences near 1000 are rounded to 6e-5, in the input, not here
     large = np.float32(1000) + 2 * np.round(s * 1024) / 1024
-    check(lambda s, v, state: attend(s, v, state=state, chunk=16),
+    check(lambda s, v, state: prefix_softmax(s, v, state=state, chunk=16),
           (large, v, *inputs(37, offset=1000.0)[2:]), np.ones((B, 37), int))
     ramp = np.broadcast_to(-500 + 40 * np.arange(37)[None, :, None], s.shape)
-    check(lambda s, v, state: attend(s, v, state=state, chunk=16),
+    check(lambda s, v, state: prefix_softmax(s, v, state=state, chunk=16),
           (ramp.astype(np.float32), v, *rest), np.ones((B, 37), int))
 
 
@@ -129,20 +131,21 @@ def test_minus_infinity_is_padding():
     s, v, _, d_o, _ = inputs(16, state=False)
     run = np.array(RUNS[16], np.int32) > 0
     hidden = jnp.where(run[..., None], s, -jnp.inf)
-    o, back = jax.vjp(lambda s, v: attend(s, v, chunk=8)[1], hidden, jnp.asarray(v))
-    want = attend(s, v, run=run.astype(np.int32))[1]
+    f = lambda s, v: prefix_softmax(s, v, chunk=8)[1]
+    o, back = jax.vjp(f, hidden, jnp.asarray(v))
+    want = prefix_softmax(s, v, run=run.astype(np.int32))[1]
     close(np.where(run[..., None, None], o, 0), want)
     for a in (o, *back(d_o)):
         assert np.isfinite(a).all()
-    nothing, back = jax.vjp(lambda s: attend(s, v)[1], jnp.full_like(s, -jnp.inf))
+    nothing, back = jax.vjp(lambda s: f(s, v), jnp.full_like(s, -jnp.inf))
     assert (np.asarray(nothing) == 0).all() and (np.asarray(back(d_o)[0]) == 0).all()
 
 
 def test_low_precision():
     s, v, _, d_o, _ = inputs(37)
     low = jnp.asarray(v, jnp.bfloat16)
-    o, back = jax.vjp(lambda v: attend(s, v, dtype=jnp.bfloat16)[1], low)
-    exact = attend(s, low)[1]
+    o, back = jax.vjp(lambda v: prefix_softmax(s, v, dtype=jnp.bfloat16)[1], low)
+    exact = prefix_softmax(s, low)[1]
     assert o.dtype == jnp.bfloat16 and back(d_o.astype(o.dtype))[0].dtype == low.dtype
     close(o, exact, 4e-3)
 
@@ -151,15 +154,15 @@ def test_low_precision():
 def test_any_operator_scans(packed):
     s, v, state, *_ = inputs(37, h=K)
     run = jnp.asarray(RUNS[37], jnp.int32) if packed else None
-    leaves = Triple(jnp.asarray(s), jnp.ones_like(s), jnp.asarray(v))
+    leaves = SoftmaxState(jnp.asarray(s), jnp.ones_like(s), jnp.asarray(v))
     if packed:
         leaves = jax.tree.map(lambda a, e: jnp.where(
             run.reshape(B, 37, *[1] * (a.ndim - 2)) > 0, a, e[:, None]), leaves,
             empty(B, K, V))
-    for before in (None, Triple(*state)):
-        last, found = prefix(join, leaves, state=before, run=run, chunk=8)
-        want = attend(s, v, state=before, run=run)
-        o = found.w / jnp.where(found.u > 0, found.u, 1)[..., None]
+    for before in (None, SoftmaxState(*state)):
+        last, found = prefix_scan(merge, leaves, state=before, run=run, chunk=8)
+        want = prefix_softmax(s, v, state=before, run=run)
+        o = found.acc / jnp.where(found.l > 0, found.l, 1)[..., None]
         real = np.ones((B, 37), bool) if run is None else np.asarray(run) > 0
         close(np.where(real[..., None, None], o, 0), want[1])
         for a, b in zip(last, want[0]):
@@ -167,7 +170,7 @@ def test_any_operator_scans(packed):
     # products of matrices do not commute
     a = jnp.asarray(np.random.default_rng(1).normal(size=(B, 37, 3, 3)) / 2)
     product = lambda a, b: jnp.einsum("...ij,...jk->...ik", a, b)
-    last, found = prefix(product, a, run=run, chunk=8)
+    last, found = prefix_scan(product, a, run=run, chunk=8)
     row, rows = np.eye(3), np.ones(37) if run is None else np.asarray(run)[1]
     at = 1
     for i in range(37):
@@ -189,11 +192,11 @@ def mesh(sizes=(1, 4, 2)):
 def test_a_mesh_changes_nothing(packed):
     s, v, _, d_o, _ = inputs(16)
     run = jnp.asarray(RUNS[16] if packed else np.ones((B, 16)), jnp.int32)
-    f = lambda axis: lambda s, v, run: across(
+    f = lambda axis: lambda s, v, run: prefix_softmax(
         s, v, run=run if packed else None, chunk=2, axis=axis)[1]
-    leaves = lambda s, v: Triple(s, jnp.ones_like(s), jnp.repeat(v, H // K, 2))
-    tree = lambda axis: lambda s, v, run: prefix(
-        join, leaves(s, v), run=run, chunk=2, axis=axis)[1].w
+    leaves = lambda s, v: SoftmaxState(s, jnp.ones_like(s), jnp.repeat(v, H // K, 2))
+    tree = lambda axis: lambda s, v, run: prefix_scan(
+        merge, leaves(s, v), run=run, chunk=2, axis=axis)[1].acc
     for form in (f, tree):
         out = lambda g: jax.jit(lambda s, v: (lambda o, b: (o, *b(d_o)))(
             *jax.vjp(lambda s, v: g(s, v, run), s, v)))(s, v)
@@ -208,11 +211,11 @@ def test_a_mesh_changes_nothing(packed):
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_one_triple_crosses_the_mesh(packed):
+def test_one_state_crosses_the_mesh(packed):
     s, v, *_ = inputs(16)
     run = jnp.asarray(RUNS[16], jnp.int32)
-    f = lambda s, v: across(s, v, run=run[:, :s.shape[1]] if packed else None,
-                            axis="seq", chunk=2)[1]
+    f = lambda s, v: prefix_softmax(
+        s, v, run=run[:, :s.shape[1]] if packed else None, axis="seq", chunk=2)[1]
     with jax.set_mesh(mesh()):
         g = over_mesh(f, "BTH BTKV -> BTHV", "seq")
         loss = lambda s, v: (g(s, v) ** 2).sum()
@@ -225,17 +228,17 @@ def test_all_tokens_at_once():
     s, v, _, d_o, d_state = inputs(37)
     run = jnp.asarray(RUNS[37], jnp.int32)
     for r in (None, run):
-        f = lambda s, v: attend(s, v, run=r, state=empty(B, H, V))[0]
+        f = lambda s, v: prefix_softmax(s, v, run=r, state=empty(B, H, V))[0]
         g = functools.partial(total, run=r)
         for a, b in zip(f(s, v), g(s, v)):
             close(a, b)
-        ct = Triple(*d_state)
+        ct = SoftmaxState(*d_state)
         for a, b in zip(*(jax.vjp(x, s, v)[1](ct) for x in (f, g))):
             close(a, b, GRADIENT)
 
 
 def test_the_cost_is_linear():
-    f = lambda s, v: (attend(s, v)[1] ** 2).sum()
+    f = lambda s, v: (prefix_softmax(s, v)[1] ** 2).sum()
     both = jax.grad(f, (0, 1))
     one = lambda t: (jnp.zeros((1, t, H)), jnp.zeros((1, t, K, V)))
     shapes = [jax.eval_shape(functools.partial(one, t)) for t in (2048, 4096, 8192)]
@@ -246,11 +249,11 @@ def test_the_cost_is_linear():
 def test_wrong_calls():
     s, v, *_ = inputs(7)
     for message, call in {
-        r"\[B,T,H\]": lambda: attend(s[..., 0], v),
-        "multiple of K": lambda: attend(s[..., :3], v),
-        "chunk=0": lambda: attend(s, v, chunk=0),
-        "run has": lambda: attend(s, v, run=jnp.ones((B, 3), jnp.int32)),
-        "state holds": lambda: attend(s, v, state=empty(B, H, V + 1)),
+        r"\[B,T,H\]": lambda: prefix_softmax(s[..., 0], v),
+        "multiple of K": lambda: prefix_softmax(s[..., :3], v),
+        "chunk=0": lambda: prefix_softmax(s, v, chunk=0),
+        "run has": lambda: prefix_softmax(s, v, run=jnp.ones((B, 3), jnp.int32)),
+        "state holds": lambda: prefix_softmax(s, v, state=empty(B, H, V + 1)),
     }.items():
         with pytest.raises(ValueError, match=message):
             call()

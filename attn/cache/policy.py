@@ -1,0 +1,76 @@
+"""Policy: exact attention with a cache that keeps the most important tokens.
+
+A prompt is attended to exactly; then every head keeps the `capacity` tokens that the
+policy finds most important, and what is generated afterwards is added and never
+dropped. A policy says one thing, `importance`; slots in order of position, what is kept
+and the room for what comes are the same for all of them:
+
+    class Newest(Policy, Softmax):
+        capacity: int = 320
+
+        def importance(self, q, cache, now):
+            return cache.pos
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from attn.cache import kv as caches
+from attn.cache.kv import Cache
+from attn.contract.segments import TokenPositions, locate
+from attn.contract.shapes import check
+
+
+class Policy:
+    """What stands before `Softmax` among the bases of a policy, which has a field
+    `capacity` and says how important tokens are.
+
+    share_group: the query heads of a group have one cache [B,C,K,D]; otherwise each
+    keeps tokens of its own, and the cache grows to H heads.
+    """
+
+    share_group: Any = True
+
+    def importance(self, q: jax.Array, cache: Cache, now: TokenPositions) -> jax.Array:
+        """How important each slot is, [B,C,K]; the greatest are kept, empty ones last.
+
+        q [B,T,H,D] at `now`: the piece that was just read. cache: all that could be
+        kept, with that piece, in order of position, empty slots behind.
+        """
+        raise NotImplementedError(f"{type(self).__name__} says no importance")
+
+    def init_state(self: Any, size, q, k, v, *, x=None):
+        """An empty memory for a prompt as long as q and the rest of `size` tokens."""
+        prompt = min(q.shape[1], size)
+        slots = min(prompt, self.capacity) + size - prompt
+        k, v = (jax.eval_shape(self._stored, q, a) for a in (k, v))
+        return caches.empty(k, v, slots, per_head=True)
+
+    def step(self: Any, state, q, k, v, *, x=None, segments=None, bias=None, sink=None):
+        """The next T tokens -> state, [B,T,H,V]: one token is appended, a piece is
+        attended to exactly and then compressed to `capacity`."""
+        check(q, k, v, segments=segments, aligned=True)
+        self._check_stream(bias)
+        k, v = self._stored(q, k), self._stored(q, v)
+        caches.check_fits(state, k, v)
+        slots = state.k.shape[1]
+        now = locate(segments, q.shape[0], q.shape[1], state.end, state.segment)
+        both, runs = caches.concat(state, k, v, now)
+        o = self.read(both, runs, q, now, sink=sink)
+        if q.shape[1] == 1:
+            after, used = caches.append_next(state, k, v, now)
+            caches.check_room(used, slots)
+            return after, caches.poison(o, used, slots)
+        # only what goes on afterwards can be kept
+        mine = caches.in_order(caches.only_current(both, runs))
+        size = min(self.capacity, slots, mine.k.shape[1])
+        after = caches.keep(mine, self.importance(q, mine, now), size)
+        return caches.pad_slots(after, slots), o
+
+    def _stored(self, q: jax.Array, a: jax.Array) -> jax.Array:
+        """k or v [B,S,K,.] with as many heads as keep tokens of their own."""
+        return a if self.share_group else jnp.repeat(a, q.shape[2] // a.shape[2], 2)

@@ -30,7 +30,8 @@ from jax.experimental.pallas import triton
 
 from pallas_kernels import Refused, tables
 from pallas_kernels.decode.triton_cache import Arrays, Call, Head
-from pallas_kernels.flash.triton_tile import F32, dot, lanes, load, power
+from pallas_kernels.machine.product import F32, NN, dot
+from pallas_kernels.machine.triton import lanes, load, power
 from pallas_kernels.tile import LOG2E, LOW, NEVER
 
 PARTS = 16  # how many parts the second kernel takes at once
@@ -170,7 +171,7 @@ def _attend(call: Call, x: Arrays, o_ref, lse_ref):
         if x.v_scale is not None:
             p = p * here.beside(x.v_scale, place)[None]
         p = p.astype(queries.parts[0].dtype)
-        outs = [dot(p, v, 1, 0) for v in here.tile(x.v, place)]
+        outs = [dot(p, v, NN) for v in here.tile(x.v, place)]
         return top, total, *(acc * fade + out for acc, out in zip(accs, outs))
 
     full = lambda value: jnp.full((call.rows, 1), value, F32)

@@ -15,7 +15,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from pallas_kernels.decode.triton_unpack import widened
-from pallas_kernels.flash.triton_tile import dot, lanes, load, power
+from pallas_kernels.machine.product import NT, dot
+from pallas_kernels.machine.triton import lanes, load, power
 from pallas_kernels.tile import LOG2E, NEVER, Form, both
 
 
@@ -160,9 +161,9 @@ class Head:
     def logits(self, queries: Queries, k: list[Any], at: At):
         """Logits times log2(e) [rows,columns], NEVER where hidden."""
         call, x, form = self.call, self.x, self.call.form
-        raw = dot(queries.parts[0], k[0], 1, 1)
+        raw = dot(queries.parts[0], k[0], NT)
         if call.bits == 4:
-            raw = raw + dot(queries.parts[1], k[1], 1, 1)
+            raw = raw + dot(queries.parts[1], k[1], NT)
         if x.k_scale is not None:
             raw = raw * self.beside(x.k_scale, at)[None]
         j = at.slot if x.pos is None else self.beside(x.pos, at, -1)

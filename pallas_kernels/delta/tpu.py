@@ -22,9 +22,7 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels.delta.chunk import (
     BLOCK, CHUNK, ROWS, Side, fades, grid, halved, merged, strict
 )
-from pallas_kernels.flash.tpu_tile import F32, dot
-
-NT, NN, TN = ((1,), (1,)), ((1,), (0,)), ((0,), (0,))
+from pallas_kernels.machine.product import F32, NN, NT, TN, dot
 
 
 def inverses(systems: list, exact: bool) -> list:

@@ -39,7 +39,8 @@ from jax.experimental.pallas import triton
 from pallas_kernels.delta import triton_backward as gradients
 from pallas_kernels.delta.chunk import BLOCK, CHUNK, Side, fades, halved, merged, strict
 from pallas_kernels.delta.triton_chunk import Here, part, put, read
-from pallas_kernels.flash.triton_tile import F32, dot, load, power
+from pallas_kernels.machine.product import F32, NN, TN, dot
+from pallas_kernels.machine.triton import load, power
 from pallas_kernels.tables import Tile
 
 
@@ -61,7 +62,7 @@ def inverse(a, block: int):
     x = jnp.where(i == j, 1.0, 0.0)
     x = jax.lax.fori_loop(0, block - 1, out_of_those_below, x)
     x = jnp.where(own, jnp.broadcast_to(x[:, :, None], shape), 0.0)
-    product = halved(lambda x, y: dot(x, y, 1, 0))
+    product = halved(lambda x, y: dot(x, y, NN))
     return merged([x.reshape(CHUNK, CHUNK)], [a], product, block)[0]
 
 
@@ -93,13 +94,13 @@ def _forward(static, heads: int, columns: int, side, q_ref, k_ref, v_ref, x_ref,
         if states_ref:
             put(states_ref[0], (b, h, n), first, held)
         v = here.tokens(v_ref, n, first, columns).astype(F32)
-        r = beta * (v - enter * dot(k, held, 1, 0))
-        u = dot(load(x_ref.at[b, h, n], None, 0), r.astype(k.dtype), 1, 0)
-        o = (static.scale * enter) * dot(q, held, 1, 0)
-        o = o + dot(load(p_ref.at[b, h, n], None, 0), u.astype(k.dtype), 1, 0)
+        r = beta * (v - enter * dot(k, held, NN))
+        u = dot(load(x_ref.at[b, h, n], None, 0), r.astype(k.dtype), NN)
+        o = (static.scale * enter) * dot(q, held, NN)
+        o = o + dot(load(p_ref.at[b, h, n], None, 0), u.astype(k.dtype), NN)
         here.write(o_ref, o, n, first)
         return (here.keep(side, n) * state
-                + dot(k, (leave * u).astype(k.dtype), 0, 0))
+                + dot(k, (leave * u).astype(k.dtype), TN))
 
     start = _begin(start_ref, b, h, first, columns)
     state = jax.lax.fori_loop(0, side.shape[2], step, start)
@@ -120,14 +121,14 @@ def _reverse(static, heads: int, columns: int, side, q_ref, k_ref, do_ref, x_ref
         beta, enter, leave = here.columns(side, n, "beta", "enter", "leave")
         held = grad.astype(k.dtype)
         put(grads_ref, (b, h, n), first, held)
-        du = dot(load(p_ref.at[b, h, n], None, 0), do, 0, 0)
-        du = du + leave * dot(k, held, 1, 0)
-        y = dot(load(x_ref.at[b, h, n], None, 0), du.astype(k.dtype), 0, 0)
+        du = dot(load(p_ref.at[b, h, n], None, 0), do, TN)
+        du = du + leave * dot(k, held, NN)
+        y = dot(load(x_ref.at[b, h, n], None, 0), du.astype(k.dtype), TN)
         here.write(y_ref, y, n, first)
         grad = here.keep(side, n) * grad
-        grad = grad - dot(k, (enter * beta * y).astype(k.dtype), 0, 0)
+        grad = grad - dot(k, (enter * beta * y).astype(k.dtype), TN)
         entered = (static.scale * enter) * do.astype(F32)
-        return grad + dot(q, entered.astype(k.dtype), 0, 0)
+        return grad + dot(q, entered.astype(k.dtype), TN)
 
     end = _begin(end_ref, b, h, first, columns)
     grad = jax.lax.fori_loop(0, many, step, end)

@@ -15,7 +15,8 @@ from jax.experimental.pallas import triton
 
 from pallas_kernels.delta.chunk import CHUNK, ROWS, Side, fades, strict
 from pallas_kernels.delta.triton_chunk import Here, over, part, read
-from pallas_kernels.flash.triton_tile import F32, dot, load
+from pallas_kernels.machine.product import F32, NN, NT, TN, dot
+from pallas_kernels.machine.triton import load
 from pallas_kernels.tables import Tile
 
 
@@ -37,7 +38,7 @@ def values(static, heads: int, tile: Tile, side, q_ref, k_ref, v_ref, do_ref, y_
         v, do, y = (here.tokens(ref, n, first, columns)
                     for ref in (v_ref, do_ref, y_ref))
         r = v.astype(F32) - enter * ks
-        u = dot(load(x_ref.at[b, h, n], None, 0), (beta * r).astype(low), 1, 0)
+        u = dot(load(x_ref.at[b, h, n], None, 0), (beta * r).astype(low), NN)
         dr = beta * y.astype(F32)
         here.write(dv_ref, dr, n, first)
         here.write(left_ref, leave * u, n, first)
@@ -45,8 +46,8 @@ def values(static, heads: int, tile: Tile, side, q_ref, k_ref, v_ref, do_ref, y_
         denter = denter - (dr * ks).sum(1)
         dleave = dleave + (u * kd).sum(1)
         u = u.astype(low)
-        return (dbeta, denter, dleave, kept, dp + dot(do, u, 1, 1),
-                da - dot(y, u, 1, 1))
+        return (dbeta, denter, dleave, kept, dp + dot(do, u, NT),
+                da - dot(y, u, NT))
 
     square, zeros = jnp.zeros((CHUNK, CHUNK), F32), jnp.zeros((CHUNK,), F32)
     dbeta, denter, dleave, kept, dp, da = over(
@@ -81,7 +82,7 @@ def _by_state(here, n, tile: Tile, first, k_ref, states_ref, grads_ref, kept):
         held, ds = (read(part(ref, (here.b, here.h, n), i * rows, rows, first, columns))
                     for ref in (states_ref, grads_ref))
         kept = kept + (held.astype(F32) * ds.astype(F32)).sum(1)
-        return ks + dot(k, held, 1, 0), kd + dot(k, ds, 1, 0), kept
+        return ks + dot(k, held, NN), kd + dot(k, ds, NN), kept
 
     zeros = jnp.zeros((CHUNK, columns), F32)
     return over(k_ref.shape[3], rows, step, (zeros, zeros, kept))
@@ -107,8 +108,8 @@ def keys(static, heads: int, tile: Tile, side, q_ref, k_ref, do_ref, y_ref, left
         held, ds = (read(part(ref, (b, h, n), top, rows, first, columns))
                     for ref in (states_ref, grads_ref))
         dr = (enter * beta * y.astype(F32)).astype(y.dtype)
-        dk = dk + dot(left, ds, 1, 1) - dot(dr, held, 1, 1)
-        return from_state + dot(do, held, 1, 1), dk
+        dk = dk + dot(left, ds, NT) - dot(dr, held, NT)
+        return from_state + dot(do, held, NT), dk
 
     zeros = jnp.zeros((CHUNK, rows), F32)
     from_state, dk = over(do_ref.shape[3], columns, step, (zeros, zeros))
@@ -116,5 +117,5 @@ def keys(static, heads: int, tile: Tile, side, q_ref, k_ref, do_ref, y_ref, left
     from_state = static.scale * from_state
     triton.store(denter_ref.at[b, h, at, n], (q.astype(F32) * from_state).sum(1))
     dp, dkk = (load(ref.at[b, h, n], None, 0) for ref in (dp_ref, dkk_ref))
-    here.write(dq_ref, enter * from_state + dot(dp, k, 1, 0), n, top)
-    here.write(dk_ref, dk + dot(dp, q, 0, 0) + dot(dkk, k, 1, 0), n, top)
+    here.write(dq_ref, enter * from_state + dot(dp, k, NN), n, top)
+    here.write(dk_ref, dk + dot(dp, q, TN) + dot(dkk, k, NN), n, top)

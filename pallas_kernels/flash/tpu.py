@@ -27,9 +27,9 @@ from pallas_kernels import tables
 from pallas_kernels.flash.tpu_bias import bias_gradient
 from pallas_kernels.flash.tpu_portions import Portion, joined
 from pallas_kernels.flash.tpu_tile import (
-    F32, Arrays, Call, Here, Scalars, cut, dot, held, launch, put, scalars, specs,
-    unpack
+    Arrays, Call, Here, Scalars, cut, held, launch, put, scalars, specs, unpack
 )
+from pallas_kernels.machine.product import F32, NN, TN, dot
 from pallas_kernels.schedule import (
     Paths, Side, Static, Tiling, all_tiles, paths, visits
 )
@@ -147,7 +147,7 @@ def _forward(call: Call, info, x: Arrays, o_ref, lse_ref, m_ref, l_ref, acc_ref)
             drop = here.drop(part)
             p = p if drop is None else p * drop
             v = x.v[0, 0, part.keys]
-            new = cut(acc, part) * fade + dot(v, p.astype(v.dtype), ((0,), (0,)))
+            new = cut(acc, part) * fade + dot(v, p.astype(v.dtype), TN)
             m, acc = put(m, top, part), put(acc, new, part)
         m_ref[...], l_ref[...], acc_ref[...] = m, total, acc
 
@@ -188,10 +188,10 @@ def _by_column(call: Call, info, x: Arrays, *refs):
             q, do = x.q[0, 0, part.queries], x.do[0, 0, part.queries]
             p, _, ds = here.again(part, masked)
             ds = ds.astype(q.dtype)
-            dv_ref[part.keys] += dot(p.astype(do.dtype), do, ((1,), (0,)))
-            dk_ref[part.keys] += dot(ds, q, ((1,), (0,)))
+            dv_ref[part.keys] += dot(p.astype(do.dtype), do, NN)
+            dk_ref[part.keys] += dot(ds, q, NN)
             if dq is not None:
-                more = dot(x.k[0, 0, part.keys], ds, ((0,), (0,)))
+                more = dot(x.k[0, 0, part.keys], ds, TN)
                 dq = put(dq, cut(dq, part) + more, part)
         if dq_ref is not None:
             dq_ref[at] = dq
@@ -224,7 +224,7 @@ def _by_row(call: Call, info, x: Arrays, dq_ref, acc_ref):
         acc = acc_ref[...]
         for part in parts:
             k, ds = x.k[0, 0, part.keys], here.again(part, masked)[2]
-            more = dot(k, ds.astype(k.dtype), ((0,), (0,)))
+            more = dot(k, ds.astype(k.dtype), TN)
             acc = put(acc, cut(acc, part) + more, part)
         acc_ref[...] = acc
 

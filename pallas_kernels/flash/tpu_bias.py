@@ -13,8 +13,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.flash.tpu_tile import (
-    F32, Arrays, Call, Here, Scalars, column, launch, scalars, specs, unpack
+    Arrays, Call, Here, Scalars, launch, scalars, specs, unpack
 )
+from pallas_kernels.machine.product import F32
+from pallas_kernels.machine.tpu import column
 from pallas_kernels.schedule import Side
 
 

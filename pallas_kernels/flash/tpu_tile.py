@@ -15,10 +15,10 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.machine.product import F32, NT, dot
+from pallas_kernels.machine.tpu import column
 from pallas_kernels.schedule import FULL, MASKED, Part, Paths, Tiling, Visits
 from pallas_kernels.tile import LOG2E, NEVER, Form, both, kept
-
-F32 = jnp.float32
 
 
 class Arrays(NamedTuple):
@@ -132,7 +132,7 @@ class Here:
     def logits(self, part: Part, masked: bool):
         """Logits times log2(e) of a part [keys,queries], NEVER where hidden."""
         t, form, x = self.call.tiling, self.call.form, self.x
-        raw = dot(x.k[0, 0, part.keys], x.q[0, 0, part.queries], ((1,), (1,)))
+        raw = dot(x.k[0, 0, part.keys], x.q[0, 0, part.queries], NT)
         i = j = None
         if masked or form.score is not None:
             i, j = self.positions(part)
@@ -177,7 +177,7 @@ class Here:
         x = self.x
         s, slope = self.logits(part, masked)
         p = jnp.exp2(s - x.lse[0, 0, :, part.queries])
-        dp = dot(x.v[0, 0, part.keys], x.do[0, 0, part.queries], ((1,), (1,)))
+        dp = dot(x.v[0, 0, part.keys], x.do[0, 0, part.queries], NT)
         drop = self.drop(part)
         dropped, dp = (p, dp) if drop is None else (p * drop, dp * drop)
         ds = p * (dp - x.delta[0, 0, :, part.queries])
@@ -202,11 +202,6 @@ def unpack(word):
     return word >> 16, word & 0xFFFF
 
 
-def column(row):
-    """[1,n] -> [n,1]."""
-    return jnp.broadcast_to(row, (8, row.shape[1])).T[:, :1]
-
-
 def cut(a, part: Part):
     """What belongs to a part's queries of a [n,rows]."""
     return a if part.end_query - part.first_query == a.shape[1] else a[:, part.queries]
@@ -218,14 +213,6 @@ def put(a, new, part: Part):
         return new
     sides = a[:, :part.first_query], new, a[:, part.end_query:]
     return jnp.concatenate([side for side in sides if side.shape[1]], 1)
-
-
-def dot(a, b, contract):
-    """A matrix product into float32; float32 operands are not rounded."""
-    precision = jax.lax.Precision.HIGHEST if a.dtype == F32 else None
-    return jax.lax.dot_general(
-        a, b, (contract, ((), ())), precision=precision, preferred_element_type=F32
-    )
 
 
 def specs(call: Call, x: Arrays, outer, inner, head, batch) -> Arrays:

@@ -17,9 +17,9 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
-from pallas_kernels.flash.triton_tile import (
-    F32, Arrays, Call, Here, dot, launch, lines, over, write, zeros
-)
+from pallas_kernels.flash.triton_tile import Arrays, Call, Here, launch, lines, over
+from pallas_kernels.machine.product import F32, NN, dot
+from pallas_kernels.machine.triton import write, zeros
 from pallas_kernels.schedule import SKIP, Side, Static, Tiling
 from pallas_kernels.tile import LOG2E, LOW, NEVER
 
@@ -97,7 +97,7 @@ def _forward(call: Call, x: Arrays, seen, o_ref, lse_ref):
         drop = here.drop(row, column)
         p = p if drop is None else p * drop
         p = p.astype(x.v.dtype)
-        acc = tuple(a * fade[:, None] + dot(p, v, 1, 0)
+        acc = tuple(a * fade[:, None] + dot(p, v, NN)
                     for a, v in zip(acc, here.keys(x.v, column)))
         return top, total, acc
 
@@ -130,8 +130,8 @@ def _by_column(call: Call, x: Arrays, seen, dk_ref, dv_ref):
             q, do = here.queries(x.q, row), here.queries(x.do, row)
             p, _, ds = here.again(q, k, v, do, row, column, masked)
             p, ds = p.astype(x.do.dtype), ds.astype(x.q.dtype)
-            dv = tuple(a + dot(p, part, 1, 0) for a, part in zip(dv, do))
-            return tuple(a + dot(ds, part, 1, 0) for a, part in zip(dk, q)), dv
+            dv = tuple(a + dot(p, part, NN) for a, part in zip(dv, do))
+            return tuple(a + dot(ds, part, NN) for a, part in zip(dk, q)), dv
 
         return over(seen, b, column, step, carry)
 
@@ -154,7 +154,7 @@ def _by_row(call: Call, x: Arrays, seen, dq_ref):
     def step(column, masked, dq):
         k, v = here.keys(x.k, column), here.keys(x.v, column)
         ds = here.again(q, k, v, do, row, column, masked)[2].astype(x.k.dtype)
-        return tuple(a + dot(ds, part, 1, 0) for a, part in zip(dq, k))
+        return tuple(a + dot(ds, part, NN) for a, part in zip(dq, k))
 
     dq = over(seen, b, row, step, zeros(rows, dq_ref.shape[3]))
     write(dq_ref, [a * call.form.scale for a in dq], b, row * rows, rows, h)

@@ -20,17 +20,10 @@ from typing import Any, Callable, NamedTuple
 import jax
 import jax.numpy as jnp
 
-F32, BF16 = jnp.float32, jnp.bfloat16
+from pallas_kernels.machine.product import F32, NN, NT, TN, dot
+
+BF16 = jnp.bfloat16
 FLOOR = -128.0  # exp of it is 0 in float32
-
-
-def dot(a, b, left: int, right: int):
-    """A matrix product over the given axes into float32; float32 is not rounded."""
-    precision = jax.lax.Precision.HIGHEST if a.dtype == F32 else None
-    return jax.lax.dot_general(
-        a, b, (((left,), (right,)), ((), ())), precision=precision,
-        preferred_element_type=F32,
-    )
 
 
 def thirds(x) -> list[Any]:
@@ -50,17 +43,17 @@ def chosen(where):
     return jnp.where(where, 1.0, 0.0).astype(BF16)
 
 
-def add_up(where, x, left: int = 1):
-    """sum_t where[i,t] x[t,n] -> [i,n] float32; left = 0: where[t,i]."""
+def add_up(where, x, contract=NN):
+    """sum_t where[i,t] x[t,n] -> [i,n] float32; TN: where[t,i]."""
     w = chosen(where)
-    high, middle, low = (dot(w, part, left, 0) for part in thirds(x))
+    high, middle, low = (dot(w, part, contract) for part in thirds(x))
     return (low + middle) + high
 
 
 def add_columns(x, where):
     """sum_t x[i,t] where[t,n] -> [i,n] float32."""
     w = chosen(where)
-    high, middle, low = (dot(part, w, 1, 0) for part in thirds(x))
+    high, middle, low = (dot(part, w, NN) for part in thirds(x))
     return (low + middle) + high
 
 
@@ -104,7 +97,7 @@ class Still:
 
     def pairs(self, q, k):
         """[c,c] float32, 0 for j > i."""
-        return dot(q, k, 1, 1) * self.within()
+        return dot(q, k, NT) * self.within()
 
     def back(self, q, k, dp, entered, left, held) -> Gradients:
         """Gradients from dp [c,c], the cotangent of pairs; entered, left [c,D]: those
@@ -113,9 +106,9 @@ class Still:
         within = self.within()
         ds = (dp * within).astype(q.dtype)
         from_state, to_state = self.enter(entered), self.leave(left)
-        dg = self.decay(lambda: dot(q, k, 1, 1) * within * dp, q, k, from_state,
+        dg = self.decay(lambda: dot(q, k, NT) * within * dp, q, k, from_state,
                         to_state, held)
-        return Gradients(dot(ds, k, 1, 0) + from_state, dot(ds, q, 0, 0) + to_state, dg)
+        return Gradients(dot(ds, k, NN) + from_state, dot(ds, q, TN) + to_state, dg)
 
     def decay(self, weigh, q, k, from_state, to_state, held):
         """The gradient of the decays; weigh() -> pairs times their cotangents."""
@@ -232,7 +225,7 @@ class Channels(Still):
 
     def spread(self, s, x):
         """The gradient of g from that of decays(s)."""
-        return add_up(between(self.i, self.j, s), x, 0)
+        return add_up(between(self.i, self.j, s), x, TN)
 
     def paired(self, s):
         """[i,j]: whether a pair belongs to level s."""
@@ -264,7 +257,7 @@ class Channels(Still):
     def more_pairs(self, s, found, q, k):
         """`found` with the pairs of a level put in."""
         _, near, far = self.at(s, q, k)
-        return jnp.where(self.paired(s), self.scale * dot(near, far, 1, 1), found)
+        return jnp.where(self.paired(s), self.scale * dot(near, far, NT), found)
 
     def back(self, q, k, dp, entered, left, held) -> Gradients:
         step = lambda s, found: self.more_back(s, found, q, k, dp)
@@ -283,7 +276,7 @@ class Channels(Still):
         """`found` and the gradients from the pairs of a level."""
         fade, near, far = self.at(s, q, k)
         ds = jnp.where(self.paired(s), self.scale * dp, 0.0).astype(q.dtype)
-        to_q, to_k = dot(ds, far, 1, 0) * fade, dot(ds, near, 0, 0) * fade
+        to_q, to_k = dot(ds, far, NN) * fade, dot(ds, near, TN) * fade
         more = self.spread(s, q.astype(F32) * to_q + k.astype(F32) * to_k)
         return Gradients(found.dq + to_q, found.dk + to_k, found.dg + more)
 

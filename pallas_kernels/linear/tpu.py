@@ -25,17 +25,17 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.linear.chunk import F32, dot
 from pallas_kernels.linear.tpu_block import (
     Arrays, Call, Here, arrays, specs, tokens, turned
 )
+from pallas_kernels.machine.product import F32, NN, NT, TN, dot
 
 
 def _states(fades, rows, s) -> list[Any]:
     """The states before each chunk and after the last; rows: k and v of each."""
     found = [s]
     for fade, (k, v) in zip(fades, rows):
-        more = dot(v, fade.leave(k).astype(k.dtype), 0, 0)
+        more = dot(v, fade.leave(k).astype(k.dtype), TN)
         found.append(fade.kept(found[-1]) + more)
     return found
 
@@ -59,8 +59,8 @@ def _forward(call: Call, x: Arrays, outs, scratch):
     *states, last = _states(fades, zip(k, v), s_ref[...])
     s_ref[...] = last
     for m, at in enumerate(here.chunks):
-        o = dot(low(fades[m].enter(q[m])), low(states[m]), 1, 1)
-        o_ref[0, 0, at] = (o + dot(pairs[m], v[m], 1, 0)).astype(o_ref.dtype)
+        o = dot(low(fades[m].enter(q[m])), low(states[m]), NT)
+        o_ref[0, 0, at] = (o + dot(pairs[m], v[m], NN)).astype(o_ref.dtype)
 
     @pl.when(n == pl.num_programs(2) - 1)
     def _finish():
@@ -86,13 +86,13 @@ def _backward(call: Call, x: Arrays, outs, scratch):
     states = _states(fades, zip(k[:-1], v), x.begun[0, 0, 0])
     ds = [ds_ref[g]]
     for m in reversed(range(len(q))):
-        more = dot(do[m], low(fades[m].enter(q[m])), 0, 0)
+        more = dot(do[m], low(fades[m].enter(q[m])), TN)
         ds.insert(0, fades[m].kept(ds[0]) + more)
     before, *ds = ds
     ds_ref[g] = before
-    dv = [dot(p, a, 0, 0) + dot(low(fade.leave(b)), low(own), 1, 1)
+    dv = [dot(p, a, TN) + dot(low(fade.leave(b)), low(own), NT)
           for p, a, fade, b, own in zip(pairs, do, fades, k, ds)]
-    given = [(dot(a, b, 1, 1), dot(a, low(s), 1, 0), dot(b, low(own), 1, 0),
+    given = [(dot(a, b, NT), dot(a, low(s), NN), dot(b, low(own), NN),
               (s * own).sum(0, keepdims=True))
              for a, b, s, own in zip(do, v, states, ds)]
     found = here.back(fades, qk, given)

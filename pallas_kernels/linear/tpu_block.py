@@ -10,9 +10,10 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.flash.tpu_tile import column
 from pallas_kernels.linear import tpu_channels as channels
-from pallas_kernels.linear.chunk import F32, FLOOR, Steady, Still, Tokens
+from pallas_kernels.linear.chunk import FLOOR, Steady, Still, Tokens
+from pallas_kernels.machine.product import F32
+from pallas_kernels.machine.tpu import column
 
 
 class Call(NamedTuple):

@@ -15,8 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.linear.chunk import (
-    BF16, F32, Channels, Gradients, between, dot, levels, thirds
+    BF16, Channels, Gradients, between, levels, thirds
 )
+from pallas_kernels.machine.product import F32, NN, dot
 
 
 def names(c: int) -> list[Any]:
@@ -67,7 +68,7 @@ def joint(c: int, scale: float, g: Sequence[Any], matrix) -> list[Joint]:
     """The chunks of a block, from their log decays [c,D]."""
     width = g[0].shape[1]
     beside = jnp.concatenate(list(g), 1)
-    found = dot(matrix[...], jnp.concatenate(thirds(beside), 0), 1, 0)
+    found = dot(matrix[...], jnp.concatenate(thirds(beside), 0), NN)
     masks: dict[Any, Any] = {}
     return [
         Joint(c, scale, own, {
@@ -95,7 +96,7 @@ def back(fades: Sequence[Joint], rows, given, matrix) -> list[Gradients]:
               for s in names(fades[0].c)]
     dg = jnp.zeros((fades[0].c, beside[0].shape[1]), F32)
     for part in reversed(thirds(jnp.concatenate(beside, 0))):
-        dg = dg + dot(matrix[...], part, 1, 0)
+        dg = dg + dot(matrix[...], part, NN)
     width = fades[0].g.shape[1]
     return [one._replace(dg=one.dg + dg[:, n * width:(n + 1) * width])
             for n, one in enumerate(found)]

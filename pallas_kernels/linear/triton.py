@@ -25,8 +25,9 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
-from pallas_kernels.flash.triton_tile import load, power
-from pallas_kernels.linear.chunk import F32, FLOOR, Channels, Steady, Still, Tokens, dot
+from pallas_kernels.linear.chunk import FLOOR, Channels, Steady, Still, Tokens
+from pallas_kernels.machine.product import F32, NN, NT, TN, dot
+from pallas_kernels.machine.triton import load, power
 from pallas_kernels.tile import both
 
 MOST = 128  # key channels in registers at a time
@@ -149,7 +150,7 @@ def _states(call: Call, reverse: bool, x: Arrays, each_ref, last_ref):
         else:
             value = here.rows(x.v, here.kv, v0, tall)
             key = fade.leave(here.rows(x.k, here.kv, d0, wide))
-        return fade.kept(s) + dot(value, key.astype(value.dtype), 0, 0)
+        return fade.kept(s) + dot(value, key.astype(value.dtype), TN)
 
     begin = triton.load(x.state.at[b, h, *tile])
     s = jax.lax.fori_loop(0, call.chunks, step, begin)
@@ -178,7 +179,7 @@ def _add_up(call: Call, x: Arrays, here: Here, n, first, state, key: bool):
         s = triton.load(state.at[here.b, here.h, n, *tile])
         fade = here.fade(d0, width)
         a = (fade.leave(k) if key else fade.enter(q)).astype(q.dtype)
-        return carry[0] + fade.pairs(q, k), carry[1] + dot(a, s, 1, 1)
+        return carry[0] + fade.pairs(q, k), carry[1] + dot(a, s, NT)
 
     zeros = lambda width: jnp.zeros((call.c, width), F32)
     carry = zeros(call.c), zeros(call.values)
@@ -190,7 +191,7 @@ def _outputs(call: Call, x: Arrays, o_ref):
     here, h, n, first = _place(call, x)
     pairs, o = _add_up(call, x, here, n, first, x.state, False)
     v = here.rows(x.v, here.kv, first, call.values)
-    here.write(o_ref, o + dot(pairs.astype(v.dtype), v, 1, 0), h, first)
+    here.write(o_ref, o + dot(pairs.astype(v.dtype), v, NN), h, first)
 
 
 def _values(call: Call, x: Arrays, dv_ref):
@@ -198,7 +199,7 @@ def _values(call: Call, x: Arrays, dv_ref):
     here, h, n, first = _place(call, x)
     pairs, dv = _add_up(call, x, here, n, first, x.d_state, True)
     do = here.rows(x.do, h, first, call.values)
-    here.write(dv_ref, dv + dot(pairs.astype(do.dtype), do, 0, 0), h, first)
+    here.write(dv_ref, dv + dot(pairs.astype(do.dtype), do, TN), h, first)
 
 
 def _keys(call: Call, x: Arrays, dq_ref, dk_ref, *dg_ref):
@@ -217,8 +218,8 @@ def _keys(call: Call, x: Arrays, dq_ref, dk_ref, *dg_ref):
         tile = pl.ds(first, call.values), pl.ds(d0, call.keys)
         s, ds = (triton.load(a.at[b, h, n, *tile]) for a in (x.state, x.d_state))
         together = (s.astype(F32) * ds.astype(F32)).sum(0, keepdims=True)
-        return (dp + dot(do, v, 1, 1), entered + dot(do, s, 1, 0),
-                left + dot(v, ds, 1, 0), held + together)
+        return (dp + dot(do, v, NT), entered + dot(do, s, NN),
+                left + dot(v, ds, NN), held + together)
 
     zeros = lambda *shape: jnp.zeros(shape, F32)
     carry = (zeros(call.c, call.c), zeros(call.c, call.keys),

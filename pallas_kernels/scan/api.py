@@ -20,9 +20,8 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import Refused, tables
+from pallas_kernels.machine.product import F32, NN, NT, dot
 from pallas_kernels.refusals import DTYPES, WIDEST, check_device
-
-F32 = jnp.float32
 
 
 class Static(NamedTuple):
@@ -152,18 +151,18 @@ def asked(p, a, r, share, before, u_in):
     return p * (a - delta), p, level + delta
 
 
-def weighted(dot, p, v, axis: int):
-    """p v, with float32 weights p contracted over `axis` and v over its first, into
-    float32: a narrower v is exact, and p goes in two halves of its type."""
+def weighted(p, v):
+    """p v into float32, with float32 weights p: a narrower v is exact, and p goes in
+    two halves of its type."""
     if v.dtype == F32:
-        return dot(p, v, axis, 0)
+        return dot(p, v, NN)
     high = p.astype(v.dtype)
     low = (p - high.astype(F32)).astype(v.dtype)
-    return dot(high, v, axis, 0) + dot(low, v, axis, 0)
+    return dot(high, v, NN) + dot(low, v, NN)
 
 
-def product(dot, a, b, left: int, right: int):
-    """a b over the given axes, in the wider type of the two."""
+def product(a, b):
+    """a b^T, in the wider type of the two."""
     if a.dtype != b.dtype:
         a, b = a.astype(F32), b.astype(F32)
-    return dot(a, b, left, right)
+    return dot(a, b, NT)

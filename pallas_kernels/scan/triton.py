@@ -18,9 +18,10 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
-from pallas_kernels.flash.triton_tile import block, dot, load, pieces, write, zeros
+from pallas_kernels.machine.product import F32
+from pallas_kernels.machine.triton import block, load, pieces, write, zeros
 from pallas_kernels.scan.api import (
-    F32, Saved, asked, fade, inverse, product, weighted, weights
+    Saved, asked, fade, inverse, product, weighted, weights
 )
 
 LOWEST = -jnp.inf
@@ -148,7 +149,7 @@ def _forward(c, x: Arrays, o_ref, m_ref, u_ref):
     r = inverse(u, code)[:, None]
     o = []
     for v, w in zip(here.tile(x.v, h // group), here.wide(x.w_in, h)):
-        o.append((weighted(dot, p, v, 1) + share[:, None] * w[None]) * r)
+        o.append((weighted(p, v) + share[:, None] * w[None]) * r)
     write(o_ref, o, here.b, here.start, c, h)
     for ref, value in ((m_ref, m), (u_ref, u)):
         here.put_line(ref.at[here.b, h, pl.ds(here.start, c)], value)
@@ -171,7 +172,7 @@ def _inside(c, x: Arrays, ds_ref, dv_ref, g_ref, h_ref):
             m_in = jnp.where(present == x.run_in[here.b, here.n], m_in, LOWEST)
             own = jnp.where(present == x.run[here.b, here.n], m, jnp.inf)
         share, weight = fade(m_in, m), fade(here.one(x.ref, h), own) * r
-        parts = [product(dot, v, d, 1, 1) for v, d in zip(values, do)]
+        parts = [product(v, d) for v, d in zip(values, do)]
         a = functools.reduce(operator.add, parts)
         before = functools.reduce(operator.add, [
             (d.astype(F32) * w[None]).sum(1)
@@ -182,7 +183,7 @@ def _inside(c, x: Arrays, ds_ref, dv_ref, g_ref, h_ref):
         here.put_line(ds_ref.at[here.b, pl.ds(here.start, c), h], ds.sum(1))
         here.put(g_ref, [(weight[:, None] * d.astype(F32)).sum(0) for d in do], h)
         h_ref[here.b, h, here.n] = (weight * delta.sum(0)).sum(0)
-        return tuple(a + weighted(dot, p, d, 1) for a, d in zip(dv, do))
+        return tuple(a + weighted(p, d) for a, d in zip(dv, do))
 
     dv = jax.lax.fori_loop(0, group, step, zeros(c, x.v.shape[3]))
     write(dv_ref, dv, here.b, here.start, c, k)

@@ -65,9 +65,13 @@ class Walk:
         return _theirs(type(x)), [(name, self(getattr(x, name), f"{where}.{name}"))
                                   for name in names if name not in hidden]
 
-    def jaxpr(self, x: core.Jaxpr, where: str) -> str:
-        """A digest of its own."""
-        return self.once(x, lambda: short(self.operations(x)))
+    def program(self, x: Any, where: str) -> tuple:
+        """A digest of its own, and the arrays that it closes over; from jax 0.11 one
+        class is both the open and the closed form."""
+        inner = getattr(x, "jaxpr", x)
+        consts = list(getattr(x, "consts", ()))
+        own = self.once(inner, lambda: short(self.operations(inner)))
+        return own, self(consts, f"{where} constants")
 
     def once(self, x: Any, content: Callable[[], Any]) -> Any:
         """content(), made once for one x."""
@@ -105,10 +109,6 @@ class Walk:
                for key in ("compute_type", "threefry_partitionable", "xla_metadata")]
         return (name, told, ctx, [atom(v) for v in eqn.invars],
                 [born(v) for v in eqn.outvars])
-
-    def closed(self, x: core.ClosedJaxpr, where: str) -> tuple:
-        """A program with the arrays that it closes over."""
-        return self(x.jaxpr, where), self(list(x.consts), f"{where} constants")
 
     def array(self, x: Any, where: str) -> tuple:
         """An array by its bytes."""
@@ -155,7 +155,8 @@ def _field_names(x: Any) -> list[str] | None:
         return [field.name for field in dataclasses.fields(x)]
     own = [vars(kind)["__slots__"] for kind in type(x).__mro__
            if "__slots__" in vars(kind)]
-    if callable(x) or not own and not hasattr(x, "__dict__"):
+    ours = type(x).__module__.partition(".")[0] not in ("jax", "jaxlib")
+    if callable(x) and ours or not own and not hasattr(x, "__dict__"):
         return None
     names = {*itertools.chain(*own), *getattr(x, "__dict__", {})}
     return sorted(names - {"__weakref__", "__dict__"})
@@ -190,6 +191,11 @@ def _dtype_or_kind(walk: Walk, x: type, where: str) -> str:
         return _theirs(x)
 
 
+def _tracer(walk: Walk, x: Any, where: str) -> tuple:
+    # closed over by an inner program, and an operand of what runs it
+    return "operand", walk(x.aval, where)
+
+
 def _struct(walk: Walk, x: Any, where: str) -> tuple:
     return tuple(x.shape), str(x.dtype)
 
@@ -198,8 +204,8 @@ def _struct(walk: Walk, x: Any, where: str) -> tuple:
 KINDS: list[tuple[Any, Callable[[Walk, Any, str], Any]]] = [
     (enum.Enum, _named),
     (PLAIN, _itself),
-    (core.ClosedJaxpr, Walk.closed),
-    (core.Jaxpr, Walk.jaxpr),
+    ((core.ClosedJaxpr, core.Jaxpr), Walk.program),
+    (jax.core.Tracer, _tracer),
     (np.generic, _scalar),
     ((np.ndarray, jax.Array), Walk.array),
     (np.dtype, _dtype),

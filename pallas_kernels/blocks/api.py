@@ -20,9 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import Refused, tables
-from pallas_kernels.refusals import (
-    DTYPES, WIDEST, check_device, check_elementwise
-)
+from pallas_kernels.refusals import DTYPES, WIDEST, check_device, check_elementwise
 from pallas_kernels.tile import LOG2E, LOW, Form
 
 LISTED = 2**17  # entries of the lists of one head that fit beside the scalar unit

@@ -83,7 +83,7 @@ class Fetch:
         pl.when(more)(lambda: self.each_chosen(self.n + 1, start))
         self.each_chosen(self.n, lambda copy: copy.wait())
 
-    def over(self, step, carry):
+    def for_each_block(self, step, carry):
         """step(carry, number, k, v, info) over the blocks at hand, in order."""
         half = self.n % 2
 
@@ -113,7 +113,7 @@ def _forward(static, groups, chosen, rows_ref, q_ref, *refs):
 
     start = (jnp.full((1, count), LOW, F32), jnp.zeros((1, count), F32),
              jnp.zeros((width, count), F32))
-    top, total, acc = fetch.over(step, start)
+    top, total, acc = fetch.for_each_block(step, start)
     safe = jnp.where(total > 0, total, 1)
     o_ref[0, 0, 0] = (acc / safe).T.astype(o_ref.dtype)
     lse = (top + jnp.log2(safe)) * (1 / LOG2E)
@@ -144,7 +144,7 @@ def _queries(static, groups, chosen, rows_ref, q_ref, parts_ref, do_ref, *refs):
         ds = _weights(static, k, v, q, do, rows, parts, number, info)[1]
         return acc + dot(k, ds.astype(k.dtype), TN)
 
-    acc = fetch.over(step, jnp.zeros(q.shape[::-1], F32))
+    acc = fetch.for_each_block(step, jnp.zeros(q.shape[::-1], F32))
     dq_ref[0, 0, 0] = (acc * static.form.scale).T.astype(dq_ref.dtype)
 
 

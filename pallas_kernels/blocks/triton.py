@@ -169,7 +169,7 @@ def _forward(static, call: Call, x: Arrays, lists: Chosen, o_ref, lse_ref):
     triton.store(lse_ref.at[index], lse, mask=query.real)
 
 
-def _again(static, x: Arrays, b, query: Queries, key: Keys, tiles, turned: bool):
+def _recompute(static, x: Arrays, b, query: Queries, key: Keys, tiles, turned: bool):
     """p and ds of a tile, made again from lse; tiles: q, k, v and do."""
     q, k, v, do = tiles
     product = lambda a, c: dot(c, a, NT) if turned else dot(a, c, NT)
@@ -190,7 +190,7 @@ def _queries(static, call: Call, x: Arrays, lists: Chosen, dq_ref):
     def step(i, dq):
         key = tile(i)
         k, v = (_kv(call, a, b, c, key, static.heads) for a in (x.k, x.v))
-        ds = _again(static, x, b, query, key, (q, k, v, do), False)[1]
+        ds = _recompute(static, x, b, query, key, (q, k, v, do), False)[1]
         return dq + dot(ds.astype(k.dtype), k, NN)
 
     dq = jax.lax.fori_loop(0, trips, step, jnp.zeros(q.shape, F32))
@@ -214,7 +214,7 @@ def _keys(static, call: Call, x: Arrays, parts: Parts, dk_ref, dv_ref):
             dk, dv = carry
             query = tile(i)
             q, do = _q(x.q, b, query), _q(x.do, b, query)
-            p, ds = _again(static, x, b, query, key, (q, k, v, do), True)
+            p, ds = _recompute(static, x, b, query, key, (q, k, v, do), True)
             dv = dv + dot(p.astype(do.dtype), do, NN)
             return dk + dot(ds.astype(q.dtype), q, NN), dv
 

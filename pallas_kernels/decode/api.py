@@ -25,9 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import Refused
-from pallas_kernels.refusals import (
-    DTYPES, WIDEST, check_device, check_elementwise
-)
+from pallas_kernels.refusals import DTYPES, WIDEST, check_device, check_elementwise
 from pallas_kernels.tile import LOG2E, NEVER, Form
 
 F32 = jnp.float32

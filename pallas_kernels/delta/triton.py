@@ -38,7 +38,7 @@ from jax.experimental.pallas import triton
 
 from pallas_kernels.delta import triton_backward as gradients
 from pallas_kernels.delta.chunk import BLOCK, CHUNK, Side, fades, halved, merged, strict
-from pallas_kernels.delta.triton_chunk import Here, part, put, read
+from pallas_kernels.delta.triton_chunk import ChunkContext, part, put, read
 from pallas_kernels.machine.product import F32, NN, TN, dot
 from pallas_kernels.machine.triton import load, power
 from pallas_kernels.tables import Tile
@@ -69,10 +69,10 @@ def inverse(a, block: int):
 def _inside(static, heads: int, rows: int, side, q_ref, k_ref, x_ref, p_ref):
     """The inverse of one chunk's system, and the weights of its outputs."""
     n, h, b = (pl.program_id(a) for a in range(3))
-    here = Here(static, b, h, heads)
-    own, row = here.sides(side, n)
+    ctx = ChunkContext(static, b, h, heads)
+    own, row = ctx.sides(side, n)
     fade = fades(own, row, static.gated)
-    qk, kk = here.pairs(n, rows, k_ref, q_ref, k_ref)
+    qk, kk = ctx.pairs(n, rows, k_ref, q_ref, k_ref)
     p = static.scale * fade * qk
     triton.store(p_ref.at[b, h, n], p.astype(p_ref.dtype))
     a = strict(own.beta * fade * kk)
@@ -85,21 +85,21 @@ def _forward(static, heads: int, columns: int, side, q_ref, k_ref, v_ref, x_ref,
              start_ref, o_ref, final_ref, *states_ref):
     """Some columns of the state from the first chunk to the last."""
     c, h, b = (pl.program_id(a) for a in range(3))
-    here, first = Here(static, b, h, heads), c * columns
+    ctx, first = ChunkContext(static, b, h, heads), c * columns
 
     def step(n, state):
-        q, k = here.tokens(q_ref, n), here.tokens(k_ref, n)
-        beta, enter, leave = here.columns(side, n, "beta", "enter", "leave")
+        q, k = ctx.tokens(q_ref, n), ctx.tokens(k_ref, n)
+        beta, enter, leave = ctx.columns(side, n, "beta", "enter", "leave")
         held = state.astype(k.dtype)
         if states_ref:
             put(states_ref[0], (b, h, n), first, held)
-        v = here.tokens(v_ref, n, first, columns).astype(F32)
+        v = ctx.tokens(v_ref, n, first, columns).astype(F32)
         r = beta * (v - enter * dot(k, held, NN))
         u = dot(load(x_ref.at[b, h, n], None, 0), r.astype(k.dtype), NN)
         o = (static.scale * enter) * dot(q, held, NN)
         o = o + dot(load(p_ref.at[b, h, n], None, 0), u.astype(k.dtype), NN)
-        here.write(o_ref, o, n, first)
-        return (here.keep(side, n) * state
+        ctx.write(o_ref, o, n, first)
+        return (ctx.keep(side, n) * state
                 + dot(k, (leave * u).astype(k.dtype), TN))
 
     start = _begin(start_ref, b, h, first, columns)
@@ -112,20 +112,20 @@ def _reverse(static, heads: int, columns: int, side, q_ref, k_ref, do_ref, x_ref
     """The gradient of some columns of the state from the last chunk to the first, and
     y, that of the right side of the chunks' systems."""
     c, h, b = (pl.program_id(a) for a in range(3))
-    here, first, many = Here(static, b, h, heads), c * columns, side.shape[2]
+    ctx, first, many = ChunkContext(static, b, h, heads), c * columns, side.shape[2]
 
     def step(i, grad):
         n = many - 1 - i
-        q, k = here.tokens(q_ref, n), here.tokens(k_ref, n)
-        do = here.tokens(do_ref, n, first, columns)
-        beta, enter, leave = here.columns(side, n, "beta", "enter", "leave")
+        q, k = ctx.tokens(q_ref, n), ctx.tokens(k_ref, n)
+        do = ctx.tokens(do_ref, n, first, columns)
+        beta, enter, leave = ctx.columns(side, n, "beta", "enter", "leave")
         held = grad.astype(k.dtype)
         put(grads_ref, (b, h, n), first, held)
         du = dot(load(p_ref.at[b, h, n], None, 0), do, TN)
         du = du + leave * dot(k, held, NN)
         y = dot(load(x_ref.at[b, h, n], None, 0), du.astype(k.dtype), TN)
-        here.write(y_ref, y, n, first)
-        grad = here.keep(side, n) * grad
+        ctx.write(y_ref, y, n, first)
+        grad = ctx.keep(side, n) * grad
         grad = grad - dot(k, (enter * beta * y).astype(k.dtype), TN)
         entered = (static.scale * enter) * do.astype(F32)
         return grad + dot(q, entered.astype(k.dtype), TN)

@@ -20,7 +20,7 @@ from pallas_kernels.machine.triton import load, power
 from pallas_kernels.tile import both
 
 
-class Here(NamedTuple):
+class ChunkContext(NamedTuple):
     """Of which head and row of the batch a program reads chunk n."""
 
     static: Any
@@ -82,10 +82,10 @@ class Here(NamedTuple):
             return tuple(a + dot(x, k, NT) for a, x in zip(found, others))
 
         zeros = tuple(jnp.zeros((CHUNK, CHUNK), F32) for _ in refs)
-        return over(k_ref.shape[3], rows, step, zeros)
+        return for_each_part(k_ref.shape[3], rows, step, zeros)
 
 
-def over(width: int, size: int, step, carry):
+def for_each_part(width: int, size: int, step, carry):
     """step(i, carry) for each part of `size` channels."""
     many = -(-width // size)
     return step(0, carry) if many == 1 else jax.lax.fori_loop(0, many, step, carry)

@@ -38,7 +38,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels import Refused
 from pallas_kernels.flash import blackwell_backward as flash_blackwell_backward
 from pallas_kernels.flash.mosaic import over_keys, write
-from pallas_kernels.flash.mosaic_tile import Call, Here, online
+from pallas_kernels.flash.mosaic_tile import Call, TileContext, online
 from pallas_kernels.machine.blackwell import (
     COLUMNS, COPIED, ROW, ROWS, load, meet, multiply, settle, store, tensor
 )
@@ -77,18 +77,18 @@ def _scratch(call: Call, width: int, kind):
     return *tensor(call.interpret, *memory), barrier, barrier, barrier
 
 
-def _attend(here: Here, at, steps, outs, scratch, group, tile):
+def _attend(ctx: TileContext, at, steps, outs, scratch, group, tile):
     """A warpgroup that computes 128 queries."""
     q_smem, k_ring, v_ring, o_smem, lse_smem, q_there, *barriers = scratch[:10]
     k_there, v_there, k_free, v_free = barriers
-    call, x, interpret = here.call, here.x, here.call.interpret
+    call, x, interpret = ctx.call, ctx.x, ctx.call.interpret
     (whole, count), width = steps, x.v.shape[3]
     part = lambda ref, n: ref.at[:, pl.ds(group * n, n)]
     s_ref, p_ref = (part(ref, call.tiling.columns) for ref in scratch[10:12])
     o_ref = part(scratch[12], width)
     s_there, o_there, met = (ref.at[group] for ref in scratch[13:])
     first = tile * call.tiling.rows + group * ROWS
-    queries = here.b, pl.ds(first, ROWS), here.h
+    queries = ctx.b, pl.ds(first, ROWS), ctx.h
     q = q_smem.at[group]
     slot = lambda n: jax.lax.rem(n, jnp.int32(call.stages[0]))
 
@@ -119,7 +119,7 @@ def _attend(here: Here, at, steps, outs, scratch, group, tile):
 
         need = masked or call.form.score is not None
         key = at(n) * call.tiling.columns if need else None
-        s, unit, _ = here.logits(s, first, key, masked)
+        s, unit, _ = ctx.logits(s, first, key, masked)
         p, m, total, fade = online(s, unit, m, total)
 
         @pl.when(n > 0)
@@ -143,7 +143,7 @@ def _attend(here: Here, at, steps, outs, scratch, group, tile):
     rows = lambda value: zeros((ROWS,), interpret, value, ROW)
     carry = rows(LOW), rows(0.0)
     if x.sink is not None:
-        carry = rows(x.sink[here.h]), rows(1.0)
+        carry = rows(x.sink[ctx.h]), rows(1.0)
     carry = jax.lax.fori_loop(0, whole, lambda n, c: step(n, c, False), carry)
     m, total = jax.lax.fori_loop(whole, count, lambda n, c: step(n, c, True), carry)
     values_of(count - 1)
@@ -151,4 +151,4 @@ def _attend(here: Here, at, steps, outs, scratch, group, tile):
     settle(met, interpret)
     o = load(o_ref, interpret, COPIED)
     o_smem = q_smem if o_smem is None else o_smem
-    write(here, o, m, total, outs, (o_smem, lse_smem), group, queries)
+    write(ctx, o, m, total, outs, (o_smem, lse_smem), group, queries)

@@ -13,7 +13,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.flash.mosaic_tile import (
-    Arrays, Call, Here, Line, arrays, fetch_keys, line, run, tokens
+    Arrays, Call, Line, TileContext, arrays, fetch_keys, line, run, tokens
 )
 from pallas_kernels.machine.hopper import F32, ROWS, TILE, drain, share, shared
 from pallas_kernels.schedule import Side, Static
@@ -143,11 +143,11 @@ def _by_query(sums, call: Call, x: Arrays, seen: Line, outs, scratch):
     group = jax.lax.axis_index("group")
     tile = call.tiling.grid[0] - 1 - jax.lax.axis_index("tile")
     b, h = jax.lax.axis_index("batch"), jax.lax.axis_index("head")
-    here = Here(call, x, b, h)
+    ctx = TileContext(call, x, b, h)
     row = b if seen.count.shape[0] > 1 else 0
     steps = seen.whole[row, tile], seen.count[row, tile]
     at = lambda n: seen.where[row, tile, n]
 
     share(group, call.warpgroups,
-          lambda: fetch_keys(here, at, steps[1], scratch[2:4], scratch[5:9]),
-          lambda: sums(here, at, steps, outs[0], scratch, group, tile))
+          lambda: fetch_keys(ctx, at, steps[1], scratch[2:4], scratch[5:9]),
+          lambda: sums(ctx, at, steps, outs[0], scratch, group, tile))

@@ -117,7 +117,7 @@ def arrays(call: Call, side: Side, q, k, v, sink, do=None) -> Arrays:
     )
 
 
-class Here:
+class TileContext:
     """One head of one row of the batch. Tiles of logits lie as [queries, keys], or,
     `turned`, as [keys, queries]."""
 
@@ -183,17 +183,17 @@ class Here:
         return seen
 
 
-def fetch_keys(here: Here, at, count, rings, barriers) -> None:
+def fetch_keys(ctx: TileContext, at, count, rings, barriers) -> None:
     """The warpgroup that loads: `count` tiles of k and v, at(n) the n-th, as room in
     the rings comes free."""
-    size = here.call.tiling.columns
+    size = ctx.call.tiling.columns
     there, free = barriers[:2], barriers[2:]
     stages = [jnp.int32(ring.shape[0]) for ring in rings]
 
     def load(n, carry):
-        place = here.b, pl.ds(at(n) * size, size), here.kv
+        place = ctx.b, pl.ds(at(n) * size, size), ctx.kv
         for ref, ring, full, room, many in zip(
-                (here.x.k, here.x.v), rings, there, free, stages):
+                (ctx.x.k, ctx.x.v), rings, there, free, stages):
             slot = jax.lax.rem(n, many)
 
             @pl.when(n >= many)

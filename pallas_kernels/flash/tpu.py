@@ -27,7 +27,8 @@ from pallas_kernels import tables
 from pallas_kernels.flash.tpu_bias import bias_gradient
 from pallas_kernels.flash.tpu_portions import Portion, joined
 from pallas_kernels.flash.tpu_tile import (
-    Arrays, Call, Here, Scalars, cut, held, launch, put, scalars, specs, unpack
+    Arrays, Call, Scalars, TileContext, current_inner, cut, launch, put, scalars, specs,
+    unpack
 )
 from pallas_kernels.machine.product import F32, NN, TN, dot
 from pallas_kernels.schedule import (
@@ -124,36 +125,36 @@ def _arrays(tiling: Tiling, side: Side, q, k, v, bias) -> Arrays:
 
 def _forward(call: Call, info, x: Arrays, o_ref, lse_ref, m_ref, l_ref, acc_ref):
     info = Scalars(*info)
-    here = Here(call, info, x, by_column=False)
+    ctx = TileContext(call, info, x, by_column=False)
 
-    @pl.when(here.first)
+    @pl.when(ctx.first)
     def _start():
-        top = info.sink[here.local] * LOG2E if call.sink else LOW
+        top = info.sink[ctx.local] * LOG2E if call.sink else LOW
         m_ref[...] = jnp.full(m_ref.shape, top, F32)
         l_ref[...] = jnp.full(l_ref.shape, 1.0 if call.sink else 0.0, F32)
         acc_ref[...] = jnp.zeros(acc_ref.shape, F32)
 
     def step(parts, masked):
         m, total, acc = m_ref[...], l_ref[...], acc_ref[...]
-        ahead = here.logits(parts[0], masked)[0]
+        ahead = ctx.logits(parts[0], masked)[0]
         for part, later in zip(parts, (*parts[1:], None)):
             s = ahead
             if later is not None:
-                ahead = here.logits(later, masked)[0]
+                ahead = ctx.logits(later, masked)[0]
             old = cut(m, part)
             top = jnp.maximum(old, s.max(0, keepdims=True))
             p, fade = jnp.exp2(s - top), jnp.exp2(old - top)
             total = put(total, cut(total, part) * fade + p.sum(0, keepdims=True), part)
-            drop = here.drop(part)
+            drop = ctx.drop(part)
             p = p if drop is None else p * drop
             v = x.v[0, 0, part.keys]
             new = cut(acc, part) * fade + dot(v, p.astype(v.dtype), TN)
             m, acc = put(m, top, part), put(acc, new, part)
         m_ref[...], l_ref[...], acc_ref[...] = m, total, acc
 
-    here.run(step)
+    ctx.run(step)
 
-    @pl.when(here.last)
+    @pl.when(ctx.last)
     def _finish():
         total = l_ref[...]
         some = total > 0
@@ -169,24 +170,24 @@ def _by_column(call: Call, info, x: Arrays, *refs):
     dk_ref, dv_ref = accs[:2]
     dq_ref = accs[2] if len(accs) > 2 else None
     info = Scalars(*info)
-    here = Here(call, info, x, by_column=True)
+    ctx = TileContext(call, info, x, by_column=True)
     rows = call.tiling.rows
     if dq_ref is not None:
-        @pl.when(here.p == 0)
+        @pl.when(ctx.p == 0)
         def _clear():
             dq_ref[...] = jnp.zeros(dq_ref.shape, F32)
 
-    @pl.when(here.first)
+    @pl.when(ctx.first)
     def _start():
         dk_ref[...] = jnp.zeros(dk_ref.shape, F32)
         dv_ref[...] = jnp.zeros(dv_ref.shape, F32)
 
     def step(parts, masked):
-        at = here.group, here.row
+        at = ctx.group, ctx.row
         dq = None if dq_ref is None else dq_ref[at]
         for part in parts:
             q, do = x.q[0, 0, part.queries], x.do[0, 0, part.queries]
-            p, _, ds = here.again(part, masked)
+            p, _, ds = ctx.recompute(part, masked)
             ds = ds.astype(q.dtype)
             dv_ref[part.keys] += dot(p.astype(do.dtype), do, NN)
             dk_ref[part.keys] += dot(ds, q, NN)
@@ -196,15 +197,15 @@ def _by_column(call: Call, info, x: Arrays, *refs):
         if dq_ref is not None:
             dq_ref[at] = dq
 
-    here.run(step)
+    ctx.run(step)
 
-    @pl.when(here.last)
+    @pl.when(ctx.last)
     def _finish():
         outs[0][0, 0] = (dk_ref[...] * call.form.scale).astype(outs[0].dtype)
         outs[1][0, 0] = dv_ref[...].astype(outs[1].dtype)
 
     if dq_ref is not None:
-        @pl.when(here.p == info.order.shape[0] - 1)
+        @pl.when(ctx.p == info.order.shape[0] - 1)
         def _write():
             for g in range(dq_ref.shape[0]):
                 for i in range(dq_ref.shape[1]):
@@ -214,23 +215,23 @@ def _by_column(call: Call, info, x: Arrays, *refs):
 
 def _by_row(call: Call, info, x: Arrays, dq_ref, acc_ref):
     """dq of a query tile."""
-    here = Here(call, Scalars(*info), x, by_column=False)
+    ctx = TileContext(call, Scalars(*info), x, by_column=False)
 
-    @pl.when(here.first)
+    @pl.when(ctx.first)
     def _start():
         acc_ref[...] = jnp.zeros(acc_ref.shape, F32)
 
     def step(parts, masked):
         acc = acc_ref[...]
         for part in parts:
-            k, ds = x.k[0, 0, part.keys], here.again(part, masked)[2]
+            k, ds = x.k[0, 0, part.keys], ctx.recompute(part, masked)[2]
             more = dot(k, ds.astype(k.dtype), TN)
             acc = put(acc, cut(acc, part) + more, part)
         acc_ref[...] = acc
 
-    here.run(step)
+    ctx.run(step)
 
-    @pl.when(here.last)
+    @pl.when(ctx.last)
     def _finish():
         dq_ref[0, 0] = (acc_ref[...] * call.form.scale).T.astype(dq_ref.dtype)
 
@@ -241,7 +242,7 @@ def rows_forward(call: Call, info: Scalars, x: Arrays, part: Portion):
     t = part.lines * call.tiling.rows
     rows, width = call.tiling.rows, x.v.shape[3]
     outer = lambda b, h, p, *info: unpack(info[0][p])[0]
-    inner = lambda b, h, p, *info: held(b, p, info)
+    inner = lambda b, h, p, *info: current_inner(b, p, info)
     cut = specs(call, x, outer, inner, lambda b, h, *a: h, lambda b, *a: b)
     line = lambda b, h, p, *info: outer(b, h, p, *info) - part.first
     row = lambda b, h, p, *info: (b, h, 0, line(b, h, p, *info))
@@ -264,7 +265,7 @@ def keys_backward(call: Call, info: Scalars, x: Arrays, part: Portion, with_dq: 
     heads, _, width = x.v.shape[1:]
     rows, columns = call.tiling.rows, call.tiling.columns
     column_ = lambda b, h, p, *info: unpack(info[0][p])[1]
-    rows_ = lambda b, h, p, *info: held(b, p, info)
+    rows_ = lambda b, h, p, *info: current_inner(b, p, info)
     head = lambda b, h, p, *info: h * call.groups + info[2][p]
     cut = specs(call, x, rows_, column_, head, lambda b, *a: b)
     at = lambda b, h, p, *info: (b, h, column_(b, h, p, *info) - part.first, 0)
@@ -290,7 +291,7 @@ def queries_backward(call: Call, info: Scalars, x: Arrays, part: Portion):
     b, h, _, d = x.q.shape
     rows = call.tiling.rows
     outer = lambda b, h, p, *info: unpack(info[0][p])[0]
-    inner = lambda b, h, p, *info: held(b, p, info)
+    inner = lambda b, h, p, *info: current_inner(b, p, info)
     cut = specs(call, x, outer, inner, lambda b, h, *a: h, lambda b, *a: b)
     return launch(
         call, _by_row, (b, h, info.order.shape[0]), info, x, cut,

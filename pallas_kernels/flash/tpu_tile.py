@@ -93,7 +93,7 @@ def scalars(seen: Visits, groups: int, heads, sink, seed, batch) -> Scalars:
     )
 
 
-class Here:
+class TileContext:
     """One grid step: which tile, what is asked of it, and what its elements are."""
 
     def __init__(self, call: Call, info: Scalars, x: Arrays, by_column: bool):
@@ -171,7 +171,7 @@ class Here:
         stay = kept(rate, seed, batch, self.head, self.queries(part), self.keys(part))
         return jnp.where(stay, 1 / (1 - rate), 0.0)
 
-    def again(self, part: Part, masked: bool):
+    def recompute(self, part: Part, masked: bool):
         """p, dropped p and ds of a part [keys,queries], made again from q, k and lse.
         """
         x = self.x
@@ -253,7 +253,7 @@ def specs(call: Call, x: Arrays, outer, inner, head, batch) -> Arrays:
     )
 
 
-def held(b, p, info) -> Any:
+def current_inner(b, p, info) -> Any:
     """The tile of the inner axis at a step."""
     order, plan = info[:2]
     steps = order.shape[0]

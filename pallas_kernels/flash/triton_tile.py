@@ -94,7 +94,7 @@ def _fixed(wanted: np.ndarray) -> Line | None:
     return Line(jnp.asarray(count[None]), jnp.asarray(order[None]))
 
 
-def over(seen, b, n, body: Callable, carry):
+def for_each_tile(seen, b, n, body: Callable, carry):
     """body(tile, masked, carry) for each tile of line `n`."""
     for line, masked in zip(seen, (False, True)):
         if line is None:
@@ -111,7 +111,7 @@ def over(seen, b, n, body: Callable, carry):
     return carry
 
 
-class Here:
+class TileContext:
     """One head of one row of the batch. Tiles of logits lie as [queries, keys], or,
     `turned`, as [keys, queries]."""
 
@@ -226,7 +226,7 @@ class Here:
         stay = kept(rate, seed, x.batch[self.b], self.head, i, j)
         return jnp.where(stay, 1 / (1 - rate), 0.0)
 
-    def again(self, q, k, v, do, row, column, masked: bool):
+    def recompute(self, q, k, v, do, row, column, masked: bool):
         """Dropped p, d(bias) and d(scale q.k) of a tile, made again from lse."""
         s, slope = self.logits(q, k, row, column, masked)
         of = lambda ref, other: self.along(self.row(ref, row, other), False)

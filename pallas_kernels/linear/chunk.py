@@ -211,7 +211,7 @@ class Channels(Still):
         super().__init__(c, scale)
         self.g, self.rolled = g, rolled
 
-    def over(self, step: Callable, carry):
+    def for_each_level(self, step: Callable, carry):
         """step(s, carry) for each level."""
         if self.rolled:
             one = lambda n, carry: step(jax.lax.shift_left(jnp.int32(1), n), carry)
@@ -248,7 +248,7 @@ class Channels(Still):
 
     def pairs(self, q, k):
         step = lambda s, found: self.more_pairs(s, found, q, k)
-        return self.over(step, self.own(q, k))
+        return self.for_each_level(step, self.own(q, k))
 
     def own(self, q, k):
         """The pairs of tokens with themselves [c,c]."""
@@ -261,7 +261,7 @@ class Channels(Still):
 
     def back(self, q, k, dp, entered, left, held) -> Gradients:
         step = lambda s, found: self.more_back(s, found, q, k, dp)
-        return self.over(step, self.start_back(q, k, dp, entered, left, held))
+        return self.for_each_level(step, self.start_back(q, k, dp, entered, left, held))
 
     def start_back(self, q, k, dp, entered, left, held) -> Gradients:
         """Gradients from the tokens' own pairs and from the states."""

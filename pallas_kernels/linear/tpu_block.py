@@ -49,7 +49,7 @@ class Arrays(NamedTuple):
     sums: Any = None
 
 
-class Here:
+class ChunkContext:
     """A block of one head: its chunks, each with its decay."""
 
     def __init__(self, call: Call, x: Arrays, head, n):

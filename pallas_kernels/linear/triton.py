@@ -75,7 +75,7 @@ class Arrays(NamedTuple):
     d_state: Any = None
 
 
-class Here:
+class ChunkContext:
     """A chunk of one head of one row of the batch."""
 
     def __init__(self, call: Call, x: Arrays, b, h, n):
@@ -141,15 +141,15 @@ def _states(call: Call, reverse: bool, x: Arrays, each_ref, last_ref):
 
     def step(i, s):
         n = call.chunks - 1 - i if reverse else i
-        here = Here(call, x, b, h, n)
+        ctx = ChunkContext(call, x, b, h, n)
         triton.store(each_ref.at[b, h, n, *tile], s.astype(each_ref.dtype))
-        fade = here.fade(d0, wide)
+        fade = ctx.fade(d0, wide)
         if reverse:
-            value = here.rows(x.do, h, v0, tall)
-            key = fade.enter(here.rows(x.q, h, d0, wide))
+            value = ctx.rows(x.do, h, v0, tall)
+            key = fade.enter(ctx.rows(x.q, h, d0, wide))
         else:
-            value = here.rows(x.v, here.kv, v0, tall)
-            key = fade.leave(here.rows(x.k, here.kv, d0, wide))
+            value = ctx.rows(x.v, ctx.kv, v0, tall)
+            key = fade.leave(ctx.rows(x.k, ctx.kv, d0, wide))
         return fade.kept(s) + dot(value, key.astype(value.dtype), TN)
 
     begin = triton.load(x.state.at[b, h, *tile])
@@ -161,10 +161,10 @@ def _place(call: Call, x: Arrays):
     """The chunk of this program, its head and number, and the first value channel."""
     place, h, b = (pl.program_id(n) for n in range(3))
     n, first = jax.lax.rem(place, call.chunks), jax.lax.div(place, call.chunks)
-    return Here(call, x, b, h, n), h, n, first * call.values
+    return ChunkContext(call, x, b, h, n), h, n, first * call.values
 
 
-def _add_up(call: Call, x: Arrays, here: Here, n, first, state, key: bool):
+def _add_up(call: Call, x: Arrays, ctx: ChunkContext, n, first, state, key: bool):
     """Pairs of a chunk [c,c], and what queries get from the state, or, for `key`, keys
     from its gradient [c,values]; sums over key channels, MOST of them at a time, or
     fewer where each has decays of its own."""
@@ -173,11 +173,11 @@ def _add_up(call: Call, x: Arrays, here: Here, n, first, state, key: bool):
 
     def step(i, carry):
         d0 = i * width
-        q = here.rows(x.q, here.h, d0, width)
-        k = here.rows(x.k, here.kv, d0, width)
+        q = ctx.rows(x.q, ctx.h, d0, width)
+        k = ctx.rows(x.k, ctx.kv, d0, width)
         tile = pl.ds(first, call.values), pl.ds(d0, width)
-        s = triton.load(state.at[here.b, here.h, n, *tile])
-        fade = here.fade(d0, width)
+        s = triton.load(state.at[ctx.b, ctx.h, n, *tile])
+        fade = ctx.fade(d0, width)
         a = (fade.leave(k) if key else fade.enter(q)).astype(q.dtype)
         return carry[0] + fade.pairs(q, k), carry[1] + dot(a, s, NT)
 
@@ -188,18 +188,18 @@ def _add_up(call: Call, x: Arrays, here: Here, n, first, state, key: bool):
 
 def _outputs(call: Call, x: Arrays, o_ref):
     """o of a chunk, some of its channels."""
-    here, h, n, first = _place(call, x)
-    pairs, o = _add_up(call, x, here, n, first, x.state, False)
-    v = here.rows(x.v, here.kv, first, call.values)
-    here.write(o_ref, o + dot(pairs.astype(v.dtype), v, NN), h, first)
+    ctx, h, n, first = _place(call, x)
+    pairs, o = _add_up(call, x, ctx, n, first, x.state, False)
+    v = ctx.rows(x.v, ctx.kv, first, call.values)
+    ctx.write(o_ref, o + dot(pairs.astype(v.dtype), v, NN), h, first)
 
 
 def _values(call: Call, x: Arrays, dv_ref):
     """dv of a chunk, some of its channels."""
-    here, h, n, first = _place(call, x)
-    pairs, dv = _add_up(call, x, here, n, first, x.d_state, True)
-    do = here.rows(x.do, h, first, call.values)
-    here.write(dv_ref, dv + dot(pairs.astype(do.dtype), do, TN), h, first)
+    ctx, h, n, first = _place(call, x)
+    pairs, dv = _add_up(call, x, ctx, n, first, x.d_state, True)
+    do = ctx.rows(x.do, h, first, call.values)
+    ctx.write(dv_ref, dv + dot(pairs.astype(do.dtype), do, TN), h, first)
 
 
 def _keys(call: Call, x: Arrays, dq_ref, dk_ref, *dg_ref):
@@ -208,13 +208,13 @@ def _keys(call: Call, x: Arrays, dq_ref, dk_ref, *dg_ref):
     place, h, b = (pl.program_id(n) for n in range(3))
     n, part = jax.lax.rem(place, call.chunks), jax.lax.div(place, call.chunks)
     d0 = part * call.keys
-    here = Here(call, x, b, h, n)
+    ctx = ChunkContext(call, x, b, h, n)
 
     def step(i, carry):
         dp, entered, left, held = carry
         first = i * call.values
-        v = here.rows(x.v, here.kv, first, call.values)
-        do = here.rows(x.do, h, first, call.values)
+        v = ctx.rows(x.v, ctx.kv, first, call.values)
+        do = ctx.rows(x.do, h, first, call.values)
         tile = pl.ds(first, call.values), pl.ds(d0, call.keys)
         s, ds = (triton.load(a.at[b, h, n, *tile]) for a in (x.state, x.d_state))
         together = (s.astype(F32) * ds.astype(F32)).sum(0, keepdims=True)
@@ -225,15 +225,15 @@ def _keys(call: Call, x: Arrays, dq_ref, dk_ref, *dg_ref):
     carry = (zeros(call.c, call.c), zeros(call.c, call.keys),
              zeros(call.c, call.keys), zeros(1, call.keys))
     carry = jax.lax.fori_loop(0, x.state.shape[3] // call.values, step, carry)
-    q, k = here.rows(x.q, h, d0, call.keys), here.rows(x.k, here.kv, d0, call.keys)
-    found = here.fade(d0, call.keys).back(q, k, *carry)
-    here.write(dq_ref, found.dq, h, d0)
-    here.write(dk_ref, found.dk, h, d0)
+    q, k = ctx.rows(x.q, h, d0, call.keys), ctx.rows(x.k, ctx.kv, d0, call.keys)
+    found = ctx.fade(d0, call.keys).back(q, k, *carry)
+    ctx.write(dq_ref, found.dq, h, d0)
+    ctx.write(dk_ref, found.dk, h, d0)
     if dg_ref and len(x.g.shape) == 4:
-        here.write(dg_ref[0], found.dg, h, d0)
+        ctx.write(dg_ref[0], found.dg, h, d0)
     elif dg_ref:
-        at = dg_ref[0].at[b, h, part, pl.ds(here.start, call.c)]
-        triton.store(at, found.dg.sum(0), mask=here.inside)
+        at = dg_ref[0].at[b, h, part, pl.ds(ctx.start, call.c)]
+        triton.store(at, found.dg.sum(0), mask=ctx.inside)
 
 
 def _launch(call: Call, kernel, grid, x: Arrays, outs, how, name: str) -> Any:

@@ -10,9 +10,7 @@ import jax.numpy as jnp
 from pallas_kernels import tables
 from pallas_kernels.flash.api import flash
 from pallas_kernels.matrix.case import BF16, F32, Trips, struct, with_gradients
-from pallas_kernels.schedule import (
-    FULL, LANES, MASKED, Tiling, asked, fitted, paths
-)
+from pallas_kernels.schedule import FULL, LANES, MASKED, Tiling, asked, fitted, paths
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,7 +17,7 @@ from attn.softmax import Softmax
 from pallas_kernels import Refused, refusals, schedule, tables
 from pallas_kernels.flash import (
     blackwell as flash_blackwell, mosaic as flash_mosaic, tpu as flash_tpu,
-    triton as flash_triton, tpu_portions as portions_tpu
+    tpu_portions as portions_tpu, triton as flash_triton
 )
 from pallas_kernels.flash.api import flash
 from experiments.measure import cost

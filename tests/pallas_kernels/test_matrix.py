@@ -17,9 +17,9 @@ from jax.experimental.pallas import tpu as pltpu, triton
 from pallas_kernels import Refused, tables
 from pallas_kernels.linear import tpu_block
 from pallas_kernels.matrix import (
-    cases, cases_flash, figures, record as matrix_record, report as matrix_table,
-    __main__ as matrix, ptx_loop as passes_gpu, tpu_schedule as readings,
-    ptx as readings_gpu
+    __main__ as matrix, cases, cases_flash, figures, ptx as readings_gpu,
+    ptx_loop as passes_gpu, record as matrix_record, report as matrix_table,
+    tpu_schedule as readings
 )
 from pallas_kernels.matrix import digest as digests
 from pallas_kernels.matrix.case import Case, Trips

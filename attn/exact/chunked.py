@@ -24,8 +24,8 @@ import numpy as np
 
 from attn.exact.chunked_vjp import Plan, Side, part, tiled
 from attn.masks import Full, Mask
-from pallas_kernels.schedule import SKIP, Tiling, asked, found
-from pallas_kernels.tile import NEVER, Form
+from pallas_kernels.schedule import SKIP, Tiling, block_mask, traced_block_mask
+from pallas_kernels.tile import NEVER, LogitSpec
 
 
 def attend(
@@ -81,9 +81,10 @@ def attend(
         raise ValueError("q_pos and kv_pos go together: expected both or neither")
     scale = d**-0.5 if scale is None else scale
     tiling = Tiling(t, s, bq, bk, offset)
-    table = asked(mask, tiling)
+    table = block_mask(mask, tiling)
     plan = Plan(
-        Form(None if mask == Full() else mask, scale, softcap, score, dropout), tiling,
+        LogitSpec(None if mask == Full() else mask, scale, softcap, score, dropout),
+        tiling,
         tuple((int(i), int(j)) for i, j in np.argwhere(table != SKIP)),
     )
     if kv_pos is not None and kv_pos.ndim == 2:
@@ -106,7 +107,8 @@ def attend(
     )
     if len(plan.pairs) > 1 and not (counted and q_run is None):
         at = np.asarray(plan.pairs, np.int32).T
-        seen = found(plan.form.mask, tiling, table, q_pos, kv_pos, q_run, kv_run)
+        seen = traced_block_mask(
+            plan.form.mask, tiling, table, q_pos, kv_pos, q_run, kv_run)
         side = side._replace(busy=(seen[:, at[0], at[1]] != SKIP).any(0))
     grouped = q.reshape(b, t, heads, h // heads, d).transpose(0, 2, 3, 1, 4)
     grouped = _pad(grouped, 3, tp)

@@ -15,14 +15,14 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.schedule import Tiling
-from pallas_kernels.tile import NEVER, Form, kept
+from pallas_kernels.tile import NEVER, LogitSpec, dropout_keep
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
     """What is known of one call before it runs: the tiles and the form of a logit."""
 
-    form: Form
+    form: LogitSpec
     tiling: Tiling
     pairs: tuple[tuple[int, int], ...]
 
@@ -104,7 +104,7 @@ def _tile_keep(plan: Plan, side: Side, i, j):
         chosen = _cut(_cut(side.keep, 3, i, bq), 4, j, bk)
     elif side.seed is not None:
         at = lambda n, size: n * size + jnp.arange(size)
-        chosen = kept(
+        chosen = dropout_keep(
             plan.form.dropout, side.seed, side.batch[:, None, None, None, None],
             side.head[None, :, :, None, None], at(i, bq)[None, None, None, :, None],
             at(j, bk)[None, None, None, None, :],

@@ -58,7 +58,8 @@ def forward(static: Static, side: Side, q, k, v, bias, sink):
     call = Call(static.form, t, q.shape[2] // k.shape[2], t.rows // ROWS, stages * 2,
                 bool(static.interpret), ROW)
     more = _scratch(call, width, v.dtype)
-    return over_keys(call, static.asks(t, side), side, q, k, v, sink, more, _attend)
+    return over_keys(
+        call, static.block_masks(t, side), side, q, k, v, sink, more, _attend)
 
 
 def backward(static: Static, side: Side, q, k, v, bias, sink, lse, delta, do):

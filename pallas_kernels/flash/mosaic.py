@@ -43,10 +43,11 @@ def forward(static: Static, side: Side, q, k, v, bias, sink):
     call = Call(static.form, t, q.shape[2] // k.shape[2], t.rows // ROWS,
                 static.how[0] * 2, bool(static.interpret))
     turns = plgpu.Barrier(num_barriers=call.warpgroups),
-    return over_keys(call, static.asks(t, side), side, q, k, v, sink, turns, _attend)
+    return over_keys(
+        call, static.block_masks(t, side), side, q, k, v, sink, turns, _attend)
 
 
-def over_keys(call: Call, asks, side: Side, q, k, v, sink, more, attend):
+def over_keys(call: Call, block_masks, side: Side, q, k, v, sink, more, attend):
     """o and lse, given what is asked of each tile, with a warpgroup that loads and some
     that compute their queries by `attend`; more: scratch that only these know."""
     t = call.tiling
@@ -57,7 +58,7 @@ def over_keys(call: Call, asks, side: Side, q, k, v, sink, more, attend):
     lse = jax.ShapeDtypeStruct((b, h, tall), F32)
     o, lse = run(
         call, functools.partial(_forward, attend),
-        {"tile": t.grid[0], "batch": b, "head": h}, x, line(*asks), [o, lse],
+        {"tile": t.grid[0], "batch": b, "head": h}, x, line(*block_masks), [o, lse],
         (*_scratch(call, x), *more), "flash_forward",
     )
     return o[:, :t.t, :, :width], lse[:, :, :t.t]

@@ -47,7 +47,7 @@ def key_gradients(call: Call, static: Static, own: int, more, sums, side: Side, 
     """dk and dv. own: in how many parts the keys of a tile lie in shared memory; more:
     scratch that only `sums` knows, by which a warpgroup computes."""
     x = _given(call, side, q, k, v, *rest)
-    table, ask = static.asks(call.tiling, side)
+    table, ask = static.block_masks(call.tiling, side)
     seen = line(table.T, None if ask is None else ask.swapaxes(1, 2))
     n, rows, groups = call.stages[0], call.tiling.rows, call.warpgroups
     d, width, kind = x.q.shape[3], x.v.shape[3], x.q.dtype
@@ -132,7 +132,7 @@ def query_gradients(call: Call, static: Static, own: int, more, sums, side: Side
     grid = {"tile": call.tiling.grid[0], "batch": q.shape[0], "head": q.shape[2]}
     dq, = run(
         call, functools.partial(_by_query, sums), grid, x,
-        line(*static.asks(call.tiling, side)),
+        line(*static.block_masks(call.tiling, side)),
         [jax.ShapeDtypeStruct(x.q.shape, x.q.dtype)], scratch, "flash_backward_queries",
     )
     return dq[:, :q.shape[1], :, :q.shape[3]]

@@ -14,7 +14,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.machine.hopper import F32, TILE, cast, drain, launch, spread, vector
 from pallas_kernels.schedule import FULL, SKIP, Side, Tiling
-from pallas_kernels.tile import LOG2E, NEVER, Form, both
+from pallas_kernels.tile import LOG2E, NEVER, LogitSpec, both
 
 
 class Line(NamedTuple):
@@ -34,7 +34,7 @@ class Call(NamedTuple):
     """What is static: the form, the tiles, query heads of a key head, warpgroups that
     compute, stages of the rings, and how a tile lies over a warpgroup's registers."""
 
-    form: Form
+    form: LogitSpec
     tiling: Tiling
     groups: int
     warpgroups: int

@@ -5,8 +5,8 @@ operations, m, l and lse are rows of registers, and the accumulator is o^T [V, q
 turned round once a query tile. On a machine whose matrix unit is wider than V this form
 also fills it: the long axes are the ones that the unit contracts and puts out.
 
-A grid step visits one tile of the schedule (`Visits`). Tiles that the mask leaves whole
-run without mask arithmetic; of tiles that it cuts in the same way, as those on a
+A grid step visits one tile of the schedule (`GridOrder`). Tiles that the mask leaves
+whole run without mask arithmetic; of tiles that it cuts in the same way, as those on a
 diagonal, only the parts that it leaves are computed. Inside a tile, keys pass by in
 chunks, and the logits of the next chunk are asked for before the softmax of the present
 one, so that the matrix unit has work while the vector unit computes exponentials.
@@ -32,7 +32,7 @@ from pallas_kernels.flash.tpu_tile import (
 )
 from pallas_kernels.machine.product import F32, NN, TN, dot
 from pallas_kernels.schedule import (
-    Paths, Side, Static, Tiling, all_tiles, paths, visits
+    Side, Static, TilePatterns, Tiling, all_tiles, grid_order, tile_patterns
 )
 from pallas_kernels.tile import LOG2E, LOW, NEVER
 
@@ -41,13 +41,14 @@ def forward(static: Static, side: Side, q, k, v, bias, sink):
     """o [B,T,H,V] in v's dtype and lse [B,H,T] float32."""
     t, width = q.shape[1], v.shape[3]
     x = _arrays(static.tiling, side, q, k, v, bias)
-    ways, table, ask = paths(static.form.mask, static.tiling, static.how[0][0],
-                             *static.asks(static.tiling, side))
-    call = _call(static, static.tiling, ways, x, sink)
+    patterns, table, ask = tile_patterns(
+        static.form.mask, static.tiling, static.how[0][0],
+        *static.block_masks(static.tiling, side))
+    call = _call(static, static.tiling, patterns, x, sink)
     info = lambda part: scalars(
         part.seen, 1, side.head, sink, side.seed, side.batch)
     o, lse = joined(
-        visits(table, ask), 1, lambda part: rows_forward(call, info(part), x, part))
+        grid_order(table, ask), 1, lambda part: rows_forward(call, info(part), x, part))
     return o[:, :, :t, :width].transpose(0, 2, 1, 3), lse[:, :, 0, :t]
 
 
@@ -61,33 +62,35 @@ def backward(static: Static, side: Side, q, k, v, bias, sink, lse, delta, do):
     base = jnp.where(jnp.isfinite(lse), lse * LOG2E, 0)
     x = _arrays(tiling, side, q, k, v, bias)._replace(
         do=_tokens(do, tiling.rows), lse=fill(base, -LOW), delta=fill(delta, 0))
-    plain = static.asks(tiling, side)
-    ways, table, ask = paths(static.form.mask, tiling, static.how[1][0], *plain)
-    call = _call(static, tiling, ways, x, sink)
+    plain = static.block_masks(tiling, side)
+    patterns, table, ask = tile_patterns(
+        static.form.mask, tiling, static.how[1][0], *plain)
+    call = _call(static, tiling, patterns, x, sink)
     info = lambda part, groups: scalars(
         part.seen, groups, side.head, sink, side.seed, side.batch)
     fits = tables.holds_queries(static.vmem, x.q.shape, call.groups, q.dtype.itemsize)
-    columns = visits(table, ask, True)
+    columns = grid_order(table, ask, True)
     # a head's dq is made by one call; where it fits, so does the list
     one = Portion(columns, 0, tiling.grid[1])
     make = lambda part: keys_backward(call, info(part, call.groups), x, part, fits)
     grads = make(one) if fits else joined(columns, call.groups, make)
     if not fits:
-        grads = *grads, *joined(visits(table, ask), 1, lambda part: (
+        grads = *grads, *joined(grid_order(table, ask), 1, lambda part: (
             queries_backward(call, info(part, 1), x, part),))
     dk, dv, dq = (
         g[:, :, :a.shape[1], :a.shape[3]].transpose(0, 2, 1, 3)
         for g, a in zip(grads, (k, v, q))
     )
     dbias = None if bias is None else bias_gradient(
-        call._replace(paths=Paths(ways.chunk)), side, sink, x, bias,
+        call._replace(patterns=TilePatterns(patterns.chunk)), side, sink, x, bias,
         lambda *kind: all_tiles(*plain, *kind))
     return dq, dk, dv, dbias
 
 
-def _call(static: Static, tiling: Tiling, ways: Paths, x: Arrays, sink) -> Call:
+def _call(static: Static, tiling: Tiling, patterns: TilePatterns, x: Arrays,
+          sink) -> Call:
     groups = x.q.shape[1] // x.k.shape[1]
-    return Call(static.form, tiling, ways, groups, sink is not None, static.vmem,
+    return Call(static.form, tiling, patterns, groups, sink is not None, static.vmem,
                 static.interpret)
 
 

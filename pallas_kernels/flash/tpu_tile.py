@@ -17,8 +17,8 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.machine.product import F32, NT, dot
 from pallas_kernels.machine.tpu import column
-from pallas_kernels.schedule import FULL, MASKED, Part, Paths, Tiling, Visits
-from pallas_kernels.tile import LOG2E, NEVER, Form, both, kept
+from pallas_kernels.schedule import FULL, MASKED, Part, TilePatterns, Tiling, GridOrder
+from pallas_kernels.tile import LOG2E, NEVER, LogitSpec, both, dropout_keep
 
 
 class Arrays(NamedTuple):
@@ -62,16 +62,16 @@ class Scalars(NamedTuple):
 class Call(NamedTuple):
     """What is static: the form, the tiles, how they are taken, what else there is."""
 
-    form: Form
+    form: LogitSpec
     tiling: Tiling
-    paths: Paths
+    patterns: TilePatterns
     groups: int
     sink: bool
     vmem: int  # bytes of fast memory that the compiler may use
     interpret: Any
 
 
-def scalars(seen: Visits, groups: int, heads, sink, seed, batch) -> Scalars:
+def scalars(seen: GridOrder, groups: int, heads, sink, seed, batch) -> Scalars:
     """The schedule packed; `groups` > 1 repeats each line for every query head."""
     steps = len(seen.order)
     start = np.flatnonzero(seen.first)
@@ -168,7 +168,8 @@ class TileContext:
             return None
         seed = [self.info.rng[n].astype(jnp.uint32) for n in range(2)]
         batch = self.info.rng[2 + self.b]
-        stay = kept(rate, seed, batch, self.head, self.queries(part), self.keys(part))
+        stay = dropout_keep(
+            rate, seed, batch, self.head, self.queries(part), self.keys(part))
         return jnp.where(stay, 1 / (1 - rate), 0.0)
 
     def recompute(self, part: Part, masked: bool):
@@ -185,10 +186,11 @@ class TileContext:
 
     def run(self, step) -> None:
         """step(parts, masked) as the tile asks; nothing for a tile that is skipped."""
-        paths, all_of = self.call.paths, self.call.paths.parts(self.call.tiling)
-        ways = {MASKED: all_of} if paths.masked else {}
-        ways |= {MASKED + 1 + n: parts for n, parts in enumerate(paths.patterns)}
-        ways |= {FULL: all_of} if paths.whole else {}
+        patterns = self.call.patterns
+        all_of = patterns.parts(self.call.tiling)
+        ways = {MASKED: all_of} if patterns.masked else {}
+        ways |= {MASKED + 1 + n: parts for n, parts in enumerate(patterns.partial)}
+        ways |= {FULL: all_of} if patterns.whole else {}
         otherwise = lambda: None
         for code, parts in reversed(ways.items()):
             take = functools.partial(step, parts, code != FULL)

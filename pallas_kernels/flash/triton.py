@@ -32,7 +32,8 @@ def forward(static: Static, side: Side, q, k, v, bias, sink):
     call = _call(static, static.tiling, static.how[0], q, k)
     return launch(
         call, _forward, (call.tiling.grid[0], h, b),
-        _arrays(side, q, k, v, bias, sink), lines(*static.asks(call.tiling, side)),
+        _arrays(side, q, k, v, bias, sink),
+        lines(*static.block_masks(call.tiling, side)),
         [jax.ShapeDtypeStruct((b, t, h, v.shape[3]), v.dtype),
          jax.ShapeDtypeStruct((b, h, t), F32)], "flash_forward",
     )
@@ -44,7 +45,7 @@ def backward(static: Static, side: Side, q, k, v, bias, sink, lse, delta, do):
     call = _call(static, static.backward, static.how[1], q, k)
     base = jnp.where(jnp.isfinite(lse), lse * LOG2E, 0)
     x = _arrays(side, q, k, v, bias, None)._replace(do=do, lse=base, delta=delta)
-    table, ask = static.asks(call.tiling, side)
+    table, ask = static.block_masks(call.tiling, side)
     turned = None if ask is None else ask.swapaxes(1, 2)
     like = lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype)
     rows, columns = call.tiling.grid

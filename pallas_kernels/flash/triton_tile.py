@@ -20,7 +20,7 @@ from jax.experimental.pallas import triton
 from pallas_kernels.machine.product import F32, NT, dot
 from pallas_kernels.machine.triton import block, load
 from pallas_kernels.schedule import FULL, MASKED, Tiling
-from pallas_kernels.tile import LOG2E, LOW, NEVER, Form, both, kept
+from pallas_kernels.tile import LOG2E, LOW, NEVER, LogitSpec, both, dropout_keep
 
 
 class Arrays(NamedTuple):
@@ -63,7 +63,7 @@ class Line(NamedTuple):
 class Call(NamedTuple):
     """What is static: the form, the tiles, warps and stages."""
 
-    form: Form
+    form: LogitSpec
     tiling: Tiling
     groups: int
     warps: int
@@ -223,7 +223,7 @@ class TileContext:
         seed = [x.seed[n].astype(jnp.uint32) for n in range(2)]
         i = self.along(self.numbers(row, False), False)
         j = self.along(self.numbers(column, True), True)
-        stay = kept(rate, seed, x.batch[self.b], self.head, i, j)
+        stay = dropout_keep(rate, seed, x.batch[self.b], self.head, i, j)
         return jnp.where(stay, 1 / (1 - rate), 0.0)
 
     def recompute(self, q, k, v, do, row, column, masked: bool):

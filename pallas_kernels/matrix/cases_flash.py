@@ -10,7 +10,9 @@ import jax.numpy as jnp
 from pallas_kernels import tables
 from pallas_kernels.flash.api import flash
 from pallas_kernels.matrix.case import BF16, F32, Trips, struct, with_gradients
-from pallas_kernels.schedule import FULL, LANES, MASKED, Tiling, asked, fitted, paths
+from pallas_kernels.schedule import (
+    FULL, LANES, MASKED, Tiling, block_mask, shrink_to_fit, tile_patterns
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,16 +65,16 @@ def passes(device: str, t, d, v, h, mask, itemsize=2, packed=False,
     for kernel in ("flash_forward", "flash_backward"):
         found = tables.tile(device, kernel, shape)
         tiling = Tiling(t, t, found.rows, found.columns, 0)
-        tiling = fitted(mask, tiling, found.how[0], max(d, v), packed,
-                        kernel == "flash_backward")
-        table = asked(mask, tiling)
+        tiling = shrink_to_fit(mask, tiling, found.how[0], max(d, v), packed,
+                               kernel == "flash_backward")
+        table = block_mask(mask, tiling)
         ask = jnp.asarray(table)[None] if packed else None
-        ways, codes, _ = paths(mask, tiling, found.how[0], table, ask)
+        patterns, codes, _ = tile_patterns(mask, tiling, found.how[0], table, ask)
         whole = tiling.rows * tiling.columns
-        kinds = [(MASKED, whole)] * ways.masked
+        kinds = [(MASKED, whole)] * patterns.masked
         kinds += [(MASKED + 1 + n, sum(part.area for part in parts))
-                  for n, parts in enumerate(ways.patterns)]
-        kinds += [(FULL, whole)] * ways.whole
+                  for n, parts in enumerate(patterns.partial)]
+        kinds += [(FULL, whole)] * patterns.whole
         counts = [h * int((codes == kind).sum()) for kind, _ in kinds]
         logits = sum(n * area for n, (_, area) in zip(counts, kinds))
         lines = h * table.shape[kernel == "flash_backward"]

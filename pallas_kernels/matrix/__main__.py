@@ -44,7 +44,7 @@ import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 
 from pallas_kernels.matrix.digest import digest  # noqa: E402
-from pallas_kernels.matrix.figures import figures  # noqa: E402
+from pallas_kernels.matrix.metrics import metrics  # noqa: E402
 from pallas_kernels.matrix.record import (  # noqa: E402
     read, unrecorded, worse, write
 )
@@ -87,12 +87,12 @@ def chosen(given: argparse.Namespace, name: str) -> dict[str, Any]:
     if given.function:
         return {given.function: own_case(given.function, given.shapes)}
     return {n: c for n, c in cases(TARGETS[name]).items()
-            if given.cases in n and not (given.quick and (c.kin or c.peer))}
+            if given.cases in n and not (given.quick and (c.near_duplicate or c.peer))}
 
 
 def work(given: argparse.Namespace) -> int:
     """The worker of one target: compiles its cases, or those that are not as recorded,
-    prints a line for each that is done, and writes figures; None: as recorded."""
+    prints a line for each that is done, and writes metrics; None: as recorded."""
     logging.getLogger("absl").setLevel(logging.ERROR)  # a peer's word on its tuning
     del sys.argv[1:]  # which a peer reads, too
     target, folder = TARGETS[given.targets], pathlib.Path(given.worker)
@@ -109,11 +109,11 @@ def work(given: argparse.Namespace) -> int:
 
 def one(given: argparse.Namespace, target: Any, case: Any, folder: pathlib.Path,
         old: dict[str, Any]) -> dict[str, Any] | None:
-    """A case's figures with its digest; None if `old` has the same one."""
+    """A case's metrics with its digest; None if `old` has the same one."""
     own = None if case.peer or given.function else digest(target, case)
     if own is not None and own == old.get("digest"):
         return None
-    new = figures(target, case, folder)
+    new = metrics(target, case, folder)
     return new if own is None or "error" in new else {"digest": own} | new
 
 
@@ -158,7 +158,7 @@ def parsed(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--cases", default="", help="only those whose name holds this")
     parser.add_argument("--function", default="", help="module:name of your own")
     parser.add_argument("--shapes", default="", help="its arguments: 'bf16[8,128] ...'")
-    parser.add_argument("--write", action="store_true", help="record the figures")
+    parser.add_argument("--write", action="store_true", help="record the metrics")
     parser.add_argument("--check", action="store_true", help="compare with the record")
     parser.add_argument("--all", action="store_true",
                         help="with --check: compile what is as recorded, too")

@@ -3,13 +3,13 @@
 It is taken of the program as jax traces it for the target (`content.py` says how):
 operations, shapes, types, constants, and the kernels' own programs, grids, blocks and
 compiler parameters. Beside it stand the target's description, the layout of arguments
-and results, the compilers' versions, and the counts that figures are made of. A moved
+and results, the compilers' versions, and the counts that metrics are made of. A moved
 file, a new comment or another name of a Python function or variable changes none; a
-kernel's own name does, since its figures are found by it.
+kernel's own name does, since its metrics are found by it.
 
 What a digest proves: the same compilers are given the same program for the same target,
 so that what was read off their work holds still, as they do the same work every time.
-What it does not prove: that the figures would be read off in the same way (after an
+What it does not prove: that the metrics would be read off in the same way (after an
 edit of this package's readers, `--all`), or that jax, at one version, lowers a program
 in one way only. Tracing takes a tenth of a second where compiling takes seconds.
 """
@@ -61,7 +61,7 @@ def described(target: Any) -> tuple:
 
 
 def traced(target: Any, case: Case) -> tuple:
-    """A case's program for a target, and what its figures count."""
+    """A case's program for a target, and what its metrics count."""
     f, args, trips = case.build(target)
     with jax.sharding.use_abstract_mesh(abstract(target)):
         program = jax.jit(f).trace(*args).jaxpr

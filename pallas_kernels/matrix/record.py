@@ -8,7 +8,7 @@ import json
 import pathlib
 from typing import Any
 
-from pallas_kernels.matrix.figures import GROWS
+from pallas_kernels.matrix.metrics import GROWS
 from pallas_kernels.matrix.report import page
 
 HERE = pathlib.Path(__file__).parents[1]

@@ -17,12 +17,11 @@ from jax.experimental.pallas import tpu as pltpu, triton
 from pallas_kernels import Refused, tables
 from pallas_kernels.linear import tpu_block
 from pallas_kernels.matrix import (
-    __main__ as matrix, cases, cases_flash, figures, ptx as readings_gpu,
-    ptx_loop as passes_gpu, record as matrix_record, report as matrix_table,
-    tpu_schedule as readings
+    __main__ as matrix, cases, cases_flash, metrics, ptx, ptx_loop,
+    record as matrix_record, report as matrix_table, tpu_schedule
 )
 from pallas_kernels.matrix import digest as digests
-from pallas_kernels.matrix.case import Case, Trips
+from pallas_kernels.matrix.case import Case, TripCounts
 from pallas_kernels.matrix.content import Walk
 from pallas_kernels.matrix.digest import digest
 from pallas_kernels.matrix.targets import TARGETS
@@ -46,7 +45,7 @@ def dumped():
 
 
 def test_regions_of_a_program():
-    program = readings.program("kernel", *dumped())
+    program = tpu_schedule.program("kernel", *dumped())
     assert program.bundles == 175
     tile, = program.tiles
     assert (tile.mark, tile.bundles, tile.units["MATMUL"]) == ("branch", 20, 80)
@@ -119,7 +118,7 @@ ptxas info    : Used 178 registers, used 1 barriers, 16 bytes smem
 
 
 def test_what_ptxas_says_of_a_kernel():
-    k = readings_gpu.kernel(PTX, SAID, 100 * 1024)
+    k = ptx.kernel(PTX, SAID, 100 * 1024)
     assert (k.name, k.registers, k.spills, k.threads) == ("flash_forward", 178, 20, 256)
     assert (k.shared, k.tensor, k.unit) == (100 * 1024 + 16, 1, "wgmma")
     # 228 KiB hold two such blocks, 64 Ki registers only one: 256 of 2048 threads
@@ -127,7 +126,7 @@ def test_what_ptxas_says_of_a_kernel():
     assert k.blocks(h200) == 1 and k.occupancy(h200) == 0.125
     assert k._replace(registers=128).blocks(h200) == 2
     with pytest.raises(ValueError, match="ptxas said 'fatal'"):
-        readings_gpu.kernel(PTX, "fatal", 0)
+        ptx.kernel(PTX, "fatal", 0)
 
 
 LOOP = """
@@ -156,12 +155,12 @@ AHEAD = """$L__BB0_1:
 
 
 def test_a_pass_of_a_gpu_kernel():
-    inner = passes_gpu.busiest(LOOP)
+    inner = ptx_loop.busiest(LOOP)
     assert (inner.flops, inner.shared, inner.beyond) == (2 * 16 * 8 * 16, 512, 0)
     assert (inner.special, inner.floats, inner.issued, inner.bursts) == (1, 1, 4, 0)
-    outer = passes_gpu.counted(LOOP.splitlines()[3:6])
+    outer = ptx_loop.counted(LOOP.splitlines()[3:6])
     assert (outer.beyond, outer.shared, outer.bursts) == (512, 512, 1)
-    ahead = passes_gpu.busiest(AHEAD)
+    ahead = ptx_loop.busiest(AHEAD)
     # a warp has a quarter of its group's product, which reads its right side
     assert (ahead.flops, ahead.shared) == (2 * 64 * 128 * 16 / 4, 512 + 2 * 128 * 4)
     assert (ahead.beyond, ahead.ahead, ahead.bursts) == (512, 2, 0)
@@ -169,7 +168,7 @@ def test_a_pass_of_a_gpu_kernel():
 
 def test_the_time_of_a_pass():
     h200 = TARGETS["sm90a"]
-    p = passes_gpu.Pass(issued=100, special=8, flops=2**20)
+    p = ptx_loop.Pass(issued=100, special=8, flops=2**20)
     units = p.units(h200, 8)
     rate = 989e12 / 132 / 1.98e9
     assert units["issue"] == 200 and units["special"] == 128
@@ -178,21 +177,22 @@ def test_the_time_of_a_pass():
     alone, own = p.cycles(h200, 8, 1)
     assert alone == max(units.values()) and own == sum(units.values()) / 2
     # loads that begin three passes ahead have three passes to arrive in
-    waits = passes_gpu.Pass(beyond=1.0, bursts=2)
+    waits = ptx_loop.Pass(beyond=1.0, bursts=2)
     assert waits.cycles(h200, 4, 1)[0] == pytest.approx(1200, 1e-3)
-    waits = passes_gpu.Pass(beyond=1.0, ahead=3)
+    waits = ptx_loop.Pass(beyond=1.0, ahead=3)
     assert waits.cycles(h200, 4, 2)[0] == pytest.approx(100)
 
 
 def test_no_kernel_is_faster_than_its_products():
-    program = readings.program("jvp_flash_backward_keys_.1", *dumped())
-    trips = Trips((10,), 3, 12, {"_keys": 2.0**20, "": 2.0**30})
+    program = tpu_schedule.program("jvp_flash_backward_keys_.1", *dumped())
+    trips = TripCounts((10,), 3, 12, {"_keys": 2.0**20, "": 2.0**30})
     v5e = TARGETS["v5e"]
     scheduled = program.cycles(*trips[:3])
-    assert figures.cycles(v5e, program, "flash_backward", trips) == scheduled
+    assert metrics.cycles(v5e, program, "flash_backward", trips) == scheduled
     slow = trips._replace(flops={"": 2.0**30})
-    assert figures.cycles(v5e, program, "flash_backward", slow) == 2**30 / v5e.cycle
-    assert figures.cycles(v5e, program, "flash_backward", Trips((1, 2), 3, 4)) is None
+    assert metrics.cycles(v5e, program, "flash_backward", slow) == 2**30 / v5e.cycle
+    other = TripCounts((1, 2), 3, 4)
+    assert metrics.cycles(v5e, program, "flash_backward", other) is None
 
 
 def test_products_of_a_causal_pass():
@@ -214,15 +214,15 @@ def test_own_kernels_are_told_from_fusions(tmp_path):
     text = "001: kCustomKernel [source | sink] flash_forward grid: [1, 1, 1] " \
         "threads: [256, 1, 1]  shared_memory: 1024 bytes\n"
     (tmp_path / "module.thunk_sequence.txt").write_text(text)
-    found = readings_gpu.programs(tmp_path)
+    found = ptx.programs(tmp_path)
     assert list(found) == ["flash_forward"] and found["flash_forward"].shared == 1040
-    assert len(readings_gpu.programs(tmp_path, whole=True)) == 3
+    assert len(ptx.programs(tmp_path, whole=True)) == 3
 
 
 def test_fast_memory_is_read_off_the_report():
     text = """<script> const DATA ={ "global_info": {"vmem_capacity": 9},
       "hlo_breakdowns": {"k.1": {"blocks": [], "total_size": 4096}}};</script>"""
-    assert figures.vmem(text) == {"k.1": 4096}
+    assert metrics.vmem(text) == {"k.1": 4096}
 
 
 @pytest.mark.parametrize("words, message", [
@@ -414,7 +414,7 @@ def test_a_digest_is_of_the_program_and_not_of_its_words(name):
 @pytest.mark.parametrize("change", [
     {"kernel": other_constant}, {"kernel": other_line}, {"tile": 16}, {"limit": 2**21},
     {"name": "copied"}, {"closed": 2 * MATRIX}, {"dtype": jnp.bfloat16},
-    {"work": 1.0}, {"trips": {"copy": Trips((2,), 1, 2)}}, {"wrapped": True},
+    {"work": 1.0}, {"trips": {"copy": TripCounts((2,), 1, 2)}}, {"wrapped": True},
 ], ids=lambda change: next(iter(change)))
 def test_a_changed_program_has_another_digest(name, change):
     before = small_case(**{"closed": MATRIX})
@@ -494,7 +494,7 @@ def test_a_check_compiles_what_is_not_as_recorded(words, old, compiled, monkeypa
     tmp_path.joinpath("record").write_text(json.dumps({"cases": {"v5e a": kept}}))
     monkeypatch.setattr(matrix_record, "RECORD", tmp_path / "record")
     monkeypatch.setattr(matrix, "chosen", lambda given, name: {"a": case})
-    monkeypatch.setattr(matrix, "figures", lambda *_: entry())
+    monkeypatch.setattr(matrix, "metrics", lambda *_: entry())
     monkeypatch.setattr(sys, "argv", ["matrix"])
     out = tmp_path / "out"
     given = ["--targets", "v5e", "--worker", str(tmp_path), "--out", str(out), *words]
@@ -524,7 +524,7 @@ def test_the_record_holds_a_digest_of_every_quick_case():
     for target in TARGETS.values():
         for name, case in cases.cases(target).items():
             found = record["cases"].get(f"{target.name} {name}", {})
-            assert case.kin or case.peer or len(found["digest"]) == 16, name
+            assert case.near_duplicate or case.peer or len(found["digest"]) == 16, name
             assert not (case.peer and "digest" in found), name
 
 
@@ -536,4 +536,4 @@ def test_quick_leaves_a_near_relative_of_all_that_it_leaves_out():
     ours = {name for name, case in whole.items() if not case.peer}
     assert set(quick) < ours < set(whole)
     assert set(map(kind, quick)) == set(map(kind, ours))
-    assert not any(case.kin for case in quick.values())
+    assert not any(case.near_duplicate for case in quick.values())

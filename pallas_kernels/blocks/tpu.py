@@ -107,9 +107,9 @@ def _forward(static, groups, chosen, rows_ref, q_ref, *refs):
         top, total, acc = carry
         s = logits(static, k, q, rows, number, info)
         new = jnp.maximum(top, s.max(0, keepdims=True))
-        p, fade = jnp.exp2(s - new), jnp.exp2(top - new)
-        total = total * fade + p.sum(0, keepdims=True)
-        return new, total, acc * fade + dot(v, p.astype(v.dtype), TN)
+        p, rescale = jnp.exp2(s - new), jnp.exp2(top - new)
+        total = total * rescale + p.sum(0, keepdims=True)
+        return new, total, acc * rescale + dot(v, p.astype(v.dtype), TN)
 
     start = (jnp.full((1, count), LOW, F32), jnp.zeros((1, count), F32),
              jnp.zeros((width, count), F32))

@@ -154,10 +154,10 @@ def _forward(static, call: Call, x: Arrays, lists: Chosen, o_ref, lse_ref):
         s = logits(static, dot(q, _kv(call, x.k, b, c, key, static.heads), NT), query,
                    key)
         top = jnp.maximum(m, s.max(1))
-        p, fade = jnp.exp2(s - top[:, None]), jnp.exp2(m - top)
+        p, rescale = jnp.exp2(s - top[:, None]), jnp.exp2(m - top)
         v = _kv(call, x.v, b, c, key, static.heads)
-        acc = acc * fade[:, None] + dot(p.astype(v.dtype), v, NN)
-        return top, total * fade + p.sum(1), acc
+        acc = acc * rescale[:, None] + dot(p.astype(v.dtype), v, NN)
+        return top, total * rescale + p.sum(1), acc
 
     m, total, acc = jax.lax.fori_loop(0, trips, step, (
         jnp.full((rows,), LOW, F32), jnp.zeros((rows,), F32),

@@ -121,8 +121,8 @@ def _attend(static, has_table, most, lengths, table, q, rows, pages, o_ref, lse_
             s, seen = _scores(static, lengths, b, first + n, real, q[0], k, rows,
                               beside)
             new = jnp.maximum(top, s.max(1, keepdims=True))
-            p, fade = jnp.exp2(s - new), jnp.exp2(top - new)
-            total = total * fade + p.sum(1, keepdims=True)
+            p, rescale = jnp.exp2(s - new), jnp.exp2(top - new)
+            total = total * rescale + p.sum(1, keepdims=True)
             values = _halves(v[0], static.bits, q.dtype)
             if static.bits < 16:
                 p = jnp.where(seen, p * beside.v_scale[0], 0)
@@ -132,7 +132,7 @@ def _attend(static, has_table, most, lengths, table, q, rows, pages, o_ref, lse_
                 left = (static.slots - (first + n) * static.page) * static.key_heads
                 values = [jnp.where(at < left, a, 0) for a in values]
             out = [dot(p.astype(q.dtype), a, NN) for a in values]
-            acc = acc * fade + (out[0] if len(out) == 1 else jnp.concatenate(out, 1))
+            acc = acc * rescale + (out[0] if len(out) == 1 else jnp.concatenate(out, 1))
             top = new
         m_ref[...], l_ref[...], acc_ref[...] = top, total, acc
 

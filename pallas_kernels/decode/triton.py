@@ -166,13 +166,13 @@ def _attend(call: Call, x: Arrays, o_ref, lse_ref):
         place = ctx.at(tile)
         s = ctx.logits(queries, ctx.tile(x.k, place), place)
         top = jnp.maximum(m, s.max(1)[:, None])
-        p, fade = jnp.exp2(s - top), jnp.exp2(m - top)
-        total = total * fade + p.sum(1)[:, None]
+        p, rescale = jnp.exp2(s - top), jnp.exp2(m - top)
+        total = total * rescale + p.sum(1)[:, None]
         if x.v_scale is not None:
             p = p * ctx.beside(x.v_scale, place)[None]
         p = p.astype(queries.parts[0].dtype)
         outs = [dot(p, v, NN) for v in ctx.tile(x.v, place)]
-        return top, total, *(acc * fade + out for acc, out in zip(accs, outs))
+        return top, total, *(acc * rescale + out for acc, out in zip(accs, outs))
 
     full = lambda value: jnp.full((call.rows, 1), value, F32)
     m, total = full(LOW), full(0.0)

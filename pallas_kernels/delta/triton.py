@@ -37,7 +37,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
 from pallas_kernels.delta import triton_backward as gradients
-from pallas_kernels.delta.chunk import BLOCK, CHUNK, Side, fades, halved, merged, strict
+from pallas_kernels.delta.chunk import (
+    BLOCK, CHUNK, Side, decays, halved, merged, strict
+)
 from pallas_kernels.delta.triton_chunk import ChunkContext, part, put, read
 from pallas_kernels.machine.product import F32, NN, TN, dot
 from pallas_kernels.machine.triton import load, power
@@ -71,11 +73,11 @@ def _inside(static, heads: int, rows: int, side, q_ref, k_ref, x_ref, p_ref):
     n, h, b = (pl.program_id(a) for a in range(3))
     ctx = ChunkContext(static, b, h, heads)
     own, row = ctx.sides(side, n)
-    fade = fades(own, row, static.gated)
+    decay = decays(own, row, static.gated)
     qk, kk = ctx.pairs(n, rows, k_ref, q_ref, k_ref)
-    p = static.scale * fade * qk
+    p = static.scale * decay * qk
     triton.store(p_ref.at[b, h, n], p.astype(p_ref.dtype))
-    a = strict(own.beta * fade * kk)
+    a = strict(own.beta * decay * kk)
     # to be exact, substitution takes fewer instructions than products of float32
     x = inverse(a, CHUNK if k_ref.dtype == F32 else BLOCK)
     triton.store(x_ref.at[b, h, n], x.astype(x_ref.dtype))

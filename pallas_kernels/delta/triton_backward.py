@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
-from pallas_kernels.delta.chunk import CHUNK, ROWS, Side, fades, strict
+from pallas_kernels.delta.chunk import CHUNK, ROWS, Side, decays, strict
 from pallas_kernels.delta.triton_chunk import ChunkContext, for_each_part, part, read
 from pallas_kernels.machine.product import F32, NN, NT, TN, dot
 from pallas_kernels.machine.triton import load
@@ -55,12 +55,12 @@ def values(static, heads: int, tile: Tile, side, q_ref, k_ref, v_ref, do_ref, y_
         (zeros, zeros, zeros, jnp.zeros((rows,), F32), square, square))
     qk, kk = ctx.pairs(n, rows, k_ref, q_ref, k_ref)
     own, row = ctx.sides(side, n)
-    fade = fades(own, row, static.gated)
-    kk, da = strict(fade * kk), strict(da)
-    dp = static.scale * fade * dp
+    decay = decays(own, row, static.gated)
+    kk, da = strict(decay * kk), strict(da)
+    dp = static.scale * decay * dp
     pair = strict(dp * qk + own.beta * kk * da)
     triton.store(dp_ref.at[b, h, n], dp.astype(low))
-    dkk = own.beta * fade * da
+    dkk = own.beta * decay * da
     triton.store(dkk_ref.at[b, h, n], (dkk + dkk.T).astype(low))
     lane = jax.lax.broadcasted_iota(jnp.int32, (CHUNK,), 0)
     found = Side(dbeta + (kk * da).sum(1), zeros, pair.sum(1) - pair.sum(0), zeros,

@@ -98,9 +98,9 @@ def _attend(ctx: TileContext, at, steps, outs, scratch, group, tile):
         plgpu.barrier_wait(k_there.at[slot(n)])
         multiply(s_ref, q, Tile(k_ring.at[slot(n)]), s_there, False, interpret)
 
-    def fade_out(fade):
+    def rescale_output(rescale):
         o = load(o_ref, interpret)
-        store(o_ref, o * spread(fade, (ROWS, width), False), interpret)
+        store(o_ref, o * spread(rescale, (ROWS, width), False), interpret)
 
     def values_of(n):
         """Until o holds tile n."""
@@ -121,7 +121,7 @@ def _attend(ctx: TileContext, at, steps, outs, scratch, group, tile):
         need = masked or call.form.score is not None
         key = at(n) * call.tiling.columns if need else None
         s, unit, _ = ctx.logits(s, first, key, masked)
-        p, m, total, fade = online(s, unit, m, total)
+        p, m, total, rescale = online(s, unit, m, total)
 
         @pl.when(n > 0)
         def _():
@@ -131,7 +131,7 @@ def _attend(ctx: TileContext, at, steps, outs, scratch, group, tile):
 
         @pl.when(n > 0)
         def _():
-            fade_out(fade)
+            rescale_output(rescale)
 
         settle(met, interpret)
         plgpu.barrier_wait(v_there.at[slot(n)])
@@ -148,7 +148,7 @@ def _attend(ctx: TileContext, at, steps, outs, scratch, group, tile):
     carry = jax.lax.fori_loop(0, whole, lambda n, c: step(n, c, False), carry)
     m, total = jax.lax.fori_loop(whole, count, lambda n, c: step(n, c, True), carry)
     values_of(count - 1)
-    fade_out(1 / jnp.where(total > 0, total, 1.0))
+    rescale_output(1 / jnp.where(total > 0, total, 1.0))
     settle(met, interpret)
     o = load(o_ref, interpret, COPIED)
     o_smem = q_smem if o_smem is None else o_smem

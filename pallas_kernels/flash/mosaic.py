@@ -165,12 +165,12 @@ def _attend(ctx: TileContext, at, steps, outs, scratch, group, tile):
             s = s(1)
             plgpu.barrier_arrive(k_free.at[now])
             s, unit = logits(s, n, masked)
-            ahead, top, new, fade = online(s, unit, m, total)
+            ahead, top, new, rescale = online(s, unit, m, total)
             found = o()
             plgpu.barrier_arrive(v_free.at[before])
             # no sooner: the product that is under way reads the registers of p
             ahead = ahead.astype(x.v.dtype)
-            return found * spread(fade, wide, False), ahead, top, new
+            return found * spread(rescale, wide, False), ahead, top, new
 
         return products(interpret, [tall, acc], work)
 

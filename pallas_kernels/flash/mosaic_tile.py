@@ -218,8 +218,8 @@ def online(s, unit, m, total):
     was there fades. s [rows,keys]; m times log2(e) and total [rows]."""
     top = jnp.maximum(m, s.max(1) * unit if unit != 1.0 else s.max(1))
     p = weights(s, unit, top, False)
-    fade = jnp.exp2(m - top)
-    return p, top, total * fade + p.sum(1), fade
+    rescale = jnp.exp2(m - top)
+    return p, top, total * rescale + p.sum(1), rescale
 
 
 def run(call: Call, kernel, grid: dict[str, int], x: Arrays, seen: Line, outs, scratch,

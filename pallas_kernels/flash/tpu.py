@@ -146,12 +146,13 @@ def _forward(call: Call, info, x: Arrays, o_ref, lse_ref, m_ref, l_ref, acc_ref)
                 ahead = ctx.logits(later, masked)[0]
             old = cut(m, part)
             top = jnp.maximum(old, s.max(0, keepdims=True))
-            p, fade = jnp.exp2(s - top), jnp.exp2(old - top)
-            total = put(total, cut(total, part) * fade + p.sum(0, keepdims=True), part)
+            p, rescale = jnp.exp2(s - top), jnp.exp2(old - top)
+            sums = cut(total, part) * rescale + p.sum(0, keepdims=True)
+            total = put(total, sums, part)
             drop = ctx.drop(part)
             p = p if drop is None else p * drop
             v = x.v[0, 0, part.keys]
-            new = cut(acc, part) * fade + dot(v, p.astype(v.dtype), TN)
+            new = cut(acc, part) * rescale + dot(v, p.astype(v.dtype), TN)
             m, acc = put(m, top, part), put(acc, new, part)
         m_ref[...], l_ref[...], acc_ref[...] = m, total, acc
 

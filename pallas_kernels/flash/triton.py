@@ -95,12 +95,12 @@ def _forward(call: Call, x: Arrays, seen, o_ref, lse_ref):
         m, total, acc = carry
         s, _ = ctx.logits(q, ctx.keys(x.k, column), row, column, masked)
         top = jnp.maximum(m, s.max(1))
-        p, fade = jnp.exp2(s - top[:, None]), jnp.exp2(m - top)
-        total = total * fade + p.sum(1)
+        p, rescale = jnp.exp2(s - top[:, None]), jnp.exp2(m - top)
+        total = total * rescale + p.sum(1)
         drop = ctx.drop(row, column)
         p = p if drop is None else p * drop
         p = p.astype(x.v.dtype)
-        acc = tuple(a * fade[:, None] + dot(p, v, NN)
+        acc = tuple(a * rescale[:, None] + dot(p, v, NN)
                     for a, v in zip(acc, ctx.keys(x.v, column)))
         return top, total, acc
 

@@ -26,7 +26,7 @@ BF16 = jnp.bfloat16
 FLOOR = -128.0  # exp of it is 0 in float32
 
 
-def thirds(x) -> list[Any]:
+def split_bf16x3(x) -> list[Any]:
     """x float32 as three bfloat16 arrays whose sum it is."""
     found = []
     for _ in range(2):
@@ -46,14 +46,14 @@ def chosen(where):
 def add_up(where, x, contract=NN):
     """sum_t where[i,t] x[t,n] -> [i,n] float32; TN: where[t,i]."""
     w = chosen(where)
-    high, middle, low = (dot(w, part, contract) for part in thirds(x))
+    high, middle, low = (dot(w, part, contract) for part in split_bf16x3(x))
     return (low + middle) + high
 
 
 def add_columns(x, where):
     """sum_t x[i,t] where[t,n] -> [i,n] float32."""
     w = chosen(where)
-    high, middle, low = (dot(part, w, NN) for part in thirds(x))
+    high, middle, low = (dot(part, w, NN) for part in split_bf16x3(x))
     return (low + middle) + high
 
 
@@ -72,7 +72,7 @@ class Gradients(NamedTuple):
     dg: Any
 
 
-class Still:
+class NoDecay:
     """A chunk without decay; `scale` multiplies what queries read."""
 
     def __init__(self, c: int, scale: float):
@@ -106,16 +106,16 @@ class Still:
         within = self.within()
         ds = (dp * within).astype(q.dtype)
         from_state, to_state = self.enter(entered), self.leave(left)
-        dg = self.decay(lambda: dot(q, k, NT) * within * dp, q, k, from_state,
-                        to_state, held)
+        dg = self.decay_gradient(
+            lambda: dot(q, k, NT) * within * dp, q, k, from_state, to_state, held)
         return Gradients(dot(ds, k, NN) + from_state, dot(ds, q, TN) + to_state, dg)
 
-    def decay(self, weigh, q, k, from_state, to_state, held):
+    def decay_gradient(self, weigh, q, k, from_state, to_state, held):
         """The gradient of the decays; weigh() -> pairs times their cotangents."""
         return None
 
 
-class Steady(Still):
+class HeadDecay(NoDecay):
     """A chunk with the same log decay g <= 0 at each of its first `count` tokens; those
     behind them only fill it up."""
 
@@ -132,8 +132,8 @@ class Steady(Still):
         return jnp.where(self.j <= self.i, self.scale * jnp.exp(self.g * apart), 0.0)
 
     def enter(self, q):
-        fade = jnp.exp(self.g * (self.number() + 1).astype(F32))
-        return q.astype(F32) * (self.scale * fade)
+        factor = jnp.exp(self.g * (self.number() + 1).astype(F32))
+        return q.astype(F32) * (self.scale * factor)
 
     def later(self):
         """How many tokens come behind each [c,1]."""
@@ -146,7 +146,7 @@ class Steady(Still):
         whole = jnp.full((1, 1), self.count, jnp.int32).astype(F32)
         return s * jnp.exp(self.g * whole)
 
-    def decay(self, weigh, q, k, from_state, to_state, held):
+    def decay_gradient(self, weigh, q, k, from_state, to_state, held):
         apart = (self.i - self.j).astype(F32)
         x = rows(q, from_state) * (self.number() + 1).astype(F32)
         y = rows(k, to_state) * self.later()
@@ -164,7 +164,7 @@ def rows(a, b):
     return (a.astype(F32) * b).sum(1, keepdims=True)
 
 
-class Tokens(Still):
+class TokenDecay(NoDecay):
     """A chunk with a log decay for each token, g [1,c]."""
 
     def __init__(self, c: int, scale: float, g):
@@ -173,8 +173,8 @@ class Tokens(Still):
 
     def within(self):
         until = jnp.where(self.j <= self.i, self.g, 0.0)
-        fade = jnp.exp(add_columns(until, self.i > self.j))
-        return jnp.where(self.j <= self.i, self.scale * fade, 0.0)
+        factor = jnp.exp(add_columns(until, self.i > self.j))
+        return jnp.where(self.j <= self.i, self.scale * factor, 0.0)
 
     def enter(self, q):
         until = jnp.where(self.j <= self.i, self.g, 0.0).sum(1, keepdims=True)
@@ -187,7 +187,7 @@ class Tokens(Still):
     def kept(self, s):
         return s * jnp.exp(self.g.sum(1, keepdims=True))
 
-    def decay(self, weigh, q, k, from_state, to_state, held):
+    def decay_gradient(self, weigh, q, k, from_state, to_state, held):
         # the decay at t acts on the pairs j < t <= i
         p = jnp.where(self.j < self.i, weigh(), 0.0)
         crossing = add_columns(p, self.i < self.j) + rows(q, from_state)
@@ -196,7 +196,7 @@ class Tokens(Still):
         return own.sum(0, keepdims=True) + held
 
 
-class Channels(Still):
+class ChannelDecay(NoDecay):
     """A chunk with a log decay for each token and channel, g [c,D].
 
     A pair's decay does not leave the sum over channels, so queries and keys each take
@@ -234,8 +234,8 @@ class Channels(Still):
 
     def at(self, s, q, k):
         """The decay to the middle [c,D] float32, and q and k with it."""
-        fade = jnp.exp(self.decays(s))
-        return fade, *((a.astype(F32) * fade).astype(a.dtype) for a in (q, k))
+        factor = jnp.exp(self.decays(s))
+        return factor, *((a.astype(F32) * factor).astype(a.dtype) for a in (q, k))
 
     def enter(self, q):
         return q.astype(F32) * (self.scale * jnp.exp(self.decays("enter")))
@@ -274,9 +274,9 @@ class Channels(Still):
 
     def more_back(self, s, found: Gradients, q, k, dp) -> Gradients:
         """`found` and the gradients from the pairs of a level."""
-        fade, near, far = self.at(s, q, k)
+        factor, near, far = self.at(s, q, k)
         ds = jnp.where(self.paired(s), self.scale * dp, 0.0).astype(q.dtype)
-        to_q, to_k = dot(ds, far, NN) * fade, dot(ds, near, TN) * fade
+        to_q, to_k = dot(ds, far, NN) * factor, dot(ds, near, TN) * factor
         more = self.spread(s, q.astype(F32) * to_q + k.astype(F32) * to_k)
         return Gradients(found.dq + to_q, found.dk + to_k, found.dg + more)
 

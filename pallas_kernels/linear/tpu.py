@@ -31,12 +31,12 @@ from pallas_kernels.linear.tpu_block import (
 from pallas_kernels.machine.product import F32, NN, NT, TN, dot
 
 
-def _states(fades, rows, s) -> list[Any]:
+def _states(decays, rows, s) -> list[Any]:
     """The states before each chunk and after the last; rows: k and v of each."""
     found = [s]
-    for fade, (k, v) in zip(fades, rows):
-        more = dot(v, fade.leave(k).astype(k.dtype), TN)
-        found.append(fade.kept(found[-1]) + more)
+    for decay, (k, v) in zip(decays, rows):
+        more = dot(v, decay.leave(k).astype(k.dtype), TN)
+        found.append(decay.kept(found[-1]) + more)
     return found
 
 
@@ -52,14 +52,14 @@ def _forward(call: Call, x: Arrays, outs, scratch):
 
     # chunk by chunk for each step, since the program's order is that of its products
     q, k, v = ([ctx.rows(a, at) for at in ctx.chunks] for a in (x.q, x.k, x.v))
-    fades, low = ctx.fades(), lambda a: a.astype(x.q.dtype)
+    decays, low = ctx.decays(), lambda a: a.astype(x.q.dtype)
     if begun_ref:
         begun_ref[0][0, 0, 0] = s_ref[...]
-    pairs = [low(p) for p in ctx.pairs(fades, list(zip(q, k)))]
-    *states, last = _states(fades, zip(k, v), s_ref[...])
+    pairs = [low(p) for p in ctx.pairs(decays, list(zip(q, k)))]
+    *states, last = _states(decays, zip(k, v), s_ref[...])
     s_ref[...] = last
     for m, at in enumerate(ctx.chunks):
-        o = dot(low(fades[m].enter(q[m])), low(states[m]), NT)
+        o = dot(low(decays[m].enter(q[m])), low(states[m]), NT)
         o_ref[0, 0, at] = (o + dot(pairs[m], v[m], NN)).astype(o_ref.dtype)
 
     @pl.when(n == pl.num_programs(2) - 1)
@@ -80,22 +80,22 @@ def _backward(call: Call, x: Arrays, outs, scratch):
 
     q, k, v, do = ([ctx.rows(a, at) for at in ctx.chunks]
                    for a in (x.q, x.k, x.v, x.do))
-    fades, low = ctx.fades(), lambda a: a.astype(x.q.dtype)
+    decays, low = ctx.decays(), lambda a: a.astype(x.q.dtype)
     qk = list(zip(q, k))
-    pairs = [low(p) for p in ctx.pairs(fades, qk)]
-    states = _states(fades, zip(k[:-1], v), x.begun[0, 0, 0])
+    pairs = [low(p) for p in ctx.pairs(decays, qk)]
+    states = _states(decays, zip(k[:-1], v), x.begun[0, 0, 0])
     ds = [ds_ref[g]]
     for m in reversed(range(len(q))):
-        more = dot(do[m], low(fades[m].enter(q[m])), TN)
-        ds.insert(0, fades[m].kept(ds[0]) + more)
+        more = dot(do[m], low(decays[m].enter(q[m])), TN)
+        ds.insert(0, decays[m].kept(ds[0]) + more)
     before, *ds = ds
     ds_ref[g] = before
-    dv = [dot(p, a, TN) + dot(low(fade.leave(b)), low(own), NT)
-          for p, a, fade, b, own in zip(pairs, do, fades, k, ds)]
+    dv = [dot(p, a, TN) + dot(low(decay.leave(b)), low(own), NT)
+          for p, a, decay, b, own in zip(pairs, do, decays, k, ds)]
     given = [(dot(a, b, NT), dot(a, low(s), NN), dot(b, low(own), NN),
               (s * own).sum(0, keepdims=True))
              for a, b, s, own in zip(do, v, states, ds)]
-    found = ctx.back(fades, qk, given)
+    found = ctx.back(decays, qk, given)
     for m, at in enumerate(ctx.chunks):
         dq_ref[0, 0, at] = found[m].dq.astype(dq_ref.dtype)
         if dg_ref:

@@ -25,7 +25,9 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
-from pallas_kernels.linear.chunk import FLOOR, Channels, Steady, Still, Tokens
+from pallas_kernels.linear.chunk import (
+    FLOOR, ChannelDecay, HeadDecay, NoDecay, TokenDecay
+)
 from pallas_kernels.machine.product import F32, NN, NT, TN, dot
 from pallas_kernels.machine.triton import load, power
 from pallas_kernels.tile import both
@@ -113,22 +115,22 @@ class ChunkContext:
         at, inside = self.cut(ref, head, first, value.shape[1], self.inside)
         triton.store(at, value.astype(ref.dtype), mask=inside)
 
-    def fade(self, first=0, width: int | None = None) -> Still:
+    def decay(self, first=0, width: int | None = None) -> NoDecay:
         """The decay inside the chunk, of some of the key channels."""
         call, g = self.call, self.x.g
         if g is None:
-            return Still(call.c, call.scale)
+            return NoDecay(call.c, call.scale)
         if len(g.shape) == 1:
             count = jnp.minimum(call.t - self.start, call.c)
-            return Steady(call.c, call.scale, g[self.h], count)
+            return HeadDecay(call.c, call.scale, g[self.h], count)
         if len(g.shape) == 3:
             at = g.at[self.b, pl.ds(self.start, call.c), self.h]
-            return Tokens(call.c, call.scale, load(at, self.inside, 0)[None, :])
+            return TokenDecay(call.c, call.scale, load(at, self.inside, 0)[None, :])
         own = self.rows(g, self.h, first, width).astype(F32)
         own = jnp.maximum(own, FLOOR)
         if self.flag is not None:
             own = jnp.where(self.flag[:, None] > 1, FLOOR, own)
-        return Channels(call.c, call.scale, own, rolled=True)
+        return ChannelDecay(call.c, call.scale, own, rolled=True)
 
 
 def _states(call: Call, reverse: bool, x: Arrays, each_ref, last_ref):
@@ -143,14 +145,14 @@ def _states(call: Call, reverse: bool, x: Arrays, each_ref, last_ref):
         n = call.chunks - 1 - i if reverse else i
         ctx = ChunkContext(call, x, b, h, n)
         triton.store(each_ref.at[b, h, n, *tile], s.astype(each_ref.dtype))
-        fade = ctx.fade(d0, wide)
+        decay = ctx.decay(d0, wide)
         if reverse:
             value = ctx.rows(x.do, h, v0, tall)
-            key = fade.enter(ctx.rows(x.q, h, d0, wide))
+            key = decay.enter(ctx.rows(x.q, h, d0, wide))
         else:
             value = ctx.rows(x.v, ctx.kv, v0, tall)
-            key = fade.leave(ctx.rows(x.k, ctx.kv, d0, wide))
-        return fade.kept(s) + dot(value, key.astype(value.dtype), TN)
+            key = decay.leave(ctx.rows(x.k, ctx.kv, d0, wide))
+        return decay.kept(s) + dot(value, key.astype(value.dtype), TN)
 
     begin = triton.load(x.state.at[b, h, *tile])
     s = jax.lax.fori_loop(0, call.chunks, step, begin)
@@ -177,9 +179,9 @@ def _add_up(call: Call, x: Arrays, ctx: ChunkContext, n, first, state, key: bool
         k = ctx.rows(x.k, ctx.kv, d0, width)
         tile = pl.ds(first, call.values), pl.ds(d0, width)
         s = triton.load(state.at[ctx.b, ctx.h, n, *tile])
-        fade = ctx.fade(d0, width)
-        a = (fade.leave(k) if key else fade.enter(q)).astype(q.dtype)
-        return carry[0] + fade.pairs(q, k), carry[1] + dot(a, s, NT)
+        decay = ctx.decay(d0, width)
+        a = (decay.leave(k) if key else decay.enter(q)).astype(q.dtype)
+        return carry[0] + decay.pairs(q, k), carry[1] + dot(a, s, NT)
 
     zeros = lambda width: jnp.zeros((call.c, width), F32)
     carry = zeros(call.c), zeros(call.values)
@@ -226,7 +228,7 @@ def _keys(call: Call, x: Arrays, dq_ref, dk_ref, *dg_ref):
              zeros(call.c, call.keys), zeros(1, call.keys))
     carry = jax.lax.fori_loop(0, x.state.shape[3] // call.values, step, carry)
     q, k = ctx.rows(x.q, h, d0, call.keys), ctx.rows(x.k, ctx.kv, d0, call.keys)
-    found = ctx.fade(d0, call.keys).back(q, k, *carry)
+    found = ctx.decay(d0, call.keys).back(q, k, *carry)
     ctx.write(dq_ref, found.dq, h, d0)
     ctx.write(dk_ref, found.dk, h, d0)
     if dg_ref and len(x.g.shape) == 4:

@@ -21,7 +21,7 @@ from jax.experimental.pallas import triton
 from pallas_kernels.machine.product import F32
 from pallas_kernels.machine.triton import block, load, pieces, write, zeros
 from pallas_kernels.scan.api import (
-    Saved, asked, fade, inverse, product, weighted, weights
+    Saved, exp_diff, inverse, product, score_gradients, weighted, weights
 )
 
 LOWEST = -jnp.inf
@@ -129,7 +129,7 @@ def _totals(c, x: Arrays, m_ref, u_ref, w_ref):
     if code is not None:
         s = jnp.where(code == x.ends[ctx.b, ctx.n], s, LOWEST)
     m = s.max(0)
-    p = fade(s, m)
+    p = exp_diff(s, m)
     m_ref[ctx.b, h, ctx.n], u_ref[ctx.b, h, ctx.n] = m, p.sum(0)
     values = ctx.tile(x.v, h // group)
     ctx.put(w_ref, [(p[:, None] * v.astype(F32)).sum(0) for v in values], h)
@@ -144,7 +144,7 @@ def _forward(c, x: Arrays, o_ref, m_ref, u_ref):
         m_in = jnp.where(enters, m_in, LOWEST)
     seen = ctx.seen(code, 0)
     m = jnp.maximum(jnp.where(seen, s[None], LOWEST).max(1), m_in)
-    p, share = weights(s[None], m[:, None], seen), fade(m_in, m)
+    p, share = weights(s[None], m[:, None], seen), exp_diff(m_in, m)
     u = p.sum(1) + share * ctx.one(x.u_in, h)
     r = inverse(u, code)[:, None]
     o = []
@@ -171,14 +171,14 @@ def _inside(c, x: Arrays, ds_ref, dv_ref, g_ref, h_ref):
             present = jnp.abs(code)
             m_in = jnp.where(present == x.run_in[ctx.b, ctx.n], m_in, LOWEST)
             own = jnp.where(present == x.run[ctx.b, ctx.n], m, jnp.inf)
-        share, weight = fade(m_in, m), fade(ctx.one(x.ref, h), own) * r
+        share, weight = exp_diff(m_in, m), exp_diff(ctx.one(x.ref, h), own) * r
         parts = [product(v, d) for v, d in zip(values, do)]
         a = functools.reduce(operator.add, parts)
         before = functools.reduce(operator.add, [
             (d.astype(F32) * w[None]).sum(1)
             for d, w in zip(do, ctx.wide(x.w_in, h))])
         p = weights(s[:, None], m[None], ctx.seen(code, 1))
-        ds, p, delta = asked(
+        ds, p, delta = score_gradients(
             p, a, r[None], share[None], before[None], ctx.one(x.u_in, h))
         ctx.put_line(ds_ref.at[ctx.b, pl.ds(ctx.start, c), h], ds.sum(1))
         ctx.put(g_ref, [(weight[:, None] * d.astype(F32)).sum(0) for d in do], h)
@@ -200,7 +200,7 @@ def _reached(c, x: Arrays, given, ds_ref, dv_ref):
         s, g = ctx.scores(h), ctx.wide(x.g, h)
         if code is not None:
             s = jnp.where(code == x.run[ctx.b, ctx.n], s, LOWEST)
-        e = fade(s, ctx.one(x.ref, h))
+        e = exp_diff(s, ctx.one(x.ref, h))
         along = [(v.astype(F32) * one[None]).sum(1) for v, one in zip(values, g)]
         along = functools.reduce(operator.add, along)
         at = pl.ds(ctx.start, c)
@@ -230,14 +230,14 @@ def _join(a, b):
     same = a[0][:, None] == b[0][:, None]
     left = jnp.where(same, a[1], LOWEST)
     m = jnp.maximum(left, b[1])
-    x, y = fade(left, m), fade(b[1], m)
+    x, y = exp_diff(left, m), exp_diff(b[1], m)
     return b[0], m, a[2] * x + b[2] * y, a[3] * x[..., None] + b[3] * y[..., None]
 
 
 def _hand(a, b):
     """The same of (run, ref, h, G) from the last chunk to the first: a is behind b."""
     same = a[0][:, None] == b[0][:, None]
-    x = fade(jnp.where(same, b[1], LOWEST), a[1])
+    x = exp_diff(jnp.where(same, b[1], LOWEST), a[1])
     return b[0], b[1], b[2] + a[2] * x, b[3] + a[3] * x[..., None]
 
 

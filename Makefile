@@ -27,11 +27,11 @@ lint: .venv/.test  ## style and types
 	$(BIN)/python -m flake8
 	$(BIN)/python -m mypy
 
-matrix: .venv-aot/.done  ## kernels compiled for every target, held against the record
+matrix: .venv-aot/.done  ## kernels that changed compiled for every target, held against the record
 	.venv-aot/bin/python -m pallas_kernels.matrix --check --quick
 
-matrix-all: .venv-aot/.done  ## the same with peers and those that another one is very near to
-	.venv-aot/bin/python -m pallas_kernels.matrix --check
+matrix-all: .venv-aot/.done  ## all compiled, with peers and those that another one is very near to
+	.venv-aot/bin/python -m pallas_kernels.matrix --check --all
 
 .venv/.run: setup.cfg pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv

@@ -56,7 +56,7 @@ from experiments.training.mesh import Sizes
 from experiments.training.step import TrainConfig, staged
 from models.hybrid import hybrid_1b, hybrid_8b
 from models.lm import LM
-from pallas_kernels.schedule import FULL, MASKED, Tiling, asked
+from pallas_kernels.schedule import FULL, MASKED, Tiling, block_mask
 
 MODELS = {"hybrid_8b": hybrid_8b, "hybrid_1b": hybrid_1b}
 
@@ -190,7 +190,7 @@ def wanted(config_: Config, model: LM, attention: Any) -> float:
         return 0.0
     size = -(-config_.tokens // 512)
     tiling = Tiling(config_.tokens, config_.tokens, size, size, 0)
-    table = asked(attention.mask, tiling)
+    table = block_mask(attention.mask, tiling)
     pairs = size**2 * ((table == FULL).sum() + (table == MASKED).sum() / 2)
     width = model.head_dim or model.width // model.heads
     return float(7 * 2 * pairs * width * model.heads * config_.batch)

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.tile import Form
+from pallas_kernels.tile import LogitSpec
 
 SKIP, FULL, MASKED = 0, 1, 2  # what a tile asks for
 FAR = 2**29
@@ -44,7 +44,7 @@ class Static(NamedTuple):
     each; vmem: bytes of fast memory that a kernel may use, on TPU.
     """
 
-    form: Form
+    form: LogitSpec
     tiling: Tiling
     backward: Tiling
     how: tuple[tuple[int, ...], tuple[int, ...]]
@@ -52,13 +52,13 @@ class Static(NamedTuple):
     backend: str
     interpret: Any
 
-    def asks(self, tiling: Tiling, side: Side):
+    def block_masks(self, tiling: Tiling, side: Side):
         """What is asked of each tile: a table [N,M], and a traced [B,N,M] or None."""
-        table = asked(self.form.mask, tiling)
+        table = block_mask(self.form.mask, tiling)
         if side.q_pos is None and side.q_run is None:
             return table, None
         where = side.q_pos, side.kv_pos, side.q_run, side.kv_run
-        return table, found(self.form.mask, tiling, table, *where)
+        return table, traced_block_mask(self.form.mask, tiling, table, *where)
 
 
 class Side(NamedTuple):
@@ -78,7 +78,7 @@ class Side(NamedTuple):
     batch: Any = None
 
 
-def asked(mask: Any, tiling: Tiling) -> np.ndarray:
+def block_mask(mask: Any, tiling: Tiling) -> np.ndarray:
     """What the mask asks of each tile, [query tiles, key tiles]: SKIP, FULL, MASKED."""
     nq, nk = tiling.grid
     if tiling.offset is None:
@@ -98,7 +98,8 @@ def asked(mask: Any, tiling: Tiling) -> np.ndarray:
     return np.where(some, np.where(every & ~short, FULL, MASKED), SKIP).astype(np.int32)
 
 
-def found(mask, tiling: Tiling, static: np.ndarray, q_pos, kv_pos, q_run, kv_run):
+def traced_block_mask(mask, tiling: Tiling, static: np.ndarray, q_pos, kv_pos, q_run,
+                      kv_run):
     """What positions and runs leave of `static` [N,M]: int32 [B,N,M], traced.
 
     q_pos [B,T], kv_pos [B,S,heads] or None; q_run [B|1,T], kv_run [B|1,S] or None.
@@ -148,22 +149,22 @@ class Part(NamedTuple):
         return slice(self.first_query, self.end_query)
 
 
-class Paths(NamedTuple):
+class TilePatterns(NamedTuple):
     """The ways in which a kernel may have to take a tile.
 
-    whole: without a mask; masked: with one; patterns: with one, in those parts alone
+    whole: without a mask; masked: with one; partial: with one, in those parts alone
     that a mask of just this shape leaves. The n-th is asked for by MASKED + 1 + n.
     """
 
     chunk: int
     whole: bool = True
     masked: bool = True
-    patterns: tuple[tuple[Part, ...], ...] = ()
+    partial: tuple[tuple[Part, ...], ...] = ()
 
     def logits(self, tiling: Tiling) -> int:
         """How many logits the program of a step computes, all ways together."""
         whole = (self.whole + self.masked) * tiling.rows * tiling.columns
-        return whole + sum(part.area for parts in self.patterns for part in parts)
+        return whole + sum(part.area for parts in self.partial for part in parts)
 
     def parts(self, tiling: Tiling) -> tuple[Part, ...]:
         """All of a tile, its keys in chunks."""
@@ -178,19 +179,19 @@ WORTH = 1 / 16  # of a tile that a pattern has to spare
 MOST_LOGITS = 9 * 2**20  # of a program, where heads are 128 wide
 
 
-def paths(mask: Any, tiling: Tiling, chunk: int, static: np.ndarray,
-          ask: jax.Array | None):
+def tile_patterns(mask: Any, tiling: Tiling, chunk: int, static: np.ndarray,
+                  ask: jax.Array | None):
     """The ways in which the tiles of `static` [N,M] are taken, and `static` and `ask`
     with the patterns in them. A causal mask, for one, has one shape on each tile that
     the diagonal crosses: what lies beyond it is not computed."""
-    kinds, codes = _ways(mask, tiling, chunk, static, ask is not None)
+    kinds, codes = _patterns(mask, tiling, chunk, static, ask is not None)
     if ask is None:
         return kinds, codes, None
     own = jnp.where(static == MASKED, codes, MASKED)
     return kinds, codes, jnp.where(ask == MASKED, own, ask)
 
 
-def _ways(mask, tiling: Tiling, chunk: int, static: np.ndarray, traced: bool):
+def _patterns(mask, tiling: Tiling, chunk: int, static: np.ndarray, traced: bool):
     at = np.argwhere(static == MASKED)
     shape = len(at), tiling.rows // LANES, tiling.columns // chunk
     useless = tiling.rows % LANES or mask is None or tiling.offset is None
@@ -207,17 +208,17 @@ def _ways(mask, tiling: Tiling, chunk: int, static: np.ndarray, traced: bool):
     for n, parts in enumerate(best):
         codes[tuple(at[found[parts]].T)] = MASKED + 1 + n
     whole, masked = (traced or bool((codes == kind).any()) for kind in (FULL, MASKED))
-    return Paths(chunk, whole, masked, best), codes
+    return TilePatterns(chunk, whole, masked, best), codes
 
 
-def fitted(mask: Any, tiling: Tiling, chunk: int, width: int, traced: bool,
-           by_column: bool) -> Tiling:
+def shrink_to_fit(mask: Any, tiling: Tiling, chunk: int, width: int, traced: bool,
+                  by_column: bool) -> Tiling:
     """`tiling`, or one of smaller tiles, whose program is short enough to compile in
     seconds: every way of taking a tile is unrolled, and counts as heads are wide.
     traced: positions or runs decide; by_column: queries are halved before keys."""
     while True:
-        ways, _ = _ways(mask, tiling, chunk, asked(mask, tiling), traced)
-        if ways.logits(tiling) * max(width, LANES) <= MOST_LOGITS * LANES:
+        patterns, _ = _patterns(mask, tiling, chunk, block_mask(mask, tiling), traced)
+        if patterns.logits(tiling) * max(width, LANES) <= MOST_LOGITS * LANES:
             return tiling
         rows = _halved(tiling.t, tiling.rows, chunk)
         columns = _halved(tiling.s, tiling.columns, chunk)
@@ -265,7 +266,7 @@ def _extent(a, real, size: int, count: int):
     return ends
 
 
-class Visits(NamedTuple):
+class GridOrder(NamedTuple):
     """A list of tiles for a sequential grid, one entry a step.
 
     order [P]: row << 16 | column of a tile. ask [B|1,P]: what is asked there; hold
@@ -281,7 +282,7 @@ class Visits(NamedTuple):
     hold: jax.Array
 
 
-def visits(static: np.ndarray, ask: jax.Array | None, by_column: bool = False):
+def grid_order(static: np.ndarray, ask: jax.Array | None, by_column: bool = False):
     """The tiles of `static` [N,M] that ask for something, row by row or column by
     column; a line without any keeps one entry, so that its result is written."""
     table = static.T if by_column else static
@@ -297,7 +298,7 @@ def visits(static: np.ndarray, ask: jax.Array | None, by_column: bool = False):
     at = jnp.arange(len(line), dtype=jnp.int32)[None]
     latest = jax.lax.cummax(jnp.where(ask != SKIP, at, 0), axis=1)
     hold = jnp.asarray(inner)[latest]
-    return Visits(row << 16 | column, first, last, ask, hold)
+    return GridOrder(row << 16 | column, first, last, ask, hold)
 
 
 def all_tiles(static: np.ndarray, ask: jax.Array | None, rows: bool, columns: bool):
@@ -314,4 +315,4 @@ def all_tiles(static: np.ndarray, ask: jax.Array | None, rows: bool, columns: bo
     first, last = np.append(edge, change), np.append(change, edge)
     ask = jnp.asarray(static)[None] if ask is None else ask
     ask = ask[:, row, column]
-    return Visits(row << 16 | column, first, last, ask, jnp.zeros_like(ask))
+    return GridOrder(row << 16 | column, first, last, ask, jnp.zeros_like(ask))

@@ -19,7 +19,7 @@ LOW = -1e30  # below every logit, above NEVER: no guard is needed for 2^(NEVER -
 
 
 @dataclasses.dataclass(frozen=True)
-class Form:
+class LogitSpec:
     """The form of a logit and who sees whom: what is static in one call.
 
     mask: a predicate on (head, query position, key position) with `bounds`; None: all
@@ -56,15 +56,16 @@ def both(a, b):
     return b if a is None else a if b is None else a & b
 
 
-def kept(rate: float, seed, batch, head, row, column):
+def dropout_keep(rate: float, seed, batch, head, row, column):
     """Which weights dropout keeps: a hash of (seed, batch, head, query, key) is not
     below the rate. seed: two uint32; row and column are indices, not positions."""
-    word = mix(mix(seed[0] ^ batch.astype(jnp.uint32)) ^ head.astype(jnp.uint32))
-    word = mix(mix(word ^ seed[1] ^ row.astype(jnp.uint32)) ^ column.astype(jnp.uint32))
+    words = [a.astype(jnp.uint32) for a in (batch, head, row, column)]
+    word = murmur_mix32(murmur_mix32(seed[0] ^ words[0]) ^ words[1])
+    word = murmur_mix32(murmur_mix32(word ^ seed[1] ^ words[2]) ^ words[3])
     return word >= jnp.uint32(round(rate * 2**32))
 
 
-def mix(x: jax.Array) -> jax.Array:
+def murmur_mix32(x: jax.Array) -> jax.Array:
     """A 32-bit integer hash with full avalanche: the finaliser of MurmurHash3."""
     x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
     x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)

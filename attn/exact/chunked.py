@@ -27,8 +27,8 @@ import numpy as np
 from attn.exact.chunked_vjp import Constants, Plan, chunked, chunked_part
 from attn.exact.logits import Dropout, LogitSpec, Where
 from attn.masks import Full
-from pallas_kernels.schedule import SKIP, Tiling, asked, found
-from pallas_kernels.tile import NEVER, Form
+from pallas_kernels.schedule import SKIP, Tiling, block_mask, traced_block_mask
+from pallas_kernels.tile import NEVER, LogitSpec as TileSpec
 
 
 def attend(
@@ -94,11 +94,11 @@ def _plan(
     offset = s - t + where.shift if where.counted else None
     bq, bk = tile or tile_for(t, s)
     tiling = Tiling(t, s, bq, bk, offset)
-    table = asked(spec.mask, tiling)
+    table = block_mask(spec.mask, tiling)
     mask = None if spec.mask == Full() else spec.mask
     scale = q.shape[3] ** -0.5 if spec.scale is None else spec.scale
     rate = 0.0 if dropout is None else dropout.rate
-    form = Form(mask, scale, spec.softcap, spec.score, rate)
+    form = TileSpec(mask, scale, spec.softcap, spec.score, rate)
     pairs = tuple((int(i), int(j)) for i, j in np.argwhere(table != SKIP))
     return Plan(form, tiling, pairs), table
 
@@ -129,7 +129,7 @@ def _busy(plan: Plan, table: np.ndarray, where: Where) -> jax.Array | None:
     """Which of the plan's tiles hold a visible pair, if that depends on the data."""
     if len(plan.pairs) <= 1 or (where.counted and where.q_segment is None):
         return None
-    seen = found(
+    seen = traced_block_mask(
         plan.form.mask, plan.tiling, table, where.q_pos, where.kv_pos, where.q_segment,
         where.kv_segment,
     )

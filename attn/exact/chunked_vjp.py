@@ -18,14 +18,14 @@ from attn.exact.online import (
     EMPTY, OnlineSoftmax, empty, logsumexp, output, rescale
 )
 from pallas_kernels.schedule import Tiling
-from pallas_kernels.tile import NEVER, Form, kept
+from pallas_kernels.tile import NEVER, LogitSpec, dropout_keep
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
     """What is known of one call before it runs: the tiles and the form of a logit."""
 
-    form: Form
+    form: LogitSpec
     tiling: Tiling
     pairs: tuple[tuple[int, int], ...]
 
@@ -115,7 +115,7 @@ def _tile_keep(plan: Plan, const: Constants, i, j):
         chosen = _cut(_cut(const.keep, 3, i, bq), 4, j, bk)
     elif const.seed is not None:
         row, column = i * bq + jnp.arange(bq), j * bk + jnp.arange(bk)
-        chosen = kept(
+        chosen = dropout_keep(
             plan.form.dropout, const.seed, const.batch[:, None, None, None, None],
             const.head[None, :, :, None, None], row[None, None, None, :, None],
             column[None, None, None, None, :],

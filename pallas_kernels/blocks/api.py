@@ -20,10 +20,8 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import Refused, tables
-from pallas_kernels.refusals import (
-    DTYPES, WIDEST, check_device, check_elementwise
-)
-from pallas_kernels.tile import LOG2E, LOW, Form
+from pallas_kernels.refusals import DTYPES, WIDEST, check_device, check_elementwise
+from pallas_kernels.tile import LOG2E, LOW, LogitSpec
 
 LISTED = 2**17  # entries of the lists of one head that fit beside the scalar unit
 
@@ -34,7 +32,7 @@ class Static(NamedTuple):
     and of dk and dv, on GPU; vmem: bytes of fast memory that a kernel may use, on TPU.
     """
 
-    form: Form
+    form: LogitSpec
     block: int
     n: int
     size: int
@@ -98,7 +96,8 @@ def blocks(
         a, (b, m)).astype(jnp.int32)
     head = jnp.arange(h) if head is None else head
     static = Static(
-        Form(mask, d**-0.5 if scale is None else scale), block, n, size, t, s, heads,
+        LogitSpec(mask, d**-0.5 if scale is None else scale),
+        block, n, size, t, s, heads,
         () if backend == "tpu" else _tiles(q, k, v, chosen, block, tile, backend),
         tables.vmem(tables.device_kind(), backend), backend, interpret,
     )

@@ -16,7 +16,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.blocks import tpu_layout as rows_tpu
-from pallas_kernels.flash.tpu_tile import F32, column, dot
+from pallas_kernels.machine.product import F32, NN, NT, TN, dot
+from pallas_kernels.machine.tpu import column
 from pallas_kernels.tile import LOG2E, LOW, NEVER
 
 ANY = pl.BlockSpec(memory_space=pl.ANY)
@@ -25,7 +26,7 @@ ANY = pl.BlockSpec(memory_space=pl.ANY)
 def logits(static, k, q, rows, number, info):
     """Logits times log2(e) [block,R] of key block `number`; rows [3,R], info [2,block]
     or None."""
-    s, _ = static.form.logits(dot(k, q, ((1,), (1,))), None, None, None, unit=LOG2E)
+    s, _ = static.form.logits(dot(k, q, NT), None, None, None, unit=LOG2E)
     at = number * static.block
     key = at + jax.lax.broadcasted_iota(jnp.int32, (static.block, 1), 0)
     seen = key < static.s
@@ -82,7 +83,7 @@ class Fetch:
         pl.when(more)(lambda: self.each_chosen(self.n + 1, start))
         self.each_chosen(self.n, lambda copy: copy.wait())
 
-    def over(self, step, carry):
+    def for_each_block(self, step, carry):
         """step(carry, number, k, v, info) over the blocks at hand, in order."""
         half = self.n % 2
 
@@ -106,13 +107,13 @@ def _forward(static, groups, chosen, rows_ref, q_ref, *refs):
         top, total, acc = carry
         s = logits(static, k, q, rows, number, info)
         new = jnp.maximum(top, s.max(0, keepdims=True))
-        p, fade = jnp.exp2(s - new), jnp.exp2(top - new)
-        total = total * fade + p.sum(0, keepdims=True)
-        return new, total, acc * fade + dot(v, p.astype(v.dtype), ((0,), (0,)))
+        p, rescale = jnp.exp2(s - new), jnp.exp2(top - new)
+        total = total * rescale + p.sum(0, keepdims=True)
+        return new, total, acc * rescale + dot(v, p.astype(v.dtype), TN)
 
     start = (jnp.full((1, count), LOW, F32), jnp.zeros((1, count), F32),
              jnp.zeros((width, count), F32))
-    top, total, acc = fetch.over(step, start)
+    top, total, acc = fetch.for_each_block(step, start)
     safe = jnp.where(total > 0, total, 1)
     o_ref[0, 0, 0] = (acc / safe).T.astype(o_ref.dtype)
     lse = (top + jnp.log2(safe)) * (1 / LOG2E)
@@ -129,7 +130,7 @@ def _parts(refs, outs: int):
 def _weights(static, k, v, q, do, rows, parts, number, info):
     """p and ds [block,R], made again from q, k and lse; parts [2,R]: lse and delta."""
     p = jnp.exp2(logits(static, k, q, rows, number, info) - parts[:1])
-    return p, p * (dot(v, do, ((1,), (1,))) - parts[1:])
+    return p, p * (dot(v, do, NT) - parts[1:])
 
 
 def _queries(static, groups, chosen, rows_ref, q_ref, parts_ref, do_ref, *refs):
@@ -141,9 +142,9 @@ def _queries(static, groups, chosen, rows_ref, q_ref, parts_ref, do_ref, *refs):
 
     def step(acc, number, k, v, info):
         ds = _weights(static, k, v, q, do, rows, parts, number, info)[1]
-        return acc + dot(k, ds.astype(k.dtype), ((0,), (0,)))
+        return acc + dot(k, ds.astype(k.dtype), TN)
 
-    acc = fetch.over(step, jnp.zeros(q.shape[::-1], F32))
+    acc = fetch.for_each_block(step, jnp.zeros(q.shape[::-1], F32))
     dq_ref[0, 0, 0] = (acc * static.form.scale).T.astype(dq_ref.dtype)
 
 
@@ -178,8 +179,8 @@ def _keys(static, shape, entries, first, k_ref, v_ref, *refs):
             copy.wait()
         rows, q, parts, do = (buffer[e % 2] for buffer in buffers)
         p, ds = _weights(static, k, v, q, do, rows, parts, number, info)
-        dv = dv + dot(p.astype(do.dtype), do, ((1,), (0,)))
-        return dk + dot(ds.astype(q.dtype), q, ((1,), (0,))), dv
+        dv = dv + dot(p.astype(do.dtype), do, NN)
+        return dk + dot(ds.astype(q.dtype), q, NN), dv
 
     pl.when(start < end)(lambda: send(start))
     zeros = jnp.zeros(k.shape, F32), jnp.zeros(v.shape, F32)

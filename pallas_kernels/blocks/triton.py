@@ -24,7 +24,9 @@ from pallas_kernels.blocks.triton_tile import (
     Chosen, Keys, Parts, Queries, across, chosen_keys, fetch, keys, listed_rows, logits,
     of_block, put, queries
 )
-from pallas_kernels.flash.triton_tile import F32, Arrays, Call, dot, launch, load, power
+from pallas_kernels.flash.triton_tile import Arrays, Call, launch
+from pallas_kernels.machine.product import F32, NN, NT, dot
+from pallas_kernels.machine.triton import load, power
 from pallas_kernels.schedule import Tiling
 from pallas_kernels.tables import Tile
 from pallas_kernels.tile import LOG2E, LOW, NEVER
@@ -149,13 +151,13 @@ def _forward(static, call: Call, x: Arrays, lists: Chosen, o_ref, lse_ref):
     def step(i, carry):
         m, total, acc = carry
         key = tile(i)
-        s = logits(static, dot(q, _kv(call, x.k, b, c, key, static.heads), 1, 1), query,
+        s = logits(static, dot(q, _kv(call, x.k, b, c, key, static.heads), NT), query,
                    key)
         top = jnp.maximum(m, s.max(1))
-        p, fade = jnp.exp2(s - top[:, None]), jnp.exp2(m - top)
+        p, rescale = jnp.exp2(s - top[:, None]), jnp.exp2(m - top)
         v = _kv(call, x.v, b, c, key, static.heads)
-        acc = acc * fade[:, None] + dot(p.astype(v.dtype), v, 1, 0)
-        return top, total * fade + p.sum(1), acc
+        acc = acc * rescale[:, None] + dot(p.astype(v.dtype), v, NN)
+        return top, total * rescale + p.sum(1), acc
 
     m, total, acc = jax.lax.fori_loop(0, trips, step, (
         jnp.full((rows,), LOW, F32), jnp.zeros((rows,), F32),
@@ -167,10 +169,10 @@ def _forward(static, call: Call, x: Arrays, lists: Chosen, o_ref, lse_ref):
     triton.store(lse_ref.at[index], lse, mask=query.real)
 
 
-def _again(static, x: Arrays, b, query: Queries, key: Keys, tiles, turned: bool):
+def _recompute(static, x: Arrays, b, query: Queries, key: Keys, tiles, turned: bool):
     """p and ds of a tile, made again from lse; tiles: q, k, v and do."""
     q, k, v, do = tiles
-    product = lambda a, c: dot(c, a, 1, 1) if turned else dot(a, c, 1, 1)
+    product = lambda a, c: dot(c, a, NT) if turned else dot(a, c, NT)
     row, _ = across(turned)
     of = lambda ref, other: row(
         load(ref.at[b, query.token, query.head], query.real, other))
@@ -188,8 +190,8 @@ def _queries(static, call: Call, x: Arrays, lists: Chosen, dq_ref):
     def step(i, dq):
         key = tile(i)
         k, v = (_kv(call, a, b, c, key, static.heads) for a in (x.k, x.v))
-        ds = _again(static, x, b, query, key, (q, k, v, do), False)[1]
-        return dq + dot(ds.astype(k.dtype), k, 1, 0)
+        ds = _recompute(static, x, b, query, key, (q, k, v, do), False)[1]
+        return dq + dot(ds.astype(k.dtype), k, NN)
 
     dq = jax.lax.fori_loop(0, trips, step, jnp.zeros(q.shape, F32))
     put(dq_ref, dq * call.form.scale, (b, query.token, query.head), query.real)
@@ -212,9 +214,9 @@ def _keys(static, call: Call, x: Arrays, parts: Parts, dk_ref, dv_ref):
             dk, dv = carry
             query = tile(i)
             q, do = _q(x.q, b, query), _q(x.do, b, query)
-            p, ds = _again(static, x, b, query, key, (q, k, v, do), True)
-            dv = dv + dot(p.astype(do.dtype), do, 1, 0)
-            return dk + dot(ds.astype(q.dtype), q, 1, 0), dv
+            p, ds = _recompute(static, x, b, query, key, (q, k, v, do), True)
+            dv = dv + dot(p.astype(do.dtype), do, NN)
+            return dk + dot(ds.astype(q.dtype), q, NN), dv
 
         dk, dv = jax.lax.fori_loop(
             0, trips, step, (jnp.zeros(k.shape, F32), jnp.zeros(v.shape, F32)))

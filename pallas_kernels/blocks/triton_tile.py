@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import triton
 
-from pallas_kernels.flash.triton_tile import Arrays, lanes, load, power
+from pallas_kernels.flash.triton_tile import Arrays
+from pallas_kernels.machine.triton import lanes, load, power
 from pallas_kernels.tile import LOG2E, NEVER, both
 
 

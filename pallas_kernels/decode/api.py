@@ -25,10 +25,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import Refused
-from pallas_kernels.refusals import (
-    DTYPES, WIDEST, check_device, check_elementwise
-)
-from pallas_kernels.tile import LOG2E, NEVER, Form
+from pallas_kernels.refusals import DTYPES, WIDEST, check_device, check_elementwise
+from pallas_kernels.tile import LOG2E, NEVER, LogitSpec
 
 F32 = jnp.float32
 
@@ -38,7 +36,7 @@ class Static(NamedTuple):
     keys lie in pages of `page` slots, `pages` of them a step; bits of k and v. On a
     GPU: a tile, `splits` asked for or 0, and how many multiprocessors there are."""
 
-    form: Form
+    form: LogitSpec
     heads: int
     key_heads: int
     queries: int
@@ -139,7 +137,7 @@ def decode(
     if lengths is None:
         lengths = jnp.asarray(np.full((b, 1), slots, np.int32))
     lengths = lengths[:, None] if lengths.ndim == 1 else lengths
-    form = Form(mask, d**-0.5 if scale is None else scale, softcap, score)
+    form = LogitSpec(mask, d**-0.5 if scale is None else scale, softcap, score)
     static = Static(form, h, heads, t, slots, page, 1, bits, sink is not None, 0,
                     interpret, backend)
     static = _kernels(static).sized(static, table is not None, tile, splits, q, k, v)

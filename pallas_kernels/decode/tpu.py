@@ -16,7 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import Refused, tables
-from pallas_kernels.flash.tpu_tile import F32, dot
+from pallas_kernels.machine.product import F32, NN, NT, dot
 from pallas_kernels.tile import LOG2E, LOW, NEVER
 
 MOST_ROWS = 512
@@ -63,7 +63,7 @@ def _scores(static, lengths, b, page, real, q, k, rows, beside):
     groups = static.heads // static.key_heads
     parts = _halves(k[0], static.bits, q.dtype)
     widths = jnp.split(q, len(parts), 1)
-    raw = sum(dot(a, part, ((1,), (1,))) for a, part in zip(widths, parts))
+    raw = sum(dot(a, part, NT) for a, part in zip(widths, parts))
     if static.bits < 16:
         raw = raw * beside.k_scale[0]
     # row = query * H + head: which key head a row reads
@@ -121,8 +121,8 @@ def _attend(static, has_table, most, lengths, table, q, rows, pages, o_ref, lse_
             s, seen = _scores(static, lengths, b, first + n, real, q[0], k, rows,
                               beside)
             new = jnp.maximum(top, s.max(1, keepdims=True))
-            p, fade = jnp.exp2(s - new), jnp.exp2(top - new)
-            total = total * fade + p.sum(1, keepdims=True)
+            p, rescale = jnp.exp2(s - new), jnp.exp2(top - new)
+            total = total * rescale + p.sum(1, keepdims=True)
             values = _halves(v[0], static.bits, q.dtype)
             if static.bits < 16:
                 p = jnp.where(seen, p * beside.v_scale[0], 0)
@@ -131,8 +131,8 @@ def _attend(static, has_table, most, lengths, table, q, rows, pages, o_ref, lse_
                 at = jax.lax.broadcasted_iota(jnp.int32, values[0].shape, 0)
                 left = (static.slots - (first + n) * static.page) * static.key_heads
                 values = [jnp.where(at < left, a, 0) for a in values]
-            out = [dot(p.astype(q.dtype), a, ((1,), (0,))) for a in values]
-            acc = acc * fade + (out[0] if len(out) == 1 else jnp.concatenate(out, 1))
+            out = [dot(p.astype(q.dtype), a, NN) for a in values]
+            acc = acc * rescale + (out[0] if len(out) == 1 else jnp.concatenate(out, 1))
             top = new
         m_ref[...], l_ref[...], acc_ref[...] = top, total, acc
 

@@ -30,7 +30,8 @@ from jax.experimental.pallas import triton
 
 from pallas_kernels import Refused, tables
 from pallas_kernels.decode.triton_cache import Arrays, Call, Head
-from pallas_kernels.flash.triton_tile import F32, dot, lanes, load, power
+from pallas_kernels.machine.product import F32, NN, dot
+from pallas_kernels.machine.triton import lanes, load, power
 from pallas_kernels.tile import LOG2E, LOW, NEVER
 
 PARTS = 16  # how many parts the second kernel takes at once
@@ -157,21 +158,21 @@ def _attend(call: Call, x: Arrays, o_ref, lse_ref):
     at, n, b = (pl.program_id(axis) for axis in range(3))
     kv, row = (at, at * 0) if tiles == 1 else (jax.lax.div(at, tiles),
                                                jax.lax.rem(at, tiles))
-    here = Head(call, x, b, kv)
-    queries = here.queries(row)
+    ctx = Head(call, x, b, kv)
+    queries = ctx.queries(row)
 
     def step(tile, carry):
         m, total, *accs = carry
-        place = here.at(tile)
-        s = here.logits(queries, here.tile(x.k, place), place)
+        place = ctx.at(tile)
+        s = ctx.logits(queries, ctx.tile(x.k, place), place)
         top = jnp.maximum(m, s.max(1)[:, None])
-        p, fade = jnp.exp2(s - top), jnp.exp2(m - top)
-        total = total * fade + p.sum(1)[:, None]
+        p, rescale = jnp.exp2(s - top), jnp.exp2(m - top)
+        total = total * rescale + p.sum(1)[:, None]
         if x.v_scale is not None:
-            p = p * here.beside(x.v_scale, place)[None]
+            p = p * ctx.beside(x.v_scale, place)[None]
         p = p.astype(queries.parts[0].dtype)
-        outs = [dot(p, v, 1, 0) for v in here.tile(x.v, place)]
-        return top, total, *(acc * fade + out for acc, out in zip(accs, outs))
+        outs = [dot(p, v, NN) for v in ctx.tile(x.v, place)]
+        return top, total, *(acc * rescale + out for acc, out in zip(accs, outs))
 
     full = lambda value: jnp.full((call.rows, 1), value, F32)
     m, total = full(LOW), full(0.0)
@@ -180,7 +181,7 @@ def _attend(call: Call, x: Arrays, o_ref, lse_ref):
         m = jnp.where(n == 0, queries.sink, LOW)
         total = jnp.where(n == 0, full(1.0), total)
     acc = jnp.zeros((call.rows, power(x.v.shape[3])), F32)
-    first, last = here.share(n)
+    first, last = ctx.share(n)
     m, total, *accs = jax.lax.fori_loop(
         first, last, step, (m, total, *[acc] * len(queries.parts)))
     some = total > 0
@@ -231,9 +232,9 @@ def _merge(call: Call, x, o_ref, lse_ref):
 
 def _weights(call: Call, x: Arrays, w_ref):
     kv, n, b = (pl.program_id(axis) for axis in range(3))
-    here = Head(call, x, b, kv)
+    ctx = Head(call, x, b, kv)
     size, many = call.columns, -(-call.queries // call.rows)
-    first = here.queries(kv * 0) if many == 1 else None
+    first = ctx.queries(kv * 0) if many == 1 else None
 
     def write(tile, value):
         slot = tile * size + jax.lax.broadcasted_iota(jnp.int32, (size,), 0)
@@ -241,12 +242,12 @@ def _weights(call: Call, x: Arrays, w_ref):
                      mask=slot < call.slots)
 
     def step(tile, none):
-        place = here.at(tile)
-        k = here.tile(x.k, place)
+        place = ctx.at(tile)
+        k = ctx.tile(x.k, place)
 
         def add(row, found):
-            queries = here.queries(row) if first is None else first
-            s = here.logits(queries, k, place)
+            queries = ctx.queries(row) if first is None else first
+            s = ctx.logits(queries, k, place)
             return found + jnp.exp2(s - queries.base).sum(0)
 
         found = jnp.zeros((size,), F32)
@@ -254,7 +255,7 @@ def _weights(call: Call, x: Arrays, w_ref):
         write(tile, found)
         return none
 
-    start, end = here.share(n)
+    start, end = ctx.share(n)
     jax.lax.fori_loop(start, end, step, ())
 
     def nothing(tile, none):
@@ -262,6 +263,6 @@ def _weights(call: Call, x: Arrays, w_ref):
         return none
 
     # tiles beyond the length, spread in the same way
-    filled = jax.lax.div(here.length + (size - 1), size)
-    start, end = here.shared(n, -(-call.slots // size) - filled)
+    filled = jax.lax.div(ctx.length + (size - 1), size)
+    start, end = ctx.shared(n, -(-call.slots // size) - filled)
     jax.lax.fori_loop(filled + start, filled + end, nothing, ())

@@ -15,15 +15,16 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from pallas_kernels.decode.triton_unpack import widened
-from pallas_kernels.flash.triton_tile import dot, lanes, load, power
-from pallas_kernels.tile import LOG2E, NEVER, Form, both
+from pallas_kernels.machine.product import NT, dot
+from pallas_kernels.machine.triton import lanes, load, power
+from pallas_kernels.tile import LOG2E, NEVER, LogitSpec, both
 
 
 class Call(NamedTuple):
     """What is static. R = T * H/K `queries` read one key head: `rows` of them are a
     tile, `columns` slots another. inner: a tile of slots lies inside a page."""
 
-    form: Form
+    form: LogitSpec
     queries: int
     rows: int
     columns: int
@@ -160,9 +161,9 @@ class Head:
     def logits(self, queries: Queries, k: list[Any], at: At):
         """Logits times log2(e) [rows,columns], NEVER where hidden."""
         call, x, form = self.call, self.x, self.call.form
-        raw = dot(queries.parts[0], k[0], 1, 1)
+        raw = dot(queries.parts[0], k[0], NT)
         if call.bits == 4:
-            raw = raw + dot(queries.parts[1], k[1], 1, 1)
+            raw = raw + dot(queries.parts[1], k[1], NT)
         if x.k_scale is not None:
             raw = raw * self.beside(x.k_scale, at)[None]
         j = at.slot if x.pos is None else self.beside(x.pos, at, -1)

@@ -39,7 +39,7 @@ def grid(c: int = CHUNK) -> tuple[jax.Array, jax.Array]:
     return i, j
 
 
-def fades(own: Side, row: Side, gated: bool) -> jax.Array:
+def decays(own: Side, row: Side, gated: bool) -> jax.Array:
     """What token j (a column) still counts at token i (a row): exp of the log decay
     between them where j <= i and both are of one run, else 0."""
     i, j = grid()

@@ -20,11 +20,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.delta.chunk import (
-    BLOCK, CHUNK, ROWS, Side, fades, grid, halved, merged, strict
+    BLOCK, CHUNK, ROWS, Side, decays, grid, halved, merged, strict
 )
-from pallas_kernels.flash.tpu_tile import F32, dot
-
-NT, NN, TN = ((1,), (1,)), ((1,), (0,)), ((0,), (0,))
+from pallas_kernels.machine.product import F32, NN, NT, TN, dot
 
 
 def inverses(systems: list, exact: bool) -> list:
@@ -79,9 +77,9 @@ def _forward(static, keep: bool, side_ref, q_ref, k_ref, v_ref, start_ref, o_ref
     for m in range(static.pieces):  # what needs no state: all chunks side by side
         q, k = _cut((q_ref, k_ref), m)
         own, row = _sides(side_ref[0, 0, m])
-        fade = fades(own, row, static.gated)
-        systems.append(strict(own.beta * fade * dot(k, k, NT)))
-        ready.append((own, row, (static.scale * fade * dot(q, k, NT)).astype(low)))
+        decay = decays(own, row, static.gated)
+        systems.append(strict(own.beta * decay * dot(k, k, NT)))
+        ready.append((own, row, (static.scale * decay * dot(q, k, NT)).astype(low)))
     s, xs = state[...], inverses(systems, low == F32)
     for m, (own, row, p) in enumerate(ready):
         x = xs[m].astype(low)
@@ -130,25 +128,25 @@ def _gradients(static, given, sides, held, x, ds):
     (q, k, v, do), (own, row) = given, sides
     low, dsl, scale = q.dtype, ds.astype(q.dtype), static.scale
     # the forward pass of the chunk
-    fade = fades(own, row, static.gated)
-    kk, qk = strict(fade * dot(k, k, NT)), dot(q, k, NT)
+    decay = decays(own, row, static.gated)
+    kk, qk = strict(decay * dot(k, k, NT)), dot(q, k, NT)
     ks = dot(k, held, NN)
     r = v.astype(F32) - own.enter * ks
     u = dot(x, (own.beta * r).astype(low), NN)
     ul = u.astype(low)
     # u, and through the system what stands on its right: y is the gradient of beta r
     later = dot(k, dsl, NN)
-    du = dot((scale * fade * qk).astype(low), do, TN) + own.leave * later
+    du = dot((scale * decay * qk).astype(low), do, TN) + own.leave * later
     y = dot(x, du.astype(low), TN)
     dr = own.beta * y
     away = (own.enter * dr).astype(low)  # minus the gradient of k S
     before = row.keep[:, :1] * ds - dot(k, away, TN)
     before = before + dot(q, ((scale * own.enter) * do.astype(F32)).astype(low), TN)
     # pairs of tokens
-    dp = scale * fade * dot(do, ul, NT)
+    dp = scale * decay * dot(do, ul, NT)
     da = -strict(dot(y.astype(low), ul, NT))
     pair = strict(dp * qk + own.beta * kk * da)  # weights times their gradients
-    dpl, dkk = dp.astype(low), (own.beta * fade * da).astype(low)
+    dpl, dkk = dp.astype(low), (own.beta * decay * da).astype(low)
     from_state = dot(do, held, NT)
     dq = (scale * own.enter) * from_state + dot(dpl, k, NN)
     dk = dot(dpl, q, TN) + dot((own.leave * u).astype(low), dsl, NT)

@@ -37,9 +37,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
 from pallas_kernels.delta import triton_backward as gradients
-from pallas_kernels.delta.chunk import BLOCK, CHUNK, Side, fades, halved, merged, strict
-from pallas_kernels.delta.triton_chunk import Here, part, put, read
-from pallas_kernels.flash.triton_tile import F32, dot, load, power
+from pallas_kernels.delta.chunk import (
+    BLOCK, CHUNK, Side, decays, halved, merged, strict
+)
+from pallas_kernels.delta.triton_chunk import ChunkContext, part, put, read
+from pallas_kernels.machine.product import F32, NN, TN, dot
+from pallas_kernels.machine.triton import load, power
 from pallas_kernels.tables import Tile
 
 
@@ -61,20 +64,20 @@ def inverse(a, block: int):
     x = jnp.where(i == j, 1.0, 0.0)
     x = jax.lax.fori_loop(0, block - 1, out_of_those_below, x)
     x = jnp.where(own, jnp.broadcast_to(x[:, :, None], shape), 0.0)
-    product = halved(lambda x, y: dot(x, y, 1, 0))
+    product = halved(lambda x, y: dot(x, y, NN))
     return merged([x.reshape(CHUNK, CHUNK)], [a], product, block)[0]
 
 
 def _inside(static, heads: int, rows: int, side, q_ref, k_ref, x_ref, p_ref):
     """The inverse of one chunk's system, and the weights of its outputs."""
     n, h, b = (pl.program_id(a) for a in range(3))
-    here = Here(static, b, h, heads)
-    own, row = here.sides(side, n)
-    fade = fades(own, row, static.gated)
-    qk, kk = here.pairs(n, rows, k_ref, q_ref, k_ref)
-    p = static.scale * fade * qk
+    ctx = ChunkContext(static, b, h, heads)
+    own, row = ctx.sides(side, n)
+    decay = decays(own, row, static.gated)
+    qk, kk = ctx.pairs(n, rows, k_ref, q_ref, k_ref)
+    p = static.scale * decay * qk
     triton.store(p_ref.at[b, h, n], p.astype(p_ref.dtype))
-    a = strict(own.beta * fade * kk)
+    a = strict(own.beta * decay * kk)
     # to be exact, substitution takes fewer instructions than products of float32
     x = inverse(a, CHUNK if k_ref.dtype == F32 else BLOCK)
     triton.store(x_ref.at[b, h, n], x.astype(x_ref.dtype))
@@ -84,22 +87,22 @@ def _forward(static, heads: int, columns: int, side, q_ref, k_ref, v_ref, x_ref,
              start_ref, o_ref, final_ref, *states_ref):
     """Some columns of the state from the first chunk to the last."""
     c, h, b = (pl.program_id(a) for a in range(3))
-    here, first = Here(static, b, h, heads), c * columns
+    ctx, first = ChunkContext(static, b, h, heads), c * columns
 
     def step(n, state):
-        q, k = here.tokens(q_ref, n), here.tokens(k_ref, n)
-        beta, enter, leave = here.columns(side, n, "beta", "enter", "leave")
+        q, k = ctx.tokens(q_ref, n), ctx.tokens(k_ref, n)
+        beta, enter, leave = ctx.columns(side, n, "beta", "enter", "leave")
         held = state.astype(k.dtype)
         if states_ref:
             put(states_ref[0], (b, h, n), first, held)
-        v = here.tokens(v_ref, n, first, columns).astype(F32)
-        r = beta * (v - enter * dot(k, held, 1, 0))
-        u = dot(load(x_ref.at[b, h, n], None, 0), r.astype(k.dtype), 1, 0)
-        o = (static.scale * enter) * dot(q, held, 1, 0)
-        o = o + dot(load(p_ref.at[b, h, n], None, 0), u.astype(k.dtype), 1, 0)
-        here.write(o_ref, o, n, first)
-        return (here.keep(side, n) * state
-                + dot(k, (leave * u).astype(k.dtype), 0, 0))
+        v = ctx.tokens(v_ref, n, first, columns).astype(F32)
+        r = beta * (v - enter * dot(k, held, NN))
+        u = dot(load(x_ref.at[b, h, n], None, 0), r.astype(k.dtype), NN)
+        o = (static.scale * enter) * dot(q, held, NN)
+        o = o + dot(load(p_ref.at[b, h, n], None, 0), u.astype(k.dtype), NN)
+        ctx.write(o_ref, o, n, first)
+        return (ctx.keep(side, n) * state
+                + dot(k, (leave * u).astype(k.dtype), TN))
 
     start = _begin(start_ref, b, h, first, columns)
     state = jax.lax.fori_loop(0, side.shape[2], step, start)
@@ -111,23 +114,23 @@ def _reverse(static, heads: int, columns: int, side, q_ref, k_ref, do_ref, x_ref
     """The gradient of some columns of the state from the last chunk to the first, and
     y, that of the right side of the chunks' systems."""
     c, h, b = (pl.program_id(a) for a in range(3))
-    here, first, many = Here(static, b, h, heads), c * columns, side.shape[2]
+    ctx, first, many = ChunkContext(static, b, h, heads), c * columns, side.shape[2]
 
     def step(i, grad):
         n = many - 1 - i
-        q, k = here.tokens(q_ref, n), here.tokens(k_ref, n)
-        do = here.tokens(do_ref, n, first, columns)
-        beta, enter, leave = here.columns(side, n, "beta", "enter", "leave")
+        q, k = ctx.tokens(q_ref, n), ctx.tokens(k_ref, n)
+        do = ctx.tokens(do_ref, n, first, columns)
+        beta, enter, leave = ctx.columns(side, n, "beta", "enter", "leave")
         held = grad.astype(k.dtype)
         put(grads_ref, (b, h, n), first, held)
-        du = dot(load(p_ref.at[b, h, n], None, 0), do, 0, 0)
-        du = du + leave * dot(k, held, 1, 0)
-        y = dot(load(x_ref.at[b, h, n], None, 0), du.astype(k.dtype), 0, 0)
-        here.write(y_ref, y, n, first)
-        grad = here.keep(side, n) * grad
-        grad = grad - dot(k, (enter * beta * y).astype(k.dtype), 0, 0)
+        du = dot(load(p_ref.at[b, h, n], None, 0), do, TN)
+        du = du + leave * dot(k, held, NN)
+        y = dot(load(x_ref.at[b, h, n], None, 0), du.astype(k.dtype), TN)
+        ctx.write(y_ref, y, n, first)
+        grad = ctx.keep(side, n) * grad
+        grad = grad - dot(k, (enter * beta * y).astype(k.dtype), TN)
         entered = (static.scale * enter) * do.astype(F32)
-        return grad + dot(q, entered.astype(k.dtype), 0, 0)
+        return grad + dot(q, entered.astype(k.dtype), TN)
 
     end = _begin(end_ref, b, h, first, columns)
     grad = jax.lax.fori_loop(0, many, step, end)

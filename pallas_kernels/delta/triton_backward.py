@@ -13,9 +13,10 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
-from pallas_kernels.delta.chunk import CHUNK, ROWS, Side, fades, strict
-from pallas_kernels.delta.triton_chunk import Here, over, part, read
-from pallas_kernels.flash.triton_tile import F32, dot, load
+from pallas_kernels.delta.chunk import CHUNK, ROWS, Side, decays, strict
+from pallas_kernels.delta.triton_chunk import ChunkContext, for_each_part, part, read
+from pallas_kernels.machine.product import F32, NN, NT, TN, dot
+from pallas_kernels.machine.triton import load
 from pallas_kernels.tables import Tile
 
 
@@ -25,41 +26,41 @@ def values(static, heads: int, tile: Tile, side, q_ref, k_ref, v_ref, do_ref, y_
     state, and of the products q k^T and k k^T, the latter once for each of the two
     keys; left: u as it enters the next state."""
     n, h, b = (pl.program_id(a) for a in range(3))
-    here, (rows, columns, _) = Here(static, b, h, heads), tile
-    beta, enter, leave = here.columns(side, n, "beta", "enter", "leave")
+    ctx, (rows, columns, _) = ChunkContext(static, b, h, heads), tile
+    beta, enter, leave = ctx.columns(side, n, "beta", "enter", "leave")
     low = k_ref.dtype
 
     def step(c, carry):
         dbeta, denter, dleave, kept, dp, da = carry
         first = c * columns
-        ks, kd, kept = _by_state(here, n, tile, first, k_ref, states_ref, grads_ref,
+        ks, kd, kept = _by_state(ctx, n, tile, first, k_ref, states_ref, grads_ref,
                                  kept)
-        v, do, y = (here.tokens(ref, n, first, columns)
+        v, do, y = (ctx.tokens(ref, n, first, columns)
                     for ref in (v_ref, do_ref, y_ref))
         r = v.astype(F32) - enter * ks
-        u = dot(load(x_ref.at[b, h, n], None, 0), (beta * r).astype(low), 1, 0)
+        u = dot(load(x_ref.at[b, h, n], None, 0), (beta * r).astype(low), NN)
         dr = beta * y.astype(F32)
-        here.write(dv_ref, dr, n, first)
-        here.write(left_ref, leave * u, n, first)
+        ctx.write(dv_ref, dr, n, first)
+        ctx.write(left_ref, leave * u, n, first)
         dbeta = dbeta + (y.astype(F32) * r).sum(1)
         denter = denter - (dr * ks).sum(1)
         dleave = dleave + (u * kd).sum(1)
         u = u.astype(low)
-        return (dbeta, denter, dleave, kept, dp + dot(do, u, 1, 1),
-                da - dot(y, u, 1, 1))
+        return (dbeta, denter, dleave, kept, dp + dot(do, u, NT),
+                da - dot(y, u, NT))
 
     square, zeros = jnp.zeros((CHUNK, CHUNK), F32), jnp.zeros((CHUNK,), F32)
-    dbeta, denter, dleave, kept, dp, da = over(
+    dbeta, denter, dleave, kept, dp, da = for_each_part(
         v_ref.shape[3], columns, step,
         (zeros, zeros, zeros, jnp.zeros((rows,), F32), square, square))
-    qk, kk = here.pairs(n, rows, k_ref, q_ref, k_ref)
-    own, row = here.sides(side, n)
-    fade = fades(own, row, static.gated)
-    kk, da = strict(fade * kk), strict(da)
-    dp = static.scale * fade * dp
+    qk, kk = ctx.pairs(n, rows, k_ref, q_ref, k_ref)
+    own, row = ctx.sides(side, n)
+    decay = decays(own, row, static.gated)
+    kk, da = strict(decay * kk), strict(da)
+    dp = static.scale * decay * dp
     pair = strict(dp * qk + own.beta * kk * da)
     triton.store(dp_ref.at[b, h, n], dp.astype(low))
-    dkk = own.beta * fade * da
+    dkk = own.beta * decay * da
     triton.store(dkk_ref.at[b, h, n], (dkk + dkk.T).astype(low))
     lane = jax.lax.broadcasted_iota(jnp.int32, (CHUNK,), 0)
     found = Side(dbeta + (kk * da).sum(1), zeros, pair.sum(1) - pair.sum(0), zeros,
@@ -69,7 +70,7 @@ def values(static, heads: int, tile: Tile, side, q_ref, k_ref, v_ref, do_ref, y_
         triton.store(dside_ref.at[b, h, n, b * 0 + at], value)
 
 
-def _by_state(here, n, tile: Tile, first, k_ref, states_ref, grads_ref, kept):
+def _by_state(ctx, n, tile: Tile, first, k_ref, states_ref, grads_ref, kept):
     """Keys by some columns of the state that the chunk begins with and of the gradient
     of the one it ends with [CHUNK,columns], and the product of these two, added to
     `kept` [rows]; over some key channels at a time."""
@@ -77,14 +78,14 @@ def _by_state(here, n, tile: Tile, first, k_ref, states_ref, grads_ref, kept):
 
     def step(i, carry):
         ks, kd, kept = carry
-        k = here.tokens(k_ref, n, i * rows, rows)
-        held, ds = (read(part(ref, (here.b, here.h, n), i * rows, rows, first, columns))
+        k = ctx.tokens(k_ref, n, i * rows, rows)
+        held, ds = (read(part(ref, (ctx.b, ctx.h, n), i * rows, rows, first, columns))
                     for ref in (states_ref, grads_ref))
         kept = kept + (held.astype(F32) * ds.astype(F32)).sum(1)
-        return ks + dot(k, held, 1, 0), kd + dot(k, ds, 1, 0), kept
+        return ks + dot(k, held, NN), kd + dot(k, ds, NN), kept
 
     zeros = jnp.zeros((CHUNK, columns), F32)
-    return over(k_ref.shape[3], rows, step, (zeros, zeros, kept))
+    return for_each_part(k_ref.shape[3], rows, step, (zeros, zeros, kept))
 
 
 def keys(static, heads: int, tile: Tile, side, q_ref, k_ref, do_ref, y_ref, left_ref,
@@ -95,26 +96,26 @@ def keys(static, heads: int, tile: Tile, side, q_ref, k_ref, do_ref, y_ref, left
     # a chunk's programs are neighbours: they read the same of v's channels
     parts = denter_ref.shape[2]
     n, at = jax.lax.div(place, parts), jax.lax.rem(place, parts)
-    here, (rows, columns, _) = Here(static, b, h, heads), tile
+    ctx, (rows, columns, _) = ChunkContext(static, b, h, heads), tile
     top = at * rows
-    beta, enter = here.columns(side, n, "beta", "enter")
+    beta, enter = ctx.columns(side, n, "beta", "enter")
 
     def step(c, carry):
         from_state, dk = carry
         first = c * columns
-        do, y, left = (here.tokens(ref, n, first, columns)
+        do, y, left = (ctx.tokens(ref, n, first, columns)
                        for ref in (do_ref, y_ref, left_ref))
         held, ds = (read(part(ref, (b, h, n), top, rows, first, columns))
                     for ref in (states_ref, grads_ref))
         dr = (enter * beta * y.astype(F32)).astype(y.dtype)
-        dk = dk + dot(left, ds, 1, 1) - dot(dr, held, 1, 1)
-        return from_state + dot(do, held, 1, 1), dk
+        dk = dk + dot(left, ds, NT) - dot(dr, held, NT)
+        return from_state + dot(do, held, NT), dk
 
     zeros = jnp.zeros((CHUNK, rows), F32)
-    from_state, dk = over(do_ref.shape[3], columns, step, (zeros, zeros))
-    q, k = (here.tokens(ref, n, top, rows) for ref in (q_ref, k_ref))
+    from_state, dk = for_each_part(do_ref.shape[3], columns, step, (zeros, zeros))
+    q, k = (ctx.tokens(ref, n, top, rows) for ref in (q_ref, k_ref))
     from_state = static.scale * from_state
     triton.store(denter_ref.at[b, h, at, n], (q.astype(F32) * from_state).sum(1))
     dp, dkk = (load(ref.at[b, h, n], None, 0) for ref in (dp_ref, dkk_ref))
-    here.write(dq_ref, enter * from_state + dot(dp, k, 1, 0), n, top)
-    here.write(dk_ref, dk + dot(dp, q, 0, 0) + dot(dkk, k, 1, 0), n, top)
+    ctx.write(dq_ref, enter * from_state + dot(dp, k, NN), n, top)
+    ctx.write(dk_ref, dk + dot(dp, q, TN) + dot(dkk, k, NN), n, top)

@@ -15,11 +15,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
 from pallas_kernels.delta.chunk import CHUNK, Side
-from pallas_kernels.flash.triton_tile import F32, dot, load, power
+from pallas_kernels.machine.product import F32, NT, dot
+from pallas_kernels.machine.triton import load, power
 from pallas_kernels.tile import both
 
 
-class Here(NamedTuple):
+class ChunkContext(NamedTuple):
     """Of which head and row of the batch a program reads chunk n."""
 
     static: Any
@@ -78,13 +79,13 @@ class Here(NamedTuple):
             part = lambda ref: self.tokens(ref, n, i * rows, rows)
             k = part(k_ref)
             others = (k if ref is k_ref else part(ref) for ref in refs)
-            return tuple(a + dot(x, k, 1, 1) for a, x in zip(found, others))
+            return tuple(a + dot(x, k, NT) for a, x in zip(found, others))
 
         zeros = tuple(jnp.zeros((CHUNK, CHUNK), F32) for _ in refs)
-        return over(k_ref.shape[3], rows, step, zeros)
+        return for_each_part(k_ref.shape[3], rows, step, zeros)
 
 
-def over(width: int, size: int, step, carry):
+def for_each_part(width: int, size: int, step, carry):
     """step(i, carry) for each part of `size` channels."""
     many = -(-width // size)
     return step(0, carry) if many == 1 else jax.lax.fori_loop(0, many, step, carry)

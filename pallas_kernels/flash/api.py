@@ -23,8 +23,8 @@ from pallas_kernels import Refused, tables
 from pallas_kernels.refusals import (
     CARDS, DTYPES, WIDEST, check_device, check_elementwise, check_mosaic
 )
-from pallas_kernels.schedule import Side, Static, Tiling, fitted
-from pallas_kernels.tile import Form
+from pallas_kernels.schedule import Side, Static, Tiling, shrink_to_fit
+from pallas_kernels.tile import LogitSpec
 
 F32 = jnp.float32
 
@@ -94,12 +94,12 @@ def flash(
                          bias is not None or keep is not None)
     pick = lambda which: tables.tile(device, which, shape, tile, backend)
     ahead, back = pick("flash_forward"), pick("flash_backward")
-    form = Form(mask, d**-0.5 if scale is None else scale, softcap, score,
-                dropout if random or keep is not None else 0.0)
+    form = LogitSpec(mask, d**-0.5 if scale is None else scale, softcap, score,
+                     dropout if random or keep is not None else 0.0)
     tilings = [Tiling(t, s, a.rows, a.columns, offset) for a in (ahead, back)]
     if backend == "tpu" and tile is None:
         traced = q_pos is not None or q_run is not None
-        tilings = [fitted(mask, tiling, a.how[0], max(d, width), traced, n == 1)
+        tilings = [shrink_to_fit(mask, tiling, a.how[0], max(d, width), traced, n == 1)
                    for n, (tiling, a) in enumerate(zip(tilings, (ahead, back)))]
     static = Static(
         form, tilings[0], tilings[1], (ahead.how, back.how),

@@ -38,7 +38,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels import Refused
 from pallas_kernels.flash import blackwell_backward as flash_blackwell_backward
 from pallas_kernels.flash.mosaic import over_keys, write
-from pallas_kernels.flash.mosaic_tile import Call, Here, online
+from pallas_kernels.flash.mosaic_tile import Call, TileContext, online
 from pallas_kernels.machine.blackwell import (
     COLUMNS, COPIED, ROW, ROWS, load, meet, multiply, settle, store, tensor
 )
@@ -58,7 +58,8 @@ def forward(static: Static, side: Side, q, k, v, bias, sink):
     call = Call(static.form, t, q.shape[2] // k.shape[2], t.rows // ROWS, stages * 2,
                 bool(static.interpret), ROW)
     more = _scratch(call, width, v.dtype)
-    return over_keys(call, static.asks(t, side), side, q, k, v, sink, more, _attend)
+    return over_keys(
+        call, static.block_masks(t, side), side, q, k, v, sink, more, _attend)
 
 
 def backward(static: Static, side: Side, q, k, v, bias, sink, lse, delta, do):
@@ -77,18 +78,18 @@ def _scratch(call: Call, width: int, kind):
     return *tensor(call.interpret, *memory), barrier, barrier, barrier
 
 
-def _attend(here: Here, at, steps, outs, scratch, group, tile):
+def _attend(ctx: TileContext, at, steps, outs, scratch, group, tile):
     """A warpgroup that computes 128 queries."""
     q_smem, k_ring, v_ring, o_smem, lse_smem, q_there, *barriers = scratch[:10]
     k_there, v_there, k_free, v_free = barriers
-    call, x, interpret = here.call, here.x, here.call.interpret
+    call, x, interpret = ctx.call, ctx.x, ctx.call.interpret
     (whole, count), width = steps, x.v.shape[3]
     part = lambda ref, n: ref.at[:, pl.ds(group * n, n)]
     s_ref, p_ref = (part(ref, call.tiling.columns) for ref in scratch[10:12])
     o_ref = part(scratch[12], width)
     s_there, o_there, met = (ref.at[group] for ref in scratch[13:])
     first = tile * call.tiling.rows + group * ROWS
-    queries = here.b, pl.ds(first, ROWS), here.h
+    queries = ctx.b, pl.ds(first, ROWS), ctx.h
     q = q_smem.at[group]
     slot = lambda n: jax.lax.rem(n, jnp.int32(call.stages[0]))
 
@@ -97,9 +98,9 @@ def _attend(here: Here, at, steps, outs, scratch, group, tile):
         plgpu.barrier_wait(k_there.at[slot(n)])
         multiply(s_ref, q, Tile(k_ring.at[slot(n)]), s_there, False, interpret)
 
-    def fade_out(fade):
+    def rescale_output(rescale):
         o = load(o_ref, interpret)
-        store(o_ref, o * spread(fade, (ROWS, width), False), interpret)
+        store(o_ref, o * spread(rescale, (ROWS, width), False), interpret)
 
     def values_of(n):
         """Until o holds tile n."""
@@ -119,8 +120,8 @@ def _attend(here: Here, at, steps, outs, scratch, group, tile):
 
         need = masked or call.form.score is not None
         key = at(n) * call.tiling.columns if need else None
-        s, unit, _ = here.logits(s, first, key, masked)
-        p, m, total, fade = online(s, unit, m, total)
+        s, unit, _ = ctx.logits(s, first, key, masked)
+        p, m, total, rescale = online(s, unit, m, total)
 
         @pl.when(n > 0)
         def _():
@@ -130,7 +131,7 @@ def _attend(here: Here, at, steps, outs, scratch, group, tile):
 
         @pl.when(n > 0)
         def _():
-            fade_out(fade)
+            rescale_output(rescale)
 
         settle(met, interpret)
         plgpu.barrier_wait(v_there.at[slot(n)])
@@ -143,12 +144,12 @@ def _attend(here: Here, at, steps, outs, scratch, group, tile):
     rows = lambda value: zeros((ROWS,), interpret, value, ROW)
     carry = rows(LOW), rows(0.0)
     if x.sink is not None:
-        carry = rows(x.sink[here.h]), rows(1.0)
+        carry = rows(x.sink[ctx.h]), rows(1.0)
     carry = jax.lax.fori_loop(0, whole, lambda n, c: step(n, c, False), carry)
     m, total = jax.lax.fori_loop(whole, count, lambda n, c: step(n, c, True), carry)
     values_of(count - 1)
-    fade_out(1 / jnp.where(total > 0, total, 1.0))
+    rescale_output(1 / jnp.where(total > 0, total, 1.0))
     settle(met, interpret)
     o = load(o_ref, interpret, COPIED)
     o_smem = q_smem if o_smem is None else o_smem
-    write(here, o, m, total, outs, (o_smem, lse_smem), group, queries)
+    write(ctx, o, m, total, outs, (o_smem, lse_smem), group, queries)

@@ -40,7 +40,7 @@ from pallas_kernels.flash.blackwell_tile import Halves, halved
 from pallas_kernels.flash.mosaic_gradients import (
     based, calls, key_gradients, query_gradients
 )
-from pallas_kernels.flash.mosaic_tile import Arrays, Call, Here, weights
+from pallas_kernels.flash.mosaic_tile import Arrays, Call, TileContext, weights
 from pallas_kernels.machine.blackwell import ROW, ROWS
 from pallas_kernels.machine.hopper import Tile, spread, vector
 from pallas_kernels.schedule import Side, Static
@@ -83,7 +83,7 @@ def _key_sums(call: Call, x: Arrays, at, steps, outs, scratch, place, head) -> N
         plgpu.barrier_arrive(free.at[slot(n)])
 
     def one_head(g, carry):
-        here = Here(call, x, b, head(g), turned=True)
+        ctx = TileContext(call, x, b, head(g), turned=True)
 
         def step(i, carry, masked):
             n = g * count + i
@@ -98,7 +98,7 @@ def _key_sums(call: Call, x: Arrays, at, steps, outs, scratch, place, head) -> N
             lse, delta = (
                 vector(ring.at[slot(n), halves.mine], True, call.interpret, ROW)
                 for ring in (lse_ring, delta_ring))
-            s, unit, slope = here.logits(s, row, first, masked)
+            s, unit, slope = ctx.logits(s, row, first, masked)
             p = weights(s, unit, lse, True)
             ds = p * (dp - spread(delta, dp.shape, True))
             ds = ds if slope is None else ds * slope
@@ -126,16 +126,16 @@ def _key_sums(call: Call, x: Arrays, at, steps, outs, scratch, place, head) -> N
         halves.save(0, 1.0, v_smem, outs[1].at[keys])
 
 
-def _query_sums(here: Here, at, steps, dq_ref, scratch, group, tile) -> None:
+def _query_sums(ctx: TileContext, at, steps, dq_ref, scratch, group, tile) -> None:
     """A warpgroup's part of dq of 128 queries: half of the keys of each tile."""
     q_smem, do_smem, k_ring, v_ring, there, k_there, v_there, k_free, v_free = (
         scratch[:9])
-    call, x = here.call, here.x
+    call, x = ctx.call, ctx.x
     halves = Halves.of(call, group, scratch[9:], 1)
     (whole, count), size = steps, call.tiling.columns
     first = tile * call.tiling.rows
-    queries = here.b, pl.ds(first, ROWS), here.h
-    vectors = here.b, here.h, pl.ds(first, ROWS)
+    queries = ctx.b, pl.ds(first, ROWS), ctx.h
+    vectors = ctx.b, ctx.h, pl.ds(first, ROWS)
     q_smem, do_smem = q_smem.at[0], do_smem.at[0]
     slot, v_slot = (lambda n, m=m: jax.lax.rem(n, jnp.int32(m)) for m in call.stages)
 
@@ -163,7 +163,7 @@ def _query_sums(here: Here, at, steps, dq_ref, scratch, group, tile) -> None:
         def _():
             begin(n + 1)
 
-        s, unit, slope = here.logits(s, first, key, masked)
+        s, unit, slope = ctx.logits(s, first, key, masked)
         p = weights(s, unit, lse, False)
         ds = p * (dp - spread(delta, dp.shape, False))
         ds = ds if slope is None else ds * slope

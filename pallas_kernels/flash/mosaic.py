@@ -28,7 +28,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.flash import mosaic_backward as flash_mosaic_backward
 from pallas_kernels.flash.mosaic_tile import (
-    Arrays, Call, Here, Line, arrays, fetch_keys, line, online, run
+    Arrays, Call, Line, TileContext, arrays, fetch_keys, line, online, run
 )
 from pallas_kernels.machine.hopper import (
     F32, ROWS, Tile, products, share, shared, spread, zeros
@@ -43,10 +43,11 @@ def forward(static: Static, side: Side, q, k, v, bias, sink):
     call = Call(static.form, t, q.shape[2] // k.shape[2], t.rows // ROWS,
                 static.how[0] * 2, bool(static.interpret))
     turns = plgpu.Barrier(num_barriers=call.warpgroups),
-    return over_keys(call, static.asks(t, side), side, q, k, v, sink, turns, _attend)
+    return over_keys(
+        call, static.block_masks(t, side), side, q, k, v, sink, turns, _attend)
 
 
-def over_keys(call: Call, asks, side: Side, q, k, v, sink, more, attend):
+def over_keys(call: Call, block_masks, side: Side, q, k, v, sink, more, attend):
     """o and lse, given what is asked of each tile, with a warpgroup that loads and some
     that compute their queries by `attend`; more: scratch that only these know."""
     t = call.tiling
@@ -57,7 +58,7 @@ def over_keys(call: Call, asks, side: Side, q, k, v, sink, more, attend):
     lse = jax.ShapeDtypeStruct((b, h, tall), F32)
     o, lse = run(
         call, functools.partial(_forward, attend),
-        {"tile": t.grid[0], "batch": b, "head": h}, x, line(*asks), [o, lse],
+        {"tile": t.grid[0], "batch": b, "head": h}, x, line(*block_masks), [o, lse],
         (*_scratch(call, x), *more), "flash_forward",
     )
     return o[:, :t.t, :, :width], lse[:, :, :t.t]
@@ -91,26 +92,26 @@ def _forward(attend, call: Call, x: Arrays, seen: Line, outs, scratch):
     # later query tiles have the longer lines under a causal mask: they start first
     tile = call.tiling.grid[0] - 1 - jax.lax.axis_index("tile")
     b, h = jax.lax.axis_index("batch"), jax.lax.axis_index("head")
-    here = Here(call, x, b, h)
+    ctx = TileContext(call, x, b, h)
     row = b if seen.count.shape[0] > 1 else 0
     steps = seen.whole[row, tile], seen.count[row, tile]
     at = lambda n: seen.where[row, tile, n]
 
     share(group, call.warpgroups,
-          lambda: fetch_keys(here, at, steps[1], scratch[1:3], scratch[6:10]),
-          lambda: attend(here, at, steps, outs, scratch, group, tile))
+          lambda: fetch_keys(ctx, at, steps[1], scratch[1:3], scratch[6:10]),
+          lambda: attend(ctx, at, steps, outs, scratch, group, tile))
 
 
-def _attend(here: Here, at, steps, outs, scratch, group, tile):
+def _attend(ctx: TileContext, at, steps, outs, scratch, group, tile):
     """A warpgroup that computes 64 queries. The weights of a tile meet its values while
     the next tile's logits are made: p is what is still to be multiplied."""
     q_smem, k_ring, v_ring, o_smem, lse_smem, q_there, *barriers, turn = scratch
     k_there, v_there, k_free, v_free = barriers
-    call, x, interpret = here.call, here.x, here.call.interpret
+    call, x, interpret = ctx.call, ctx.x, ctx.call.interpret
     whole, count = steps
     last = call.warpgroups - 1
     first = tile * call.tiling.rows + group * ROWS
-    queries = here.b, pl.ds(first, ROWS), here.h
+    queries = ctx.b, pl.ds(first, ROWS), ctx.h
     q = q_smem.at[group]
     slot = lambda n: jax.lax.rem(n, jnp.int32(call.stages[0]))
     key = lambda n: at(n) * call.tiling.columns
@@ -125,7 +126,7 @@ def _attend(here: Here, at, steps, outs, scratch, group, tile):
 
     def logits(s, n, masked):
         need = masked or call.form.score is not None
-        return here.logits(s, first, key(n) if need else None, masked)[:2]
+        return ctx.logits(s, first, key(n) if need else None, masked)[:2]
 
     def pass_on():
         plgpu.barrier_arrive(turn.at[jax.lax.rem(group + 1, jnp.int32(last + 1))])
@@ -140,7 +141,7 @@ def _attend(here: Here, at, steps, outs, scratch, group, tile):
         plgpu.barrier_arrive(k_free.at[0])
         start = zeros((ROWS,), interpret, LOW)
         if x.sink is not None:
-            start = jnp.full((ROWS,), 0.0, F32) + x.sink[here.h]
+            start = jnp.full((ROWS,), 0.0, F32) + x.sink[ctx.h]
         total = zeros((ROWS,), interpret, 0.0 if x.sink is None else 1.0)
         s, unit = logits(s, 0, True)
         p, m, total, _ = online(s, unit, start, total)
@@ -164,12 +165,12 @@ def _attend(here: Here, at, steps, outs, scratch, group, tile):
             s = s(1)
             plgpu.barrier_arrive(k_free.at[now])
             s, unit = logits(s, n, masked)
-            ahead, top, new, fade = online(s, unit, m, total)
+            ahead, top, new, rescale = online(s, unit, m, total)
             found = o()
             plgpu.barrier_arrive(v_free.at[before])
             # no sooner: the product that is under way reads the registers of p
             ahead = ahead.astype(x.v.dtype)
-            return found * spread(fade, wide, False), ahead, top, new
+            return found * spread(rescale, wide, False), ahead, top, new
 
         return products(interpret, [tall, acc], work)
 
@@ -190,10 +191,10 @@ def _attend(here: Here, at, steps, outs, scratch, group, tile):
     safe = jnp.where(total > 0, total, 1.0)
     o = acc * spread(1 / safe, acc.shape, False)
     o_smem = q_smem if o_smem is None else o_smem
-    write(here, o, m, total, outs, (o_smem, lse_smem), group, queries)
+    write(ctx, o, m, total, outs, (o_smem, lse_smem), group, queries)
 
 
-def write(here: Here, o, m, total, outs, smem, group, queries) -> None:
+def write(ctx: TileContext, o, m, total, outs, smem, group, queries) -> None:
     """The end of a line: o [queries,V], and lse of the maximum and the sum."""
     (o_ref, lse_ref), (o_smem, lse_smem) = outs, (ref.at[group] for ref in smem)
     o_smem[...] = o.astype(o_ref.dtype)
@@ -202,5 +203,5 @@ def write(here: Here, o, m, total, outs, smem, group, queries) -> None:
     lse_smem[...] = jnp.where(some, m * (1 / LOG2E) + jnp.log(safe), NEVER)
     plgpu.commit_smem()
     plgpu.copy_smem_to_gmem(o_smem, o_ref.at[queries])
-    plgpu.copy_smem_to_gmem(lse_smem, lse_ref.at[here.b, here.h, queries[1]])
+    plgpu.copy_smem_to_gmem(lse_smem, lse_ref.at[ctx.b, ctx.h, queries[1]])
     plgpu.wait_smem_to_gmem(0)

@@ -23,7 +23,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.flash.mosaic_gradients import (
     based, calls, key_gradients, query_gradients
 )
-from pallas_kernels.flash.mosaic_tile import Arrays, Call, Here, weights
+from pallas_kernels.flash.mosaic_tile import Arrays, Call, TileContext, weights
 from pallas_kernels.flash.mosaic_wide import handover, wide_sums
 from pallas_kernels.machine.hopper import ROWS, Tile, products, spread, vector, zeros
 from pallas_kernels.schedule import Side, Static
@@ -58,7 +58,7 @@ def _key_sums(call: Call, x: Arrays, at, steps, outs, scratch, place, head):
     tall = ROWS, call.tiling.rows
 
     def one_head(g, carry):
-        here = Here(call, x, b, head(g), turned=True)
+        ctx = TileContext(call, x, b, head(g), turned=True)
 
         def step(n, carry, masked):
             dk, dv = carry
@@ -73,7 +73,7 @@ def _key_sums(call: Call, x: Arrays, at, steps, outs, scratch, place, head):
                 s = begin(0, k, Tile(q))
                 dp = begin(1, v, Tile(do))
                 lse = vector(lse_ring.at[slot], True, interpret)
-                s, unit, slope = here.logits(s(1), row, first, masked)
+                s, unit, slope = ctx.logits(s(1), row, first, masked)
                 p = weights(s, unit, lse, True)
                 delta = vector(delta_ring.at[slot], True, interpret)
                 ds = p * (dp() - spread(delta, tall, True))
@@ -107,16 +107,16 @@ def _key_sums(call: Call, x: Arrays, at, steps, outs, scratch, place, head):
     plgpu.wait_smem_to_gmem(0)
 
 
-def _query_sums(here: Here, at, steps, dq_ref, scratch, group, tile):
+def _query_sums(ctx: TileContext, at, steps, dq_ref, scratch, group, tile):
     """A warpgroup that computes dq of 64 queries. ds of a tile meets its keys while the
     next tile's logits are made."""
     q_smem, do_smem, k_ring, v_ring, there, k_there, v_there, k_free, v_free = scratch
-    call, x, interpret = here.call, here.x, here.call.interpret
+    call, x, interpret = ctx.call, ctx.x, ctx.call.interpret
     kind = x.q.dtype
     whole, count = steps
     first = tile * call.tiling.rows + group * ROWS
-    queries = here.b, pl.ds(first, ROWS), here.h
-    vectors = here.b, here.h, pl.ds(first, ROWS)
+    queries = ctx.b, pl.ds(first, ROWS), ctx.h
+    vectors = ctx.b, ctx.h, pl.ds(first, ROWS)
     q, do = q_smem.at[group], do_smem.at[group]
     slot, v_slot = (lambda n, m=m: jax.lax.rem(n, jnp.int32(m)) for m in call.stages)
     plgpu.copy_gmem_to_smem(x.q.at[queries], q, there.at[group])
@@ -130,7 +130,7 @@ def _query_sums(here: Here, at, steps, dq_ref, scratch, group, tile):
         """The weights of a tile, from its logits, and the slope of a softcap."""
         need = masked or call.form.score is not None
         key = at(n) * call.tiling.columns if need else None
-        s, unit, slope = here.logits(s, first, key, masked)
+        s, unit, slope = ctx.logits(s, first, key, masked)
         return weights(s, unit, lse, False), slope
 
     def sloped(n, p, slope, dp):

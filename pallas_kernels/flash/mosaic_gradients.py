@@ -13,7 +13,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.flash.mosaic_tile import (
-    Arrays, Call, Here, Line, arrays, fetch_keys, line, run, tokens
+    Arrays, Call, Line, TileContext, arrays, fetch_keys, line, run, tokens
 )
 from pallas_kernels.machine.hopper import F32, ROWS, TILE, drain, share, shared
 from pallas_kernels.schedule import Side, Static
@@ -47,7 +47,7 @@ def key_gradients(call: Call, static: Static, own: int, more, sums, side: Side, 
     """dk and dv. own: in how many parts the keys of a tile lie in shared memory; more:
     scratch that only `sums` knows, by which a warpgroup computes."""
     x = _given(call, side, q, k, v, *rest)
-    table, ask = static.asks(call.tiling, side)
+    table, ask = static.block_masks(call.tiling, side)
     seen = line(table.T, None if ask is None else ask.swapaxes(1, 2))
     n, rows, groups = call.stages[0], call.tiling.rows, call.warpgroups
     d, width, kind = x.q.shape[3], x.v.shape[3], x.q.dtype
@@ -132,7 +132,7 @@ def query_gradients(call: Call, static: Static, own: int, more, sums, side: Side
     grid = {"tile": call.tiling.grid[0], "batch": q.shape[0], "head": q.shape[2]}
     dq, = run(
         call, functools.partial(_by_query, sums), grid, x,
-        line(*static.asks(call.tiling, side)),
+        line(*static.block_masks(call.tiling, side)),
         [jax.ShapeDtypeStruct(x.q.shape, x.q.dtype)], scratch, "flash_backward_queries",
     )
     return dq[:, :q.shape[1], :, :q.shape[3]]
@@ -143,11 +143,11 @@ def _by_query(sums, call: Call, x: Arrays, seen: Line, outs, scratch):
     group = jax.lax.axis_index("group")
     tile = call.tiling.grid[0] - 1 - jax.lax.axis_index("tile")
     b, h = jax.lax.axis_index("batch"), jax.lax.axis_index("head")
-    here = Here(call, x, b, h)
+    ctx = TileContext(call, x, b, h)
     row = b if seen.count.shape[0] > 1 else 0
     steps = seen.whole[row, tile], seen.count[row, tile]
     at = lambda n: seen.where[row, tile, n]
 
     share(group, call.warpgroups,
-          lambda: fetch_keys(here, at, steps[1], scratch[2:4], scratch[5:9]),
-          lambda: sums(here, at, steps, outs[0], scratch, group, tile))
+          lambda: fetch_keys(ctx, at, steps[1], scratch[2:4], scratch[5:9]),
+          lambda: sums(ctx, at, steps, outs[0], scratch, group, tile))

@@ -14,7 +14,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.machine.hopper import F32, TILE, cast, drain, launch, spread, vector
 from pallas_kernels.schedule import FULL, SKIP, Side, Tiling
-from pallas_kernels.tile import LOG2E, NEVER, Form, both
+from pallas_kernels.tile import LOG2E, NEVER, LogitSpec, both
 
 
 class Line(NamedTuple):
@@ -34,7 +34,7 @@ class Call(NamedTuple):
     """What is static: the form, the tiles, query heads of a key head, warpgroups that
     compute, stages of the rings, and how a tile lies over a warpgroup's registers."""
 
-    form: Form
+    form: LogitSpec
     tiling: Tiling
     groups: int
     warpgroups: int
@@ -117,7 +117,7 @@ def arrays(call: Call, side: Side, q, k, v, sink, do=None) -> Arrays:
     )
 
 
-class Here:
+class TileContext:
     """One head of one row of the batch. Tiles of logits lie as [queries, keys], or,
     `turned`, as [keys, queries]."""
 
@@ -183,17 +183,17 @@ class Here:
         return seen
 
 
-def fetch_keys(here: Here, at, count, rings, barriers) -> None:
+def fetch_keys(ctx: TileContext, at, count, rings, barriers) -> None:
     """The warpgroup that loads: `count` tiles of k and v, at(n) the n-th, as room in
     the rings comes free."""
-    size = here.call.tiling.columns
+    size = ctx.call.tiling.columns
     there, free = barriers[:2], barriers[2:]
     stages = [jnp.int32(ring.shape[0]) for ring in rings]
 
     def load(n, carry):
-        place = here.b, pl.ds(at(n) * size, size), here.kv
+        place = ctx.b, pl.ds(at(n) * size, size), ctx.kv
         for ref, ring, full, room, many in zip(
-                (here.x.k, here.x.v), rings, there, free, stages):
+                (ctx.x.k, ctx.x.v), rings, there, free, stages):
             slot = jax.lax.rem(n, many)
 
             @pl.when(n >= many)
@@ -218,8 +218,8 @@ def online(s, unit, m, total):
     was there fades. s [rows,keys]; m times log2(e) and total [rows]."""
     top = jnp.maximum(m, s.max(1) * unit if unit != 1.0 else s.max(1))
     p = weights(s, unit, top, False)
-    fade = jnp.exp2(m - top)
-    return p, top, total * fade + p.sum(1), fade
+    rescale = jnp.exp2(m - top)
+    return p, top, total * rescale + p.sum(1), rescale
 
 
 def run(call: Call, kernel, grid: dict[str, int], x: Arrays, seen: Line, outs, scratch,

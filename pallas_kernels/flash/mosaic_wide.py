@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.flash.mosaic_tile import Arrays, Call, Here, weights
+from pallas_kernels.flash.mosaic_tile import Arrays, Call, TileContext, weights
 from pallas_kernels.machine.hopper import (
     F32, ROWS, Tile, matrix, products, shared, spread, vector, zeros
 )
@@ -64,7 +64,7 @@ def _values(call: Call, x: Arrays, at, steps, scratch, place, head):
     tall = ROWS, call.tiling.rows
 
     def one_head(g, dv):
-        here = Here(call, x, b, head(g), turned=True)
+        ctx = TileContext(call, x, b, head(g), turned=True)
 
         def step(i, dv, masked):
             n = g * count + i
@@ -76,7 +76,7 @@ def _values(call: Call, x: Arrays, at, steps, scratch, place, head):
             def weigh(begin):
                 s = begin(0, k_smem.at[0], Tile(q_ring.at[slot]))
                 lse = vector(lse_ring.at[slot], True, call.interpret)
-                s, unit, slope = here.logits(s(), row, first, masked)
+                s, unit, slope = ctx.logits(s(), row, first, masked)
                 p = weights(s, unit, lse, True)
                 return p, p if slope is None else p * slope
 

@@ -5,8 +5,8 @@ operations, m, l and lse are rows of registers, and the accumulator is o^T [V, q
 turned round once a query tile. On a machine whose matrix unit is wider than V this form
 also fills it: the long axes are the ones that the unit contracts and puts out.
 
-A grid step visits one tile of the schedule (`Visits`). Tiles that the mask leaves whole
-run without mask arithmetic; of tiles that it cuts in the same way, as those on a
+A grid step visits one tile of the schedule (`GridOrder`). Tiles that the mask leaves
+whole run without mask arithmetic; of tiles that it cuts in the same way, as those on a
 diagonal, only the parts that it leaves are computed. Inside a tile, keys pass by in
 chunks, and the logits of the next chunk are asked for before the softmax of the present
 one, so that the matrix unit has work while the vector unit computes exponentials.
@@ -27,11 +27,12 @@ from pallas_kernels import tables
 from pallas_kernels.flash.tpu_bias import bias_gradient
 from pallas_kernels.flash.tpu_portions import Portion, joined
 from pallas_kernels.flash.tpu_tile import (
-    F32, Arrays, Call, Here, Scalars, cut, dot, held, launch, put, scalars, specs,
+    Arrays, Call, Scalars, TileContext, current_inner, cut, launch, put, scalars, specs,
     unpack
 )
+from pallas_kernels.machine.product import F32, NN, TN, dot
 from pallas_kernels.schedule import (
-    Paths, Side, Static, Tiling, all_tiles, paths, visits
+    Side, Static, TilePatterns, Tiling, all_tiles, grid_order, tile_patterns
 )
 from pallas_kernels.tile import LOG2E, LOW, NEVER
 
@@ -40,13 +41,14 @@ def forward(static: Static, side: Side, q, k, v, bias, sink):
     """o [B,T,H,V] in v's dtype and lse [B,H,T] float32."""
     t, width = q.shape[1], v.shape[3]
     x = _arrays(static.tiling, side, q, k, v, bias)
-    ways, table, ask = paths(static.form.mask, static.tiling, static.how[0][0],
-                             *static.asks(static.tiling, side))
-    call = _call(static, static.tiling, ways, x, sink)
+    patterns, table, ask = tile_patterns(
+        static.form.mask, static.tiling, static.how[0][0],
+        *static.block_masks(static.tiling, side))
+    call = _call(static, static.tiling, patterns, x, sink)
     info = lambda part: scalars(
         part.seen, 1, side.head, sink, side.seed, side.batch)
     o, lse = joined(
-        visits(table, ask), 1, lambda part: rows_forward(call, info(part), x, part))
+        grid_order(table, ask), 1, lambda part: rows_forward(call, info(part), x, part))
     return o[:, :, :t, :width].transpose(0, 2, 1, 3), lse[:, :, 0, :t]
 
 
@@ -60,33 +62,35 @@ def backward(static: Static, side: Side, q, k, v, bias, sink, lse, delta, do):
     base = jnp.where(jnp.isfinite(lse), lse * LOG2E, 0)
     x = _arrays(tiling, side, q, k, v, bias)._replace(
         do=_tokens(do, tiling.rows), lse=fill(base, -LOW), delta=fill(delta, 0))
-    plain = static.asks(tiling, side)
-    ways, table, ask = paths(static.form.mask, tiling, static.how[1][0], *plain)
-    call = _call(static, tiling, ways, x, sink)
+    plain = static.block_masks(tiling, side)
+    patterns, table, ask = tile_patterns(
+        static.form.mask, tiling, static.how[1][0], *plain)
+    call = _call(static, tiling, patterns, x, sink)
     info = lambda part, groups: scalars(
         part.seen, groups, side.head, sink, side.seed, side.batch)
     fits = tables.holds_queries(static.vmem, x.q.shape, call.groups, q.dtype.itemsize)
-    columns = visits(table, ask, True)
+    columns = grid_order(table, ask, True)
     # a head's dq is made by one call; where it fits, so does the list
     one = Portion(columns, 0, tiling.grid[1])
     make = lambda part: keys_backward(call, info(part, call.groups), x, part, fits)
     grads = make(one) if fits else joined(columns, call.groups, make)
     if not fits:
-        grads = *grads, *joined(visits(table, ask), 1, lambda part: (
+        grads = *grads, *joined(grid_order(table, ask), 1, lambda part: (
             queries_backward(call, info(part, 1), x, part),))
     dk, dv, dq = (
         g[:, :, :a.shape[1], :a.shape[3]].transpose(0, 2, 1, 3)
         for g, a in zip(grads, (k, v, q))
     )
     dbias = None if bias is None else bias_gradient(
-        call._replace(paths=Paths(ways.chunk)), side, sink, x, bias,
+        call._replace(patterns=TilePatterns(patterns.chunk)), side, sink, x, bias,
         lambda *kind: all_tiles(*plain, *kind))
     return dq, dk, dv, dbias
 
 
-def _call(static: Static, tiling: Tiling, ways: Paths, x: Arrays, sink) -> Call:
+def _call(static: Static, tiling: Tiling, patterns: TilePatterns, x: Arrays,
+          sink) -> Call:
     groups = x.q.shape[1] // x.k.shape[1]
-    return Call(static.form, tiling, ways, groups, sink is not None, static.vmem,
+    return Call(static.form, tiling, patterns, groups, sink is not None, static.vmem,
                 static.interpret)
 
 
@@ -124,36 +128,37 @@ def _arrays(tiling: Tiling, side: Side, q, k, v, bias) -> Arrays:
 
 def _forward(call: Call, info, x: Arrays, o_ref, lse_ref, m_ref, l_ref, acc_ref):
     info = Scalars(*info)
-    here = Here(call, info, x, by_column=False)
+    ctx = TileContext(call, info, x, by_column=False)
 
-    @pl.when(here.first)
+    @pl.when(ctx.first)
     def _start():
-        top = info.sink[here.local] * LOG2E if call.sink else LOW
+        top = info.sink[ctx.local] * LOG2E if call.sink else LOW
         m_ref[...] = jnp.full(m_ref.shape, top, F32)
         l_ref[...] = jnp.full(l_ref.shape, 1.0 if call.sink else 0.0, F32)
         acc_ref[...] = jnp.zeros(acc_ref.shape, F32)
 
     def step(parts, masked):
         m, total, acc = m_ref[...], l_ref[...], acc_ref[...]
-        ahead = here.logits(parts[0], masked)[0]
+        ahead = ctx.logits(parts[0], masked)[0]
         for part, later in zip(parts, (*parts[1:], None)):
             s = ahead
             if later is not None:
-                ahead = here.logits(later, masked)[0]
+                ahead = ctx.logits(later, masked)[0]
             old = cut(m, part)
             top = jnp.maximum(old, s.max(0, keepdims=True))
-            p, fade = jnp.exp2(s - top), jnp.exp2(old - top)
-            total = put(total, cut(total, part) * fade + p.sum(0, keepdims=True), part)
-            drop = here.drop(part)
+            p, rescale = jnp.exp2(s - top), jnp.exp2(old - top)
+            sums = cut(total, part) * rescale + p.sum(0, keepdims=True)
+            total = put(total, sums, part)
+            drop = ctx.drop(part)
             p = p if drop is None else p * drop
             v = x.v[0, 0, part.keys]
-            new = cut(acc, part) * fade + dot(v, p.astype(v.dtype), ((0,), (0,)))
+            new = cut(acc, part) * rescale + dot(v, p.astype(v.dtype), TN)
             m, acc = put(m, top, part), put(acc, new, part)
         m_ref[...], l_ref[...], acc_ref[...] = m, total, acc
 
-    here.run(step)
+    ctx.run(step)
 
-    @pl.when(here.last)
+    @pl.when(ctx.last)
     def _finish():
         total = l_ref[...]
         some = total > 0
@@ -169,42 +174,42 @@ def _by_column(call: Call, info, x: Arrays, *refs):
     dk_ref, dv_ref = accs[:2]
     dq_ref = accs[2] if len(accs) > 2 else None
     info = Scalars(*info)
-    here = Here(call, info, x, by_column=True)
+    ctx = TileContext(call, info, x, by_column=True)
     rows = call.tiling.rows
     if dq_ref is not None:
-        @pl.when(here.p == 0)
+        @pl.when(ctx.p == 0)
         def _clear():
             dq_ref[...] = jnp.zeros(dq_ref.shape, F32)
 
-    @pl.when(here.first)
+    @pl.when(ctx.first)
     def _start():
         dk_ref[...] = jnp.zeros(dk_ref.shape, F32)
         dv_ref[...] = jnp.zeros(dv_ref.shape, F32)
 
     def step(parts, masked):
-        at = here.group, here.row
+        at = ctx.group, ctx.row
         dq = None if dq_ref is None else dq_ref[at]
         for part in parts:
             q, do = x.q[0, 0, part.queries], x.do[0, 0, part.queries]
-            p, _, ds = here.again(part, masked)
+            p, _, ds = ctx.recompute(part, masked)
             ds = ds.astype(q.dtype)
-            dv_ref[part.keys] += dot(p.astype(do.dtype), do, ((1,), (0,)))
-            dk_ref[part.keys] += dot(ds, q, ((1,), (0,)))
+            dv_ref[part.keys] += dot(p.astype(do.dtype), do, NN)
+            dk_ref[part.keys] += dot(ds, q, NN)
             if dq is not None:
-                more = dot(x.k[0, 0, part.keys], ds, ((0,), (0,)))
+                more = dot(x.k[0, 0, part.keys], ds, TN)
                 dq = put(dq, cut(dq, part) + more, part)
         if dq_ref is not None:
             dq_ref[at] = dq
 
-    here.run(step)
+    ctx.run(step)
 
-    @pl.when(here.last)
+    @pl.when(ctx.last)
     def _finish():
         outs[0][0, 0] = (dk_ref[...] * call.form.scale).astype(outs[0].dtype)
         outs[1][0, 0] = dv_ref[...].astype(outs[1].dtype)
 
     if dq_ref is not None:
-        @pl.when(here.p == info.order.shape[0] - 1)
+        @pl.when(ctx.p == info.order.shape[0] - 1)
         def _write():
             for g in range(dq_ref.shape[0]):
                 for i in range(dq_ref.shape[1]):
@@ -214,23 +219,23 @@ def _by_column(call: Call, info, x: Arrays, *refs):
 
 def _by_row(call: Call, info, x: Arrays, dq_ref, acc_ref):
     """dq of a query tile."""
-    here = Here(call, Scalars(*info), x, by_column=False)
+    ctx = TileContext(call, Scalars(*info), x, by_column=False)
 
-    @pl.when(here.first)
+    @pl.when(ctx.first)
     def _start():
         acc_ref[...] = jnp.zeros(acc_ref.shape, F32)
 
     def step(parts, masked):
         acc = acc_ref[...]
         for part in parts:
-            k, ds = x.k[0, 0, part.keys], here.again(part, masked)[2]
-            more = dot(k, ds.astype(k.dtype), ((0,), (0,)))
+            k, ds = x.k[0, 0, part.keys], ctx.recompute(part, masked)[2]
+            more = dot(k, ds.astype(k.dtype), TN)
             acc = put(acc, cut(acc, part) + more, part)
         acc_ref[...] = acc
 
-    here.run(step)
+    ctx.run(step)
 
-    @pl.when(here.last)
+    @pl.when(ctx.last)
     def _finish():
         dq_ref[0, 0] = (acc_ref[...] * call.form.scale).T.astype(dq_ref.dtype)
 
@@ -241,7 +246,7 @@ def rows_forward(call: Call, info: Scalars, x: Arrays, part: Portion):
     t = part.lines * call.tiling.rows
     rows, width = call.tiling.rows, x.v.shape[3]
     outer = lambda b, h, p, *info: unpack(info[0][p])[0]
-    inner = lambda b, h, p, *info: held(b, p, info)
+    inner = lambda b, h, p, *info: current_inner(b, p, info)
     cut = specs(call, x, outer, inner, lambda b, h, *a: h, lambda b, *a: b)
     line = lambda b, h, p, *info: outer(b, h, p, *info) - part.first
     row = lambda b, h, p, *info: (b, h, 0, line(b, h, p, *info))
@@ -264,7 +269,7 @@ def keys_backward(call: Call, info: Scalars, x: Arrays, part: Portion, with_dq: 
     heads, _, width = x.v.shape[1:]
     rows, columns = call.tiling.rows, call.tiling.columns
     column_ = lambda b, h, p, *info: unpack(info[0][p])[1]
-    rows_ = lambda b, h, p, *info: held(b, p, info)
+    rows_ = lambda b, h, p, *info: current_inner(b, p, info)
     head = lambda b, h, p, *info: h * call.groups + info[2][p]
     cut = specs(call, x, rows_, column_, head, lambda b, *a: b)
     at = lambda b, h, p, *info: (b, h, column_(b, h, p, *info) - part.first, 0)
@@ -290,7 +295,7 @@ def queries_backward(call: Call, info: Scalars, x: Arrays, part: Portion):
     b, h, _, d = x.q.shape
     rows = call.tiling.rows
     outer = lambda b, h, p, *info: unpack(info[0][p])[0]
-    inner = lambda b, h, p, *info: held(b, p, info)
+    inner = lambda b, h, p, *info: current_inner(b, p, info)
     cut = specs(call, x, outer, inner, lambda b, h, *a: h, lambda b, *a: b)
     return launch(
         call, _by_row, (b, h, info.order.shape[0]), info, x, cut,

@@ -13,8 +13,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.flash.tpu_tile import (
-    F32, Arrays, Call, Here, Scalars, column, launch, scalars, specs, unpack
+    Arrays, Call, Scalars, TileContext, launch, scalars, specs, unpack
 )
+from pallas_kernels.machine.product import F32
+from pallas_kernels.machine.tpu import column
 from pallas_kernels.schedule import Side
 
 
@@ -62,24 +64,24 @@ def bias_gradient(call, side: Side, sink, x, bias, listed) -> jax.Array:
 
 def _bias_tile(call: Call, shape, info, x: Arrays, db_ref, acc_ref):
     """The bias gradient of one tile, summed over the axes that are 1 in `shape`."""
-    here = Here(call, Scalars(*info), x, by_column=False)
+    ctx = TileContext(call, Scalars(*info), x, by_column=False)
 
-    @pl.when(here.first)
+    @pl.when(ctx.first)
     def _start():
         acc_ref[...] = jnp.zeros(acc_ref.shape, F32)
 
     def step(parts, masked):
         for part in parts:
-            ds = here.again(part, masked)[1]
+            ds = ctx.recompute(part, masked)[1]
             ds = ds.sum(1, keepdims=True) if shape[2] == 1 else ds
             if shape[3] == 1:
                 acc_ref[...] += ds.sum(0, keepdims=True)
             else:
                 acc_ref[part.keys] += ds
 
-    here.run(step)
+    ctx.run(step)
 
-    @pl.when(here.last)
+    @pl.when(ctx.last)
     def _finish():
         acc = acc_ref[...]
         if shape[2] == 1:

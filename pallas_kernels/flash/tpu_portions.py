@@ -12,7 +12,7 @@ from typing import Callable, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.schedule import Visits
+from pallas_kernels.schedule import GridOrder
 
 ROOM = 3 * 2**18  # bytes of scalar memory for a list
 
@@ -20,12 +20,12 @@ ROOM = 3 * 2**18  # bytes of scalar memory for a list
 class Portion(NamedTuple):
     """Lines [first, first + lines) of a schedule."""
 
-    seen: Visits
+    seen: GridOrder
     first: int
     lines: int
 
 
-def portions(seen: Visits, groups: int = 1) -> list[Portion]:
+def portions(seen: GridOrder, groups: int = 1) -> list[Portion]:
     """`seen`, whole if its list fits; `groups`: how often each line is read. A line is
     never cut, so that its result is made by one call."""
     most = ROOM // ((8 + 4 * seen.ask.shape[0]) * groups)
@@ -35,14 +35,14 @@ def portions(seen: Visits, groups: int = 1) -> list[Portion]:
         end = int(np.searchsorted(starts, starts[line] + most, "right")) - 1
         end = max(end, line + 1)
         a, b = starts[line], starts[end]
-        cut = Visits(seen.order[a:b], seen.first[a:b], seen.last[a:b],
-                     seen.ask[:, a:b], seen.hold[:, a:b])
+        cut = GridOrder(seen.order[a:b], seen.first[a:b], seen.last[a:b],
+                        seen.ask[:, a:b], seen.hold[:, a:b])
         found.append(Portion(cut, line, end - line))
         line = end
     return found
 
 
-def joined(seen: Visits, groups: int, make: Callable) -> tuple:
+def joined(seen: GridOrder, groups: int, make: Callable) -> tuple:
     """The results of `make(portion)`, tuples of arrays [B,H,tokens,...] or, with the
     tokens last, [B,H,1,tokens], one behind the other."""
     made = [make(portion) for portion in portions(seen, groups)]

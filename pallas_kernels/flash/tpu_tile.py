@@ -15,10 +15,10 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.schedule import FULL, MASKED, Part, Paths, Tiling, Visits
-from pallas_kernels.tile import LOG2E, NEVER, Form, both, kept
-
-F32 = jnp.float32
+from pallas_kernels.machine.product import F32, NT, dot
+from pallas_kernels.machine.tpu import column
+from pallas_kernels.schedule import FULL, MASKED, Part, TilePatterns, Tiling, GridOrder
+from pallas_kernels.tile import LOG2E, NEVER, LogitSpec, both, dropout_keep
 
 
 class Arrays(NamedTuple):
@@ -62,16 +62,16 @@ class Scalars(NamedTuple):
 class Call(NamedTuple):
     """What is static: the form, the tiles, how they are taken, what else there is."""
 
-    form: Form
+    form: LogitSpec
     tiling: Tiling
-    paths: Paths
+    patterns: TilePatterns
     groups: int
     sink: bool
     vmem: int  # bytes of fast memory that the compiler may use
     interpret: Any
 
 
-def scalars(seen: Visits, groups: int, heads, sink, seed, batch) -> Scalars:
+def scalars(seen: GridOrder, groups: int, heads, sink, seed, batch) -> Scalars:
     """The schedule packed; `groups` > 1 repeats each line for every query head."""
     steps = len(seen.order)
     start = np.flatnonzero(seen.first)
@@ -93,7 +93,7 @@ def scalars(seen: Visits, groups: int, heads, sink, seed, batch) -> Scalars:
     )
 
 
-class Here:
+class TileContext:
     """One grid step: which tile, what is asked of it, and what its elements are."""
 
     def __init__(self, call: Call, info: Scalars, x: Arrays, by_column: bool):
@@ -132,7 +132,7 @@ class Here:
     def logits(self, part: Part, masked: bool):
         """Logits times log2(e) of a part [keys,queries], NEVER where hidden."""
         t, form, x = self.call.tiling, self.call.form, self.x
-        raw = dot(x.k[0, 0, part.keys], x.q[0, 0, part.queries], ((1,), (1,)))
+        raw = dot(x.k[0, 0, part.keys], x.q[0, 0, part.queries], NT)
         i = j = None
         if masked or form.score is not None:
             i, j = self.positions(part)
@@ -168,16 +168,17 @@ class Here:
             return None
         seed = [self.info.rng[n].astype(jnp.uint32) for n in range(2)]
         batch = self.info.rng[2 + self.b]
-        stay = kept(rate, seed, batch, self.head, self.queries(part), self.keys(part))
+        stay = dropout_keep(
+            rate, seed, batch, self.head, self.queries(part), self.keys(part))
         return jnp.where(stay, 1 / (1 - rate), 0.0)
 
-    def again(self, part: Part, masked: bool):
+    def recompute(self, part: Part, masked: bool):
         """p, dropped p and ds of a part [keys,queries], made again from q, k and lse.
         """
         x = self.x
         s, slope = self.logits(part, masked)
         p = jnp.exp2(s - x.lse[0, 0, :, part.queries])
-        dp = dot(x.v[0, 0, part.keys], x.do[0, 0, part.queries], ((1,), (1,)))
+        dp = dot(x.v[0, 0, part.keys], x.do[0, 0, part.queries], NT)
         drop = self.drop(part)
         dropped, dp = (p, dp) if drop is None else (p * drop, dp * drop)
         ds = p * (dp - x.delta[0, 0, :, part.queries])
@@ -185,10 +186,11 @@ class Here:
 
     def run(self, step) -> None:
         """step(parts, masked) as the tile asks; nothing for a tile that is skipped."""
-        paths, all_of = self.call.paths, self.call.paths.parts(self.call.tiling)
-        ways = {MASKED: all_of} if paths.masked else {}
-        ways |= {MASKED + 1 + n: parts for n, parts in enumerate(paths.patterns)}
-        ways |= {FULL: all_of} if paths.whole else {}
+        patterns = self.call.patterns
+        all_of = patterns.parts(self.call.tiling)
+        ways = {MASKED: all_of} if patterns.masked else {}
+        ways |= {MASKED + 1 + n: parts for n, parts in enumerate(patterns.partial)}
+        ways |= {FULL: all_of} if patterns.whole else {}
         otherwise = lambda: None
         for code, parts in reversed(ways.items()):
             take = functools.partial(step, parts, code != FULL)
@@ -202,11 +204,6 @@ def unpack(word):
     return word >> 16, word & 0xFFFF
 
 
-def column(row):
-    """[1,n] -> [n,1]."""
-    return jnp.broadcast_to(row, (8, row.shape[1])).T[:, :1]
-
-
 def cut(a, part: Part):
     """What belongs to a part's queries of a [n,rows]."""
     return a if part.end_query - part.first_query == a.shape[1] else a[:, part.queries]
@@ -218,14 +215,6 @@ def put(a, new, part: Part):
         return new
     sides = a[:, :part.first_query], new, a[:, part.end_query:]
     return jnp.concatenate([side for side in sides if side.shape[1]], 1)
-
-
-def dot(a, b, contract):
-    """A matrix product into float32; float32 operands are not rounded."""
-    precision = jax.lax.Precision.HIGHEST if a.dtype == F32 else None
-    return jax.lax.dot_general(
-        a, b, (contract, ((), ())), precision=precision, preferred_element_type=F32
-    )
 
 
 def specs(call: Call, x: Arrays, outer, inner, head, batch) -> Arrays:
@@ -266,7 +255,7 @@ def specs(call: Call, x: Arrays, outer, inner, head, batch) -> Arrays:
     )
 
 
-def held(b, p, info) -> Any:
+def current_inner(b, p, info) -> Any:
     """The tile of the inner axis at a step."""
     order, plan = info[:2]
     steps = order.shape[0]

@@ -18,8 +18,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
 from pallas_kernels.flash.triton_tile import (
-    F32, Arrays, Call, Here, dot, launch, lines, over, write, zeros
+    Arrays, Call, TileContext, for_each_tile, launch, lines
 )
+from pallas_kernels.machine.product import F32, NN, dot
+from pallas_kernels.machine.triton import write, zeros
 from pallas_kernels.schedule import SKIP, Side, Static, Tiling
 from pallas_kernels.tile import LOG2E, LOW, NEVER
 
@@ -30,7 +32,8 @@ def forward(static: Static, side: Side, q, k, v, bias, sink):
     call = _call(static, static.tiling, static.how[0], q, k)
     return launch(
         call, _forward, (call.tiling.grid[0], h, b),
-        _arrays(side, q, k, v, bias, sink), lines(*static.asks(call.tiling, side)),
+        _arrays(side, q, k, v, bias, sink),
+        lines(*static.block_masks(call.tiling, side)),
         [jax.ShapeDtypeStruct((b, t, h, v.shape[3]), v.dtype),
          jax.ShapeDtypeStruct((b, h, t), F32)], "flash_forward",
     )
@@ -42,7 +45,7 @@ def backward(static: Static, side: Side, q, k, v, bias, sink, lse, delta, do):
     call = _call(static, static.backward, static.how[1], q, k)
     base = jnp.where(jnp.isfinite(lse), lse * LOG2E, 0)
     x = _arrays(side, q, k, v, bias, None)._replace(do=do, lse=base, delta=delta)
-    table, ask = static.asks(call.tiling, side)
+    table, ask = static.block_masks(call.tiling, side)
     turned = None if ask is None else ask.swapaxes(1, 2)
     like = lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype)
     rows, columns = call.tiling.grid
@@ -84,25 +87,25 @@ def _last_first(axis: int):
 
 def _forward(call: Call, x: Arrays, seen, o_ref, lse_ref):
     row, h, b = _last_first(0), pl.program_id(1), pl.program_id(2)
-    here = Here(call, x, b, h)
+    ctx = TileContext(call, x, b, h)
     rows = call.tiling.rows
-    q = here.queries(x.q, row)
+    q = ctx.queries(x.q, row)
 
     def step(column, masked, carry):
         m, total, acc = carry
-        s, _ = here.logits(q, here.keys(x.k, column), row, column, masked)
+        s, _ = ctx.logits(q, ctx.keys(x.k, column), row, column, masked)
         top = jnp.maximum(m, s.max(1))
-        p, fade = jnp.exp2(s - top[:, None]), jnp.exp2(m - top)
-        total = total * fade + p.sum(1)
-        drop = here.drop(row, column)
+        p, rescale = jnp.exp2(s - top[:, None]), jnp.exp2(m - top)
+        total = total * rescale + p.sum(1)
+        drop = ctx.drop(row, column)
         p = p if drop is None else p * drop
         p = p.astype(x.v.dtype)
-        acc = tuple(a * fade[:, None] + dot(p, v, 1, 0)
-                    for a, v in zip(acc, here.keys(x.v, column)))
+        acc = tuple(a * rescale[:, None] + dot(p, v, NN)
+                    for a, v in zip(acc, ctx.keys(x.v, column)))
         return top, total, acc
 
     top = LOW if x.sink is None else x.sink[h] * LOG2E
-    m, total, acc = over(seen, b, row, step, (
+    m, total, acc = for_each_tile(seen, b, row, step, (
         jnp.full((rows,), top, F32),
         jnp.full((rows,), 0.0 if x.sink is None else 1.0, F32),
         zeros(rows, o_ref.shape[3]),
@@ -111,7 +114,7 @@ def _forward(call: Call, x: Arrays, seen, o_ref, lse_ref):
     safe = jnp.where(some, total, 1.0)
     write(o_ref, [a / safe[:, None] for a in acc], b, row * rows, rows, h)
     lse = jnp.where(some, (m + jnp.log2(safe)) * (1 / LOG2E), NEVER)
-    inside = here.numbers(row, False) < call.tiling.t
+    inside = ctx.numbers(row, False) < call.tiling.t
     triton.store(lse_ref.at[b, h, pl.ds(row * rows, rows)], lse, mask=inside)
 
 
@@ -119,21 +122,21 @@ def _by_column(call: Call, x: Arrays, seen, dk_ref, dv_ref):
     """dk and dv of a key tile."""
     column, kv, b = (pl.program_id(n) for n in range(3))
     size = call.tiling.columns
-    first = Here(call, x, b, kv * call.groups, turned=True)
+    first = TileContext(call, x, b, kv * call.groups, turned=True)
     k, v = first.keys(x.k, column), first.keys(x.v, column)
 
     def head(g, carry):
-        here = Here(call, x, b, kv * call.groups + g, turned=True)
+        ctx = TileContext(call, x, b, kv * call.groups + g, turned=True)
 
         def step(row, masked, carry):
             dk, dv = carry
-            q, do = here.queries(x.q, row), here.queries(x.do, row)
-            p, _, ds = here.again(q, k, v, do, row, column, masked)
+            q, do = ctx.queries(x.q, row), ctx.queries(x.do, row)
+            p, _, ds = ctx.recompute(q, k, v, do, row, column, masked)
             p, ds = p.astype(x.do.dtype), ds.astype(x.q.dtype)
-            dv = tuple(a + dot(p, part, 1, 0) for a, part in zip(dv, do))
-            return tuple(a + dot(ds, part, 1, 0) for a, part in zip(dk, q)), dv
+            dv = tuple(a + dot(p, part, NN) for a, part in zip(dv, do))
+            return tuple(a + dot(ds, part, NN) for a, part in zip(dk, q)), dv
 
-        return over(seen, b, column, step, carry)
+        return for_each_tile(seen, b, column, step, carry)
 
     carry = zeros(size, dk_ref.shape[3]), zeros(size, dv_ref.shape[3])
     if call.groups == 1:
@@ -147,16 +150,16 @@ def _by_column(call: Call, x: Arrays, seen, dk_ref, dv_ref):
 def _by_row(call: Call, x: Arrays, seen, dq_ref):
     """dq of a query tile."""
     row, h, b = _last_first(0), pl.program_id(1), pl.program_id(2)
-    here = Here(call, x, b, h)
+    ctx = TileContext(call, x, b, h)
     rows = call.tiling.rows
-    q, do = here.queries(x.q, row), here.queries(x.do, row)
+    q, do = ctx.queries(x.q, row), ctx.queries(x.do, row)
 
     def step(column, masked, dq):
-        k, v = here.keys(x.k, column), here.keys(x.v, column)
-        ds = here.again(q, k, v, do, row, column, masked)[2].astype(x.k.dtype)
-        return tuple(a + dot(ds, part, 1, 0) for a, part in zip(dq, k))
+        k, v = ctx.keys(x.k, column), ctx.keys(x.v, column)
+        ds = ctx.recompute(q, k, v, do, row, column, masked)[2].astype(x.k.dtype)
+        return tuple(a + dot(ds, part, NN) for a, part in zip(dq, k))
 
-    dq = over(seen, b, row, step, zeros(rows, dq_ref.shape[3]))
+    dq = for_each_tile(seen, b, row, step, zeros(rows, dq_ref.shape[3]))
     write(dq_ref, [a * call.form.scale for a in dq], b, row * rows, rows, h)
 
 
@@ -177,12 +180,12 @@ def _bias_tile(call: Call, x: Arrays, asked, db_ref):
             place.append(mine if size == 1 else jax.lax.rem(n, size))
             n = jax.lax.div(n, size)
         column, row, h, b = place
-        here = Here(call, x, b, h)
+        ctx = TileContext(call, x, b, h)
 
         def add():
-            q, do = here.queries(x.q, row), here.queries(x.do, row)
-            k, v = here.keys(x.k, column), here.keys(x.v, column)
-            ds = here.again(q, k, v, do, row, column, True)[1]
+            q, do = ctx.queries(x.q, row), ctx.queries(x.do, row)
+            k, v = ctx.keys(x.k, column), ctx.keys(x.v, column)
+            ds = ctx.recompute(q, k, v, do, row, column, True)[1]
             ds = ds if tall else ds.sum(0)[None]
             return acc + (ds if wide else ds.sum(1)[:, None])
 

@@ -17,10 +17,10 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
+from pallas_kernels.machine.product import F32, NT, dot
+from pallas_kernels.machine.triton import block, load
 from pallas_kernels.schedule import FULL, MASKED, Tiling
-from pallas_kernels.tile import LOG2E, LOW, NEVER, Form, both, kept
-
-F32 = jnp.float32
+from pallas_kernels.tile import LOG2E, LOW, NEVER, LogitSpec, both, dropout_keep
 
 
 class Arrays(NamedTuple):
@@ -63,7 +63,7 @@ class Line(NamedTuple):
 class Call(NamedTuple):
     """What is static: the form, the tiles, warps and stages."""
 
-    form: Form
+    form: LogitSpec
     tiling: Tiling
     groups: int
     warps: int
@@ -94,7 +94,7 @@ def _fixed(wanted: np.ndarray) -> Line | None:
     return Line(jnp.asarray(count[None]), jnp.asarray(order[None]))
 
 
-def over(seen, b, n, body: Callable, carry):
+def for_each_tile(seen, b, n, body: Callable, carry):
     """body(tile, masked, carry) for each tile of line `n`."""
     for line, masked in zip(seen, (False, True)):
         if line is None:
@@ -111,7 +111,7 @@ def over(seen, b, n, body: Callable, carry):
     return carry
 
 
-class Here:
+class TileContext:
     """One head of one row of the batch. Tiles of logits lie as [queries, keys], or,
     `turned`, as [keys, queries]."""
 
@@ -127,7 +127,7 @@ class Here:
     def product(self, a, b):
         """Products of queries `a` and keys `b` over their width, a tile of logits."""
         pairs = zip(b, a) if self.turned else zip(a, b)
-        parts = [dot(*pair, 1, 1) for pair in pairs]
+        parts = [dot(*pair, NT) for pair in pairs]
         return functools.reduce(jnp.add, parts)
 
     def numbers(self, tile, keys: bool):
@@ -223,10 +223,10 @@ class Here:
         seed = [x.seed[n].astype(jnp.uint32) for n in range(2)]
         i = self.along(self.numbers(row, False), False)
         j = self.along(self.numbers(column, True), True)
-        stay = kept(rate, seed, x.batch[self.b], self.head, i, j)
+        stay = dropout_keep(rate, seed, x.batch[self.b], self.head, i, j)
         return jnp.where(stay, 1 / (1 - rate), 0.0)
 
-    def again(self, q, k, v, do, row, column, masked: bool):
+    def recompute(self, q, k, v, do, row, column, masked: bool):
         """Dropped p, d(bias) and d(scale q.k) of a tile, made again from lse."""
         s, slope = self.logits(q, k, row, column, masked)
         of = lambda ref, other: self.along(self.row(ref, row, other), False)
@@ -237,79 +237,6 @@ class Here:
         dropped, dp = (p, dp) if drop is None else (p * drop, dp * drop)
         ds = p * (dp - of(self.x.delta, 0.0))
         return dropped, ds, (ds if slope is None else ds * slope)
-
-
-def power(n: int) -> int:
-    """The least power of two that is not below n, at least 16: the smallest that the
-    matrix units contract."""
-    return max(1 << (n - 1).bit_length(), 16)
-
-
-def load(at, inside, other):
-    """A load of what is `inside`; all of it for None."""
-    if inside is None:
-        return triton.load(at)
-    return triton.load(at, mask=inside, other=jnp.asarray(other, at.dtype))
-
-
-def lanes(width: int, rows: int, inside):
-    """`inside` [rows] and the lanes below `width`, as they broadcast; None for all."""
-    found = None if inside is None else inside[:, None]
-    if power(width) != width:
-        lane = jax.lax.broadcasted_iota(jnp.int32, (rows, power(width)), 1)
-        found = both(found, lane < width)
-    return None if found is None else jnp.broadcast_to(found, (rows, power(width)))
-
-
-def pieces(width: int) -> list[tuple[int, int]]:
-    """First lane and size of the pieces of a head: powers of two from 16."""
-    found, first = [], 0
-    while width - first > 0:
-        left = width - first
-        size = power(left)
-        # two pieces are worth it where they leave out a quarter of the lanes
-        if size > 16 and power(left - size // 2) <= size // 4:
-            size //= 2
-        found.append((first, size))
-        first += size
-    return found
-
-
-def zeros(rows: int, width: int) -> tuple[jax.Array, ...]:
-    """Sums [rows,width] at their start, in pieces."""
-    return tuple(jnp.zeros((rows, size), F32) for _, size in pieces(width))
-
-
-def block(ref, b, start, size: int, h) -> tuple[jax.Array, ...]:
-    """`size` tokens of a head of a [B,T,H,D] array in pieces, 0 beyond the end."""
-    return tuple(load(at, inside, 0) for at, inside in _cuts(ref, b, start, size, h))
-
-
-def write(ref, value, b, start, size: int, h) -> None:
-    """The reverse of `block`."""
-    for (at, inside), piece in zip(_cuts(ref, b, start, size, h), value):
-        triton.store(at, piece.astype(ref.dtype), mask=inside)
-
-
-def _cuts(ref, b, start, size: int, h):
-    """Each piece of `size` tokens of a head, and what of it is inside."""
-    inside = None
-    if ref.shape[1] % size:
-        inside = start + jax.lax.broadcasted_iota(jnp.int32, (size,), 0) < ref.shape[1]
-    # a traced 0, since a slice that is known to pass the end is an error
-    zero = start * 0
-    for first, n in pieces(ref.shape[3]):
-        at = ref.at[b, pl.ds(start, size), h, pl.ds(zero + first, n)]
-        yield at, lanes(min(ref.shape[3] - first, n), size, inside)
-
-
-def dot(a, b, left: int, right: int):
-    """A matrix product over the given axes into float32; float32 is not rounded."""
-    precision = jax.lax.Precision.HIGHEST if a.dtype == F32 else None
-    return jax.lax.dot_general(
-        a, b, (((left,), (right,)), ((), ())), precision=precision,
-        preferred_element_type=F32,
-    )
 
 
 def launch(call: Call, kernel, grid, x: Arrays, more, out_shape, name: str):

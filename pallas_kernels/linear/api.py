@@ -24,7 +24,8 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import Refused, tables
-from pallas_kernels.linear.chunk import F32, FLOOR
+from pallas_kernels.linear.chunk import FLOOR
+from pallas_kernels.machine.product import F32
 from pallas_kernels.refusals import WIDEST, check_device
 
 DTYPES = (jnp.bfloat16, jnp.float32)

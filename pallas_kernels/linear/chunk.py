@@ -20,20 +20,13 @@ from typing import Any, Callable, NamedTuple
 import jax
 import jax.numpy as jnp
 
-F32, BF16 = jnp.float32, jnp.bfloat16
+from pallas_kernels.machine.product import F32, NN, NT, TN, dot
+
+BF16 = jnp.bfloat16
 FLOOR = -128.0  # exp of it is 0 in float32
 
 
-def dot(a, b, left: int, right: int):
-    """A matrix product over the given axes into float32; float32 is not rounded."""
-    precision = jax.lax.Precision.HIGHEST if a.dtype == F32 else None
-    return jax.lax.dot_general(
-        a, b, (((left,), (right,)), ((), ())), precision=precision,
-        preferred_element_type=F32,
-    )
-
-
-def thirds(x) -> list[Any]:
+def split_bf16x3(x) -> list[Any]:
     """x float32 as three bfloat16 arrays whose sum it is."""
     found = []
     for _ in range(2):
@@ -50,17 +43,17 @@ def chosen(where):
     return jnp.where(where, 1.0, 0.0).astype(BF16)
 
 
-def add_up(where, x, left: int = 1):
-    """sum_t where[i,t] x[t,n] -> [i,n] float32; left = 0: where[t,i]."""
+def add_up(where, x, contract=NN):
+    """sum_t where[i,t] x[t,n] -> [i,n] float32; TN: where[t,i]."""
     w = chosen(where)
-    high, middle, low = (dot(w, part, left, 0) for part in thirds(x))
+    high, middle, low = (dot(w, part, contract) for part in split_bf16x3(x))
     return (low + middle) + high
 
 
 def add_columns(x, where):
     """sum_t x[i,t] where[t,n] -> [i,n] float32."""
     w = chosen(where)
-    high, middle, low = (dot(part, w, 1, 0) for part in thirds(x))
+    high, middle, low = (dot(part, w, NN) for part in split_bf16x3(x))
     return (low + middle) + high
 
 
@@ -79,7 +72,7 @@ class Gradients(NamedTuple):
     dg: Any
 
 
-class Still:
+class NoDecay:
     """A chunk without decay; `scale` multiplies what queries read."""
 
     def __init__(self, c: int, scale: float):
@@ -104,7 +97,7 @@ class Still:
 
     def pairs(self, q, k):
         """[c,c] float32, 0 for j > i."""
-        return dot(q, k, 1, 1) * self.within()
+        return dot(q, k, NT) * self.within()
 
     def back(self, q, k, dp, entered, left, held) -> Gradients:
         """Gradients from dp [c,c], the cotangent of pairs; entered, left [c,D]: those
@@ -113,16 +106,16 @@ class Still:
         within = self.within()
         ds = (dp * within).astype(q.dtype)
         from_state, to_state = self.enter(entered), self.leave(left)
-        dg = self.decay(lambda: dot(q, k, 1, 1) * within * dp, q, k, from_state,
-                        to_state, held)
-        return Gradients(dot(ds, k, 1, 0) + from_state, dot(ds, q, 0, 0) + to_state, dg)
+        dg = self.decay_gradient(
+            lambda: dot(q, k, NT) * within * dp, q, k, from_state, to_state, held)
+        return Gradients(dot(ds, k, NN) + from_state, dot(ds, q, TN) + to_state, dg)
 
-    def decay(self, weigh, q, k, from_state, to_state, held):
+    def decay_gradient(self, weigh, q, k, from_state, to_state, held):
         """The gradient of the decays; weigh() -> pairs times their cotangents."""
         return None
 
 
-class Steady(Still):
+class HeadDecay(NoDecay):
     """A chunk with the same log decay g <= 0 at each of its first `count` tokens; those
     behind them only fill it up."""
 
@@ -139,8 +132,8 @@ class Steady(Still):
         return jnp.where(self.j <= self.i, self.scale * jnp.exp(self.g * apart), 0.0)
 
     def enter(self, q):
-        fade = jnp.exp(self.g * (self.number() + 1).astype(F32))
-        return q.astype(F32) * (self.scale * fade)
+        factor = jnp.exp(self.g * (self.number() + 1).astype(F32))
+        return q.astype(F32) * (self.scale * factor)
 
     def later(self):
         """How many tokens come behind each [c,1]."""
@@ -153,7 +146,7 @@ class Steady(Still):
         whole = jnp.full((1, 1), self.count, jnp.int32).astype(F32)
         return s * jnp.exp(self.g * whole)
 
-    def decay(self, weigh, q, k, from_state, to_state, held):
+    def decay_gradient(self, weigh, q, k, from_state, to_state, held):
         apart = (self.i - self.j).astype(F32)
         x = rows(q, from_state) * (self.number() + 1).astype(F32)
         y = rows(k, to_state) * self.later()
@@ -171,7 +164,7 @@ def rows(a, b):
     return (a.astype(F32) * b).sum(1, keepdims=True)
 
 
-class Tokens(Still):
+class TokenDecay(NoDecay):
     """A chunk with a log decay for each token, g [1,c]."""
 
     def __init__(self, c: int, scale: float, g):
@@ -180,8 +173,8 @@ class Tokens(Still):
 
     def within(self):
         until = jnp.where(self.j <= self.i, self.g, 0.0)
-        fade = jnp.exp(add_columns(until, self.i > self.j))
-        return jnp.where(self.j <= self.i, self.scale * fade, 0.0)
+        factor = jnp.exp(add_columns(until, self.i > self.j))
+        return jnp.where(self.j <= self.i, self.scale * factor, 0.0)
 
     def enter(self, q):
         until = jnp.where(self.j <= self.i, self.g, 0.0).sum(1, keepdims=True)
@@ -194,7 +187,7 @@ class Tokens(Still):
     def kept(self, s):
         return s * jnp.exp(self.g.sum(1, keepdims=True))
 
-    def decay(self, weigh, q, k, from_state, to_state, held):
+    def decay_gradient(self, weigh, q, k, from_state, to_state, held):
         # the decay at t acts on the pairs j < t <= i
         p = jnp.where(self.j < self.i, weigh(), 0.0)
         crossing = add_columns(p, self.i < self.j) + rows(q, from_state)
@@ -203,7 +196,7 @@ class Tokens(Still):
         return own.sum(0, keepdims=True) + held
 
 
-class Channels(Still):
+class ChannelDecay(NoDecay):
     """A chunk with a log decay for each token and channel, g [c,D].
 
     A pair's decay does not leave the sum over channels, so queries and keys each take
@@ -218,7 +211,7 @@ class Channels(Still):
         super().__init__(c, scale)
         self.g, self.rolled = g, rolled
 
-    def over(self, step: Callable, carry):
+    def for_each_level(self, step: Callable, carry):
         """step(s, carry) for each level."""
         if self.rolled:
             one = lambda n, carry: step(jax.lax.shift_left(jnp.int32(1), n), carry)
@@ -232,7 +225,7 @@ class Channels(Still):
 
     def spread(self, s, x):
         """The gradient of g from that of decays(s)."""
-        return add_up(between(self.i, self.j, s), x, 0)
+        return add_up(between(self.i, self.j, s), x, TN)
 
     def paired(self, s):
         """[i,j]: whether a pair belongs to level s."""
@@ -241,8 +234,8 @@ class Channels(Still):
 
     def at(self, s, q, k):
         """The decay to the middle [c,D] float32, and q and k with it."""
-        fade = jnp.exp(self.decays(s))
-        return fade, *((a.astype(F32) * fade).astype(a.dtype) for a in (q, k))
+        factor = jnp.exp(self.decays(s))
+        return factor, *((a.astype(F32) * factor).astype(a.dtype) for a in (q, k))
 
     def enter(self, q):
         return q.astype(F32) * (self.scale * jnp.exp(self.decays("enter")))
@@ -255,7 +248,7 @@ class Channels(Still):
 
     def pairs(self, q, k):
         step = lambda s, found: self.more_pairs(s, found, q, k)
-        return self.over(step, self.own(q, k))
+        return self.for_each_level(step, self.own(q, k))
 
     def own(self, q, k):
         """The pairs of tokens with themselves [c,c]."""
@@ -264,11 +257,11 @@ class Channels(Still):
     def more_pairs(self, s, found, q, k):
         """`found` with the pairs of a level put in."""
         _, near, far = self.at(s, q, k)
-        return jnp.where(self.paired(s), self.scale * dot(near, far, 1, 1), found)
+        return jnp.where(self.paired(s), self.scale * dot(near, far, NT), found)
 
     def back(self, q, k, dp, entered, left, held) -> Gradients:
         step = lambda s, found: self.more_back(s, found, q, k, dp)
-        return self.over(step, self.start_back(q, k, dp, entered, left, held))
+        return self.for_each_level(step, self.start_back(q, k, dp, entered, left, held))
 
     def start_back(self, q, k, dp, entered, left, held) -> Gradients:
         """Gradients from the tokens' own pairs and from the states."""
@@ -281,9 +274,9 @@ class Channels(Still):
 
     def more_back(self, s, found: Gradients, q, k, dp) -> Gradients:
         """`found` and the gradients from the pairs of a level."""
-        fade, near, far = self.at(s, q, k)
+        factor, near, far = self.at(s, q, k)
         ds = jnp.where(self.paired(s), self.scale * dp, 0.0).astype(q.dtype)
-        to_q, to_k = dot(ds, far, 1, 0) * fade, dot(ds, near, 0, 0) * fade
+        to_q, to_k = dot(ds, far, NN) * factor, dot(ds, near, TN) * factor
         more = self.spread(s, q.astype(F32) * to_q + k.astype(F32) * to_k)
         return Gradients(found.dq + to_q, found.dk + to_k, found.dg + more)
 

@@ -25,18 +25,18 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.linear.chunk import F32, dot
 from pallas_kernels.linear.tpu_block import (
-    Arrays, Call, Here, arrays, specs, tokens, turned
+    Arrays, Call, ChunkContext, arrays, specs, tokens, turned
 )
+from pallas_kernels.machine.product import F32, NN, NT, TN, dot
 
 
-def _states(fades, rows, s) -> list[Any]:
+def _states(decays, rows, s) -> list[Any]:
     """The states before each chunk and after the last; rows: k and v of each."""
     found = [s]
-    for fade, (k, v) in zip(fades, rows):
-        more = dot(v, fade.leave(k).astype(k.dtype), 0, 0)
-        found.append(fade.kept(found[-1]) + more)
+    for decay, (k, v) in zip(decays, rows):
+        more = dot(v, decay.leave(k).astype(k.dtype), TN)
+        found.append(decay.kept(found[-1]) + more)
     return found
 
 
@@ -44,23 +44,23 @@ def _forward(call: Call, x: Arrays, outs, scratch):
     after_ref, o_ref, *begun_ref = outs
     s_ref, = scratch
     h, n = pl.program_id(1), pl.program_id(2)
-    here = Here(call, x, h, n)
+    ctx = ChunkContext(call, x, h, n)
 
     @pl.when(n == 0)
     def _start():
         s_ref[...] = x.state[0, 0]
 
     # chunk by chunk for each step, since the program's order is that of its products
-    q, k, v = ([here.rows(a, at) for at in here.chunks] for a in (x.q, x.k, x.v))
-    fades, low = here.fades(), lambda a: a.astype(x.q.dtype)
+    q, k, v = ([ctx.rows(a, at) for at in ctx.chunks] for a in (x.q, x.k, x.v))
+    decays, low = ctx.decays(), lambda a: a.astype(x.q.dtype)
     if begun_ref:
         begun_ref[0][0, 0, 0] = s_ref[...]
-    pairs = [low(p) for p in here.pairs(fades, list(zip(q, k)))]
-    *states, last = _states(fades, zip(k, v), s_ref[...])
+    pairs = [low(p) for p in ctx.pairs(decays, list(zip(q, k)))]
+    *states, last = _states(decays, zip(k, v), s_ref[...])
     s_ref[...] = last
-    for m, at in enumerate(here.chunks):
-        o = dot(low(fades[m].enter(q[m])), low(states[m]), 1, 1)
-        o_ref[0, 0, at] = (o + dot(pairs[m], v[m], 1, 0)).astype(o_ref.dtype)
+    for m, at in enumerate(ctx.chunks):
+        o = dot(low(decays[m].enter(q[m])), low(states[m]), NT)
+        o_ref[0, 0, at] = (o + dot(pairs[m], v[m], NN)).astype(o_ref.dtype)
 
     @pl.when(n == pl.num_programs(2) - 1)
     def _finish():
@@ -72,34 +72,34 @@ def _backward(call: Call, x: Arrays, outs, scratch):
     ds_ref, *sums = scratch
     kv, back, g = (pl.program_id(a) for a in (1, 2, 3))
     steps = pl.num_programs(2)
-    here = Here(call, x, kv * call.groups + g, steps - 1 - back)
+    ctx = ChunkContext(call, x, kv * call.groups + g, steps - 1 - back)
 
     @pl.when(back == 0)
     def _start():
         ds_ref[g] = x.d_state[0, 0]
 
-    q, k, v, do = ([here.rows(a, at) for at in here.chunks]
+    q, k, v, do = ([ctx.rows(a, at) for at in ctx.chunks]
                    for a in (x.q, x.k, x.v, x.do))
-    fades, low = here.fades(), lambda a: a.astype(x.q.dtype)
+    decays, low = ctx.decays(), lambda a: a.astype(x.q.dtype)
     qk = list(zip(q, k))
-    pairs = [low(p) for p in here.pairs(fades, qk)]
-    states = _states(fades, zip(k[:-1], v), x.begun[0, 0, 0])
+    pairs = [low(p) for p in ctx.pairs(decays, qk)]
+    states = _states(decays, zip(k[:-1], v), x.begun[0, 0, 0])
     ds = [ds_ref[g]]
     for m in reversed(range(len(q))):
-        more = dot(do[m], low(fades[m].enter(q[m])), 0, 0)
-        ds.insert(0, fades[m].kept(ds[0]) + more)
+        more = dot(do[m], low(decays[m].enter(q[m])), TN)
+        ds.insert(0, decays[m].kept(ds[0]) + more)
     before, *ds = ds
     ds_ref[g] = before
-    dv = [dot(p, a, 0, 0) + dot(low(fade.leave(b)), low(own), 1, 1)
-          for p, a, fade, b, own in zip(pairs, do, fades, k, ds)]
-    given = [(dot(a, b, 1, 1), dot(a, low(s), 1, 0), dot(b, low(own), 1, 0),
+    dv = [dot(p, a, TN) + dot(low(decay.leave(b)), low(own), NT)
+          for p, a, decay, b, own in zip(pairs, do, decays, k, ds)]
+    given = [(dot(a, b, NT), dot(a, low(s), NN), dot(b, low(own), NN),
               (s * own).sum(0, keepdims=True))
              for a, b, s, own in zip(do, v, states, ds)]
-    found = here.back(fades, qk, given)
-    for m, at in enumerate(here.chunks):
+    found = ctx.back(decays, qk, given)
+    for m, at in enumerate(ctx.chunks):
         dq_ref[0, 0, at] = found[m].dq.astype(dq_ref.dtype)
         if dg_ref:
-            place = (0, 0, at) if here.by_channel else (0, 0, slice(None), at)
+            place = (0, 0, at) if ctx.by_channel else (0, 0, slice(None), at)
             dg_ref[0][place] = found[m].dg
         _add(g, sums, (dk_ref, dv_ref), at, (found[m].dk, dv[m]))
 

@@ -10,9 +10,10 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.flash.tpu_tile import column
 from pallas_kernels.linear import tpu_channels as channels
-from pallas_kernels.linear.chunk import F32, FLOOR, Steady, Still, Tokens
+from pallas_kernels.linear.chunk import FLOOR, HeadDecay, NoDecay, TokenDecay
+from pallas_kernels.machine.product import F32
+from pallas_kernels.machine.tpu import column
 
 
 class Call(NamedTuple):
@@ -48,7 +49,7 @@ class Arrays(NamedTuple):
     sums: Any = None
 
 
-class Here:
+class ChunkContext:
     """A block of one head: its chunks, each with its decay."""
 
     def __init__(self, call: Call, x: Arrays, head, n):
@@ -71,19 +72,20 @@ class Here:
         """Whether each channel has its decay."""
         return self.x.sums is not None
 
-    def fades(self) -> list[Any]:
+    def decays(self) -> list[Any]:
         """The decay inside each chunk."""
         call, g = self.call, self.x.g
         if self.by_channel:
             own = [self.channels(at) for at in self.chunks]
             return channels.joint(call.c, call.scale, own, self.x.sums[0])
         if g is None:
-            return [Still(call.c, call.scale)] * len(self.chunks)
+            return [NoDecay(call.c, call.scale)] * len(self.chunks)
         if len(g.shape) > 1:
-            return [Tokens(call.c, call.scale, g[0, 0, :, at]) for at in self.chunks]
+            return [TokenDecay(call.c, call.scale, g[0, 0, :, at])
+                    for at in self.chunks]
         left = call.t - self.n * call.block
         count = lambda at: jnp.clip(left - at.start, 0, call.c)
-        return [Steady(call.c, call.scale, g[self.head], count(at))
+        return [HeadDecay(call.c, call.scale, g[self.head], count(at))
                 for at in self.chunks]
 
     def channels(self, at: slice):
@@ -94,17 +96,17 @@ class Here:
         flag = column(self.x.flags[0, :, at].astype(F32))
         return jnp.where(flag > 1.5, FLOOR, jnp.where(flag > 0.5, g, 0.0))
 
-    def pairs(self, fades, qk) -> list[Any]:
+    def pairs(self, decays, qk) -> list[Any]:
         """Pairs of each chunk [c,c]; qk: its q and k."""
         if self.by_channel:
-            return channels.pairs(fades, qk)
-        return [fade.pairs(*own) for fade, own in zip(fades, qk)]
+            return channels.pairs(decays, qk)
+        return [decay.pairs(*own) for decay, own in zip(decays, qk)]
 
-    def back(self, fades, qk, given) -> list[Any]:
-        """Gradients of each chunk; given: what `Still.back` takes but for q and k."""
+    def back(self, decays, qk, given) -> list[Any]:
+        """Gradients of each chunk; given: what `NoDecay.back` takes but for q and k."""
         if self.by_channel:
-            return channels.back(fades, qk, given, self.x.sums[1])
-        return [fade.back(*own, *more) for fade, own, more in zip(fades, qk, given)]
+            return channels.back(decays, qk, given, self.x.sums[1])
+        return [decay.back(*own, *more) for decay, own, more in zip(decays, qk, given)]
 
 
 def pad(a, axis: int, size: int):

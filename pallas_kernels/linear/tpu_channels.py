@@ -15,8 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.linear.chunk import (
-    BF16, F32, Channels, Gradients, between, dot, levels, thirds
+    BF16, ChannelDecay, Gradients, between, levels, split_bf16x3
 )
+from pallas_kernels.machine.product import F32, NN, dot
 
 
 def names(c: int) -> list[Any]:
@@ -36,7 +37,7 @@ def matrices(c: int) -> tuple[Any, Any]:
     return jnp.tile(ones, (1, 3)), ones.T
 
 
-class Joint(Channels):
+class Joint(ChannelDecay):
     """A chunk whose sums of decays were made with those of others."""
 
     def __init__(self, c: int, scale: float, g, known: dict[Any, Any], masks: dict):
@@ -67,7 +68,7 @@ def joint(c: int, scale: float, g: Sequence[Any], matrix) -> list[Joint]:
     """The chunks of a block, from their log decays [c,D]."""
     width = g[0].shape[1]
     beside = jnp.concatenate(list(g), 1)
-    found = dot(matrix[...], jnp.concatenate(thirds(beside), 0), 1, 0)
+    found = dot(matrix[...], jnp.concatenate(split_bf16x3(beside), 0), NN)
     masks: dict[Any, Any] = {}
     return [
         Joint(c, scale, own, {
@@ -77,25 +78,25 @@ def joint(c: int, scale: float, g: Sequence[Any], matrix) -> list[Joint]:
     ]
 
 
-def pairs(fades: Sequence[Joint], rows) -> list[Any]:
+def pairs(decays: Sequence[Joint], rows) -> list[Any]:
     """Pairs of all chunks [c,c], level by level; rows: q and k of each."""
-    found = [f.own(q, k) for f, (q, k) in zip(fades, rows)]
-    for s in levels(fades[0].c):
-        found = [f.more_pairs(s, p, q, k) for f, p, (q, k) in zip(fades, found, rows)]
+    found = [f.own(q, k) for f, (q, k) in zip(decays, rows)]
+    for s in levels(decays[0].c):
+        found = [f.more_pairs(s, p, q, k) for f, p, (q, k) in zip(decays, found, rows)]
     return found
 
 
-def back(fades: Sequence[Joint], rows, given, matrix) -> list[Gradients]:
+def back(decays: Sequence[Joint], rows, given, matrix) -> list[Gradients]:
     """Gradients of all chunks; given: dp, entered, left and held of each."""
-    found = [f.start_back(*r, *own) for f, r, own in zip(fades, rows, given)]
-    for s in levels(fades[0].c):
+    found = [f.start_back(*r, *own) for f, r, own in zip(decays, rows, given)]
+    for s in levels(decays[0].c):
         found = [f.more_back(s, one, q, k, own[0])
-                 for f, one, (q, k), own in zip(fades, found, rows, given)]
-    beside = [jnp.concatenate([f.gradients[s] for f in fades], 1)
-              for s in names(fades[0].c)]
-    dg = jnp.zeros((fades[0].c, beside[0].shape[1]), F32)
-    for part in reversed(thirds(jnp.concatenate(beside, 0))):
-        dg = dg + dot(matrix[...], part, 1, 0)
-    width = fades[0].g.shape[1]
+                 for f, one, (q, k), own in zip(decays, found, rows, given)]
+    beside = [jnp.concatenate([f.gradients[s] for f in decays], 1)
+              for s in names(decays[0].c)]
+    dg = jnp.zeros((decays[0].c, beside[0].shape[1]), F32)
+    for part in reversed(split_bf16x3(jnp.concatenate(beside, 0))):
+        dg = dg + dot(matrix[...], part, NN)
+    width = decays[0].g.shape[1]
     return [one._replace(dg=one.dg + dg[:, n * width:(n + 1) * width])
             for n, one in enumerate(found)]

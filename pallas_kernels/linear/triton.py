@@ -25,8 +25,11 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
-from pallas_kernels.flash.triton_tile import load, power
-from pallas_kernels.linear.chunk import F32, FLOOR, Channels, Steady, Still, Tokens, dot
+from pallas_kernels.linear.chunk import (
+    FLOOR, ChannelDecay, HeadDecay, NoDecay, TokenDecay
+)
+from pallas_kernels.machine.product import F32, NN, NT, TN, dot
+from pallas_kernels.machine.triton import load, power
 from pallas_kernels.tile import both
 
 MOST = 128  # key channels in registers at a time
@@ -74,7 +77,7 @@ class Arrays(NamedTuple):
     d_state: Any = None
 
 
-class Here:
+class ChunkContext:
     """A chunk of one head of one row of the batch."""
 
     def __init__(self, call: Call, x: Arrays, b, h, n):
@@ -112,22 +115,22 @@ class Here:
         at, inside = self.cut(ref, head, first, value.shape[1], self.inside)
         triton.store(at, value.astype(ref.dtype), mask=inside)
 
-    def fade(self, first=0, width: int | None = None) -> Still:
+    def decay(self, first=0, width: int | None = None) -> NoDecay:
         """The decay inside the chunk, of some of the key channels."""
         call, g = self.call, self.x.g
         if g is None:
-            return Still(call.c, call.scale)
+            return NoDecay(call.c, call.scale)
         if len(g.shape) == 1:
             count = jnp.minimum(call.t - self.start, call.c)
-            return Steady(call.c, call.scale, g[self.h], count)
+            return HeadDecay(call.c, call.scale, g[self.h], count)
         if len(g.shape) == 3:
             at = g.at[self.b, pl.ds(self.start, call.c), self.h]
-            return Tokens(call.c, call.scale, load(at, self.inside, 0)[None, :])
+            return TokenDecay(call.c, call.scale, load(at, self.inside, 0)[None, :])
         own = self.rows(g, self.h, first, width).astype(F32)
         own = jnp.maximum(own, FLOOR)
         if self.flag is not None:
             own = jnp.where(self.flag[:, None] > 1, FLOOR, own)
-        return Channels(call.c, call.scale, own, rolled=True)
+        return ChannelDecay(call.c, call.scale, own, rolled=True)
 
 
 def _states(call: Call, reverse: bool, x: Arrays, each_ref, last_ref):
@@ -140,16 +143,16 @@ def _states(call: Call, reverse: bool, x: Arrays, each_ref, last_ref):
 
     def step(i, s):
         n = call.chunks - 1 - i if reverse else i
-        here = Here(call, x, b, h, n)
+        ctx = ChunkContext(call, x, b, h, n)
         triton.store(each_ref.at[b, h, n, *tile], s.astype(each_ref.dtype))
-        fade = here.fade(d0, wide)
+        decay = ctx.decay(d0, wide)
         if reverse:
-            value = here.rows(x.do, h, v0, tall)
-            key = fade.enter(here.rows(x.q, h, d0, wide))
+            value = ctx.rows(x.do, h, v0, tall)
+            key = decay.enter(ctx.rows(x.q, h, d0, wide))
         else:
-            value = here.rows(x.v, here.kv, v0, tall)
-            key = fade.leave(here.rows(x.k, here.kv, d0, wide))
-        return fade.kept(s) + dot(value, key.astype(value.dtype), 0, 0)
+            value = ctx.rows(x.v, ctx.kv, v0, tall)
+            key = decay.leave(ctx.rows(x.k, ctx.kv, d0, wide))
+        return decay.kept(s) + dot(value, key.astype(value.dtype), TN)
 
     begin = triton.load(x.state.at[b, h, *tile])
     s = jax.lax.fori_loop(0, call.chunks, step, begin)
@@ -160,10 +163,10 @@ def _place(call: Call, x: Arrays):
     """The chunk of this program, its head and number, and the first value channel."""
     place, h, b = (pl.program_id(n) for n in range(3))
     n, first = jax.lax.rem(place, call.chunks), jax.lax.div(place, call.chunks)
-    return Here(call, x, b, h, n), h, n, first * call.values
+    return ChunkContext(call, x, b, h, n), h, n, first * call.values
 
 
-def _add_up(call: Call, x: Arrays, here: Here, n, first, state, key: bool):
+def _add_up(call: Call, x: Arrays, ctx: ChunkContext, n, first, state, key: bool):
     """Pairs of a chunk [c,c], and what queries get from the state, or, for `key`, keys
     from its gradient [c,values]; sums over key channels, MOST of them at a time, or
     fewer where each has decays of its own."""
@@ -172,13 +175,13 @@ def _add_up(call: Call, x: Arrays, here: Here, n, first, state, key: bool):
 
     def step(i, carry):
         d0 = i * width
-        q = here.rows(x.q, here.h, d0, width)
-        k = here.rows(x.k, here.kv, d0, width)
+        q = ctx.rows(x.q, ctx.h, d0, width)
+        k = ctx.rows(x.k, ctx.kv, d0, width)
         tile = pl.ds(first, call.values), pl.ds(d0, width)
-        s = triton.load(state.at[here.b, here.h, n, *tile])
-        fade = here.fade(d0, width)
-        a = (fade.leave(k) if key else fade.enter(q)).astype(q.dtype)
-        return carry[0] + fade.pairs(q, k), carry[1] + dot(a, s, 1, 1)
+        s = triton.load(state.at[ctx.b, ctx.h, n, *tile])
+        decay = ctx.decay(d0, width)
+        a = (decay.leave(k) if key else decay.enter(q)).astype(q.dtype)
+        return carry[0] + decay.pairs(q, k), carry[1] + dot(a, s, NT)
 
     zeros = lambda width: jnp.zeros((call.c, width), F32)
     carry = zeros(call.c), zeros(call.values)
@@ -187,18 +190,18 @@ def _add_up(call: Call, x: Arrays, here: Here, n, first, state, key: bool):
 
 def _outputs(call: Call, x: Arrays, o_ref):
     """o of a chunk, some of its channels."""
-    here, h, n, first = _place(call, x)
-    pairs, o = _add_up(call, x, here, n, first, x.state, False)
-    v = here.rows(x.v, here.kv, first, call.values)
-    here.write(o_ref, o + dot(pairs.astype(v.dtype), v, 1, 0), h, first)
+    ctx, h, n, first = _place(call, x)
+    pairs, o = _add_up(call, x, ctx, n, first, x.state, False)
+    v = ctx.rows(x.v, ctx.kv, first, call.values)
+    ctx.write(o_ref, o + dot(pairs.astype(v.dtype), v, NN), h, first)
 
 
 def _values(call: Call, x: Arrays, dv_ref):
     """dv of a chunk, some of its channels."""
-    here, h, n, first = _place(call, x)
-    pairs, dv = _add_up(call, x, here, n, first, x.d_state, True)
-    do = here.rows(x.do, h, first, call.values)
-    here.write(dv_ref, dv + dot(pairs.astype(do.dtype), do, 0, 0), h, first)
+    ctx, h, n, first = _place(call, x)
+    pairs, dv = _add_up(call, x, ctx, n, first, x.d_state, True)
+    do = ctx.rows(x.do, h, first, call.values)
+    ctx.write(dv_ref, dv + dot(pairs.astype(do.dtype), do, TN), h, first)
 
 
 def _keys(call: Call, x: Arrays, dq_ref, dk_ref, *dg_ref):
@@ -207,32 +210,32 @@ def _keys(call: Call, x: Arrays, dq_ref, dk_ref, *dg_ref):
     place, h, b = (pl.program_id(n) for n in range(3))
     n, part = jax.lax.rem(place, call.chunks), jax.lax.div(place, call.chunks)
     d0 = part * call.keys
-    here = Here(call, x, b, h, n)
+    ctx = ChunkContext(call, x, b, h, n)
 
     def step(i, carry):
         dp, entered, left, held = carry
         first = i * call.values
-        v = here.rows(x.v, here.kv, first, call.values)
-        do = here.rows(x.do, h, first, call.values)
+        v = ctx.rows(x.v, ctx.kv, first, call.values)
+        do = ctx.rows(x.do, h, first, call.values)
         tile = pl.ds(first, call.values), pl.ds(d0, call.keys)
         s, ds = (triton.load(a.at[b, h, n, *tile]) for a in (x.state, x.d_state))
         together = (s.astype(F32) * ds.astype(F32)).sum(0, keepdims=True)
-        return (dp + dot(do, v, 1, 1), entered + dot(do, s, 1, 0),
-                left + dot(v, ds, 1, 0), held + together)
+        return (dp + dot(do, v, NT), entered + dot(do, s, NN),
+                left + dot(v, ds, NN), held + together)
 
     zeros = lambda *shape: jnp.zeros(shape, F32)
     carry = (zeros(call.c, call.c), zeros(call.c, call.keys),
              zeros(call.c, call.keys), zeros(1, call.keys))
     carry = jax.lax.fori_loop(0, x.state.shape[3] // call.values, step, carry)
-    q, k = here.rows(x.q, h, d0, call.keys), here.rows(x.k, here.kv, d0, call.keys)
-    found = here.fade(d0, call.keys).back(q, k, *carry)
-    here.write(dq_ref, found.dq, h, d0)
-    here.write(dk_ref, found.dk, h, d0)
+    q, k = ctx.rows(x.q, h, d0, call.keys), ctx.rows(x.k, ctx.kv, d0, call.keys)
+    found = ctx.decay(d0, call.keys).back(q, k, *carry)
+    ctx.write(dq_ref, found.dq, h, d0)
+    ctx.write(dk_ref, found.dk, h, d0)
     if dg_ref and len(x.g.shape) == 4:
-        here.write(dg_ref[0], found.dg, h, d0)
+        ctx.write(dg_ref[0], found.dg, h, d0)
     elif dg_ref:
-        at = dg_ref[0].at[b, h, part, pl.ds(here.start, call.c)]
-        triton.store(at, found.dg.sum(0), mask=here.inside)
+        at = dg_ref[0].at[b, h, part, pl.ds(ctx.start, call.c)]
+        triton.store(at, found.dg.sum(0), mask=ctx.inside)
 
 
 def _launch(call: Call, kernel, grid, x: Arrays, outs, how, name: str) -> Any:

@@ -5,6 +5,7 @@
     python -m pallas_kernels.matrix --targets v5e,sm90a --cases 'flash forward'
     python -m pallas_kernels.matrix --write              # matrix.json and MATRIX.md
     python -m pallas_kernels.matrix --check              # exit 1 if something got worse
+    python -m pallas_kernels.matrix --check --all        # and compile what is unchanged
     python -m pallas_kernels.matrix --targets v5e --function my.module:f \\
         --shapes 'bf16[1,8192,16,128] bf16[1,8192,16,128]'   # a function of your own
 
@@ -26,7 +27,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import importlib.metadata
 import json
 import logging
 import os
@@ -43,17 +43,17 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")  # read when jax loads
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 
-from pallas_kernels.matrix.figures import GROWS, figures  # noqa: E402
-from pallas_kernels.matrix.report import page, show  # noqa: E402
+from pallas_kernels.matrix.digest import digest  # noqa: E402
+from pallas_kernels.matrix.metrics import metrics  # noqa: E402
+from pallas_kernels.matrix.record import (  # noqa: E402
+    read, unrecorded, worse, write
+)
+from pallas_kernels.matrix.report import show  # noqa: E402
 from pallas_kernels.matrix.targets import TARGETS, missing, worker  # noqa: E402
 
-HERE = pathlib.Path(__file__).parents[1]
-RECORD, PAGE = HERE / "matrix.json", HERE / "MATRIX.md"
-SLACK = 1.05  # how much more of anything a check allows
 SHAPE = re.compile(r"^(\w+)\[([\d,]*)\]$")
 SHORT = {"bf16": "bfloat16", "f32": "float32", "f16": "float16", "s32": "int32",
          "s8": "int8"}
-PACKAGES = ("jax", "libtpu", "jax-cuda13-plugin", "nvidia-cuda-nvcc", "tokamax")
 
 
 def own_case(function: str, shapes: str) -> Any:
@@ -80,36 +80,6 @@ def own_case(function: str, shapes: str) -> Any:
     return Case(lambda target: (f, tuple(args), {}), whole=True)
 
 
-def worse(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """What got worse from one record to the next, a line each; peers may change."""
-    lines = []
-    for name, before in old.items():
-        after = new.get(name)
-        if after is None or before.get("peer"):
-            continue
-        for kind in ("error", "refused"):
-            if kind in after and kind not in before:
-                lines.append(f"{name}: {kind}: {after[kind]}")
-        for kernel, was in before.get("kernels", {}).items():
-            now = after.get("kernels", {}).get(kernel)
-            # Mosaic GPU leaves nothing of a kernel that an earlier case had compiled
-            gone = now is None and "kernels" in after
-            if gone and not {"mosaic", "blackwell"} & set(name.split()):
-                lines.append(f"{name}: {kernel}: is no longer there")
-            for figure in GROWS if now else ():
-                # a figure that was 0 may not appear
-                if now.get(figure, 0) > was.get(figure, 0) * SLACK:
-                    lines.append(f"{name}: {kernel}: {figure} {was.get(figure, 0)} -> "
-                                 f"{now[figure]}")
-    return lines
-
-
-def unrecorded(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """Errors of cases that the record does not have, a line each."""
-    return [f"{name}: error: {found['error']}" for name, found in new.items()
-            if name not in old and "error" in found and not found.get("peer")]
-
-
 def chosen(given: argparse.Namespace, name: str) -> dict[str, Any]:
     """The cases of one target that the command line asks for."""
     from pallas_kernels.matrix.cases import cases
@@ -117,35 +87,49 @@ def chosen(given: argparse.Namespace, name: str) -> dict[str, Any]:
     if given.function:
         return {given.function: own_case(given.function, given.shapes)}
     return {n: c for n, c in cases(TARGETS[name]).items()
-            if given.cases in n and not (given.quick and (c.kin or c.peer))}
+            if given.cases in n and not (given.quick and (c.near_duplicate or c.peer))}
 
 
 def work(given: argparse.Namespace) -> int:
-    """The worker of one target: compiles its cases, prints a line for each that is
-    done, and writes their figures."""
+    """The worker of one target: compiles its cases, or those that are not as recorded,
+    prints a line for each that is done, and writes metrics; None: as recorded."""
     logging.getLogger("absl").setLevel(logging.ERROR)  # a peer's word on its tuning
     del sys.argv[1:]  # which a peer reads, too
     target, folder = TARGETS[given.targets], pathlib.Path(given.worker)
-    found = {}
-    for name, case in chosen(given, target.name).items():
-        found[f"{target.name} {name}"] = figures(target, case, folder)
+    old = read()["cases"] if given.check and not given.all else {}
+    found = {f"{target.name} {name}": case
+             for name, case in chosen(given, target.name).items()}
+    done = {}
+    for name, case in found.items():
+        done[name] = one(given, target, case, folder, old.get(name, {}))
         print(name, flush=True)
-    pathlib.Path(given.out).write_text(json.dumps(found))
+    pathlib.Path(given.out).write_text(json.dumps(done))
     return 0
 
 
+def one(given: argparse.Namespace, target: Any, case: Any, folder: pathlib.Path,
+        old: dict[str, Any]) -> dict[str, Any] | None:
+    """A case's metrics with its digest; None if `old` has the same one."""
+    own = None if case.peer or given.function else digest(target, case)
+    if own is not None and own == old.get("digest"):
+        return None
+    new = metrics(target, case, folder)
+    return new if own is None or "error" in new else {"digest": own} | new
+
+
 def compile_all(given: argparse.Namespace) -> dict[str, Any] | None:
-    """The figures of all cases, a process a target, as many at once as there are cores;
-    None if one of them died."""
+    """What `work` found for all cases, a process a target, as many at once as there are
+    cores; None if one of them died."""
     from rich.console import Console
     from rich.progress import Progress
 
-    def one(name: str, task: Any) -> dict[str, Any] | None:
+    def run(name: str, task: Any) -> dict[str, Any] | None:
         with tempfile.TemporaryDirectory() as folder, \
                 tempfile.NamedTemporaryFile(suffix=".json") as out:
             more = ["--cases", given.cases, "--out", out.name, "--function",
                     given.function, "--shapes", given.shapes,
-                    *["--quick"] * given.quick]
+                    *["--quick"] * given.quick, *["--check"] * given.check,
+                    *["--all"] * (given.all or given.write)]
             process = worker("pallas_kernels.matrix", name, folder, *more,
                              stdout=subprocess.PIPE, text=True)
             for _ in process.stdout:
@@ -156,7 +140,7 @@ def compile_all(given: argparse.Namespace) -> dict[str, Any] | None:
     with Progress(console=Console(stderr=True)) as progress, \
             futures.ThreadPoolExecutor(os.cpu_count()) as pool:
         jobs = [
-            pool.submit(one, name, progress.add_task(name, total=len(own)))
+            pool.submit(run, name, progress.add_task(name, total=len(own)))
             for name in given.targets.split(",") if (own := chosen(given, name))
         ]
         found = [job.result() for job in jobs]
@@ -174,8 +158,10 @@ def parsed(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--cases", default="", help="only those whose name holds this")
     parser.add_argument("--function", default="", help="module:name of your own")
     parser.add_argument("--shapes", default="", help="its arguments: 'bf16[8,128] ...'")
-    parser.add_argument("--write", action="store_true", help="record the figures")
+    parser.add_argument("--write", action="store_true", help="record the metrics")
     parser.add_argument("--check", action="store_true", help="compare with the record")
+    parser.add_argument("--all", action="store_true",
+                        help="with --check: compile what is as recorded, too")
     parser.add_argument("--quick", action="store_true",
                         help="leave out peers, and cases that another one is near to")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
@@ -207,35 +193,29 @@ def main(arguments: list[str]) -> int:
     if wrong := problem(given):
         print(wrong, file=sys.stderr)
         return 2
-    found = compile_all(given)
-    if found is None:
+    done = compile_all(given)
+    if done is None:
         print("a compiler's process died: see above", file=sys.stderr)
         return 1
-    if not found:
+    if not done:
         print(f"--cases={given.cases!r}: no case has this in its name", file=sys.stderr)
         return 2
+    found = {name: new for name, new in done.items() if new is not None}
     show(found)
-    old = json.loads(RECORD.read_text()) if RECORD.exists() else {"cases": {}}
+    old = read()
     if given.write:
         part = given.cases or given.function or given.quick
         again = () if part else given.targets.split(",")
         kept = {n: one for n, one in old["cases"].items()
                 if n.partition(" ")[0] not in again}
-        record(kept | found)
+        write(kept | found)
+    if not given.check:
+        return 0
+    print(f"{len(done) - len(found)} cases as recorded, {len(found)} compiled")
     lines = worse(old["cases"], found) + unrecorded(old["cases"], found)
-    if given.check and lines:
+    if lines:
         print("worse than the record:\n" + "\n".join(lines))
-        return 1
-    return 0
-
-
-def record(found: dict[str, Any]) -> None:
-    """Writes matrix.json and MATRIX.md."""
-    there = {d.name for d in importlib.metadata.distributions()}
-    versions = {n: importlib.metadata.version(n) for n in PACKAGES if n in there}
-    new = {"versions": versions, "cases": dict(sorted(found.items()))}
-    RECORD.write_text(json.dumps(new, indent=1) + "\n")
-    PAGE.write_text(page(new))
+    return 1 if lines else 0
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 BF16, F32 = jnp.bfloat16, jnp.float32
 
 
-class Trips(NamedTuple):
+class TripCounts(NamedTuple):
     """How often a TPU kernel's regions run: each tile region, what opens and closes a
     line, and the grid's step; flops: of the kernel's matrix products, padding and all,
     by how its name goes on ("": in any other way), 0 where nobody counted them."""
@@ -29,18 +29,18 @@ class Trips(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One program. build(target) -> (f, arguments as ShapeDtypeStructs, `Trips` on TPU
-    by what a kernel's name holds).
+    """One program. build(target) -> (f, arguments as ShapeDtypeStructs, `TripCounts` on
+    TPU by what a kernel's name holds).
     flops: of one run, for the share of the peak; moved: bytes that have to move; whole:
     XLA's own programs are of interest too; peer: not ours, beside which ours stand;
-    kin: another case is so near that `--quick` leaves this one out."""
+    near_duplicate: another case is so near that `--quick` leaves this one out."""
 
-    build: Callable[[Any], tuple[Callable, tuple, dict[str, Trips]]]
+    build: Callable[[Any], tuple[Callable, tuple, dict[str, TripCounts]]]
     flops: float = 0.0
     moved: float = 0.0
     whole: bool = False
     peer: bool = False
-    kin: bool = False
+    near_duplicate: bool = False
 
 
 def struct(*shape, dtype=BF16):

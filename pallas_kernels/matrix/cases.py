@@ -12,7 +12,9 @@ import numpy as np
 from pallas_kernels import tables
 from pallas_kernels.blocks.api import blocks
 from pallas_kernels.decode.api import decode
-from pallas_kernels.matrix.case import BF16, F32, Case, Trips, struct, with_gradients
+from pallas_kernels.matrix.case import (
+    BF16, F32, Case, TripCounts, struct, with_gradients
+)
 from pallas_kernels.matrix.cases_delta import DELTA, rule, work as delta_work
 from pallas_kernels.matrix.cases_flash import FLASH, Causal, attention, work
 from pallas_kernels.matrix.cases_peers import peers
@@ -57,7 +59,7 @@ def cached(target, *, backend, b=8, h=32, k=8, d=128, s=32768, bits=16, page=Non
     def f(args):
         return decode(**args, bits=bits, statistics=statistics, backend=backend)
 
-    trips = {"decode": Trips((steps,), b, steps)}
+    trips = {"decode": TripCounts((steps,), b, steps)}
     return f, (args,), trips if backend == "tpu" and not statistics else {}
 
 
@@ -65,6 +67,8 @@ DECODE: dict[str, dict[str, Any]] = {
     "": {}, " int8": {"bits": 8}, " int4": {"bits": 4}, " pages of 128": {"page": 128},
     " statistics": {"statistics": True},
 }
+
+DISTINCT_DELTA = "gated T8192 D128 H16", "odd", "packed"
 
 
 def cases(target) -> dict[str, Case]:
@@ -88,8 +92,7 @@ def cases(target) -> dict[str, Case]:
                     found[f"delta {way}{label} {name}"] = Case(
                         functools.partial(rule, **more, **options),
                         delta_work(backward=way == "backward", **options),
-                        kin=not name.startswith(("gated T8192 D128 H16", "odd",
-                                                 "packed")))
+                        near_duplicate=not name.startswith(DISTINCT_DELTA))
                 found[f"blocks {way}{label} T8192 D128 H16 K2 n16x64"] = Case(
                     functools.partial(chosen, **more))
         for name, options in DECODE.items() if backend not in tables.PADDED else ():

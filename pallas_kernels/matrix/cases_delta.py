@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from pallas_kernels import tables
 from pallas_kernels.delta.api import delta
 from pallas_kernels.delta.chunk import CHUNK
-from pallas_kernels.matrix.case import Trips
+from pallas_kernels.matrix.case import TripCounts
 
 BF16, F32 = jnp.bfloat16, jnp.float32
 DELTA: dict[str, dict[str, Any]] = {
@@ -40,7 +40,7 @@ def rule(target, *, backend, backward, t, d, v=None, h=16, k=None, gated=True,
         shape = tables.Shape(t, t, d, v or d, jnp.dtype(dtype).itemsize)
         many = tables.number(target.kind, "delta", shape)
         steps = h * -(-t // (many * CHUNK))
-    trips = {f"delta_{way}": Trips((steps,), h, steps)
+    trips = {f"delta_{way}": TripCounts((steps,), h, steps)
              for way in ("forward", "backward")[:1 + backward] if backend == "tpu"}
 
     def f(given, runs):

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 
 from pallas_kernels import tables
 from pallas_kernels.flash.api import flash
-from pallas_kernels.matrix.case import BF16, F32, Trips, struct, with_gradients
+from pallas_kernels.matrix.case import BF16, F32, TripCounts, struct, with_gradients
 from pallas_kernels.schedule import (
-    FULL, LANES, MASKED, Tiling, asked, fitted, paths
+    FULL, LANES, MASKED, Tiling, block_mask, shrink_to_fit, tile_patterns
 )
 
 
@@ -49,15 +49,15 @@ PRODUCTS = {
 
 
 def products(logits: float, d: int, v: int, kernel: str) -> dict[str, float]:
-    """Flops of the products of so many logits, as `Trips` has them; matrix units take
-    widths in whole lanes."""
+    """Flops of the products of so many logits, as `TripCounts` has them; matrix units
+    take widths in whole lanes."""
     d, v = (-(-n // LANES) * LANES for n in (d, v))
     return {end: 2 * logits * (keys * d + values * v)
             for end, (keys, values) in PRODUCTS[kernel].items()}
 
 
 def passes(device: str, t, d, v, h, mask, itemsize=2, packed=False,
-           matrix=False) -> dict[str, Trips]:
+           matrix=False) -> dict[str, TripCounts]:
     """Trips of the flash kernels, in the order of their programs; runs of `packed`
     sequences are taken to hide nothing."""
     trips = {}
@@ -65,21 +65,21 @@ def passes(device: str, t, d, v, h, mask, itemsize=2, packed=False,
     for kernel in ("flash_forward", "flash_backward"):
         found = tables.tile(device, kernel, shape)
         tiling = Tiling(t, t, found.rows, found.columns, 0)
-        tiling = fitted(mask, tiling, found.how[0], max(d, v), packed,
-                        kernel == "flash_backward")
-        table = asked(mask, tiling)
+        tiling = shrink_to_fit(mask, tiling, found.how[0], max(d, v), packed,
+                               kernel == "flash_backward")
+        table = block_mask(mask, tiling)
         ask = jnp.asarray(table)[None] if packed else None
-        ways, codes, _ = paths(mask, tiling, found.how[0], table, ask)
+        patterns, codes, _ = tile_patterns(mask, tiling, found.how[0], table, ask)
         whole = tiling.rows * tiling.columns
-        kinds = [(MASKED, whole)] * ways.masked
+        kinds = [(MASKED, whole)] * patterns.masked
         kinds += [(MASKED + 1 + n, sum(part.area for part in parts))
-                  for n, parts in enumerate(ways.patterns)]
-        kinds += [(FULL, whole)] * ways.whole
+                  for n, parts in enumerate(patterns.partial)]
+        kinds += [(FULL, whole)] * patterns.whole
         counts = [h * int((codes == kind).sum()) for kind, _ in kinds]
         logits = sum(n * area for n, (_, area) in zip(counts, kinds))
         lines = h * table.shape[kernel == "flash_backward"]
-        trips[kernel] = Trips(tuple(counts), lines, sum(counts),
-                              products(logits, d, v, kernel))
+        trips[kernel] = TripCounts(tuple(counts), lines, sum(counts),
+                                   products(logits, d, v, kernel))
     return trips
 
 

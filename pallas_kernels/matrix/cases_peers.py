@@ -7,9 +7,9 @@ import importlib.util
 
 import jax
 
-from pallas_kernels.matrix.case import Case, Trips, struct, with_gradients
+from pallas_kernels.matrix.case import Case, TripCounts, struct, with_gradients
 from pallas_kernels.matrix.cases_flash import Causal, products, work
-from pallas_kernels.schedule import Tiling, asked
+from pallas_kernels.schedule import Tiling, block_mask
 
 PEER = "causal T8192 D128 H16"
 SPLASH = ((1024, 1024, 1024), (1024, 1024, 512), (2048, 2048, 512))  # the best of many
@@ -30,8 +30,8 @@ def splash_attention(target, *, backward, tile, t=8192, d=128, h=16):
     kernel = splash.make_splash_mha(
         mask=mask, block_sizes=sizes, head_shards=1, q_seq_shards=1)
     array = struct(h, t, d)
-    tiles = int((asked(Causal(), Tiling(t, t, q, kv, 0)) != 0).sum()) * h
-    one = Trips((tiles,), h * (t // q), h * (t // q) * (t // kv))
+    tiles = int((block_mask(Causal(), Tiling(t, t, q, kv, 0)) != 0).sum()) * h
+    one = TripCounts((tiles,), h * (t // q), h * (t // q) * (t // kv))
     done = lambda name: one._replace(flops=products(tiles * q * kv, d, d, name))
     trips = {"splash_mha_fwd": done("flash_forward")}
     if not backward:

@@ -9,7 +9,9 @@ import jax.numpy as jnp
 
 from pallas_kernels import tables
 from pallas_kernels.linear.api import linear
-from pallas_kernels.matrix.case import BF16, F32, Case, Trips, struct, with_gradients
+from pallas_kernels.matrix.case import (
+    BF16, F32, Case, TripCounts, struct, with_gradients
+)
 from pallas_kernels.scan.api import scan
 
 
@@ -27,7 +29,7 @@ def recurrence(target, *, backend, backward, t, d, h=16, k=None, decay="head",
         block = tables.chunks(target.kind, f"linear_{'backward' if backward else way}",
                               shape, decay == "channel")[0]
         steps = h * -(-t // block)
-        trips[f"linear_{way}"] = Trips((steps,), h, steps)
+        trips[f"linear_{way}"] = TripCounts((steps,), h, steps)
 
     def f(runs, *args):
         return linear(*args, run=runs[0], dtype=dtype, backend=backend)[1]
@@ -56,7 +58,7 @@ def prefixes(target, *, backend, backward, t=8192, h=8, k=8, v=64, dtype=BF16,
     if backend == "tpu":
         shape = tables.Shape(t, t, v, v, jnp.dtype(dtype).itemsize)
         steps = h * -(-t // tables.number(target.kind, "scan", shape))
-        trips = {"scan": Trips((steps,), steps, steps)}
+        trips = {"scan": TripCounts((steps,), steps, steps)}
     if not backward:
         return f, (runs, *args, *state), trips
 
@@ -84,7 +86,8 @@ LINEAR: dict[str, dict[str, Any]] = {
     "odd channel T1000 D24 H4 float32": {
         "t": 1000, "d": 24, "h": 4, "decay": "channel", "dtype": F32},
 }
-KIN = ("token T8192", "none T8192", "T8192 D64", "T8192 D256", "packed T4096")
+NEAR_DUPLICATES = (
+    "token T8192", "none T8192", "T8192 D64", "T8192 D256", "packed T4096")
 SCAN: dict[str, dict[str, Any]] = {
     "T8192 V64 H8": {},
     "T8192 V256 H8": {"v": 256},
@@ -101,6 +104,6 @@ def recurrent(backend: str, way: str, label: str) -> dict[str, Case]:
         for name, options in table.items():
             build_it = functools.partial(
                 build, backend=backend, backward=way == "backward", **options)
-            kin = kernel == "linear" and any(part in name for part in KIN)
-            found[f"{kernel} {way}{label} {name}"] = Case(build_it, kin=kin)
+            near = kernel == "linear" and any(part in name for part in NEAR_DUPLICATES)
+            found[f"{kernel} {way}{label} {name}"] = Case(build_it, near_duplicate=near)
     return found

@@ -12,7 +12,7 @@ import re
 import subprocess
 from typing import NamedTuple
 
-from pallas_kernels.matrix import ptx_loop as passes_gpu
+from pallas_kernels.matrix import ptx_loop
 from pallas_kernels.matrix.targets import Gpu, ptxas
 
 TENSOR = re.compile(r"\b(wgmma\.mma_async|tcgen05\.mma|mma\.sync)\b")
@@ -40,10 +40,10 @@ class Kernel(NamedTuple):
     threads: int
     tensor: int
     unit: str
-    work: passes_gpu.Pass = passes_gpu.Pass()
+    work: ptx_loop.Pass = ptx_loop.Pass()
 
     def cycles(self, target: Gpu, stream: bool = False) -> tuple[float, float]:
-        """The time of a pass of its busiest loop, and a warp's own, by `passes_gpu`."""
+        """The time of a pass of its busiest loop, and a warp's own, by `ptx_loop`."""
         warps = -(-self.threads // 32)
         return self.work.cycles(target, warps, self.blocks(target), stream)
 
@@ -74,7 +74,7 @@ def kernel(ptx: str, said: str, shared: int) -> Kernel:
     return Kernel(
         name[1], int(used[1]), sum(map(int, spills.groups())) if spills else 0,
         shared + (int(static[1]) if static else 0), threads, len(found),
-        found[0].split(".")[0] if found else "", passes_gpu.busiest(ptx),
+        found[0].split(".")[0] if found else "", ptx_loop.busiest(ptx),
     )
 
 

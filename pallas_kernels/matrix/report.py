@@ -70,7 +70,7 @@ def page(record: dict[str, Any]) -> str:
 
 
 def show(found: dict[str, Any]) -> None:
-    """The figures on the terminal."""
+    """The metrics on the terminal."""
     from rich.console import Console
     from rich.table import Table
 

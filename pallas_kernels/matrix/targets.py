@@ -40,6 +40,7 @@ class Tpu:
     bandwidth: float
     cycle: int
     platform = "tpu"
+    layout = "auto"  # of arguments and results: the compiler's choice
     backends = ("tpu",)
     named = ()
     needs = "libtpu"
@@ -86,6 +87,7 @@ class Gpu:
     backends: tuple[str, ...] = ("triton",)
     named: tuple[str, ...] = ()
     platform = "cuda"
+    layout = "rows"  # the default
     needs = "jax_cuda13_plugin"
 
     def described(self) -> Any:
@@ -167,6 +169,13 @@ def ptxas() -> str | None:
     return str(found[-1]) if found else shutil.which("ptxas")
 
 
+def abstract(target: Tpu | Gpu) -> AbstractMesh:
+    """One device of the target, as kernels see it while they are traced."""
+    device = AbstractDevice(
+        device_kind=target.kind, num_cores=target.cores, platform=target.platform)
+    return AbstractMesh((1,), ("x",), (AxisType.Auto,), abstract_device=device)
+
+
 def compiled(target: Tpu | Gpu, f: Callable, *args: Any) -> Any:
     """f compiled for one device of the target; args: trees of ShapeDtypeStructs. On TPU
     the compiler chooses the layout of arguments and results, as it does inside a
@@ -174,11 +183,8 @@ def compiled(target: Tpu | Gpu, f: Callable, *args: Any) -> Any:
     devices = target.described().devices
     mesh = Mesh(np.array(devices[:1]), ("x",))
     whole = NamedSharding(mesh, PartitionSpec())
-    place: Any = Format(Layout.AUTO, whole) if target.platform == "tpu" else whole
-    device = AbstractDevice(
-        device_kind=target.kind, num_cores=target.cores, platform=target.platform)
-    abstract = AbstractMesh((1,), ("x",), (AxisType.Auto,), abstract_device=device)
-    with jax.sharding.use_abstract_mesh(abstract):
+    place: Any = Format(Layout.AUTO, whole) if target.layout == "auto" else whole
+    with jax.sharding.use_abstract_mesh(abstract(target)):
         lowered = jax.jit(f, in_shardings=place, out_shardings=place).lower(*args)
         return lowered.compile()
 

@@ -20,9 +20,8 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import Refused, tables
+from pallas_kernels.machine.product import F32, NN, NT, dot
 from pallas_kernels.refusals import DTYPES, WIDEST, check_device
-
-F32 = jnp.float32
 
 
 class Static(NamedTuple):
@@ -111,7 +110,7 @@ def _back(static: Static, kept, cotangents):
     ds, dv, (g, h) = _kernels(static).backward(static, code, s, v, saved, do, du, dw)
     # what the first chunk asks of those before it, as the state is measured
     first = saved.m[:, :, 0]
-    share = fade(saved.m_in[:, :, 0], first)
+    share = exp_diff(saved.m_in[:, :, 0], first)
     if code is not None:
         share = jnp.where(jnp.abs(code[:, :1]) == 1, share, 0)
     du, dw = -share * h, share[..., None] * g
@@ -121,14 +120,14 @@ def _back(static: Static, kept, cotangents):
 _scan.defvjp(_ahead, _back)
 
 
-def fade(a, m):
+def exp_diff(a, m):
     """exp(a - m) for a <= m, and 0 where both are -inf."""
     return jnp.exp(a - jnp.where(m == -jnp.inf, 0.0, m))
 
 
 def weights(s, m, seen):
     """P = exp(s - m) of a tile, 0 where not seen."""
-    return fade(jnp.where(seen, s, -jnp.inf), m)
+    return exp_diff(jnp.where(seen, s, -jnp.inf), m)
 
 
 def inverse(u, code):
@@ -137,7 +136,7 @@ def inverse(u, code):
     return jnp.where(real, 1 / jnp.where(real, u, 1.0), 0.0)
 
 
-def asked(p, a, r, share, before, u_in):
+def score_gradients(p, a, r, share, before, u_in):
     """ds, P r and delta of a tile [i,t] of P and a = v_i.do_t; the rest [1,t]: r = 1/u,
     the share of the triple that came in, its w.do, and its u [1,1].
 
@@ -152,18 +151,18 @@ def asked(p, a, r, share, before, u_in):
     return p * (a - delta), p, level + delta
 
 
-def weighted(dot, p, v, axis: int):
-    """p v, with float32 weights p contracted over `axis` and v over its first, into
-    float32: a narrower v is exact, and p goes in two halves of its type."""
+def weighted(p, v):
+    """p v into float32, with float32 weights p: a narrower v is exact, and p goes in
+    two halves of its type."""
     if v.dtype == F32:
-        return dot(p, v, axis, 0)
+        return dot(p, v, NN)
     high = p.astype(v.dtype)
     low = (p - high.astype(F32)).astype(v.dtype)
-    return dot(high, v, axis, 0) + dot(low, v, axis, 0)
+    return dot(high, v, NN) + dot(low, v, NN)
 
 
-def product(dot, a, b, left: int, right: int):
-    """a b over the given axes, in the wider type of the two."""
+def product(a, b):
+    """a b^T, in the wider type of the two."""
     if a.dtype != b.dtype:
         a, b = a.astype(F32), b.astype(F32)
-    return dot(a, b, left, right)
+    return dot(a, b, NT)

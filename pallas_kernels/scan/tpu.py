@@ -16,18 +16,13 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.flash.tpu_tile import column
-from pallas_kernels.flash.tpu_tile import dot as contract
+from pallas_kernels.machine.product import F32, NN, NT, dot
+from pallas_kernels.machine.tpu import column
 from pallas_kernels.scan.api import (
-    F32, Saved, asked, fade, inverse, product, weighted, weights
+    Saved, exp_diff, inverse, product, score_gradients, weighted, weights
 )
 
 LOWEST = -jnp.inf
-
-
-def dot(a, b, left: int, right: int):
-    """A product over the given axes into float32."""
-    return contract(a, b, ((left,), (right,)))
 
 
 def rows(*columns):
@@ -76,9 +71,9 @@ def _forward(has_code, *refs):
         m_in = jnp.where(enters, m_in, LOWEST)
     seen = _seen(c, code, 0)
     m = jnp.maximum(jnp.where(seen, s, LOWEST).max(1, keepdims=True), m_in)
-    p, share = weights(s, m, seen), fade(m_in, m)
+    p, share = weights(s, m, seen), exp_diff(m_in, m)
     u = p.sum(1, keepdims=True) + share * u_now[g]
-    w = weighted(dot, p, v, 1) + share * w_now[g]
+    w = weighted(p, v) + share * w_now[g]
     o_ref[0, 0] = (w * inverse(u, real)).astype(o_ref.dtype)
     m_ref[0, 0], u_ref[0, 0] = rows(m, u)
     w_ref[0, 0, 0] = w[c - 1:]
@@ -108,23 +103,23 @@ def _backward(has_code, groups, *refs):
 
     down, r = column(s), inverse(u, code)
     enters = True if code is None else present == run_in
-    share = fade(jnp.where(enters, m_in[0, 0, 0], LOWEST), m)
+    share = exp_diff(jnp.where(enters, m_in[0, 0, 0], LOWEST), m)
     wide = do.astype(F32)
-    ds, p, delta = asked(
-        weights(down, m, _seen(c, code, 1)), product(dot, v, do, 1, 1), r, share,
-        dot(w_in[0, 0, 0], wide, 1, 1), u_in[0, 0, 0])
+    ds, p, delta = score_gradients(
+        weights(down, m, _seen(c, code, 1)), product(v, do), r, share,
+        dot(w_in[0, 0, 0], wide, NT), u_in[0, 0, 0])
     # what later chunks ask for
     reach = down if code is None else jnp.where(
         _column(code) == run_now[g], down, LOWEST)
-    e = fade(reach, ref_now[g])
+    e = exp_diff(reach, ref_now[g])
     along = (v.astype(F32) * g_now[g]).sum(1, keepdims=True)
     ds = ds.sum(1, keepdims=True) + e * (along - h_now[g])
-    dv_now[...] += weighted(dot, p, do, 1) + e * g_now[g]
+    dv_now[...] += weighted(p, do) + e * g_now[g]
     ds_ref[0, 0], = rows(ds)
     first, run = m[:, :1], present[:, :1]
-    weight = fade(first, jnp.where(present == run, m, jnp.inf)) * r
-    kept = fade(jnp.where(run == run_now[g], first, LOWEST), ref_now[g])
-    g_now[g] = dot(weight, wide, 1, 0) + kept * g_now[g]
+    weight = exp_diff(first, jnp.where(present == run, m, jnp.inf)) * r
+    kept = exp_diff(jnp.where(run == run_now[g], first, LOWEST), ref_now[g])
+    g_now[g] = dot(weight, wide, NN) + kept * g_now[g]
     h_now[g] = (weight * delta).sum(1, keepdims=True) + kept * h_now[g]
     ref_now[g], run_now[g] = first, run
     g_ref[0, 0, 0], h_ref[0, 0, 0] = g_now[g], h_now[g]

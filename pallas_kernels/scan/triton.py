@@ -18,9 +18,10 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
-from pallas_kernels.flash.triton_tile import block, dot, load, pieces, write, zeros
+from pallas_kernels.machine.product import F32
+from pallas_kernels.machine.triton import block, load, pieces, write, zeros
 from pallas_kernels.scan.api import (
-    F32, Saved, asked, fade, inverse, product, weighted, weights
+    Saved, exp_diff, inverse, product, score_gradients, weighted, weights
 )
 
 LOWEST = -jnp.inf
@@ -51,7 +52,7 @@ class Arrays(NamedTuple):
     run: Any = None
 
 
-class Here:
+class ChunkContext:
     """One chunk: `c` tokens from `n * c` on, of row b."""
 
     def __init__(self, c: int, x: Arrays):
@@ -122,93 +123,93 @@ def _lanes(ref, b, h, n):
 
 
 def _totals(c, x: Arrays, m_ref, u_ref, w_ref):
-    here = Here(c, x)
-    h, group = here.head, x.s.shape[2] // x.v.shape[2]
-    s, code = here.scores(h), here.code()
+    ctx = ChunkContext(c, x)
+    h, group = ctx.head, x.s.shape[2] // x.v.shape[2]
+    s, code = ctx.scores(h), ctx.code()
     if code is not None:
-        s = jnp.where(code == x.ends[here.b, here.n], s, LOWEST)
+        s = jnp.where(code == x.ends[ctx.b, ctx.n], s, LOWEST)
     m = s.max(0)
-    p = fade(s, m)
-    m_ref[here.b, h, here.n], u_ref[here.b, h, here.n] = m, p.sum(0)
-    values = here.tile(x.v, h // group)
-    here.put(w_ref, [(p[:, None] * v.astype(F32)).sum(0) for v in values], h)
+    p = exp_diff(s, m)
+    m_ref[ctx.b, h, ctx.n], u_ref[ctx.b, h, ctx.n] = m, p.sum(0)
+    values = ctx.tile(x.v, h // group)
+    ctx.put(w_ref, [(p[:, None] * v.astype(F32)).sum(0) for v in values], h)
 
 
 def _forward(c, x: Arrays, o_ref, m_ref, u_ref):
-    here = Here(c, x)
-    h, group = here.head, x.s.shape[2] // x.v.shape[2]
-    s, code, m_in = here.scores(h), here.code(), here.one(x.m_in, h)
+    ctx = ChunkContext(c, x)
+    h, group = ctx.head, x.s.shape[2] // x.v.shape[2]
+    s, code, m_in = ctx.scores(h), ctx.code(), ctx.one(x.m_in, h)
     if code is not None:
-        enters = jnp.abs(code) == x.run_in[here.b, here.n]
+        enters = jnp.abs(code) == x.run_in[ctx.b, ctx.n]
         m_in = jnp.where(enters, m_in, LOWEST)
-    seen = here.seen(code, 0)
+    seen = ctx.seen(code, 0)
     m = jnp.maximum(jnp.where(seen, s[None], LOWEST).max(1), m_in)
-    p, share = weights(s[None], m[:, None], seen), fade(m_in, m)
-    u = p.sum(1) + share * here.one(x.u_in, h)
+    p, share = weights(s[None], m[:, None], seen), exp_diff(m_in, m)
+    u = p.sum(1) + share * ctx.one(x.u_in, h)
     r = inverse(u, code)[:, None]
     o = []
-    for v, w in zip(here.tile(x.v, h // group), here.wide(x.w_in, h)):
-        o.append((weighted(dot, p, v, 1) + share[:, None] * w[None]) * r)
-    write(o_ref, o, here.b, here.start, c, h)
+    for v, w in zip(ctx.tile(x.v, h // group), ctx.wide(x.w_in, h)):
+        o.append((weighted(p, v) + share[:, None] * w[None]) * r)
+    write(o_ref, o, ctx.b, ctx.start, c, h)
     for ref, value in ((m_ref, m), (u_ref, u)):
-        here.put_line(ref.at[here.b, h, pl.ds(here.start, c)], value)
+        ctx.put_line(ref.at[ctx.b, h, pl.ds(ctx.start, c)], value)
 
 
 def _inside(c, x: Arrays, ds_ref, dv_ref, g_ref, h_ref):
     """What a chunk's tokens ask of each other, for the heads of a group in turn, and of
     those before."""
-    here = Here(c, x)
-    k, group = here.head, x.s.shape[2] // x.v.shape[2]
-    code, values = here.code(), here.tile(x.v, here.head)
+    ctx = ChunkContext(c, x)
+    k, group = ctx.head, x.s.shape[2] // x.v.shape[2]
+    code, values = ctx.code(), ctx.tile(x.v, ctx.head)
 
     def step(j, dv):
         h = k * group + j
-        s, do = here.scores(h), here.tile(x.do, h)
-        m, u = here.line(x.m, h, jnp.inf), here.line(x.u, h, 0.0)
-        r, m_in, own = inverse(u, code), here.one(x.m_in, h), m
+        s, do = ctx.scores(h), ctx.tile(x.do, h)
+        m, u = ctx.line(x.m, h, jnp.inf), ctx.line(x.u, h, 0.0)
+        r, m_in, own = inverse(u, code), ctx.one(x.m_in, h), m
         if code is not None:
             present = jnp.abs(code)
-            m_in = jnp.where(present == x.run_in[here.b, here.n], m_in, LOWEST)
-            own = jnp.where(present == x.run[here.b, here.n], m, jnp.inf)
-        share, weight = fade(m_in, m), fade(here.one(x.ref, h), own) * r
-        parts = [product(dot, v, d, 1, 1) for v, d in zip(values, do)]
+            m_in = jnp.where(present == x.run_in[ctx.b, ctx.n], m_in, LOWEST)
+            own = jnp.where(present == x.run[ctx.b, ctx.n], m, jnp.inf)
+        share, weight = exp_diff(m_in, m), exp_diff(ctx.one(x.ref, h), own) * r
+        parts = [product(v, d) for v, d in zip(values, do)]
         a = functools.reduce(operator.add, parts)
         before = functools.reduce(operator.add, [
             (d.astype(F32) * w[None]).sum(1)
-            for d, w in zip(do, here.wide(x.w_in, h))])
-        p = weights(s[:, None], m[None], here.seen(code, 1))
-        ds, p, delta = asked(
-            p, a, r[None], share[None], before[None], here.one(x.u_in, h))
-        here.put_line(ds_ref.at[here.b, pl.ds(here.start, c), h], ds.sum(1))
-        here.put(g_ref, [(weight[:, None] * d.astype(F32)).sum(0) for d in do], h)
-        h_ref[here.b, h, here.n] = (weight * delta.sum(0)).sum(0)
-        return tuple(a + weighted(dot, p, d, 1) for a, d in zip(dv, do))
+            for d, w in zip(do, ctx.wide(x.w_in, h))])
+        p = weights(s[:, None], m[None], ctx.seen(code, 1))
+        ds, p, delta = score_gradients(
+            p, a, r[None], share[None], before[None], ctx.one(x.u_in, h))
+        ctx.put_line(ds_ref.at[ctx.b, pl.ds(ctx.start, c), h], ds.sum(1))
+        ctx.put(g_ref, [(weight[:, None] * d.astype(F32)).sum(0) for d in do], h)
+        h_ref[ctx.b, h, ctx.n] = (weight * delta.sum(0)).sum(0)
+        return tuple(a + weighted(p, d) for a, d in zip(dv, do))
 
     dv = jax.lax.fori_loop(0, group, step, zeros(c, x.v.shape[3]))
-    write(dv_ref, dv, here.b, here.start, c, k)
+    write(dv_ref, dv, ctx.b, ctx.start, c, k)
 
 
 def _reached(c, x: Arrays, given, ds_ref, dv_ref):
     """ds and dv with what later chunks ask for."""
-    here = Here(c, x)
-    k, group = here.head, x.s.shape[2] // x.v.shape[2]
-    code, values = here.code(), here.tile(x.v, here.head)
+    ctx = ChunkContext(c, x)
+    k, group = ctx.head, x.s.shape[2] // x.v.shape[2]
+    code, values = ctx.code(), ctx.tile(x.v, ctx.head)
 
     def step(j, dv):
         h = k * group + j
-        s, g = here.scores(h), here.wide(x.g, h)
+        s, g = ctx.scores(h), ctx.wide(x.g, h)
         if code is not None:
-            s = jnp.where(code == x.run[here.b, here.n], s, LOWEST)
-        e = fade(s, here.one(x.ref, h))
+            s = jnp.where(code == x.run[ctx.b, ctx.n], s, LOWEST)
+        e = exp_diff(s, ctx.one(x.ref, h))
         along = [(v.astype(F32) * one[None]).sum(1) for v, one in zip(values, g)]
         along = functools.reduce(operator.add, along)
-        at = pl.ds(here.start, c)
-        own = load(given[0].at[here.b, at, h], here.inside, 0.0)
-        here.put_line(ds_ref.at[here.b, at, h], own + e * (along - here.one(x.h, h)))
+        at = pl.ds(ctx.start, c)
+        own = load(given[0].at[ctx.b, at, h], ctx.inside, 0.0)
+        ctx.put_line(ds_ref.at[ctx.b, at, h], own + e * (along - ctx.one(x.h, h)))
         return tuple(a + e[:, None] * one[None] for a, one in zip(dv, g))
 
-    dv = jax.lax.fori_loop(0, group, step, here.tile(given[1], k))
-    write(dv_ref, dv, here.b, here.start, c, k)
+    dv = jax.lax.fori_loop(0, group, step, ctx.tile(given[1], k))
+    write(dv_ref, dv, ctx.b, ctx.start, c, k)
 
 
 def _launch(static, kernel, heads: int, x: Arrays, outs, name: str, *more) -> Any:
@@ -229,14 +230,14 @@ def _join(a, b):
     same = a[0][:, None] == b[0][:, None]
     left = jnp.where(same, a[1], LOWEST)
     m = jnp.maximum(left, b[1])
-    x, y = fade(left, m), fade(b[1], m)
+    x, y = exp_diff(left, m), exp_diff(b[1], m)
     return b[0], m, a[2] * x + b[2] * y, a[3] * x[..., None] + b[3] * y[..., None]
 
 
 def _hand(a, b):
     """The same of (run, ref, h, G) from the last chunk to the first: a is behind b."""
     same = a[0][:, None] == b[0][:, None]
-    x = fade(jnp.where(same, b[1], LOWEST), a[1])
+    x = exp_diff(jnp.where(same, b[1], LOWEST), a[1])
     return b[0], b[1], b[2] + a[2] * x, b[3] + a[3] * x[..., None]
 
 

@@ -38,7 +38,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import tables
-from pallas_kernels.matrix import figures, tpu_schedule as readings, ptx as readings_gpu
+from pallas_kernels.matrix import metrics, tpu_schedule, ptx
 from pallas_kernels.matrix.targets import TARGETS, Gpu, Tpu, compiled, missing, worker
 from pallas_kernels.tune.rows import FAMILIES, Row, Tile, rows
 
@@ -52,7 +52,7 @@ def static_cost(folder: pathlib.Path, target, backend: str, row: Row, tile) -> A
     f, args, trips = row.program(target, backend)
     compiled(target, f, *args)
     if isinstance(target, Gpu):
-        found = [k for n, k in readings_gpu.programs(folder).items()
+        found = [k for n, k in ptx.programs(folder).items()
                  if row.reads(backend, n)]
         if not found or any(k.spills for k in found):
             return None
@@ -62,8 +62,8 @@ def static_cost(folder: pathlib.Path, target, backend: str, row: Row, tile) -> A
             return tuple(sum(cycles) / area for cycles in zip(*each))
         flight = min(k.blocks(target) for k in found) * area
         return -flight, max(k.registers for k in found)
-    counts = [figures.cycles(target, p, start, own)
-              for n, p in readings.programs(folder).items()
+    counts = [metrics.cycles(target, p, start, own)
+              for n, p in tpu_schedule.programs(folder).items()
               for start, own in trips.items() if row.reads(backend, n) and start in n]
     known = [n for n in counts if n is not None]
     return sum(known) / target.clock / target.cores if known else None

@@ -16,7 +16,7 @@ from attn.softmax import Softmax
 from pallas_kernels import Refused, refusals, schedule, tables
 from pallas_kernels.flash import (
     blackwell as flash_blackwell, mosaic as flash_mosaic, tpu as flash_tpu,
-    triton as flash_triton, tpu_portions as portions_tpu
+    tpu_portions as portions_tpu, triton as flash_triton
 )
 from pallas_kernels.flash.api import flash
 from experiments.measure import cost
@@ -135,27 +135,27 @@ def test_programs_stay_short():
     """A mask that cuts tiles in many ways, wide heads and data that decide make tiles
     smaller."""
     whole = schedule.Tiling(8192, 8192, 2048, 2048, 0)
-    size = lambda mask, width, traced: schedule.fitted(
+    size = lambda mask, width, traced: schedule.shrink_to_fit(
         mask, whole, 256, width, traced, False)[2:4]
     assert size(Causal(), 128, False) == (2048, 2048)
     assert size(Causal(), 128, True) == (2048, 1024)
     assert size(Causal(), 256, False) == (2048, 1024)
     assert size(Causal() & Window(4096), 256, True) == (1024, 1024)
     short = whole._replace(t=200, s=200, rows=256, columns=256)
-    assert schedule.fitted(Causal(), short, 256, 256, True, True) == short
+    assert schedule.shrink_to_fit(Causal(), short, 256, 256, True, True) == short
 
 
 def test_tiles_on_the_diagonal_are_cut_alike():
     mask, tiling = Causal(), schedule.Tiling(1000, 1000, 256, 256, 0)
-    table = schedule.asked(mask, tiling)
-    ways, codes, _ = schedule.paths(mask, tiling, 128, table, None)
+    table = schedule.block_mask(mask, tiling)
+    ways, codes, _ = schedule.tile_patterns(mask, tiling, 128, table, None)
     assert (np.diag(codes)[:3] == schedule.MASKED + 1).all()
     assert (codes[np.tril_indices(4, -1)] == schedule.FULL).all()
-    assert [p[1:] for p in ways.patterns[0]] == [(128, 0, 256), (256, 128, 256)]
-    assert sum(p.area for p in ways.patterns[0]) == 0.75 * 256**2
+    assert [p[1:] for p in ways.partial[0]] == [(128, 0, 256), (256, 128, 256)]
+    assert sum(p.area for p in ways.partial[0]) == 0.75 * 256**2
     # nothing is cut off where the mask is not known before the run
     unknown = schedule.Tiling(1000, 1000, 256, 256, None)
-    assert not schedule.paths(mask, unknown, 128, table, None)[0].patterns
+    assert not schedule.tile_patterns(mask, unknown, 128, table, None)[0].partial
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -210,7 +210,7 @@ def test_a_list_of_tiles_that_is_too_long_is_shared_out(case, monkeypatch):
 
 def test_lines_stay_whole_in_portions():
     table = np.tril(np.full((40, 40), schedule.FULL))
-    seen = schedule.visits(table, None)
+    seen = schedule.grid_order(table, None)
     parts = portions_tpu.portions(seen)
     assert len(parts) == 1 and parts[0].lines == 40
     cut = portions_tpu.portions(seen, portions_tpu.ROOM // 12 // 100)

@@ -1,18 +1,29 @@
 """The compile matrix: what it reads from dumps, what it calls worse, what it says."""
 
+import dataclasses
 import importlib.util
 import json
+import os
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu, triton
 
-from pallas_kernels import tables
+from pallas_kernels import Refused, tables
+from pallas_kernels.linear import tpu_block
 from pallas_kernels.matrix import (
-    cases, cases_flash, figures, __main__ as matrix, report as matrix_table,
-    ptx_loop as passes_gpu, tpu_schedule as readings, ptx as readings_gpu
+    __main__ as matrix, cases, cases_flash, metrics, ptx, ptx_loop,
+    record as matrix_record, report as matrix_table, tpu_schedule
 )
-from pallas_kernels.matrix.case import Trips
+from pallas_kernels.matrix import digest as digests
+from pallas_kernels.matrix.case import Case, TripCounts
+from pallas_kernels.matrix.content import Walk
+from pallas_kernels.matrix.digest import digest
 from pallas_kernels.matrix.targets import TARGETS
 from pallas_kernels.tune import __main__ as tune
 
@@ -34,7 +45,7 @@ def dumped():
 
 
 def test_regions_of_a_program():
-    program = readings.program("kernel", *dumped())
+    program = tpu_schedule.program("kernel", *dumped())
     assert program.bundles == 175
     tile, = program.tiles
     assert (tile.mark, tile.bundles, tile.units["MATMUL"]) == ("branch", 20, 80)
@@ -71,18 +82,18 @@ def entry_gpu(**changes):
 ])
 def test_what_is_worse(before, after, line):
     lines = [] if line is None else [f"v5e a: {line}"]
-    assert matrix.worse({"v5e a": before}, {"v5e a": after}) == lines
+    assert matrix_record.worse({"v5e a": before}, {"v5e a": after}) == lines
 
 
 @pytest.mark.parametrize("backend", ["sm90a mosaic", "sm100 blackwell"])
 def test_a_kernel_that_was_compiled_before_is_not_missed(backend):
     name = "{} flash backward {} a".format(*backend.split())
-    assert not matrix.worse({name: entry_gpu()}, {name: {"kernels": {}}})
+    assert not matrix_record.worse({name: entry_gpu()}, {name: {"kernels": {}}})
 
 
 def test_a_new_case_that_does_not_compile_is_named():
     found = {"v5e b": {"error": "no room"}, "v5e c": {"error": "x", "peer": True}}
-    assert matrix.unrecorded({}, found) == ["v5e b: error: no room"]
+    assert matrix_record.unrecorded({}, found) == ["v5e b: error: no room"]
 
 
 def test_the_page_holds_every_case():
@@ -107,7 +118,7 @@ ptxas info    : Used 178 registers, used 1 barriers, 16 bytes smem
 
 
 def test_what_ptxas_says_of_a_kernel():
-    k = readings_gpu.kernel(PTX, SAID, 100 * 1024)
+    k = ptx.kernel(PTX, SAID, 100 * 1024)
     assert (k.name, k.registers, k.spills, k.threads) == ("flash_forward", 178, 20, 256)
     assert (k.shared, k.tensor, k.unit) == (100 * 1024 + 16, 1, "wgmma")
     # 228 KiB hold two such blocks, 64 Ki registers only one: 256 of 2048 threads
@@ -115,7 +126,7 @@ def test_what_ptxas_says_of_a_kernel():
     assert k.blocks(h200) == 1 and k.occupancy(h200) == 0.125
     assert k._replace(registers=128).blocks(h200) == 2
     with pytest.raises(ValueError, match="ptxas said 'fatal'"):
-        readings_gpu.kernel(PTX, "fatal", 0)
+        ptx.kernel(PTX, "fatal", 0)
 
 
 LOOP = """
@@ -144,12 +155,12 @@ AHEAD = """$L__BB0_1:
 
 
 def test_a_pass_of_a_gpu_kernel():
-    inner = passes_gpu.busiest(LOOP)
+    inner = ptx_loop.busiest(LOOP)
     assert (inner.flops, inner.shared, inner.beyond) == (2 * 16 * 8 * 16, 512, 0)
     assert (inner.special, inner.floats, inner.issued, inner.bursts) == (1, 1, 4, 0)
-    outer = passes_gpu.counted(LOOP.splitlines()[3:6])
+    outer = ptx_loop.counted(LOOP.splitlines()[3:6])
     assert (outer.beyond, outer.shared, outer.bursts) == (512, 512, 1)
-    ahead = passes_gpu.busiest(AHEAD)
+    ahead = ptx_loop.busiest(AHEAD)
     # a warp has a quarter of its group's product, which reads its right side
     assert (ahead.flops, ahead.shared) == (2 * 64 * 128 * 16 / 4, 512 + 2 * 128 * 4)
     assert (ahead.beyond, ahead.ahead, ahead.bursts) == (512, 2, 0)
@@ -157,7 +168,7 @@ def test_a_pass_of_a_gpu_kernel():
 
 def test_the_time_of_a_pass():
     h200 = TARGETS["sm90a"]
-    p = passes_gpu.Pass(issued=100, special=8, flops=2**20)
+    p = ptx_loop.Pass(issued=100, special=8, flops=2**20)
     units = p.units(h200, 8)
     rate = 989e12 / 132 / 1.98e9
     assert units["issue"] == 200 and units["special"] == 128
@@ -166,21 +177,22 @@ def test_the_time_of_a_pass():
     alone, own = p.cycles(h200, 8, 1)
     assert alone == max(units.values()) and own == sum(units.values()) / 2
     # loads that begin three passes ahead have three passes to arrive in
-    waits = passes_gpu.Pass(beyond=1.0, bursts=2)
+    waits = ptx_loop.Pass(beyond=1.0, bursts=2)
     assert waits.cycles(h200, 4, 1)[0] == pytest.approx(1200, 1e-3)
-    waits = passes_gpu.Pass(beyond=1.0, ahead=3)
+    waits = ptx_loop.Pass(beyond=1.0, ahead=3)
     assert waits.cycles(h200, 4, 2)[0] == pytest.approx(100)
 
 
 def test_no_kernel_is_faster_than_its_products():
-    program = readings.program("jvp_flash_backward_keys_.1", *dumped())
-    trips = Trips((10,), 3, 12, {"_keys": 2.0**20, "": 2.0**30})
+    program = tpu_schedule.program("jvp_flash_backward_keys_.1", *dumped())
+    trips = TripCounts((10,), 3, 12, {"_keys": 2.0**20, "": 2.0**30})
     v5e = TARGETS["v5e"]
     scheduled = program.cycles(*trips[:3])
-    assert figures.cycles(v5e, program, "flash_backward", trips) == scheduled
+    assert metrics.cycles(v5e, program, "flash_backward", trips) == scheduled
     slow = trips._replace(flops={"": 2.0**30})
-    assert figures.cycles(v5e, program, "flash_backward", slow) == 2**30 / v5e.cycle
-    assert figures.cycles(v5e, program, "flash_backward", Trips((1, 2), 3, 4)) is None
+    assert metrics.cycles(v5e, program, "flash_backward", slow) == 2**30 / v5e.cycle
+    other = TripCounts((1, 2), 3, 4)
+    assert metrics.cycles(v5e, program, "flash_backward", other) is None
 
 
 def test_products_of_a_causal_pass():
@@ -202,15 +214,15 @@ def test_own_kernels_are_told_from_fusions(tmp_path):
     text = "001: kCustomKernel [source | sink] flash_forward grid: [1, 1, 1] " \
         "threads: [256, 1, 1]  shared_memory: 1024 bytes\n"
     (tmp_path / "module.thunk_sequence.txt").write_text(text)
-    found = readings_gpu.programs(tmp_path)
+    found = ptx.programs(tmp_path)
     assert list(found) == ["flash_forward"] and found["flash_forward"].shared == 1040
-    assert len(readings_gpu.programs(tmp_path, whole=True)) == 3
+    assert len(ptx.programs(tmp_path, whole=True)) == 3
 
 
 def test_fast_memory_is_read_off_the_report():
     text = """<script> const DATA ={ "global_info": {"vmem_capacity": 9},
       "hlo_breakdowns": {"k.1": {"blocks": [], "total_size": 4096}}};</script>"""
-    assert figures.vmem(text) == {"k.1": 4096}
+    assert metrics.vmem(text) == {"k.1": 4096}
 
 
 @pytest.mark.parametrize("words, message", [
@@ -332,7 +344,7 @@ def test_every_target_has_cases_and_its_peers_are_marked(target):
 
 
 def test_the_record_is_green_and_whole():
-    record = json.loads(matrix.RECORD.read_text())
+    record = json.loads(matrix_record.RECORD.read_text())
     for target in TARGETS.values():
         own = {f"{target.name} {n}" for n, c in cases.cases(target).items()
                if not c.peer}
@@ -340,7 +352,180 @@ def test_the_record_is_green_and_whole():
     broken = [n for n, found in record["cases"].items()
               if "error" in found and not found.get("peer")]
     assert not broken
-    assert matrix.PAGE.read_text() == matrix_table.page(record)
+    assert matrix_record.PAGE.read_text() == matrix_table.page(record)
+
+
+SCALE = 2.0
+
+
+def scaled_copy(x_ref, o_ref):
+    o_ref[...] = x_ref[...] * SCALE
+
+
+def another_name(source, sink):
+    # the same program in other words
+    factor = SCALE
+    rows = source[...]
+    sink[...] = rows * factor
+
+
+def other_constant(x_ref, o_ref):
+    o_ref[...] = x_ref[...] * 3.0
+
+
+def other_line(x_ref, o_ref):
+    o_ref[...] = x_ref[...] * SCALE + 1.0
+
+
+def small_case(kernel=scaled_copy, *, tile=8, name="copy", limit=2**20, closed=None,
+               dtype=jnp.float32, wrapped=False, work=0.0, trips=None):
+    """A kernel over [16,128] in tiles of rows, with a product behind it."""
+    def build(target):
+        params = pltpu.CompilerParams(vmem_limit_bytes=limit)
+        if target.platform == "cuda":
+            params = triton.CompilerParams(num_warps=limit)
+
+        def program(x):
+            spec = pl.BlockSpec((tile, 128), lambda i: (i, 0))
+            y = pl.pallas_call(
+                kernel, grid=(16 // tile,), in_specs=[spec], out_specs=spec, name=name,
+                out_shape=jax.ShapeDtypeStruct(x.shape, x.dtype), compiler_params=params
+            )(x)
+            return y if closed is None else y @ jnp.asarray(closed, dtype)
+
+        f = jax.jit(lambda y: program(y)) if wrapped else program
+        return f, (jax.ShapeDtypeStruct((16, 128), dtype),), trips or {}
+
+    return Case(build, flops=work)
+
+
+MATRIX = np.eye(128)
+
+
+@pytest.mark.parametrize("name", ["v5e", "sm80"])
+def test_a_digest_is_of_the_program_and_not_of_its_words(name):
+    target = TARGETS[name]
+    same = digest(target, small_case(closed=MATRIX))
+    assert same == digest(target, small_case(another_name, closed=MATRIX.copy()))
+    assert len(same) == 16 and int(same, 16)
+
+
+@pytest.mark.parametrize("name", ["v5e", "sm80"])
+@pytest.mark.parametrize("change", [
+    {"kernel": other_constant}, {"kernel": other_line}, {"tile": 16}, {"limit": 2**21},
+    {"name": "copied"}, {"closed": 2 * MATRIX}, {"dtype": jnp.bfloat16},
+    {"work": 1.0}, {"trips": {"copy": TripCounts((2,), 1, 2)}}, {"wrapped": True},
+], ids=lambda change: next(iter(change)))
+def test_a_changed_program_has_another_digest(name, change):
+    before = small_case(**{"closed": MATRIX})
+    after = small_case(**{"closed": MATRIX} | change)
+    assert digest(TARGETS[name], before) != digest(TARGETS[name], after)
+
+
+def test_a_digest_is_of_one_target_and_its_compilers(monkeypatch):
+    found = {digest(TARGETS[name], small_case()) for name in ("v5e", "v6e", "tpu7x")}
+    slower = dataclasses.replace(TARGETS["v5e"], bandwidth=1.0)
+    found.add(digest(slower, small_case()))
+    monkeypatch.setattr(digests, "versions", lambda platform: (("jax", "0"),))
+    found.add(digest(TARGETS["v5e"], small_case()))
+    assert len(found) == 5
+
+
+def test_only_what_reads_a_changed_number_is_compiled_again(monkeypatch):
+    """A number that only decays by channel use changes their cases, and no others."""
+    own = cases.cases(TARGETS["v5e"])
+    names = [next(n for n in own if n.startswith(kernel)) for kernel in (
+        "linear forward channel", "linear forward head", "scan forward", "decode")]
+    before = {name: digest(TARGETS["v5e"], own[name]) for name in names}
+    monkeypatch.setattr(tpu_block, "FLOOR", -64.0)
+    after = {name: digest(TARGETS["v5e"], own[name]) for name in names}
+    changed = [name for name in names if before[name] != after[name]]
+    assert changed == names[:1]
+
+
+@pytest.mark.parametrize("name, kernel", [
+    ("v5e", "flash forward causal T8192 D128 H16"), ("v5e", "linear backward channel"),
+    ("sm90a", "flash backward mosaic causal T8192 D64 H8"),
+    ("sm100", "flash forward blackwell causal T8192 D64"), ("sm80", "decode triton"),
+])
+def test_a_digest_is_the_same_in_another_process(name, kernel):
+    found = next(n for n in cases.cases(TARGETS[name]) if n.startswith(kernel))
+    code = "import sys\nfrom pallas_kernels.matrix import cases, digest, targets\n" \
+        "target = targets.TARGETS[sys.argv[1]]\n" \
+        "print(digest.digest(target, cases.cases(target)[sys.argv[2]]))"
+    said = {
+        subprocess.run(
+            [sys.executable, "-c", code, name, found], check=True, text=True,
+            capture_output=True, env=os.environ | {"PYTHONHASHSEED": seed},
+        ).stdout
+        for seed in ("1", "2")
+    }
+    assert len(said) == 1 and len(said.pop().strip()) == 16
+
+
+def test_what_a_digest_does_not_know_is_an_error():
+    with pytest.raises(TypeError, match="op.param: no digest of <class 'function'>"):
+        Walk()(lambda: 0, "op.param")
+    with pytest.raises(TypeError, match="no digest of <class 'object'>"):
+        Walk()(object(), "op.param")
+
+
+def test_a_refusal_has_a_digest_and_an_error_has_none():
+    def refuse(target):
+        raise Refused("D=512: at most 256")
+
+    def fail(target):
+        raise ValueError("no room")
+
+    assert digest(TARGETS["v5e"], Case(refuse))
+    assert digest(TARGETS["v5e"], Case(fail)) is None
+
+
+@pytest.mark.parametrize("words, old, compiled", [
+    (["--check"], "own", False), (["--check"], "other", True),
+    (["--check"], None, True),
+    (["--check", "--all"], "own", True), (["--write"], "own", True), ([], "own", True),
+])
+def test_a_check_compiles_what_is_not_as_recorded(words, old, compiled, monkeypatch,
+                                                  tmp_path):
+    case, target = small_case(), TARGETS["v5e"]
+    own = digest(target, case)
+    kept = {"own": {"digest": own}, "other": {"digest": "0" * 16}, None: {}}[old]
+    tmp_path.joinpath("record").write_text(json.dumps({"cases": {"v5e a": kept}}))
+    monkeypatch.setattr(matrix_record, "RECORD", tmp_path / "record")
+    monkeypatch.setattr(matrix, "chosen", lambda given, name: {"a": case})
+    monkeypatch.setattr(matrix, "metrics", lambda *_: entry())
+    monkeypatch.setattr(sys, "argv", ["matrix"])
+    out = tmp_path / "out"
+    given = ["--targets", "v5e", "--worker", str(tmp_path), "--out", str(out), *words]
+    assert matrix.main(given) == 0
+    found = json.loads(out.read_text())["v5e a"]
+    assert found == ({"digest": own} | entry() if compiled else None)
+
+
+def test_a_check_says_how_many_it_took_as_recorded(monkeypatch, capsys):
+    old = matrix_record.read()["cases"]
+    name, *others = [n for n, found in old.items() if found.get("digest")
+                     and "kernels" in found and n.startswith("v5e")][:3]
+    worse = json.loads(json.dumps(old[name]))
+    next(iter(worse["kernels"].values()))["bundles"] += 10**6
+    monkeypatch.setattr(matrix, "problem", lambda given: None)
+    for new, status in ((old[name], 0), (worse, 1), ({"error": "no room"}, 1)):
+        done = dict.fromkeys(others) | {name: new}
+        monkeypatch.setattr(matrix, "compile_all", lambda given, done=done: done)
+        assert matrix.main(["--check"]) == status
+        said = capsys.readouterr().out
+        assert "2 cases as recorded, 1 compiled" in said
+        assert ("worse than the record" in said) == bool(status)
+
+
+def test_the_record_holds_a_digest_of_every_quick_case():
+    record = matrix_record.read()
+    for target in TARGETS.values():
+        for name, case in cases.cases(target).items():
+            found = record["cases"].get(f"{target.name} {name}", {})
+            assert case.near_duplicate or case.peer or len(found["digest"]) == 16, name
+            assert not (case.peer and "digest" in found), name
 
 
 def test_quick_leaves_a_near_relative_of_all_that_it_leaves_out():
@@ -351,4 +536,4 @@ def test_quick_leaves_a_near_relative_of_all_that_it_leaves_out():
     ours = {name for name, case in whole.items() if not case.peer}
     assert set(quick) < ours < set(whole)
     assert set(map(kind, quick)) == set(map(kind, ours))
-    assert not any(case.kin for case in quick.values())
+    assert not any(case.near_duplicate for case in quick.values())

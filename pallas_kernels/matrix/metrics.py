@@ -1,4 +1,4 @@
-"""Figures: what one program compiles to on one target, as plain numbers.
+"""Metrics: what one program compiles to on one target, as plain numbers.
 
 On TPU: bundles of each region in which the matrix unit works, and how often it runs;
 shares of the units' capacity; fills and spills; fast memory (VMEM); and the predicted
@@ -15,15 +15,15 @@ import pathlib
 from typing import Any
 
 from pallas_kernels import Refused
-from pallas_kernels.matrix import tpu_schedule as readings, ptx as readings_gpu
-from pallas_kernels.matrix.case import Trips
+from pallas_kernels.matrix import tpu_schedule, ptx
+from pallas_kernels.matrix.case import TripCounts
 from pallas_kernels.matrix.cases import Case, bytes_of
 from pallas_kernels.matrix.targets import Gpu, Tpu, compiled
 
 GROWS = ("bundles", "spills", "registers", "memory")  # what may not get larger
 
 
-def figures(target: Tpu | Gpu, case: Case, folder: pathlib.Path) -> dict[str, Any]:
+def metrics(target: Tpu | Gpu, case: Case, folder: pathlib.Path) -> dict[str, Any]:
     """What one case compiles to on one target; dumps go to, and fill, `folder`."""
     for path in folder.iterdir():
         path.unlink()
@@ -39,12 +39,12 @@ def figures(target: Tpu | Gpu, case: Case, folder: pathlib.Path) -> dict[str, An
     found["temporary_bytes"] = program.memory_analysis().temp_size_in_bytes
     if isinstance(target, Tpu):
         return found | _on_tpu(target, case, folder, args, trips)
-    kernels = readings_gpu.programs(folder, whole=case.whole)
+    kernels = ptx.programs(folder, whole=case.whole)
     return found | {"kernels": {n: _gpu(k, target) for n, k in sorted(kernels.items())}}
 
 
 def _on_tpu(target: Tpu, case: Case, folder, args, trips) -> dict[str, Any]:
-    kernels = readings.programs(folder, whole=case.whole)
+    kernels = tpu_schedule.programs(folder, whole=case.whole)
     memory: dict[str, int] = {}
     for path in folder.glob("*vmem_report.html"):
         memory |= vmem(path.read_text())
@@ -67,7 +67,7 @@ def _on_tpu(target: Tpu, case: Case, folder, args, trips) -> dict[str, Any]:
     return found
 
 
-def cycles(target: Tpu, read: readings.Program, start: str, trips: Trips):
+def cycles(target: Tpu, read: tpu_schedule.Program, start: str, trips: TripCounts):
     """Cycles of a kernel whose name holds `start`: those of its schedule, or of its
     products at the peak if they take longer; None if the schedule has other regions."""
     scheduled = read.cycles(trips.tiles, trips.lines, trips.steps)
@@ -75,7 +75,8 @@ def cycles(target: Tpu, read: readings.Program, start: str, trips: Trips):
         scheduled, _least(target, read, start, trips))
 
 
-def _least(target: Tpu, read: readings.Program, start: str, trips: Trips) -> float:
+def _least(target: Tpu, read: tpu_schedule.Program, start: str,
+           trips: TripCounts) -> float:
     """Cycles of a kernel's products at the peak."""
     return trips.products(read.name.partition(start)[2]) / target.cycle
 
@@ -101,7 +102,7 @@ def vmem(report: str) -> dict[str, int]:
     return {n: one["total_size"] for n, one in data["hlo_breakdowns"].items()}
 
 
-def _tpu(p: readings.Program) -> dict[str, Any]:
+def _tpu(p: tpu_schedule.Program) -> dict[str, Any]:
     tiles = p.tiles or p.regions
     bundles = max(sum(r.bundles for r in tiles), 1)
     use = {
@@ -113,7 +114,7 @@ def _tpu(p: readings.Program) -> dict[str, Any]:
             "fills": p.total("FILL"), "spills": p.total("SPILL")}
 
 
-def _gpu(k: readings_gpu.Kernel, target: Gpu) -> dict[str, Any]:
+def _gpu(k: ptx.Kernel, target: Gpu) -> dict[str, Any]:
     return {"registers": k.registers, "spills": k.spills, "memory": k.shared,
             "threads": k.threads, "tensor": k.tensor, "unit": k.unit,
             "occupancy": round(k.occupancy(target), 3)}

@@ -2,6 +2,8 @@
 
 import os
 
+import pytest
+
 from tests import compile_cache
 
 LARGE = 3 * 2**29  # bytes of a process from which on compiled programs are let go
@@ -32,12 +34,17 @@ def _group(item):
 
 
 def pytest_collection_modifyitems(items):
-    """Laws of one row follow each other, and so share what they compile."""
+    """Laws of one row follow each other, and a file stays in one process: so they share
+    what they compile."""
     laws = [n for n, item in enumerate(items) if item.path.name == "laws.py"]
     rows = list(dict.fromkeys(_group(items[n])[1] for n in laws))
     ordered = sorted((items[n] for n in laws), key=lambda i: rows.index(_group(i)[1]))
     for n, item in zip(laws, ordered):
         items[n] = item
+    for item in items:
+        path, row = _group(item)
+        group = f"{path.stem} {row or path.parent.name}"
+        item.add_marker(pytest.mark.xdist_group(group))
 
 
 def pytest_runtest_teardown(item, nextitem):

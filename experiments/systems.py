@@ -99,7 +99,7 @@ def pairs(q, k, gate, width: int) -> dict[str, Pair]:
     unit = k / jnp.linalg.norm(k, axis=1, keepdims=True)
     at_one = lambda a: a[None, :, None]  # of one sequence, the one head
     plain = lambda f: lambda v: f(at_one(q), at_one(k), at_one(v))[0, :, 0]
-    fade = lambda a: jnp.broadcast_to(jnp.log(a), (len(q),))
+    log_decay = lambda a: jnp.broadcast_to(jnp.log(a), (len(q),))
     rate = jnp.exp(-slopes(1)[0])
     top = jnp.exp(k[:, 0] - k[:, 0].max())[:, None]
     by_channel = lambda v: recurrence(
@@ -114,9 +114,9 @@ def pairs(q, k, gate, width: int) -> dict[str, Pair]:
         "softmax": (plain(Softmax()), dsf.softmax(q, k, width)),
         "linear": (plain(Lightning(slopes="none")), dsf.separable(
             q, k, all_ones, width)),
-        "lightning": (plain(Lightning()), dsf.decayed(q, k, fade(rate), width)),
+        "lightning": (plain(Lightning()), dsf.decayed(q, k, log_decay(rate), width)),
         "retnet": (plain(RetNet()), dsf.decayed(
-            scale * q, k, fade(jnp.asarray(1 - 2**-5, q.dtype)), width)),
+            scale * q, k, log_decay(jnp.asarray(1 - 2**-5, q.dtype)), width)),
         "based": (plain(Based()), dsf.normalised(features(q), features(k), width)),
         "gla": (lambda v: by_channel(v)[1][0, :, 0], dsf.decayed(
             q, unit, jnp.log(gate), width)),

@@ -217,11 +217,7 @@ ENTRIES = {
     "landmark_top": Entry(Landmark(block=3, top_k=9), decode=1.0, kernel=False),
     "snapkv": Entry(SnapKV(capacity=2 * T, window=4), (SnapKV(), Softmax()), decode=0),
 }
-# the laws of a row run in one process, which holds what `whole` computed
-LAW = pytest.mark.parametrize("name", [
-    pytest.param(name, marks=pytest.mark.xdist_group(f"laws of {name}"))
-    for name in ENTRIES
-])
+LAW = pytest.mark.parametrize("name", ENTRIES)
 
 
 def inputs(seed=0, t=T, b=B, dtype=jnp.float32, d=D, v=V):

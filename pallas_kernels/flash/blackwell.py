@@ -49,13 +49,15 @@ from pallas_kernels.tile import LOW
 
 def forward(static: Static, side: Side, q, k, v, bias, sink):
     """o [B,T,H,V] in v's dtype and lse [B,H,T] float32."""
-    t, stages, width = static.tiling, static.how[0], -(-v.shape[3] // 64) * 64
+    t, stages = static.tiling, static.tiles[0].num_stages
+    width = -(-v.shape[3] // 64) * 64
     needed = t.rows // ROWS * (t.columns * 3 // 2 + width)
-    if t.rows % ROWS or needed > COLUMNS or stages[0] < 2:
+    if t.rows % ROWS or needed > COLUMNS or stages < 2:
         raise Refused(
-            f"tile=({t.rows}, {t.columns}, {stages[0]}): expected {ROWS} or {2 * ROWS} "
+            f"tile=({t.rows}, {t.columns}, {stages}): expected {ROWS} or {2 * ROWS} "
             f"queries, {COLUMNS} columns of tensor memory (not {needed}) and 2 stages")
-    call = Call(static.form, t, q.shape[2] // k.shape[2], t.rows // ROWS, stages * 2,
+    call = Call(static.form, t, q.shape[2] // k.shape[2], t.rows // ROWS,
+                (stages,) * 2,
                 bool(static.interpret), ROW)
     more = _scratch(call, width, v.dtype)
     return over_keys(

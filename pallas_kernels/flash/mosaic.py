@@ -41,7 +41,7 @@ def forward(static: Static, side: Side, q, k, v, bias, sink):
     """o [B,T,H,V] in v's dtype and lse [B,H,T] float32."""
     t = static.tiling
     call = Call(static.form, t, q.shape[2] // k.shape[2], t.rows // ROWS,
-                static.how[0] * 2, bool(static.interpret))
+                (static.tiles[0].num_stages,) * 2, bool(static.interpret))
     turns = plgpu.Barrier(num_barriers=call.warpgroups),
     return over_keys(
         call, static.block_masks(t, side), side, q, k, v, sink, turns, _attend)

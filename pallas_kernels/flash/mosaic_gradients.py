@@ -22,11 +22,12 @@ from pallas_kernels.tile import LOG2E, LOW
 
 def calls(static: Static, groups: int, layout=TILE) -> tuple[Call, Call]:
     """The calls of the kernel for dk and dv and of that for dq."""
-    stages, columns, *rings = static.how[1]
-    by_key = Call(static.form, static.backward, groups, 2, (stages,),
+    tile = static.tiles[1]
+    by_key = Call(static.form, static.backward, groups, 2, (tile.num_stages,),
                   bool(static.interpret), layout)
-    tiling = by_key.tiling._replace(rows=2 * ROWS, columns=columns)
-    return by_key, by_key._replace(stages=tuple(rings), tiling=tiling)
+    tiling = by_key.tiling._replace(rows=2 * ROWS, columns=tile.dq_block_kv)
+    rings = tile.dq_k_stages, tile.dq_v_stages
+    return by_key, by_key._replace(stages=rings, tiling=tiling)
 
 
 def based(lse):

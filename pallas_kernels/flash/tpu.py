@@ -42,7 +42,7 @@ def forward(static: Static, side: Side, q, k, v, bias, sink):
     t, width = q.shape[1], v.shape[3]
     x = _arrays(static.tiling, side, q, k, v, bias)
     patterns, table, ask = tile_patterns(
-        static.form.mask, static.tiling, static.how[0][0],
+        static.form.mask, static.tiling, static.tiles[0].block_kv_compute,
         *static.block_masks(static.tiling, side))
     call = _call(static, static.tiling, patterns, x, sink)
     info = lambda part: scalars(
@@ -64,7 +64,7 @@ def backward(static: Static, side: Side, q, k, v, bias, sink, lse, delta, do):
         do=_tokens(do, tiling.rows), lse=fill(base, -LOW), delta=fill(delta, 0))
     plain = static.block_masks(tiling, side)
     patterns, table, ask = tile_patterns(
-        static.form.mask, tiling, static.how[1][0], *plain)
+        static.form.mask, tiling, static.tiles[1].block_kv_compute, *plain)
     call = _call(static, tiling, patterns, x, sink)
     info = lambda part, groups: scalars(
         part.seen, groups, side.head, sink, side.seed, side.batch)

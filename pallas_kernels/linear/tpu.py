@@ -29,6 +29,7 @@ from pallas_kernels.linear.tpu_block import (
     Arrays, Call, ChunkContext, arrays, specs, tokens, turned
 )
 from pallas_kernels.machine.product import F32, NN, NT, TN, dot
+from pallas_kernels.tiles import LinearTpu
 
 
 def _states(decays, rows, s) -> list[Any]:
@@ -136,9 +137,9 @@ def _launch(call: Call, body, grid, x: Arrays, cut: Arrays, outs, out_specs, scr
     )(x)
 
 
-def _call(static, numbers, t: int, groups: int) -> Call:
-    block, c = numbers
-    block = min(block, -(-t // c) * c)
+def _call(static, tile: LinearTpu, t: int, groups: int) -> Call:
+    c = tile.chunk
+    block = min(tile.block, -(-t // c) * c)
     return Call(t, block, c, groups, static.scale, static.vmem, static.interpret)
 
 

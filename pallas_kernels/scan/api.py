@@ -73,7 +73,7 @@ def scan(
     t, width = scores.shape[1], v.shape[3]
     shape = tables.Shape(t, t, width, width, v.dtype.itemsize)
     size = chunk or min(
-        tables.number(tables.device_kind(), "scan", shape, backend),
+        tables.chunks(tables.device_kind(), "scan", shape, backend=backend).chunk,
         -(-t // short) * short)
     if backend == "triton":
         size = max(1 << (size - 1).bit_length(), 16)

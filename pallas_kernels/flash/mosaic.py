@@ -27,6 +27,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.flash import mosaic_backward as flash_mosaic_backward
+from pallas_kernels.flash.mosaic_scratch import ForwardScratch, split
 from pallas_kernels.flash.mosaic_tile import (
     Arrays, Call, Line, TileContext, arrays, fetch_keys, line, online, run
 )
@@ -70,12 +71,12 @@ def backward(static: Static, side: Side, q, k, v, bias, sink, lse, delta, do):
         static, side, q, k, v, sink, lse, delta, do), None
 
 
-def _scratch(call: Call, x: Arrays):
+def _scratch(call: Call, x: Arrays) -> ForwardScratch:
     n, c, groups = call.stages[0], call.tiling.columns, call.warpgroups
     rows = call.tiling.rows // groups
     d, width, kind = x.q.shape[3], x.v.shape[3], x.q.dtype
     barrier = plgpu.Barrier
-    return (
+    return ForwardScratch(
         shared((groups, rows, d), kind), shared((n, c, d), kind),
         shared((n, c, width), kind),
         # the output takes the place of q where it can
@@ -97,16 +98,17 @@ def _forward(attend, call: Call, x: Arrays, seen: Line, outs, scratch):
     steps = seen.whole[row, tile], seen.count[row, tile]
     at = lambda n: seen.where[row, tile, n]
 
+    own, more = split(ForwardScratch, scratch)
     share(group, call.warpgroups,
-          lambda: fetch_keys(ctx, at, steps[1], scratch[1:3], scratch[6:10]),
-          lambda: attend(ctx, at, steps, outs, scratch, group, tile))
+          lambda: fetch_keys(ctx, at, steps[1], own),
+          lambda: attend(ctx, at, steps, outs, own, more, group, tile))
 
 
-def _attend(ctx: TileContext, at, steps, outs, scratch, group, tile):
+def _attend(ctx: TileContext, at, steps, outs, own: ForwardScratch, more, group, tile):
     """A warpgroup that computes 64 queries. The weights of a tile meet its values while
     the next tile's logits are made: p is what is still to be multiplied."""
-    q_smem, k_ring, v_ring, o_smem, lse_smem, q_there, *barriers, turn = scratch
-    k_there, v_there, k_free, v_free = barriers
+    (q_smem, k_ring, v_ring, o_smem, lse_smem, q_there, k_there, v_there, k_free,
+     v_free), (turn,) = own, more
     call, x, interpret = ctx.call, ctx.x, ctx.call.interpret
     whole, count = steps
     last = call.warpgroups - 1

@@ -152,11 +152,13 @@ def _forward(static, call: Call, x: Arrays, lists: Chosen, o_ref, lse_ref):
     def step(i, carry):
         m, total, acc = carry
         key = tile(i)
+        # q k^T: [rows,D] by [columns,D] is [rows,columns]
         s = logits(static, dot(q, _kv(call, x.k, b, c, key, static.heads), NT), query,
                    key)
         top = jnp.maximum(m, s.max(1))
         p, rescale = jnp.exp2(s - top[:, None]), jnp.exp2(m - top)
         v = _kv(call, x.v, b, c, key, static.heads)
+        # p v: [rows,columns] by [columns,V] is [rows,V]
         acc = acc * rescale[:, None] + dot(p.astype(v.dtype), v, NN)
         return top, total * rescale + p.sum(1), acc
 
@@ -192,6 +194,7 @@ def _queries(static, call: Call, x: Arrays, lists: Chosen, dq_ref):
         key = tile(i)
         k, v = (_kv(call, a, b, c, key, static.heads) for a in (x.k, x.v))
         ds = _recompute(static, x, b, query, key, (q, k, v, do), False)[1]
+        # ds k: [rows,columns] by [columns,D] is [rows,D]
         return dq + dot(ds.astype(k.dtype), k, NN)
 
     dq = jax.lax.fori_loop(0, trips, step, jnp.zeros(q.shape, F32))

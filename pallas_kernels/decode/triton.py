@@ -171,6 +171,7 @@ def _attend(call: Call, x: Arrays, o_ref, lse_ref):
         if x.v_scale is not None:
             p = p * ctx.beside(x.v_scale, place)[None]
         p = p.astype(queries.parts[0].dtype)
+        # p v: [rows,columns] by [columns,V] is [rows,V]; of int4 two halves of V
         outs = [dot(p, v, NN) for v in ctx.tile(x.v, place)]
         return top, total, *(acc * rescale + out for acc, out in zip(accs, outs))
 

@@ -96,6 +96,7 @@ def _forward(static, heads: int, columns: int, side, q_ref, k_ref, v_ref, x_ref,
         if states_ref:
             put(states_ref[0], (b, h, n), first, held)
         v = ctx.tokens(v_ref, n, first, columns).astype(F32)
+        # r = beta (v - enter k S), u = X r, o = scale enter q S + P u: [CHUNK,columns]
         r = beta * (v - enter * dot(k, held, NN))
         u = dot(load(x_ref.at[b, h, n], None, 0), r.astype(k.dtype), NN)
         o = (static.scale * enter) * dot(q, held, NN)
@@ -123,6 +124,7 @@ def _reverse(static, heads: int, columns: int, side, q_ref, k_ref, do_ref, x_ref
         beta, enter, leave = ctx.columns(side, n, "beta", "enter", "leave")
         held = grad.astype(k.dtype)
         put(grads_ref, (b, h, n), first, held)
+        # du = P^T do + leave k dS', y = X^T du: [CHUNK,columns]
         du = dot(load(p_ref.at[b, h, n], None, 0), do, TN)
         du = du + leave * dot(k, held, NN)
         y = dot(load(x_ref.at[b, h, n], None, 0), du.astype(k.dtype), TN)

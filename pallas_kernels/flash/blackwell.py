@@ -102,6 +102,7 @@ def _attend(ctx: TileContext, at, steps, outs, own: ForwardScratch, more, group,
     def products(n):
         """Begins the logits of tile n."""
         plgpu.barrier_wait(k_there.at[slot(n)])
+        # q k^T: [128,D] by [columns,D] is [128,columns] of tensor memory
         multiply(s_ref, q, Tile(k_ring.at[slot(n)]), s_there, False, interpret)
 
     def rescale_output(rescale):

@@ -137,6 +137,7 @@ def _attend(ctx: TileContext, at, steps, outs, own: ForwardScratch, more, group,
     wide = ROWS, x.v.shape[3]
 
     def open_line(begin):
+        # q k^T: [64,D] by [columns,D] is [64,columns]
         s = begin(0, q, Tile(k_ring.at[0]))
         pass_on()
         s = s()
@@ -162,6 +163,7 @@ def _attend(ctx: TileContext, at, steps, outs, own: ForwardScratch, more, group,
 
         def work(begin):
             s = begin(0, q, Tile(k_ring.at[now]))
+            # p v of the tile before: [64,columns] by [columns,V] is [64,V]
             o = begin(1, p, v_ring.at[before])
             pass_on()
             s = s(1)

@@ -72,6 +72,7 @@ def _key_sums(call: Call, x: Arrays, at, steps, outs, own: KeyScratch, more, pla
             plgpu.barrier_wait(do_there.at[slot])
 
             def weigh(begin):
+                # k q^T and v do^T: [64,D], [64,V] by [rows,.] are [64,rows]
                 s = begin(0, k, Tile(q))
                 dp = begin(1, v, Tile(do))
                 lse = vector(lse_ring.at[slot], True, interpret)
@@ -163,6 +164,7 @@ def _query_sums(ctx: TileContext, at, steps, dq_ref, own: QueryScratch, more, gr
         plgpu.barrier_wait(v_there.at[v_slot(n)])
 
         def work(begin):
+            # q k^T: [64,D] by [columns,D] is [64,columns]
             s = begin(0, q, Tile(k_ring.at[now]))
             new_dq = begin(1, ds, k_ring.at[before])
             dp = begin(2, do, Tile(v_ring.at[v_slot(n)]))

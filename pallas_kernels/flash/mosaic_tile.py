@@ -1,4 +1,4 @@
-"""Steps of a flash kernel by Mosaic GPU: the tiles that each block passes over, how
+"""Tiles of a flash kernel by Mosaic GPU: the tiles that each block passes over, how
 they are loaded, and what the elements of a tile are.
 """
 

@@ -1,4 +1,4 @@
-"""Steps of a flash kernel on TPU: the schedule that is prefetched, the tiles that are
+"""Tiles of a flash kernel on TPU: the schedule that is prefetched, the tiles that are
 cut out of each array, and what the elements of a tile are.
 
 Tiles of logits lie as [keys, queries]: see `pallas_kernels/flash/tpu.py`.
@@ -138,6 +138,7 @@ class TileContext:
     def logits(self, part: Part, masked: bool):
         """Logits times log2(e) of a part [keys,queries], NEVER where hidden."""
         t, form, x = self.call.tiling, self.call.form, self.x
+        # s^T = k q^T: [keys,D] by [queries,D] is [keys,queries]
         raw = dot(x.k[0, 0, part.keys], x.q[0, 0, part.queries], NT)
         i = j = None
         if masked or form.score is not None:
@@ -183,7 +184,9 @@ class TileContext:
         """
         x = self.x
         s, slope = self.logits(part, masked)
+        # P = exp(S - L), dP = dO V^T, dS = P (dP - D): Dao, 2023, algorithm 2
         p = jnp.exp2(s - x.lse[0, 0, :, part.queries])
+        # v do^T: [keys,V] by [queries,V] is [keys,queries]
         dp = dot(x.v[0, 0, part.keys], x.do[0, 0, part.queries], NT)
         drop = self.drop(part)
         dropped, dp = (p, dp) if drop is None else (p * drop, dp * drop)

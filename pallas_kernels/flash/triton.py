@@ -100,6 +100,7 @@ def _forward(call: Call, x: Arrays, seen, o_ref, lse_ref):
         drop = ctx.drop(row, column)
         p = p if drop is None else p * drop
         p = p.astype(x.v.dtype)
+        # p v: [rows,columns] by [columns,V] is [rows,V], in pieces of V
         acc = tuple(a * rescale[:, None] + dot(p, v, NN)
                     for a, v in zip(acc, ctx.keys(x.v, column)))
         return top, total, acc
@@ -133,6 +134,7 @@ def _by_column(call: Call, x: Arrays, seen, dk_ref, dv_ref):
             q, do = ctx.queries(x.q, row), ctx.queries(x.do, row)
             p, _, ds = ctx.recompute(q, k, v, do, row, column, masked)
             p, ds = p.astype(x.do.dtype), ds.astype(x.q.dtype)
+            # p do and ds q, turned: [columns,rows] by [rows,V] and [rows,D]
             dv = tuple(a + dot(p, part, NN) for a, part in zip(dv, do))
             return tuple(a + dot(ds, part, NN) for a, part in zip(dk, q)), dv
 
@@ -157,6 +159,7 @@ def _by_row(call: Call, x: Arrays, seen, dq_ref):
     def step(column, masked, dq):
         k, v = ctx.keys(x.k, column), ctx.keys(x.v, column)
         ds = ctx.recompute(q, k, v, do, row, column, masked)[2].astype(x.k.dtype)
+        # ds k: [rows,columns] by [columns,D] is [rows,D], in pieces of D
         return tuple(a + dot(ds, part, NN) for a, part in zip(dq, k))
 
     dq = for_each_tile(seen, b, row, step, zeros(rows, dq_ref.shape[3]))

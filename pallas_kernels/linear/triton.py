@@ -160,6 +160,7 @@ def _states(call: Call, reverse: bool, x: Arrays, each_ref, last_ref):
         else:
             value = ctx.rows(x.v, ctx.kv, v0, tall)
             key = decay.leave(ctx.rows(x.k, ctx.kv, d0, wide))
+        # s' = total s + v^T leave(k): [c,values] by [c,keys] is [values,keys]
         return decay.kept(s) + dot(value, key.astype(value.dtype), TN)
 
     begin = triton.load(x.state.at[b, h, *tile])
@@ -189,6 +190,7 @@ def _add_up(call: Call, x: Arrays, ctx: ChunkContext, n, first, state, key: bool
         s = triton.load(state.at[ctx.b, ctx.h, n, *tile])
         decay = ctx.decay(d0, width)
         a = (decay.leave(k) if key else decay.enter(q)).astype(q.dtype)
+        # pairs [c,c], and enter(q) s^T or leave(k) ds^T: [c,values]
         return carry[0] + decay.pairs(q, k), carry[1] + dot(a, s, NT)
 
     zeros = lambda width: jnp.zeros((call.c, width), F32)
@@ -228,6 +230,7 @@ def _keys(call: Call, x: Arrays, dq_ref, dk_ref, *dg_ref):
         tile = pl.ds(first, call.values), pl.ds(d0, call.keys)
         s, ds = (triton.load(a.at[b, h, n, *tile]) for a in (x.state, x.d_state))
         together = (s.astype(F32) * ds.astype(F32)).sum(0, keepdims=True)
+        # dp = do v^T [c,c]; do s and v ds: [c,values] by [values,keys]
         return (dp + dot(do, v, NT), entered + dot(do, s, NN),
                 left + dot(v, ds, NN), held + together)
 

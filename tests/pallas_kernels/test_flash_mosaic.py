@@ -140,7 +140,7 @@ def test_what_hopper_refuses_falls_through(monkeypatch):
         raise Refused(f"{backend} refuses")
 
     monkeypatch.setattr(softmax, "flash", fake)
-    monkeypatch.setattr("attn.dispatch.platform", lambda: "gpu")
+    monkeypatch.setattr("attn.contract.dispatch.platform", lambda: "gpu")
     a = inputs(t=4, s=4)
     Softmax()(a["q"], a["k"], a["v"])
     assert asked == ["mosaic", "triton"]

@@ -40,14 +40,15 @@ class Tiling(NamedTuple):
 class Static(NamedTuple):
     """What is known of one call before it runs.
 
-    tiling, backward: the tiles of the two passes; how: what else the tile table says of
-    each; vmem: bytes of fast memory that a kernel may use, on TPU.
+    tiling, backward: the tiles of the two passes; tiles: what the tile table says of
+    each, one of `pallas_kernels.tiles`; vmem: bytes of fast memory for a kernel,
+    on TPU.
     """
 
     form: LogitSpec
     tiling: Tiling
     backward: Tiling
-    how: tuple[tuple[int, ...], tuple[int, ...]]
+    tiles: tuple[Any, Any]
     vmem: int
     backend: str
     interpret: Any

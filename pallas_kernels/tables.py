@@ -18,6 +18,8 @@ from typing import Any, NamedTuple
 
 import jax
 
+from pallas_kernels import tiles
+
 TABLE = pathlib.Path(__file__).with_name("tiles.json")
 MIB = 2**20
 
@@ -50,24 +52,19 @@ def padded(d: int, v: int, backend: str) -> str | None:
     return next(fits, None)
 
 
-class Tile(NamedTuple):
-    """Queries and keys of a tile; how: on TPU, how many keys pass by at once; on a GPU,
-    warps of a program and stages of its loads; by Mosaic GPU, stages, and of the
-    backward pass also keys and stages of the kernel for dq."""
-
-    rows: int
-    columns: int
-    how: tuple[int, ...]
-
-
 def width(d: int, v: int) -> str:
     """The class of widths."""
     return next(f"d{n}" for n in (128, 192, 256) if max(d, v) <= n)
 
 
-def entry(table: dict[str, Any], label: str) -> list[int]:
-    """The numbers of a class of shapes; widths without their own take the widest's."""
-    return table.get(label) or table[label.replace("d192", "d256")]
+def read(device: str, kernel: str, label: str, backend: str = "tpu") -> Any:
+    """What the table says of a kernel for a class of shapes, one of `tiles`; widths
+    without their own row take the widest's."""
+    name = kernel if backend == "tpu" else f"{backend}_{kernel}"
+    table = row(device, backend)[name]
+    if label not in table and backend not in PADDED:
+        label = label.replace("d192", "d256")
+    return tiles.kind(name)(**table[label])
 
 
 def cores() -> int:
@@ -97,16 +94,23 @@ def capability() -> str | None:
 
 
 def text(table: dict[str, Any]) -> str:
-    """The table as it is kept: a device a block, a kernel a line."""
+    """The table as it is kept: a device a block, a kernel a block in it, a line for
+    each class of shapes."""
     blocks = []
     for device in sorted(table):
-        if isinstance(table[device], str):
-            blocks.append(f" {json.dumps(device)}: {json.dumps(table[device])}")
-            continue
-        own = table[device].items()
-        lines = [f"  {json.dumps(name)}: {json.dumps(value)}" for name, value in own]
-        blocks.append(f" {json.dumps(device)}: {{\n" + ",\n".join(lines) + "\n }")
+        own = table[device]
+        kept = json.dumps(own) if isinstance(own, str) else _lines(
+            {name: value if isinstance(value, int) else _lines(
+                {label: json.dumps(tile) for label, tile in value.items()}, 2)
+             for name, value in own.items()}, 1)
+        blocks.append(f" {json.dumps(device)}: {kept}")
     return "{\n" + ",\n".join(blocks) + "\n}\n"
+
+
+def _lines(pairs: dict[str, Any], depth: int) -> str:
+    """An object of JSON, a line a pair."""
+    lines = [f"{' ' * (depth + 1)}{json.dumps(k)}: {v}" for k, v in pairs.items()]
+    return "{\n" + ",\n".join(lines) + "\n" + " " * depth + "}"
 
 
 @functools.cache
@@ -156,49 +160,38 @@ def vmem(device: str, backend: str = "tpu") -> int:
     return row(device, backend).get("vmem_mib", 0) * MIB
 
 
-def tile(device: str, kernel: str, shape: Shape, asked: tuple | None = None,
-         backend: str = "tpu") -> Tile:
-    """The tile of a call: `asked` for (queries, keys and perhaps how), or the table's
-    row for its class of shapes, cut down to the tokens that are there."""
-    if (backend, kernel) == ("blackwell", "flash_backward"):
-        asked = None  # its keys are the lanes of tensor memory
-    name = kernel if backend == "tpu" else f"{backend}_{kernel}"
-    table = row(device, backend)[name]
+def tile(device: str, kernel: str, shape: Shape, override: tuple | None = None,
+         backend: str = "tpu") -> Any:
+    """The tile of a call: `override` for its first numbers, or the table's row for its
+    class of shapes, cut down to the tokens that are there."""
     if backend in PADDED:
-        # what is asked for replaces the first numbers of the row
-        first, label = list(asked or ()), padded(shape.d, shape.v, backend)
-        rows, columns, *how = first + table[label][len(first):]
-        return Tile(rows, columns, tuple(how))
-    rows, columns, *how = entry(table, shape.label)
+        # the keys of Blackwell's backward pass are the lanes of tensor memory
+        fixed = (backend, kernel) == ("blackwell", "flash_backward")
+        found = read(device, kernel, str(padded(shape.d, shape.v, backend)), backend)
+        return found if fixed else tiles.with_first(found, override)
+    found = read(device, kernel, shape.label, backend)
     if backend != "tpu":
-        if asked is not None:
-            rows, columns, *how = list(asked) + how[len(asked) - 2:]
+        rows, columns, *more = tiles.numbers(tiles.with_first(found, override))
         least = lambda n: max(1 << (n - 1).bit_length(), 16)
-        return Tile(min(rows, least(shape.t)), min(columns, least(shape.s)), tuple(how))
-    if asked is not None:
-        rows, columns, *how = (-(-n // 8) * 8 for n in asked)
-        return Tile(rows, columns, (how[0] if how else columns,))
-    chunk = how[0]
+        return type(found)(min(rows, least(shape.t)), min(columns, least(shape.s)),
+                           *more)
+    if override is not None:
+        rows, columns, *more = (-(-n // 8) * 8 for n in override)
+        return tiles.FlashTpu(rows, columns, more[0] if more else columns)
+    rows, columns, chunk = tiles.numbers(found)
     if shape.matrix:
         most = MATRIX if vmem(device) >= 32 * MIB else MATRIX // 2
         rows, columns = min(rows, most), min(columns, most)
     rows, columns = _even(shape.t, rows, chunk), _even(shape.s, columns, chunk)
-    return Tile(rows, columns, (chunk if columns % chunk == 0 else columns,))
+    return tiles.FlashTpu(rows, columns, chunk if columns % chunk == 0 else columns)
 
 
 def chunks(device: str, kernel: str, shape: Shape, channels: bool = False,
-           asked: tuple | None = None, backend: str = "tpu") -> tuple[int, ...]:
-    """The numbers of a recurrence in chunks. On TPU: tokens of a grid step, and of a
-    chunk; on a GPU: tokens of a chunk; value channels of a program, warps, stages; both
-    widths of a tile of the pass over states, warps, stages; key channels at a time, and
-    of the program for their gradients warps, stages. Decays by channel have a row of
-    their own; `asked` replaces the first numbers."""
-    name = kernel if backend == "tpu" else f"{backend}_{kernel}"
-    table = row(device, backend)[name]
+           override: tuple | None = None, backend: str = "tpu") -> Any:
+    """The tile of a recurrence in chunks; decays by channel have a row of their own,
+    and `override` replaces the first numbers."""
     label = shape.label + (" channels" if channels else "")
-    numbers = entry(table, label)
-    first = list(asked or ())
-    return tuple(first + numbers[len(first):])
+    return tiles.with_first(read(device, kernel, label, backend), override)
 
 
 TILES = 10 * MIB  # what the tiles of the backward pass may need
@@ -212,14 +205,6 @@ def _even(n: int, size: int, step: int) -> int:
     count = -(-n // size)
     step = LANES if count == 1 else step
     return -(-n // (count * step)) * step
-
-
-def number(device: str, kernel: str, shape: Shape, backend: str = "tpu") -> int:
-    """The one number of a kernel that has no more: of the delta rule on TPU the chunks
-    that a grid step takes, of the scan the tokens of a chunk."""
-    name = kernel if backend == "tpu" else f"{backend}_{kernel}"
-    table = row(device, backend)[name]
-    return table.get(shape.label) or table[shape.label.replace("d192", "d256")]
 
 
 def holds_queries(budget: int, shape: tuple[int, ...], groups: int, itemsize: int):

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from pallas_kernels import Refused, tables
 from pallas_kernels.refusals import DTYPES, WIDEST, check_device, check_elementwise
 from pallas_kernels.tile import LOG2E, LOW, LogitSpec
+from pallas_kernels.tiles import FlashTriton
 
 LISTED = 2**17  # entries of the lists of one head that fit beside the scalar unit
 
@@ -39,7 +40,7 @@ class Static(NamedTuple):
     t: int
     s: int
     heads: int
-    tiles: tuple[tables.Tile, ...]
+    tiles: tuple[FlashTriton, ...]
     vmem: int
     backend: str
     interpret: Any

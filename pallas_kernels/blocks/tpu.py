@@ -26,6 +26,7 @@ ANY = pl.BlockSpec(memory_space=pl.ANY)
 def logits(static, k, q, rows, number, info):
     """Logits times log2(e) [block,R] of key block `number`; rows [3,R], info [2,block]
     or None."""
+    # k q^T: [block,D] by [rows,D] is [block,rows]
     s, _ = static.form.logits(dot(k, q, NT), None, None, None, unit=LOG2E)
     at = number * static.block
     key = at + jax.lax.broadcasted_iota(jnp.int32, (static.block, 1), 0)
@@ -109,6 +110,7 @@ def _forward(static, groups, chosen, rows_ref, q_ref, *refs):
         new = jnp.maximum(top, s.max(0, keepdims=True))
         p, rescale = jnp.exp2(s - new), jnp.exp2(top - new)
         total = total * rescale + p.sum(0, keepdims=True)
+        # v^T p: [block,V] by [block,rows] is [V,rows]
         return new, total, acc * rescale + dot(v, p.astype(v.dtype), TN)
 
     start = (jnp.full((1, count), LOW, F32), jnp.zeros((1, count), F32),
@@ -142,6 +144,7 @@ def _queries(static, groups, chosen, rows_ref, q_ref, parts_ref, do_ref, *refs):
 
     def step(acc, number, k, v, info):
         ds = _weights(static, k, v, q, do, rows, parts, number, info)[1]
+        # k^T ds: [block,D] by [block,rows] is [D,rows]
         return acc + dot(k, ds.astype(k.dtype), TN)
 
     acc = fetch.for_each_block(step, jnp.zeros(q.shape[::-1], F32))
@@ -179,6 +182,7 @@ def _keys(static, shape, entries, first, k_ref, v_ref, *refs):
             copy.wait()
         rows, q, parts, do = (buffer[e % 2] for buffer in buffers)
         p, ds = _weights(static, k, v, q, do, rows, parts, number, info)
+        # p do and ds q: [block,rows] by [rows,V] and [rows,D]
         dv = dv + dot(p.astype(do.dtype), do, NN)
         return dk + dot(ds.astype(q.dtype), q, NN), dv
 

@@ -28,8 +28,8 @@ from pallas_kernels.flash.triton_tile import Arrays, Call, launch
 from pallas_kernels.machine.product import F32, NN, NT, dot
 from pallas_kernels.machine.triton import load, power
 from pallas_kernels.schedule import Tiling
-from pallas_kernels.tables import Tile
 from pallas_kernels.tile import LOG2E, LOW, NEVER
+from pallas_kernels.tiles import FlashTriton
 
 
 def forward(static, side, q, k, v):
@@ -68,20 +68,21 @@ def keys_backward(static, side, lists, q, k, v, base, delta, do):
         [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (k, v)], "blocks_backward_sum")
 
 
-def _per_query_block(static, tile: Tile, kernel, side, x: Arrays, outs, name: str):
+def _per_query_block(static, tile: FlashTriton, kernel, side, x: Arrays, outs,
+                     name: str):
     """A kernel with a program for each tile of rows of a query block."""
     b, c, n, _ = side.chosen.shape
     call = _call(static, tile, x)
-    pieces = -(-static.heads * static.size // tile.rows)
+    pieces = -(-static.heads * static.size // tile.block_q)
     return launch(call, functools.partial(kernel, static), (n * pieces, c, b), x,
                   compact(static, side.chosen), outs, name)
 
 
-def _call(static, tile: Tile, x: Arrays) -> Call:
-    warps, stages = tile.how
-    tiling = Tiling(static.t, static.s, tile.rows, tile.columns, None)
+def _call(static, tile: FlashTriton, x: Arrays) -> Call:
+    tiling = Tiling(static.t, static.s, tile.block_q, tile.block_kv, None)
     groups = x.q.shape[2] // x.k.shape[2]
-    return Call(static.form, tiling, groups, warps, stages, static.interpret)
+    return Call(static.form, tiling, groups, tile.num_warps, tile.num_stages,
+                static.interpret)
 
 
 def _arrays(side, q, k, v) -> Arrays:
@@ -103,7 +104,7 @@ def divided(static, lists) -> Parts:
     """
     entries, first = lists
     total, many = entries.shape[-1], first.shape[-1] - 1
-    rows = -(-static.tiles[2].rows // (static.heads * static.size))
+    rows = -(-static.tiles[2].block_q // (static.heads * static.size))
     longest = max(-(-total // many), rows)
     each = -(-(first[..., 1:] - first[..., :-1]) // longest)
     ends = jnp.cumsum(each, axis=-1, dtype=jnp.int32)
@@ -151,11 +152,13 @@ def _forward(static, call: Call, x: Arrays, lists: Chosen, o_ref, lse_ref):
     def step(i, carry):
         m, total, acc = carry
         key = tile(i)
+        # q k^T: [rows,D] by [columns,D] is [rows,columns]
         s = logits(static, dot(q, _kv(call, x.k, b, c, key, static.heads), NT), query,
                    key)
         top = jnp.maximum(m, s.max(1))
         p, rescale = jnp.exp2(s - top[:, None]), jnp.exp2(m - top)
         v = _kv(call, x.v, b, c, key, static.heads)
+        # p v: [rows,columns] by [columns,V] is [rows,V]
         acc = acc * rescale[:, None] + dot(p.astype(v.dtype), v, NN)
         return top, total * rescale + p.sum(1), acc
 
@@ -191,6 +194,7 @@ def _queries(static, call: Call, x: Arrays, lists: Chosen, dq_ref):
         key = tile(i)
         k, v = (_kv(call, a, b, c, key, static.heads) for a in (x.k, x.v))
         ds = _recompute(static, x, b, query, key, (q, k, v, do), False)[1]
+        # ds k: [rows,columns] by [columns,D] is [rows,D]
         return dq + dot(ds.astype(k.dtype), k, NN)
 
     dq = jax.lax.fori_loop(0, trips, step, jnp.zeros(q.shape, F32))

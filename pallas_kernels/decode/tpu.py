@@ -63,6 +63,7 @@ def _scores(static, lengths, b, page, real, q, k, rows, beside):
     groups = static.heads // static.key_heads
     parts = _halves(k[0], static.bits, q.dtype)
     widths = jnp.split(q, len(parts), 1)
+    # q k^T: [rows,D] by [columns,D] is [rows,columns], part by part
     raw = sum(dot(a, part, NT) for a, part in zip(widths, parts))
     if static.bits < 16:
         raw = raw * beside.k_scale[0]
@@ -131,6 +132,7 @@ def _attend(static, has_table, most, lengths, table, q, rows, pages, o_ref, lse_
                 at = jax.lax.broadcasted_iota(jnp.int32, values[0].shape, 0)
                 left = (static.slots - (first + n) * static.page) * static.key_heads
                 values = [jnp.where(at < left, a, 0) for a in values]
+            # p v: [rows,columns] by [columns,V] is [rows,V]
             out = [dot(p.astype(q.dtype), a, NN) for a in values]
             acc = acc * rescale + (out[0] if len(out) == 1 else jnp.concatenate(out, 1))
             top = new

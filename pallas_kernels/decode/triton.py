@@ -20,6 +20,7 @@ Sources: Dao et al., 2023, flash-decoding; Kwon et al., 2023, arXiv:2309.06180 (
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -55,14 +56,13 @@ def sized(static, paged: bool, tile: int | None, splits: int | None, q, k, v):
     if q.dtype == F32:
         kind = "f32" if static.bits == 16 else "f32 i8"
     wide = tables.width(q.shape[3], v.shape[3] * (2 if static.bits == 4 else 1))
-    row = tables.row(tables.device_kind(), "triton")["triton_decode"]
-    rows, columns, *how = tables.entry(row, f"{wide} {kind}")
-    columns = 1 << (max(tile or columns, LEAST).bit_length() - 1)
+    found = tables.read(tables.device_kind(), "decode", f"{wide} {kind}", "triton")
+    columns = 1 << (max(tile or found.block_kv, LEAST).bit_length() - 1)
     # smaller pages are read slot by slot: a tile of one would keep too little in flight
     even = static.page >= LARGE and static.page & (static.page - 1) == 0
     most = static.page if paged and even else power(static.slots)
-    return static._replace(tile=(rows, min(columns, most), tuple(how)),
-                           splits=splits or 0, cores=tables.cores())
+    found = dataclasses.replace(found, block_kv=min(columns, most))
+    return static._replace(tile=found, splits=splits or 0, cores=tables.cores())
 
 
 def attend(static, lengths, table, rows, beside, q, k, v) -> tuple[Any, Any]:
@@ -125,14 +125,14 @@ def _prepared(static, lengths, table, rows, beside, q, k, v):
     """What is static, and the arrays as programs read them."""
     (b, t, h, d), heads = q.shape, k.shape[2]
     count = t * h // heads
-    size, columns, how = static.tile
-    own = min(size, power(count))
+    tile, columns = static.tile, static.tile.block_kv
+    own = min(tile.block_q, power(count))
     programs = b * heads * (-(-count // own))
     split = static.splits or splits(programs, -(-static.slots // columns), static.cores)
     inner = table is not None and static.page % columns == 0
-    warps, stages = how
     call = Call(static.form, count, own, columns, split, static.slots, static.page,
-                inner, static.bits, warps, stages, static.interpret)
+                inner, static.bits, tile.num_warps, tile.num_stages,
+                static.interpret)
     mine = functools.partial(_by_head, static)
     placed = static.form.mask is not None or static.form.score is not None
     q = q.reshape(b, t, heads, h // heads, d).transpose(0, 2, 1, 3, 4)
@@ -171,6 +171,7 @@ def _attend(call: Call, x: Arrays, o_ref, lse_ref):
         if x.v_scale is not None:
             p = p * ctx.beside(x.v_scale, place)[None]
         p = p.astype(queries.parts[0].dtype)
+        # p v: [rows,columns] by [columns,V] is [rows,V]; of int4 two halves of V
         outs = [dot(p, v, NN) for v in ctx.tile(x.v, place)]
         return top, total, *(acc * rescale + out for acc, out in zip(accs, outs))
 

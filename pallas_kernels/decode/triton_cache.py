@@ -161,6 +161,7 @@ class Head:
     def logits(self, queries: Queries, k: list[Any], at: At):
         """Logits times log2(e) [rows,columns], NEVER where hidden."""
         call, x, form = self.call, self.x, self.call.form
+        # q k^T: [rows,D] by [columns,D] is [rows,columns]; of int4 two halves of D
         raw = dot(queries.parts[0], k[0], NT)
         if call.bits == 4:
             raw = raw + dot(queries.parts[1], k[1], NT)

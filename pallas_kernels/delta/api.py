@@ -16,6 +16,7 @@ DeltaNet (Yang et al., 2024, arXiv:2412.06464); the gradients are derived here.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib
 from typing import Any, NamedTuple
@@ -26,6 +27,7 @@ import jax.numpy as jnp
 from pallas_kernels import Refused, tables
 from pallas_kernels.delta.chunk import CHUNK, ROWS, Side
 from pallas_kernels.refusals import DTYPES, WIDEST, check_device
+from pallas_kernels.tiles import DeltaTriton
 
 F32 = jnp.float32
 KERNELS = "inside", "forward", "backward", "values", "keys"  # on GPU
@@ -41,7 +43,7 @@ class Static(NamedTuple):
     t: int
     scale: float
     gated: bool
-    tiles: tuple[tables.Tile, ...]
+    tiles: tuple[DeltaTriton, ...]
     pieces: int
     vmem: int
     backend: str
@@ -88,12 +90,12 @@ def delta(
     return _delta(static, side, q, k, v, state.astype(F32))
 
 
-def _tiles(q, v, heads: int, tile, backend: str) -> tuple[tuple[tables.Tile, ...], int]:
+def _tiles(q, v, heads: int, tile, backend: str) -> tuple[tuple[DeltaTriton, ...], int]:
     """Tiles of the kernels on GPU, and chunks of a grid step on TPU."""
     device, width = tables.device_kind(), v.shape[3]
     shape = tables.Shape(q.shape[3], width, q.shape[3], width, q.dtype.itemsize)
     if backend == "tpu":
-        most = tile[0] if tile else tables.number(device, "delta", shape)
+        most = tables.chunks(device, "delta", shape, override=tile and tile[:1]).chunks
         return (), min(most, -(-q.shape[1] // CHUNK))
     ask = None if tile is None else (CHUNK, *tile)
     found = [tables.tile(device, f"delta_{kind}", shape, ask, backend)
@@ -104,11 +106,11 @@ def _tiles(q, v, heads: int, tile, backend: str) -> tuple[tuple[tables.Tile, ...
     return tuple(found), 1
 
 
-def _narrowed(tile: tables.Tile, width: int, heads: int) -> tables.Tile:
-    columns = tile.columns
+def _narrowed(tile: DeltaTriton, width: int, heads: int) -> DeltaTriton:
+    columns = tile.block_v
     while columns > 16 and 2 * heads * -(-width // columns) <= tables.cores():
         columns //= 2
-    return tile._replace(columns=columns)
+    return dataclasses.replace(tile, block_v=columns)
 
 
 def sides(beta, log_decay, run, step: int) -> jax.Array:

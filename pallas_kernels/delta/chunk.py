@@ -63,6 +63,7 @@ def merged(xs: list, systems: list, dot: Callable, block: int = BLOCK) -> list:
     while 1 << size < CHUNK:
         below = ((i >> size) == (j >> size) + 1) & (((i >> size) & 1) == 1)
         corners = [jnp.where(below, a, 0.0) for a in systems]
+        # -x E x, the corner below two inverted blocks: [CHUNK,CHUNK] each
         corners = [dot(corner, x) for corner, x in zip(corners, xs)]
         xs = [x - dot(x, corner) for corner, x in zip(corners, xs)]
         size += 1

@@ -78,6 +78,7 @@ def _forward(static, keep: bool, side_ref, q_ref, k_ref, v_ref, start_ref, o_ref
         q, k = _cut((q_ref, k_ref), m)
         own, row = _sides(side_ref[0, 0, m])
         decay = decays(own, row, static.gated)
+        # k k^T and q k^T: [CHUNK,D] by [CHUNK,D] is [CHUNK,CHUNK]
         systems.append(strict(own.beta * decay * dot(k, k, NT)))
         ready.append((own, row, (static.scale * decay * dot(q, k, NT)).astype(low)))
     s, xs = state[...], inverses(systems, low == F32)
@@ -85,10 +86,12 @@ def _forward(static, keep: bool, side_ref, q_ref, k_ref, v_ref, start_ref, o_ref
         x = xs[m].astype(low)
         q, k, v = _cut((q_ref, k_ref, v_ref), m)
         held = s.astype(low)
+        # r = v - enter k S, u = X beta r, o = scale (enter q S + P u): [CHUNK,V]
         r = v.astype(F32) - own.enter * dot(k, held, NN)
         u = dot(x, (own.beta * r).astype(low), NN)
         o = (static.scale * own.enter) * dot(q, held, NN) + dot(p, u.astype(low), NN)
         o_ref[0, 0, m * CHUNK:(m + 1) * CHUNK] = o.astype(o_ref.dtype)
+        # S' = keep S + k^T (leave u): [CHUNK,D] by [CHUNK,V] is [D,V]
         s = row.keep[:, :1] * s + dot(k, (own.leave * u).astype(low), TN)
         if keep:
             kept[0][0, 0, m], kept[1][0, 0, m] = held, x

@@ -43,7 +43,7 @@ from pallas_kernels.delta.chunk import (
 from pallas_kernels.delta.triton_chunk import ChunkContext, part, put, read
 from pallas_kernels.machine.product import F32, NN, TN, dot
 from pallas_kernels.machine.triton import load, power
-from pallas_kernels.tables import Tile
+from pallas_kernels.tiles import DeltaTriton
 
 
 def inverse(a, block: int):
@@ -96,6 +96,7 @@ def _forward(static, heads: int, columns: int, side, q_ref, k_ref, v_ref, x_ref,
         if states_ref:
             put(states_ref[0], (b, h, n), first, held)
         v = ctx.tokens(v_ref, n, first, columns).astype(F32)
+        # r = beta (v - enter k S), u = X r, o = scale enter q S + P u: [CHUNK,columns]
         r = beta * (v - enter * dot(k, held, NN))
         u = dot(load(x_ref.at[b, h, n], None, 0), r.astype(k.dtype), NN)
         o = (static.scale * enter) * dot(q, held, NN)
@@ -123,6 +124,7 @@ def _reverse(static, heads: int, columns: int, side, q_ref, k_ref, do_ref, x_ref
         beta, enter, leave = ctx.columns(side, n, "beta", "enter", "leave")
         held = grad.astype(k.dtype)
         put(grads_ref, (b, h, n), first, held)
+        # du = P^T do + leave k dS', y = X^T du: [CHUNK,columns]
         du = dot(load(p_ref.at[b, h, n], None, 0), do, TN)
         du = du + leave * dot(k, held, NN)
         y = dot(load(x_ref.at[b, h, n], None, 0), du.astype(k.dtype), TN)
@@ -142,11 +144,11 @@ def _begin(ref, b, h, first, columns: int):
     return read(part(ref, (b, h), 0, power(ref.shape[2]), first, columns))
 
 
-def _launch(static, tile: Tile, kernel, grid, args, outs, name: str) -> Any:
-    warps, stages = tile.how
+def _launch(static, tile: DeltaTriton, kernel, grid, args, outs, name: str) -> Any:
     return pl.pallas_call(
         kernel, grid=grid, out_shape=outs, name=name, interpret=static.interpret,
-        compiler_params=triton.CompilerParams(num_warps=warps, num_stages=stages),
+        compiler_params=triton.CompilerParams(
+            num_warps=tile.num_warps, num_stages=tile.num_stages),
     )(*args)
 
 
@@ -157,14 +159,15 @@ def forward(static, side, q, k, v, state, keep: bool):
     (b, h, many), (d, width) = side.shape[:3], state.shape[2:]
     out, (inside, tile, *_) = jax.ShapeDtypeStruct, static.tiles
     square = out((b, h, many, CHUNK, CHUNK), q.dtype)
-    x, p = _launch(static, inside, functools.partial(_inside, static, h, inside.rows),
-                   (many, h, b), (side, q, k), [square, square], "delta_inside")
+    x, p = _launch(
+        static, inside, functools.partial(_inside, static, h, inside.block_d),
+        (many, h, b), (side, q, k), [square, square], "delta_inside")
     outs = [out((b, static.t, h, width), v.dtype), out(state.shape, F32)]
     if keep:
         outs.append(out((b, h, many, d, width), q.dtype))
-    grid = -(-width // tile.columns), h, b
+    grid = -(-width // tile.block_v), h, b
     o, final, *states = _launch(
-        static, tile, functools.partial(_forward, static, h, tile.columns), grid,
+        static, tile, functools.partial(_forward, static, h, tile.block_v), grid,
         (side, q, k, v, x, p, state), outs, "delta_forward")
     return (final, o, *states, x, p) if keep else (final, o)
 
@@ -177,8 +180,8 @@ def backward(static, side, q, k, v, kept, d_final, do):
     wide = lambda a, kind: out((b, static.t, h, a.shape[3]), kind)
     outs = [wide(v, q.dtype), out(states.shape, q.dtype), out(d_final.shape, F32)]
     y, grads, d_state = _launch(
-        static, tile, functools.partial(_reverse, static, h, tile.columns),
-        (-(-width // tile.columns), h, b), (side, q, k, do, x, p, d_final), outs,
+        static, tile, functools.partial(_reverse, static, h, tile.block_v),
+        (-(-width // tile.block_v), h, b), (side, q, k, do, x, p, d_final), outs,
         "delta_backward_states")
     # what several heads share is added up in float32
     own = lambda a: wide(a, a.dtype if a.shape[2] == h else F32)
@@ -188,7 +191,7 @@ def backward(static, side, q, k, v, kept, d_final, do):
         static, values, functools.partial(gradients.values, static, h, values),
         (many, h, b), (side, q, k, v, do, y, x, states, grads), outs,
         "delta_backward_values")
-    parts = -(-d // keys.rows)
+    parts = -(-d // keys.block_d)
     dq, dk, denter = _launch(
         static, keys, functools.partial(gradients.keys, static, h, keys),
         (many * parts, h, b), (side, q, k, do, y, left, states, grads, dp, dkk),

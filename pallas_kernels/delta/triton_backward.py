@@ -17,16 +17,18 @@ from pallas_kernels.delta.chunk import CHUNK, ROWS, Side, decays, strict
 from pallas_kernels.delta.triton_chunk import ChunkContext, for_each_part, part, read
 from pallas_kernels.machine.product import F32, NN, NT, TN, dot
 from pallas_kernels.machine.triton import load
-from pallas_kernels.tables import Tile
+from pallas_kernels.tiles import DeltaTriton
 
 
-def values(static, heads: int, tile: Tile, side, q_ref, k_ref, v_ref, do_ref, y_ref,
-           x_ref, states_ref, grads_ref, dside_ref, dv_ref, left_ref, dp_ref, dkk_ref):
+def values(static, heads: int, tile: DeltaTriton, side, q_ref, k_ref, v_ref, do_ref,
+           y_ref, x_ref, states_ref, grads_ref, dside_ref, dv_ref, left_ref, dp_ref,
+           dkk_ref):
     """Of one chunk dv, the gradients of its numbers but for what queries ask of the
     state, and of the products q k^T and k k^T, the latter once for each of the two
     keys; left: u as it enters the next state."""
     n, h, b = (pl.program_id(a) for a in range(3))
-    ctx, (rows, columns, _) = ChunkContext(static, b, h, heads), tile
+    ctx = ChunkContext(static, b, h, heads)
+    rows, columns = tile.block_d, tile.block_v
     beta, enter, leave = ctx.columns(side, n, "beta", "enter", "leave")
     low = k_ref.dtype
 
@@ -70,11 +72,11 @@ def values(static, heads: int, tile: Tile, side, q_ref, k_ref, v_ref, do_ref, y_
         triton.store(dside_ref.at[b, h, n, b * 0 + at], value)
 
 
-def _by_state(ctx, n, tile: Tile, first, k_ref, states_ref, grads_ref, kept):
+def _by_state(ctx, n, tile: DeltaTriton, first, k_ref, states_ref, grads_ref, kept):
     """Keys by some columns of the state that the chunk begins with and of the gradient
     of the one it ends with [CHUNK,columns], and the product of these two, added to
     `kept` [rows]; over some key channels at a time."""
-    rows, columns, _ = tile
+    rows, columns = tile.block_d, tile.block_v
 
     def step(i, carry):
         ks, kd, kept = carry
@@ -88,15 +90,16 @@ def _by_state(ctx, n, tile: Tile, first, k_ref, states_ref, grads_ref, kept):
     return for_each_part(k_ref.shape[3], rows, step, (zeros, zeros, kept))
 
 
-def keys(static, heads: int, tile: Tile, side, q_ref, k_ref, do_ref, y_ref, left_ref,
-         states_ref, grads_ref, dp_ref, dkk_ref, dq_ref, dk_ref, denter_ref):
+def keys(static, heads: int, tile: DeltaTriton, side, q_ref, k_ref, do_ref, y_ref,
+         left_ref, states_ref, grads_ref, dp_ref, dkk_ref, dq_ref, dk_ref, denter_ref):
     """dq and dk of one chunk for some key channels, and what they add to the gradient
     of `enter`."""
     place, h, b = (pl.program_id(a) for a in range(3))
     # a chunk's programs are neighbours: they read the same of v's channels
     parts = denter_ref.shape[2]
     n, at = jax.lax.div(place, parts), jax.lax.rem(place, parts)
-    ctx, (rows, columns, _) = ChunkContext(static, b, h, heads), tile
+    ctx = ChunkContext(static, b, h, heads)
+    rows, columns = tile.block_d, tile.block_v
     top = at * rows
     beta, enter = ctx.columns(side, n, "beta", "enter")
 

@@ -1,4 +1,4 @@
-"""Steps of the delta rule's kernels on GPU: what a program reads of a chunk and of the
+"""Chunks of the delta rule's kernels on GPU: what a program reads of one and of the
 states, and the products of a chunk's tokens with each other.
 
 Arrays are read where they lie, [B,T,H,X] and [B,H,N,D,V]; what a tile has beyond the

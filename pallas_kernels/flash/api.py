@@ -96,13 +96,16 @@ def flash(
     ahead, back = pick("flash_forward"), pick("flash_backward")
     form = LogitSpec(mask, d**-0.5 if scale is None else scale, softcap, score,
                      dropout if random or keep is not None else 0.0)
-    tilings = [Tiling(t, s, a.rows, a.columns, offset) for a in (ahead, back)]
+    tilings = [Tiling(t, s, a.block_q, a.block_kv, offset) for a in (ahead, back)]
     if backend == "tpu" and tile is None:
         traced = q_pos is not None or q_run is not None
-        tilings = [shrink_to_fit(mask, tiling, a.how[0], max(d, width), traced, n == 1)
-                   for n, (tiling, a) in enumerate(zip(tilings, (ahead, back)))]
+        tilings = [
+            shrink_to_fit(
+                mask, tiling, a.block_kv_compute, max(d, width), traced, n == 1)
+            for n, (tiling, a) in enumerate(zip(tilings, (ahead, back)))
+        ]
     static = Static(
-        form, tilings[0], tilings[1], (ahead.how, back.how),
+        form, tilings[0], tilings[1], (ahead, back),
         tables.vmem(device, backend), backend, interpret,
     )
     if max(*static.tiling.grid, *static.backward.grid) > 2**15:

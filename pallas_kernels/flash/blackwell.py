@@ -38,6 +38,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels import Refused
 from pallas_kernels.flash import blackwell_backward as flash_blackwell_backward
 from pallas_kernels.flash.mosaic import over_keys, write
+from pallas_kernels.flash.mosaic_scratch import ForwardScratch, TensorScratch
 from pallas_kernels.flash.mosaic_tile import Call, TileContext, online
 from pallas_kernels.machine.blackwell import (
     COLUMNS, COPIED, ROW, ROWS, load, meet, multiply, settle, store, tensor
@@ -49,13 +50,15 @@ from pallas_kernels.tile import LOW
 
 def forward(static: Static, side: Side, q, k, v, bias, sink):
     """o [B,T,H,V] in v's dtype and lse [B,H,T] float32."""
-    t, stages, width = static.tiling, static.how[0], -(-v.shape[3] // 64) * 64
+    t, stages = static.tiling, static.tiles[0].num_stages
+    width = -(-v.shape[3] // 64) * 64
     needed = t.rows // ROWS * (t.columns * 3 // 2 + width)
-    if t.rows % ROWS or needed > COLUMNS or stages[0] < 2:
+    if t.rows % ROWS or needed > COLUMNS or stages < 2:
         raise Refused(
-            f"tile=({t.rows}, {t.columns}, {stages[0]}): expected {ROWS} or {2 * ROWS} "
+            f"tile=({t.rows}, {t.columns}, {stages}): expected {ROWS} or {2 * ROWS} "
             f"queries, {COLUMNS} columns of tensor memory (not {needed}) and 2 stages")
-    call = Call(static.form, t, q.shape[2] // k.shape[2], t.rows // ROWS, stages * 2,
+    call = Call(static.form, t, q.shape[2] // k.shape[2], t.rows // ROWS,
+                (stages,) * 2,
                 bool(static.interpret), ROW)
     more = _scratch(call, width, v.dtype)
     return over_keys(
@@ -75,19 +78,22 @@ def _scratch(call: Call, width: int, kind):
     barrier = plgpu.Barrier(num_barriers=groups, orders_tensor_core=True)
     columns = groups * call.tiling.columns
     memory = (columns, F32), (columns, kind), (groups * width, F32)
-    return *tensor(call.interpret, *memory), barrier, barrier, barrier
+    s, p, o = tensor(call.interpret, *memory)
+    return TensorScratch(s, p, o, barrier, barrier, barrier)
 
 
-def _attend(ctx: TileContext, at, steps, outs, scratch, group, tile):
+def _attend(ctx: TileContext, at, steps, outs, own: ForwardScratch, more, group, tile):
     """A warpgroup that computes 128 queries."""
-    q_smem, k_ring, v_ring, o_smem, lse_smem, q_there, *barriers = scratch[:10]
-    k_there, v_there, k_free, v_free = barriers
+    (q_smem, k_ring, v_ring, o_smem, lse_smem, q_there, k_there, v_there, k_free,
+     v_free) = own
+    memory = TensorScratch(*more)
     call, x, interpret = ctx.call, ctx.x, ctx.call.interpret
     (whole, count), width = steps, x.v.shape[3]
     part = lambda ref, n: ref.at[:, pl.ds(group * n, n)]
-    s_ref, p_ref = (part(ref, call.tiling.columns) for ref in scratch[10:12])
-    o_ref = part(scratch[12], width)
-    s_there, o_there, met = (ref.at[group] for ref in scratch[13:])
+    s_ref, p_ref = (part(ref, call.tiling.columns) for ref in (memory.s, memory.p))
+    o_ref = part(memory.o, width)
+    s_there, o_there, met = (
+        ref.at[group] for ref in (memory.s_there, memory.o_there, memory.met))
     first = tile * call.tiling.rows + group * ROWS
     queries = ctx.b, pl.ds(first, ROWS), ctx.h
     q = q_smem.at[group]
@@ -96,6 +102,7 @@ def _attend(ctx: TileContext, at, steps, outs, scratch, group, tile):
     def products(n):
         """Begins the logits of tile n."""
         plgpu.barrier_wait(k_there.at[slot(n)])
+        # q k^T: [128,D] by [columns,D] is [128,columns] of tensor memory
         multiply(s_ref, q, Tile(k_ring.at[slot(n)]), s_there, False, interpret)
 
     def rescale_output(rescale):

@@ -40,6 +40,7 @@ from pallas_kernels.flash.blackwell_tile import Halves, halved
 from pallas_kernels.flash.mosaic_gradients import (
     based, calls, key_gradients, query_gradients
 )
+from pallas_kernels.flash.mosaic_scratch import KeyScratch, QueryScratch
 from pallas_kernels.flash.mosaic_tile import Arrays, Call, TileContext, weights
 from pallas_kernels.machine.blackwell import ROW, ROWS
 from pallas_kernels.machine.hopper import Tile, spread, vector
@@ -57,12 +58,13 @@ def backward(static: Static, side: Side, q, k, v, lse, delta, do):
     return query_gradients(by_query, static, 1, more, _query_sums, *given), dk, dv
 
 
-def _key_sums(call: Call, x: Arrays, at, steps, outs, scratch, place, head) -> None:
+def _key_sums(call: Call, x: Arrays, at, steps, outs, own: KeyScratch, more, place,
+              head) -> None:
     """A warpgroup's part of dk and dv of 128 keys: half of the queries of each tile."""
     (k_smem, v_smem, q_ring, do_ring, lse_ring, delta_ring, there, q_there, do_there,
-     free) = scratch[:10]
+     free) = own
     group, tile, b, kv = place
-    halves = Halves.of(call, group, scratch[10:], 2)
+    halves = Halves.of(call, group, more, 2)
     (whole, count), size = steps, call.tiling.rows
     total, first = count * call.groups, tile * call.tiling.columns
     keys = b, pl.ds(first, ROWS), kv
@@ -126,12 +128,12 @@ def _key_sums(call: Call, x: Arrays, at, steps, outs, scratch, place, head) -> N
         halves.save(0, 1.0, v_smem, outs[1].at[keys])
 
 
-def _query_sums(ctx: TileContext, at, steps, dq_ref, scratch, group, tile) -> None:
+def _query_sums(ctx: TileContext, at, steps, dq_ref, own: QueryScratch, more, group,
+                tile) -> None:
     """A warpgroup's part of dq of 128 queries: half of the keys of each tile."""
-    q_smem, do_smem, k_ring, v_ring, there, k_there, v_there, k_free, v_free = (
-        scratch[:9])
+    q_smem, do_smem, k_ring, v_ring, there, k_there, v_there, k_free, v_free = own
     call, x = ctx.call, ctx.x
-    halves = Halves.of(call, group, scratch[9:], 1)
+    halves = Halves.of(call, group, more, 1)
     (whole, count), size = steps, call.tiling.columns
     first = tile * call.tiling.rows
     queries = ctx.b, pl.ds(first, ROWS), ctx.h

@@ -1,4 +1,4 @@
-"""Steps of a backward pass for Blackwell by Mosaic GPU: tiles in tensor memory that two
+"""Tiles of a backward pass for Blackwell by Mosaic GPU: tiles in tensor memory that two
 warpgroups share.
 """
 

@@ -27,6 +27,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.flash import mosaic_backward as flash_mosaic_backward
+from pallas_kernels.flash.mosaic_scratch import ForwardScratch, split
 from pallas_kernels.flash.mosaic_tile import (
     Arrays, Call, Line, TileContext, arrays, fetch_keys, line, online, run
 )
@@ -41,7 +42,7 @@ def forward(static: Static, side: Side, q, k, v, bias, sink):
     """o [B,T,H,V] in v's dtype and lse [B,H,T] float32."""
     t = static.tiling
     call = Call(static.form, t, q.shape[2] // k.shape[2], t.rows // ROWS,
-                static.how[0] * 2, bool(static.interpret))
+                (static.tiles[0].num_stages,) * 2, bool(static.interpret))
     turns = plgpu.Barrier(num_barriers=call.warpgroups),
     return over_keys(
         call, static.block_masks(t, side), side, q, k, v, sink, turns, _attend)
@@ -70,12 +71,12 @@ def backward(static: Static, side: Side, q, k, v, bias, sink, lse, delta, do):
         static, side, q, k, v, sink, lse, delta, do), None
 
 
-def _scratch(call: Call, x: Arrays):
+def _scratch(call: Call, x: Arrays) -> ForwardScratch:
     n, c, groups = call.stages[0], call.tiling.columns, call.warpgroups
     rows = call.tiling.rows // groups
     d, width, kind = x.q.shape[3], x.v.shape[3], x.q.dtype
     barrier = plgpu.Barrier
-    return (
+    return ForwardScratch(
         shared((groups, rows, d), kind), shared((n, c, d), kind),
         shared((n, c, width), kind),
         # the output takes the place of q where it can
@@ -97,16 +98,17 @@ def _forward(attend, call: Call, x: Arrays, seen: Line, outs, scratch):
     steps = seen.whole[row, tile], seen.count[row, tile]
     at = lambda n: seen.where[row, tile, n]
 
+    own, more = split(ForwardScratch, scratch)
     share(group, call.warpgroups,
-          lambda: fetch_keys(ctx, at, steps[1], scratch[1:3], scratch[6:10]),
-          lambda: attend(ctx, at, steps, outs, scratch, group, tile))
+          lambda: fetch_keys(ctx, at, steps[1], own),
+          lambda: attend(ctx, at, steps, outs, own, more, group, tile))
 
 
-def _attend(ctx: TileContext, at, steps, outs, scratch, group, tile):
+def _attend(ctx: TileContext, at, steps, outs, own: ForwardScratch, more, group, tile):
     """A warpgroup that computes 64 queries. The weights of a tile meet its values while
     the next tile's logits are made: p is what is still to be multiplied."""
-    q_smem, k_ring, v_ring, o_smem, lse_smem, q_there, *barriers, turn = scratch
-    k_there, v_there, k_free, v_free = barriers
+    (q_smem, k_ring, v_ring, o_smem, lse_smem, q_there, k_there, v_there, k_free,
+     v_free), (turn,) = own, more
     call, x, interpret = ctx.call, ctx.x, ctx.call.interpret
     whole, count = steps
     last = call.warpgroups - 1
@@ -135,6 +137,7 @@ def _attend(ctx: TileContext, at, steps, outs, scratch, group, tile):
     wide = ROWS, x.v.shape[3]
 
     def open_line(begin):
+        # q k^T: [64,D] by [columns,D] is [64,columns]
         s = begin(0, q, Tile(k_ring.at[0]))
         pass_on()
         s = s()
@@ -160,6 +163,7 @@ def _attend(ctx: TileContext, at, steps, outs, scratch, group, tile):
 
         def work(begin):
             s = begin(0, q, Tile(k_ring.at[now]))
+            # p v of the tile before: [64,columns] by [columns,V] is [64,V]
             o = begin(1, p, v_ring.at[before])
             pass_on()
             s = s(1)

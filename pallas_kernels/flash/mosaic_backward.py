@@ -23,6 +23,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.flash.mosaic_gradients import (
     based, calls, key_gradients, query_gradients
 )
+from pallas_kernels.flash.mosaic_scratch import KeyScratch, QueryScratch
 from pallas_kernels.flash.mosaic_tile import Arrays, Call, TileContext, weights
 from pallas_kernels.flash.mosaic_wide import handover, wide_sums
 from pallas_kernels.machine.hopper import ROWS, Tile, products, spread, vector, zeros
@@ -42,10 +43,11 @@ def backward(static: Static, side: Side, q, k, v, sink, lse, delta, do):
     return dq, dk, dv
 
 
-def _key_sums(call: Call, x: Arrays, at, steps, outs, scratch, place, head):
+def _key_sums(call: Call, x: Arrays, at, steps, outs, own: KeyScratch, more, place,
+              head):
     """A warpgroup that computes dk and dv of 64 keys."""
     (k_smem, v_smem, q_ring, do_ring, lse_ring, delta_ring, there, q_there, do_there,
-     free) = scratch
+     free) = own
     group, tile, b, kv = place
     interpret, kind = call.interpret, x.q.dtype
     whole, count = steps
@@ -70,6 +72,7 @@ def _key_sums(call: Call, x: Arrays, at, steps, outs, scratch, place, head):
             plgpu.barrier_wait(do_there.at[slot])
 
             def weigh(begin):
+                # k q^T and v do^T: [64,D], [64,V] by [rows,.] are [64,rows]
                 s = begin(0, k, Tile(q))
                 dp = begin(1, v, Tile(do))
                 lse = vector(lse_ring.at[slot], True, interpret)
@@ -107,10 +110,11 @@ def _key_sums(call: Call, x: Arrays, at, steps, outs, scratch, place, head):
     plgpu.wait_smem_to_gmem(0)
 
 
-def _query_sums(ctx: TileContext, at, steps, dq_ref, scratch, group, tile):
+def _query_sums(ctx: TileContext, at, steps, dq_ref, own: QueryScratch, more, group,
+                tile):
     """A warpgroup that computes dq of 64 queries. ds of a tile meets its keys while the
     next tile's logits are made."""
-    q_smem, do_smem, k_ring, v_ring, there, k_there, v_there, k_free, v_free = scratch
+    q_smem, do_smem, k_ring, v_ring, there, k_there, v_there, k_free, v_free = own
     call, x, interpret = ctx.call, ctx.x, ctx.call.interpret
     kind = x.q.dtype
     whole, count = steps
@@ -160,6 +164,7 @@ def _query_sums(ctx: TileContext, at, steps, dq_ref, scratch, group, tile):
         plgpu.barrier_wait(v_there.at[v_slot(n)])
 
         def work(begin):
+            # q k^T: [64,D] by [columns,D] is [64,columns]
             s = begin(0, q, Tile(k_ring.at[now]))
             new_dq = begin(1, ds, k_ring.at[before])
             dp = begin(2, do, Tile(v_ring.at[v_slot(n)]))

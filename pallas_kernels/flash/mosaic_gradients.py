@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.flash.mosaic_scratch import KeyScratch, QueryScratch, split
 from pallas_kernels.flash.mosaic_tile import (
     Arrays, Call, Line, TileContext, arrays, fetch_keys, line, run, tokens
 )
@@ -22,11 +23,12 @@ from pallas_kernels.tile import LOG2E, LOW
 
 def calls(static: Static, groups: int, layout=TILE) -> tuple[Call, Call]:
     """The calls of the kernel for dk and dv and of that for dq."""
-    stages, columns, *rings = static.how[1]
-    by_key = Call(static.form, static.backward, groups, 2, (stages,),
+    tile = static.tiles[1]
+    by_key = Call(static.form, static.backward, groups, 2, (tile.num_stages,),
                   bool(static.interpret), layout)
-    tiling = by_key.tiling._replace(rows=2 * ROWS, columns=columns)
-    return by_key, by_key._replace(stages=tuple(rings), tiling=tiling)
+    tiling = by_key.tiling._replace(rows=2 * ROWS, columns=tile.dq_block_kv)
+    rings = tile.dq_k_stages, tile.dq_v_stages
+    return by_key, by_key._replace(stages=rings, tiling=tiling)
 
 
 def based(lse):
@@ -52,7 +54,7 @@ def key_gradients(call: Call, static: Static, own: int, more, sums, side: Side, 
     n, rows, groups = call.stages[0], call.tiling.rows, call.warpgroups
     d, width, kind = x.q.shape[3], x.v.shape[3], x.q.dtype
     keys, barrier = call.tiling.columns // own, plgpu.Barrier
-    scratch = (
+    scratch = KeyScratch(
         shared((own, keys, d), kind), shared((own, keys, width), kind),
         shared((n, rows, d), kind), shared((n, rows, width), kind),
         plgpu.SMEM((n, rows), F32), plgpu.SMEM((n, rows), F32),
@@ -61,12 +63,11 @@ def key_gradients(call: Call, static: Static, own: int, more, sums, side: Side, 
         barrier(num_barriers=n, num_arrivals=2),
         barrier(num_barriers=n, num_arrivals=2),
         barrier(num_barriers=n, num_arrivals=groups),
-        *more,
     )
     like = lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype)
     grid = {"tile": call.tiling.grid[1], "batch": k.shape[0], "head": k.shape[2]}
     dk, dv = run(call, functools.partial(_by_key, sums), grid, x, seen,
-                 [like(x.k), like(x.v)], scratch, "flash_backward_keys")
+                 [like(x.k), like(x.v)], (*scratch, *more), "flash_backward_keys")
     return (dk[:, :k.shape[1], :, :k.shape[3]], dv[:, :k.shape[1], :, :v.shape[3]])
 
 
@@ -80,14 +81,14 @@ def _by_key(sums, call: Call, x: Arrays, seen: Line, outs, scratch):
     head = lambda g: kv * call.groups + g
 
     place = group, tile, b, kv
+    own, more = split(KeyScratch, scratch)
     share(group, call.warpgroups,
-          lambda: _fetch_queries(call, x, at, steps[1], scratch, b, head),
-          lambda: sums(call, x, at, steps, outs, scratch, place, head))
+          lambda: _fetch_queries(call, x, at, steps[1], own, b, head),
+          lambda: sums(call, x, at, steps, outs, own, more, place, head))
 
 
-def _fetch_queries(call: Call, x: Arrays, at, count, scratch, b, head):
+def _fetch_queries(call: Call, x: Arrays, at, count, own: KeyScratch, b, head):
     """Loads tiles of q and do of every query head, as room comes free."""
-    q_ring, do_ring, lse_ring, delta_ring, _, q_there, do_there, free = scratch[2:10]
     rows, stages = call.tiling.rows, jnp.int32(call.stages[0])
     total = count * call.groups
 
@@ -98,19 +99,19 @@ def _fetch_queries(call: Call, x: Arrays, at, count, scratch, b, head):
 
         @pl.when(n >= stages)
         def _():
-            plgpu.barrier_wait(free.at[slot])
+            plgpu.barrier_wait(own.free.at[slot])
 
         for ref, ring, place, there in (
-            (x.q, q_ring, (b, some, h), q_there),
-            (x.lse, lse_ring, (b, h, some), q_there),
-            (x.do, do_ring, (b, some, h), do_there),
-            (x.delta, delta_ring, (b, h, some), do_there),
+            (x.q, own.q_ring, (b, some, h), own.q_there),
+            (x.lse, own.lse_ring, (b, h, some), own.q_there),
+            (x.do, own.do_ring, (b, some, h), own.do_there),
+            (x.delta, own.delta_ring, (b, h, some), own.do_there),
         ):
             plgpu.copy_gmem_to_smem(ref.at[place], ring.at[slot], there.at[slot])
         return carry
 
     jax.lax.fori_loop(0, total, load, None)
-    drain(free, stages, total)
+    drain(own.free, stages, total)
 
 
 def query_gradients(call: Call, static: Static, own: int, more, sums, side: Side, q,
@@ -119,21 +120,23 @@ def query_gradients(call: Call, static: Static, own: int, more, sums, side: Side
     scratch that only `sums` knows, by which a warpgroup computes."""
     x = _given(call, side, q, *rest)
     c, groups = call.tiling.columns, call.warpgroups
+    k_stages, v_stages = call.stages
     d, width, kind = x.q.shape[3], x.v.shape[3], x.q.dtype
     rows, barrier = call.tiling.rows // own, plgpu.Barrier
-    scratch = (
+    scratch = QueryScratch(
         shared((own, rows, d), kind), shared((own, rows, width), kind),
-        *(shared((n, c, size), kind) for n, size in zip(call.stages, (d, width))),
+        shared((k_stages, c, d), kind), shared((v_stages, c, width), kind),
         barrier(num_barriers=2, num_arrivals=own),
-        *(barrier(num_barriers=n) for n in call.stages),
-        *(barrier(num_barriers=n, num_arrivals=groups) for n in call.stages),
-        *more,
+        barrier(num_barriers=k_stages), barrier(num_barriers=v_stages),
+        barrier(num_barriers=k_stages, num_arrivals=groups),
+        barrier(num_barriers=v_stages, num_arrivals=groups),
     )
     grid = {"tile": call.tiling.grid[0], "batch": q.shape[0], "head": q.shape[2]}
     dq, = run(
         call, functools.partial(_by_query, sums), grid, x,
         line(*static.block_masks(call.tiling, side)),
-        [jax.ShapeDtypeStruct(x.q.shape, x.q.dtype)], scratch, "flash_backward_queries",
+        [jax.ShapeDtypeStruct(x.q.shape, x.q.dtype)], (*scratch, *more),
+        "flash_backward_queries",
     )
     return dq[:, :q.shape[1], :, :q.shape[3]]
 
@@ -148,6 +151,7 @@ def _by_query(sums, call: Call, x: Arrays, seen: Line, outs, scratch):
     steps = seen.whole[row, tile], seen.count[row, tile]
     at = lambda n: seen.where[row, tile, n]
 
+    own, more = split(QueryScratch, scratch)
     share(group, call.warpgroups,
-          lambda: fetch_keys(ctx, at, steps[1], scratch[2:4], scratch[5:9]),
-          lambda: sums(ctx, at, steps, outs[0], scratch, group, tile))
+          lambda: fetch_keys(ctx, at, steps[1], own),
+          lambda: sums(ctx, at, steps, outs[0], own, more, group, tile))

@@ -1,4 +1,4 @@
-"""Steps of a flash kernel by Mosaic GPU: the tiles that each block passes over, how
+"""Tiles of a flash kernel by Mosaic GPU: the tiles that each block passes over, how
 they are loaded, and what the elements of a tile are.
 """
 
@@ -12,6 +12,7 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.flash.mosaic_scratch import ForwardScratch, QueryScratch
 from pallas_kernels.machine.hopper import F32, TILE, cast, drain, launch, spread, vector
 from pallas_kernels.schedule import FULL, SKIP, Side, Tiling
 from pallas_kernels.tile import LOG2E, NEVER, LogitSpec, both
@@ -183,11 +184,13 @@ class TileContext:
         return seen
 
 
-def fetch_keys(ctx: TileContext, at, count, rings, barriers) -> None:
+def fetch_keys(ctx: TileContext, at, count,
+               own: ForwardScratch | QueryScratch) -> None:
     """The warpgroup that loads: `count` tiles of k and v, at(n) the n-th, as room in
     the rings comes free."""
     size = ctx.call.tiling.columns
-    there, free = barriers[:2], barriers[2:]
+    rings, free = (own.k_ring, own.v_ring), (own.k_free, own.v_free)
+    there = own.k_there, own.v_there
     stages = [jnp.int32(ring.shape[0]) for ring in rings]
 
     def load(n, carry):

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.flash.mosaic_scratch import HandoverScratch, KeyScratch
 from pallas_kernels.flash.mosaic_tile import Arrays, Call, TileContext, weights
 from pallas_kernels.machine.hopper import (
     F32, ROWS, Tile, matrix, products, shared, spread, vector, zeros
@@ -21,15 +22,18 @@ from pallas_kernels.machine.hopper import (
 
 def handover(call: Call):
     """Scratch for the weights of a tile, and for both to wait for each other."""
-    return (shared((ROWS, call.tiling.rows), F32), plgpu.Barrier(), plgpu.Barrier(),
-            plgpu.Barrier(num_arrivals=2))
+    return HandoverScratch(
+        shared((ROWS, call.tiling.rows), F32), plgpu.Barrier(), plgpu.Barrier(),
+        plgpu.Barrier(num_arrivals=2))
 
 
-def wide_sums(call: Call, x: Arrays, at, steps, outs, scratch, place, head) -> None:
+def wide_sums(call: Call, x: Arrays, at, steps, outs, own: KeyScratch, more, place,
+              head) -> None:
     """The two warpgroups that compute dk and dv of 64 keys."""
     group, tile, b, kv = place
     keys = b, pl.ds(tile * call.tiling.columns, ROWS), kv
-    k, v, there, done = scratch[0].at[0], scratch[1].at[0], scratch[6], scratch[-1]
+    hand = HandoverScratch(*more)
+    k, v, there, done = own.k.at[0], own.v.at[0], own.there, hand.done
     kind = x.q.dtype
 
     def save(total, smem, ref):
@@ -45,19 +49,20 @@ def wide_sums(call: Call, x: Arrays, at, steps, outs, scratch, place, head) -> N
     def _():
         plgpu.copy_gmem_to_smem(x.k.at[keys], k, there.at[0])
         plgpu.barrier_wait(there.at[0])
-        save(_values(call, x, at, steps, scratch, place, head), v, outs[1])
+        save(_values(call, x, at, steps, own, hand, place, head), v, outs[1])
 
     @pl.when(group == 1)
     def _():
         plgpu.copy_gmem_to_smem(x.v.at[keys], v, there.at[1])
         plgpu.barrier_wait(there.at[1])
-        save(_keys(call, x, steps[1], scratch) * call.form.scale, k, outs[0])
+        save(_keys(call, x, steps[1], own, hand) * call.form.scale, k, outs[0])
 
 
-def _values(call: Call, x: Arrays, at, steps, scratch, place, head):
+def _values(call: Call, x: Arrays, at, steps, own: KeyScratch, hand: HandoverScratch,
+            place, head):
     """dv, handing over the weights, times the slopes of softcapped logits."""
-    k_smem, _, q_ring, do_ring, lse_ring, _, _, q_there, do_there, free = scratch[:10]
-    p_smem, p_there, p_free, _ = scratch[10:]
+    k_smem, _, q_ring, do_ring, lse_ring, _, _, q_there, do_there, free = own
+    p_smem, p_there, p_free, _ = hand
     whole, count = steps
     _, tile, b, _ = place
     first = tile * call.tiling.columns
@@ -104,10 +109,10 @@ def _values(call: Call, x: Arrays, at, steps, scratch, place, head):
     return dv
 
 
-def _keys(call: Call, x: Arrays, count, scratch):
+def _keys(call: Call, x: Arrays, count, own: KeyScratch, hand: HandoverScratch):
     """dk without its scale, from the weights that are handed over."""
-    _, v_smem, q_ring, do_ring, _, delta_ring, _, q_there, do_there, free = scratch[:10]
-    p_smem, p_there, p_free, _ = scratch[10:]
+    _, v_smem, q_ring, do_ring, _, delta_ring, _, q_there, do_there, free = own
+    p_smem, p_there, p_free, _ = hand
     tall = ROWS, call.tiling.rows
 
     def step(n, dk):

@@ -42,7 +42,7 @@ def forward(static: Static, side: Side, q, k, v, bias, sink):
     t, width = q.shape[1], v.shape[3]
     x = _arrays(static.tiling, side, q, k, v, bias)
     patterns, table, ask = tile_patterns(
-        static.form.mask, static.tiling, static.how[0][0],
+        static.form.mask, static.tiling, static.tiles[0].block_kv_compute,
         *static.block_masks(static.tiling, side))
     call = _call(static, static.tiling, patterns, x, sink)
     info = lambda part: scalars(
@@ -64,7 +64,7 @@ def backward(static: Static, side: Side, q, k, v, bias, sink, lse, delta, do):
         do=_tokens(do, tiling.rows), lse=fill(base, -LOW), delta=fill(delta, 0))
     plain = static.block_masks(tiling, side)
     patterns, table, ask = tile_patterns(
-        static.form.mask, tiling, static.how[1][0], *plain)
+        static.form.mask, tiling, static.tiles[1].block_kv_compute, *plain)
     call = _call(static, tiling, patterns, x, sink)
     info = lambda part, groups: scalars(
         part.seen, groups, side.head, sink, side.seed, side.batch)
@@ -138,6 +138,7 @@ def _forward(call: Call, info, x: Arrays, o_ref, lse_ref, m_ref, l_ref, acc_ref)
         acc_ref[...] = jnp.zeros(acc_ref.shape, F32)
 
     def step(parts, masked):
+        # Dao, 2023, algorithm 1, turned: m, l [1,queries] and acc [V,queries]
         m, total, acc = m_ref[...], l_ref[...], acc_ref[...]
         ahead = ctx.logits(parts[0], masked)[0]
         for part, later in zip(parts, (*parts[1:], None)):
@@ -152,6 +153,7 @@ def _forward(call: Call, info, x: Arrays, o_ref, lse_ref, m_ref, l_ref, acc_ref)
             drop = ctx.drop(part)
             p = p if drop is None else p * drop
             v = x.v[0, 0, part.keys]
+            # v^T p: [keys,V] by [keys,queries] is [V,queries]
             new = cut(acc, part) * rescale + dot(v, p.astype(v.dtype), TN)
             m, acc = put(m, top, part), put(acc, new, part)
         m_ref[...], l_ref[...], acc_ref[...] = m, total, acc
@@ -193,9 +195,11 @@ def _by_column(call: Call, info, x: Arrays, *refs):
             q, do = x.q[0, 0, part.queries], x.do[0, 0, part.queries]
             p, _, ds = ctx.recompute(part, masked)
             ds = ds.astype(q.dtype)
+            # p do and ds q: [keys,queries] by [queries,V] and [queries,D]
             dv_ref[part.keys] += dot(p.astype(do.dtype), do, NN)
             dk_ref[part.keys] += dot(ds, q, NN)
             if dq is not None:
+                # k^T ds: [keys,D] by [keys,queries] is [D,queries]
                 more = dot(x.k[0, 0, part.keys], ds, TN)
                 dq = put(dq, cut(dq, part) + more, part)
         if dq_ref is not None:
@@ -229,6 +233,7 @@ def _by_row(call: Call, info, x: Arrays, dq_ref, acc_ref):
         acc = acc_ref[...]
         for part in parts:
             k, ds = x.k[0, 0, part.keys], ctx.recompute(part, masked)[2]
+            # k^T ds: [keys,D] by [keys,queries] is [D,queries]
             more = dot(k, ds.astype(k.dtype), TN)
             acc = put(acc, cut(acc, part) + more, part)
         acc_ref[...] = acc

@@ -1,4 +1,4 @@
-"""Steps of a flash kernel on TPU: the schedule that is prefetched, the tiles that are
+"""Tiles of a flash kernel on TPU: the schedule that is prefetched, the tiles that are
 cut out of each array, and what the elements of a tile are.
 
 Tiles of logits lie as [keys, queries]: see `pallas_kernels/flash/tpu.py`.
@@ -19,6 +19,11 @@ from pallas_kernels.machine.product import F32, NT, dot
 from pallas_kernels.machine.tpu import column
 from pallas_kernels.schedule import FULL, MASKED, Part, TilePatterns, Tiling, GridOrder
 from pallas_kernels.tile import LOG2E, NEVER, LogitSpec, both, dropout_keep
+
+# the bits of a word of `Scalars.plan`: what is asked of a tile, whether it opens and
+# whether it closes its line, and above them which tile of the inner axis to hold
+ASK, FIRST, LAST, HOLD_SHIFT = 15, 16, 32, 6
+ROW_SHIFT, COLUMN = 16, 0xFFFF  # of a word of `Scalars.order`
 
 
 class Arrays(NamedTuple):
@@ -46,9 +51,10 @@ class Arrays(NamedTuple):
 class Scalars(NamedTuple):
     """What a kernel reads before a step begins: int32, but for sink.
 
-    order [P]: row << 16 | column; plan [B|1 * P]: hold << 6 | last << 5 | first << 4 |
-    ask; group [P]: which query head of the key head; heads [H]: global head numbers;
-    sink [H] float32; rng [2 + B]: the seed, and the rows' numbers in the batch.
+    order [P]: row << 16 | column; plan [B|1 * P]: hold, last, first and ask in the bits
+    named above; group [P]: which query head of the key head; heads [H]: global head
+    numbers; sink [H] float32; rng [2 + B]: the seed, and the rows' numbers in the
+    batch.
     """
 
     order: Any
@@ -80,8 +86,8 @@ def scalars(seen: GridOrder, groups: int, heads, sink, seed, batch) -> Scalars:
     group = np.concatenate([np.repeat(np.arange(groups), len(line)) for line in lines])
     first = seen.first[at] & (group == 0)
     last = seen.last[at] & (group == groups - 1)
-    words = jnp.asarray(last << 5 | first << 4)[None] + seen.ask[:, at]
-    words = words + (seen.hold[:, at] << 6)
+    words = jnp.asarray(last * LAST | first * FIRST)[None] + seen.ask[:, at]
+    words = words + (seen.hold[:, at] << HOLD_SHIFT)
     rng = jnp.zeros(2, jnp.int32)
     if seed is not None:
         rng = jnp.concatenate([seed.astype(jnp.int32), batch.astype(jnp.int32)])
@@ -106,8 +112,8 @@ class TileContext:
         self.head = info.heads[self.local]
         rows = info.plan.shape[0] // steps
         self.word = info.plan[(self.b * steps if rows > 1 else 0) + self.p]
-        self.ask = self.word & 15
-        self.first, self.last = self.word & 16 != 0, self.word & 32 != 0
+        self.ask = self.word & ASK
+        self.first, self.last = self.word & FIRST != 0, self.word & LAST != 0
 
     def positions(self, part: Part):
         """Query positions [1,queries] and key positions [keys,1] of a part."""
@@ -132,6 +138,7 @@ class TileContext:
     def logits(self, part: Part, masked: bool):
         """Logits times log2(e) of a part [keys,queries], NEVER where hidden."""
         t, form, x = self.call.tiling, self.call.form, self.x
+        # s^T = k q^T: [keys,D] by [queries,D] is [keys,queries]
         raw = dot(x.k[0, 0, part.keys], x.q[0, 0, part.queries], NT)
         i = j = None
         if masked or form.score is not None:
@@ -177,7 +184,9 @@ class TileContext:
         """
         x = self.x
         s, slope = self.logits(part, masked)
+        # P = exp(S - L), dP = dO V^T, dS = P (dP - D): Dao, 2023, algorithm 2
         p = jnp.exp2(s - x.lse[0, 0, :, part.queries])
+        # v do^T: [keys,V] by [queries,V] is [keys,queries]
         dp = dot(x.v[0, 0, part.keys], x.do[0, 0, part.queries], NT)
         drop = self.drop(part)
         dropped, dp = (p, dp) if drop is None else (p * drop, dp * drop)
@@ -201,7 +210,7 @@ class TileContext:
 
 def unpack(word):
     """Row and column of an entry of `Scalars.order`."""
-    return word >> 16, word & 0xFFFF
+    return word >> ROW_SHIFT, word & COLUMN
 
 
 def cut(a, part: Part):
@@ -259,7 +268,7 @@ def current_inner(b, p, info) -> Any:
     """The tile of the inner axis at a step."""
     order, plan = info[:2]
     steps = order.shape[0]
-    return plan[(b * steps if plan.shape[0] > steps else 0) + p] >> 6
+    return plan[(b * steps if plan.shape[0] > steps else 0) + p] >> HOLD_SHIFT
 
 
 def launch(call: Call, kernel, grid, info: Scalars, x, in_specs, out_specs, out_shape,

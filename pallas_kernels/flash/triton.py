@@ -29,7 +29,7 @@ from pallas_kernels.tile import LOG2E, LOW, NEVER
 def forward(static: Static, side: Side, q, k, v, bias, sink):
     """o [B,T,H,V] in v's dtype and lse [B,H,T] float32."""
     b, t, h, _ = q.shape
-    call = _call(static, static.tiling, static.how[0], q, k)
+    call = _call(static, static.tiling, static.tiles[0], q, k)
     return launch(
         call, _forward, (call.tiling.grid[0], h, b),
         _arrays(side, q, k, v, bias, sink),
@@ -42,7 +42,7 @@ def forward(static: Static, side: Side, q, k, v, bias, sink):
 def backward(static: Static, side: Side, q, k, v, bias, sink, lse, delta, do):
     """dq, dk, dv, d(bias), given lse, delta [B,H,T] and do [B,T,H,V]."""
     b, _, h, _ = q.shape
-    call = _call(static, static.backward, static.how[1], q, k)
+    call = _call(static, static.backward, static.tiles[1], q, k)
     base = jnp.where(jnp.isfinite(lse), lse * LOG2E, 0)
     x = _arrays(side, q, k, v, bias, None)._replace(do=do, lse=base, delta=delta)
     table, ask = static.block_masks(call.tiling, side)
@@ -63,10 +63,10 @@ def backward(static: Static, side: Side, q, k, v, bias, sink, lse, delta, do):
     return dq, dk, dv, dbias.astype(bias.dtype)
 
 
-def _call(static: Static, tiling: Tiling, how, q, k) -> Call:
-    warps, stages = how
+def _call(static: Static, tiling: Tiling, tile, q, k) -> Call:
     groups = q.shape[2] // k.shape[2]
-    return Call(static.form, tiling, groups, warps, stages, static.interpret)
+    return Call(static.form, tiling, groups, tile.num_warps, tile.num_stages,
+                static.interpret)
 
 
 def _arrays(side: Side, q, k, v, bias, sink) -> Arrays:
@@ -100,6 +100,7 @@ def _forward(call: Call, x: Arrays, seen, o_ref, lse_ref):
         drop = ctx.drop(row, column)
         p = p if drop is None else p * drop
         p = p.astype(x.v.dtype)
+        # p v: [rows,columns] by [columns,V] is [rows,V], in pieces of V
         acc = tuple(a * rescale[:, None] + dot(p, v, NN)
                     for a, v in zip(acc, ctx.keys(x.v, column)))
         return top, total, acc
@@ -133,6 +134,7 @@ def _by_column(call: Call, x: Arrays, seen, dk_ref, dv_ref):
             q, do = ctx.queries(x.q, row), ctx.queries(x.do, row)
             p, _, ds = ctx.recompute(q, k, v, do, row, column, masked)
             p, ds = p.astype(x.do.dtype), ds.astype(x.q.dtype)
+            # p do and ds q, turned: [columns,rows] by [rows,V] and [rows,D]
             dv = tuple(a + dot(p, part, NN) for a, part in zip(dv, do))
             return tuple(a + dot(ds, part, NN) for a, part in zip(dk, q)), dv
 
@@ -157,6 +159,7 @@ def _by_row(call: Call, x: Arrays, seen, dq_ref):
     def step(column, masked, dq):
         k, v = ctx.keys(x.k, column), ctx.keys(x.v, column)
         ds = ctx.recompute(q, k, v, do, row, column, masked)[2].astype(x.k.dtype)
+        # ds k: [rows,columns] by [columns,D] is [rows,D], in pieces of D
         return tuple(a + dot(ds, part, NN) for a, part in zip(dq, k))
 
     dq = for_each_tile(seen, b, row, step, zeros(rows, dq_ref.shape[3]))

@@ -1,4 +1,4 @@
-"""Steps of a flash kernel on GPU by Triton: the tiles each program passes over, what is
+"""Tiles of a flash kernel on GPU by Triton: the tiles each program passes over, what is
 loaded of each array, and what the elements of a tile are.
 
 Arrays are read where they lie, [B,T,H,D]; what a tile has beyond the end of an array or
@@ -127,6 +127,7 @@ class TileContext:
     def product(self, a, b):
         """Products of queries `a` and keys `b` over their width, a tile of logits."""
         pairs = zip(b, a) if self.turned else zip(a, b)
+        # q k^T: [rows,D] by [columns,D] is [rows,columns], a piece of D at a time
         parts = [dot(*pair, NT) for pair in pairs]
         return functools.reduce(jnp.add, parts)
 
@@ -231,7 +232,9 @@ class TileContext:
         s, slope = self.logits(q, k, row, column, masked)
         of = lambda ref, other: self.along(self.row(ref, row, other), False)
         # queries beyond the end get weights 2^(s - 1e30) = 0
+        # P = exp(S - L), dP = dO V^T, dS = P (dP - D): Dao, 2023, algorithm 2
         p = jnp.exp2(s - of(self.x.lse, -LOW))
+        # do v^T, [rows,columns] as the logits
         dp = self.product(do, v)
         drop = self.drop(row, column)
         dropped, dp = (p, dp) if drop is None else (p * drop, dp * drop)

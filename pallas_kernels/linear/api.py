@@ -27,6 +27,7 @@ from pallas_kernels import Refused, tables
 from pallas_kernels.linear.chunk import FLOOR
 from pallas_kernels.machine.product import F32
 from pallas_kernels.refusals import WIDEST, check_device
+from pallas_kernels.tiles import LinearTpu, LinearTriton
 
 DTYPES = (jnp.bfloat16, jnp.float32)
 
@@ -37,8 +38,8 @@ class Static(NamedTuple):
 
     scale: float
     dtype: Any
-    ahead: tuple[int, ...]
-    back: tuple[int, ...]
+    ahead: LinearTpu | LinearTriton
+    back: LinearTpu | LinearTriton
     vmem: int
     backend: str
     interpret: Any

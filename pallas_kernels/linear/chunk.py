@@ -108,6 +108,7 @@ class NoDecay:
         from_state, to_state = self.enter(entered), self.leave(left)
         dg = self.decay_gradient(
             lambda: dot(q, k, NT) * within * dp, q, k, from_state, to_state, held)
+        # ds k and ds^T q: [c,c] by [c,D] is [c,D]
         return Gradients(dot(ds, k, NN) + from_state, dot(ds, q, TN) + to_state, dg)
 
     def decay_gradient(self, weigh, q, k, from_state, to_state, held):
@@ -276,6 +277,7 @@ class ChannelDecay(NoDecay):
         """`found` and the gradients from the pairs of a level."""
         factor, near, far = self.at(s, q, k)
         ds = jnp.where(self.paired(s), self.scale * dp, 0.0).astype(q.dtype)
+        # ds k and ds^T q of this level's pairs: [c,D]
         to_q, to_k = dot(ds, far, NN) * factor, dot(ds, near, TN) * factor
         more = self.spread(s, q.astype(F32) * to_q + k.astype(F32) * to_k)
         return Gradients(found.dq + to_q, found.dk + to_k, found.dg + more)

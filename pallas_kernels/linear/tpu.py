@@ -29,12 +29,14 @@ from pallas_kernels.linear.tpu_block import (
     Arrays, Call, ChunkContext, arrays, specs, tokens, turned
 )
 from pallas_kernels.machine.product import F32, NN, NT, TN, dot
+from pallas_kernels.tiles import LinearTpu
 
 
 def _states(decays, rows, s) -> list[Any]:
     """The states before each chunk and after the last; rows: k and v of each."""
     found = [s]
     for decay, (k, v) in zip(decays, rows):
+        # v^T leave(k): [c,V] by [c,D] is [V,D]
         more = dot(v, decay.leave(k).astype(k.dtype), TN)
         found.append(decay.kept(found[-1]) + more)
     return found
@@ -59,6 +61,7 @@ def _forward(call: Call, x: Arrays, outs, scratch):
     *states, last = _states(decays, zip(k, v), s_ref[...])
     s_ref[...] = last
     for m, at in enumerate(ctx.chunks):
+        # enter(q) s^T + pairs v: [c,D] by [V,D], [c,c] by [c,V] are [c,V]
         o = dot(low(decays[m].enter(q[m])), low(states[m]), NT)
         o_ref[0, 0, at] = (o + dot(pairs[m], v[m], NN)).astype(o_ref.dtype)
 
@@ -86,12 +89,15 @@ def _backward(call: Call, x: Arrays, outs, scratch):
     states = _states(decays, zip(k[:-1], v), x.begun[0, 0, 0])
     ds = [ds_ref[g]]
     for m in reversed(range(len(q))):
+        # do^T enter(q): [c,V] by [c,D] is [V,D]
         more = dot(do[m], low(decays[m].enter(q[m])), TN)
         ds.insert(0, decays[m].kept(ds[0]) + more)
     before, *ds = ds
     ds_ref[g] = before
+    # pairs^T do + leave(k) ds^T: [c,V]
     dv = [dot(p, a, TN) + dot(low(decay.leave(b)), low(own), NT)
           for p, a, decay, b, own in zip(pairs, do, decays, k, ds)]
+    # dp = do v^T [c,c]; do s and v ds: [c,V] by [V,D] is [c,D]
     given = [(dot(a, b, NT), dot(a, low(s), NN), dot(b, low(own), NN),
               (s * own).sum(0, keepdims=True))
              for a, b, s, own in zip(do, v, states, ds)]
@@ -136,9 +142,9 @@ def _launch(call: Call, body, grid, x: Arrays, cut: Arrays, outs, out_specs, scr
     )(x)
 
 
-def _call(static, numbers, t: int, groups: int) -> Call:
-    block, c = numbers
-    block = min(block, -(-t // c) * c)
+def _call(static, tile: LinearTpu, t: int, groups: int) -> Call:
+    c = tile.chunk
+    block = min(tile.block, -(-t // c) * c)
     return Call(t, block, c, groups, static.scale, static.vmem, static.interpret)
 
 

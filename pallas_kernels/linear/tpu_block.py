@@ -1,5 +1,5 @@
-"""Steps of the linear attention kernels on TPU: what is read, how it is cut up, and the
-decays, pairs and gradients of a block's chunks.
+"""Chunks of the linear attention kernels on TPU: what is read, how it is cut up, and
+the decays, pairs and gradients of a block's chunks.
 """
 
 from __future__ import annotations

@@ -31,8 +31,16 @@ from pallas_kernels.linear.chunk import (
 from pallas_kernels.machine.product import F32, NN, NT, TN, dot
 from pallas_kernels.machine.triton import load, power
 from pallas_kernels.tile import both
+from pallas_kernels.tiles import LinearTriton
 
 MOST = 128  # key channels in registers at a time
+
+
+class Launch(NamedTuple):
+    """How a program of one kernel runs."""
+
+    num_warps: int
+    num_stages: int
 
 
 class Call(NamedTuple):
@@ -48,9 +56,9 @@ class Call(NamedTuple):
     values: int
     state: tuple[int, int]
     keys: int
-    how: tuple[int, int]
-    state_how: tuple[int, int]
-    keys_how: tuple[int, int]
+    launch: Launch
+    state_launch: Launch
+    keys_launch: Launch
     interpret: Any
 
     @property
@@ -152,6 +160,7 @@ def _states(call: Call, reverse: bool, x: Arrays, each_ref, last_ref):
         else:
             value = ctx.rows(x.v, ctx.kv, v0, tall)
             key = decay.leave(ctx.rows(x.k, ctx.kv, d0, wide))
+        # s' = total s + v^T leave(k): [c,values] by [c,keys] is [values,keys]
         return decay.kept(s) + dot(value, key.astype(value.dtype), TN)
 
     begin = triton.load(x.state.at[b, h, *tile])
@@ -181,6 +190,7 @@ def _add_up(call: Call, x: Arrays, ctx: ChunkContext, n, first, state, key: bool
         s = triton.load(state.at[ctx.b, ctx.h, n, *tile])
         decay = ctx.decay(d0, width)
         a = (decay.leave(k) if key else decay.enter(q)).astype(q.dtype)
+        # pairs [c,c], and enter(q) s^T or leave(k) ds^T: [c,values]
         return carry[0] + decay.pairs(q, k), carry[1] + dot(a, s, NT)
 
     zeros = lambda width: jnp.zeros((call.c, width), F32)
@@ -220,6 +230,7 @@ def _keys(call: Call, x: Arrays, dq_ref, dk_ref, *dg_ref):
         tile = pl.ds(first, call.values), pl.ds(d0, call.keys)
         s, ds = (triton.load(a.at[b, h, n, *tile]) for a in (x.state, x.d_state))
         together = (s.astype(F32) * ds.astype(F32)).sum(0, keepdims=True)
+        # dp = do v^T [c,c]; do s and v ds: [c,values] by [values,keys]
         return (dp + dot(do, v, NT), entered + dot(do, s, NN),
                 left + dot(v, ds, NN), held + together)
 
@@ -238,23 +249,24 @@ def _keys(call: Call, x: Arrays, dq_ref, dk_ref, *dg_ref):
         triton.store(at, found.dg.sum(0), mask=ctx.inside)
 
 
-def _launch(call: Call, kernel, grid, x: Arrays, outs, how, name: str) -> Any:
-    warps, stages = how
+def _launch(call: Call, kernel, grid, x: Arrays, outs, how: Launch,
+            name: str) -> Any:
     return pl.pallas_call(
         lambda x, *refs: kernel(call, x, *refs), grid=grid, out_shape=outs,
         interpret=call.interpret, name=name,
-        compiler_params=triton.CompilerParams(num_warps=warps, num_stages=stages),
+        compiler_params=triton.CompilerParams(
+            num_warps=how.num_warps, num_stages=how.num_stages),
     )(x)
 
 
-def _call(static, numbers, q, k, v) -> Call:
-    c, values, warps, stages, side, *rest = numbers
+def _call(static, tile: LinearTriton, q, k, v) -> Call:
     lanes, wide = power(q.shape[3]), power(v.shape[3])
-    keys, *keys_how = rest[2:]
-    return Call(q.shape[1], c, q.shape[2] // k.shape[2], static.scale, lanes,
-                min(values, wide), (min(side, wide), min(side, lanes)),
-                min(keys, lanes), (warps, stages), tuple(rest[:2]),
-                tuple(keys_how), static.interpret)
+    side = tile.state_block
+    return Call(q.shape[1], tile.chunk, q.shape[2] // k.shape[2], static.scale, lanes,
+                min(tile.block_v, wide), (min(side, wide), min(side, lanes)),
+                min(tile.block_d, lanes), Launch(tile.num_warps, tile.num_stages),
+                Launch(tile.state_num_warps, tile.state_num_stages),
+                Launch(tile.dk_num_warps, tile.dk_num_stages), static.interpret)
 
 
 def _pass(call: Call, x: Arrays, state, reverse: bool):
@@ -268,7 +280,7 @@ def _pass(call: Call, x: Arrays, state, reverse: bool):
     grid = tall // call.state[0] * (wide // call.state[1]), h, b
     each, last = _launch(
         call, lambda call, x, *refs: _states(call, reverse, x, *refs), grid,
-        x._replace(state=state), outs, call.state_how,
+        x._replace(state=state), outs, call.state_launch,
         "linear_state_gradients" if reverse else "linear_states")
     return each, last[:, :, :width, :d]
 
@@ -281,7 +293,7 @@ def forward(static, flags, q, k, v, g, state, save: bool):
     each, last = _pass(call, x, state, False)
     out = jax.ShapeDtypeStruct((b, t, h, v.shape[3]), static.dtype)
     grid = call.chunks * (each.shape[3] // call.values), h, b
-    o = _launch(call, _outputs, grid, x._replace(state=each), out, call.how,
+    o = _launch(call, _outputs, grid, x._replace(state=each), out, call.launch,
                 "linear_outputs")
     return last, o, None
 
@@ -298,13 +310,13 @@ def backward(static, flags, q, k, v, g, state, begun, d_state, do):
     own = lambda a: jax.ShapeDtypeStruct((b, t, h, a.shape[3]), kind)
     x = x._replace(state=states, d_state=gradients)
     grid = call.chunks * (states.shape[3] // call.values), h, b
-    dv = _launch(call, _values, grid, x, own(v), call.how, "linear_backward_values")
+    dv = _launch(call, _values, grid, x, own(v), call.launch, "linear_backward_values")
     outs = [jax.ShapeDtypeStruct(q.shape, q.dtype), own(k)]
     if g is not None:
         parts = (b, h, call.lanes // call.keys, t)
         outs.append(jax.ShapeDtypeStruct(g.shape if g.ndim == 4 else parts, F32))
     grid = call.chunks * (call.lanes // call.keys), h, b
-    dq, dk, *dg = _launch(call, _keys, grid, x, outs, call.keys_how,
+    dq, dk, *dg = _launch(call, _keys, grid, x, outs, call.keys_launch,
                           "linear_backward_keys")
     if h > heads:
         share = lambda a: a.reshape(b, t, heads, -1, a.shape[3]).sum(3)

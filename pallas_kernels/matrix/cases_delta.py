@@ -38,7 +38,7 @@ def rule(target, *, backend, backward, t, d, v=None, h=16, k=None, gated=True,
     steps = 0
     if backend == "tpu":
         shape = tables.Shape(t, t, d, v or d, jnp.dtype(dtype).itemsize)
-        many = tables.number(target.kind, "delta", shape)
+        many = tables.chunks(target.kind, "delta", shape).chunks
         steps = h * -(-t // (many * CHUNK))
     trips = {f"delta_{way}": TripCounts((steps,), h, steps)
              for way in ("forward", "backward")[:1 + backward] if backend == "tpu"}

@@ -64,12 +64,13 @@ def passes(device: str, t, d, v, h, mask, itemsize=2, packed=False,
     shape = tables.Shape(t, t, d, v, itemsize, matrix)
     for kernel in ("flash_forward", "flash_backward"):
         found = tables.tile(device, kernel, shape)
-        tiling = Tiling(t, t, found.rows, found.columns, 0)
-        tiling = shrink_to_fit(mask, tiling, found.how[0], max(d, v), packed,
+        tiling = Tiling(t, t, found.block_q, found.block_kv, 0)
+        tiling = shrink_to_fit(mask, tiling, found.block_kv_compute, max(d, v), packed,
                                kernel == "flash_backward")
         table = block_mask(mask, tiling)
         ask = jnp.asarray(table)[None] if packed else None
-        patterns, codes, _ = tile_patterns(mask, tiling, found.how[0], table, ask)
+        patterns, codes, _ = tile_patterns(
+            mask, tiling, found.block_kv_compute, table, ask)
         whole = tiling.rows * tiling.columns
         kinds = [(MASKED, whole)] * patterns.masked
         kinds += [(MASKED + 1 + n, sum(part.area for part in parts))

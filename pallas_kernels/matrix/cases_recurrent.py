@@ -27,7 +27,7 @@ def recurrence(target, *, backend, backward, t, d, h=16, k=None, decay="head",
     trips = {}
     for way in ("forward", "backward") if backend == "tpu" else ():
         block = tables.chunks(target.kind, f"linear_{'backward' if backward else way}",
-                              shape, decay == "channel")[0]
+                              shape, decay == "channel").block
         steps = h * -(-t // block)
         trips[f"linear_{way}"] = TripCounts((steps,), h, steps)
 
@@ -57,7 +57,7 @@ def prefixes(target, *, backend, backward, t=8192, h=8, k=8, v=64, dtype=BF16,
     trips = {}
     if backend == "tpu":
         shape = tables.Shape(t, t, v, v, jnp.dtype(dtype).itemsize)
-        steps = h * -(-t // tables.number(target.kind, "scan", shape))
+        steps = h * -(-t // tables.chunks(target.kind, "scan", shape).chunk)
         trips = {"scan": TripCounts((steps,), steps, steps)}
     if not backward:
         return f, (runs, *args, *state), trips

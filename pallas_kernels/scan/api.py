@@ -73,7 +73,7 @@ def scan(
     t, width = scores.shape[1], v.shape[3]
     shape = tables.Shape(t, t, width, width, v.dtype.itemsize)
     size = chunk or min(
-        tables.number(tables.device_kind(), "scan", shape, backend),
+        tables.chunks(tables.device_kind(), "scan", shape, backend=backend).chunk,
         -(-t // short) * short)
     if backend == "triton":
         size = max(1 << (size - 1).bit_length(), 16)
@@ -143,6 +143,7 @@ def score_gradients(p, a, r, share, before, u_in):
     Where one token has nearly all of the weight, a - delta is a small difference: both
     are measured from a of the token with the greatest score.
     """
+    # ds = P (a - delta), delta = sum_i P a + what came in
     top = p == 1
     many = jnp.maximum(top.astype(F32).sum(0, keepdims=True), 1.0)
     level = jnp.where(top, a, 0.0).sum(0, keepdims=True) / many

@@ -73,6 +73,7 @@ def _forward(has_code, *refs):
     m = jnp.maximum(jnp.where(seen, s, LOWEST).max(1, keepdims=True), m_in)
     p, share = weights(s, m, seen), exp_diff(m_in, m)
     u = p.sum(1, keepdims=True) + share * u_now[g]
+    # P v + share w: [t,i] by [i,V] is [t,V]
     w = weighted(p, v) + share * w_now[g]
     o_ref[0, 0] = (w * inverse(u, real)).astype(o_ref.dtype)
     m_ref[0, 0], u_ref[0, 0] = rows(m, u)

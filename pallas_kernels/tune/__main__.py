@@ -37,7 +37,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import tables
+from pallas_kernels import tables, tiles
 from pallas_kernels.matrix import metrics, tpu_schedule, ptx
 from pallas_kernels.matrix.targets import TARGETS, Gpu, Tpu, compiled, missing, worker
 from pallas_kernels.tune.rows import FAMILIES, Row, Tile, rows
@@ -101,7 +101,7 @@ def tuned(target: Tpu | Gpu, cost: Callable, backends: Sequence[str],
         for backend in backends:
             for row in rows(families, backend):
                 name, kind = row.place(backend)
-                best = _best(target, cost, backend, row, block[name].get(kind))
+                best = _best(target, cost, backend, row)
                 if best is not None:
                     # rows that share its program are tried beside it
                     found_so_far.enter_context(
@@ -110,16 +110,18 @@ def tuned(target: Tpu | Gpu, cost: Callable, backends: Sequence[str],
     return block
 
 
-def _best(target, cost: Callable, backend: str, row: Row, before: Any) -> Any:
-    """The numbers of the cheapest candidate, as `before` has them: a list, or one
-    alone; None if none compiles."""
+def _best(target, cost: Callable, backend: str, row: Row) -> dict[str, int] | None:
+    """The fields of the cheapest candidate by name; None if none compiles."""
     name, kind = row.place(backend)
     costs: dict[Tile, Any] = {}
-    numbers = lambda tile: tile[0] if isinstance(before, int) else list(tile)
+
+    def fields(tile: Tile) -> dict[str, int]:
+        return dataclasses.asdict(tiles.kind(name)(*tile))
+
     for tile in row.candidates(backend):
         said = f"{target.name} {backend} {' '.join(row)} {tile}"
         try:
-            with tables.trial(target.kind, name, kind, numbers(tile), backend):
+            with tables.trial(target.kind, name, kind, fields(tile), backend):
                 found = cost(target, backend, row, tile)
         except Exception as error:  # any compiler's reason drops it
             text = (str(error).splitlines() or [""])[0][:90]
@@ -128,7 +130,7 @@ def _best(target, cost: Callable, backend: str, row: Row, before: Any) -> Any:
         if found is not None:
             costs[tile] = found
             print(f"{said}: {found}", flush=True)
-    return numbers(min(costs, key=lambda tile: costs[tile])) if costs else None
+    return fields(min(costs, key=lambda tile: costs[tile])) if costs else None
 
 
 def write(kind: str, row: dict[str, Any]) -> None:

@@ -9,7 +9,7 @@ import pytest
 from jax.experimental import pallas as pl
 
 from attn.masks import Causal, Full, Window
-from pallas_kernels import Refused, tables
+from pallas_kernels import Refused, tiles
 from pallas_kernels.blocks import triton as blocks_triton
 from pallas_kernels.blocks.api import Static, blocks as attention, inverse
 from experiments.measure import cost
@@ -151,7 +151,7 @@ def test_lists_are_cut_into_parts_of_bounded_length():
     chosen = jnp.concatenate([jnp.zeros_like(picked(K)[..., :1]), picked(K)], -1)
     many = -(-S // BLOCK)
     entries, first = inverse(chosen, K, many)
-    tile = tables.Tile(16, 16, (4, 1))
+    tile = tiles.FlashTriton(16, 16, 4, 1)
     static = Static(None, BLOCK, 5, 8, T, S, 2, (tile,) * 3, 0, "triton", True)
     parts = blocks_triton.divided(static, (entries, first))
     length = parts.stop - parts.start

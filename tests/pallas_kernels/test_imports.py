@@ -7,7 +7,8 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parents[2] / "pallas_kernels"
 RANKS = (
-    ("__init__", "tile", "tables"),
+    ("__init__", "tile", "tiles"),
+    ("tables",),
     ("schedule", "refusals", "machine"),
     ("flash", "decode", "linear", "delta", "scan"),
     ("blocks",),

@@ -271,14 +271,17 @@ def test_the_cheapest_candidate_is_kept():
         return costs[backend](tile)
 
     block = tune.tuned(TARGETS["v5e"], cost, ("tpu",))
-    assert block["flash_forward"]["d128 f16"] == [2048, 2048, 256]
-    assert block["flash_forward"]["d128 f32"] == [512, 1024, 256]
+    assert block["flash_forward"]["d128 f16"] == {
+        "block_q": 2048, "block_kv": 2048, "block_kv_compute": 256}
+    assert block["flash_forward"]["d128 f32"] == {
+        "block_q": 512, "block_kv": 1024, "block_kv_compute": 256}
     before = tables.row("TPU v5 lite")["linear_forward"]["d128 f32"]
     assert block["linear_forward"]["d128 f32"] == before
     block = tune.tuned(TARGETS["sm90a"], cost, ("mosaic", "triton"))
-    assert block["triton_flash_backward"]["d256 f16"] == [32, 32, 4, 1]
-    assert block["triton_decode"]["d256 f32 i8"] == [16, 16, 4, 1]
-    assert block["mosaic_flash_forward"]["d256 v256"] == [128, 64, 1]
+    assert [*block["triton_flash_backward"]["d256 f16"].values()] == [32, 32, 4, 1]
+    assert [*block["triton_decode"]["d256 f32 i8"].values()] == [16, 16, 4, 1]
+    assert block["mosaic_flash_forward"]["d256 v256"] == {
+        "block_q": 128, "block_kv": 64, "num_stages": 1}
 
 
 @pytest.mark.parametrize("name, backend", [("v5e", "tpu"), ("sm80", "triton")])
@@ -290,7 +293,7 @@ def test_a_candidate_is_in_the_table_while_it_is_tried(name, backend):
         _, args, _ = row.program(target, backend)
         table, kind = row.place(backend)
         found = tables.row(target.kind, backend)[table][kind]
-        assert found == (tile[0] if isinstance(found, int) else list(tile)) and args
+        assert tuple(found.values()) == tile and args
         seen[table, kind] = tile
         return tile
 
@@ -298,11 +301,14 @@ def test_a_candidate_is_in_the_table_while_it_is_tried(name, backend):
     assert len(seen) == (20 if backend == "tpu" else 46)
     assert json.dumps(tables.row(target.kind, backend)) == before
     if backend == "tpu":
-        assert row["delta"]["d128 f16"] == 1 and row["scan"]["d256 f16"] == 128
-        assert row["linear_backward"]["d128 f16 channels"] == [256, 64]
+        assert row["delta"]["d128 f16"] == {"chunks": 1}
+        assert row["scan"]["d256 f16"] == {"chunk": 128}
+        assert row["linear_backward"]["d128 f16 channels"] == {
+            "block": 256, "chunk": 64}
     else:
-        assert row["triton_delta_keys"]["d128 f16"] == [32, 32, 4, 1]
-        assert row["triton_scan"]["d256 f16"] == 16
+        assert row["triton_delta_keys"]["d128 f16"] == {
+            "block_d": 32, "block_v": 32, "num_warps": 4, "num_stages": 1}
+        assert row["triton_scan"]["d256 f16"] == {"chunk": 16}
 
 
 def test_a_timed_candidate_has_decays_below_one(monkeypatch):

@@ -155,8 +155,7 @@ class Aaren(nn.Module, Attention):
         """The answer over all keys of each token's run [B,T,H,V]."""
         scores, v, kv_run = (gather(a, self.axis) for a in (scores, v, kv_run))
         # a query stands behind the keys of its run, as a token that weighs nothing
-        # [B,S,H,2]: a score, and 1 for a key; what stands for queries is filled with 0
-        keys = jnp.stack([scores, jnp.ones_like(scores)], -1)
+        keys = jnp.stack([scores, jnp.ones_like(scores)], -1)  # [B,S,H,2], 0 at queries
 
         def read(q, keys, v, run):
             s = jnp.where(keys[..., 1] > 0, keys[..., 0], -jnp.inf)

@@ -54,7 +54,6 @@ class DSF:
     @property
     def dense(self) -> DSF:
         """The same with A [T,N,N] and D [T,p,d] written out."""
-        # diag(A_t) [T,N,N]
         a = self.A if self.A.ndim == 3 else jax.vmap(jnp.diag)(self.A)
         shape = (*self.C.shape[:2], self.B.shape[2])
         zero = jnp.zeros(shape, self.B.dtype)
@@ -66,8 +65,7 @@ class DSF:
         # A_t h: by channel, or [N,N] [N,.]
         times: Any = jnp.multiply if self.A.ndim == 2 else jnp.matmul
         if parallel:
-            # [T,N,1]: matrices are joined with columns
-            columns = added if self.A.ndim == 2 else added[..., None]
+            columns = added if self.A.ndim == 2 else added[..., None]  # [T,N,1]
 
             def join(f, g):
                 """First f, then g: h -> A_g (A_f h + b_f) + b_g."""
@@ -105,8 +103,7 @@ class DSF:
 
     def rescaled(self, s: jax.Array) -> DSF:
         """The same operator with the state s_t h_t, s [T] without zeros."""
-        # s_{t-1}; h_{-1} = 0, so the first one is free
-        before = jnp.concatenate([s[:1], s[:-1]])
+        before = jnp.concatenate([s[:1], s[:-1]])  # as h_{-1} = 0, the first is free
         change = (s / before).reshape((-1,) + (1,) * (self.A.ndim - 1))
         column = s.reshape(-1, 1, 1)
         # h' = s h: A'_t = A_t s_t / s_{t-1}, B'_t = s_t B_t, C'_t = C_t / s_t
@@ -132,8 +129,7 @@ def separable(q: jax.Array, k: jax.Array, eta: jax.Array, width: int) -> DSF:
     [T]: attention as a system that decays by eta_{t-1} / eta_t."""
     # eta_{t-1} / eta_t; nothing comes in at t = 0
     decay = jnp.concatenate([jnp.zeros_like(eta[:1]), eta[:-1] / eta[1:]])
-    # one decay for all: [T,width n]
-    a = jnp.repeat(decay[:, None], width * k.shape[1], 1)
+    a = jnp.repeat(decay[:, None], width * k.shape[1], 1)  # [T,width n]
     return DSF(a, _inward(k / eta[:, None], width), _outward(q, width))
 
 

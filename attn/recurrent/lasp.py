@@ -83,8 +83,7 @@ def _ahead(how: _How, added, factor, last, state):
         # what stood before this shard
         mine = jax.tree.map(lambda a, b: jnp.where(n == me, a, b), (now, run), mine)
         then = run if newest is None else jnp.maximum(run, newest)  # runs rise
-        # another run began: S is dropped
-        keep = None if newest is None else then == run
+        keep = None if newest is None else then == run  # else S is dropped
         passed = _times(factor if how.alike else own, now)
         # heads that share a key head have one M, but states of their own
         new = jnp.repeat(new, now.shape[1] // new.shape[1], 1)
@@ -122,8 +121,7 @@ def _back(how: _How, saved, cotangents):
     # a value that all shards hold has the sum of their gradients
     d_state = jnp.where(me == 0, first, 0) if streams else None
     b, h, d, v = mine.shape
-    # [B,H,D,V] -> [B,K,D,V], summed over H/K
-    d_added = mine.reshape(b, heads, h // heads, d, v).sum(2)
+    d_added = mine.reshape(b, heads, h // heads, d, v).sum(2)  # [B,K,G,D,V]
     if factor is None:
         return d_added, None, None, d_state
     keep = None if keeps is None else keeps[me]
@@ -154,19 +152,16 @@ def _times(factor, state, transposed: bool = False) -> jax.Array:
         return state
     if factor.ndim == 3:
         return state * factor[..., None]  # [B,H,D,V] x [B,H,D,1]
-    form = "bhed,bhev->bhdv" if transposed else "bhde,bhev->bhdv"
-    # [D,D] [D,V]
+    form = "bhed,bhev->bhdv" if transposed else "bhde,bhev->bhdv"  # [D,D] [D,V]
     return jnp.einsum(form, factor, state, precision=jax.lax.Precision.HIGHEST)
 
 
 def _share(factor, d_after, before) -> jax.Array:
     """The gradient of the factor in A S, given those of A S and S."""
     if factor.ndim == 4:
-        # [D,V] [V,D]
-        return jnp.einsum("bhdv,bhev->bhde", d_after, before,
+        return jnp.einsum("bhdv,bhev->bhde", d_after, before,  # [D,V] [V,D]
                           precision=jax.lax.Precision.HIGHEST)
     each = (d_after * before).sum(-1)  # A is diagonal: [B,H,D]
-    # axes along which the factor is shared
     wide = [n for n in range(3) if factor.shape[n] == 1 and each.shape[n] > 1]
     return each.sum(tuple(wide), keepdims=True)
 

@@ -104,7 +104,7 @@ def _ahead(chunk: int, dtype, scores, v, run, m, l, acc):
     values = einsum("nbkgti,nbkiv->nbkgtv", p, x.v)  # [c,c] [c,V]
     # acc_t = P v + exp(m_in - m_t) acc_in
     values = values + rescale[..., None] * acc_before[..., None, :]
-    o = values / jnp.where(sums > 0, sums, 1)[..., None]  # o = acc / l
+    o = values / jnp.where(sums > 0, sums, 1)[..., None]
     # [N,B,K,G,c,V] -> [B,T,H,V]
     o = from_chunks(o.reshape(*o.shape[:2], h, *o.shape[4:]), t)
     if run is not None:
@@ -117,7 +117,7 @@ def _ahead(chunk: int, dtype, scores, v, run, m, l, acc):
 def _carry(x: Chunks, m, l, acc):
     """The last state, [B,K,G] and [B,K,G,V], and what each chunk begins with: (run,
     m, l, acc), with N in front."""
-    ends = x.runs(-1)  # the run in which each chunk ends
+    ends = x.runs(-1)
     own = x.of(ends)
     s = x.s if own is None else jnp.where(own, x.s, -jnp.inf)
     top = s.max(-1)

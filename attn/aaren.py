@@ -84,6 +84,7 @@ class Aaren(nn.Module, Attention):
         if q_run is None:
             pool = over_mesh(self._pool, "BSH BSKV -> BHV", self.axis)
             pooled = pick(self.implementation, xla=functools.partial(pool, scores, v))
+            # [B,H,V] -> [B,T,H,V]
             return jnp.broadcast_to(pooled[:, None], (*q.shape[:3], v.shape[-1]))
         f = over_mesh(self._pool_runs, "BSH BSKV BT BS -> BTHV", self.axis)
         return f(scores, v, q_run, kv_run)
@@ -95,6 +96,7 @@ class Aaren(nn.Module, Attention):
             raise ValueError(f"size: a memory for {size} tokens, expected 1 or more")
         b, _, h, _ = q.shape
         clock = jnp.zeros((b,), jnp.int32)
+        # the segment before the first is -1
         return AarenState(empty(b, h, v.shape[-1]), clock, clock - 1)
 
     def step(self, state, q, k, v, *, x=None, segments=None):
@@ -117,9 +119,11 @@ class Aaren(nn.Module, Attention):
         (_, _, h, d), heads = q.shape, k.shape[2]
         init = nn.initializers.normal(0.02)
         query = self.param("query", init, (h, d), jnp.float32)
-        query = query * (d**-0.5 if self.scale is None else self.scale)
+        query = query * (d**-0.5 if self.scale is None else self.scale)  # scale q [H,D]
+        # s_i = scale q.k_i: [B,S,K,D] x [K,G,D] -> [B,S,K,G]
         s = jnp.einsum(
             "bskd,kgd->bskg", k.astype(jnp.float32), query.reshape(heads, -1, d),
+            # scores are exponentiated: their absolute error counts
             precision=jax.lax.Precision.HIGHEST)
         return s.reshape(*s.shape[:2], h)
 
@@ -131,7 +135,7 @@ class Aaren(nn.Module, Attention):
                 chunk=self.chunk, dtype=v.dtype, implementation=self.implementation)
             return *(after or [None] * 3), o
 
-        v = spread_heads(v, scores.shape[2], axis)
+        v = spread_heads(v, scores.shape[2], axis)  # [B,S,K,V] -> [B,S,K|H,V]
         letters = "BH BTH BTKV BT -> BH BH BHV BTHV"
         *after, o = over_mesh(local, letters, axis)(state, scores, v, run)
         return None if after[0] is None else SoftmaxState(*after), o
@@ -141,17 +145,17 @@ class Aaren(nn.Module, Attention):
         found: Any = total(scores, v)
         if self.axis is not None:
             b, h = found.l.shape
-            parts = stacked(found, self.axis)
+            parts = stacked(found, self.axis)  # of each shard [W,B,H,.]
             first = empty(b, h, v.shape[-1])
             found, _ = jax.lax.scan(lambda a, b: (merge(a, b), None), first, parts)
-        o = found.acc / jnp.where(found.l > 0, found.l, 1)[..., None]
+        o = found.acc / jnp.where(found.l > 0, found.l, 1)[..., None]  # o = acc / l
         return o.astype(v.dtype)
 
     def _pool_runs(self, scores, v, q_run, kv_run) -> jax.Array:
         """The answer over all keys of each token's run [B,T,H,V]."""
         scores, v, kv_run = (gather(a, self.axis) for a in (scores, v, kv_run))
         # a query stands behind the keys of its run, as a token that weighs nothing
-        keys = jnp.stack([scores, jnp.ones_like(scores)], -1)
+        keys = jnp.stack([scores, jnp.ones_like(scores)], -1)  # [B,S,H,2], 0 at queries
 
         def read(q, keys, v, run):
             s = jnp.where(keys[..., 1] > 0, keys[..., 0], -jnp.inf)
@@ -159,5 +163,5 @@ class Aaren(nn.Module, Attention):
                 s, v, run=run, chunk=self.chunk, dtype=v.dtype,
                 implementation=self.implementation)[1]
 
-        nobody = jnp.zeros((*q_run.shape, 1, 1), v.dtype)
+        nobody = jnp.zeros((*q_run.shape, 1, 1), v.dtype)  # queries bring no numbers
         return by_segment(read, nobody, keys, v, q_run, kv_run)

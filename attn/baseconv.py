@@ -82,13 +82,15 @@ class BaseConv(Layer):
         now = locate(segments, x.shape[0], x.shape[1], end, segment)
         run = None if segments is None else now.segment
         x = x.astype(self.dtype)
-        gate, mixed = self._project(x)
+        gate, mixed = self._project(x)  # [B,T,C] each
+        # uniform within 1/sqrt(kernel): the filter of a channel sees `kernel` numbers
         fans = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
         weight = self.param("conv", fans, (self.kernel, width), jnp.float32)
         bias = None
         if self.variant == "zoology":
             bias = self.param("conv_bias", nn.initializers.zeros, (width,), jnp.float32)
         last = None if state is None else state.last
+        # new tokens that the axis cannot split are filtered in the global view
         axis = self.axis if state is None else splits(self.axis, x.shape[1])
         last, mixed = _convolved(axis, mixed, weight, last, run)
         if bias is not None:
@@ -125,14 +127,16 @@ class BaseConv(Layer):
     def _project(self, x) -> tuple[jax.Array, jax.Array]:
         """The gate, and what the filter sees."""
         if self.variant == "zoology":
-            return self._dense(x.shape[-1], "gate")(x), x
+            return self._dense(x.shape[-1], "gate")(x), x  # x P: [B,T,E] [E,E]
+        # x [A | B]: [B,T,E] [E,2C]
         mixed, gate = jnp.split(self._dense(2 * self._width(x), "in")(x), 2, -1)
         return gate, mixed
 
     def _combine(self, x, gate, mixed, run) -> jax.Array:
         if self.variant == "zoology":
-            y = mixed * gate + x
+            y = mixed * gate + x  # conv(x) * (x P) + x
         else:
+            # (silu(conv(x A)) * x B) C: [B,T,C] [C,E]
             y = self._dense(x.shape[-1], "out")(nn.silu(mixed) * gate)
         return y if run is None else jnp.where((run > 0)[..., None], y, 0)
 

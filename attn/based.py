@@ -39,13 +39,14 @@ def features(x: jax.Array, compact: bool = False) -> jax.Array:
     inner products."""
     d = x.shape[-1]
     if compact:
-        a, b = np.triu_indices(d)
+        a, b = np.triu_indices(d)  # pairs a <= b, row by row
         # (x_a x_b)^2 / 2 stands twice in s^2/2 unless a = b
         weight = jnp.asarray(np.where(a == b, (2 * d) ** -0.5, d**-0.5), x.dtype)
         second = x[..., a] * x[..., b] * weight.reshape((1,) * (x.ndim - 1) + (-1,))
     else:
-        second = (x[..., :, None] * x[..., None, :]) * (2 * d) ** -0.5
+        second = (x[..., :, None] * x[..., None, :]) * (2 * d) ** -0.5  # [...,D,D]
         second = second.reshape(*x.shape[:-1], d * d)
+    # phi(q).phi(k) = 1 + s + s^2/2: D^(-1/4) of each factor makes s
     return jnp.concatenate([jnp.ones_like(x[..., :1]), x * d**-0.25, second], -1)
 
 
@@ -93,6 +94,7 @@ class Based(Attention):
         """An empty memory for `size` tokens [B,H,P,V+1]: sums of phi(k) v, and in the
         last column of phi(k), for P features. q, k, v give shapes."""
         self.check_stream()
+        # one column more if sums of weights are held
         return empty(size, *self._memory(q, v.shape[-1] + self.normalize))
 
     def step(self, state, q, k, v, *, x=None, segments=None):
@@ -117,18 +119,20 @@ class Based(Attention):
 
     def _memory(self, q, width: int) -> tuple[int, int, int, int]:
         b, _, h, d = q.shape
+        # P features: 1, D, and each pair of channels once or twice
         return b, h, 1 + d + (d * (d + 1) // 2 if self.compact else d * d), width
 
     def _summed(self, v: jax.Array) -> jax.Array:
         """v as float32, with a column of ones behind it for the sum of weights."""
         v = v.astype(jnp.float32)
         ones = jnp.ones_like(v[..., :1])
-        return jnp.concatenate([v, ones], -1) if self.normalize else v
+        return jnp.concatenate([v, ones], -1) if self.normalize else v  # [B,T,K,V+1]
 
     def _divided(self, o: jax.Array) -> jax.Array:
         if not self.normalize:
             return o
         total = o[..., -1:]
+        # each w is at least 1/2: the total is 0 only where no key is seen
         return o[..., :-1] / jnp.where(total > 0, total + self.eps, 1)
 
     def _local(self, q, k, v, q_run, kv_run) -> jax.Array:
@@ -138,6 +142,7 @@ class Based(Attention):
                 return self._recurrence(q, k, summed, q_run)[1]
             if kv_run is None:
                 return self._whole(q, k, summed)
+            # keys of all shards: sorting by run needs the whole row
             keys, values, runs = (gather(a, self.axis) for a in (k, summed, kv_run))
             here = dataclasses.replace(self, axis=None)
 
@@ -156,12 +161,13 @@ class Based(Attention):
         chunk at a time. With an axis the state before this shard comes from the mesh,
         and the last one is that after all shards, None if none came in."""
         b, t, h, _ = q.shape
-        zeros = jnp.zeros(self._memory(q, v.shape[-1]), jnp.float32)
+        zeros = jnp.zeros(self._memory(q, v.shape[-1]), jnp.float32)  # [B,H,P,V]
         before = zeros if state is None else state
         if t == 1 and self.axis is None:
             return naive(self._map(q), self._map(k), v, state=before, run=run)
         c, copies = min(self.chunk, t), h // k.shape[2]
         row = filled(run, t, c)
+        # [N,B,H,c,D] and [N,B,H,c,V]
         q, k, v = to_chunks(q, c), to_chunks(k, c, h), to_chunks(v, c, h)
         carried: jax.Array | int = 1
         if self.axis is not None:
@@ -172,6 +178,7 @@ class Based(Attention):
             last = None if run is None else run.max(1)
             begun = carry_in(final, None, last, self.axis, state=state)
             carried, before = begun.run, begun.state
+            # a state that came in has its query heads already
             before = jnp.repeat(before, h // before.shape[1], 1)
         after, o = self._scan(before, q, k, v, runs_of(row, c, carried))
         return begun.after if self.axis is not None else after, from_chunks(o, t)
@@ -190,11 +197,13 @@ class Based(Attention):
             return only(here.keeps, state) + added, o
 
         scanned = None if alike else runs
+        # features are made again going back: P channels a token are not to be kept
         return jax.lax.scan(jax.checkpoint(pass_on), state, (q, k, v, scanned))
 
     def _seen(self, state, q, k, v, here: Runs) -> jax.Array:
         # inside the chunk the weights are written out, 1 + s + s^2/2 [B,H,c,c]
-        s = jnp.einsum("bhid,bhjd->bhij", q, k) * q.shape[-1] ** -0.5
+        s = jnp.einsum("bhid,bhjd->bhij", q, k) * q.shape[-1] ** -0.5  # [c,D] [D,c]
+        # [c,c] [c,V]
         o = jnp.einsum("bhij,bhjv->bhiv", only(here.seen, 1 + s + s * s / 2), v)
         q = only(here.enters, self._map(q))  # [B,H,c,P]
         return o + jnp.einsum("bhip,bhpv->bhiv", q, state)  # [c,P] [P,V]
@@ -205,6 +214,7 @@ class Based(Attention):
         state = jnp.zeros(self._memory(q, v.shape[-1]), jnp.float32)
         c, full = min(self.chunk, k.shape[1]), Runs(None, None, None, None)
         state, _ = self._scan(state, None, to_chunks(k, c, h), to_chunks(v, c, h), full)
+        # one state of all shards [B,H,P,V], by an all-reduce
         state = state if self.axis is None else jax.lax.psum(state, self.axis)
 
         def read(q):

@@ -123,12 +123,13 @@ class Delta(nn.Module, Attention):
         run, low = now.segment if packed else None, v.dtype
         memory, *tails = [None] * 4 if state is None else state[:4]
         tails, (q, k, v) = self._short((q, k, v), tails, run, axis)
-        beta, log_decay = self._gates(x.astype(jnp.float32), q.shape[2])
+        beta, log_decay = self._gates(x.astype(jnp.float32), q.shape[2])  # [B,T,H]
         k, v = (spread_heads(a, q.shape[2], axis) for a in (k, v))
+        # unit keys: states grow if |k|^2 beta is above 2
         q, k, v = (a.astype(low) for a in (_unit(q), _unit(k), v))
 
         def local(state, q, k, v, beta, log_decay, run):
-            return recurrence(
+            return recurrence(  # o_t = q_t S_t / sqrt(D)
                 q, k, v, beta, log_decay, state=state, run=run, chunk=self.chunk,
                 axis=axis, scale=q.shape[3] ** -0.5, dtype=low,
                 implementation=self.implementation,
@@ -147,7 +148,9 @@ class Delta(nn.Module, Attention):
         wide = [a.astype(jnp.float32) for a in arrays]
         if not self.conv:
             return tails, [nn.silu(a) for a in wide]
+        # [B,T,H D], [B,T,K D], [B,T,K V]: a filter of each channel
         flat = [a.reshape(*a.shape[:2], a.shape[2] * a.shape[3]) for a in wide]
+        # uniform within 1/sqrt(conv): the filter of a channel sees `conv` numbers
         fans = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
         weights = [
             self.param(f"{name}_conv", fans, (self.conv, a.shape[2]), jnp.float32)
@@ -155,6 +158,7 @@ class Delta(nn.Module, Attention):
         ]
         streams = tails[0] is not None
         tails = [a.astype(jnp.float32) for a in tails] if streams else None
+        # channels are split where their heads are, and if the mesh can split the heads
         channels = [home("H", a.shape[2], axis) for a in arrays]
 
         def of(axes: str) -> str:
@@ -171,18 +175,21 @@ class Delta(nn.Module, Attention):
 
         found = over_mesh(local, letters, axis)(
             *flat, *weights, *(tails or [None] * 3), run)
+        # tails are remembered in the dtype of their tokens
         after = [b if b is None else b.astype(a.dtype) for a, b in zip(arrays, found)]
+        # [B,T,H D] -> [B,T,H,D]
         return after, [nn.silu(b).reshape(a.shape) for a, b in zip(arrays, found[3:])]
 
     def _gates(self, x, h: int) -> tuple[jax.Array, jax.Array | None]:
         """beta and the log decay [B,T,H], float32."""
         def dense(name):
+            # x W: [B,T,E] [E,H]
             return nn.Dense(h, use_bias=False, dtype=jnp.float32, name=name)(x)
 
         beta = nn.sigmoid(dense("beta")) * (2.0 if self.negative else 1.0)
         if not self.gated:
             return beta, None
-        rate = jnp.exp(self.param("A_log", _rates, (h,))).reshape(1, 1, h)
+        rate = jnp.exp(self.param("A_log", _rates, (h,))).reshape(1, 1, h)  # exp(A)
         bias = self.param("dt_bias", _steps, (h,)).reshape(1, 1, h)
         # g = -exp(A) softplus(x W' + b)
         return beta, -rate * nn.softplus(dense("decay") + bias)
@@ -195,6 +202,7 @@ def _unit(a):
 
 def _rates(key, shape):
     """log A, A uniform in (0,16)."""
+    # not from 0, whose log is -inf
     return jnp.log(jax.random.uniform(key, shape, minval=1e-4, maxval=16.0))
 
 
@@ -202,4 +210,5 @@ def _steps(key, shape):
     """The inverse softplus of steps that are log uniform between 0.001 and 0.1."""
     low, high = jnp.log(0.001), jnp.log(0.1)
     step = jnp.exp(jax.random.uniform(key, shape) * (high - low) + low)
+    # log(e^y - 1) as y + log(1 - e^-y): exact for small y too
     return step + jnp.log(-jnp.expm1(-step))

@@ -64,21 +64,23 @@ class Essa(Attention):
         def sums(a, b, w):
             return noncausal(a, b, w, q_run=q_run, kv_run=kv_run, axis=self.axis)
 
-        q, k = self._squares(q), self._squares(k)
+        q, k = self._squares(q), self._squares(k)  # q', k' [B,.,.,D]
         one, ones = jnp.ones_like(q[..., :1]), jnp.ones_like(k[..., :1])
-        count = sums(one, ones, ones)
+        count = sums(one, ones, ones)  # S: keys of the query's run [B,T,H,1]
         total = sums(one, ones, k * k)  # of each channel, over the query's segment
+        # 1/|k'_.d| goes with q': it is one number a channel and run, not one a key
         q = q * _inverse_root((q * q).sum(-1, keepdims=True)) * _inverse_root(total)
-        o = sums(q, k, v) * _inverse_root(count)
+        o = sums(q, k, v) * _inverse_root(count)  # S^-0.5 sum_d q'_td sum_s k'_sd v_s
         if not self.residual:
             return o
+        # v_t, of K heads, for each of H
         own = jnp.repeat(v.astype(jnp.float32), o.shape[2] // v.shape[2], 2)
         return o + (own if kv_run is None else _real(own, kv_run))
 
     def _squares(self, x: jax.Array) -> jax.Array:
         """Squares of the centred channels over their sum, float32."""
         x = x.astype(jnp.float32)
-        x = x - x.mean(-1, keepdims=True)
+        x = x - x.mean(-1, keepdims=True)  # q - mean(q)
         return x * x / ((x * x).sum(-1, keepdims=True) + self.eps)
 
 

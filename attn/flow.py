@@ -97,6 +97,7 @@ class Flow(Attention):
         """All tokens at once. q [B,T,H,D], k [B,S,K,D], v [B,S,K,V] -> [B,T,H,V]."""
         check(q, k, v, segments=segments, aligned=self.causal)
         b, t, h, _ = q.shape
+        # query heads have flows of their own, and so do their keys
         k, v = (jnp.repeat(a, h // a.shape[2], 2) for a in (k, v))
         if self.causal:
             more = locate(segments, b, t).pos, segment_indices(segments, q)[0]
@@ -148,14 +149,14 @@ class Flow(Attention):
 
     def _shapes(self, q, v) -> tuple:
         b, _, h, d = q.shape
-        vectors = ((b, h, d, 1),) * 4
+        vectors = ((b, h, d, 1),) * 4  # keys, queries, sources, sinks
         return (*vectors, (b, h, 1, 1), (b, h, d, v.shape[-1]))
 
     def _phi(self, x: jax.Array) -> jax.Array:
         x = x.astype(jnp.float32)
         if self.feature == "sigmoid":
             return jax.nn.sigmoid(x)
-        return jax.nn.relu(x) + 1e-6
+        return jax.nn.relu(x) + 1e-6  # above 0: flows are divided by
 
     def _causal(self, axis, q, k, v, pos, run, state=None) -> tuple:
         """The sums after all tokens, if there were some before, and o [B,T,H,V]."""
@@ -170,6 +171,7 @@ class Flow(Attention):
                 chunk=self.chunk, axis=axis, implementation=self.implementation,
             )
             if now is not None:
+                # [B,n H,.,.] -> n of [B,H,.,.]
                 after.update(zip(names, jnp.split(now, len(names), 1)))
             return o
 
@@ -191,6 +193,7 @@ class Flow(Attention):
         the heads of each name."""
         sink, source = self._phi(q), self._phi(k)
         gain, share = self._gains(sums, sink, source, pos)
+        # o_t = gain_t phi(q_t) sum_(s<=t) phi(k_s)^T v_s c_s: [D] [D,V]
         return gain * sums(("memory",), sink, source, v.astype(jnp.float32) * share)
 
     def _gains(self, sums: Sums, sink, source, pos) -> tuple[jax.Array, jax.Array]:
@@ -201,14 +204,17 @@ class Flow(Attention):
             return jnp.concatenate([a, b], 2)  # sums of two kinds are heads of one
 
         def flow(names, w):
+            # [B,T,2H,D]: queries meet the sums of keys, and keys those of queries
             found = self._flow(sums)(names, both(sink, source), both(source, sink), w)
             return jnp.split(found / n, 2, 2)
 
         # I and O, then I' and O' [B,T,H,1]
         incoming, outgoing = flow(("keys", "queries"), both(ones, ones))
         taken, given = flow(("sources", "sinks"), both(1 / outgoing, 1 / incoming))
-        weight = jnp.exp(self._clamped(given))
+        weight = jnp.exp(self._clamped(given))  # exp(O')
+        # c_s = n exp(O'_s) / sum_(i<=s) exp(O'_i)
         share = weight * n / _nonzero(sums(("total",), ones, ones, weight))
+        # sigmoid(I') / (n I), where n I is the sum and not the mean
         gain = self._allocated(1 / (incoming * n), taken)
         return gain, share if self.compete else jnp.ones_like(share)
 
@@ -236,13 +242,15 @@ class Flow(Attention):
 
             return found
 
+        # sums over keys; over queries
         into, out_of = sums(q_run, kv_run), sums(kv_run, q_run)
         at_q, at_k = jnp.ones_like(sink[..., :1]), jnp.ones_like(source[..., :1])
-        incoming = self._flow(into)("keys", sink, source, at_k)
-        outgoing = self._flow(out_of)("queries", source, sink, at_q)
-        taken = self._flow(into)("sources", sink, source, 1 / outgoing)
-        given = self._flow(out_of)("sinks", source, sink, 1 / incoming)
+        incoming = self._flow(into)("keys", sink, source, at_k)  # I_t
+        outgoing = self._flow(out_of)("queries", source, sink, at_q)  # O_s
+        taken = self._flow(into)("sources", sink, source, 1 / outgoing)  # I'_t
+        given = self._flow(out_of)("sinks", source, sink, 1 / incoming)  # O'_s
         weight = jnp.exp(self._clamped(given))
+        # over the keys of each key's run
         among = functools.partial(sums(kv_run, kv_run), "", at_k, at_k)
         share = weight * among(at_k) / _nonzero(among(weight))  # c = S softmax(O')
         # T and S of the run, as many queries and keys as there are
@@ -257,6 +265,7 @@ class Flow(Attention):
         """(a + eps).(sum_s b_s w_s + eps), of nonnegative a and b."""
         def flow(name, a, b, w):
             a = a + self.eps
+            # (a + eps).eps: what eps beside the sum adds
             return sums(name, a, b, w) + self.eps * a.sum(-1, keepdims=True)
 
         return flow

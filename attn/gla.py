@@ -64,7 +64,7 @@ class GLA(nn.Module, Attention):
     def init_state(self, size, q, k, v, *, x=None) -> LinearState:
         """An empty memory for `size` tokens; q, k, v give shapes."""
         b, _, h, d = q.shape
-        return empty(size, b, h, d, v.shape[-1])
+        return empty(size, b, h, d, v.shape[-1])  # S [B,H,D,V]
 
     def step(self, state, q, k, v, *, x=None, segments=None):
         """The next T tokens -> state, [B,T,H,V]; the state does not grow."""
@@ -78,6 +78,8 @@ class GLA(nn.Module, Attention):
         """log a [B,T,H,D] <= 0, float32, of tokens x [B,T,E]."""
         if x is None:
             raise ValueError("x is None: GLA makes its gates from the tokens [B,T,E]")
+        # A
         low = nn.Dense(self.rank, use_bias=False, kernel_init=_INIT, name="gate_down")
-        up = nn.DenseGeneral(q.shape[2:], kernel_init=_INIT, name="gate_up")
+        up = nn.DenseGeneral(q.shape[2:], kernel_init=_INIT, name="gate_up")  # B, b
+        # log sigmoid(x A B + b) / 16: [B,T,E] [E,rank] [rank,H,D]
         return jax.nn.log_sigmoid(up(low(x.astype(jnp.float32)))) / self.temperature

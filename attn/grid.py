@@ -81,13 +81,14 @@ class MDLRPE(nn.Module):
         if self.kind == "rotary" and d % 2:
             raise ValueError(f"MDLRPE: {d} channels: expected an even number")
         width = d if self.doubles else d // 2
-        each = -(-width // len(self.dims))
+        each = -(-width // len(self.dims))  # e: the channels of an axis
 
         def first(key, shape, dtype=jnp.float32):
             theta = self.base ** (-2 * jnp.arange(each, dtype=dtype) / d)
             return jnp.broadcast_to(theta, shape)
 
         shape = self.heads or h, each
+        # [H,e]
         theta = self.param("theta", first, shape) if self.learned else first(0, shape)
         if h % shape[0]:
             raise ValueError(
@@ -97,6 +98,7 @@ class MDLRPE(nn.Module):
         at = coordinates(pos, self.dims, self.extra).astype(jnp.float32)
         # [B,T,1,m,1] x [1,1,H,1,e] -> [B,T,H,m,e], side by side up to `width`
         angle = at[:, :, None, :, None] * theta[None, None, :, None]
+        # [B,T,H,m e] -> [B,T,H,width]
         angle = angle.reshape(*at.shape[:2], h, -1)[..., :width]
         return _turned(x, angle, self.doubles)
 
@@ -107,7 +109,7 @@ def _turned(x: jax.Array, angle: jax.Array, doubles: bool) -> jax.Array:
     if doubles:
         parts = y * cos, y * sin
     else:
-        a, b = jnp.split(y, 2, -1)
+        a, b = jnp.split(y, 2, -1)  # pairs (a, b) of RoPE
         parts = a * cos - b * sin, a * sin + b * cos
     return jnp.concatenate(parts, -1).astype(x.dtype)
 
@@ -172,6 +174,7 @@ class MDTPE(nn.Module):
             dense = nn.Dense(
                 e, use_bias=False, dtype=self.dtype, kernel_init=_INIT, name=f"out_{a}"
             )
+            # norm_a(y^a) W_a: [B,T,E] [E,E]
             y = y + dense(mixed.reshape(x.shape))
         return y
 
@@ -187,5 +190,5 @@ def along(
     # linear attention whose q and k are numbers: q = gain, k = 1, v = x
     one = jnp.ones((*rows.shape[:3], 1), jnp.float32)
     scaled = one * gain.astype(jnp.float32)[None, None, :, None]
-    o = recurrence(scaled, one, rows, log_decay, chunk=chunk)[1]
+    o = recurrence(scaled, one, rows, log_decay, chunk=chunk)[1]  # [B',T,H,V]
     return jnp.moveaxis(o.reshape(moved.shape), -3, axis + 1)

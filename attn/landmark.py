@@ -118,6 +118,7 @@ class Landmark(Attention):
         jumps, gates = (None, None) if key is None else jax.random.split(key)
         q, k = self._rotated(q, k, self._jumped(now.pos, queries.mark, jumps))
         if landmark is None and segments is not None:
+            # padding goes behind: groups then follow each other without gaps
             segment, pos, k, v = compact(now.segment, now.pos, k, v)
             keys = regular(segment, pos, self.size)
         k, v = (spread_heads(a, q.shape[2], self.axis) for a in (k, v))
@@ -212,8 +213,10 @@ class Landmark(Attention):
         # [B,T,K,G,D] x [B,N,K,D] -> [B,K,G,T,N]: what queries think of landmarks
         s = jnp.einsum("btkgd,bnkd->bkgtn", q, k, preferred_element_type=jnp.float32)
         s = s.reshape(s.shape[0], -1, *s.shape[3:]) * self._scale(q)
+        # [B,1,1,N]
         there = (jnp.arange(ring.many)[None] < ring.cached[:, None])[:, None, None]
-        asks = (now.segment == 1)[:, None, :, None]
+        asks = (now.segment == 1)[:, None, :, None]  # [B,1,T,1]
+        # p [B,H,T,N]; -1e30 and not -inf: a row without any block is no NaN
         p = jax.nn.softmax(jnp.where(there, s, -1e30))
         if self.selection == "max_over_heads":
             p = jnp.broadcast_to(p.max(1, keepdims=True), p.shape)
@@ -229,17 +232,17 @@ class Landmark(Attention):
     def _retrieved(self, q, chosen, ring: Blocks, index) -> Retrieved:
         """The blocks that the queries with these indices retrieve."""
         b, _, h, d = q.shape
-        chosen, q = chosen[:, :, index], q[:, index]
+        chosen, q = chosen[:, :, index], q[:, index]  # [B,H,T,n] and [B,T,H,D]
         where = jnp.where(chosen < 0, -1, ring.slot_of(chosen))
         held = ring.cache.k, ring.cache.v
-        k, v = (gather_blocks(a, where, self.size) for a in held)
+        k, v = (gather_blocks(a, where, self.size) for a in held)  # [B,H,T,n,size,.]
         near = jnp.take_along_axis(ring.place(), chosen.reshape(b, -1), 1) > 0
         near = (near & ring.full[:, None]).reshape(chosen.shape)
         # the i-th one stands at place i, or at i + 1 if it is one of the youngest
         slot = jnp.arange(chosen.shape[3])[None, None, None] + near
         inside = jnp.arange(self.size).reshape(1, 1, 1, 1, -1)
         pos = slot[..., None] * self.size + inside
-        rows = k.reshape(b, -1, 1, d)
+        rows = k.reshape(b, -1, 1, d)  # [B,H T n size,1,D]
         k = self._turned(rows, pos.reshape(b, -1)).reshape(k.shape)
         # [B,T,H,D] x [B,H,T,n,size,D] -> [B,H,T,n,size]
         s = jnp.einsum("bthd,bhtnjd->bhtnj", q, k, preferred_element_type=jnp.float32)

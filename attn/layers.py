@@ -100,6 +100,7 @@ class MultiHead(Layer):
                 options["key"] = self.make_rng("dropout")
             o = attention(q, k, v, **options)
         o = self._gated(x, self._normed(o))
+        # [B,T,H,V] x [H,V,E] -> [B,T,E]
         y = nn.DenseGeneral(
             x.shape[-1], axis=(-2, -1), use_bias=self.use_bias, dtype=self.dtype,
             kernel_init=_INIT, name="out",
@@ -144,6 +145,7 @@ class MultiHead(Layer):
         """The attention as this layer uses it; a learned one is its child."""
         attention = self.attention
         if self._takes_rope() and not isinstance(attention, nn.Module):
+            # keys are cached unrotated, so the attention turns them itself
             attention = dataclasses.replace(attention, rope=self.position)
         return attention
 
@@ -186,7 +188,8 @@ class MultiHead(Layer):
             nn.DenseGeneral, use_bias=False, dtype=self.dtype, kernel_init=_INIT
         )
         if rank is not None:
-            x = dense(rank, name="gate_down")(x)
+            x = dense(rank, name="gate_down")(x)  # [B,T,E] [E,R]
+        # o times act(x W): [B,T,E|R] x [E|R,H,V] -> [B,T,H,V]
         return o * getattr(nn, name)(dense(o.shape[2:], name="gate")(x))
 
     def _positions(self, x, source, state, pos, segments):
@@ -211,6 +214,7 @@ class MultiHead(Layer):
         if needs_query:
             q = dense((self.heads, d), name="q")(x)  # [B,T,E] [E,H,D]
         else:
+            # of a query that nobody reads, the shape alone
             q = jax.ShapeDtypeStruct((*x.shape[:2], self.heads, d), self.dtype)
         k = dense((keys, d), name="k")(source)  # [B,S,K,D]
         v = dense((keys, v_dim), name="v")(source)  # [B,S,K,V]

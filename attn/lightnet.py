@@ -112,6 +112,7 @@ class LightNet(Attention):
             return self._noncausal(q, k, wide, segments).astype(v.dtype)
         run, _ = segment_indices(segments, q)
         pos = locate(segments, b, t).pos
+        # exp(k_t - z_t) and z_{t-1} - z_t [B,T,H,D]
         share, log_decay, *_ = self._shares(
             k, run, nothing((b, h, d)), self.axis, ends=False)
         o = linear_attention(
@@ -173,7 +174,7 @@ class LightNet(Attention):
     def _spread(self, log_decay) -> jax.Array:
         """One decay for each row of the memory."""
         d = log_decay.shape[-1]
-        return jnp.tile(log_decay, self._rows(d) // d)
+        return jnp.tile(log_decay, self._rows(d) // d)  # [B,T,H,D] -> [B,T,H,rows]
 
     def _shares(self, k, run, before: tuple, axis: Axis | None, ends: bool = True):
         """exp(k_t - z_t), z_{t-1} - z_t [B,T,H,D], and the sums after all tokens, or
@@ -186,6 +187,7 @@ class LightNet(Attention):
     def _running(self, axis: Axis | None, ends: bool, k, run, *before) -> tuple:
         # a constant: top + log(total) does not depend on where it is measured from
         top, held = jax.lax.stop_gradient(k), Mass(*before)
+        # the mass in front of a token, and its own: exp(k - top) = 1, with k's gradient
         token = Mass(*nothing(k.shape)), Mass(top, jnp.exp(k - top))
         after, (last, now) = prefix_scan(
             _shifted, token, state=(held, held), run=run, chunk=self.chunk, axis=axis,
@@ -193,8 +195,9 @@ class LightNet(Attention):
         )
         (old_top, old), (new_top, new) = (self._begun(a) for a in (last, now))
         real = None if run is None else (run > 0)[..., None, None]
+        # exp(k_t - z_t), z = top + log(total)
         share = only(real, jnp.exp(only(real, k - new_top)) / new)
-        log_decay = old_top - new_top + jnp.log(old) - jnp.log(new)
+        log_decay = old_top - new_top + jnp.log(old) - jnp.log(new)  # z_{t-1} - z_t
         # rounding may make it positive, but no decay is
         log_decay = jnp.where(log_decay > 0, 0, log_decay)
         return share, log_decay, *(after[1] if ends else (None, None))
@@ -204,6 +207,7 @@ class LightNet(Attention):
         top, total = mass.top, mass.total
         if self.init_lse > -math.inf:
             top = jnp.maximum(top, self.init_lse)
+            # exp(init_lse), below the same top
             total = total * jnp.exp(mass.top - top) + jnp.exp(self.init_lse - top)
         return top, jnp.where(total > 0, total, 1)
 
@@ -220,20 +224,20 @@ class LightNet(Attention):
 
         f = over_mesh(local, "BTHD BSHD BSHV BT BS -> BTHV", self.axis)
         o = pick(self.implementation, xla=functools.partial(f, *turned, v, *of))
-        return o * self._factor(q.shape[-1])
+        return o * self._factor(q.shape[-1])  # c silu(q_t) sum_s exp(k_s - z)^T v_s
 
     def _softmax(self, k, run) -> jax.Array:
         """exp(k_s - z) [B,S,H,D], z over all keys of the run."""
-        top = jax.lax.stop_gradient(k)
+        top = jax.lax.stop_gradient(k)  # it cancels: no gradient
         top = top.max(1, keepdims=True) if run is None else _largest(top, run)
         top = jnp.maximum(top, self.init_lse)
-        each = jnp.exp(k - top)
+        each = jnp.exp(k - top)  # [B,S,H,D]
         if run is None:
             total = each.sum(1, keepdims=True)
         else:
             each = only((run > 0)[..., None, None], each)
             total = over_mesh(self._sums, "BSHD BS -> BSHD", self.axis)(each, run)
-        total = total + jnp.exp(self.init_lse - top)
+        total = total + jnp.exp(self.init_lse - top)  # exp(init_lse) beside the sum
         return each / jnp.where(total > 0, total, 1)
 
     def _sums(self, each, run) -> jax.Array:
@@ -260,5 +264,6 @@ def _shifted(a: tuple[Mass, Mass], b: tuple[Mass, Mass]) -> tuple[Mass, Mass]:
 def _largest(k: jax.Array, run: jax.Array) -> jax.Array:
     """The largest of k [B,S,H,D] in each token's run [B,S], numbered up to S."""
     many = k.shape[1] + 1
+    # by row: [S,H,D] -> [S+1,H,D]
     best = jax.vmap(lambda a, r: jax.ops.segment_max(a, r, many))(k, run)
     return jnp.take_along_axis(best, run[..., None, None], 1)

@@ -41,11 +41,13 @@ def slopes(
     if rule == "none":
         return np.zeros(heads)
     if rule == "code":
-        base = _geometric(heads)
+        base = _geometric(heads)  # 2^(-8h/H)
     else:
+        # equation 10, h = 1..H; or h = 0..H-1
         base = 8 * (h if rule == "paper" else h - 1) / heads
     if layers is None:
         return base
+    # 1 - l/(L-1) + 1e-5; equation 10: 1 - l/L
     factor = 1 - layer / (layers - 1) + 1e-5 if rule == "code" else 1 - layer / layers
     return base * factor
 
@@ -132,7 +134,7 @@ class Lightning(Attention):
         """An empty memory for `size` tokens; q, k, v give shapes."""
         self.check_stream()
         b, _, h, d = q.shape
-        return empty(size, b, h, d, v.shape[-1])
+        return empty(size, b, h, d, v.shape[-1])  # S [B,H,D,V]
 
     def step(self, state, q, k, v, *, x=None, segments=None):
         """The next T tokens -> state, [B,T,H,V]; the state does not grow."""
@@ -146,21 +148,21 @@ class Lightning(Attention):
         if self.slopes == "none":
             return None
         s = slopes(q.shape[2], self.slopes, self.layer, self.layers)
-        return jnp.asarray(-s, jnp.float32)
+        return jnp.asarray(-s, jnp.float32)  # log of exp(-s_h) [H]
 
     def _two_sided(self, q, k, v, log_decay, q_run, kv_run) -> jax.Array:
-        if log_decay is None:
+        if log_decay is None:  # o = q (K^T V)
             xla = functools.partial(
                 noncausal, q, k, v, q_run=q_run, kv_run=kv_run, axis=self.axis)
             return pick(self.implementation, xla=xla)
-        forth, back = (
+        forth, back = (  # j <= t, and j >= t
             recurrence(
                 q, k, v, log_decay, run=q_run, chunk=self.chunk, axis=self.axis,
                 reverse=reverse, implementation=self.implementation,
             )[1]
             for reverse in (False, True)
         )
-        return forth + back - _own(q, k, v, q_run)
+        return forth + back - _own(q, k, v, q_run)  # both hold j = t
 
 
 def _own(q, k, v, run) -> jax.Array:
@@ -169,5 +171,5 @@ def _own(q, k, v, run) -> jax.Array:
         jnp.repeat(a.astype(jnp.float32), q.shape[2] // a.shape[2], 2)
         for a in (q, k, v)
     )
-    o = (q * k).sum(-1, keepdims=True) * v
+    o = (q * k).sum(-1, keepdims=True) * v  # [B,T,H,1] x [B,T,H,V]
     return o if run is None else jnp.where(run[..., None, None] > 0, o, 0)

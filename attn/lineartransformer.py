@@ -86,6 +86,7 @@ class LinearTransformer(Attention):
         return b, h, d, v.shape[-1] + 1
 
     def _sums(self, axis, state, q, k, v, run) -> tuple:
+        # sum_j (phi(q_t).phi(k_j)) [v_j | 1], j <= t: [B,T,H,V+1]
         return recurrence(
             _phi(q), _phi(k), _beside_one(v), state=state, run=run, chunk=self.chunk,
             axis=axis, implementation=self.implementation,
@@ -95,6 +96,7 @@ class LinearTransformer(Attention):
         if self.causal:
             _, o = self._sums(self.axis, None, q, k, v, kv_run)
         else:
+            # the same over all j
             xla = functools.partial(
                 noncausal, _phi(q), _phi(k), _beside_one(v), q_run=q_run, kv_run=kv_run,
                 axis=self.axis,
@@ -103,14 +105,15 @@ class LinearTransformer(Attention):
         return self._divided(o).astype(v.dtype)
 
     def _divided(self, o: jax.Array) -> jax.Array:
-        total = o[..., -1:]
+        total = o[..., -1:]  # sum_j phi(q_t).phi(k_j)
+        # phi is positive: the sum is 0 only where no key is seen
         return o[..., :-1] / jnp.where(total > 0, total + self.eps, 1)
 
 
 def _phi(x: jax.Array) -> jax.Array:
-    return jax.nn.elu(x.astype(jnp.float32)) + 1
+    return jax.nn.elu(x.astype(jnp.float32)) + 1  # exp(x) below 0, x + 1 above
 
 
 def _beside_one(v: jax.Array) -> jax.Array:
     v = v.astype(jnp.float32)
-    return jnp.concatenate([v, jnp.ones_like(v[..., :1])], -1)
+    return jnp.concatenate([v, jnp.ones_like(v[..., :1])], -1)  # [B,S,K,V+1]

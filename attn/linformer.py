@@ -65,6 +65,7 @@ class Linformer(nn.Module, Attention):
             raise ValueError(f"S={s} keys: expected at most length={self.length}")
         shape = (self.rank, self.length)
         init = nn.initializers.normal(self.length**-0.5)
+        # E and F [r,length]
         mixes = [self.param(n, init, shape, jnp.float32) for n in ("keys", "values")]
         kv_segments = segments[1] if isinstance(segments, tuple) else segments
         indices = segment_indices(segments, q, ordered=False)
@@ -79,13 +80,15 @@ class Linformer(nn.Module, Attention):
             return noncausal(a, b, w, q_run=q_run, kv_run=kv_run, axis=self.axis)
 
         q, k, v = (a.astype(jnp.float32) for a in (q, k, v))
+        # E_s and F_s of each key [B,S,K,r]
         keys, values = (_columns(mix, pos, k.shape[2]) for mix in (keys, values))
         scale = q.shape[-1] ** -0.5 if self.scale is None else self.scale
+        # logits_t = D^-0.5 sum_s (q_t.k_s) E_s
         p = jax.nn.softmax(scale * sums(q, k, keys))  # over r: [B,T,H,r]
-        return sums(p, values, v)
+        return sums(p, values, v)  # o_t = sum_s (p_t.F_s) v_s
 
 
 def _columns(mix: jax.Array, pos: Any, heads: int) -> jax.Array:
     """The column of each key's position, [B,S,K,r], of mix [r,length]."""
-    found = mix.T[pos]
+    found = mix.T[pos]  # [length,r] at [B,S] -> [B,S,r]
     return jnp.broadcast_to(found[:, :, None], (*pos.shape, heads, mix.shape[0]))

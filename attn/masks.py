@@ -45,7 +45,7 @@ class Mask:
         `i` and `j` are (first, last) positions, both inclusive. A wrong `some=True` or
         `every=False` costs time; the opposite would be an error: hence this default.
         """
-        some = (i[0] == i[0]) & (j[0] == j[0])
+        some = (i[0] == i[0]) & (j[0] == j[0])  # True, as wide as both
         return some, some ^ True
 
     def reach(self) -> Reach:
@@ -85,7 +85,7 @@ class Full(Mask):
     """Everything is visible."""
 
     def __call__(self, h, i, j):
-        return (i == i) & (j == j)
+        return (i == i) & (j == j)  # True, as wide as both
 
     def bounds(self, i, j):
         every = (i[0] == i[0]) & (j[0] == j[0])
@@ -159,7 +159,7 @@ class Sink(Mask):
             raise ValueError(f"Sink: n={self.n}: expected 0 or more tokens")
 
     def __call__(self, h, i, j):
-        return (j < self.n) & (i == i)
+        return (j < self.n) & (i == i)  # as wide as both
 
     def bounds(self, i, j):
         return (j[0] < self.n) & (i[0] == i[0]), (j[1] < self.n) & (i[0] == i[0])
@@ -202,6 +202,7 @@ class Or(And):
 
     def bounds(self, i, j):
         a, b = self.a.bounds(i, j), self.b.bounds(i, j)
+        # together they may show all where neither does: that costs time only
         return a[0] | b[0], a[1] | b[1]
 
     def reach(self):
@@ -233,7 +234,7 @@ def tiles(mask: Mask, i: tuple[Array, Array], j: tuple[Array, Array]) -> np.ndar
 
     `i` and `j` hold the first and last positions of each query tile and each key tile.
     """
-    i0, i1 = (np.asarray(x)[:, None] for x in i)
-    j0, j1 = (np.asarray(x)[None, :] for x in j)
+    i0, i1 = (np.asarray(x)[:, None] for x in i)  # [tiles,1]
+    j0, j1 = (np.asarray(x)[None, :] for x in j)  # [1,tiles]
     some, _ = mask.bounds((i0, i1), (j0, j1))
     return np.argwhere(np.broadcast_to(some, (i0.shape[0], j0.shape[1])))

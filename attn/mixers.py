@@ -61,10 +61,11 @@ class Mixer(Layer):
     def values(self, x: jax.Array) -> jax.Array:
         """V(X) [B,T,G,E/G]: x itself, in one group or a group a channel."""
         groups = self.matrix(x).shape[0]
-        return _wide(x).reshape(*x.shape[:2], groups, -1)
+        return _wide(x).reshape(*x.shape[:2], groups, -1)  # [B,T,E] -> [B,T,G,E/G]
 
     def dense(self, x: jax.Array) -> jax.Array:
         """Re(A V) [B,T,E], by the matrix."""
+        # A V: [G,T,T] x [B,T,G,E/G] -> [B,T,G,E/G]
         y = jnp.einsum("gts,bsgw->btgw", self.matrix(x), self.values(x))
         return y.real.reshape(x.shape)
 
@@ -79,14 +80,15 @@ class FNet(Mixer):
     row = TemplateRow(FOURIER, "L D log(L D)", 1)
 
     def mix(self, x):
-        return jnp.fft.fft2(_wide(x), axes=(1, 2)).real
+        return jnp.fft.fft2(_wide(x), axes=(1, 2)).real  # Re(F_T X F_E)
 
     def matrix(self, x):
         t = x.shape[1]
+        # F_T, the transforms of unit vectors [1,T,T]
         return jnp.fft.fft(jnp.eye(t, dtype=_wide(x).dtype), axis=0)[None]
 
     def values(self, x):
-        return jnp.fft.fft(_wide(x), axis=2)[:, :, None]
+        return jnp.fft.fft(_wide(x), axis=2)[:, :, None]  # X F_E [B,T,1,E]
 
 
 class Static(Mixer):
@@ -109,7 +111,7 @@ class Static(Mixer):
         return self.param("weight", init, shape, jnp.float32)
 
     def mix(self, x):
-        return jnp.einsum("ts,bse->bte", self.weight(x), _wide(x))
+        return jnp.einsum("ts,bse->bte", self.weight(x), _wide(x))  # [T,T] [T,E]
 
     def matrix(self, x):
         return self.weight(x)[None]
@@ -141,7 +143,7 @@ class LongConv(Mixer):
         return jnp.fft.irfft(y, n, axis=1)[:, :t]
 
     def matrix(self, x):
-        return _toeplitz(self.taps(x), x.shape[1], 0)
+        return _toeplitz(self.taps(x), x.shape[1], 0)  # h_(t-s) at (t, s) [E,T,T]
 
 
 class Depthwise(Mixer):
@@ -163,10 +165,12 @@ class Depthwise(Mixer):
 
     def mix(self, x):
         half = self.kernel // 2
+        # `half` zeros behind: a causal filter at t + half looks at both sides of t
         ahead = jnp.pad(_wide(x), ((0, 0), (0, half), (0, 0)))
         return shortconv(ahead, self.taps(x))[1][:, half:]
 
     def matrix(self, x):
+        # w_(s-t+half) at (t, s), so w runs the other way [E,T,T]
         return _toeplitz(self.taps(x)[::-1], x.shape[1], self.kernel // 2)
 
 
@@ -183,6 +187,7 @@ class MeanPool(Mixer):
         x = _wide(x)
         if not self.causal:
             return jnp.broadcast_to(x.mean(1, keepdims=True), x.shape)
+        # tokens so far [1,T,1]
         count = jnp.arange(1, x.shape[1] + 1, dtype=x.dtype)[None, :, None]
         return jnp.cumsum(x, 1) / count
 
@@ -199,7 +204,7 @@ def _wide(x: jax.Array) -> jax.Array:
 
 def _toeplitz(taps: jax.Array, t: int, ahead: int) -> jax.Array:
     """[E,T,T] with taps_(t-s+ahead) at (t, s), of taps [w,E], 0 outside of them."""
-    at = jnp.arange(t)[:, None] - jnp.arange(t)[None] + ahead
+    at = jnp.arange(t)[:, None] - jnp.arange(t)[None] + ahead  # t - s + ahead [T,T]
     inside = (at >= 0) & (at < taps.shape[0])
-    found = taps[jnp.clip(at, 0, taps.shape[0] - 1)]
+    found = taps[jnp.clip(at, 0, taps.shape[0] - 1)]  # [T,T,E]
     return jnp.moveaxis(jnp.where(inside[..., None], found, 0), 2, 0)

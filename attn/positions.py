@@ -57,7 +57,7 @@ class RoPE:
         if self.scaling == "ntk" and width > 2:
             # the slowest channel turns `factor` times slower, the fastest as before
             theta = theta * self.factor ** (width / (width - 2))
-        plain = theta ** (-np.arange(0, width, 2) / width)
+        plain = theta ** (-np.arange(0, width, 2) / width)  # theta^(-2m/D) [D/2]
         if self.scaling in (None, "ntk"):
             return plain
         if self.scaling == "linear":

@@ -97,7 +97,7 @@ class RAT(nn.Module, Attention):
         def like(a):
             return jax.ShapeDtypeStruct((b, 1, h, a.shape[-1]), v.dtype)
 
-        slots = -(-size // self.chunk) if size > 0 else size
+        slots = -(-size // self.chunk) if size > 0 else size  # an end for each chunk
         ends = caches.empty(like(k), like(v), slots)
         own = (jnp.zeros((b, h, a.shape[-1]), jnp.float32) for a in (k, v))
         return _state(ends, *own)
@@ -143,6 +143,7 @@ class RAT(nn.Module, Attention):
     def _checked(self, q, k, v, segments):
         """k and v with H heads."""
         check(q, k, v, segments=segments, aligned=True)
+        # [B,S,K,.] -> [B,S,H,.]
         return (jnp.repeat(a, q.shape[2] // a.shape[2], 2) for a in (k, v))
 
     @nn.compact
@@ -159,6 +160,7 @@ class RAT(nn.Module, Attention):
         shape = q.shape[2], max(q.shape[3], v.shape[3])
         dense = nn.DenseGeneral(shape, use_bias=False, kernel_init=_INIT, name="gate")
         bias = self.param("gate_bias", slow, shape, jnp.float32)
+        # x W + b: [B,T,E] [E,H,max(D,V)]
         return dense(x.astype(jnp.float32)) + bias[None, None]
 
     def _local(self, q, k, v, logit, pos, run) -> jax.Array:
@@ -178,19 +180,23 @@ class RAT(nn.Module, Attention):
 
     def _running(self, k, v, logit, pos, run, held=None):
         """k' [B,T,H,D], v' [B,T,H,V] float32; held: those of the token in front."""
+        # 1 - sigmoid(a) = sigmoid(-a), exact near 1
         keep, add = jax.nn.sigmoid(logit), jax.nn.sigmoid(-logit)
         starts = (pos % self.chunk == 0)[..., None, None]
-        keep = jnp.where(starts, 0, keep)
+        keep = jnp.where(starts, 0, keep)  # each chunk begins with 0
         if run is not None:
             real = (run > 0)[..., None, None]
             keep, add = jnp.where(real, keep, 1), jnp.where(real, add, 0)
         own = [slice(None, a.shape[-1]) for a in (k, v)]
+        # (1 - g_t) k_t, and v_t
         new = [add[..., n] * a.astype(jnp.float32) for n, a in zip(own, (k, v))]
 
         def join(a, b):
+            # b behind a: g_b (g_a h + x) + y, channel by channel
             after = [b[0][..., n] * x + y for n, x, y in zip(own, a[1:], b[1:])]
             return b[0] * a[0], *after
 
+        # [B,T,H,.]
         decay, *states = jax.lax.associative_scan(join, (keep, *new), axis=1)
         decays = [decay[..., n] for n in own]
         if self.axis is not None and held is None:
@@ -206,6 +212,7 @@ class RAT(nn.Module, Attention):
         """What the shards in front of this one leave, of what each ends with."""
         one = jnp.ones(last[0].shape[:1], jnp.int32)
         decay, *states = last
+        # the stretch without tokens
         nothing = jnp.ones_like(decay), *map(jnp.zeros_like, states)
         (_, found), _ = exclusive_prefix(join, one, last, axis, (one, nothing))
         return found[1:]
@@ -216,14 +223,16 @@ class RAT(nn.Module, Attention):
         last = pos % self.chunk == self.chunk - 1
         if run is not None:
             last = last & (run > 0)
+        # ends first, in order: at most n = ceil(T/L) of them
         order = jnp.argsort(~last, axis=1, stable=True)[:, : -(-t // self.chunk)]
 
         def take(a):
             at = order.reshape(order.shape + (1,) * (a.ndim - 2))
             return jnp.take_along_axis(a, at, 1)
 
-        there, number = take(last), take(pos) // self.chunk
+        there, number = take(last), take(pos) // self.chunk  # [B,n]
         ones = jnp.ones_like(pos) if run is None else run
+        # rotated by the number of its chunk
         k = self._turned(take(own_k), number).astype(dtype)
         v = take(own_v).astype(dtype)
         runs = jnp.where(there, take(ones), 0)
@@ -237,6 +246,7 @@ class RAT(nn.Module, Attention):
         number = pos // self.chunk
         far = state_of(*attend(
             self._turned(q, number), k, v, LogitSpec(Causal(), scale),
+            # number - 1: the own chunk's end holds later tokens
             Where(number - 1, kv_pos, run, kv_run), implementation=self.implementation,
         ))
         # the own chunk's running state is one key more: m its logit, l = 1, acc = v'

@@ -58,7 +58,7 @@ class RetNet(Attention):
     def init_state(self, size, q, k, v, *, x=None) -> LinearState:
         """An empty memory for `size` tokens; q, k, v give shapes."""
         b, _, h, d = q.shape
-        return empty(size, b, h, d, v.shape[-1])
+        return empty(size, b, h, d, v.shape[-1])  # S [B,H,D,V]
 
     def step(self, state, q, k, v, *, x=None, segments=None):
         """The next T tokens -> state, [B,T,H,V]; the state does not grow."""
@@ -68,5 +68,6 @@ class RetNet(Attention):
         )
 
     def _log_decay(self, q) -> jax.Array:
-        gap = 2.0 ** -(self.first + np.arange(q.shape[2]))
+        gap = 2.0 ** -(self.first + np.arange(q.shape[2]))  # 2^(-5-h) [H]
+        # log(1 - gap), exact for a small gap
         return jnp.asarray(np.log1p(-gap), jnp.float32)

@@ -71,6 +71,7 @@ class SnapKV(Policy, Softmax):
         early = (cache.pos >= 0) & (cache.pos < window)
         heads = early.shape[2]  # that keep tokens of their own
         by_query = jnp.repeat(jnp.moveaxis(early, 1, 2), h // heads, 1)  # [B,H,C]
+        # c_j, pooled [B,H,C]
         pooled = self.pooled(self.votes(q, cache.k, cache.pos, now), by_query)
         pooled = pooled.reshape(b, heads, h // heads, -1).mean(2)  # [B,K,C]
         return jnp.where(early, jnp.moveaxis(pooled, 1, 2), jnp.inf)
@@ -89,6 +90,7 @@ class SnapKV(Policy, Softmax):
         kv_pos = jnp.repeat(pos, h // pos.shape[2], 2)
         seen = allowed(self.mask, Where(q_pos, kv_pos, head=jnp.arange(h)))
         p = weights(logits(asked, k, self.scale), seen).astype(q.dtype)  # [B,H,W,S]
+        # c_j = sum over the window [B,H,S]
         return (p * (last >= 0)[:, None, :, None]).sum(2, dtype=jnp.float32)
 
     def pooled(self, vote: jax.Array, early: jax.Array) -> jax.Array:

@@ -143,6 +143,7 @@ class Softmax(Attention):
     def _split(self, q, k):
         """The axis if it can split these queries and keys; else None, and what there is
         to do is done in the global view."""
+        # zigzag deals two pieces to each
         pieces = devices_of(self.axis) * (2 if self.exchange == "zigzag" else 1)
         fits = q.shape[1] % pieces == 0 and k.shape[1] % pieces == 0
         return self.axis if fits else None
@@ -156,6 +157,7 @@ class Softmax(Attention):
         if segments is None:
             if self.axis is None:
                 return Where()
+            # aligned at the last token
             q_pos = jnp.arange(s - t, s, dtype=jnp.int32)[None]
             kv_pos = jnp.arange(s, dtype=jnp.int32)[None]
             return Where(
@@ -225,4 +227,5 @@ def _count(keys: jax.Array, ids: jax.Array) -> jax.Array:
     def find(side: str) -> jax.Array:
         return jax.vmap(functools.partial(jnp.searchsorted, side=side))(ordered, ids)
 
+    # equal ids stand side by side
     return (find("right") - find("left")).astype(jnp.int32)

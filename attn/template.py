@@ -39,9 +39,10 @@ def row(mixer: Any) -> TemplateRow:
 def _power(mask: Mask) -> float:
     """How the visible pairs grow with L, counted in tiles at two lengths."""
     def visible(n: int) -> int:
-        first = 64 * np.arange(n)
+        first = 64 * np.arange(n)  # tiles of 64 tokens
         return len(tiles(mask, (first, first + 63), (first, first + 63)))
 
+    # visible pairs grow by 2^p with twice the length
     return float(np.round(np.log2(visible(256) / visible(128)), 1))
 
 
@@ -61,7 +62,9 @@ def matrix(attention: Any, q: jax.Array, k: jax.Array, *, width: int = 1,
 
     def column(one: jax.Array) -> jax.Array:
         shape = b, s, heads, width
+        # 1 at one key, 0 elsewhere: [S] -> [B,S,H,V]
         v = jnp.broadcast_to(one[None, :, None, None], shape)
         return attention(q, k, v, **options)
 
+    # [S,B,T,H,V] -> [B,H,V,T,S]
     return jnp.moveaxis(jax.vmap(column)(jnp.eye(s, dtype=q.dtype)), (0, 2), (4, 3))

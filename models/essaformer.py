@@ -32,6 +32,7 @@ def shuffle(x: jax.Array, r: int) -> jax.Array:
     """Channels to pixels: [B,h,w,C r^2] -> [B,h r,w r,C]; channel c r^2 + i r + j is
     channel c of the pixel (i, j) of the r x r that a pixel becomes."""
     b, h, w, c = x.shape
+    # [B,h,w,C,i,j] -> [B,h,i,w,j,C]
     x = x.reshape(b, h, w, c // r**2, r, r).transpose(0, 1, 4, 2, 5, 3)
     return x.reshape(b, h * r, w * r, c // r**2)
 
@@ -39,6 +40,7 @@ def shuffle(x: jax.Array, r: int) -> jax.Array:
 def unshuffle(x: jax.Array, r: int) -> jax.Array:
     """The inverse of `shuffle`: [B,h,w,C] -> [B,h/r,w/r,C r^2]."""
     b, h, w, c = x.shape
+    # [B,h,i,w,j,C] -> [B,h,w,C,i,j]
     x = x.reshape(b, h // r, r, w // r, r, c).transpose(0, 1, 3, 5, 2, 4)
     return x.reshape(b, h // r, w // r, c * r**2)
 
@@ -81,17 +83,18 @@ class Refine(nn.Module):
 
         def drop(a):
             return nn.Dropout(
+                # a dropped channel is dropped in all pixels
                 self.dropout, broadcast_dims=(1, 2), deterministic=not train
             )(a)
 
         tokens = nn.LayerNorm(epsilon=1e-5, dtype=self.dtype, name="norm")(
-            x.reshape(b, h * w, c)
+            x.reshape(b, h * w, c)  # [B,h w,C]
         )
         mixed = MultiHead(
             self.attention, heads=1, position=None, use_bias=True, dtype=self.dtype,
             name="attention",
         )(tokens)
-        y = jnp.concatenate([drop(mixed.reshape(x.shape)), x], -1)
+        y = jnp.concatenate([drop(mixed.reshape(x.shape)), x], -1)  # [B,h,w,2C]
         y = drop(nn.leaky_relu(conv(2 * c, 1, name="first")(y), SLOPE))
         y = drop(nn.leaky_relu(conv(2 * c, 3, name="second")(y), SLOPE))
         return conv(c, 1, name="third")(y) + x
@@ -110,6 +113,7 @@ class Resize(nn.Module):
         """x [B,h,w,C] -> [B,h s,w s,C] or [B,h/s,w/s,C]."""
         c, factors = x.shape[-1], _factors(self.scale)
         for n, r in enumerate(factors):
+            # r x r pixels become channels, or channels become pixels
             width = c // r**2 if self.down else c * r**2
             x = Conv(width, 3, self.dtype, name=f"conv_{n}")(x)
             x = unshuffle(x, r) if self.down else shuffle(x, r)
@@ -153,10 +157,10 @@ class ESSAformer(nn.Module):
             for name in ("high", "low")
         )
         x = conv(self.width, name="first")(x)
-        fine = high(up(x))
+        fine = high(up(x))  # x1 = A(U(x))
         for _ in range(2):
-            x = low(down(fine) + x)
-            fine = high(up(x) + fine)
+            x = low(down(fine) + x)  # x2 = E(D(x1) + x), then x4
+            fine = high(up(x) + fine)  # x3 = A(U(x2) + x1), then x5
         return conv(bands, name="last")(fine)
 
 

@@ -30,6 +30,7 @@ def sample(logits: jax.Array, key: jax.Array, how: Sampling) -> jax.Array:
         return logits.argmax(-1).astype(jnp.int32)
     logits = logits / how.temperature
     if how.top_k is not None:
+        # the k-th largest [B,1]
         worst = jax.lax.top_k(logits, min(how.top_k, logits.shape[-1]))[0][:, -1:]
         logits = jnp.where(logits < worst, -jnp.inf, logits)
     if how.top_p is not None:
@@ -65,10 +66,11 @@ def generate(
     longest = max(len(p) for p in prompts)
     padded = bucket(longest)
     chunk = min(chunk, padded)
-    padded = -(-padded // chunk) * chunk
+    padded = -(-padded // chunk) * chunk  # whole chunks: one program reads them all
     tokens = np.zeros((len(prompts), padded), np.int32)
     segments = np.zeros_like(tokens)
     for row, prompt in enumerate(prompts):
+        # 0 behind: padding
         tokens[row, : len(prompt)], segments[row, : len(prompt)] = prompt, 1
     room = bucket(length)
     whole = jax.ShapeDtypeStruct(tokens.shape, jnp.int32)
@@ -77,7 +79,7 @@ def generate(
     for at in range(0, padded, chunk):
         piece = slice(at, at + chunk)
         if not segments[:, piece].any():
-            break
+            break  # every prompt has ended
         state, logits = _read(
             model, params, state, logits, tokens[:, piece], segments[:, piece]
         )
@@ -99,7 +101,8 @@ def stream(model: Any, params: Any, tokens: jax.Array, prompt: int) -> jax.Array
         state, logits = model.apply(params, token[:, None], state)
         return state, logits[:, 0]
 
-    _, rest = jax.lax.scan(step, state, tokens[:, prompt:].T)
+    _, rest = jax.lax.scan(step, state, tokens[:, prompt:].T)  # [T - prompt,B]
+    # [B,prompt,vocab] and [B,T - prompt,vocab]
     return jnp.concatenate([first, rest.swapaxes(0, 1)], 1)
 
 
@@ -112,8 +115,9 @@ def bucket(n: int, least: int = 16) -> int:
 def _read(model, params, state, logits, tokens, segments):
     """One chunk of the prompts: logits [B,vocab] after each row's last token so far."""
     real = (segments > 0).sum(1)
-    at = jnp.maximum(real - 1, 0)
+    at = jnp.maximum(real - 1, 0)  # of each row's last token here
     state, new = model.apply(params, tokens, state, segments=segments, at=at)
+    # rows that have ended keep theirs
     return state, jnp.where(real[:, None] > 0, new, logits)
 
 
@@ -129,9 +133,10 @@ def _write(model, how, room, params, state, logits, key, stop, length):
     def draw(carry):
         n, state, logits, drawn, counts, done = carry
         token = sample(logits, jax.random.fold_in(key, n), how)
-        done = done | (token[:, None] == stop[None]).any(1)
+        done = done | (token[:, None] == stop[None]).any(1)  # [B,1] [1,stops]
         drawn = drawn.at[:, n].set(jnp.where(done, 0, token))
         counts = counts + ~done
+        # a row that is done reads padding, which its state does not store
         alive = (~done).astype(jnp.int32)[:, None]
         state, logits = model.apply(params, token[:, None], state, segments=alive)
         return n + 1, state, logits[:, 0], drawn, counts, done

@@ -58,7 +58,7 @@ class LM(nn.Module):
             raise ValueError(
                 f"LM: width={self.width}: expected a multiple of heads={self.heads}"
             )
-        more = 1 if self.interleaving else 0
+        more = 1 if self.interleaving else 0  # an id for the attention's own token
         self.embed = Embed(self.vocab + more, self.width, self.dtype)
         self.layers = Layers(Pattern(self.blocks()), self.scan, self.remat)
         self.norm = nn.RMSNorm(dtype=self.dtype)
@@ -80,6 +80,7 @@ class LM(nn.Module):
 
     def blocks(self) -> tuple[Block, ...]:
         """The layers, unbound."""
+        # 8/3 E, up to a multiple of 16
         hidden = -(-8 * self.width // 48) * 16 if self.hidden is None else self.hidden
         return tuple(
             Block(
@@ -104,17 +105,20 @@ class LM(nn.Module):
             raise ValueError(f"tokens have shape {tokens.shape}: expected [B,T], T > 0")
         index = None
         if self.interleaving:
+            # all layers have read the same tokens: the first one's clock is theirs
             clock = (None, None) if state is None else (state[0].end, state[0].segment)
             tokens, segments, index = self.interleaving.interleave(
                 tokens, segments, *clock, own=self.vocab
             )
-        x = lay(self.embed(tokens), "BTE")
+        x = lay(self.embed(tokens), "BTE")  # [B,T] -> [B,T,E]
         after, x = self.layers(x, state, segments)
         if index is not None:
+            # the outputs of the text alone: [B,T',E] -> [B,T,E]
             x = jnp.take_along_axis(x, index[..., None], 1)
         if at is not None:
-            x = jnp.take_along_axis(x, at[:, None, None], 1)[:, 0]
+            x = jnp.take_along_axis(x, at[:, None, None], 1)[:, 0]  # [B,T,E] -> [B,E]
         x = self.norm(x)
+        # [B,T,E] [E,vocab]; the attention's own token is never predicted
         logits = self.embed.attend(x)[..., : self.vocab] if self.tied else self.head(x)
         logits = lay(logits.astype(jnp.float32), "BTN" if at is None else "BN")
         return logits if state is None else (after, logits)
@@ -145,5 +149,5 @@ def loss(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
     # a comparison, not an index: where the vocabulary is split, sums are all that moves
     ids = jnp.arange(logits.shape[-1]).reshape((1,) * targets.ndim + (-1,))
     own = jnp.where(ids == targets[..., None], logits, 0).sum(-1)
-    nats = jax.nn.logsumexp(logits, -1) - own
+    nats = jax.nn.logsumexp(logits, -1) - own  # -log p(target)
     return jnp.where(real, nats, 0).sum(), real.sum()

@@ -60,22 +60,24 @@ class PixelNet(nn.Module):
         if not self.attention:
             raise ValueError("PixelNet: attention=(): expected one entry per layer")
         tokens = patches(images, self.patch)
+        # [B,T,p p C] [p p C,E]
         x = nn.Dense(self.width, dtype=self.dtype, kernel_init=INIT, name="embed")(
             tokens
         )
         if self.table:
             shape = x.shape[1:]
             places = self.param("places", _TABLE, shape, jnp.float32)
-            x = x + places[None].astype(self.dtype)
+            x = x + places[None].astype(self.dtype)  # [B,T,E] + [1,T,E]
         if self.encoder is not None:
             x = self.encoder(x)
         _, x = Layers(Pattern(self.blocks()), name="layers")(x)
-        x = nn.RMSNorm(dtype=self.dtype, name="norm")(x).mean(1)
+        x = nn.RMSNorm(dtype=self.dtype, name="norm")(x).mean(1)  # [B,T,E] -> [B,E]
         head = nn.Dense(self.classes, dtype=self.dtype, kernel_init=INIT, name="head")
-        return head(x).astype(jnp.float32)
+        return head(x).astype(jnp.float32)  # [B,E] [E,classes]
 
     def blocks(self) -> tuple[Block, ...]:
         """The layers, unbound."""
+        # 8/3 E, up to a multiple of 16
         hidden = -(-8 * self.width // 48) * 16 if self.hidden is None else self.hidden
         return tuple(
             Block(
@@ -101,5 +103,6 @@ def patches(images: jax.Array, size: int) -> jax.Array:
         raise ValueError(
             f"images of {h} x {w} pixels: expected multiples of patch={size}"
         )
-    x = images.reshape(b, h // size, size, w // size, size, c)
+    x = images.reshape(b, h // size, size, w // size, size, c)  # [B,h/p,p,w/p,p,C]
+    # pixels of a square side by side
     return x.swapaxes(2, 3).reshape(b, -1, size * size * c)

@@ -54,7 +54,7 @@ def spec(name: str, shape: tuple[int, ...], mesh: Any, fsdp: bool = True):
     that are left. Vectors and matrices below `SMALL` numbers stay whole.
     """
     homes: list = list(tensor_spec(name, shape, mesh))
-    homes += [None] * (len(shape) - len(homes))
+    homes += [None] * (len(shape) - len(homes))  # trailing None was trimmed
     if not fsdp or len(shape) < 2 or math.prod(shape) < SMALL:
         return _trimmed(homes)
     for axes in _groups(mesh, taken="model" in homes):
@@ -62,6 +62,7 @@ def spec(name: str, shape: tuple[int, ...], mesh: Any, fsdp: bool = True):
         free = [n for n, home in enumerate(homes)
                 if home is None and shape[n] % devices == 0]
         if free:
+            # of those that are left, the longest
             at = max(free, key=lambda n: shape[n])
             homes[at] = axes if len(axes) > 1 else axes[0]
             break
@@ -148,6 +149,7 @@ def lay(x: jax.Array, letters: str) -> jax.Array:
     def where(letter, size):
         if letter not in homes:
             return None
+        # of an axis that the mesh lacks: size % (size + 1) is never 0
         fits = size % mesh.shape.get(homes[letter], size + 1) == 0
         return homes[letter] if fits else free
 

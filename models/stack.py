@@ -32,7 +32,8 @@ class SwiGLU(nn.Module):
         dense = functools.partial(
             nn.Dense, use_bias=False, dtype=self.dtype, kernel_init=INIT
         )
-        gate = nn.silu(dense(self.hidden, name="gate")(x))
+        gate = nn.silu(dense(self.hidden, name="gate")(x))  # [B,T,E] [E,F]
+        # (silu(x W) * x U) O: [B,T,F] [F,E]
         return dense(x.shape[-1], name="out")(gate * dense(self.hidden, name="up")(x))
 
 
@@ -101,7 +102,7 @@ class Layers(nn.Module):
     def _scanned(self, x, segments, period):
         blocks = self.pattern.blocks
         one = Layers(Pattern(blocks[:period]), remat=self.remat, parent=None)
-        params = stack(self.variables["params"], period)
+        params = stack(self.variables["params"], period)  # leaves [repeats,...]
         repeats = len(blocks) // period
         keys = None
         if self.has_rng("dropout"):
@@ -132,7 +133,7 @@ def stack(params: Any, period: int) -> Any:
     repeats = len(params) // period
     return {
         f"layer_{i}": jax.tree.map(
-            lambda *leaves: jnp.stack(leaves),
+            lambda *leaves: jnp.stack(leaves),  # [n/p,...]
             *(params[f"layer_{r * period + i}"] for r in range(repeats)),
         )
         for i in range(period)

@@ -35,6 +35,7 @@ VARIANTS, WHERE = ("paper", "example"), ("first", "rest", None)
 def srmsnorm(x: jax.Array, eps: float = 1e-6) -> jax.Array:
     """x [...,E] over its root mean square, in float32; returns x's dtype."""
     y = x.astype(jnp.float32)
+    # x / sqrt(mean(x^2) + eps)
     return (y * jax.lax.rsqrt((y * y).mean(-1, keepdims=True) + eps)).astype(x.dtype)
 
 
@@ -43,9 +44,9 @@ def lrpe(x: jax.Array, theta: jax.Array, pos: jax.Array) -> jax.Array:
     the cosine and the sine of theta [H,D] (radians a token) times pos [B,T], so that
     q.k becomes sum_d q_d k_d cos(theta_d (t - j))."""
     at = pos.astype(jnp.float32)[:, :, None, None]
-    angle = at * theta.astype(jnp.float32)[None, None]
+    angle = at * theta.astype(jnp.float32)[None, None]  # [B,T,1,1] x [1,1,H,D]
     y = x.astype(jnp.float32)
-    both = jnp.concatenate([y * jnp.cos(angle), y * jnp.sin(angle)], -1)
+    both = jnp.concatenate([y * jnp.cos(angle), y * jnp.sin(angle)], -1)  # [B,T,H,2D]
     return both.astype(x.dtype)
 
 
@@ -92,14 +93,16 @@ class GLA(Layer):
             o = self.attention(q, k, v, segments=segments)
         else:
             state, o = self.attention.step(state, q, k, v, segments=segments)
-        o = o.reshape(x.shape)
+        o = o.reshape(x.shape)  # [B,T,H,D] -> [B,T,E]
         if self.variant == "paper":
-            o = srmsnorm(o) * self._dense(x.shape[-1], "u")(x)
+            o = srmsnorm(o) * self._dense(x.shape[-1], "u")(x)  # norm(o) * x U
         else:
             o = nn.LayerNorm(epsilon=1e-5, dtype=self.dtype, name="norm")(o)
+            # x A: [B,T,E] [E,E/H]
             narrow = self._dense(x.shape[-1] // self.heads, "gate_down")(x)
+            # times sigmoid(x A B)
             o = o * nn.sigmoid(self._dense(x.shape[-1], "gate_up")(narrow))
-        y = self._dense(x.shape[-1], "out")(o)
+        y = self._dense(x.shape[-1], "out")(o)  # [B,T,E] [E,E]
         return y if state is None else (state, y)
 
     def init_state(self, size: int, x: Any) -> LinearState:
@@ -110,7 +113,7 @@ class GLA(Layer):
         def like(d):
             return jax.ShapeDtypeStruct((b, t, self.heads, d), self.dtype)
 
-        wide = like(2 * d if self.rotates else d)
+        wide = like(2 * d if self.rotates else d)  # cosines and sines of LRPE
         return self.attention.init_state(size, wide, wide, like(d))
 
     def _width(self, x) -> int:
@@ -127,6 +130,7 @@ class GLA(Layer):
 
     def _project(self, x) -> list[jax.Array]:
         shape = *x.shape[:2], self.heads, -1
+        # [B,T,E] [E,E] -> [B,T,H,D]
         q, k, v = (self._dense(x.shape[-1], n)(x).reshape(shape) for n in "qkv")
         return [nn.silu(q), nn.silu(k), nn.silu(v) if self.variant == "example" else v]
 
@@ -139,6 +143,7 @@ class GLA(Layer):
         def slow(key, shape, dtype):
             size = shape[0] * shape[1]
             at = jnp.arange(size, dtype=dtype).reshape(shape)
+            # frequencies fall over all H D channels, head after head
             return 10000 ** (-2 * at / size)
 
         theta = self.param("theta", slow, shape, jnp.float32)
@@ -158,8 +163,9 @@ class SGLU(nn.Module):
         dense = functools.partial(
             nn.Dense, use_bias=False, dtype=self.dtype, kernel_init=INIT
         )
+        # [B,T,E] [E,F]
         v, u = dense(self.hidden, name="v")(x), dense(self.hidden, name="u")(x)
-        return dense(x.shape[-1], name="out")(v * u)
+        return dense(x.shape[-1], name="out")(v * u)  # ((x V) * (x U)) O: [B,T,F] [F,E]
 
 
 class TransNormer(nn.Module):
@@ -225,11 +231,12 @@ class TransNormer(nn.Module):
             else:
                 own, y = mixer(srmsnorm(x), state[n], segments=segments)
                 after.append(own)
-            x = lay(x + y, "BTE")
-            x = lay(x + channel(srmsnorm(x)), "BTE")
+            x = lay(x + y, "BTE")  # x + GLA(norm(x))
+            x = lay(x + channel(srmsnorm(x)), "BTE")  # x + SGLU(norm(x))
         if at is not None:
-            x = jnp.take_along_axis(x, at[:, None, None], 1)[:, 0]
+            x = jnp.take_along_axis(x, at[:, None, None], 1)[:, 0]  # [B,T,E] -> [B,E]
         x = srmsnorm(x)
+        # [B,T,E] [E,vocab]
         logits = self.embed.attend(x) if self.tied else self.head(x)
         logits = lay(logits.astype(jnp.float32), "BTN" if at is None else "BN")
         return logits if state is None else (tuple(after), logits)

@@ -38,6 +38,7 @@ class Embed(nn.Module):
 
     def attend(self, x):
         """The products of x [...,E] with every vector: [...,N]."""
+        # [...,E] [E,N]
         return jnp.dot(x.astype(self.dtype), self.embedding.astype(self.dtype).T)
 
 
@@ -49,13 +50,16 @@ def lookup(table: jax.Array, tokens: jax.Array) -> jax.Array:
     if mesh is None or mesh.empty or not _fits(mesh, tokens.shape):
         return jnp.take(table, tokens, axis=0)
     ids = tensor_spec("embed/embedding", table.shape, mesh)
-    split = len(ids) > 0
+    split = len(ids) > 0  # N is split over `model`
 
     def local(table, ids, tokens):
+        # ids [N/devices]: the numbers of this device's rows
         at = tokens - ids[0]
         own = (at >= 0) & (at < ids.size)
+        # an id of another device reads some row
         x = jnp.take(table, jnp.where(own, at, 0), axis=0)
-        x = jnp.where(own[..., None], x, 0)
+        x = jnp.where(own[..., None], x, 0)  # which counts as 0
+        # one device has a token's vector, so the sum is that vector
         return jax.lax.psum(x, "model") if split else x
 
     return jax.shard_map(local, in_specs=(ids, ids, rows), out_specs=rows)(

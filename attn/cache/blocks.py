@@ -34,10 +34,11 @@ class Blocks:
 
     def __init__(self, cache: Cache, size: int, top_k: int):
         self.cache, self.size, self.top_k = cache, size, top_k
-        self.many = cache.k.shape[1] // size - 1
+        self.many = cache.k.shape[1] // size - 1  # and one is being filled
         self.total = cache.end // size
         self.cached = jnp.minimum(self.total, self.many)
         self.full = self.total >= top_k
+        # the present block stands at place top_k + 1, behind those that are retrieved
         self.shift = (self.total - jnp.minimum(self.total, top_k + 1)) * size
 
     def slot_of(self, age: jax.Array) -> jax.Array:
@@ -58,6 +59,7 @@ class Blocks:
         ages = jnp.arange(self.many)[None]
         ages = jnp.broadcast_to(ages, (len(self.total), self.many))
         slot = self.slot_of(ages) * self.size + self.size - 1  # last of its block
+        # [B,many,K,D]
         return jnp.take_along_axis(self.cache.k, slot[..., None, None], 1)
 
     def slot(self, now: TokenPositions) -> jax.Array:
@@ -70,6 +72,6 @@ class Blocks:
         inside = jnp.arange(self.size)[None]
         first = self.total[:, None] % (self.many + 1) * self.size
         run = (inside < (self.cache.end % self.size)[:, None]).astype(jnp.int32)
-        at = (first + inside)[..., None, None]
+        at = (first + inside)[..., None, None]  # [B,size,1,1]
         k, v = (jnp.take_along_axis(a, at, 1) for a in (self.cache.k, self.cache.v))
         return Tail(run, self.total[:, None] * self.size + inside, k, v)

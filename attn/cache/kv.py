@@ -81,6 +81,7 @@ def append(cache: Cache, k, v, place: TokenPositions, slot: jax.Array) -> Cache:
 def append_next(cache: Cache, k, v, place: TokenPositions) -> tuple[Cache, jax.Array]:
     """The cache with one token k [B,1,K,D], v [B,1,K,V] behind those that it holds in
     its first slots, and how many slots are then used [B]."""
+    # a new sequence begins in slot 0
     used = jnp.where(place.segment.max(1) > 1, 0, (cache.pos[..., 0] >= 0).sum(1))
     after = append(cache, k, v, place, used[:, None])
     return after, used + (place.segment[:, 0] > 0)
@@ -90,6 +91,7 @@ def concat(cache: Cache, k, v, place: TokenPositions) -> tuple[Cache, jax.Array]
     """The cache with T more slots for the new tokens, and the run [B,C+T] of each slot:
     what a piece of several tokens attends to before some of it is forgotten."""
     b, t = k.shape[:2]
+    # padding has no position: it is never seen
     own = jnp.where(place.segment > 0, place.pos, -1)[..., None]
     own = jnp.broadcast_to(own, (b, t, cache.pos.shape[2]))
     runs = jnp.concatenate([jnp.ones(cache.k.shape[:2], jnp.int32), place.segment], 1)
@@ -121,7 +123,7 @@ class RollingSlots(NamedTuple):
         """The slot [B,T] of each token; -1 if a later token of the call takes it."""
         if not self.endless:
             return place.pos
-        around = self.slots - self.first
+        around = self.slots - self.first  # slots that are shared by turns
         later = self.first + (place.pos - self.first) % around
         stays = place.pos >= place.next_pos[:, None] - around
         return jnp.where(
@@ -132,6 +134,7 @@ class RollingSlots(NamedTuple):
 def rolling_slots(mask: Mask, slots: int) -> RollingSlots:
     """The slots that `mask` needs, in at most `slots` slots."""
     left, first = mask.reach()
+    # the window and the token itself
     need = first + left + 1 if 0 <= left < FOREVER else FOREVER
     return RollingSlots(min(slots, need), first, need <= slots)
 
@@ -160,6 +163,7 @@ def read(
 
 def in_order(cache: Cache) -> Cache:
     """The same tokens in order of position, empty slots behind them."""
+    # empty slots go behind, as if they were of the latest tokens
     at = jnp.argsort(jnp.where(cache.pos < 0, FOREVER, cache.pos), axis=1)
     return taken(cache, at)
 
@@ -182,7 +186,7 @@ def keep(cache: Cache, importance: jax.Array, size: int) -> Cache:
     pos = jnp.broadcast_to(cache.pos, importance.shape)
     importance = jnp.where(pos >= 0, importance.astype(jnp.float32), -jnp.inf)
     _, chosen = jax.lax.top_k(jnp.moveaxis(importance, 1, 2), size)  # [B,K,size]
-    at = jnp.moveaxis(chosen, 1, 2)
+    at = jnp.moveaxis(chosen, 1, 2)  # [B,size,K]
     # back into order of position, empty slots last
     late = jnp.where(pos >= 0, pos, FOREVER)
     order = jnp.argsort(jnp.take_along_axis(late, at, 1), axis=1)
@@ -227,5 +231,5 @@ def check_room(end: jax.Array, size: int) -> None:
 def poison(o: jax.Array, end: jax.Array, size: int) -> jax.Array:
     """o [B,...] with NaN in the rows that have reached past `size` tokens: inside a
     trace nothing can be raised, and a wrong number must not pass for a right one."""
-    over = (end > size).reshape((-1,) + (1,) * (o.ndim - 1))
+    over = (end > size).reshape((-1,) + (1,) * (o.ndim - 1))  # [B,1,...]
     return jnp.where(over, jnp.nan, o).astype(o.dtype)

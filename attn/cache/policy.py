@@ -46,6 +46,7 @@ class Policy:
     def init_state(self: Any, size, q, k, v, *, x=None):
         """An empty memory for a prompt as long as q and the rest of `size` tokens."""
         prompt = min(q.shape[1], size)
+        # what is kept of a prompt, and one slot for each later token
         slots = min(prompt, self.capacity) + size - prompt
         k, v = (jax.eval_shape(self._stored, q, a) for a in (k, v))
         return caches.empty(k, v, slots, per_head=True)
@@ -59,6 +60,7 @@ class Policy:
         caches.check_fits(state, k, v)
         slots = state.k.shape[1]
         now = locate(segments, q.shape[0], q.shape[1], state.end, state.segment)
+        # all keys are read before some of them are dropped
         both, runs = caches.concat(state, k, v, now)
         o = self.read(both, runs, q, now, sink=sink)
         if q.shape[1] == 1:
@@ -73,4 +75,5 @@ class Policy:
 
     def _stored(self, q: jax.Array, a: jax.Array) -> jax.Array:
         """k or v [B,S,K,.] with as many heads as keep tokens of their own."""
+        # [B,S,K,.] -> [B,S,H,.]
         return a if self.share_group else jnp.repeat(a, q.shape[2] // a.shape[2], 2)

@@ -34,17 +34,20 @@ def append(
     cache: Cache, k, v, place: TokenPositions, slot: jax.Array, axis: Any
 ) -> Cache:
     """`attn.cache.kv.append` where each device writes to its own slots."""
+    # slots are numbered in the global view: a device's first number is its offset
     numbers = jnp.arange(cache.k.shape[1], dtype=jnp.int32)
 
     def local(numbers, slot, k, v, *rest):
         old_k, old_v, pos, *place = rest
         now = TokenPositions(*place)
         mine = slot - numbers[0]
+        # -1: the slot is on another device, and the token is dropped here
         mine = jnp.where((mine >= 0) & (mine < numbers.shape[0]), mine, -1)
         part = Cache(old_k, old_v, pos, now.next_pos, now.last_segment)
         return tuple(caches.append(part, k, v, now, mine)[:3])
 
     held = _letters(cache)
+    # new tokens are whole on every device: their T has no axis
     f = over_mesh(local, f"S B. B.KD B.KV {held} B. B. B B -> {held}", axis)
     new_k, new_v, pos = f(numbers, slot, k, v, *cache[:3], *place)
     return Cache(new_k, new_v, pos, place.next_pos, place.last_segment)
@@ -65,12 +68,14 @@ def read(
         found = caches.read(
             part, kv_segment, q, now, spec, head=head, implementation=implementation
         )
-        both = merge(state_of(*found), axis)
+        both = merge(state_of(*found), axis)  # one maximum and one sum along the axis
         return output(both), logsumexp(both)
 
     letters = f"B.HD H BS {_letters(cache)} B. B. B B -> B.HV B.H"
+    # o [B,T,H,V], lse [B,T,H]
     o, lse = over_mesh(local, letters, axis)(q, heads, kv_segment, *cache[:3], *now)
     if sink is not None:
+        # exp(lse) / (exp(lse) + exp(sink)): once, as each device would count the sink
         share = jnp.exp(lse - jnp.logaddexp(lse, sink[None, None]))
         o = o * share[..., None]
     return o.astype(cache.v.dtype)

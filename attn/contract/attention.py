@@ -99,4 +99,5 @@ def takes_rope(attention: Any) -> bool:
 
 def noisy(attention: Any) -> bool:
     """Whether a call with a `key` is random."""
+    # a rate of 0 is no noise
     return any(getattr(attention, name, 0) for name in said(attention, "noise"))

@@ -49,6 +49,7 @@ def pick(
         )
     where = platform()
     kinds = {"gpu": gpu, "tpu": tpu}
+    # a CPU interprets the TPU's kernel, if there is one
     found = (kinds[INTERPRETED] or tpu or gpu) if where == "cpu" else kinds.get(where)
     kernels = () if found is None else (found,) if callable(found) else tuple(found)
     if implementation == "pallas" and not kernels:
@@ -56,6 +57,7 @@ def pick(
             f"implementation='pallas': there is no kernel for this on {where} yet"
         )
     reasons = []
+    # on a CPU by name only: interpreted kernels are slow
     if implementation == "pallas" or (implementation is None and where != "cpu"):
         for kernel in kernels:
             try:
@@ -63,7 +65,7 @@ def pick(
             except Refused as reason:
                 reasons.append(str(reason))
     if implementation == "pallas":
-        raise Refused("; ".join(dict.fromkeys(reasons)))
+        raise Refused("; ".join(dict.fromkeys(reasons)))  # each reason once
     if xla is None:
         raise NotImplementedError("implementation='xla': there is no XLA form of this")
     return xla()

@@ -56,9 +56,11 @@ def locate(
     if segments is not None:
         return _located(segments, batch, length, next_pos, last_segment)
     return TokenPositions(
+        # [B,1] + [1,T]
         pos=next_pos[:, None] + jnp.arange(length, dtype=jnp.int32)[None],
         segment=jnp.ones((batch, length), jnp.int32),
         next_pos=next_pos + length,
+        # without ids there is one sequence, of id 1
         last_segment=jnp.where(last_segment < 0, 1, last_segment),
     )
 
@@ -74,17 +76,19 @@ def _located(segments, batch, length, next_pos, last_segment) -> TokenPositions:
     # the index of the last real token before each one, -1 if that is in the state
     seen = jax.lax.cummax(jnp.where(real, t, -1), axis=1)
     before = jnp.concatenate([jnp.full((batch, 1), -1, jnp.int32), seen], 1)
+    # [B,1+T]
     ids = jnp.take_along_axis(segments, jnp.maximum(before, 0), 1).astype(jnp.int32)
     ids = jnp.where(before < 0, last_segment[:, None], ids)
     begins = real & (segments != ids[:, :-1])
     # time counts real tokens, so that padding stops the clock; it is 0 at the first
     # token of the call, and -next_pos at the first of the sequence that came in
-    time = jnp.cumsum(real, axis=1, dtype=jnp.int32) - 1
+    time = jnp.cumsum(real, axis=1, dtype=jnp.int32) - 1  # [B,T]
     carried = -next_pos[:, None]
     start = jax.lax.cummax(jnp.where(begins, time, carried), axis=1)
     start = jnp.maximum(start, carried)
     return TokenPositions(
-        pos=jnp.where(real, time - start, 0),
+        pos=jnp.where(real, time - start, 0),  # since the sequence began
+        # rises with every sequence, and is 1 for the one that came in
         segment=jnp.where(real, start - carried + 1, 0),
         next_pos=time[:, -1] + 1 - start[:, -1],
         last_segment=ids[:, -1],

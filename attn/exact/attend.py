@@ -69,5 +69,6 @@ def kernel_options(spec: LogitSpec, where: Where) -> dict[str, Any]:
 def _dropout_options(dropout: Dropout | None) -> dict[str, Any]:
     if dropout is None:
         return {}
+    # XLA and kernels share one hash, so that both drop the same weights
     return {"dropout": dropout.rate, "key": dropout.key, "batch": dropout.batch,
             "keep": dropout.keep}

@@ -73,11 +73,12 @@ def attend(
         bias = bias if bias.shape[3] == 1 else _pad(bias, 3, rows)
         bias = bias if bias.shape[4] == 1 else _pad(bias, 4, columns)
     if sink is not None:
-        sink = sink.astype(jnp.float32).reshape(heads, h // heads)
+        sink = sink.astype(jnp.float32).reshape(heads, h // heads)  # [H] -> [K,G]
     arrays = grouped, keys, vals, bias, sink
     if given is None:
         o, lse = chunked(plan, const, *arrays)
     else:
+        # queries that are filled in see nothing
         lse = _pad(given.reshape(b, heads, h // heads, t), 3, rows, NEVER)
         o, lse = chunked_part(plan, const, *arrays, lse)
     # [B,K,G,T,V] -> [B,T,H,V]
@@ -99,6 +100,7 @@ def _plan(
     scale = q.shape[3] ** -0.5 if spec.scale is None else spec.scale
     rate = 0.0 if dropout is None else dropout.rate
     form = TileSpec(mask, scale, spec.softcap, spec.score, rate)
+    # tiles to visit, row by row
     pairs = tuple((int(i), int(j)) for i, j in np.argwhere(table != SKIP))
     return Plan(form, tiling, pairs), table
 
@@ -119,6 +121,7 @@ def _constants(plan: Plan, where: Where, dropout: Dropout | None, sizes) -> Cons
             seed, batch = _seed(dropout.key), dropout.batch
             batch = jnp.arange(b, dtype=jnp.int32) if batch is None else batch
     return Constants(
+        # keys that are filled in have no position
         q_pos=_pad(where.q_pos, 1, rows), kv_pos=_pad(where.kv_pos, 1, columns, -1),
         q_segment=_pad(segments[0], 1, rows), kv_segment=_pad(segments[1], 1, columns),
         head=head.reshape(heads, h // heads), keep=keep, seed=seed, batch=batch,
@@ -139,7 +142,7 @@ def _busy(plan: Plan, table: np.ndarray, where: Where) -> jax.Array | None:
 
 
 def _seed(key: Any) -> jax.Array:
-    return jax.random.key_data(key).astype(jnp.uint32)[-2:]
+    return jax.random.key_data(key).astype(jnp.uint32)[-2:]  # the hash takes two words
 
 
 def tile_for(t: int, s: int) -> tuple[int, int]:

@@ -105,6 +105,7 @@ def _tile_logits(plan: Plan, const: Constants, q, k, bias, i, j):
     seen, h, q_pos, kv_pos = _seen(plan, const, i, j)
     bias = _cut(_cut(bias, 3, i, bq), 4, j, bk)
     s, slope = plan.form.logits(raw, h, q_pos, kv_pos, bias)
+    # -inf before exp: a hidden key has weight 0, and so no gradient
     return (s if seen is None else jnp.where(seen, s, NEVER)), slope
 
 
@@ -169,9 +170,10 @@ def _forward_tile(plan: Plan, const: Constants, arrays, state, i, j) -> OnlineSo
     q_i, k_j, v_j = _cut(q, 3, i, bq), _cut(k, 2, j, bk), _cut(v, 2, j, bk)
     s, _ = _tile_logits(plan, const, q_i, k_j, bias, i, j)
     old = OnlineSoftmax(*(_cut(a, 3, i, bq) for a in state))
-    m = jnp.maximum(old.m, s.max(-1))
+    m = jnp.maximum(old.m, s.max(-1))  # [B,K,G,bq]
+    # exp(s_j - m'): m' is -1e30 or more, so a row that sees nothing is no NaN
     p = jnp.exp(s - m[..., None])
-    _, l, acc = rescale(old, m)
+    _, l, acc = rescale(old, m)  # l and acc times exp(m - m')
     l = l + p.sum(-1)  # dropout leaves the sum as it is
     keep = _tile_keep(plan, const, i, j)
     p = (p if keep is None else p * keep).astype(v.dtype)
@@ -219,18 +221,21 @@ def _backward_tile(plan: Plan, const: Constants, arrays, rows, carry, i, j):
     q_i, k_j, v_j = _cut(q, 3, i, bq), _cut(k, 2, j, bk), _cut(v, 2, j, bk)
     do, delta, lse = (_cut(a, 3, i, bq) for a in rows)
     s, slope = _tile_logits(plan, const, q_i, k_j, bias, i, j)
-    p = jnp.exp(s - lse[..., None])
+    p = jnp.exp(s - lse[..., None])  # [B,K,G,bq,bk]
     # [B,K,G,bq,V] x [B,K,bk,V] -> [B,K,G,bq,bk]
     dp = jnp.einsum("bkgiv,bkjv->bkgij", do, v_j, preferred_element_type=jnp.float32)
     keep = _tile_keep(plan, const, i, j)
+    # dropout acts behind the softmax: on p for dv, on dp for ds
     dropped = p if keep is None else p * keep
     dp = dp if keep is None else dp * keep
     ds = p * (dp - delta[..., None])
     # [B,K,G,bq,bk] x [B,K,G,bq,V] -> [B,K,bk,V], summed over G
     dv_j = jnp.einsum("bkgij,bkgiv->bkjv", dropped.astype(v.dtype), do,
                       preferred_element_type=jnp.float32)
+    # the bias stands behind scale and softcap
     if dbias is not None:
         dbias = _add_bias(dbias, ds, plan.tile, i, j)
+    # back through softcap and scale
     ds = ((ds if slope is None else ds * slope) * plan.form.scale).astype(q.dtype)
     # [B,K,G,bq,bk] x [B,K,bk,D] -> [B,K,G,bq,D], and the other way for dk
     dq_i = jnp.einsum("bkgij,bkjd->bkgid", ds, k_j, preferred_element_type=jnp.float32)
@@ -244,7 +249,7 @@ def _backward_tile(plan: Plan, const: Constants, arrays, rows, carry, i, j):
 def _add_bias(dbias, ds, tile, i, j):
     """Adds ds of one tile to the bias gradient, summed where the bias broadcasts."""
     axes = tuple(n for n in range(5) if dbias.shape[n] == 1 and ds.shape[n] > 1)
-    part = ds.sum(axes, keepdims=True)
+    part = ds.sum(axes, keepdims=True)  # [B|1,K|1,G|1,bq|1,bk|1]
     row = _cut(dbias, 3, i, tile[0])
     row = _put(row, _cut(row, 4, j, tile[1]) + part, 4, j, tile[1])
     return _put(dbias, row, 3, i, tile[0])

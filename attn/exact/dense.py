@@ -36,7 +36,7 @@ def weights(s: jax.Array, seen: jax.Array | None = None) -> jax.Array:
 def values(p: jax.Array, v: jax.Array) -> jax.Array:
     """Weights p [B,H,T,S] times v [B,S,K,V] -> [B,T,H,V] in v's dtype."""
     b, h, t, s = p.shape
-    grouped = p.astype(v.dtype).reshape(b, v.shape[2], -1, t, s)
+    grouped = p.astype(v.dtype).reshape(b, v.shape[2], -1, t, s)  # [B,K,G,T,S]
     # [B,K,G,T,S] x [B,S,K,V] -> [B,T,K,G,V]
     o = jnp.einsum(
         "bkgts,bskv->btkgv", grouped, v, preferred_element_type=jnp.float32
@@ -85,6 +85,7 @@ def partial(
     )
     x = jnp.where(seen, logits(q, k, spec.scale), EMPTY)  # [B,H,T,S]
     m = jax.lax.stop_gradient(x.max(-1))  # o does not depend on it
+    # where nothing is seen exp(EMPTY - EMPTY) is 1: the mask acts again
     p = jnp.where(seen, jnp.exp(x - m[..., None]), 0)
     l, acc = p.sum(-1), values(p, v.astype(jnp.float32))
     return OnlineSoftmax(m.swapaxes(1, 2), l.swapaxes(1, 2), acc)

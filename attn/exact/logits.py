@@ -32,7 +32,7 @@ class LogitSpec:
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=("q_pos", "kv_pos", "q_segment", "kv_segment", "head"),
-    meta_fields=("shift",),
+    meta_fields=("shift",),  # static: tiles are planned with it
 )
 @dataclasses.dataclass(frozen=True)
 class Where:

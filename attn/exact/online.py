@@ -35,6 +35,7 @@ class OnlineSoftmax(NamedTuple):
 def empty(shape: tuple[int, ...], width: int) -> OnlineSoftmax:
     """The state of no keys, of queries [...] = `shape` and V = width."""
     zeros = jnp.zeros((*shape, width), jnp.float32)
+    # m = -1e30, l = 0, acc = 0
     return OnlineSoftmax(zeros[..., 0] + EMPTY, zeros[..., 0], zeros)
 
 
@@ -59,6 +60,7 @@ def join(a: OnlineSoftmax, b: OnlineSoftmax) -> OnlineSoftmax:
     """The state of the keys of both. No gradient flows through its m, on which o does
     not depend."""
     m = jax.lax.stop_gradient(jnp.maximum(a.m, b.m))
+    # both below one maximum: exponents are at most 0
     a, b = rescale(a, m), rescale(b, m)
     return OnlineSoftmax(m, a.l + b.l, a.acc + b.acc)
 
@@ -70,6 +72,7 @@ def merge(
     `shard_map`, by one maximum and one sum; without one, of a leading axis."""
     own = jax.lax.stop_gradient(parts.m)
     if axis is None:
+        # m = max_c m_c, and every part below it
         m = own.max(0)
         _, l, acc = rescale(parts, jnp.broadcast_to(m, own.shape))
         return OnlineSoftmax(m, l.sum(0), acc.sum(0))
@@ -81,10 +84,12 @@ def merge(
 
 def output(state: OnlineSoftmax) -> jax.Array:
     """o = acc / l [...,V] float32; 0 where nothing was seen."""
+    # l = 0: acc is 0 too
     return state.acc / jnp.where(state.l > 0, state.l, 1)[..., None]
 
 
 def logsumexp(state: OnlineSoftmax) -> jax.Array:
     """lse = m + log l [...] float32; -inf where nothing was seen."""
     some = state.l > 0
+    # log 0 is not computed, as its gradient would be NaN even where it is not chosen
     return jnp.where(some, state.m + jnp.log(jnp.where(some, state.l, 1)), NEVER)

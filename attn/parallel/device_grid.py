@@ -61,6 +61,7 @@ def grid_attention(
     q = _filled(q, devices_of(rows), 0)
     # spec lies (rows, columns): row r, column c holds piece r C + c of the keys
     k, v = (spread_heads(_filled(a, devices_of(names), 0), h, names) for a in (k, v))
+    # along an axis of one device there is nothing to gather or to merge
     grid = devices_of(rows) > 1, devices_of(columns) > 1
 
     def local(q, k, v, head, q_pos, kv_pos, q_segment, kv_segment):
@@ -94,6 +95,7 @@ def traffic(
     # of a key: k, v and its int32 position
     each = 2 * (kv_heads or heads) * width * itemsize + 4
     mine = batch * math.ceil(t / rows) * heads if columns > 1 else 0
+    # m, l and acc: V + 2 numbers of float32 a query and head
     return {"gathered": (rows - 1) * keys * each, "reduced": mine * (width + 2) * 4}
 
 
@@ -103,7 +105,7 @@ def _filled_where(where: Where, q, k, rows: int, devices: int) -> tuple[Any, ...
     b, t, s = q.shape[0], q.shape[1], k.shape[1]
     q_pos, kv_pos = where.q_pos, where.kv_pos
     if where.counted:
-        q_pos = jnp.arange(s - t, s, dtype=jnp.int32)[None]
+        q_pos = jnp.arange(s - t, s, dtype=jnp.int32)[None]  # queries are the last T
         kv_pos = jnp.arange(s, dtype=jnp.int32)[None]
     q_pos, kv_pos = jnp.broadcast_to(q_pos, (b, t)), jnp.broadcast_to(kv_pos, (b, s))
     return (

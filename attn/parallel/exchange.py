@@ -93,6 +93,7 @@ def exchanged(
             q, k, v, spec, where, axis=along, sink=sink, counted=counted,
             balanced=exchange == "zigzag", implementation=implementation,
         )
+    # [B,T/P_along,H/P_swapped,V] -> [B,T/P,H,V]
     return o if swapped is None else _to_heads(o, swapped)
 
 

@@ -102,6 +102,7 @@ def _meet(
         q_pos, q_segment = (take(a, pair.rows) for a in (where.q_pos, where.q_segment))
         here = Where(q_pos, cut.pos, q_segment, cut.segment, where.head)
     else:
+        # positions count, so how far the queries stand behind the keys says it all
         here = Where(head=where.head, shift=pair.shift)
     spec = dataclasses.replace(plan.spec, mask=pair.mask)
     if given is not None:
@@ -136,6 +137,7 @@ def _forward(plan: RingPlan, where: Where, q, k, v, sink):
         return over_pairs(plan, n, step, arrived, q.shape[1], state, add)
 
     state = ring_loop(plan, keys, q.shape[1], start, visit)
+    # o [B,T,H,V]; lse [B,T,H] -> [B,H,T]
     o, lse = output(state).astype(v.dtype), logsumexp(state).swapaxes(1, 2)
     return (o, lse), (where, q, k, v, sink, o, lse)
 
@@ -156,6 +158,7 @@ def _backward(plan: RingPlan, saved, cotangents):
 
     def zeros(direction):
         there = travelling(plan, keys[:2], t, direction)
+        # summed over the shards in float32
         return tuple(jnp.zeros_like(a, jnp.float32) for a in there)
 
     def add(found, pair, keys):
@@ -184,6 +187,7 @@ def _backward(plan: RingPlan, saved, cotangents):
 
     dq, dk, dv, dsink = gradients(own_pair(plan, q, k), keys, sink)
     dq, dk, dv = (a.astype(jnp.float32) for a in (dq, dk, dv))
+    # the carry of a loop has one form from its first step on
     begun = {d: zeros(d) for d in last_steps(plan, t)} if plan.looped else {}
     dq, sums = ring_loop(plan, keys, t, (dq, begun), visit)
     dk, dv = _sent_home(plan, t, sums, (dk, dv))

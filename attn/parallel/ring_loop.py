@@ -71,6 +71,7 @@ def over_pairs(plan: RingPlan, n, step: Step, arrived, t: int, state, add: Calla
         # keys from n shards behind are, around the ring, from P - n shards before
         r = n if direction > 0 else plan.shards - n
         s = arrived[direction].k.shape[1]
+        # of a halo the first `cut` keys stayed at home
         cut, _ = halo(plan, t, direction) or (0, t)
         found += [(direction, p) for p in pairs(plan, r, mask_kind, t, s, cut)]
     for same in alike(found):

@@ -50,6 +50,7 @@ def devices_of(axis: Axis | None) -> int:
 def spec(letters: str, axis: Axis) -> PartitionSpec:
     """How an array lies on the mesh: "BTHD" -> (data, axis, model, None)."""
     names = mesh_of(axis).axis_names
+    # letters without a home (D, V, E, ...) are whole on every device
     homes = {c: a for c, a in HOME.items() if a in names} | {"T": axis, "S": axis}
     return PartitionSpec(*(homes.get(c) for c in letters))
 
@@ -134,6 +135,7 @@ def stacked(tree: Any, axis: Axis) -> Any:
     for a in leaves:
         halves = []
         for _ in _floats(a):
+            # [W,size] -> [W,...]
             halves.append(found[:, at:at + a.size].reshape(-1, *a.shape))
             at += a.size
         parts.append(_restored(halves, a.dtype))
@@ -184,4 +186,4 @@ def spread_heads(
             f"H={heads} heads cannot be split over the {model} devices of mesh axis "
             f"'model'{beside}: expected a multiple"
         )
-    return jnp.repeat(a, repeat, axis=2)
+    return jnp.repeat(a, repeat, axis=2)  # [B,S,K,.] -> [B,S,K r,.]

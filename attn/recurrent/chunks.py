@@ -32,9 +32,11 @@ def runs_of(run: jax.Array | None, c: int, carried: Any = 1) -> Runs:
     if run is None:
         return Runs(order, None, None, None)
     carried = jnp.broadcast_to(jnp.asarray(carried, run.dtype), run.shape[:1])
+    # the run at each token or, at padding, before it [B,1+T]
     present = jax.lax.cummax(jnp.concatenate([carried[:, None], run], 1), axis=1)
+    # [B,T] -> [N,B,1,c]
     r = run.reshape(run.shape[0], -1, c).swapaxes(0, 1)[:, :, None]
-    first, last = (
+    first, last = (  # [N,B,1,1]
         a.T[..., None, None] for a in (present[:, :-1:c], present[:, c::c])
     )
     real = r > 0
@@ -67,6 +69,7 @@ def to_chunks(a: jax.Array, c: int, heads: int | None = None) -> jax.Array:
     if heads not in (None, h):
         a, h = jnp.repeat(a, heads // h, 2), heads
     a = jnp.pad(a.astype(jnp.float32), ((0, 0), (0, -t % c), (0, 0), (0, 0)))
+    # [B,N,c,H,X] -> [N,B,H,c,X]
     return a.reshape(b, -1, c, h, x).transpose(1, 0, 3, 2, 4)
 
 
@@ -78,7 +81,7 @@ def from_chunks(o: jax.Array, t: int) -> jax.Array:
 
 def pairs(q: jax.Array, k: jax.Array, g: jax.Array | None) -> jax.Array:
     """q_i.k_j exp(decay from j to i) [N,B,H,c,c], for j <= i; g [...,c,1] or None."""
-    s = jnp.einsum("nbhid,nbhjd->nbhij", q, k)
+    s = jnp.einsum("nbhid,nbhjd->nbhij", q, k)  # [c,D] [D,c]
     return s if g is None else s * jnp.exp(_between(*_clock(g)))[..., 0]
 
 

@@ -57,12 +57,14 @@ def naive(
     def step(carry, token):
         state, present = carry  # [B,H,D,V], and its run [B]
         q, k, v, beta, g, run = token  # [B,H,D] [B,H,D] [B,H,V] [B,H] [B|1,H,1] [B]
+        # S' = exp(g_t) S_{t-1}
         old = state if g is None else jnp.exp(g)[..., None] * state
         same = None if run is None else (run == present)[:, None, None, None]
         old = only(same, old)
+        # u_t = beta_t (v_t - k_t S'): [D] [D,V]
         u = beta[..., None] * (v - jnp.einsum("bhd,bhdv->bhv", k, old))
-        new = old + jnp.einsum("bhd,bhv->bhdv", k, u)
-        o = jnp.einsum("bhd,bhdv->bhv", q, new)
+        new = old + jnp.einsum("bhd,bhv->bhdv", k, u)  # S_t = S' + k_t^T u_t
+        o = jnp.einsum("bhd,bhdv->bhv", q, new)  # o_t = q_t S_t
         if run is None:
             return (new, present), o
         real = (run > 0)[:, None, None]
@@ -74,6 +76,7 @@ def naive(
     if t == 1:  # is no loop
         (state, _), o = step(first, jax.tree.map(lambda a: a[:, 0], tokens))
         return state, o[:, None]
+    # [B,T,...] -> [T,B,...]
     tokens = jax.tree.map(lambda a: jnp.moveaxis(a, 1, 0), tokens)
     (state, _), o = jax.lax.scan(step, first, tokens)
     return state, jnp.moveaxis(o, 0, 1)
@@ -155,6 +158,7 @@ def _shard_carry_in(width: int, first, last, axis, state, final) -> CarryIn:
     found = carry_in(final[..., :width], final[..., width:], last, axis, state=state)
     if first is None:
         return found
+    # the state is dropped if this shard begins with another run
     own = (found.run == first)[:, None, None, None]
     return found._replace(state=only(own, found.state))
 
@@ -163,14 +167,17 @@ def _kernel_shard(call: Callable, v, h: int, d: int, join: Callable) -> tuple:
     """The kernel with [values | none] from [0 | I], in one call or, where these are too
     many columns, in two; what queries read of A then meets the state that comes in."""
     b, width = v.shape[0], v.shape[3]
+    # [0 | I], and values of 0 for the columns that become A
     state, silent = unknown_state(b, h, d, width), jnp.zeros((*v.shape[:3], d), v.dtype)
     if width + d <= WIDEST:
         final, o = call(v=jnp.concatenate([v, silent], -1), state=state)
     else:
+        # columns of a state do not mix: two calls give the same
         both = call(v=v, state=state[..., :width]), call(
             v=silent, state=state[..., width:])
         final, o = (jnp.concatenate(a, -1) for a in zip(*both))
     begun, o = join(final), o.astype(jnp.float32)
+    # what queries read of A, times S: [T,D] [D,V]
     entered = jnp.einsum("bthd,bhdv->bthv", o[..., width:], begun.state)
     return begun.after, o[..., :width] + entered
 

@@ -75,15 +75,17 @@ def _carry_in(how: _How, added, factor, last, state):
 def _ahead(how: _How, added, factor, last, state):
     order, me = _order(how)
     sent = added, None if how.alike else factor, last
-    parts = _turned(how, stacked(sent, how.axis))
+    parts = _turned(how, stacked(sent, how.axis))  # in the order of reading [W,B,...]
 
     def pass_on(carry, part):
         now, run, mine = carry
         n, (new, own, newest) = part
+        # what stood before this shard
         mine = jax.tree.map(lambda a, b: jnp.where(n == me, a, b), (now, run), mine)
-        then = run if newest is None else jnp.maximum(run, newest)
-        keep = None if newest is None else then == run
+        then = run if newest is None else jnp.maximum(run, newest)  # runs rise
+        keep = None if newest is None else then == run  # else S is dropped
         passed = _times(factor if how.alike else own, now)
+        # heads that share a key head have one M, but states of their own
         new = jnp.repeat(new, now.shape[1] // new.shape[1], 1)
         # P_(w+1) = A_w P_w + M_w
         return (_kept(keep, passed) + new, then, mine), keep
@@ -119,11 +121,11 @@ def _back(how: _How, saved, cotangents):
     # a value that all shards hold has the sum of their gradients
     d_state = jnp.where(me == 0, first, 0) if streams else None
     b, h, d, v = mine.shape
-    d_added = mine.reshape(b, heads, h // heads, d, v).sum(2)
+    d_added = mine.reshape(b, heads, h // heads, d, v).sum(2)  # [B,K,G,D,V]
     if factor is None:
         return d_added, None, None, d_state
     keep = None if keeps is None else keeps[me]
-    d_factor = _share(factor, _kept(keep, mine), met)
+    d_factor = _share(factor, _kept(keep, mine), met)  # dA_w = R_w P_w^T
     return d_added, d_factor, None, d_state
 
 
@@ -149,17 +151,17 @@ def _times(factor, state, transposed: bool = False) -> jax.Array:
     if factor is None:
         return state
     if factor.ndim == 3:
-        return state * factor[..., None]
-    form = "bhed,bhev->bhdv" if transposed else "bhde,bhev->bhdv"
+        return state * factor[..., None]  # [B,H,D,V] x [B,H,D,1]
+    form = "bhed,bhev->bhdv" if transposed else "bhde,bhev->bhdv"  # [D,D] [D,V]
     return jnp.einsum(form, factor, state, precision=jax.lax.Precision.HIGHEST)
 
 
 def _share(factor, d_after, before) -> jax.Array:
     """The gradient of the factor in A S, given those of A S and S."""
     if factor.ndim == 4:
-        return jnp.einsum("bhdv,bhev->bhde", d_after, before,
+        return jnp.einsum("bhdv,bhev->bhde", d_after, before,  # [D,V] [V,D]
                           precision=jax.lax.Precision.HIGHEST)
-    each = (d_after * before).sum(-1)
+    each = (d_after * before).sum(-1)  # A is diagonal: [B,H,D]
     wide = [n for n in range(3) if factor.shape[n] == 1 and each.shape[n] > 1]
     return each.sum(tuple(wide), keepdims=True)
 

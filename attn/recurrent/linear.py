@@ -76,10 +76,11 @@ def naive(
     def step(carry, token):
         state, present = carry  # [B,H,D,V], and its run [B]
         q, k, v, g, run = token  # [B,H,D] [B,H,D] [B,H,V] [B|1,H,1|D] [B]
-        old = state if g is None else jnp.exp(g)[..., None] * state
+        old = state if g is None else jnp.exp(g)[..., None] * state  # exp(g_t) S_{t-1}
         same = None if run is None else (run == present)[:, None, None, None]
+        # S_t = exp(g_t) S_{t-1} + k_t^T v_t, where a new run begins with 0
         new = only(same, old) + jnp.einsum("bhd,bhv->bhdv", k, v)
-        o = jnp.einsum("bhd,bhdv->bhv", q, new)
+        o = jnp.einsum("bhd,bhdv->bhv", q, new)  # o_t = q_t S_t: [D] [D,V]
         if run is None:
             return (new, present), o
         real = (run > 0)[:, None, None]
@@ -91,6 +92,7 @@ def naive(
     if t == 1:  # is no loop
         (state, _), o = step(first, jax.tree.map(lambda a: a[:, 0], tokens))
         return state, o[:, None]
+    # [B,T,...] -> [T,B,...]
     tokens = jax.tree.map(lambda a: jnp.moveaxis(a, 1, 0), tokens)
     (state, _), o = jax.lax.scan(step, first, tokens)
     return state, jnp.moveaxis(o, 0, 1)
@@ -196,6 +198,7 @@ def _shard_carry_in(
         state=state, alike=alike, reverse=reverse,
     )
     copies = final.shape[1] // found.state.shape[1]
+    # [B,K,D,V] -> [B,H,D,V]
     return found._replace(state=jnp.repeat(found.state, copies, 1))
 
 
@@ -206,7 +209,7 @@ def token_decays(log_decay, t: int, run: jax.Array | None = None) -> jax.Array |
     g = jnp.maximum(log_decay.astype(jnp.float32), FLOOR)
     if g.ndim == 1:
         g = jnp.broadcast_to(g[None, None], (1, t, *g.shape))
-    g = g if g.ndim == 4 else g[..., None]
+    g = g if g.ndim == 4 else g[..., None]  # [B,T,H] -> [B,T,H,1]
     return g if run is None else only((run > 0)[..., None, None], g)
 
 
@@ -214,10 +217,11 @@ def inter_shard(q, g, run, begun: CarryIn) -> jax.Array:
     """o [B,T,H,V] float32 of the state alone that a shard begins with: o_t = exp(g_1 +
     .. + g_t) q_t S. g of `token_decays`."""
     q = q.astype(jnp.float32)
-    q = q if g is None else q * jnp.exp(jnp.cumsum(g, 1))
+    q = q if g is None else q * jnp.exp(jnp.cumsum(g, 1))  # exp(g_1 + .. + g_t) q_t
     if run is not None:
         present = jnp.broadcast_to(jnp.asarray(begun.run, run.dtype), run.shape[:1])
         q = only(((run == present[:, None]) & (run > 0))[..., None, None], q)
+    # only tokens of the run that the state is of see it: [T,D] [D,V]
     return jnp.einsum("bthd,bhdv->bthv", q, begun.state)
 
 

@@ -37,7 +37,7 @@ def noncausal(
     q, k, v = (a.astype(jnp.float32) for a in (q, k, v))
     state = jnp.einsum("bskd,bskv->bkdv", k, v)  # K^T V: [D,S] [S,V]
     state = state if axis is None else jax.lax.psum(state, axis)
-    q = q.reshape(b, t, k.shape[2], -1, d)
+    q = q.reshape(b, t, k.shape[2], -1, d)  # [B,T,K,G,D]
     return jnp.einsum("btkgd,bkdv->btkgv", q, state).reshape(b, t, h, -1)  # [T,D] [D,V]
 
 
@@ -51,6 +51,7 @@ def by_segment(causal: Callable, q, k, v, q_run, kv_run) -> jax.Array:
     t, s = q_run.shape[1], k.shape[1]
     runs = jnp.concatenate([kv_run, q_run], 1)  # [B,S+T]
     order = jnp.argsort(runs, axis=1, stable=True)
+    # where each query went
     back = jnp.argsort(order, axis=1)[:, s:]
 
     def take(a, at):
@@ -59,6 +60,6 @@ def by_segment(causal: Callable, q, k, v, q_run, kv_run) -> jax.Array:
     def widen(a, before, after):
         return jnp.pad(a, ((0, 0), (before, after), (0, 0), (0, 0)))
 
-    q, k, v = widen(q, s, 0), widen(k, 0, t), widen(v, 0, t)
+    q, k, v = widen(q, s, 0), widen(k, 0, t), widen(v, 0, t)  # [B,S+T,H,.]
     o = causal(*(take(a, order) for a in (q, k, v)), take(runs, order))
     return take(o, back)

@@ -74,9 +74,10 @@ def cut(scores, v, run, c: int) -> Chunks:
     if run is not None:
         s = jnp.where(run[..., None] > 0, s, -jnp.inf)
         present = jnp.maximum(jax.lax.cummax(run, axis=1), 1)
+        # [N,B,c]
         present = widen(present, mode="edge").reshape(b, -1, c).swapaxes(0, 1)
-    s = widen(s, constant_values=-jnp.inf).reshape(b, -1, c, k, h // k)
-    v = widen(v.astype(F32)).reshape(b, -1, c, *v.shape[2:])
+    s = widen(s, constant_values=-jnp.inf).reshape(b, -1, c, k, h // k)  # [B,N,c,K,G]
+    v = widen(v.astype(F32)).reshape(b, -1, c, *v.shape[2:])  # [B,N,c,K,V]
     return Chunks(s.transpose(1, 0, 3, 4, 2), v.transpose(1, 0, 3, 2, 4), present)
 
 
@@ -93,16 +94,18 @@ def _ahead(chunk: int, dtype, scores, v, run, m, l, acc):
     last, starts = _carry(x, split(m), split(l), split(acc))
     run_before, m_before, l_before, acc_before = starts
     enters = x.of(run_before)
-    logits = jnp.where(x.seen(), x.s[..., None, :], -jnp.inf)
+    logits = jnp.where(x.seen(), x.s[..., None, :], -jnp.inf)  # [N,B,K,G,t,i]
     m_in = m_before[..., None]
     m_in = m_in if enters is None else jnp.where(enters, m_in, -jnp.inf)
-    tops = jnp.maximum(logits.max(-1), m_in)
+    tops = jnp.maximum(logits.max(-1), m_in)  # m_t, the state's included
     # P [N,B,K,G,t,i], and what the state that comes in is multiplied with [N,B,K,G,t]
     p, rescale = exp(logits, tops[..., None]), exp(m_in, tops)
-    sums = p.sum(-1) + rescale * l_before[..., None]
+    sums = p.sum(-1) + rescale * l_before[..., None]  # l_t = P 1 + exp(m_in - m_t) l_in
     values = einsum("nbkgti,nbkiv->nbkgtv", p, x.v)  # [c,c] [c,V]
+    # acc_t = P v + exp(m_in - m_t) acc_in
     values = values + rescale[..., None] * acc_before[..., None, :]
     o = values / jnp.where(sums > 0, sums, 1)[..., None]
+    # [N,B,K,G,c,V] -> [B,T,H,V]
     o = from_chunks(o.reshape(*o.shape[:2], h, *o.shape[4:]), t)
     if run is not None:
         o = only(run[..., None, None] > 0, o)
@@ -118,14 +121,15 @@ def _carry(x: Chunks, m, l, acc):
     own = x.of(ends)
     s = x.s if own is None else jnp.where(own, x.s, -jnp.inf)
     top = s.max(-1)
-    p = exp(s, top[..., None])
-    local = top, p.sum(-1), einsum("nbkgi,nbkiv->nbkgv", p, x.v)
+    p = exp(s, top[..., None])  # exp(s_i - m), m of the whole chunk
+    local = top, p.sum(-1), einsum("nbkgi,nbkiv->nbkgv", p, x.v)  # [G,c] [c,V]
 
     def pass_on(carry, chunk):
         run, m, l, acc = carry
         end, (top, total, values) = chunk
         m_in = jnp.where(run == end, m, -jnp.inf)  # of another run: nothing comes in
         new = jnp.maximum(m_in, top)
+        # both sums are measured from the new maximum
         rescale, mine = exp(m_in, new), exp(top, new)
         values = acc * rescale[..., None] + values * mine[..., None]
         return (end, new, l * rescale + total * mine, values), carry
@@ -144,9 +148,11 @@ def _back(chunk: int, dtype, saved, cotangents):
     do = do.astype(F32)
     do = do if run is None else only(run[..., None, None] > 0, do)
     do = cut(scores, do, None, min(chunk, t)).v
-    do = do.reshape(*do.shape[:2], k, h // k, *do.shape[3:])
+    do = do.reshape(*do.shape[:2], k, h // k, *do.shape[3:])  # [N,B,K,G,c,V]
+    # r_t = 1 / l_t, 0 at padding
     r = jnp.where(sums > 0, 1 / jnp.where(sums > 0, sums, 1), 0)
     p, asked, level, delta = _weights(x, starts, tops, r, do)
+    # ds_i = sum_t P[t,i] r_t (do_t.v_i - delta_t)
     ds = (p * (asked - delta[..., None])).sum(-2)
     dv = einsum("nbkgti,nbkgtv->nbkiv", p, do)  # sum over t and the group: [c,V]
     first, behind = _carry_back(x, tops, r, do, level + delta, split(dl), split(dacc))
@@ -155,9 +161,10 @@ def _back(chunk: int, dtype, saved, cotangents):
     unchunk = lambda a: from_chunks(a, t)
     ds = unchunk(ds.reshape(*ds.shape[:2], h, -1, 1))[..., 0]
     run_0, ref, g, h_first = first
+    # dl = -exp(m_0 - ref) h, dacc = exp(m_0 - ref) G, if run 1 is seen at all
     rescale = jnp.where(run_0 == 1, exp(starts[1][0], ref), 0)
     d_l, d_acc = merge(-rescale * h_first), merge(rescale[..., None] * g)
-    state = jnp.zeros((b, h), F32), d_l, d_acc
+    state = jnp.zeros((b, h), F32), d_l, d_acc  # m is a constant
     return ds.astype(scores.dtype), unchunk(dv).astype(v.dtype), None, *state
 
 
@@ -165,13 +172,15 @@ def _weights(x: Chunks, starts, tops, r, do):
     """P r and do.v - level [N,B,K,G,t,i]; level and delta - level [N,B,K,G,t]."""
     run_before, m_before, l_before, acc_before = starts
     logits = jnp.where(x.seen(), x.s[..., None, :], -jnp.inf)
-    p = exp(logits, tops[..., None])
+    p = exp(logits, tops[..., None])  # P [N,B,K,G,t,i]
     asked = einsum("nbkgtv,nbkiv->nbkgti", do, x.v)  # do_t.v_i: [c,V] [V,c]
-    greatest = p == 1
+    greatest = p == 1  # the tokens with s_i = m_t
+    # of several, their mean
     level = only(greatest, asked).sum(-1) / jnp.maximum(greatest.sum(-1), 1)
     asked, p = asked - level[..., None], p * r[..., None]
     rescale = only(x.of(run_before), exp(m_before[..., None], tops)) * r
-    carried = einsum("nbkgtv,nbkgv->nbkgt", do, acc_before)
+    carried = einsum("nbkgtv,nbkgv->nbkgt", do, acc_before)  # do_t.acc_in: [c,V] [V]
+    # acc_in, measured from level as values are
     carried = carried - level * l_before[..., None]
     return p, asked, level, (p * asked).sum(-1) + rescale * carried
 
@@ -179,22 +188,24 @@ def _weights(x: Chunks, starts, tops, r, do):
 def _reached(x: Chunks, behind, ds, dv):
     """ds and dv with what later chunks ask for."""
     run, ref, g, h = behind
-    e = only(x.of(run), exp(x.s, ref[..., None]))
-    ds = ds + e * (einsum("nbkiv,nbkgv->nbkgi", x.v, g) - h[..., None])
-    return ds, dv + einsum("nbkgi,nbkgv->nbkiv", e, g)
+    e = only(x.of(run), exp(x.s, ref[..., None]))  # exp(s_i - ref) [N,B,K,G,c]
+    ds = ds + e * (einsum("nbkiv,nbkgv->nbkgi", x.v, g) - h[..., None])  # [c,V] [V]
+    return ds, dv + einsum("nbkgi,nbkgv->nbkiv", e, g)  # [c,G] [G,V]
 
 
 def _carry_back(x: Chunks, tops, r, do, delta, dl, dacc):
     """What the tokens from a chunk on ask of those before it: (run, ref, G, h) of the
     first chunk, and of the chunk behind each, with N in front."""
     runs, refs = x.runs(0), tops[..., 0]
-    weight = exp(refs[..., None], tops) * r
+    weight = exp(refs[..., None], tops) * r  # exp(ref - m_t) r_t
     weight = only(x.of(runs), weight)
+    # G and h of this chunk alone: [c] [c,V]
     local = einsum("nbkgt,nbkgtv->nbkgv", weight, do), (weight * delta).sum(-1)
 
     def pass_on(carry, chunk):
         run, ref, g, h = carry
         own, mine, (g_own, h_own) = chunk
+        # ref grows with time: this one is at most that of the chunk behind
         rescale = jnp.where(run == own, exp(mine, ref), 0)
         return (own, mine, g_own + rescale[..., None] * g, h_own + rescale * h), carry
 

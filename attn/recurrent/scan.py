@@ -91,19 +91,21 @@ def prefix_scan(
         return step(before, tip), before
 
     step = tagged(op)
+    # of each token: its chunk up to there [N,B,c,...]
     inside = jax.lax.associative_scan(step, jax.tree.map(cut, (run, leaves)), axis=2)
     tips = jax.tree.map(lambda a: a[:, :, -1], inside)  # [N,B,...]: of whole chunks
     first = jnp.ones((b,), jnp.int32), state
     if state is None:
+        # run 0: a placeholder that the first real run replaces
         first = jnp.zeros((b,), jnp.int32), jax.tree.map(lambda a: a[0], tips[1])
     after: Any = None
     if axis is not None:
         begin = jax.tree.map(lambda a: a[0], tips)
         rest = jax.tree.map(lambda a: a[1:], tips)
-        own, _ = jax.lax.scan(pass_on, begin, rest)
+        own, _ = jax.lax.scan(pass_on, begin, rest)  # this shard's tip
         first, after = exclusive_prefix(op, own[0], own[1], axis, first, ends)
     last, starts = jax.lax.scan(pass_on, first, tips)
-    _, found = step(jax.tree.map(to_each_token, starts), inside)
+    _, found = step(jax.tree.map(to_each_token, starts), inside)  # [N,B,c,...]
     last = last if axis is None else after
     return last[1] if ends else None, jax.tree.map(uncut, found)
 
@@ -119,7 +121,7 @@ def total(
     m = jax.lax.stop_gradient(s.max(1))
     p = exp(s, m[:, None])  # [B,T,H]
     b, t, h = s.shape
-    grouped = p.reshape(b, t, v.shape[2], -1)
+    grouped = p.reshape(b, t, v.shape[2], -1)  # [B,T,K,G]
     acc = einsum("btkg,btkv->bkgv", grouped, v.astype(jnp.float32))  # [G,T] [T,V]
     return SoftmaxState(m, p.sum(1), acc.reshape(b, h, -1))
 
@@ -179,6 +181,7 @@ def _begun(scores, v, run, axis: Axis, first: SoftmaxState, ends: bool) -> tuple
     (present, begun), after = exclusive_prefix(
         merge, last, own, axis, (one, first), ends)
     if run is not None:
+        # 1 is the run of the state that comes in, as in a call without an axis
         run = jnp.where(run > 0, run - present[:, None] + 1, 0)
     return run, begun, after[1] if ends else None
 

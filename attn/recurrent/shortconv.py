@@ -39,7 +39,7 @@ def shortconv(
     if state is None:
         state = jnp.zeros((b, w - 1, c), x.dtype)
     if run is None:
-        row = jnp.concatenate([state, x], 1)
+        row = jnp.concatenate([state, x], 1)  # [B,W-1+T,C]
         return row[:, t:], _filtered(row, weight, bias, None, t)
     # padding goes to the end of the row, so that neighbours lie side by side
     order = jnp.argsort(run == 0, axis=1, stable=True)
@@ -49,8 +49,9 @@ def shortconv(
     runs = jnp.concatenate([state_run, jnp.take_along_axis(run, order, 1)], 1)
     y = _filtered(row, weight, bias, runs, t)
     y = jnp.take_along_axis(y, jnp.argsort(order, axis=1)[..., None], 1)
+    # where the last W-1 real tokens stand, behind the state's W-1
     newest = (run > 0).sum(1, keepdims=True) + jnp.arange(w - 1)[None]
-    present = jnp.maximum(run.max(1, keepdims=True), 1)
+    present = jnp.maximum(run.max(1, keepdims=True), 1)  # the run that goes on
     same = jnp.take_along_axis(runs, newest, 1) == present
     last = jnp.take_along_axis(row, newest[..., None], 1)
     return jnp.where(same[..., None], last, 0), y
@@ -91,6 +92,7 @@ def shortconvs(
 
 def _halo(xs, count: int, axis: Axis) -> list[jax.Array]:
     """The last `count` tokens of the shard before, zeros for the first."""
+    # one message for all channels
     tail = jnp.concatenate([x[:, -count:] for x in xs], -1)
     forward = [(i, i + 1) for i in range(jax.lax.axis_size(axis) - 1)]
     return _apart(jax.lax.ppermute(tail, axis, forward), xs)
@@ -101,7 +103,7 @@ def _tails(xs, states, run, count: int, axis: Axis):
     last tokens of all, zero where they are not of the last run; None without states."""
     b, t = xs[0].shape[:2]
     ids = jnp.ones((b, t), jnp.int32) if run is None else run
-    short = max(count - t, 0)
+    short = max(count - t, 0)  # a shard may have fewer tokens than the filter sees
 
     def widen(a):
         return jnp.pad(a, [(0, 0), (short, 0)] + [(0, 0)] * (a.ndim - 2))
@@ -113,9 +115,10 @@ def _tails(xs, states, run, count: int, axis: Axis):
     newest, *last = _last(count, widen(ids), *(widen(x) for x in xs))
     sent = newest, jnp.concatenate(last, -1)
     row = [jnp.moveaxis(a, 0, 1) for a in stacked(sent, axis)]  # [B,W,count,...]
+    # only shards in front
     here = jnp.arange(row[0].shape[1]) < jax.lax.axis_index(axis)
     ids, before = flat(row[0]), flat(jnp.where(here[None, :, None], row[0], 0))
-    tokens = flat(row[1])
+    tokens = flat(row[1])  # [B,shards count,C]
     if states is not None:
         tokens = jnp.concatenate([jnp.concatenate(states, -1), tokens], 1)
         one = jnp.ones((b, count), ids.dtype)
@@ -132,7 +135,7 @@ def _tails(xs, states, run, count: int, axis: Axis):
 def _last(count: int, ids, *arrays) -> list[jax.Array]:
     """The last `count` real tokens of ids [B,T] and arrays [B,T,.]; ids of 0 in front
     where there are fewer."""
-    order = jnp.argsort(ids > 0, axis=1, stable=True)[:, -count:]
+    order = jnp.argsort(ids > 0, axis=1, stable=True)[:, -count:]  # real tokens last
     found = [jnp.take_along_axis(a, order[..., None], 1) for a in arrays]
     return [jnp.take_along_axis(ids, order, 1), *found]
 
@@ -147,9 +150,11 @@ def _filtered(row, weight, bias, runs, t: int) -> jax.Array:
     """The sums over the taps, for the last t tokens of row [B,W-1+T,C]."""
     w, c = weight.shape
     y = jnp.zeros((row.shape[0], t, c), row.dtype)
+    # y_t = sum_n weight_n x_(t-W+1+n)
     for n in range(w):
         x = row[:, n:n + t]
         if runs is not None:
+            # a tap ends at the border of its token's run
             x = jnp.where((runs[:, n:n + t] == runs[:, w - 1:])[..., None], x, 0)
         y = y + x * weight[n].astype(row.dtype).reshape(1, 1, c)
     if bias is not None:

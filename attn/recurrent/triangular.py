@@ -31,6 +31,7 @@ def _merged(a: jax.Array) -> jax.Array:
         return _substituted(a)
     both = jnp.stack([a[..., :half, :half], a[..., half:, half:]])
     first, last = _merged(both)
+    # inverse of [[P,0],[R,Q]]: below the diagonal -Q^-1 R P^-1
     corner = -last @ (a[..., half:, :half] @ first)
     above = jnp.concatenate([first, jnp.zeros_like(first)], -1)
     return jnp.concatenate([above, jnp.concatenate([corner, last], -1)], -2)
@@ -46,4 +47,4 @@ def _substituted(a: jax.Array) -> jax.Array:
 @inverse.defjvp
 def _(primals, tangents):
     x = inverse(*primals)
-    return x, -x @ tangents[0] @ x
+    return x, -x @ tangents[0] @ x  # d(M^-1) = -M^-1 dM M^-1, for M = I + a

@@ -122,10 +122,11 @@ def _seen(chosen, spec: LogitSpec, where: Where, sizes: tuple, block: int) -> ja
     (b, t, s, h), n = sizes, chosen.shape[2]
 
     def rows(a):
-        return _rows(jnp.broadcast_to(a, (b, t)), n)[:, None, :, :, None]
+        return _rows(jnp.broadcast_to(a, (b, t)), n)[:, None, :, :, None]  # [B,1,N,I,1]
 
     def taken(a):
         a = jnp.broadcast_to(a, (b, s))[..., None, None]
+        # the chosen blocks of one row: [B,1,H N n,1] -> [B,H,N,1,J]
         return gather(a, chosen.reshape(b, 1, -1, 1), block).reshape(b, h, n, 1, -1)
 
     q_pos, kv_pos = where.q_pos, where.kv_pos

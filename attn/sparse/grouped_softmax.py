@@ -162,7 +162,7 @@ def _tile(q, k, v, keys: Row, at: Row, size, scale, retrieved, noise):
     of = Row(*(a[:, None, None, None, :] for a in keys[:4]))  # [B,1,1,1,S]
     seen = (at.segment == of.segment) & (of.segment > 0) & (of.pos <= at.pos)
     own, mark = at.group == of.group, of.mark
-    outer = jnp.where(seen & (own ^ mark), s, NEVER)
+    outer = jnp.where(seen & (own ^ mark), s, NEVER)  # own text, or landmarks of others
     n = s.shape[-1]
     if retrieved is not None:
         outer = jnp.concatenate([outer, retrieved.logits[..., -1]], -1)
@@ -232,7 +232,7 @@ def _by_group(keys: Row, reduce: Callable) -> Callable:
 def _by_window(reduce: Callable, size: int) -> Callable:
     """Groups that fill a window of `size` keys each."""
     def over(x):
-        cut = x.reshape(*x.shape[:-1], -1, size)
+        cut = x.reshape(*x.shape[:-1], -1, size)  # [...,S] -> [...,n,size]
         each = jnp.broadcast_to(reduce(cut, axis=-1, keepdims=True), cut.shape)
         return each.reshape(x.shape)
 

@@ -63,11 +63,10 @@ class Flow(Attention):
     held within it before the exponential; the authors' code has 1, and 5 and 10 for
     language and reinforcement learning (at most 80). compete=False sets c to 1 and
     allocate=False the gate of sinks: without both it is plain linear attention.
-    feature: "sigmoid", or "relu" as
-    in their code for the Long Range Arena. chunk: tokens of a block; it changes the
-    time, not the result. Padding and packed segments are proposed here: sums, T, S and
-    n count the real tokens of a segment. With K < H keys are repeated, so that every
-    query head has flows of its own.
+    feature: "sigmoid", or "relu" as in their code for the Long Range Arena. chunk:
+    tokens of a block; it changes the time, not the result. Padding and packed segments
+    are proposed here: sums, T, S and n count the real tokens of a segment. With K < H
+    keys are repeated, so that every query head has flows of its own.
     """
 
     causal: bool = True

@@ -59,8 +59,8 @@ class RAT(nn.Module, Attention):
     by default D^-0.5. out_gate: what it asks of `MultiHead`. Channel n of k and of v
     have one gate (if V is not D, the wider has more). With K < H keys are repeated
     before the recurrence; the authors share q and k between every H/K-th head. Gates
-    need the tokens x. Packed segments and padding are
-    proposed here: chunks are counted from the beginning of a segment.
+    need the tokens x. Packed segments and padding are proposed here: chunks are counted
+    from the beginning of a segment.
     """
 
     chunk: int = 16
@@ -191,30 +191,30 @@ class RAT(nn.Module, Attention):
         # (1 - g_t) k_t, and v_t
         new = [add[..., n] * a.astype(jnp.float32) for n, a in zip(own, (k, v))]
 
-        def join(a, b):
+        def follow(a, b):
             # b behind a: g_b (g_a h + x) + y, channel by channel
             after = [b[0][..., n] * x + y for n, x, y in zip(own, a[1:], b[1:])]
             return b[0] * a[0], *after
 
         # [B,T,H,.]
-        decay, *states = jax.lax.associative_scan(join, (keep, *new), axis=1)
+        decay, *states = jax.lax.associative_scan(follow, (keep, *new), axis=1)
         decays = [decay[..., n] for n in own]
         if self.axis is not None and held is None:
             last = tuple(a[:, -1] for a in (decay, *states))
-            held = self._shards_before(join, last, self.axis)
+            held = self._shards_before(follow, last, self.axis)
         if held is not None:
             states = [
                 s + d * b[:, None] for s, d, b in zip(states, decays, held)
             ]
         return states
 
-    def _shards_before(self, join, last, axis: Axis) -> Any:
+    def _shards_before(self, follow, last, axis: Axis) -> Any:
         """What the shards in front of this one leave, of what each ends with."""
         one = jnp.ones(last[0].shape[:1], jnp.int32)
         decay, *states = last
         # the stretch without tokens
         nothing = jnp.ones_like(decay), *map(jnp.zeros_like, states)
-        (_, found), _ = exclusive_prefix(join, one, last, axis, (one, nothing))
+        (_, found), _ = exclusive_prefix(follow, one, last, axis, (one, nothing))
         return found[1:]
 
     def _ends(self, own_k, own_v, pos, run, dtype) -> Ends:

@@ -98,7 +98,8 @@ def _seen(plan: Plan, const: Constants, i, j):
 
 
 def _tile_logits(plan: Plan, const: Constants, q, k, bias, i, j):
-    """Logits of tile (i, j) [B,K,G,bq,bk], -inf where hidden; and d(capped)/d(raw)."""
+    """Logits of tile (i, j) [B,K,G,bq,bk], -inf where hidden; and
+    d(capped)/d(scale raw)."""
     bq, bk = plan.tile
     # [B,K,G,bq,D] x [B,K,bk,D] -> [B,K,G,bq,bk]
     raw = jnp.einsum("bkgid,bkjd->bkgij", q, k, preferred_element_type=jnp.float32)
@@ -164,8 +165,8 @@ def _forward(plan, const, q, k, v, bias, sink):
 
 
 def _forward_tile(plan: Plan, const: Constants, arrays, state, i, j) -> OnlineSoftmax:
-    """The state of all queries with what tile (i, j) says of its own: Algorithm 1 of
-    the paper, its lines 10 to 12, but divided only at last."""
+    """The state of all queries with what tile (i, j) says of its own: the inner
+    loop of FlashAttention's Algorithm 1 (arXiv:2205.14135), divided only at last."""
     (q, k, v, bias), (bq, bk) = arrays, plan.tile
     q_i, k_j, v_j = _cut(q, 3, i, bq), _cut(k, 2, j, bk), _cut(v, 2, j, bk)
     s, _ = _tile_logits(plan, const, q_i, k_j, bias, i, j)
@@ -209,12 +210,12 @@ def _backward(plan, saved, cotangents):
 
 
 def _backward_tile(plan: Plan, const: Constants, arrays, rows, carry, i, j):
-    """(dq, dk, dv, dbias) with what tile (i, j) adds, as Algorithm 4 of the paper does:
+    """(dq, dk, dv, dbias) with what tile (i, j) adds, as FlashAttention goes back:
 
         p = exp(s - lse);  dv += p^T do;  dp = do v^T;  ds = p (dp - delta)
         dq += scale ds k;  dk += scale ds^T q
 
-    arrays: q, k, v, bias; rows: do, delta and lse of the queries.
+    arrays: q, k, v, bias; rows: do, delta and lse of the queries, 0 for an lse of -inf.
     """
     (q, k, v, bias), (bq, bk) = arrays, plan.tile
     dq, dk, dv, dbias = carry

@@ -7,7 +7,8 @@ the weighted sum of values. States of different keys merge in any order:
     m = max_c m_c,  l = sum_c exp(m_c - m) l_c,  acc = sum_c exp(m_c - m) acc_c
     o = acc / l,  lse = m + log l
 
-Keys of which a query sees none give m = -1e30, l = 0 and acc = 0. All is float32.
+Keys of which a query sees none give m = -1e30, l = 0 and acc = 0, and an lse of -inf.
+All is float32.
 Source: Milakov & Gimelshein, 2018, arXiv:1805.02867.
 """
 

@@ -1,7 +1,6 @@
 """The compile matrix: what it reads from dumps, what it calls worse, what it says."""
 
 import dataclasses
-import importlib.util
 import json
 import os
 import subprocess
@@ -240,15 +239,6 @@ def test_wrong_words_get_one_sentence(words, message, capsys):
 def test_tables_are_kept_as_they_are_read():
     table = json.loads(tables.TABLE.read_text())
     assert tables.TABLE.read_text() == tables.text(table)
-
-
-@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None,
-                    reason="libtpu is not installed (extra aot)")
-def test_a_function_of_ones_own_compiles(capsys):
-    words = ["--targets", "v5e", "--function", "jax.numpy:tanh", "--shapes",
-             "f32[64,128]"]
-    assert matrix.main(words) == 0
-    assert "jax.numpy:tanh" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("words, message", [

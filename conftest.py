@@ -16,6 +16,8 @@ if "backend_optimization" not in _FLAGS:
     # compiling is most of the time of small tests
     _FLAGS = f"{_FLAGS} --xla_backend_optimization_level=0"
 os.environ["XLA_FLAGS"] = _FLAGS
+# an operation's traceback, which nobody reads here, is a sixth of tracing
+os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")
 compile_cache.use()
 
 import jax  # noqa: E402
@@ -33,6 +35,7 @@ def _group(item):
     return item.path, item.callspec.params["name"] if law else None
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items):
     """Laws of one row follow each other, and a file stays in one process: so they share
     what they compile."""

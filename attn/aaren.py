@@ -76,18 +76,18 @@ class Aaren(nn.Module, Attention):
         """All tokens at once. q [B,T,H,D] (its shape), k [B,S,K,D], v [B,S,K,V] ->
         [B,T,H,V]."""
         check(q, k, v, segments=segments, aligned=self.causal)
-        q_run, kv_run = segment_indices(segments, q, self.causal)
+        q_segment, kv_segment = segment_indices(segments, q, self.causal)
         scores = self._scores(q, k)
         if self.causal:
-            return self._prefixes(None, scores, v, kv_run, self.axis)[1]
+            return self._prefixes(None, scores, v, kv_segment, self.axis)[1]
         v = spread_heads(v, q.shape[2], self.axis)
-        if q_run is None:
+        if q_segment is None:
             pool = over_mesh(self._pool, "BSH BSKV -> BHV", self.axis)
             pooled = pick(self.implementation, xla=functools.partial(pool, scores, v))
             # [B,H,V] -> [B,T,H,V]
             return jnp.broadcast_to(pooled[:, None], (*q.shape[:3], v.shape[-1]))
-        f = over_mesh(self._pool_runs, "BSH BSKV BT BS -> BTHV", self.axis)
-        return f(scores, v, q_run, kv_run)
+        f = over_mesh(self._pool_segments, "BSH BSKV BT BS -> BTHV", self.axis)
+        return f(scores, v, q_segment, kv_segment)
 
     def init_state(self, size, q, k, v, *, x=None) -> AarenState:
         """An empty memory for `size` tokens; q, k, v give shapes."""
@@ -127,17 +127,19 @@ class Aaren(nn.Module, Attention):
             precision=jax.lax.Precision.HIGHEST)
         return s.reshape(*s.shape[:2], h)
 
-    def _prefixes(self, state, scores, v, run, axis: Axis | None):
+    def _prefixes(self, state, scores, v, segment, axis: Axis | None):
         """The state of all tokens, None for none over an axis; and o [B,T,H,V]."""
-        def local(state, scores, v, run):
+        def local(state, scores, v, segment):
             after, o = prefix_softmax(
-                scores, v, state=state and SoftmaxState(*state), run=run, axis=axis,
-                chunk=self.chunk, dtype=v.dtype, implementation=self.implementation)
+                scores, v, state=state and SoftmaxState(*state), segment=segment,
+                axis=axis, chunk=self.chunk, dtype=v.dtype,
+                implementation=self.implementation,
+            )
             return *(after or [None] * 3), o
 
         v = spread_heads(v, scores.shape[2], axis)  # [B,S,K,V] -> [B,S,K|H,V]
         letters = "BH BTH BTKV BT -> BH BH BHV BTHV"
-        *after, o = over_mesh(local, letters, axis)(state, scores, v, run)
+        *after, o = over_mesh(local, letters, axis)(state, scores, v, segment)
         return None if after[0] is None else SoftmaxState(*after), o
 
     def _pool(self, scores, v) -> jax.Array:
@@ -151,17 +153,19 @@ class Aaren(nn.Module, Attention):
         o = found.acc / jnp.where(found.l > 0, found.l, 1)[..., None]  # o = acc / l
         return o.astype(v.dtype)
 
-    def _pool_runs(self, scores, v, q_run, kv_run) -> jax.Array:
-        """The answer over all keys of each token's run [B,T,H,V]."""
-        scores, v, kv_run = (gather(a, self.axis) for a in (scores, v, kv_run))
-        # a query stands behind the keys of its run, as a token that weighs nothing
+    def _pool_segments(self, scores, v, q_segment, kv_segment) -> jax.Array:
+        """The answer over all keys of each token's segment [B,T,H,V]."""
+        scores, v, kv_segment = (gather(a, self.axis) for a in (scores, v, kv_segment))
+        # a query stands behind the keys of its segment, as a token that weighs nothing
         keys = jnp.stack([scores, jnp.ones_like(scores)], -1)  # [B,S,H,2], 0 at queries
 
-        def read(q, keys, v, run):
+        def read(q, keys, v, segment):
             s = jnp.where(keys[..., 1] > 0, keys[..., 0], -jnp.inf)
             return prefix_softmax(
-                s, v, run=run, chunk=self.chunk, dtype=v.dtype,
+                s, v, segment=segment, chunk=self.chunk, dtype=v.dtype,
                 implementation=self.implementation)[1]
 
-        nobody = jnp.zeros((*q_run.shape, 1, 1), v.dtype)  # queries bring no numbers
-        return by_segment(read, nobody, keys, v, q_run, kv_run)
+        nobody = jnp.zeros(
+            (*q_segment.shape, 1, 1), v.dtype
+        )  # queries bring no numbers
+        return by_segment(read, nobody, keys, v, q_segment, kv_segment)

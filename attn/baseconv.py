@@ -80,7 +80,7 @@ class BaseConv(Layer):
         width = self._width(x)
         end, segment = (None, None) if state is None else (state.end, state.segment)
         now = locate(segments, x.shape[0], x.shape[1], end, segment)
-        run = None if segments is None else now.segment
+        segment = None if segments is None else now.segment
         x = x.astype(self.dtype)
         gate, mixed = self._project(x)  # [B,T,C] each
         # uniform within 1/sqrt(kernel): the filter of a channel sees `kernel` numbers
@@ -92,10 +92,10 @@ class BaseConv(Layer):
         last = None if state is None else state.last
         # new tokens that the axis cannot split are filtered in the global view
         axis = self.axis if state is None else splits(self.axis, x.shape[1])
-        last, mixed = _convolved(axis, mixed, weight, last, run)
+        last, mixed = _convolved(axis, mixed, weight, last, segment)
         if bias is not None:
             mixed = mixed + bias.astype(mixed.dtype).reshape(1, 1, width)
-        y = self._combine(x, gate, mixed, run)
+        y = self._combine(x, gate, mixed, segment)
         if state is None:
             return y
         return ConvState(last, now.next_pos, now.last_segment), y
@@ -132,25 +132,27 @@ class BaseConv(Layer):
         mixed, gate = jnp.split(self._dense(2 * self._width(x), "in")(x), 2, -1)
         return gate, mixed
 
-    def _combine(self, x, gate, mixed, run) -> jax.Array:
+    def _combine(self, x, gate, mixed, segment) -> jax.Array:
         if self.variant == "zoology":
             y = mixed * gate + x  # conv(x) * (x P) + x
         else:
             # (silu(conv(x A)) * x B) C: [B,T,C] [C,E]
             y = self._dense(x.shape[-1], "out")(nn.silu(mixed) * gate)
-        return y if run is None else jnp.where((run > 0)[..., None], y, 0)
+        return y if segment is None else jnp.where((segment > 0)[..., None], y, 0)
 
 
-def _convolved(axis: Axis | None, x, weight, state, run):
+def _convolved(axis: Axis | None, x, weight, state, segment):
     """The next state and y [B,T,C]; without an axis, `shortconv`."""
-    def local(x, weight, state, run):
+    def local(x, weight, state, segment):
         states = None if state is None else [state]
-        after, (y,) = shortconvs([x], [weight], states=states, run=run, axis=axis)
+        after, (y,) = shortconvs(
+            [x], [weight], states=states, segment=segment, axis=axis
+        )
         return None if after is None else after[0], y
 
     c = home("H", x.shape[2], axis)  # channels lie where heads do
     letters = f"BT{c} .{c} B.{c} BT -> B.{c} BT{c}"
-    return over_mesh(local, letters, axis)(x, weight, state, run)
+    return over_mesh(local, letters, axis)(x, weight, state, segment)
 
 
 # unit variance in, unit variance out, whatever the width

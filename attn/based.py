@@ -27,7 +27,9 @@ from attn.contract.dispatch import pick
 from attn.contract.segments import locate, segment_indices
 from attn.contract.shapes import check
 from attn.parallel.sharding import Axis, gather, over_mesh, splits, spread_heads
-from attn.recurrent.chunks import Runs, filled, from_chunks, only, runs_of, to_chunks
+from attn.recurrent.chunks import (
+    ChunkSegments, filled, from_chunks, only, segments_of, to_chunks
+)
 from attn.recurrent.lasp import carry_in
 from attn.recurrent.linear import LinearState, check_state, empty, naive
 from attn.recurrent.noncausal import by_segment
@@ -84,10 +86,10 @@ class Based(Attention):
     def __call__(self, q, k, v, *, x=None, segments=None):
         """All tokens at once. q [B,T,H,D], k [B,S,K,D], v [B,S,K,V] -> [B,T,H,V]."""
         check(q, k, v, segments=segments, aligned=self.causal)
-        q_run, kv_run = segment_indices(segments, q, self.causal)
+        q_segment, kv_segment = segment_indices(segments, q, self.causal)
         k, v = (spread_heads(a, q.shape[2], self.axis) for a in (k, v))
         letters = "BTHD BSKD BSKV BT BS -> BTHV"
-        o = over_mesh(self._local, letters, self.axis)(q, k, v, q_run, kv_run)
+        o = over_mesh(self._local, letters, self.axis)(q, k, v, q_segment, kv_segment)
         return o.astype(v.dtype)
 
     def init_state(self, size, q, k, v, *, x=None) -> LinearState:
@@ -103,16 +105,16 @@ class Based(Attention):
         check(q, k, v, segments=segments, aligned=True)
         check_state(state, self._memory(q, v.shape[-1] + self.normalize))
         now = locate(segments, q.shape[0], q.shape[1], state.end, state.segment)
-        run = None if segments is None else now.segment
+        segment = None if segments is None else now.segment
         here = dataclasses.replace(self, axis=splits(self.axis, q.shape[1]))
         k, v = (spread_heads(a, q.shape[2], here.axis) for a in (k, v))
 
-        def local(q, k, v, run, memory):
-            return here._recurrence(q, k, here._summed(v), run, memory)
+        def local(q, k, v, segment, memory):
+            return here._recurrence(q, k, here._summed(v), segment, memory)
 
         letters = "BTHD BTKD BTKV BT BHDV -> BHDV BTHV"
         f = over_mesh(local, letters, here.axis)
-        xla = functools.partial(f, q, k, v, run, state.memory)
+        xla = functools.partial(f, q, k, v, segment, state.memory)
         memory, o = pick(self.implementation, xla=xla)
         after = LinearState(memory, now.next_pos, now.last_segment)
         return after, self._divided(o).astype(v.dtype)
@@ -135,28 +137,30 @@ class Based(Attention):
         # each w is at least 1/2: the total is 0 only where no key is seen
         return o[..., :-1] / jnp.where(total > 0, total + self.eps, 1)
 
-    def _local(self, q, k, v, q_run, kv_run) -> jax.Array:
+    def _local(self, q, k, v, q_segment, kv_segment) -> jax.Array:
         def xla():
             summed = self._summed(v)
             if self.causal:
-                return self._recurrence(q, k, summed, q_run)[1]
-            if kv_run is None:
+                return self._recurrence(q, k, summed, q_segment)[1]
+            if kv_segment is None:
                 return self._whole(q, k, summed)
-            # keys of all shards: sorting by run needs the whole row
-            keys, values, runs = (gather(a, self.axis) for a in (k, summed, kv_run))
+            # keys of all shards: sorting by segment needs the whole row
+            keys, values, segments = (gather(
+                a, self.axis
+            ) for a in (k, summed, kv_segment))
             here = dataclasses.replace(self, axis=None)
 
             def sums(*arrays):
                 return here._recurrence(*arrays)[1]
 
-            return by_segment(sums, q, keys, values, q_run, runs)
+            return by_segment(sums, q, keys, values, q_segment, segments)
 
         return self._divided(pick(self.implementation, xla=xla))
 
     def _map(self, x: jax.Array) -> jax.Array:
         return features(x.astype(jnp.float32), self.compact)
 
-    def _recurrence(self, q, k, v, run, state=None) -> tuple[Any, jax.Array]:
+    def _recurrence(self, q, k, v, segment, state=None) -> tuple[Any, jax.Array]:
         """The sums over j <= t -> state [B,H,P,V], o [B,T,H,V]; features are made for a
         chunk at a time. With an axis the state before this shard comes from the mesh,
         and the last one is that after all shards, None if none came in."""
@@ -164,9 +168,9 @@ class Based(Attention):
         zeros = jnp.zeros(self._memory(q, v.shape[-1]), jnp.float32)  # [B,H,P,V]
         before = zeros if state is None else state
         if t == 1 and self.axis is None:
-            return naive(self._map(q), self._map(k), v, state=before, run=run)
+            return naive(self._map(q), self._map(k), v, state=before, segment=segment)
         c, copies = min(self.chunk, t), h // k.shape[2]
-        row = filled(run, t, c)
+        row = filled(segment, t, c)
         # [N,B,H,c,D] and [N,B,H,c,V]
         q, k, v = to_chunks(q, c), to_chunks(k, c, h), to_chunks(v, c, h)
         carried: jax.Array | int = 1
@@ -174,19 +178,19 @@ class Based(Attention):
             # one state serves its query heads
             few_k, few_v = (a[:, :, ::copies] for a in (k, v))
             final, _ = self._scan(
-                zeros[:, ::copies], None, few_k, few_v, runs_of(row, c, 0))
-            last = None if run is None else run.max(1)
+                zeros[:, ::copies], None, few_k, few_v, segments_of(row, c, 0))
+            last = None if segment is None else segment.max(1)
             begun = carry_in(final, None, last, self.axis, state=state)
-            carried, before = begun.run, begun.state
+            carried, before = begun.segment, begun.state
             # a state that came in has its query heads already
             before = jnp.repeat(before, h // before.shape[1], 1)
-        after, o = self._scan(before, q, k, v, runs_of(row, c, carried))
+        after, o = self._scan(before, q, k, v, segments_of(row, c, carried))
         return begun.after if self.axis is not None else after, from_chunks(o, t)
 
-    def _scan(self, state, q, k, v, runs: Runs):
+    def _scan(self, state, q, k, v, segments: ChunkSegments):
         """The state after all chunks, and o [N,B,H,c,V] unless q is None."""
-        alike = runs.keeps is None  # one mask serves all chunks
-        shared = jax.tree.map(lambda a: a[0], runs)
+        alike = segments.keeps is None  # one mask serves all chunks
+        shared = jax.tree.map(lambda a: a[0], segments)
 
         def pass_on(state, chunk):
             q, k, v, own = chunk
@@ -196,11 +200,11 @@ class Based(Attention):
             added = jnp.einsum("bhjp,bhjv->bhpv", k, v)  # [P,c] [c,V]
             return only(here.keeps, state) + added, o
 
-        scanned = None if alike else runs
+        scanned = None if alike else segments
         # features are made again going back: P channels a token are not to be kept
         return jax.lax.scan(jax.checkpoint(pass_on), state, (q, k, v, scanned))
 
-    def _seen(self, state, q, k, v, here: Runs) -> jax.Array:
+    def _seen(self, state, q, k, v, here: ChunkSegments) -> jax.Array:
         # inside the chunk the weights are written out, 1 + s + s^2/2 [B,H,c,c]
         s = jnp.einsum("bhid,bhjd->bhij", q, k) * q.shape[-1] ** -0.5  # [c,D] [D,c]
         # [c,c] [c,V]
@@ -212,7 +216,7 @@ class Based(Attention):
         """The sums over all keys, for all queries [B,T,H,V]."""
         t, h = q.shape[1:3]
         state = jnp.zeros(self._memory(q, v.shape[-1]), jnp.float32)
-        c, full = min(self.chunk, k.shape[1]), Runs(None, None, None, None)
+        c, full = min(self.chunk, k.shape[1]), ChunkSegments(None, None, None, None)
         state, _ = self._scan(state, None, to_chunks(k, c, h), to_chunks(v, c, h), full)
         # one state of all shards [B,H,P,V], by an all-reduce
         state = state if self.axis is None else jax.lax.psum(state, self.axis)

@@ -120,29 +120,29 @@ class Delta(nn.Module, Attention):
                 f"x {None if x is None else x.shape}: expected the tokens "
                 f"{q.shape[:2]} that q, k and v were made from, [B,T,E]"
             )
-        run, low = now.segment if packed else None, v.dtype
+        segment, low = now.segment if packed else None, v.dtype
         memory, *tails = [None] * 4 if state is None else state[:4]
-        tails, (q, k, v) = self._short((q, k, v), tails, run, axis)
+        tails, (q, k, v) = self._short((q, k, v), tails, segment, axis)
         beta, log_decay = self._gates(x.astype(jnp.float32), q.shape[2])  # [B,T,H]
         k, v = (spread_heads(a, q.shape[2], axis) for a in (k, v))
         # unit keys: states grow if |k|^2 beta is above 2
         q, k, v = (a.astype(low) for a in (_unit(q), _unit(k), v))
 
-        def local(state, q, k, v, beta, log_decay, run):
+        def local(state, q, k, v, beta, log_decay, segment):
             return recurrence(  # o_t = q_t S_t / sqrt(D)
-                q, k, v, beta, log_decay, state=state, run=run, chunk=self.chunk,
-                axis=axis, scale=q.shape[3] ** -0.5, dtype=low,
+                q, k, v, beta, log_decay, state=state, segment=segment,
+                chunk=self.chunk, axis=axis, scale=q.shape[3] ** -0.5, dtype=low,
                 implementation=self.implementation,
             )
 
         letters = "BHDV BTHD BTKD BTKV BTH BTH BT -> BHDV BTHV"
         memory, o = over_mesh(local, letters, axis)(
-            memory, q, k, v, beta, log_decay, run)
+            memory, q, k, v, beta, log_decay, segment)
         q_tail, k_tail, v_tail = tails
         clock = now.next_pos, now.last_segment
         return DeltaState(memory, q_tail, k_tail, v_tail, *clock), o
 
-    def _short(self, arrays, tails, run, axis: Axis | None) -> tuple[Any, list]:
+    def _short(self, arrays, tails, segment, axis: Axis | None) -> tuple[Any, list]:
         """The next tails; and q, k, v after their convolutions and silu, float32."""
         # what follows is rounded once, at its end
         wide = [a.astype(jnp.float32) for a in arrays]
@@ -169,12 +169,12 @@ class Delta(nn.Module, Attention):
         def local(*arrays):
             after, found = shortconvs(
                 arrays[:3], arrays[3:6], states=arrays[6:9] if streams else None,
-                run=arrays[9], axis=axis,
+                segment=arrays[9], axis=axis,
             )
             return *(after or (None, None, None)), *found
 
         found = over_mesh(local, letters, axis)(
-            *flat, *weights, *(tails or [None] * 3), run)
+            *flat, *weights, *(tails or [None] * 3), segment)
         # tails are remembered in the dtype of their tokens
         after = [b if b is None else b.astype(a.dtype) for a, b in zip(arrays, found)]
         # [B,T,H D] -> [B,T,H,D]

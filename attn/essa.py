@@ -60,22 +60,24 @@ class Essa(Attention):
         o = pick(self.implementation, xla=functools.partial(f, q, k, v, *where))
         return o.astype(v.dtype)
 
-    def _local(self, q, k, v, q_run, kv_run) -> jax.Array:
+    def _local(self, q, k, v, q_segment, kv_segment) -> jax.Array:
         def sums(a, b, w):
-            return noncausal(a, b, w, q_run=q_run, kv_run=kv_run, axis=self.axis)
+            return noncausal(
+                a, b, w, q_segment=q_segment, kv_segment=kv_segment, axis=self.axis
+            )
 
         q, k = self._squares(q), self._squares(k)  # q', k' [B,.,.,D]
         one, ones = jnp.ones_like(q[..., :1]), jnp.ones_like(k[..., :1])
-        count = sums(one, ones, ones)  # S: keys of the query's run [B,T,H,1]
+        count = sums(one, ones, ones)  # S: keys of the query's segment [B,T,H,1]
         total = sums(one, ones, k * k)  # of each channel, over the query's segment
-        # 1/|k'_.d| goes with q': it is one number a channel and run, not one a key
+        # 1/|k'_.d| goes with q': it is one number a channel and segment, not one a key
         q = q * _inverse_root((q * q).sum(-1, keepdims=True)) * _inverse_root(total)
         o = sums(q, k, v) * _inverse_root(count)  # S^-0.5 sum_d q'_td sum_s k'_sd v_s
         if not self.residual:
             return o
         # v_t, of K heads, for each of H
         own = jnp.repeat(v.astype(jnp.float32), o.shape[2] // v.shape[2], 2)
-        return o + (own if kv_run is None else _real(own, kv_run))
+        return o + (own if kv_segment is None else _real(own, kv_segment))
 
     def _squares(self, x: jax.Array) -> jax.Array:
         """Squares of the centred channels over their sum, float32."""
@@ -84,8 +86,8 @@ class Essa(Attention):
         return x * x / ((x * x).sum(-1, keepdims=True) + self.eps)
 
 
-def _real(a: jax.Array, run: jax.Array) -> jax.Array:
-    return jnp.where(run[..., None, None] > 0, a, 0)
+def _real(a: jax.Array, segment: jax.Array) -> jax.Array:
+    return jnp.where(segment[..., None, None] > 0, a, 0)
 
 
 def _inverse_root(a: jax.Array) -> jax.Array:

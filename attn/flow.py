@@ -136,12 +136,12 @@ class Flow(Attention):
         b, t, h, _ = q.shape
         k, v = (jnp.repeat(a, h // a.shape[2], 2) for a in (k, v))
         now = locate(segments, b, t, state.end, state.segment)
-        run = None if segments is None else now.segment
+        segment = None if segments is None else now.segment
         axis = splits(self.axis, t)
         f = over_mesh(
             functools.partial(self._causal, axis),
             "BTHD BTHD BTHV BT BT BHDV -> BHDV BTHV", axis)
-        after, o = f(q, k, v, now.pos, run, state[:6])
+        after, o = f(q, k, v, now.pos, segment, state[:6])
         named = dict(zip(FlowState._fields, after))
         after = FlowState(**named, end=now.next_pos, segment=now.last_segment)
         return after, o.astype(v.dtype)
@@ -157,7 +157,7 @@ class Flow(Attention):
             return jax.nn.sigmoid(x)
         return jax.nn.relu(x) + 1e-6  # above 0: flows are divided by
 
-    def _causal(self, axis, q, k, v, pos, run, state=None) -> tuple:
+    def _causal(self, axis, q, k, v, pos, segment, state=None) -> tuple:
         """The sums after all tokens, if there were some before, and o [B,T,H,V]."""
         held = dict(zip(FlowState._fields, state)) if state else {}
         after: dict[str, jax.Array] = {}
@@ -166,8 +166,9 @@ class Flow(Attention):
             # sums that do not need each other are heads of one
             before = [held[name] for name in names if state]
             now, o = recurrence(
-                a, b, w, state=jnp.concatenate(before, 1) if state else None, run=run,
-                chunk=self.chunk, axis=axis, implementation=self.implementation,
+                a, b, w, state=jnp.concatenate(before, 1) if state else None,
+                segment=segment, chunk=self.chunk, axis=axis,
+                implementation=self.implementation,
             )
             if now is not None:
                 # [B,n H,.,.] -> n of [B,H,.,.]
@@ -222,38 +223,38 @@ class Flow(Attention):
         that has its equal share."""
         return self._flows(self._phi(q), self._phi(k), None, None)[2][..., 0]
 
-    def _normal(self, q, k, v, q_run, kv_run) -> jax.Array:
-        """o [B,T,H,V] float32, every sum over all tokens of the run."""
+    def _normal(self, q, k, v, q_segment, kv_segment) -> jax.Array:
+        """o [B,T,H,V] float32, every sum over all tokens of the segment."""
         sink, source = self._phi(q), self._phi(k)
-        incoming, taken, share = self._flows(sink, source, q_run, kv_run)
+        incoming, taken, share = self._flows(sink, source, q_segment, kv_segment)
         v = v.astype(jnp.float32)
         o = noncausal(
-            sink, source, v * share if self.compete else v, q_run=q_run, kv_run=kv_run,
-            axis=self.axis,
+            sink, source, v * share if self.compete else v, q_segment=q_segment,
+            kv_segment=kv_segment, axis=self.axis,
         )
         return self._allocated(o, taken) / incoming
 
-    def _flows(self, sink, source, q_run, kv_run) -> tuple[jax.Array, ...]:
+    def _flows(self, sink, source, q_segment, kv_segment) -> tuple[jax.Array, ...]:
         """Of the normal form: I [B,T,H,1], I' T/S [B,T,H,1] and c [B,S,H,1]."""
         def sums(to, of):
             def found(_, a, b, w):
-                return noncausal(a, b, w, q_run=to, kv_run=of, axis=self.axis)
+                return noncausal(a, b, w, q_segment=to, kv_segment=of, axis=self.axis)
 
             return found
 
         # sums over keys; over queries
-        into, out_of = sums(q_run, kv_run), sums(kv_run, q_run)
+        into, out_of = sums(q_segment, kv_segment), sums(kv_segment, q_segment)
         at_q, at_k = jnp.ones_like(sink[..., :1]), jnp.ones_like(source[..., :1])
         incoming = self._flow(into)("keys", sink, source, at_k)  # I_t
         outgoing = self._flow(out_of)("queries", source, sink, at_q)  # O_s
         taken = self._flow(into)("sources", sink, source, 1 / outgoing)  # I'_t
         given = self._flow(out_of)("sinks", source, sink, 1 / incoming)  # O'_s
         weight = jnp.exp(self._clamped(given))
-        # over the keys of each key's run
-        among = functools.partial(sums(kv_run, kv_run), "", at_k, at_k)
+        # over the keys of each key's segment
+        among = functools.partial(sums(kv_segment, kv_segment), "", at_k, at_k)
         share = weight * among(at_k) / _nonzero(among(weight))  # c = S softmax(O')
-        # T and S of the run, as many queries and keys as there are
-        queries = sums(q_run, q_run)("", at_q, at_q, at_q)
+        # T and S of the segment, as many queries and keys as there are
+        queries = sums(q_segment, q_segment)("", at_q, at_q, at_q)
         ratio = queries / _nonzero(into("", at_q, at_k, at_k))
         return incoming, taken * ratio, share
 

@@ -194,7 +194,8 @@ class Landmark(Attention):
         keys = join(tail.k, k)
         q, keys = self._turned(q, now.pos - shift), self._turned(keys, at)
         row = compact(
-            join(tail.run, now.segment), join(tail.pos, now.pos), keys, join(tail.v, v)
+            join(tail.segment, now.segment), join(tail.pos, now.pos), keys,
+            join(tail.v, v),
         )
         retrieve = None
         if self.top_k:

@@ -110,11 +110,11 @@ class LightNet(Attention):
         b, t, h, d = q.shape
         if not self.causal:
             return self._noncausal(q, k, wide, segments).astype(v.dtype)
-        run, _ = segment_indices(segments, q)
+        segment, _ = segment_indices(segments, q)
         pos = locate(segments, b, t).pos
         # exp(k_t - z_t) and z_{t-1} - z_t [B,T,H,D]
         share, log_decay, *_ = self._shares(
-            k, run, nothing((b, h, d)), self.axis, ends=False)
+            k, segment, nothing((b, h, d)), self.axis, ends=False)
         o = linear_attention(
             *self._turned(q, share, pos, pos), wide, self._spread(log_decay),
             segments=segments, **self._how(q),
@@ -143,9 +143,9 @@ class LightNet(Attention):
             raise ValueError(f"state: expected a LightNetState with memory {want}")
         q, k, wide = self._ready(q, k, v)
         now = locate(segments, b, t, state.end, state.segment)
-        run = None if segments is None else now.segment
+        segment = None if segments is None else now.segment
         share, log_decay, top, total = self._shares(
-            k, run, (state.top, state.total), splits(self.axis, t))
+            k, segment, (state.top, state.total), splits(self.axis, t))
         held = LinearState(state.memory, state.end, state.segment)
         held, o = linear_attention_step(
             held, *self._turned(q, share, now.pos, now.pos), wide,
@@ -176,25 +176,25 @@ class LightNet(Attention):
         d = log_decay.shape[-1]
         return jnp.tile(log_decay, self._rows(d) // d)  # [B,T,H,D] -> [B,T,H,rows]
 
-    def _shares(self, k, run, before: tuple, axis: Axis | None, ends: bool = True):
+    def _shares(self, k, segment, before: tuple, axis: Axis | None, ends: bool = True):
         """exp(k_t - z_t), z_{t-1} - z_t [B,T,H,D], and the sums after all tokens, or
         None and None. Over a mesh these sums [B,H,D] are gathered before the states,
         whose decays depend on them."""
         f = functools.partial(self._running, axis, ends)
         letters = "BTHD BT BHD BHD -> BTHD BTHD BHD BHD"
-        return over_mesh(f, letters, axis)(k, run, *before)
+        return over_mesh(f, letters, axis)(k, segment, *before)
 
-    def _running(self, axis: Axis | None, ends: bool, k, run, *before) -> tuple:
+    def _running(self, axis: Axis | None, ends: bool, k, segment, *before) -> tuple:
         # a constant: top + log(total) does not depend on where it is measured from
         top, held = jax.lax.stop_gradient(k), Mass(*before)
         # the mass in front of a token, and its own: exp(k - top) = 1, with k's gradient
         token = Mass(*nothing(k.shape)), Mass(top, jnp.exp(k - top))
         after, (last, now) = prefix_scan(
-            _shifted, token, state=(held, held), run=run, chunk=self.chunk, axis=axis,
-            ends=ends,
+            _shifted, token, state=(held, held), segment=segment, chunk=self.chunk,
+            axis=axis, ends=ends,
         )
         (old_top, old), (new_top, new) = (self._begun(a) for a in (last, now))
-        real = None if run is None else (run > 0)[..., None, None]
+        real = None if segment is None else (segment > 0)[..., None, None]
         # exp(k_t - z_t), z = top + log(total)
         share = only(real, jnp.exp(only(real, k - new_top)) / new)
         log_decay = old_top - new_top + jnp.log(old) - jnp.log(new)  # z_{t-1} - z_t
@@ -212,37 +212,41 @@ class LightNet(Attention):
         return top, jnp.where(total > 0, total, 1)
 
     def _noncausal(self, q, k, v, segments) -> jax.Array:
-        """Every query sees every key of its run, or simply every key."""
+        """Every query sees every key of its segment, or simply every key."""
         pair = segments if isinstance(segments, tuple) else (segments, segments)
         places = [locate(g, *a.shape[:2]) for g, a in zip(pair, (q, k))]
         share = self._softmax(k, None if segments is None else places[1].segment)
         turned = self._turned(q, share, *(p.pos for p in places))
         of = segment_indices(segments, q, ordered=False)
 
-        def local(q, share, v, q_run, kv_run):
-            return noncausal(q, share, v, q_run=q_run, kv_run=kv_run, axis=self.axis)
+        def local(q, share, v, q_segment, kv_segment):
+            return noncausal(
+                q, share, v, q_segment=q_segment, kv_segment=kv_segment, axis=self.axis
+            )
 
         f = over_mesh(local, "BTHD BSHD BSHV BT BS -> BTHV", self.axis)
         o = pick(self.implementation, xla=functools.partial(f, *turned, v, *of))
         return o * self._factor(q.shape[-1])  # c silu(q_t) sum_s exp(k_s - z)^T v_s
 
-    def _softmax(self, k, run) -> jax.Array:
-        """exp(k_s - z) [B,S,H,D], z over all keys of the run."""
+    def _softmax(self, k, segment) -> jax.Array:
+        """exp(k_s - z) [B,S,H,D], z over all keys of the segment."""
         top = jax.lax.stop_gradient(k)  # it cancels: no gradient
-        top = top.max(1, keepdims=True) if run is None else _largest(top, run)
+        top = top.max(1, keepdims=True) if segment is None else _largest(top, segment)
         top = jnp.maximum(top, self.init_lse)
         each = jnp.exp(k - top)  # [B,S,H,D]
-        if run is None:
+        if segment is None:
             total = each.sum(1, keepdims=True)
         else:
-            each = only((run > 0)[..., None, None], each)
-            total = over_mesh(self._sums, "BSHD BS -> BSHD", self.axis)(each, run)
+            each = only((segment > 0)[..., None, None], each)
+            total = over_mesh(self._sums, "BSHD BS -> BSHD", self.axis)(each, segment)
         total = total + jnp.exp(self.init_lse - top)  # exp(init_lse) beside the sum
         return each / jnp.where(total > 0, total, 1)
 
-    def _sums(self, each, run) -> jax.Array:
+    def _sums(self, each, segment) -> jax.Array:
         one = jnp.ones_like(each[..., :1])
-        return noncausal(one, one, each, q_run=run, kv_run=run, axis=self.axis)
+        return noncausal(
+            one, one, each, q_segment=segment, kv_segment=segment, axis=self.axis
+        )
 
 
 def nothing(shape: tuple[int, ...]) -> Mass:
@@ -261,9 +265,9 @@ def _shifted(a: tuple[Mass, Mass], b: tuple[Mass, Mass]) -> tuple[Mass, Mass]:
     return _joined(a[1], b[0]), _joined(a[1], b[1])
 
 
-def _largest(k: jax.Array, run: jax.Array) -> jax.Array:
-    """The largest of k [B,S,H,D] in each token's run [B,S], numbered up to S."""
+def _largest(k: jax.Array, segment: jax.Array) -> jax.Array:
+    """The largest of k [B,S,H,D] in each token's segment [B,S], numbered up to S."""
     many = k.shape[1] + 1
     # by row: [S,H,D] -> [S+1,H,D]
-    best = jax.vmap(lambda a, r: jax.ops.segment_max(a, r, many))(k, run)
-    return jnp.take_along_axis(best, run[..., None, None], 1)
+    best = jax.vmap(lambda a, r: jax.ops.segment_max(a, r, many))(k, segment)
+    return jnp.take_along_axis(best, segment[..., None, None], 1)

@@ -122,11 +122,11 @@ class Lightning(Attention):
             return linear_attention(
                 q, k, v, log_decay, segments=segments, **self._how(q)
             )
-        q_run, kv_run = segment_indices(segments, q, ordered)
+        q_segment, kv_segment = segment_indices(segments, q, ordered)
         k, v = (spread_heads(a, q.shape[2], self.axis) for a in (k, v))
         letters = "BTHD BSKD BSKV H BT BS -> BTHV"
         o = over_mesh(self._two_sided, letters, self.axis)(
-            q, k, v, log_decay, q_run, kv_run
+            q, k, v, log_decay, q_segment, kv_segment
         )
         return (o * self.scale).astype(v.dtype)
 
@@ -150,26 +150,28 @@ class Lightning(Attention):
         s = slopes(q.shape[2], self.slopes, self.layer, self.layers)
         return jnp.asarray(-s, jnp.float32)  # log of exp(-s_h) [H]
 
-    def _two_sided(self, q, k, v, log_decay, q_run, kv_run) -> jax.Array:
+    def _two_sided(self, q, k, v, log_decay, q_segment, kv_segment) -> jax.Array:
         if log_decay is None:  # o = q (K^T V)
             xla = functools.partial(
-                noncausal, q, k, v, q_run=q_run, kv_run=kv_run, axis=self.axis)
+                noncausal, q, k, v, q_segment=q_segment, kv_segment=kv_segment,
+                axis=self.axis,
+            )
             return pick(self.implementation, xla=xla)
         forth, back = (  # j <= t, and j >= t
             recurrence(
-                q, k, v, log_decay, run=q_run, chunk=self.chunk, axis=self.axis,
+                q, k, v, log_decay, segment=q_segment, chunk=self.chunk, axis=self.axis,
                 reverse=reverse, implementation=self.implementation,
             )[1]
             for reverse in (False, True)
         )
-        return forth + back - _own(q, k, v, q_run)  # both hold j = t
+        return forth + back - _own(q, k, v, q_segment)  # both hold j = t
 
 
-def _own(q, k, v, run) -> jax.Array:
+def _own(q, k, v, segment) -> jax.Array:
     """(q_t.k_t) v_t [B,T,H,V] float32, which both directions contain."""
     q, k, v = (
         jnp.repeat(a.astype(jnp.float32), q.shape[2] // a.shape[2], 2)
         for a in (q, k, v)
     )
     o = (q * k).sum(-1, keepdims=True) * v  # [B,T,H,1] x [B,T,H,V]
-    return o if run is None else jnp.where(run[..., None, None] > 0, o, 0)
+    return o if segment is None else jnp.where(segment[..., None, None] > 0, o, 0)

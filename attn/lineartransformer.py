@@ -76,8 +76,8 @@ class LinearTransformer(Attention):
             functools.partial(self._sums, axis), "BHDV BTHD BTKD BTKV BT -> BHDV BTHV",
             axis,
         )
-        run = None if segments is None else now.segment
-        memory, o = f(state.memory, q, k, v, run)
+        segment = None if segments is None else now.segment
+        memory, o = f(state.memory, q, k, v, segment)
         after = LinearState(memory, now.next_pos, now.last_segment)
         return after, self._divided(o).astype(v.dtype)
 
@@ -85,21 +85,21 @@ class LinearTransformer(Attention):
         b, _, h, d = q.shape
         return b, h, d, v.shape[-1] + 1
 
-    def _sums(self, axis, state, q, k, v, run) -> tuple:
+    def _sums(self, axis, state, q, k, v, segment) -> tuple:
         # sum_j (phi(q_t).phi(k_j)) [v_j | 1], j <= t: [B,T,H,V+1]
         return recurrence(
-            _phi(q), _phi(k), _beside_one(v), state=state, run=run, chunk=self.chunk,
-            axis=axis, implementation=self.implementation,
+            _phi(q), _phi(k), _beside_one(v), state=state, segment=segment,
+            chunk=self.chunk, axis=axis, implementation=self.implementation,
         )
 
-    def _local(self, q, k, v, q_run, kv_run) -> jax.Array:
+    def _local(self, q, k, v, q_segment, kv_segment) -> jax.Array:
         if self.causal:
-            _, o = self._sums(self.axis, None, q, k, v, kv_run)
+            _, o = self._sums(self.axis, None, q, k, v, kv_segment)
         else:
             # the same over all j
             xla = functools.partial(
-                noncausal, _phi(q), _phi(k), _beside_one(v), q_run=q_run, kv_run=kv_run,
-                axis=self.axis,
+                noncausal, _phi(q), _phi(k), _beside_one(v), q_segment=q_segment,
+                kv_segment=kv_segment, axis=self.axis,
             )
             o = pick(self.implementation, xla=xla)
         return self._divided(o).astype(v.dtype)

@@ -75,9 +75,11 @@ class Linformer(nn.Module, Attention):
         o = pick(self.implementation, xla=functools.partial(f, q, k, v, *mixes, *where))
         return o.astype(v.dtype)
 
-    def _local(self, q, k, v, keys, values, pos, q_run, kv_run) -> jax.Array:
+    def _local(self, q, k, v, keys, values, pos, q_segment, kv_segment) -> jax.Array:
         def sums(a, b, w):
-            return noncausal(a, b, w, q_run=q_run, kv_run=kv_run, axis=self.axis)
+            return noncausal(
+                a, b, w, q_segment=q_segment, kv_segment=kv_segment, axis=self.axis
+            )
 
         q, k, v = (a.astype(jnp.float32) for a in (q, k, v))
         # E_s and F_s of each key [B,S,K,r]

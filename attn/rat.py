@@ -83,10 +83,10 @@ class RAT(nn.Module, Attention):
         k, v = self._checked(q, k, v, segments)
         b, t, h, d = q.shape
         now = locate(segments, b, t)
-        run = None if segments is None else now.segment
+        segment = None if segments is None else now.segment
         letters = "BTHD BTHD BTHV BTHD BT BT -> BTHV"
         return over_mesh(self._local, letters, self.axis)(
-            q, k, v, self.gates(q, v, x), now.pos, run
+            q, k, v, self.gates(q, v, x), now.pos, segment
         )
 
     def init_state(self, size, q, k, v, *, x=None) -> RATState:
@@ -120,21 +120,21 @@ class RAT(nn.Module, Attention):
         held = Cache(state.k, state.v, state.pos, state.end, state.segment)
         if t == 1:
             # a chunk that ends now is not seen by its own last token
-            both, runs = held, jnp.ones(held.k.shape[:2], jnp.int32)
+            both, slot_segments = held, jnp.ones(held.k.shape[:2], jnp.int32)
         else:
-            places = now._replace(pos=ends.number, segment=ends.run)
-            both, runs = caches.concat(held, ends.k, ends.v, places)
+            places = now._replace(pos=ends.number, segment=ends.segment)
+            both, slot_segments = caches.concat(held, ends.k, ends.v, places)
         o = self._read(
             q, own_k, own_v, now.pos, now.segment, both.k, both.v, both.pos[..., 0],
-            runs,
+            slot_segments,
         )
         newest = now.segment.max(1, keepdims=True)
-        stays = (ends.run == newest) & (ends.run > 0)
+        stays = (ends.segment == newest) & (ends.segment > 0)
         # where a sequence began, what is held is of another one
         began = (now.segment > 1).any(1)[:, None, None]
         held = held._replace(pos=jnp.where(began, -1, held.pos))
         after = caches.append(
-            held, ends.k, ends.v, now._replace(pos=ends.number, segment=ends.run),
+            held, ends.k, ends.v, now._replace(pos=ends.number, segment=ends.segment),
             jnp.where(stays, ends.number, -1),
         )
         after = after._replace(end=now.next_pos, segment=now.last_segment)
@@ -163,29 +163,29 @@ class RAT(nn.Module, Attention):
         # x W + b: [B,T,E] [E,H,max(D,V)]
         return dense(x.astype(jnp.float32)) + bias[None, None]
 
-    def _local(self, q, k, v, logit, pos, run) -> jax.Array:
-        own_k, own_v = self._running(k, v, logit, pos, run)
-        ends = self._ends(own_k, own_v, pos, run, v.dtype)
+    def _local(self, q, k, v, logit, pos, segment) -> jax.Array:
+        own_k, own_v = self._running(k, v, logit, pos, segment)
+        ends = self._ends(own_k, own_v, pos, segment, v.dtype)
         if self.axis is not None:
             # what is read of all tokens: one in L, keys and values side by side
-            where = jnp.stack([ends.number, ends.run], -1)
+            where = jnp.stack([ends.number, ends.segment], -1)
             sent = jnp.concatenate([ends.k, ends.v], -1), where
             both, at = (
                 jax.lax.all_gather(a, self.axis, axis=1, tiled=True) for a in sent)
             k, v = jnp.split(both, [k.shape[3]], -1)
             ends = Ends(k, v, at[..., 0], at[..., 1])
-        runs = None if run is None else ends.run
+        segments = None if segment is None else ends.segment
         return self._read(
-            q, own_k, own_v, pos, run, ends.k, ends.v, ends.number, runs)
+            q, own_k, own_v, pos, segment, ends.k, ends.v, ends.number, segments)
 
-    def _running(self, k, v, logit, pos, run, held=None):
+    def _running(self, k, v, logit, pos, segment, held=None):
         """k' [B,T,H,D], v' [B,T,H,V] float32; held: those of the token in front."""
         # 1 - sigmoid(a) = sigmoid(-a), exact near 1
         keep, add = jax.nn.sigmoid(logit), jax.nn.sigmoid(-logit)
         starts = (pos % self.chunk == 0)[..., None, None]
         keep = jnp.where(starts, 0, keep)  # each chunk begins with 0
-        if run is not None:
-            real = (run > 0)[..., None, None]
+        if segment is not None:
+            real = (segment > 0)[..., None, None]
             keep, add = jnp.where(real, keep, 1), jnp.where(real, add, 0)
         own = [slice(None, a.shape[-1]) for a in (k, v)]
         # (1 - g_t) k_t, and v_t
@@ -217,12 +217,12 @@ class RAT(nn.Module, Attention):
         (_, found), _ = exclusive_prefix(follow, one, last, axis, (one, nothing))
         return found[1:]
 
-    def _ends(self, own_k, own_v, pos, run, dtype) -> Ends:
+    def _ends(self, own_k, own_v, pos, segment, dtype) -> Ends:
         """What the chunks that end among these tokens leave, at most one in L."""
         t = pos.shape[1]
         last = pos % self.chunk == self.chunk - 1
-        if run is not None:
-            last = last & (run > 0)
+        if segment is not None:
+            last = last & (segment > 0)
         # ends first, in order: at most n = ceil(T/L) of them
         order = jnp.argsort(~last, axis=1, stable=True)[:, : -(-t // self.chunk)]
 
@@ -231,41 +231,44 @@ class RAT(nn.Module, Attention):
             return jnp.take_along_axis(a, at, 1)
 
         there, number = take(last), take(pos) // self.chunk  # [B,n]
-        ones = jnp.ones_like(pos) if run is None else run
+        ones = jnp.ones_like(pos) if segment is None else segment
         # rotated by the number of its chunk
         k = self._turned(take(own_k), number).astype(dtype)
         v = take(own_v).astype(dtype)
-        runs = jnp.where(there, take(ones), 0)
-        return Ends(k, v, jnp.where(there, number, -1), runs)
+        segments = jnp.where(there, take(ones), 0)
+        return Ends(k, v, jnp.where(there, number, -1), segments)
 
     def _turned(self, a, number) -> jax.Array:
         return a if self.rope is None else self.rope.rotate(a, number)
 
-    def _read(self, q, own_k, own_v, pos, run, k, v, kv_pos, kv_run) -> jax.Array:
+    def _read(
+        self, q, own_k, own_v, pos, segment, k, v, kv_pos, kv_segment
+    ) -> jax.Array:
         scale = q.shape[-1] ** -0.5 if self.scale is None else self.scale
         number = pos // self.chunk
         far = state_of(*attend(
             self._turned(q, number), k, v, LogitSpec(Causal(), scale),
             # number - 1: the own chunk's end holds later tokens
-            Where(number - 1, kv_pos, run, kv_run), implementation=self.implementation,
+            Where(number - 1, kv_pos, segment, kv_segment),
+            implementation=self.implementation,
         ))
         # the own chunk's running state is one key more: m its logit, l = 1, acc = v'
         logit = scale * (q.astype(jnp.float32) * own_k).sum(-1)  # [B,T,H]
         own = OnlineSoftmax(logit, jnp.ones_like(logit), own_v)
         o = output(join(far, own))
-        if run is not None:
-            o = jnp.where((run > 0)[..., None, None], o, 0)
+        if segment is not None:
+            o = jnp.where((segment > 0)[..., None, None], o, 0)
         return o.astype(q.dtype)
 
 
 class Ends(NamedTuple):
-    """Keys and values [B,n,H,.] at the ends of chunks, and their numbers and runs
+    """Keys and values [B,n,H,.] at the ends of chunks, and their numbers and segments
     [B,n], -1 and 0 where there are fewer."""
 
     k: jax.Array
     v: jax.Array
     number: jax.Array
-    run: jax.Array
+    segment: jax.Array
 
 
 def _state(cache: Cache, own_k, own_v) -> RATState:

@@ -16,10 +16,10 @@ from attn.contract.segments import TokenPositions
 
 
 class Tail(NamedTuple):
-    """The tokens of the block that is not complete: run [B,size] is 1, 0 where none is;
-    pos [B,size]; k [B,size,K,D]; v [B,size,K,V]."""
+    """The tokens of the block that is not complete: segment [B,size] is 1, 0 where none
+    is; pos [B,size]; k [B,size,K,D]; v [B,size,K,V]."""
 
-    run: jax.Array
+    segment: jax.Array
     pos: jax.Array
     k: jax.Array
     v: jax.Array
@@ -71,7 +71,7 @@ class Blocks:
         """The tokens of the block that is not complete."""
         inside = jnp.arange(self.size)[None]
         first = self.total[:, None] % (self.many + 1) * self.size
-        run = (inside < (self.cache.end % self.size)[:, None]).astype(jnp.int32)
+        segment = (inside < (self.cache.end % self.size)[:, None]).astype(jnp.int32)
         at = (first + inside)[..., None, None]  # [B,size,1,1]
         k, v = (jnp.take_along_axis(a, at, 1) for a in (self.cache.k, self.cache.v))
-        return Tail(run, self.total[:, None] * self.size + inside, k, v)
+        return Tail(segment, self.total[:, None] * self.size + inside, k, v)

@@ -63,7 +63,7 @@ def append(cache: Cache, k, v, place: TokenPositions, slot: jax.Array) -> Cache:
     """
     slots = cache.k.shape[1]
     stored = current(place)
-    # runs count from 1, the sequence that the cache holds
+    # segments count from 1, the sequence that the cache holds
     began = (place.segment > 1).any(1)
     slot = jnp.where(stored & (slot >= 0), slot, slots)  # `slots` is outside: dropped
     row = jnp.arange(k.shape[0])[:, None]
@@ -88,13 +88,15 @@ def append_next(cache: Cache, k, v, place: TokenPositions) -> tuple[Cache, jax.A
 
 
 def concat(cache: Cache, k, v, place: TokenPositions) -> tuple[Cache, jax.Array]:
-    """The cache with T more slots for the new tokens, and the run [B,C+T] of each slot:
-    what a piece of several tokens attends to before some of it is forgotten."""
+    """The cache with T more slots for the new tokens, and the segment [B,C+T] of each
+    slot: what a piece of several tokens attends to before some of it is forgotten."""
     b, t = k.shape[:2]
     # padding has no position: it is never seen
     own = jnp.where(place.segment > 0, place.pos, -1)[..., None]
     own = jnp.broadcast_to(own, (b, t, cache.pos.shape[2]))
-    runs = jnp.concatenate([jnp.ones(cache.k.shape[:2], jnp.int32), place.segment], 1)
+    segments = jnp.concatenate(
+        [jnp.ones(cache.k.shape[:2], jnp.int32), place.segment], 1
+    )
     both = cache._replace(
         k=jnp.concatenate([cache.k, k.astype(cache.k.dtype)], 1),
         v=jnp.concatenate([cache.v, v.astype(cache.v.dtype)], 1),
@@ -102,12 +104,13 @@ def concat(cache: Cache, k, v, place: TokenPositions) -> tuple[Cache, jax.Array]
         end=place.next_pos,
         segment=place.last_segment,
     )
-    return both, runs
+    return both, segments
 
 
-def only_current(cache: Cache, runs: jax.Array) -> Cache:
-    """The same slots without the tokens of sequences that have ended. runs [B,C]."""
-    now = runs == runs.max(1, keepdims=True)
+def only_current(cache: Cache, segments: jax.Array) -> Cache:
+    """The same slots without the tokens of sequences that have ended. segments
+    [B,C]."""
+    now = segments == segments.max(1, keepdims=True)
     return cache._replace(pos=jnp.where(now[..., None], cache.pos, -1))
 
 

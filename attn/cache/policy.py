@@ -61,14 +61,14 @@ class Policy:
         slots = state.k.shape[1]
         now = locate(segments, q.shape[0], q.shape[1], state.end, state.segment)
         # all keys are read before some of them are dropped
-        both, runs = caches.concat(state, k, v, now)
-        o = self.read(both, runs, q, now, sink=sink)
+        both, slot_segments = caches.concat(state, k, v, now)
+        o = self.read(both, slot_segments, q, now, sink=sink)
         if q.shape[1] == 1:
             after, used = caches.append_next(state, k, v, now)
             caches.check_room(used, slots)
             return after, caches.poison(o, used, slots)
         # only what goes on afterwards can be kept
-        mine = caches.in_order(caches.only_current(both, runs))
+        mine = caches.in_order(caches.only_current(both, slot_segments))
         size = min(self.capacity, slots, mine.k.shape[1])
         after = caches.keep(mine, self.importance(q, mine, now), size)
         return caches.pad_slots(after, slots), o

@@ -32,8 +32,8 @@ def linear_attention(
     """o [B,T,H,V] in v's dtype, each token after those before it. q [B,T,H,D], k
     [B,T,K,D], v [B,T,K,V], log_decay [H], [B,T,H] or [B,T,H,D]; segments [B,T]. how:
     chunk, scale and implementation of `attn.recurrent.linear.recurrence`."""
-    run, _ = segment_indices(segments, q)
-    return _over(axis, None, q, k, v, log_decay, run, how)[1]
+    segment, _ = segment_indices(segments, q)
+    return _over(axis, None, q, k, v, log_decay, segment, how)[1]
 
 
 def linear_attention_step(
@@ -52,22 +52,23 @@ def linear_attention_step(
     where that can be done."""
     check_state(state, (q.shape[0], q.shape[2], q.shape[3], v.shape[3]))
     now = locate(segments, q.shape[0], q.shape[1], state.end, state.segment)
-    run = None if segments is None else now.segment
+    segment = None if segments is None else now.segment
     memory, o = _over(
-        splits(axis, q.shape[1]), state.memory, q, k, v, log_decay, run, how
+        splits(axis, q.shape[1]), state.memory, q, k, v, log_decay, segment, how
     )
     return LinearState(memory, now.next_pos, now.last_segment), o
 
 
-def _over(axis, state, q, k, v, log_decay, run, how) -> tuple[Any, jax.Array]:
+def _over(axis, state, q, k, v, log_decay, segment, how) -> tuple[Any, jax.Array]:
     """The state after the tokens, None for none over an axis, and o."""
     k, v = (spread_heads(a, q.shape[2], axis) for a in (k, v))
     form = "." if log_decay is None else LETTERS[log_decay.ndim]
 
-    def local(state, q, k, v, log_decay, run):
+    def local(state, q, k, v, log_decay, segment):
         return recurrence(
-            q, k, v, log_decay, state=state, run=run, axis=axis, dtype=v.dtype, **how
+            q, k, v, log_decay, state=state, segment=segment, axis=axis, dtype=v.dtype,
+            **how,
         )
 
     letters = f"BHDV BTHD BTKD BTKV {form} BT -> BHDV BTHV"
-    return over_mesh(local, letters, axis)(state, q, k, v, log_decay, run)
+    return over_mesh(local, letters, axis)(state, q, k, v, log_decay, segment)

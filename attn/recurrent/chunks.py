@@ -1,6 +1,6 @@
 """Chunks: how the tokens of a recurrence are cut, and what the pieces give each other.
 
-A row of T tokens becomes N chunks of c tokens, [N,B,H,c,X]. The masks of `Runs` say
+A row of T tokens becomes N chunks of c tokens, [N,B,H,c,X]. The masks of `Segments` say
 which tokens of a chunk belong together and to the state that passes through it; `pairs`
 are the weights between the tokens of one chunk.
 """
@@ -13,11 +13,11 @@ import jax
 import jax.numpy as jnp
 
 
-class Runs(NamedTuple):
+class ChunkSegments(NamedTuple):
     """Which tokens of a chunk see what; None means all do. seen [N,B,1,c,c]: token j by
     token i; enters [N,B,1,c,1]: the token sees the state the chunk begins with; stays
-    [N,B,1,c,1]: it belongs to the run the chunk ends in; keeps [N,B,1,1,1]: the chunk
-    ends in the run that it begins in."""
+    [N,B,1,c,1]: it belongs to the segment the chunk ends in; keeps [N,B,1,1,1]: the
+    chunk ends in the segment that it begins in."""
 
     seen: jax.Array | None
     enters: jax.Array | None
@@ -25,22 +25,22 @@ class Runs(NamedTuple):
     keeps: jax.Array | None
 
 
-def runs_of(run: jax.Array | None, c: int, carried: Any = 1) -> Runs:
-    """Runs of chunks of c tokens. run [B|1,T] with T a multiple of c, 0 is padding;
-    carried: the run [B], or one for all, of the state that comes in."""
+def segments_of(segment: jax.Array | None, c: int, carried: Any = 1) -> ChunkSegments:
+    """Segments of chunks of c tokens. segment [B|1,T] with T a multiple of c, 0 is
+    padding; carried: the segment [B], or one for all, of the state that comes in."""
     order = jnp.tril(jnp.ones((1, 1, 1, c, c), bool))
-    if run is None:
-        return Runs(order, None, None, None)
-    carried = jnp.broadcast_to(jnp.asarray(carried, run.dtype), run.shape[:1])
-    # the run at each token or, at padding, before it [B,1+T]
-    present = jax.lax.cummax(jnp.concatenate([carried[:, None], run], 1), axis=1)
+    if segment is None:
+        return ChunkSegments(order, None, None, None)
+    carried = jnp.broadcast_to(jnp.asarray(carried, segment.dtype), segment.shape[:1])
+    # the segment at each token or, at padding, before it [B,1+T]
+    present = jax.lax.cummax(jnp.concatenate([carried[:, None], segment], 1), axis=1)
     # [B,T] -> [N,B,1,c]
-    r = run.reshape(run.shape[0], -1, c).swapaxes(0, 1)[:, :, None]
+    r = segment.reshape(segment.shape[0], -1, c).swapaxes(0, 1)[:, :, None]
     first, last = (  # [N,B,1,1]
         a.T[..., None, None] for a in (present[:, :-1:c], present[:, c::c])
     )
     real = r > 0
-    return Runs(
+    return ChunkSegments(
         order & (r[..., None] == r[..., None, :]) & real[..., None],
         ((r == first) & real)[..., None],
         ((r == last) & real)[..., None],
@@ -53,13 +53,13 @@ def only(where: jax.Array | None, a: jax.Array) -> jax.Array:
     return a if where is None else jnp.where(where, a, 0)
 
 
-def filled(run: jax.Array | None, t: int, c: int) -> jax.Array | None:
-    """run [B,T] with padding behind it up to a multiple of c tokens; [1,T] if there
-    were no runs, and None if no padding is needed either."""
-    if run is None and t % c == 0:
+def filled(segment: jax.Array | None, t: int, c: int) -> jax.Array | None:
+    """segment [B,T] with padding behind it up to a multiple of c tokens; [1,T] if there
+    were no segments, and None if no padding is needed either."""
+    if segment is None and t % c == 0:
         return None
-    run = jnp.ones((1, t), jnp.int32) if run is None else run
-    return jnp.pad(run, ((0, 0), (0, -t % c)))
+    segment = jnp.ones((1, t), jnp.int32) if segment is None else segment
+    return jnp.pad(segment, ((0, 0), (0, -t % c)))
 
 
 def to_chunks(a: jax.Array, c: int, heads: int | None = None) -> jax.Array:

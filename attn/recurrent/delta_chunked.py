@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from attn.recurrent.chunks import (
-    Runs, filled, from_chunks, only, pairs, runs_of, to_chunks
+    ChunkSegments, filled, from_chunks, only, pairs, segments_of, to_chunks
 )
 from attn.recurrent.linear_chunked import decays
 from attn.recurrent.triangular import inverse
@@ -24,7 +24,7 @@ def chunked(
     v: jax.Array,
     beta: jax.Array,
     log_decay: jax.Array | None,
-    run: jax.Array | None,
+    segment: jax.Array | None,
     chunk: int,
     scale: float,
     state: Any,
@@ -32,12 +32,12 @@ def chunked(
 ) -> tuple[Any, jax.Array]:
     """The state after the last token, and scale o [B,T,H,V] float32.
 
-    state [B,H,D,V]: what the first chunk begins with, of run 1. Over a mesh carry_in(
-    [M | A]) -> `CarryIn` says that, given what the shard makes of `unknown_state`, and
-    the state is the one after all shards.
+    state [B,H,D,V]: what the first chunk begins with, of segment 1. Over a mesh
+    carry_in( [M | A]) -> `CarryIn` says that, given what the shard makes of
+    `unknown_state`, and the state is the one after all shards.
     """
     (b, t, h), d, width = beta.shape, q.shape[3], v.shape[3]
-    q, p, k, u, w, factor = system(q, k, v, beta, log_decay, run, chunk, scale)
+    q, p, k, u, w, factor = system(q, k, v, beta, log_decay, segment, chunk, scale)
     if carry_in is None:
         after, (states, u) = carry(state, factor, k, u, w)
         return after, from_chunks(q @ states + p @ u, t)  # [c,D] [D,V] + [c,c] [c,V]
@@ -56,21 +56,21 @@ def unknown_state(b: int, h: int, d: int, width: int) -> jax.Array:
     return jnp.concatenate([jnp.zeros((b, h, d, width), jnp.float32), eye], -1)
 
 
-def system(q, k, v, beta, log_decay, run, chunk: int, scale: float):
+def system(q, k, v, beta, log_decay, segment, chunk: int, scale: float):
     """`intra_chunk` of all chunks, and the factors of the states that they begin with.
     """
     t, h = beta.shape[1:]
     c = min(chunk, t)
-    row = filled(run, t, c)
+    row = filled(segment, t, c)
     q, k, v = (to_chunks(a, c, h) for a in (q, k, v))
     beta, g = to_chunks(beta[..., None], c), decays(log_decay, row, t, c)
     if row is not None:
         beta = only((row > 0).reshape(row.shape[0], -1, 1, c, 1).swapaxes(0, 1), beta)
-    runs = runs_of(row, c)
+    segments = segments_of(row, c)
     # the backward pass solves a chunk again, and keeps no more of it than the solution
-    q, p, k, u, w = jax.checkpoint(intra_chunk)(q * scale, k, v, beta, g, runs)
+    q, p, k, u, w = jax.checkpoint(intra_chunk)(q * scale, k, v, beta, g, segments)
     factor = jnp.ones((1,) * 5) if g is None else jnp.exp(g.sum(3))[..., None]
-    factor = only(runs.keeps, factor)
+    factor = only(segments.keeps, factor)
     return q, p, k, u, w, jnp.broadcast_to(factor, (k.shape[0], *factor.shape[1:]))
 
 
@@ -85,13 +85,13 @@ def carry(state, factor, k, u, w):
     return jax.lax.scan(pass_on, state, (factor, k, u, w))
 
 
-def intra_chunk(q, k, v, beta, g, runs: Runs):
+def intra_chunk(q, k, v, beta, g, segments: ChunkSegments):
     """What does not depend on the state: q as it meets the state the chunk begins with,
     the weights p [N,B,H,c,c] of what is written, k as it writes into the state the
     chunk ends with, and u = u_0 - w S_0 as u_0 [N,B,H,c,V] and w [N,B,H,c,D]."""
     before = jnp.tril(jnp.ones((1, 1, 1, q.shape[3], q.shape[3]), bool), -1)
-    a = only(before, only(runs.seen, beta * pairs(k, k, g)))
-    p = only(runs.seen, pairs(q, k, g))
+    a = only(before, only(segments.seen, beta * pairs(k, k, g)))
+    p = only(segments.seen, pairs(q, k, g))
     early, late = k, k
     if g is not None:
         decay = jnp.exp(jnp.cumsum(g, 3))  # exp(G_i), from the chunk's beginning
@@ -99,7 +99,7 @@ def intra_chunk(q, k, v, beta, g, runs: Runs):
         q, early = q * decay, k * decay
         late = k * jnp.exp(jax.lax.cumsum(later, 3, reverse=True))
     # (I + A) [u_0 | w] = beta [v | exp(G) k]
-    right = jnp.concatenate([v, only(runs.enters, early)], -1) * beta
+    right = jnp.concatenate([v, only(segments.enters, early)], -1) * beta
     solved, width = inverse(a) @ right, v.shape[-1]  # [c,c] [c,V+D]
     u, w = solved[..., :width], solved[..., width:]
-    return only(runs.enters, q), p, only(runs.stays, late), u, w
+    return only(segments.enters, q), p, only(segments.stays, late), u, w

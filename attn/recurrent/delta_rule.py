@@ -35,7 +35,7 @@ from attn.recurrent.lasp import CarryIn, carry_in
 from attn.recurrent.linear import token_decays
 from pallas_kernels.delta.api import WIDEST, delta
 
-NONE = 2**30  # the first run of a shard that has no tokens, behind all others
+NONE = 2**30  # the first segment of a shard that has no tokens, behind all others
 
 
 def naive(
@@ -46,7 +46,7 @@ def naive(
     log_decay: jax.Array | None = None,
     *,
     state: Any,
-    run: jax.Array | None = None,
+    segment: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """The rule as it is written, token by token -> state [B,H,D,V], o [B,T,H,V],
     float32. Arguments as for `recurrence`, which is this one for T = 1."""
@@ -55,23 +55,23 @@ def naive(
     g, beta = token_decays(log_decay, t), beta.astype(jnp.float32)
 
     def step(carry, token):
-        state, present = carry  # [B,H,D,V], and its run [B]
-        q, k, v, beta, g, run = token  # [B,H,D] [B,H,D] [B,H,V] [B,H] [B|1,H,1] [B]
+        state, present = carry  # [B,H,D,V], and its segment [B]
+        q, k, v, beta, g, segment = token  # [B,H,D] [B,H,D] [B,H,V] [B,H] [B|1,H,1] [B]
         # S' = exp(g_t) S_{t-1}
         old = state if g is None else jnp.exp(g)[..., None] * state
-        same = None if run is None else (run == present)[:, None, None, None]
+        same = None if segment is None else (segment == present)[:, None, None, None]
         old = only(same, old)
         # u_t = beta_t (v_t - k_t S'): [D] [D,V]
         u = beta[..., None] * (v - jnp.einsum("bhd,bhdv->bhv", k, old))
         new = old + jnp.einsum("bhd,bhv->bhdv", k, u)  # S_t = S' + k_t^T u_t
         o = jnp.einsum("bhd,bhdv->bhv", q, new)  # o_t = q_t S_t
-        if run is None:
+        if segment is None:
             return (new, present), o
-        real = (run > 0)[:, None, None]
+        real = (segment > 0)[:, None, None]
         state = jnp.where(real[..., None], new, state)
-        return (state, jnp.where(run > 0, run, present)), only(real, o)
+        return (state, jnp.where(segment > 0, segment, present)), only(real, o)
 
-    tokens = q, k, v, beta, g, run
+    tokens = q, k, v, beta, g, segment
     first = state, jnp.ones(state.shape[:1], jnp.int32)
     if t == 1:  # is no loop
         (state, _), o = step(first, jax.tree.map(lambda a: a[:, 0], tokens))
@@ -90,7 +90,7 @@ def recurrence(
     log_decay: jax.Array | None = None,
     *,
     state: jax.Array | None = None,
-    run: jax.Array | None = None,
+    segment: jax.Array | None = None,
     axis: Axis | None = None,
     chunk: int = 64,
     scale: float = 1.0,
@@ -102,22 +102,22 @@ def recurrence(
     beta [B,T,H] says what H is; q [B,T,.,D], k [B,T,.,D] and v [B,T,.,V] have H heads
     each, or a number that divides it and serves H/. neighbours: grouped keys and
     values, or, as Gated DeltaNet has them, fewer queries and keys than values.
-    log_decay None, [H] or [B,T,H], at most 0; state [B,H,D,V] is seen by tokens of run
-    1. run [B,T] as in `attn.contract.segments`: padding writes nothing, does not decay,
-    and its output is 0. Keys need not be unit vectors, but |k|^2 beta > 2 makes
-    memories grow. chunk: of XLA's form; it changes the time, not the result.
+    log_decay None, [H] or [B,T,H], at most 0; state [B,H,D,V] is seen by tokens of
+    segment 1. segment [B,T] as in `attn.contract.segments`: padding writes nothing,
+    does not decay, and its output is 0. Keys need not be unit vectors, but |k|^2 beta >
+    2 makes memories grow. chunk: of XLA's form; it changes the time, not the result.
 
     axis: the mesh axis that T is split over, inside `shard_map`, a form that is
     proposed here. A shard maps the state that comes in to A S + M: every shard gathers
     A and M, [D,D] and [D,V] a head of beta, of each, whatever T is, and in the backward
     pass one gradient of a state. The state is the same on all shards, and so is the one
-    given back; it is None over an axis where none came in. Runs are numbered in the
+    given back; it is None over an axis where none came in. Segments are numbered in the
     global view.
     """
-    _check(q, k, v, beta, log_decay, state, run, chunk)
+    _check(q, k, v, beta, log_decay, state, segment, chunk)
     (b, t, h), join = beta.shape, None
     if axis is not None:
-        run, first, last = _renumbered(run)
+        segment, first, last = _renumbered(segment)
         join = functools.partial(_shard_carry_in, v.shape[3], first, last, axis, state)
     elif state is None:
         state = jnp.zeros((b, h, q.shape[3], v.shape[3]), jnp.float32)
@@ -125,13 +125,13 @@ def recurrence(
 
     def xla():
         if alone:
-            after, o = naive(q, k, v, beta, log_decay, state=state, run=run)
+            after, o = naive(q, k, v, beta, log_decay, state=state, segment=segment)
             return after, scale * o
-        return chunked(q, k, v, beta, log_decay, run, chunk, scale, state, join)
+        return chunked(q, k, v, beta, log_decay, segment, chunk, scale, state, join)
 
     def kernel(backend):
         call = functools.partial(
-            delta, q, k, beta=beta, log_decay=log_decay, run=run, scale=scale,
+            delta, q, k, beta=beta, log_decay=log_decay, run=segment, scale=scale,
             backend=backend, interpret=interpreted())
         if join is None:
             return call(v=v, state=state)
@@ -144,22 +144,22 @@ def recurrence(
     return after, o.astype(dtype)
 
 
-def _renumbered(run) -> tuple:
-    """This shard's runs from 1, and its first and last one in the global view: what
+def _renumbered(segment) -> tuple:
+    """This shard's segments from 1, and its first and last one in the global view: what
     comes in can only matter to the first."""
-    if run is None:
+    if segment is None:
         return None, None, None
-    first, last = jnp.where(run > 0, run, NONE).min(1), run.max(1)
-    return only(run > 0, run - first[:, None] + 1), first, last
+    first, last = jnp.where(segment > 0, segment, NONE).min(1), segment.max(1)
+    return only(segment > 0, segment - first[:, None] + 1), first, last
 
 
 def _shard_carry_in(width: int, first, last, axis, state, final) -> CarryIn:
-    """What this shard's first run begins with, given [M | A] [B,H,D,V+D]."""
+    """What this shard's first segment begins with, given [M | A] [B,H,D,V+D]."""
     found = carry_in(final[..., :width], final[..., width:], last, axis, state=state)
     if first is None:
         return found
-    # the state is dropped if this shard begins with another run
-    own = (found.run == first)[:, None, None, None]
+    # the state is dropped if this shard begins with another segment
+    own = (found.segment == first)[:, None, None, None]
     return found._replace(state=only(own, found.state))
 
 
@@ -182,7 +182,7 @@ def _kernel_shard(call: Callable, v, h: int, d: int, join: Callable) -> tuple:
     return begun.after, o[..., :width] + entered
 
 
-def _check(q, k, v, beta, log_decay, state, run, chunk: int) -> None:
+def _check(q, k, v, beta, log_decay, state, segment, chunk: int) -> None:
     for name, a, letters in (("q", q, "[B,T,H,D]"), ("k", k, "[B,T,K,D]"),
                              ("v", v, "[B,T,K,V]"), ("beta", beta, "[B,T,H]")):
         if a.ndim != letters.count(",") + 1 or 0 in a.shape:
@@ -204,5 +204,5 @@ def _check(q, k, v, beta, log_decay, state, run, chunk: int) -> None:
         raise ValueError(
             f"state has shape {state.shape}: expected {(b, h, d, width)}"
         )
-    if run is not None and run.shape != (b, t):
-        raise ValueError(f"run has shape {run.shape}: expected {(b, t)}")
+    if segment is not None and segment.shape != (b, t):
+        raise ValueError(f"segment has shape {segment.shape}: expected {(b, t)}")

@@ -28,11 +28,11 @@ from attn.recurrent.chunks import only
 
 
 class CarryIn(NamedTuple):
-    """What a shard begins with, state [B,H,D,V] and its run [B] (1 without runs), and
-    the state after all shards, None if nothing was there before them."""
+    """What a shard begins with, state [B,H,D,V] and its segment [B] (1 without
+    segments), and the state after all shards, None if nothing was there before them."""
 
     state: jax.Array
-    run: jax.Array | int
+    segment: jax.Array | int
     after: jax.Array | None
 
 
@@ -57,14 +57,14 @@ def carry_in(
     added M [B,H,D,V] float32: a shard's state at its end without the others. factor:
     what multiplies the state that comes in, None for 1, [B|1,H,1|D] for each row, or
     matrices A [B,H,D,D]; `alike` on all shards, and then not gathered, or not. last
-    [B]: the shard's last run, 0 if it has none; a run that began in between drops the
-    state. state [B,H,D,V]: what comes before the first shard, of run 1; then the state
-    after the last shard is given too, on every shard. Without a factor M may be of
-    fewer heads that divide H. `reverse`: the shards behind come first.
+    [B]: the shard's last segment, 0 if it has none; a segment that began in between
+    drops the state. state [B,H,D,V]: what comes before the first shard, of segment 1;
+    then the state after the last shard is given too, on every shard. Without a factor M
+    may be of fewer heads that divide H. `reverse`: the shards behind come first.
     """
     how = _How(axis, alike or factor is None, reverse)
-    before, run, after = _carry_in(how, added, factor, last, state)
-    return CarryIn(before, 1 if last is None else run, after)
+    before, segment, after = _carry_in(how, added, factor, last, state)
+    return CarryIn(before, 1 if last is None else segment, after)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -78,12 +78,14 @@ def _ahead(how: _How, added, factor, last, state):
     parts = _turned(how, stacked(sent, how.axis))  # in the order of reading [W,B,...]
 
     def pass_on(carry, part):
-        now, run, mine = carry
+        now, segment, mine = carry
         n, (new, own, newest) = part
         # what stood before this shard
-        mine = jax.tree.map(lambda a, b: jnp.where(n == me, a, b), (now, run), mine)
-        then = run if newest is None else jnp.maximum(run, newest)  # runs rise
-        keep = None if newest is None else then == run  # else S is dropped
+        mine = jax.tree.map(lambda a, b: jnp.where(n == me, a, b), (now, segment), mine)
+        then = segment if newest is None else jnp.maximum(
+            segment, newest
+        )  # segments rise
+        keep = None if newest is None else then == segment  # else S is dropped
         passed = _times(factor if how.alike else own, now)
         # heads that share a key head have one M, but states of their own
         new = jnp.repeat(new, now.shape[1] // new.shape[1], 1)
@@ -167,9 +169,10 @@ def _share(factor, d_after, before) -> jax.Array:
 
 
 def tagged(op: Callable) -> Callable:
-    """`op` on pairs (run, stretch), where run [...] is that of the stretch's last token
-    and 0 if it has none: a stretch of another run replaces what came before it. Runs
-    rise, so if the last runs are equal, all behind the seam belongs to one run."""
+    """`op` on pairs (segment, stretch), where segment [...] is that of the stretch's
+    last token and 0 if it has none: a stretch of another segment replaces what came
+    before it. Segments rise, so if the last segments are equal, all behind the seam
+    belongs to one segment."""
     def step(a, b):
         def choose(x, y, joined):
             def of(test):
@@ -186,36 +189,36 @@ def exclusive_prefix(
     op: Callable, last: jax.Array, final: Any, axis: Axis, first: Any,
     ends: bool = False,
 ) -> tuple[Any, Any]:
-    """(run, stretch) of all tokens before this shard, and, if `ends`, of all tokens of
-    all shards, else None. last [B]: its last run, 0 if it has none; final [B,...]: its
-    stretch, `first`: the pair that comes before all. One all-gather of stretches, and
-    in the backward pass one of their gradients, from which every shard takes its own
-    by going the same way again.
+    """(segment, stretch) of all tokens before this shard, and, if `ends`, of all tokens
+    of all shards, else None. last [B]: its last segment, 0 if it has none; final
+    [B,...]: its stretch, `first`: the pair that comes before all. One all-gather of
+    stretches, and in the backward pass one of their gradients, from which every shard
+    takes its own by going the same way again.
     """
     return _exclusive_prefix((op, axis, ends), last, final, *first)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _exclusive_prefix(how: tuple, last, final, run, state):
-    return _gathered(how, last, final, run, state)[0]
+def _exclusive_prefix(how: tuple, last, final, segment, state):
+    return _gathered(how, last, final, segment, state)[0]
 
 
-def _gathered(how: tuple, last, final, run, state):
+def _gathered(how: tuple, last, final, segment, state):
     op, axis, ends = how
     lasts, parts = stacked((last, final), axis)
-    after, starts = _joined(op, run, lasts, state, parts)
+    after, starts = _joined(op, segment, lasts, state, parts)
     mine = _of(axis, starts)
-    return (mine, after if ends else None), (run, lasts, state, parts)
+    return (mine, after if ends else None), (segment, lasts, state, parts)
 
 
-def _joined(op: Callable, run, lasts, state, parts):
+def _joined(op: Callable, segment, lasts, state, parts):
     """The pair behind all shards, and those that shards begin with [W,...]."""
     step = tagged(op)
 
     def pass_on(pair, part):
         return step(pair, part), pair
 
-    return jax.lax.scan(pass_on, (run, state), (lasts, parts))
+    return jax.lax.scan(pass_on, (segment, state), (lasts, parts))
 
 
 def _of(axis: Axis, parts: Any) -> Any:
@@ -226,7 +229,7 @@ def _of(axis: Axis, parts: Any) -> Any:
 
 def _scattered(how: tuple, saved, cotangents):
     op, axis, ends = how
-    run, lasts, state, parts = saved
+    segment, lasts, state, parts = saved
     (_, d_mine), d_after = cotangents
     sent = (d_mine, d_after[1]) if ends else d_mine
     found = stacked(sent, axis)
@@ -236,7 +239,7 @@ def _scattered(how: tuple, saved, cotangents):
         jnp.zeros_like, state)
 
     def stretches(state, parts):
-        (_, after), (_, starts) = _joined(op, run, lasts, state, parts)
+        (_, after), (_, starts) = _joined(op, segment, lasts, state, parts)
         return after, starts
 
     _, back = jax.vjp(stretches, state, parts)

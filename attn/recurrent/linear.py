@@ -65,7 +65,7 @@ def naive(
     log_decay: jax.Array | None = None,
     *,
     state: Any,
-    run: jax.Array | None = None,
+    segment: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """The recurrence as it is written, token by token -> state [B,H,D,V], o [B,T,H,V],
     float32. Arguments as for `recurrence`, which is this one for T = 1."""
@@ -74,20 +74,20 @@ def naive(
     g = token_decays(log_decay, t)
 
     def step(carry, token):
-        state, present = carry  # [B,H,D,V], and its run [B]
-        q, k, v, g, run = token  # [B,H,D] [B,H,D] [B,H,V] [B|1,H,1|D] [B]
+        state, present = carry  # [B,H,D,V], and its segment [B]
+        q, k, v, g, segment = token  # [B,H,D] [B,H,D] [B,H,V] [B|1,H,1|D] [B]
         old = state if g is None else jnp.exp(g)[..., None] * state  # exp(g_t) S_{t-1}
-        same = None if run is None else (run == present)[:, None, None, None]
-        # S_t = exp(g_t) S_{t-1} + k_t^T v_t, where a new run begins with 0
+        same = None if segment is None else (segment == present)[:, None, None, None]
+        # S_t = exp(g_t) S_{t-1} + k_t^T v_t, where a new segment begins with 0
         new = only(same, old) + jnp.einsum("bhd,bhv->bhdv", k, v)
         o = jnp.einsum("bhd,bhdv->bhv", q, new)  # o_t = q_t S_t: [D] [D,V]
-        if run is None:
+        if segment is None:
             return (new, present), o
-        real = (run > 0)[:, None, None]
+        real = (segment > 0)[:, None, None]
         state = jnp.where(real[..., None], new, state)
-        return (state, jnp.where(run > 0, run, present)), only(real, o)
+        return (state, jnp.where(segment > 0, segment, present)), only(real, o)
 
-    tokens = q, k, v, g, run
+    tokens = q, k, v, g, segment
     first = state, jnp.ones(state.shape[:1], jnp.int32)
     if t == 1:  # is no loop
         (state, _), o = step(first, jax.tree.map(lambda a: a[:, 0], tokens))
@@ -105,7 +105,7 @@ def recurrence(
     log_decay: jax.Array | None = None,
     *,
     state: jax.Array | None = None,
-    run: jax.Array | None = None,
+    segment: jax.Array | None = None,
     axis: Axis | None = None,
     chunk: int = 64,
     reverse: bool = False,
@@ -116,24 +116,24 @@ def recurrence(
     """The recurrence over T tokens -> state [B,H,D,V] float32, scale o [B,T,H,V].
 
     q [B,T,H,D], k [B,T,K,D], v [B,T,K,V]; log_decay [H], [B,T,H] or [B,T,H,D], at most
-    0; state [B,H,D,V] is seen by tokens of run 1. run [B,T] as in
+    0; state [B,H,D,V] is seen by tokens of segment 1. segment [B,T] as in
     `attn.contract.segments`: padding writes nothing, does not decay, and its output is
     0. dtype: of o. `reverse` reads from the last token to the first, without a state.
 
     axis: the mesh axis that T is split over, inside `shard_map` (LASP-2, Sun et al.,
     2025, arXiv:2502.07563): every shard gathers one state of each, whatever T is, and
     in the backward pass one gradient of a state. The state is the same on all shards,
-    and so is the one given back; it is None over an axis where none came in. Runs are
-    numbered in the global view.
+    and so is the one given back; it is None over an axis where none came in. Segments
+    are numbered in the global view.
     """
-    _check(q, k, v, log_decay, state, run, chunk, reverse)
+    _check(q, k, v, log_decay, state, segment, chunk, reverse)
     if reverse:
-        q, k, v, log_decay, run = _turned(q, k, v, log_decay, run)
+        q, k, v, log_decay, segment = _turned(q, k, v, log_decay, segment)
     (b, t, h, d), join = q.shape, None
     if axis is not None:
-        fixed = run is None and (log_decay is None or log_decay.ndim == 1)
+        fixed = segment is None and (log_decay is None or log_decay.ndim == 1)
         join = functools.partial(
-            _shard_carry_in, run=run, state=state, axis=axis, reverse=reverse,
+            _shard_carry_in, segment=segment, state=state, axis=axis, reverse=reverse,
             heads=k.shape[2], alike=fixed)
     elif state is None:
         state = jnp.zeros((b, h, d, v.shape[-1]), jnp.float32)
@@ -141,18 +141,20 @@ def recurrence(
 
     def xla() -> tuple[Any, jax.Array]:
         if alone:
-            found = naive(q, k, v, log_decay, state=state, run=run)
+            found = naive(q, k, v, log_decay, state=state, segment=segment)
         else:
-            found = chunked(q, k, v, log_decay, run, chunk, state, join)
+            found = chunked(q, k, v, log_decay, segment, chunk, state, join)
         return _scaled(found, scale, dtype)
 
     def kernel(backend):
         call = functools.partial(
-            kernels.linear, q, k, v, log_decay, run=run, backend=backend,
+            kernels.linear, q, k, v, log_decay, run=segment, backend=backend,
             interpret=interpreted())
         if join is None:
             return call(state=state, scale=scale, dtype=dtype)
-        found = _kernel_shard(call, q, token_decays(log_decay, t, run), run, join)
+        found = _kernel_shard(
+            call, q, token_decays(log_decay, t, segment), segment, join
+        )
         return _scaled(found, scale, dtype)
 
     if alone and implementation is None:
@@ -167,26 +169,26 @@ def _scaled(found: tuple, scale: float, dtype) -> tuple[Any, jax.Array]:
     return after, (o if scale == 1 else o * scale).astype(dtype)
 
 
-def _kernel_shard(call: Callable, q, g, run, join: Callable) -> tuple:
+def _kernel_shard(call: Callable, q, g, segment, join: Callable) -> tuple:
     """A shard reads its tokens from an empty state; what the state that comes in gives
     them is added. The gather follows the kernel, which makes state and o at once."""
     final, o = call()
     begun = join(final, None if g is None else g.sum(1))
-    return begun.after, o + inter_shard(q, g, run, begun)
+    return begun.after, o + inter_shard(q, g, segment, begun)
 
 
-def _turned(q, k, v, log_decay, run):
+def _turned(q, k, v, log_decay, segment):
     """The same tokens from the last to the first."""
     q, k, v = (jnp.flip(a, 1) for a in (q, k, v))
     if log_decay is not None and log_decay.ndim > 1:
         log_decay = jnp.flip(log_decay, 1)
-    if run is not None:  # runs have to rise, read this way too
-        run = jnp.flip(only(run > 0, 2**30 - run), 1)
-    return q, k, v, log_decay, run
+    if segment is not None:  # segments have to rise, read this way too
+        segment = jnp.flip(only(segment > 0, 2**30 - segment), 1)
+    return q, k, v, log_decay, segment
 
 
 def _shard_carry_in(
-    final, total, *, run, state, axis, reverse, heads, alike
+    final, total, *, segment, state, axis, reverse, heads, alike
 ) -> CarryIn:
     """What this shard begins with, given its state at the end [B,H,D,V] and log decay
     [B|1,H,1|D]. Without decay the query heads of a key head have one state, and one is
@@ -194,7 +196,7 @@ def _shard_carry_in(
     copies = final.shape[1] // heads if total is None else 1
     factor = None if total is None else jnp.exp(total)
     found = carry_in(
-        final[:, ::copies], factor, None if run is None else run.max(1), axis,
+        final[:, ::copies], factor, None if segment is None else segment.max(1), axis,
         state=state, alike=alike, reverse=reverse,
     )
     copies = final.shape[1] // found.state.shape[1]
@@ -202,30 +204,34 @@ def _shard_carry_in(
     return found._replace(state=jnp.repeat(found.state, copies, 1))
 
 
-def token_decays(log_decay, t: int, run: jax.Array | None = None) -> jax.Array | None:
-    """Log decays [B|1,T,H,1|D] float32 of T = t tokens, 0 at the padding of run."""
+def token_decays(
+    log_decay, t: int, segment: jax.Array | None = None
+) -> jax.Array | None:
+    """Log decays [B|1,T,H,1|D] float32 of T = t tokens, 0 at the padding of segment."""
     if log_decay is None:
         return None
     g = jnp.maximum(log_decay.astype(jnp.float32), FLOOR)
     if g.ndim == 1:
         g = jnp.broadcast_to(g[None, None], (1, t, *g.shape))
     g = g if g.ndim == 4 else g[..., None]  # [B,T,H] -> [B,T,H,1]
-    return g if run is None else only((run > 0)[..., None, None], g)
+    return g if segment is None else only((segment > 0)[..., None, None], g)
 
 
-def inter_shard(q, g, run, begun: CarryIn) -> jax.Array:
+def inter_shard(q, g, segment, begun: CarryIn) -> jax.Array:
     """o [B,T,H,V] float32 of the state alone that a shard begins with: o_t = exp(g_1 +
     .. + g_t) q_t S. g of `token_decays`."""
     q = q.astype(jnp.float32)
     q = q if g is None else q * jnp.exp(jnp.cumsum(g, 1))  # exp(g_1 + .. + g_t) q_t
-    if run is not None:
-        present = jnp.broadcast_to(jnp.asarray(begun.run, run.dtype), run.shape[:1])
-        q = only(((run == present[:, None]) & (run > 0))[..., None, None], q)
-    # only tokens of the run that the state is of see it: [T,D] [D,V]
+    if segment is not None:
+        present = jnp.broadcast_to(
+            jnp.asarray(begun.segment, segment.dtype), segment.shape[:1]
+        )
+        q = only(((segment == present[:, None]) & (segment > 0))[..., None, None], q)
+    # only tokens of the segment that the state is of see it: [T,D] [D,V]
     return jnp.einsum("bthd,bhdv->bthv", q, begun.state)
 
 
-def _check(q, k, v, log_decay, state, run, chunk: int, reverse: bool) -> None:
+def _check(q, k, v, log_decay, state, segment, chunk: int, reverse: bool) -> None:
     (b, t, h, d), width = q.shape, v.shape[-1]
     if not k.shape[1] == v.shape[1] == t:
         raise ValueError(f"{t} queries and {k.shape[1]} keys: T must be S")
@@ -242,5 +248,5 @@ def _check(q, k, v, log_decay, state, run, chunk: int, reverse: bool) -> None:
         raise ValueError(
             f"state has shape {state.shape}: expected {(b, h, d, width)}"
         )
-    if run is not None and run.shape != (b, t):
-        raise ValueError(f"run has shape {run.shape}: expected {(b, t)}")
+    if segment is not None and segment.shape != (b, t):
+        raise ValueError(f"segment has shape {segment.shape}: expected {(b, t)}")

@@ -1,8 +1,8 @@
-"""Noncausal: linear attention in which every query sees every key of its run.
+"""Noncausal: linear attention in which every query sees every key of its segment.
 
 Without an order there is no recurrence: the sum over all keys comes first, and a mesh
-adds up one state. Where a row holds several runs, sorting by them makes an order that
-the recurrences of this library can read.
+adds up one state. Where a row holds several segments, sorting by them makes an order
+that the recurrences of this library can read.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ def noncausal(
     k: jax.Array,
     v: jax.Array,
     *,
-    q_run: jax.Array | None = None,
-    kv_run: jax.Array | None = None,
+    q_segment: jax.Array | None = None,
+    kv_segment: jax.Array | None = None,
     axis: Axis | None = None,
 ) -> jax.Array:
-    """o = q (K^T V) [B,T,H,V] float32: every query sees every key of its run, whatever
-    their order. q [B,T,H,D], k [B,S,K,D], v [B,S,K,V], runs [B,T] and [B,S], 0 is
-    padding. With `axis`, T and S are split over that mesh axis: one state is summed by
-    an all-reduce, forward and backward, which moves about 2/W of the bytes of LASP-2's
-    all-gather; or, with runs, the keys and values are gathered."""
-    if kv_run is not None:
-        keys, values, runs = (gather(a, axis) for a in (k, v, kv_run))
-        return by_segment(_sums, q, keys, values, q_run, runs)
+    """o = q (K^T V) [B,T,H,V] float32: every query sees every key of its segment,
+    whatever their order. q [B,T,H,D], k [B,S,K,D], v [B,S,K,V], segments [B,T] and
+    [B,S], 0 is padding. With `axis`, T and S are split over that mesh axis: one state
+    is summed by an all-reduce, forward and backward, which moves about 2/W of the bytes
+    of LASP-2's all-gather; or, with segments, the keys and values are gathered."""
+    if kv_segment is not None:
+        keys, values, segments = (gather(a, axis) for a in (k, v, kv_segment))
+        return by_segment(_sums, q, keys, values, q_segment, segments)
     b, t, h, d = q.shape
     q, k, v = (a.astype(jnp.float32) for a in (q, k, v))
     state = jnp.einsum("bskd,bskv->bkdv", k, v)  # K^T V: [D,S] [S,V]
@@ -41,16 +41,16 @@ def noncausal(
     return jnp.einsum("btkgd,bkdv->btkgv", q, state).reshape(b, t, h, -1)  # [T,D] [D,V]
 
 
-def _sums(q, k, v, run) -> jax.Array:
-    return recurrence(q, k, v, run=run)[1]
+def _sums(q, k, v, segment) -> jax.Array:
+    return recurrence(q, k, v, segment=segment)[1]
 
 
-def by_segment(causal: Callable, q, k, v, q_run, kv_run) -> jax.Array:
-    """What causal(q, k, v, run) -> o [B,T,H,V] gives without an order:
-    keys and queries are sorted by run, the keys of each in front of its queries."""
-    t, s = q_run.shape[1], k.shape[1]
-    runs = jnp.concatenate([kv_run, q_run], 1)  # [B,S+T]
-    order = jnp.argsort(runs, axis=1, stable=True)
+def by_segment(causal: Callable, q, k, v, q_segment, kv_segment) -> jax.Array:
+    """What causal(q, k, v, segment) -> o [B,T,H,V] gives without an order:
+    keys and queries are sorted by segment, the keys of each in front of its queries."""
+    t, s = q_segment.shape[1], k.shape[1]
+    segments = jnp.concatenate([kv_segment, q_segment], 1)  # [B,S+T]
+    order = jnp.argsort(segments, axis=1, stable=True)
     # where each query went
     back = jnp.argsort(order, axis=1)[:, s:]
 
@@ -61,5 +61,5 @@ def by_segment(causal: Callable, q, k, v, q_run, kv_run) -> jax.Array:
         return jnp.pad(a, ((0, 0), (before, after), (0, 0), (0, 0)))
 
     q, k, v = widen(q, s, 0), widen(k, 0, t), widen(v, 0, t)  # [B,S+T,H,.]
-    o = causal(*(take(a, order) for a in (q, k, v)), take(runs, order))
+    o = causal(*(take(a, order) for a in (q, k, v)), take(segments, order))
     return take(o, back)

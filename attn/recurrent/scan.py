@@ -57,7 +57,7 @@ def prefix_scan(
     leaves: Any,
     *,
     state: Any = None,
-    run: jax.Array | None = None,
+    segment: jax.Array | None = None,
     chunk: int = 64,
     axis: Axis | None = None,
     ends: bool = True,
@@ -66,15 +66,15 @@ def prefix_scan(
 
     op(a, b): an associative join of a stretch with the one behind it, elementwise on
     leading axes. leaves: arrays [B,T,...], one stretch a token; state [B,...]: what
-    came before, seen by run 1. run [B,T] as in `attn.contract.segments`: a new run
-    begins anew, padding changes nothing, and what stands at it is what came before it;
-    where nothing did, its own leaf. axis: the mesh axis that T is split over, inside
-    `shard_map`; shards gather one stretch each, and all give the last join, or None
-    where it is not wanted (`ends`).
+    came before, seen by segment 1. segment [B,T] as in `attn.contract.segments`: a new
+    segment begins anew, padding changes nothing, and what stands at it is what came
+    before it; where nothing did, its own leaf. axis: the mesh axis that T is split
+    over, inside `shard_map`; shards gather one stretch each, and all give the last
+    join, or None where it is not wanted (`ends`).
     """
     some = jax.tree.leaves(leaves)[0]
     (b, t), c = some.shape[:2], min(chunk, some.shape[1])
-    run = jnp.ones((b, t), jnp.int32) if run is None else run
+    segment = jnp.ones((b, t), jnp.int32) if segment is None else segment
 
     def cut(a):
         """[B,T,...] as chunks [N,B,c,...]."""
@@ -92,11 +92,13 @@ def prefix_scan(
 
     step = tagged(op)
     # of each token: its chunk up to there [N,B,c,...]
-    inside = jax.lax.associative_scan(step, jax.tree.map(cut, (run, leaves)), axis=2)
+    inside = jax.lax.associative_scan(
+        step, jax.tree.map(cut, (segment, leaves)), axis=2
+    )
     tips = jax.tree.map(lambda a: a[:, :, -1], inside)  # [N,B,...]: of whole chunks
     first = jnp.ones((b,), jnp.int32), state
     if state is None:
-        # run 0: a placeholder that the first real run replaces
+        # segment 0: a placeholder that the first real segment replaces
         first = jnp.zeros((b,), jnp.int32), jax.tree.map(lambda a: a[0], tips[1])
     after: Any = None
     if axis is not None:
@@ -111,12 +113,12 @@ def prefix_scan(
 
 
 def total(
-    scores: jax.Array, v: jax.Array, run: jax.Array | None = None
+    scores: jax.Array, v: jax.Array, segment: jax.Array | None = None
 ) -> SoftmaxState:
-    """The state of all tokens of the last run. scores [B,T,H], v [B,T,K,V]."""
+    """The state of all tokens of the last segment. scores [B,T,H], v [B,T,K,V]."""
     s = scores.astype(jnp.float32)
-    if run is not None:
-        own = (run == run.max(1, keepdims=True)) & (run > 0)
+    if segment is not None:
+        own = (segment == segment.max(1, keepdims=True)) & (segment > 0)
         s = jnp.where(own[..., None], s, -jnp.inf)
     m = jax.lax.stop_gradient(s.max(1))
     p = exp(s, m[:, None])  # [B,T,H]
@@ -131,7 +133,7 @@ def prefix_softmax(
     v: jax.Array,
     *,
     state: SoftmaxState | None = None,
-    run: jax.Array | None = None,
+    segment: jax.Array | None = None,
     chunk: int = 64,
     axis: Axis | None = None,
     dtype: Any = jnp.float32,
@@ -140,53 +142,53 @@ def prefix_softmax(
     """Softmax over every prefix -> the last state, o [B,T,H,V] in `dtype`.
 
     scores [B,T,H], v [B,T,K,V], H a multiple of K; state: that of the tokens before,
-    [B,H], seen by run 1. run [B,T] as in `attn.contract.segments`; padding gives o = 0.
-    The gradients of scores, v, and l and acc of the state come from one scan from the
-    last token to the first; m is taken as a constant.
+    [B,H], seen by segment 1. segment [B,T] as in `attn.contract.segments`; padding
+    gives o = 0. The gradients of scores, v, and l and acc of the state come from one
+    scan from the last token to the first; m is taken as a constant.
 
     axis: the mesh axis that T is split over, inside `shard_map`: every shard gathers
     one state of each, and one gradient of a state for the backward pass. The state is
     the same on all shards, and so is the one given back; it is None over an axis where
-    none came in. Runs are numbered in the global view.
+    none came in. Segments are numbered in the global view.
     """
-    check(scores, v, state, run, chunk)
+    check(scores, v, state, segment, chunk)
     streams = state is not None
     b, t, h = scores.shape
     begun = empty(b, h, v.shape[-1]) if state is None else state
     after: Any = None
     if axis is not None:
-        run, begun, after = _begun(scores, v, run, axis, begun, streams)
+        segment, begun, after = _begun(scores, v, segment, axis, begun, streams)
 
     def kernel(backend: str) -> Any:
         if t == 1 and implementation is None:
             return None  # a chunk of one token would be padding
         return lambda: kernels.scan(
-            scores, v, (begun.m, begun.l, begun.acc), run=run, dtype=dtype,
+            scores, v, (begun.m, begun.l, begun.acc), run=segment, dtype=dtype,
             backend=backend, interpret=interpreted(),
         )
 
     last, o = pick(
-        implementation, xla=lambda: chunked(chunk, dtype, scores, v, run, *begun),
+        implementation, xla=lambda: chunked(chunk, dtype, scores, v, segment, *begun),
         tpu=kernel("tpu"), gpu=kernel("triton"),
     )
     return SoftmaxState(*last) if axis is None else after, o
 
 
-def _begun(scores, v, run, axis: Axis, first: SoftmaxState, ends: bool) -> tuple:
-    """This shard's runs, numbered from 1; the state that it begins with; and, if it
+def _begun(scores, v, segment, axis: Axis, first: SoftmaxState, ends: bool) -> tuple:
+    """This shard's segments, numbered from 1; the state that it begins with; and, if it
     `ends`, the state after all shards."""
     one = jnp.ones(scores.shape[:1], jnp.int32)
-    last = one if run is None else run.max(1)
-    own = total(scores, v, run)
+    last = one if segment is None else segment.max(1)
+    own = total(scores, v, segment)
     (present, begun), after = exclusive_prefix(
         merge, last, own, axis, (one, first), ends)
-    if run is not None:
-        # 1 is the run of the state that comes in, as in a call without an axis
-        run = jnp.where(run > 0, run - present[:, None] + 1, 0)
-    return run, begun, after[1] if ends else None
+    if segment is not None:
+        # 1 is the segment of the state that comes in, as in a call without an axis
+        segment = jnp.where(segment > 0, segment - present[:, None] + 1, 0)
+    return segment, begun, after[1] if ends else None
 
 
-def check(scores, v, state, run, chunk: int) -> None:
+def check(scores, v, state, segment, chunk: int) -> None:
     """Raises ValueError unless the arguments of `prefix_softmax` fit together."""
     if scores.ndim != 3 or v.ndim != 4 or scores.shape[:2] != v.shape[:2]:
         raise ValueError(
@@ -197,8 +199,8 @@ def check(scores, v, state, run, chunk: int) -> None:
         raise ValueError(f"H={h} heads of scores: expected a multiple of K={k}")
     if chunk < 1:
         raise ValueError(f"chunk={chunk}: expected 1 or more tokens")
-    if run is not None and run.shape != (b, t):
-        raise ValueError(f"run has shape {run.shape}: expected {(b, t)}")
+    if segment is not None and segment.shape != (b, t):
+        raise ValueError(f"segment has shape {segment.shape}: expected {(b, t)}")
     if state is None:
         return
     shapes = tuple(a.shape for a in state)

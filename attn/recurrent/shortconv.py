@@ -23,36 +23,38 @@ def shortconv(
     bias: jax.Array | None = None,
     *,
     state: jax.Array | None = None,
-    run: jax.Array | None = None,
-    state_run: jax.Array | None = None,
+    segment: jax.Array | None = None,
+    state_segment: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """A causal convolution of each channel -> the next state, y [B,T,C].
 
     x [B,T,C]; weight [W,C], its last row meets the token itself; bias [C]; state
-    [B,W-1,C] the tokens before these, None for zeros. run [B,T] as in
-    `attn.contract.segments`: a token sees its own run, the state is of run 1, or of
-    state_run [B,W-1]; padding is passed over and gets 0.
+    [B,W-1,C] the tokens before these, None for zeros. segment [B,T] as in
+    `attn.contract.segments`: a token sees its own segment, the state is of segment 1,
+    or of state_run [B,W-1]; padding is passed over and gets 0.
     """
-    _check(x, weight, bias, state, run)
+    _check(x, weight, bias, state, segment)
     b, t, c = x.shape
     w = weight.shape[0]
     if state is None:
         state = jnp.zeros((b, w - 1, c), x.dtype)
-    if run is None:
+    if segment is None:
         row = jnp.concatenate([state, x], 1)  # [B,W-1+T,C]
         return row[:, t:], _filtered(row, weight, bias, None, t)
     # padding goes to the end of the row, so that neighbours lie side by side
-    order = jnp.argsort(run == 0, axis=1, stable=True)
+    order = jnp.argsort(segment == 0, axis=1, stable=True)
     row = jnp.concatenate([state, jnp.take_along_axis(x, order[..., None], 1)], 1)
-    if state_run is None:
-        state_run = jnp.ones((b, w - 1), run.dtype)
-    runs = jnp.concatenate([state_run, jnp.take_along_axis(run, order, 1)], 1)
-    y = _filtered(row, weight, bias, runs, t)
+    if state_segment is None:
+        state_segment = jnp.ones((b, w - 1), segment.dtype)
+    segments = jnp.concatenate(
+        [state_segment, jnp.take_along_axis(segment, order, 1)], 1
+    )
+    y = _filtered(row, weight, bias, segments, t)
     y = jnp.take_along_axis(y, jnp.argsort(order, axis=1)[..., None], 1)
     # where the last W-1 real tokens stand, behind the state's W-1
-    newest = (run > 0).sum(1, keepdims=True) + jnp.arange(w - 1)[None]
-    present = jnp.maximum(run.max(1, keepdims=True), 1)  # the run that goes on
-    same = jnp.take_along_axis(runs, newest, 1) == present
+    newest = (segment > 0).sum(1, keepdims=True) + jnp.arange(w - 1)[None]
+    present = jnp.maximum(segment.max(1, keepdims=True), 1)  # the segment that goes on
+    same = jnp.take_along_axis(segments, newest, 1) == present
     last = jnp.take_along_axis(row, newest[..., None], 1)
     return jnp.where(same[..., None], last, 0), y
 
@@ -62,7 +64,7 @@ def shortconvs(
     weights: Sequence[jax.Array],
     *,
     states: Sequence[jax.Array] | None = None,
-    run: jax.Array | None = None,
+    segment: jax.Array | None = None,
     axis: Axis | None = None,
 ) -> tuple[Sequence[jax.Array] | None, list[jax.Array]]:
     """`shortconv` of each x [B,T,.] by its weight [W,.], where T is split over mesh
@@ -70,19 +72,21 @@ def shortconvs(
     over an axis where none came in), and [y].
 
     One collective brings the W-1 tokens in front of the shard: a neighbour sends its
-    last ones; or, with runs, with a state, or where a shard has fewer tokens, each
+    last ones; or, with segments, with a state, or where a shard has fewer tokens, each
     shard gathers the last of all, which does not depend on T.
     """
     w, t = weights[0].shape[0], xs[0].shape[1]
     begun: Any = states
     ids = after = None
     if axis is not None and w > 1:
-        if run is None and states is None and t >= w - 1:
+        if segment is None and states is None and t >= w - 1:
             begun = _halo(xs, w - 1, axis)
         else:
-            begun, ids, after = _tails(xs, states, run, w - 1, axis)
+            begun, ids, after = _tails(xs, states, segment, w - 1, axis)
     results = [
-        shortconv(x, weight, state=begun and begun[i], run=run, state_run=ids)
+        shortconv(
+            x, weight, state=begun and begun[i], segment=segment, state_segment=ids
+        )
         for i, (x, weight) in enumerate(zip(xs, weights))
     ]
     if axis is None or w == 1:
@@ -98,11 +102,12 @@ def _halo(xs, count: int, axis: Axis) -> list[jax.Array]:
     return _apart(jax.lax.ppermute(tail, axis, forward), xs)
 
 
-def _tails(xs, states, run, count: int, axis: Axis):
-    """The last `count` tokens before this shard, their runs (0: there is none), and the
-    last tokens of all, zero where they are not of the last run; None without states."""
+def _tails(xs, states, segment, count: int, axis: Axis):
+    """The last `count` tokens before this shard, their segments (0: there is none), and
+    the last tokens of all, zero where they are not of the last segment; None without
+    states."""
     b, t = xs[0].shape[:2]
-    ids = jnp.ones((b, t), jnp.int32) if run is None else run
+    ids = jnp.ones((b, t), jnp.int32) if segment is None else segment
     short = max(count - t, 0)  # a shard may have fewer tokens than the filter sees
 
     def widen(a):
@@ -146,23 +151,27 @@ def _apart(a: jax.Array, like: Sequence[jax.Array]) -> list[jax.Array]:
     return jnp.split(a, ends.tolist(), -1)
 
 
-def _filtered(row, weight, bias, runs, t: int) -> jax.Array:
+def _filtered(row, weight, bias, segments, t: int) -> jax.Array:
     """The sums over the taps, for the last t tokens of row [B,W-1+T,C]."""
     w, c = weight.shape
     y = jnp.zeros((row.shape[0], t, c), row.dtype)
     # y_t = sum_n weight_n x_(t-W+1+n)
     for n in range(w):
         x = row[:, n:n + t]
-        if runs is not None:
-            # a tap ends at the border of its token's run
-            x = jnp.where((runs[:, n:n + t] == runs[:, w - 1:])[..., None], x, 0)
+        if segments is not None:
+            # a tap ends at the border of its token's segment
+            x = jnp.where(
+                (segments[:, n:n + t] == segments[:, w - 1:])[..., None], x, 0
+            )
         y = y + x * weight[n].astype(row.dtype).reshape(1, 1, c)
     if bias is not None:
         y = y + bias.astype(row.dtype).reshape(1, 1, c)
-    return y if runs is None else jnp.where((runs[:, w - 1:] > 0)[..., None], y, 0)
+    return y if segments is None else jnp.where(
+        (segments[:, w - 1:] > 0)[..., None], y, 0
+    )
 
 
-def _check(x, weight, bias, state, run) -> None:
+def _check(x, weight, bias, state, segment) -> None:
     if x.ndim != 3 or 0 in x.shape:
         raise ValueError(f"x has shape {x.shape}: expected [B,T,C], none of them 0")
     b, t, c = x.shape
@@ -170,7 +179,7 @@ def _check(x, weight, bias, state, run) -> None:
         raise ValueError(f"weight has shape {weight.shape}: expected [W,C={c}], W >= 1")
     before = (b, weight.shape[0] - 1, c)
     for name, a, shape in (
-        ("bias", bias, (c,)), ("state", state, before), ("run", run, (b, t))
+        ("bias", bias, (c,)), ("state", state, before), ("segment", segment, (b, t))
     ):
         if a is not None and a.shape != shape:
             raise ValueError(f"{name} has shape {a.shape}: expected {shape}")

@@ -33,14 +33,14 @@ def test_it_is_the_filter(kernel, packed):
     rng = np.random.default_rng(1)
     weight, bias = rng.normal(size=(kernel, C)), rng.normal(size=C)
     segments = SEGMENTS if packed else np.ones((B, T), int)
-    run = jnp.asarray(segments, jnp.int32) if packed else None
+    segment = jnp.asarray(segments, jnp.int32) if packed else None
     want = np.zeros((B, T, C))
     for row in range(B):
         for one in set(segments[row]) - {0}:
             at = np.nonzero(segments[row] == one)[0]
             want[row, at] = filtered(X[row, at], weight, bias)
     d_y = jnp.asarray(rng.normal(size=(B, T, C)), jnp.float32)
-    f = lambda x, w, b: shortconv(x, w, b, run=run)[1]
+    f = lambda x, w, b: shortconv(x, w, b, segment=segment)[1]
     args = [jnp.asarray(a, jnp.float32) for a in (X, weight, bias)]
     y, back = jax.vjp(f, *args)
     close(y, want)

@@ -11,7 +11,7 @@ RUNS = {
 }
 
 
-def recurrence(q, k, v, beta, g, state, run, scale, d_o, d_state):
+def recurrence(q, k, v, beta, g, state, segment, scale, d_o, d_state):
     """(state, o), and the gradients of sum(o d_o) + sum(state d_state) in the order of
     NAMES; that of g has the shape [B,T,H]."""
     args = q, k, v, beta, g, state, d_o, d_state
@@ -21,8 +21,8 @@ def recurrence(q, k, v, beta, g, state, run, scale, d_o, d_state):
     g = np.broadcast_to(g, (b, t, h))
     o, present, kept = np.zeros_like(d_o), np.ones(b, int), []
     for i in range(t):
-        real, new = run[:, i] > 0, (run[:, i] > 0) & (run[:, i] != present)
-        present = np.where(real, run[:, i], present)
+        real, new = segment[:, i] > 0, (segment[:, i] > 0) & (segment[:, i] != present)
+        present = np.where(real, segment[:, i], present)
         real, new = (a[:, None, None, None] for a in (real, new))
         old = np.where(new, 0, state) * np.exp(g[:, i])[..., None, None]
         r = v[:, i] - np.einsum("bhd,bhdv->bhv", k[:, i], old)

@@ -13,7 +13,7 @@ RUNS = {
 }
 
 
-def recurrence(q, k, v, g, state, run, d_o, d_state):
+def recurrence(q, k, v, g, state, segment, d_o, d_state):
     """(state, o) and the gradients of sum(o d_o) + sum(state d_state), in float64."""
     q, k, v, g, d_o = (np.asarray(a, np.float64) for a in (q, k, v, g, d_o))
     (b, t, h, _), copies = q.shape, q.shape[2] // k.shape[2]
@@ -23,9 +23,9 @@ def recurrence(q, k, v, g, state, run, d_o, d_state):
     present = np.ones(b, int)
     begins = np.zeros((b, t), bool)
     for i in range(t):
-        real = run[:, i] > 0
-        begins[:, i] = real & (run[:, i] != present)
-        present = np.where(real, run[:, i], present)
+        real = segment[:, i] > 0
+        begins[:, i] = real & (segment[:, i] != present)
+        present = np.where(real, segment[:, i], present)
         kept = np.where(begins[:, i, None, None, None], 0, state)
         old[i] = kept * np.exp(g[:, i])[..., None]
         new = old[i] + k[:, i, ..., None] * v[:, i, :, None]
@@ -34,7 +34,7 @@ def recurrence(q, k, v, g, state, run, d_o, d_state):
         o[:, i] = np.einsum("bhd,bhdv->bhv", q[:, i], state) * real[:, None, None]
     dq, dk, dv, dg = (np.zeros_like(a) for a in (q, k, v, g))
     for i in reversed(range(t)):
-        real = (run[:, i] > 0)[:, None, None]
+        real = (segment[:, i] > 0)[:, None, None]
         d = grad + q[:, i, ..., None] * d_o[:, i, :, None]
         dq[:, i] = np.einsum("bhdv,bhv->bhd", after[i], d_o[:, i]) * real
         dk[:, i] = np.einsum("bhdv,bhv->bhd", d, v[:, i]) * real

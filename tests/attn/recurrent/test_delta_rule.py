@@ -36,7 +36,7 @@ def test_it_is_the_recurrence(kind, packed, t):
         want, grads = recurrence(
             *args[:4], g, args[5], run, SCALE, d_o, d_state)
         f = lambda q, k, v, beta, g, state: rule(
-            q, k, v, beta, g, state=state, run=run if packed else None, chunk=chunk,
+            q, k, v, beta, g, state=state, segment=run if packed else None, chunk=chunk,
             scale=SCALE, implementation="xla",
         )
         held(*both(f)(args, (d_state, d_o)), want, grads, args[4])
@@ -49,7 +49,7 @@ def test_the_loop_is_the_recurrence(kind, packed):
     g = np.float64(0) if args[4] is None else args[4]
     want, grads = recurrence(*args[:4], g, args[5], run, 1.0, d_o, d_state)
     f = lambda q, k, v, beta, g, state: naive(
-        q, k, v, beta, g, state=state, run=run if packed else None)
+        q, k, v, beta, g, state=state, segment=run if packed else None)
     held(*both(f)(args, (d_state, d_o)), want, grads, args[4])
 
 
@@ -79,12 +79,12 @@ def test_the_chunk_is_only_a_tile():
 def test_one_token_is_a_chunk_of_one():
     q, k, v, beta, g, state, *_ = inputs(2)
     for run in (None, np.array([[1, 0], [1, 5]], np.int32)):
-        want, rows = rule(q, k, v, beta, g, state=state, run=run, scale=SCALE)
+        want, rows = rule(q, k, v, beta, g, state=state, segment=run, scale=SCALE)
         now = state
         for t in range(2):
             part = (a[:, t:t + 1] for a in (q, k, v, beta, g))
             at = None if run is None else np.minimum(run[:, t:t + 1], t + 1)
-            now, o = naive(*part, state=now, run=at)
+            now, o = naive(*part, state=now, segment=at)
             close(SCALE * o, rows[:, t:t + 1])
         close(now, want)
 
@@ -142,7 +142,7 @@ def test_wrong_calls_say_what_was_expected():
         "v has shape .* expected": {"v": v[:, :3]},
         "log_decay has shape": {"log_decay": g[..., :2]},
         "state has shape": {"state": state[:, :1]},
-        "run has shape": {"run": np.ones((B, 4), np.int32)},
+        "segment has shape": {"segment": np.ones((B, 4), np.int32)},
         "chunk=0": {"chunk": 0},
     }.items():
         given = {"q": q, "k": k, "v": v, "beta": beta, "log_decay": g} | change

@@ -39,23 +39,23 @@ def letters(g):
     return {None: ".", 1: "H", 3: "BTH", 4: "BTHD"}[None if g is None else g.ndim]
 
 
-def split(state, q, k, v, g, run=None, axis="seq", **how):
+def split(state, q, k, v, g, segment=None, axis="seq", **how):
     """(state, o) of `recurrence` over the mesh in force."""
-    f = lambda s, q, k, v, g, run: linear.recurrence(
-        q, k, v, g, state=s, run=run, axis=axis, chunk=4, **how)
+    f = lambda s, q, k, v, g, segment: linear.recurrence(
+        q, k, v, g, state=s, segment=segment, axis=axis, chunk=4, **how)
     words = f"BHDV BTHD BTKD BTKV {letters(g)} BT -> BHDV BTHV"
-    return over_mesh(f, words, axis)(state, q, k, v, g, run)
+    return over_mesh(f, words, axis)(state, q, k, v, g, segment)
 
 
 def held(shards, kind, form, t=16, axis="seq", over=None):
     """Outputs and all gradients against the float64 recurrence."""
     q, k, v, g, state, d_o, d_state = inputs(t, kind)
     packed, streams = form != "plain", form == "stream"
-    run = np.array(RUNS[t] if packed else np.ones((B, t)), np.int32)
+    segment = np.array(RUNS[t] if packed else np.ones((B, t)), np.int32)
     if not streams:
         state, d_state = np.zeros_like(state), np.zeros_like(d_state)
-    want, grads = recurrence(q, k, v, per_channel(g, t), state, run, d_o, d_state)
-    runs = jnp.asarray(run) if packed else None
+    want, grads = recurrence(q, k, v, per_channel(g, t), state, segment, d_o, d_state)
+    runs = jnp.asarray(segment) if packed else None
 
     @jax.jit
     def both(args):
@@ -246,11 +246,13 @@ def test_a_prompt_that_cannot_be_split_runs_in_the_global_view():
     close(o, rows), close(after.memory, want.memory)
 
 
-def delta_split(state, q, k, v, beta, g, run=None, **how):
-    f = lambda s, q, k, v, beta, g, run: delta_rule.recurrence(
-        q, k, v, beta, g, state=s, run=run, chunk=4, axis="seq", scale=0.5, **how)
+def delta_split(state, q, k, v, beta, g, segment=None, **how):
+    f = lambda s, q, k, v, beta, g, segment: delta_rule.recurrence(
+        q, k, v, beta, g, state=s, segment=segment, chunk=4, axis="seq", scale=0.5,
+        **how,
+    )
     words = f"BHDV BTHD BTKD BTKV BTH {letters(g)} BT -> BHDV BTHV"
-    return over_mesh(f, words, "seq")(state, q, k, v, beta, g, run)
+    return over_mesh(f, words, "seq")(state, q, k, v, beta, g, segment)
 
 
 @pytest.mark.parametrize("shards, kind, packed, streams", [
@@ -261,12 +263,14 @@ def delta_split(state, q, k, v, beta, g, run=None, **how):
 def test_the_delta_rule_over_a_mesh(shards, kind, packed, streams):
     t = 16
     *args, d_o, d_state = delta_oracle.inputs(t, kind, 2.0)
-    run = np.array(RUNS[t] if packed else np.ones((delta_oracle.B, t)), np.int32)
+    segment = np.array(RUNS[t] if packed else np.ones((delta_oracle.B, t)), np.int32)
     if not streams:
         args[5], d_state = np.zeros_like(args[5]), np.zeros_like(d_state)
     g = np.float64(0) if args[4] is None else args[4]
-    want, grads = delta_oracle.recurrence(*args[:4], g, args[5], run, 0.5, d_o, d_state)
-    runs = jnp.asarray(run) if packed else None
+    want, grads = delta_oracle.recurrence(
+        *args[:4], g, args[5], segment, 0.5, d_o, d_state
+    )
+    runs = jnp.asarray(segment) if packed else None
 
     @jax.jit
     def both(q, k, v, beta, g, state):
@@ -286,7 +290,7 @@ def test_the_delta_rule_over_a_mesh(shards, kind, packed, streams):
 @pytest.mark.parametrize("rule", ("linear", "delta", "wide delta"))
 def test_the_kernels_over_a_mesh(platform, rule, monkeypatch):
     monkeypatch.setattr(dispatch, "INTERPRETED", platform)
-    t, run = 16, jnp.asarray(RUNS[16], jnp.int32)
+    t, segment = 16, jnp.asarray(RUNS[16], jnp.int32)
     if rule == "linear":
         q, k, v, g, state, d_o, d_state = inputs(t, "token")
         f, args = split, (state, q, k, v, g)
@@ -297,7 +301,7 @@ def test_the_kernels_over_a_mesh(platform, rule, monkeypatch):
         f, args = delta_split, (args[5], *args[:5])
 
     def both(implementation):
-        g = lambda *a: f(*a, run, implementation=implementation)
+        g = lambda *a: f(*a, segment, implementation=implementation)
         out, back = jax.jit(lambda *a: jax.vjp(g, *a))(*args)
         return *out, *back((d_state, d_o))
 
@@ -316,19 +320,21 @@ def test_a_short_convolution_over_a_mesh(shards, form):
     xs, ws = [normal(2, 16, c) for c in (3, 5)], [normal(4, c) for c in (3, 5)]
     states = [normal(2, 3, c) for c in (3, 5)] if form == "stream" else None
     segments = [[1] * 5 + [0] * 5 + [1] * 3 + [2] * 3, [0] * 2 + [1] * 13 + [2]]
-    run = locate(jnp.asarray(segments), 2, 16).segment if form != "plain" else None
+    segment = locate(jnp.asarray(segments), 2, 16).segment if form != "plain" else None
     words = "BT. BT. .. .. B.. B.. BT -> B.. B.. BT. BT."
 
-    def f(a, b, u, w, s, r, run):
+    def f(a, b, u, w, s, r, segment):
         before = (s, r) if states else None
-        after, ys = shortconvs((a, b), (u, w), states=before, run=run, axis=axis)
+        after, ys = shortconvs(
+            (a, b), (u, w), states=before, segment=segment, axis=axis
+        )
         return *(after or (None, None)), *ys
 
     with jax.set_mesh(over):
         found = jax.jit(over_mesh(f, words, axis))(
-            *xs, *ws, *(states or (None, None)), run)
+            *xs, *ws, *(states or (None, None)), segment)
     for i, (x, w) in enumerate(zip(xs, ws)):
-        after, y = shortconv(x, w, state=states and states[i], run=run)
+        after, y = shortconv(x, w, state=states and states[i], segment=segment)
         close(found[2 + i], y, FORWARD)
         if states:
             close(found[i], after, FORWARD)

@@ -22,13 +22,13 @@ from tests.oracles.linear import (
 @pytest.mark.parametrize("kind", DECAYS)
 def test_it_is_the_recurrence(kind, packed, t):
     q, k, v, g, state, d_o, d_state = inputs(t, kind)
-    run = np.array(RUNS[t] if packed else np.ones((B, t)), np.int32)
-    want, grads = recurrence(q, k, v, per_channel(g, t), state, run, d_o, d_state)
+    segment = np.array(RUNS[t] if packed else np.ones((B, t)), np.int32)
+    want, grads = recurrence(q, k, v, per_channel(g, t), state, segment, d_o, d_state)
 
     @functools.partial(jax.jit, static_argnums=0)
     def both(chunk, *args):
         f = lambda q, k, v, g, state: linear.recurrence(
-            q, k, v, g, state=state, run=run if packed else None, chunk=chunk
+            q, k, v, g, state=state, segment=segment if packed else None, chunk=chunk
         )
         out, back = jax.vjp(f, *args)
         return out, back((d_state, d_o))
@@ -49,10 +49,10 @@ def test_it_is_the_recurrence(kind, packed, t):
 ])
 def test_the_loop_is_the_recurrence(kind, packed):
     q, k, v, g, state, d_o, d_state = inputs(37, kind)
-    run = np.array(RUNS[37] if packed else np.ones((B, 37)), np.int32)
-    want, grads = recurrence(q, k, v, per_channel(g, 37), state, run, d_o, d_state)
+    segment = np.array(RUNS[37] if packed else np.ones((B, 37)), np.int32)
+    want, grads = recurrence(q, k, v, per_channel(g, 37), state, segment, d_o, d_state)
     f = lambda q, k, v, g, state: naive(
-        q, k, v, g, state=state, run=run if packed else None)
+        q, k, v, g, state=state, segment=segment if packed else None)
     have, back = jax.jit(lambda *a: jax.vjp(f, *a))(q, k, v, g, state)
     close(have[0], want[0]), close(have[1], want[1])
     for name, a, b in zip("qkvgs", back((d_state, d_o)), grads):
@@ -71,12 +71,12 @@ def test_the_chunk_is_only_a_tile(kind):
 
 def test_one_token_is_a_chunk_of_one():
     q, k, v, g, state, *_ = inputs(2, "channel")
-    for run in (None, np.array([[1, 0], [1, 5]], np.int32)):
-        want, rows = linear.recurrence(q, k, v, g, state=state, run=run)
+    for segment in (None, np.array([[1, 0], [1, 5]], np.int32)):
+        want, rows = linear.recurrence(q, k, v, g, state=state, segment=segment)
         for t in range(2):
-            now = None if run is None else np.minimum(run[:, t:t + 1], t + 1)
+            now = None if segment is None else np.minimum(segment[:, t:t + 1], t + 1)
             part = (a[:, t:t + 1] for a in (q, k, v, g))
-            state, o = naive(*part, state=state, run=now)
+            state, o = naive(*part, state=state, segment=now)
             close(o, rows[:, t:t + 1])
         close(state, want)
         state = inputs(2, "channel")[4]
@@ -96,17 +96,17 @@ def test_without_order_every_key_of_the_run_is_seen():
     rng = np.random.default_rng(0)
     q = rng.normal(size=(B, 5, H, D))
     k, v = rng.normal(size=(B, 9, K, D)), rng.normal(size=(B, 9, K, V))
-    q_run = np.array([[7, 7, 2, 0, 3], [1, 1, 1, 1, 1]])
-    kv_run = np.array([[2] * 3 + [0] * 2 + [7] * 4, [1] * 4 + [0] * 5])
+    q_segment = np.array([[7, 7, 2, 0, 3], [1, 1, 1, 1, 1]])
+    kv_segment = np.array([[2] * 3 + [0] * 2 + [7] * 4, [1] * 4 + [0] * 5])
     pairs = np.einsum("bthd,bshd->bhts", q, np.repeat(k, H // K, 2))
     weigh = lambda seen: np.einsum(
         "bhts,bshv->bthv", pairs * seen[:, None], np.repeat(v, H // K, 2)
     )
-    seen = (q_run[..., None] == kv_run[:, None]) & (kv_run[:, None] > 0)
+    seen = (q_segment[..., None] == kv_segment[:, None]) & (kv_segment[:, None] > 0)
     args = [jnp.asarray(a, jnp.float32) for a in (q, k, v)]
     close(noncausal(*args), weigh(np.ones_like(seen)))
-    runs = (jnp.asarray(a, jnp.int32) for a in (q_run, kv_run))
-    close(noncausal(*args, **dict(zip(("q_run", "kv_run"), runs))), weigh(seen))
+    runs = (jnp.asarray(a, jnp.int32) for a in (q_segment, kv_segment))
+    close(noncausal(*args, **dict(zip(("q_segment", "kv_segment"), runs))), weigh(seen))
 
 
 @pytest.mark.parametrize("kind", ["none", "channel"])
@@ -122,14 +122,14 @@ def test_memory_is_linear(kind):
     assert cost.slope(sizes) < 1.05, sizes
 
 
-def split(q, k, v, g, run, reverse=False):
+def split(q, k, v, g, segment, reverse=False):
     """`recurrence` over the mesh in force."""
     form = {None: ".", 1: "H", 3: "BTH", 4: "BTHD"}[None if g is None else g.ndim]
     return over_mesh(
         lambda *a: linear.recurrence(
-            *a[:4], run=a[4], chunk=4, axis="seq", reverse=reverse)[1],
+            *a[:4], segment=a[4], chunk=4, axis="seq", reverse=reverse)[1],
         f"BTHD BTKD BTKV {form} BT -> BTHV", "seq",
-    )(q, k, v, g, run)
+    )(q, k, v, g, segment)
 
 
 @pytest.mark.parametrize("sizes,kind,packed,reverse", [
@@ -141,7 +141,7 @@ def test_sharding_changes_nothing(sizes, kind, packed, reverse):
     t = 16
     q, k, v, g, _, d_o, _ = inputs(t, kind)
     k, v = (np.repeat(a, H // K, 2) for a in (k, v))
-    run = jnp.array(RUNS[t], jnp.int32) if packed else None
+    segment = jnp.array(RUNS[t], jnp.int32) if packed else None
     args = (q, k, v) if g is None else (q, k, v, g)
 
     def gradients(f):
@@ -151,12 +151,14 @@ def test_sharding_changes_nothing(sizes, kind, packed, reverse):
             return out, back(d_o)
         return jax.jit(both)(*args)
 
-    want = gradients(lambda *a: linear.recurrence(*a, run=run, reverse=reverse)[1])
+    want = gradients(
+        lambda *a: linear.recurrence(*a, segment=segment, reverse=reverse)[1]
+    )
     mesh = jax.make_mesh(
         sizes, ("data", "seq", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 3
     )
     with jax.set_mesh(mesh):
-        have = gradients(lambda *a: split(*a, run, reverse))
+        have = gradients(lambda *a: split(*a, segment, reverse))
     close(have[0], want[0])
     for a, b in zip(have[1], want[1]):
         close(a, b, GRADIENT)
@@ -181,8 +183,8 @@ def test_wrong_calls_say_what_was_expected():
         linear.recurrence(q, k, v, g[..., 0])
     with pytest.raises(ValueError, match="state .*expected"):
         linear.recurrence(q, k, v, g, state=state[:1])
-    with pytest.raises(ValueError, match="run .*expected"):
-        linear.recurrence(q, k, v, g, run=jnp.ones((B, 4), jnp.int32))
+    with pytest.raises(ValueError, match="segment .*expected"):
+        linear.recurrence(q, k, v, g, segment=jnp.ones((B, 4), jnp.int32))
     with pytest.raises(ValueError, match="chunk=0: expected"):
         linear.recurrence(q, k, v, g, chunk=0)
     with pytest.raises(ValueError, match="T must be S"):

@@ -23,7 +23,7 @@ RUNS = {
 }
 
 
-def recurrence(s, v, state, run, d_o, d_state):
+def recurrence(s, v, state, segment, d_o, d_state):
     """(state, o) and the gradients of sum(o d_o) + du u + dw w, in float64: of s, v,
     and u and w of the state."""
     s, v, d_o = (np.asarray(a, np.float64) for a in (s, v, d_o))
@@ -51,12 +51,12 @@ def recurrence(s, v, state, run, d_o, d_state):
 
     for i in range(t):
         for n in range(b):
-            if not run[n, i]:
+            if not segment[n, i]:
                 continue
-            if run[n, i] != present[n]:
+            if segment[n, i] != present[n]:
                 m[n], u[n], w[n] = -np.inf, 0, 0
                 seen[n], carried[n] = [], False
-            present[n] = run[n, i]
+            present[n] = segment[n, i]
             new = np.maximum(m[n], s[n, i])
             fade, mine = np.exp(m[n] - new), np.exp(s[n, i] - new)
             u[n] = u[n] * fade + mine
@@ -85,10 +85,10 @@ def inputs(t, seed=0, scale=1.0, offset=0.0, h=H, k=K, width=V, state=True):
             normal(B, t, h, width), after)
 
 
-def check(f, given, run, bound=2e-6, gradient=GRADIENT):
+def check(f, given, segment, bound=2e-6, gradient=GRADIENT):
     """f(scores, v, state) -> (state, o) and its gradients against the recurrence."""
     s, v, state, d_o, d_state = given
-    want, grads = recurrence(s, v, state, run, d_o, d_state)
+    want, grads = recurrence(s, v, state, segment, d_o, d_state)
     out, back = jax.jit(lambda *a: (lambda o, g: (o, g((SoftmaxState(*d_state), d_o))))(
         *jax.vjp(f, *a)))(s, v, SoftmaxState(*state))
     (m, u, w), o = out
@@ -107,10 +107,11 @@ def check(f, given, run, bound=2e-6, gradient=GRADIENT):
 @pytest.mark.parametrize("kind", ["none", "carried", "wide"])
 def test_it_is_the_recurrence(kind, packed, t):
     given = inputs(t, state=kind != "none", scale=30.0 if kind == "wide" else 1.0)
-    run = np.array(RUNS[t] if packed else np.ones((B, t)), np.int32)
+    segment = np.array(RUNS[t] if packed else np.ones((B, t)), np.int32)
     for chunk in (16, 64) if t > 1 else (64,):
-        check(lambda s, v, state: prefix_softmax(
-            s, v, state=state, run=run if packed else None, chunk=chunk), given, run)
+        f = functools.partial(
+            prefix_softmax, segment=segment if packed else None, chunk=chunk)
+        check(lambda s, v, state: f(s, v, state=state), given, segment)
 
 
 def test_scores_of_any_size_are_safe():
@@ -129,12 +130,12 @@ def test_scores_of_any_size_are_safe():
 
 def test_minus_infinity_is_padding():
     s, v, _, d_o, _ = inputs(16, state=False)
-    run = np.array(RUNS[16], np.int32) > 0
-    hidden = jnp.where(run[..., None], s, -jnp.inf)
+    segment = np.array(RUNS[16], np.int32) > 0
+    hidden = jnp.where(segment[..., None], s, -jnp.inf)
     f = lambda s, v: prefix_softmax(s, v, chunk=8)[1]
     o, back = jax.vjp(f, hidden, jnp.asarray(v))
-    want = prefix_softmax(s, v, run=run.astype(np.int32))[1]
-    close(np.where(run[..., None, None], o, 0), want)
+    want = prefix_softmax(s, v, segment=segment.astype(np.int32))[1]
+    close(np.where(segment[..., None, None], o, 0), want)
     for a in (o, *back(d_o)):
         assert np.isfinite(a).all()
     nothing, back = jax.vjp(lambda s: f(s, v), jnp.full_like(s, -jnp.inf))
@@ -153,25 +154,25 @@ def test_low_precision():
 @pytest.mark.parametrize("packed", [False, True])
 def test_any_operator_scans(packed):
     s, v, state, *_ = inputs(37, h=K)
-    run = jnp.asarray(RUNS[37], jnp.int32) if packed else None
+    segment = jnp.asarray(RUNS[37], jnp.int32) if packed else None
     leaves = SoftmaxState(jnp.asarray(s), jnp.ones_like(s), jnp.asarray(v))
     if packed:
         leaves = jax.tree.map(lambda a, e: jnp.where(
-            run.reshape(B, 37, *[1] * (a.ndim - 2)) > 0, a, e[:, None]), leaves,
+            segment.reshape(B, 37, *[1] * (a.ndim - 2)) > 0, a, e[:, None]), leaves,
             empty(B, K, V))
     for before in (None, SoftmaxState(*state)):
-        last, found = prefix_scan(merge, leaves, state=before, run=run, chunk=8)
-        want = prefix_softmax(s, v, state=before, run=run)
+        last, found = prefix_scan(merge, leaves, state=before, segment=segment, chunk=8)
+        want = prefix_softmax(s, v, state=before, segment=segment)
         o = found.acc / jnp.where(found.l > 0, found.l, 1)[..., None]
-        real = np.ones((B, 37), bool) if run is None else np.asarray(run) > 0
+        real = np.ones((B, 37), bool) if segment is None else np.asarray(segment) > 0
         close(np.where(real[..., None, None], o, 0), want[1])
         for a, b in zip(last, want[0]):
             close(a, b)
     # products of matrices do not commute
     a = jnp.asarray(np.random.default_rng(1).normal(size=(B, 37, 3, 3)) / 2)
     product = lambda a, b: jnp.einsum("...ij,...jk->...ik", a, b)
-    last, found = prefix_scan(product, a, run=run, chunk=8)
-    row, rows = np.eye(3), np.ones(37) if run is None else np.asarray(run)[1]
+    last, found = prefix_scan(product, a, segment=segment, chunk=8)
+    row, rows = np.eye(3), np.ones(37) if segment is None else np.asarray(segment)[1]
     at = 1
     for i in range(37):
         row = np.eye(3) if rows[i] not in (0, at) else row
@@ -191,19 +192,19 @@ def mesh(sizes=(1, 4, 2)):
 @pytest.mark.parametrize("packed", [False, True])
 def test_a_mesh_changes_nothing(packed):
     s, v, _, d_o, _ = inputs(16)
-    run = jnp.asarray(RUNS[16] if packed else np.ones((B, 16)), jnp.int32)
-    f = lambda axis: lambda s, v, run: prefix_softmax(
-        s, v, run=run if packed else None, chunk=2, axis=axis)[1]
+    segment = jnp.asarray(RUNS[16] if packed else np.ones((B, 16)), jnp.int32)
+    f = lambda axis: lambda s, v, segment: prefix_softmax(
+        s, v, segment=segment if packed else None, chunk=2, axis=axis)[1]
     leaves = lambda s, v: SoftmaxState(s, jnp.ones_like(s), jnp.repeat(v, H // K, 2))
-    tree = lambda axis: lambda s, v, run: prefix_scan(
-        merge, leaves(s, v), run=run, chunk=2, axis=axis)[1].acc
+    tree = lambda axis: lambda s, v, segment: prefix_scan(
+        merge, leaves(s, v), segment=segment, chunk=2, axis=axis)[1].acc
     for form in (f, tree):
         out = lambda g: jax.jit(lambda s, v: (lambda o, b: (o, *b(d_o)))(
-            *jax.vjp(lambda s, v: g(s, v, run), s, v)))(s, v)
+            *jax.vjp(lambda s, v: g(s, v, segment), s, v)))(s, v)
         want = out(form(None))
         with jax.set_mesh(mesh()):
             have = out(over_mesh(form("seq"), "BTH BTKV BT -> BTHV", "seq"))
-        real = np.asarray(run)[..., None, None] > 0
+        real = np.asarray(segment)[..., None, None] > 0
         close(np.where(real, have[0], 0), np.where(real, want[0], 0))
         if form is f:
             for a, b in zip(have[1:], want[1:]):
@@ -213,9 +214,10 @@ def test_a_mesh_changes_nothing(packed):
 @pytest.mark.parametrize("packed", [False, True])
 def test_one_state_crosses_the_mesh(packed):
     s, v, *_ = inputs(16)
-    run = jnp.asarray(RUNS[16], jnp.int32)
+    segment = jnp.asarray(RUNS[16], jnp.int32)
     f = lambda s, v: prefix_softmax(
-        s, v, run=run[:, :s.shape[1]] if packed else None, axis="seq", chunk=2)[1]
+        s, v, segment=segment[:, :s.shape[1]] if packed else None, axis="seq", chunk=2
+    )[1]
     with jax.set_mesh(mesh()):
         g = over_mesh(f, "BTH BTKV -> BTHV", "seq")
         loss = lambda s, v: (g(s, v) ** 2).sum()
@@ -226,10 +228,10 @@ def test_one_state_crosses_the_mesh(packed):
 
 def test_all_tokens_at_once():
     s, v, _, d_o, d_state = inputs(37)
-    run = jnp.asarray(RUNS[37], jnp.int32)
-    for r in (None, run):
-        f = lambda s, v: prefix_softmax(s, v, run=r, state=empty(B, H, V))[0]
-        g = functools.partial(total, run=r)
+    segment = jnp.asarray(RUNS[37], jnp.int32)
+    for r in (None, segment):
+        f = lambda s, v: prefix_softmax(s, v, segment=r, state=empty(B, H, V))[0]
+        g = functools.partial(total, segment=r)
         for a, b in zip(f(s, v), g(s, v)):
             close(a, b)
         ct = SoftmaxState(*d_state)
@@ -252,7 +254,9 @@ def test_wrong_calls():
         r"\[B,T,H\]": lambda: prefix_softmax(s[..., 0], v),
         "multiple of K": lambda: prefix_softmax(s[..., :3], v),
         "chunk=0": lambda: prefix_softmax(s, v, chunk=0),
-        "run has": lambda: prefix_softmax(s, v, run=jnp.ones((B, 3), jnp.int32)),
+        "segment has": lambda: prefix_softmax(
+            s, v, segment=jnp.ones((B, 3), jnp.int32)
+        ),
         "state holds": lambda: prefix_softmax(s, v, state=empty(B, H, V + 1)),
     }.items():
         with pytest.raises(ValueError, match=message):

@@ -5,7 +5,7 @@ BIN := .venv/bin
 # the releases of jax beside the one that pip gives PYTHON, and a Python that has them
 JAX ?= 0.11.2 0.12.0
 PYTHON_JAX ?= python3.12
-RUN := -m pytest -n $(JOBS) --dist loadgroup
+RUN := -m pytest -n $(JOBS)
 
 .PHONY: compare test quick test-jax test-peers lint matrix matrix-all clean
 

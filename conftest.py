@@ -35,19 +35,28 @@ def _group(item):
     return item.path, item.callspec.params["name"] if law else None
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items):
-    """Laws of one row follow each other, and a file stays in one process: so they share
-    what they compile."""
+    """Laws of one row follow each other."""
     laws = [n for n, item in enumerate(items) if item.path.name == "laws.py"]
     rows = list(dict.fromkeys(_group(items[n])[1] for n in laws))
     ordered = sorted((items[n] for n in laws), key=lambda i: rows.index(_group(i)[1]))
     for n, item in zip(laws, ordered):
         items[n] = item
-    for item in items:
-        path, row = _group(item)
-        group = f"{path.stem} {row or path.parent.name}"
-        item.add_marker(pytest.mark.xdist_group(group))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """A file of tests, or a row of laws, stays in one process: its tests share what
+    they compile. (Groups by a mark, which xdist has too, pytest 9.2 does not see.)"""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            file, _, test = nodeid.partition("::")
+            row = test.rstrip("]").rpartition("[")[2].rpartition("-")[2]
+            return f"{file} {row}" if file.endswith("laws.py") else file
+
+    return Scheduling(config, log)
 
 
 def pytest_runtest_teardown(item, nextitem):

@@ -6,7 +6,8 @@ import pytest
 
 from tests import compile_cache
 
-LARGE = 3 * 2**29  # bytes of a process from which on compiled programs are let go
+# bytes of a process from which on compiled programs are let go: behind a file, inside
+LARGE, FULL = 3 * 2**29, 5 * 2**29
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 _FLAGS = os.environ.get("XLA_FLAGS", "")
@@ -62,9 +63,10 @@ def pytest_xdist_make_scheduler(config, log):
 def pytest_runtest_teardown(item, nextitem):
     """A worker stays small to the end: what a file of tests compiled, or a row of laws,
     goes with it once there is much of it."""
-    if nextitem is None or _group(item) == _group(nextitem):
+    if nextitem is None:
         return
-    if memory.resident() > LARGE:
+    limit = FULL if _group(item) == _group(nextitem) else LARGE
+    if memory.resident() > limit:
         memory.let_go()
 
 

@@ -36,6 +36,7 @@ def bias_gradient(call, side: Side, sink, x, bias, listed) -> jax.Array:
                 return a
             first, count = heads
             if a.shape[1] != h:
+                # the key heads that these query heads read
                 first, count = first // call.groups, max(count // call.groups, 1)
             return jax.lax.dynamic_slice_in_dim(a, first, count, 1)
 
@@ -57,6 +58,7 @@ def bias_gradient(call, side: Side, sink, x, bias, listed) -> jax.Array:
     if len(firsts) == 1:
         total = one(firsts[0])
     else:
+        # one after the other: all at once are B H times the bias
         start = jnp.zeros(jax.eval_shape(one, firsts[0]).shape, F32)
         total = jax.lax.scan(lambda sum, at: (sum + one(at), None), start, firsts)[0]
     return total[:, :, :bias.shape[2], :bias.shape[3]].astype(bias.dtype)
@@ -68,14 +70,14 @@ def _bias_tile(call: Call, shape, info, x: Arrays, db_ref, acc_ref):
 
     @pl.when(ctx.first)
     def _start():
-        acc_ref[...] = jnp.zeros(acc_ref.shape, F32)
+        acc_ref[...] = jnp.zeros(acc_ref.shape, F32)  # [keys|1,queries|1]
 
     def step(parts, masked):
         for part in parts:
-            ds = ctx.recompute(part, masked)[1]
-            ds = ds.sum(1, keepdims=True) if shape[2] == 1 else ds
+            ds = ctx.recompute(part, masked)[1]  # [keys,queries]
+            ds = ds.sum(1, keepdims=True) if shape[2] == 1 else ds  # over queries
             if shape[3] == 1:
-                acc_ref[...] += ds.sum(0, keepdims=True)
+                acc_ref[...] += ds.sum(0, keepdims=True)  # over keys
             else:
                 acc_ref[part.keys] += ds
 
@@ -85,6 +87,7 @@ def _bias_tile(call: Call, shape, info, x: Arrays, db_ref, acc_ref):
     def _finish():
         acc = acc_ref[...]
         if shape[2] == 1:
+            # [keys,1] -> [1,keys], by way of 8 lanes
             db_ref[0, 0] = jnp.broadcast_to(acc, (acc.shape[0], 8)).T[:1]
         else:
             db_ref[0, 0] = column(acc) if shape[3] == 1 else acc.T

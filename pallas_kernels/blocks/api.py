@@ -175,9 +175,9 @@ def inverse(chosen: jax.Array, heads: int, many: int):
     a key head's C/K; key block j has the entries first[j] to first[j + 1], in order.
     """
     b, c, n, each = chosen.shape
-    flat = chosen.reshape(b, heads, -1)
-    where = jnp.where((flat >= 0) & (flat < many), flat, many)
-    order = jnp.argsort(where, axis=-1, stable=True)
+    flat = chosen.reshape(b, heads, -1)  # [B,K,C/K*N*n]
+    where = jnp.where((flat >= 0) & (flat < many), flat, many)  # `many`: none
+    order = jnp.argsort(where, axis=-1, stable=True)  # in order of query blocks
     ordered = jnp.take_along_axis(where, order, -1)
     edges = jnp.arange(many + 1, dtype=jnp.int32)
     first = jax.vmap(jax.vmap(lambda a: jnp.searchsorted(a, edges)))(ordered)

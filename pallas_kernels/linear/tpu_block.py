@@ -94,6 +94,7 @@ class ChunkContext:
         if self.x.flags is None:
             return g
         flag = column(self.x.flags[0, :, at].astype(F32))
+        # 2: a run begins and all is forgotten; 0: padding, nothing decays
         return jnp.where(flag > 1.5, FLOOR, jnp.where(flag > 0.5, g, 0.0))
 
     def pairs(self, decays, qk) -> list[Any]:
@@ -128,11 +129,11 @@ def turned(a):
 def arrays(call: Call, flags, q, k, v, g, state) -> Arrays:
     size, by_channel = call.block, g is not None and g.ndim == 4
     if g is not None and g.ndim == 3:
-        g = pad(g.transpose(0, 2, 1)[:, :, None], 3, size)
+        g = pad(g.transpose(0, 2, 1)[:, :, None], 3, size)  # [B,H,1,T]
     elif by_channel:
-        g = tokens(g, size)
-    flags = None if flags is None else pad(flags, 1, size)[:, None]
-    q, k, v = (tokens(a, size) for a in (q, k, v))
+        g = tokens(g, size)  # [B,H,T,D]
+    flags = None if flags is None else pad(flags, 1, size)[:, None]  # [B,1,T]
+    q, k, v = (tokens(a, size) for a in (q, k, v))  # [B,H|K,T,.]
     return Arrays(q, k, v, g, flags, None if state is None else turned(state),
                   sums=channels.matrices(call.c) if by_channel else None)
 
@@ -147,7 +148,7 @@ def specs(call: Call, x: Arrays, query, key, block) -> Arrays:
         (1, 1, *a.shape[2:]), lambda b, *at: (b, query(*at), 0, 0))
     g = None
     if x.g is not None and x.g.ndim == 1:
-        g = pl.BlockSpec(memory_space=pltpu.SMEM)
+        g = pl.BlockSpec(memory_space=pltpu.SMEM)  # a number a head
     elif x.g is not None and x.g.shape[2] == 1:
         g = pl.BlockSpec((1, 1, 1, size),
                          lambda b, *at: (b, query(*at), 0, block(*at)))

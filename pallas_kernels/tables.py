@@ -125,6 +125,7 @@ def row(device: str, backend: str = "tpu") -> dict[str, Any]:
     name = device if device in table else next(
         (name for name in table if _model(name) == _model(device)), None)
     own = other if name is None else _own(table, name)
+    # TPUs' rows say how much fast memory there is, GPUs' do not
     return own if ("vmem_mib" in own) == (backend == "tpu") else other
 
 

@@ -92,7 +92,10 @@ def flash(
     offset = s - t + shift if q_pos is None else None  # aligned at the last token
     shape = tables.Shape(t, s, d, width, q.dtype.itemsize,
                          bias is not None or keep is not None)
-    pick = lambda which: tables.tile(device, which, shape, tile, backend)
+
+    def pick(which):
+        return tables.tile(device, which, shape, tile, backend)
+
     ahead, back = pick("flash_forward"), pick("flash_backward")
     form = LogitSpec(mask, d**-0.5 if scale is None else scale, softcap, score,
                      dropout if random or keep is not None else 0.0)

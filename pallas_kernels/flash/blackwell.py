@@ -90,7 +90,10 @@ def _attend(ctx: TileContext, at, steps, outs, own: ForwardScratch, more, group,
     memory = TensorScratch(*more)
     call, x, interpret = ctx.call, ctx.x, ctx.call.interpret
     (whole, count), width = steps, x.v.shape[3]
-    part = lambda ref, n: ref.at[:, pl.ds(group * n, n)]  # this warpgroup's columns
+
+    def part(ref, n):
+        return ref.at[:, pl.ds(group * n, n)]  # this warpgroup's columns
+
     s_ref, p_ref = (part(ref, call.tiling.columns) for ref in (memory.s, memory.p))
     o_ref = part(memory.o, width)
     s_there, o_there, met = (
@@ -98,7 +101,7 @@ def _attend(ctx: TileContext, at, steps, outs, own: ForwardScratch, more, group,
     first = tile * call.tiling.rows + group * ROWS
     queries = ctx.b, pl.ds(first, ROWS), ctx.h
     q = q_smem.at[group]
-    slot = lambda n: jax.lax.rem(n, jnp.int32(call.stages[0]))
+    slot = call.slot
 
     def products(n):
         """Begins the logits of tile n."""
@@ -153,7 +156,10 @@ def _attend(ctx: TileContext, at, steps, outs, own: ForwardScratch, more, group,
     plgpu.copy_gmem_to_smem(x.q.at[queries], q, q_there.at[group])
     plgpu.barrier_wait(q_there.at[group])
     products(jnp.int32(0))
-    rows = lambda value: zeros((ROWS,), interpret, value, ROW)
+
+    def rows(value):
+        return zeros((ROWS,), interpret, value, ROW)
+
     carry = rows(LOW), rows(0.0)
     if x.sink is not None:
         # a sink is a first logit of weight 1, without value

@@ -31,6 +31,8 @@ Sources: Dao, 2023, arXiv:2307.08691; Shah et al., 2024, arXiv:2407.08608.
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
@@ -71,7 +73,7 @@ def _key_sums(call: Call, x: Arrays, at, steps, outs, own: KeyScratch, more, pla
     total, first = count * call.groups, tile * call.tiling.columns
     keys = b, pl.ds(first, ROWS), kv
     k_smem, v_smem = k_smem.at[0], v_smem.at[0]
-    slot = lambda n: jax.lax.rem(n, jnp.int32(call.stages[0]))
+    slot = call.slot
 
     k, v = halves.open(((x.k.at[keys], k_smem, there.at[0]),
                         (x.v.at[keys], v_smem, there.at[1])))
@@ -146,7 +148,7 @@ def _query_sums(ctx: TileContext, at, steps, dq_ref, own: QueryScratch, more, gr
     queries = ctx.b, pl.ds(first, ROWS), ctx.h
     vectors = ctx.b, ctx.h, pl.ds(first, ROWS)
     q_smem, do_smem = q_smem.at[0], do_smem.at[0]
-    slot, v_slot = (lambda n, m=m: jax.lax.rem(n, jnp.int32(m)) for m in call.stages)
+    slot, v_slot = call.slot, functools.partial(call.slot, ring=1)
 
     q, do = halves.open(((x.q.at[queries], q_smem, there.at[0]),
                          (x.do.at[queries], do_smem, there.at[1])))

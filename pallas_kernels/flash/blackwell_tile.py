@@ -28,7 +28,10 @@ def halved(call: Call, columns: int, kind, sums: tuple[int, ...], own):
     used = columns * (4 + len(sums)) // 2 + sum(sums)
     kept = [(n, kind) for n, end in zip(own, itertools.accumulate(own))
             if used + end // 2 <= COLUMNS]
-    barrier = lambda n: plgpu.Barrier(num_arrivals=n, orders_tensor_core=True)
+
+    def barrier(n):
+        return plgpu.Barrier(num_arrivals=n, orders_tensor_core=True)
+
     many = call.warpgroups
     return (*tensor(call.interpret, *parts), barrier(1), barrier(1),  # s, dp there
             barrier(len(sums)), barrier(many), barrier(many),  # added, read, stored

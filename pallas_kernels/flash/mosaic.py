@@ -95,10 +95,7 @@ def _forward(attend, call: Call, x: Arrays, seen: Line, outs, scratch):
     tile = call.tiling.grid[0] - 1 - jax.lax.axis_index("tile")
     b, h = jax.lax.axis_index("batch"), jax.lax.axis_index("head")
     ctx = TileContext(call, x, b, h)
-    row = b if seen.count.shape[0] > 1 else 0
-    steps = seen.whole[row, tile], seen.count[row, tile]
-    at = lambda n: seen.where[row, tile, n]
-
+    at, steps = seen.of(b, tile)
     own, more = split(ForwardScratch, scratch)
     share(group, call.warpgroups,
           lambda: fetch_keys(ctx, at, steps[1], own),
@@ -116,8 +113,10 @@ def _attend(ctx: TileContext, at, steps, outs, own: ForwardScratch, more, group,
     first = tile * call.tiling.rows + group * ROWS
     queries = ctx.b, pl.ds(first, ROWS), ctx.h
     q = q_smem.at[group]
-    slot = lambda n: jax.lax.rem(n, jnp.int32(call.stages[0]))
-    key = lambda n: at(n) * call.tiling.columns
+    slot = call.slot
+
+    def key(n):
+        return at(n) * call.tiling.columns
 
     plgpu.copy_gmem_to_smem(x.q.at[queries], q, q_there.at[group])  # [64,D]
 

@@ -15,6 +15,8 @@ counts as useful.
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
@@ -64,7 +66,7 @@ def _key_sums(call: Call, x: Arrays, at, steps, outs, own: KeyScratch, more, pla
 
         def step(n, carry, masked):
             dk, dv = carry
-            slot = jax.lax.rem(g * count + n, jnp.int32(call.stages[0]))
+            slot = call.slot(g * count + n)
             q, do = q_ring.at[slot], do_ring.at[slot]
             need = masked or call.form.score is not None
             row = at(n) * call.tiling.rows if need else None
@@ -123,7 +125,7 @@ def _query_sums(ctx: TileContext, at, steps, dq_ref, own: QueryScratch, more, gr
     queries = ctx.b, pl.ds(first, ROWS), ctx.h
     vectors = ctx.b, ctx.h, pl.ds(first, ROWS)
     q, do = q_smem.at[group], do_smem.at[group]
-    slot, v_slot = (lambda n, m=m: jax.lax.rem(n, jnp.int32(m)) for m in call.stages)
+    slot, v_slot = call.slot, functools.partial(call.slot, ring=1)
     plgpu.copy_gmem_to_smem(x.q.at[queries], q, there.at[group])
     plgpu.copy_gmem_to_smem(x.do.at[queries], do, there.at[group])
     lse = vector(x.lse.at[vectors], False, interpret)
@@ -182,9 +184,11 @@ def _query_sums(ctx: TileContext, at, steps, dq_ref, own: QueryScratch, more, gr
     dq = zeros((ROWS, x.q.shape[3]), interpret)
     # dq of a wide head and two tiles do not fit into the registers
     if x.q.shape[3] > 192:
-        each = lambda masked: lambda n, dq: add(dq, alone(n, masked), n)
-        dq = jax.lax.fori_loop(0, whole, each(False), dq)
-        dq = jax.lax.fori_loop(whole, count, each(True), dq)
+        def each(n, dq, masked):
+            return add(dq, alone(n, masked), n)
+
+        dq = jax.lax.fori_loop(0, whole, lambda n, c: each(n, c, False), dq)
+        dq = jax.lax.fori_loop(whole, count, lambda n, c: each(n, c, True), dq)
     else:
         carry, one = (dq, alone(0, True)), jnp.maximum(whole, 1)
         carry = jax.lax.fori_loop(1, one, lambda n, c: step(n, c, False), carry)

@@ -65,7 +65,10 @@ def key_gradients(call: Call, static: Static, own: int, more, sums, side: Side, 
         barrier(num_barriers=n, num_arrivals=2),  # do and delta are there
         barrier(num_barriers=n, num_arrivals=groups),  # all have used them
     )
-    like = lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype)
+
+    def like(a):
+        return jax.ShapeDtypeStruct(a.shape, a.dtype)
+
     grid = {"tile": call.tiling.grid[1], "batch": k.shape[0], "head": k.shape[2]}
     dk, dv = run(call, functools.partial(_by_key, sums), grid, x, seen,
                  [like(x.k), like(x.v)], (*scratch, *more), "flash_backward_keys")
@@ -76,10 +79,10 @@ def _by_key(sums, call: Call, x: Arrays, seen: Line, outs, scratch):
     """dk and dv of a tile of keys."""
     group, tile = jax.lax.axis_index("group"), jax.lax.axis_index("tile")
     b, kv = jax.lax.axis_index("batch"), jax.lax.axis_index("head")
-    row = b if seen.count.shape[0] > 1 else 0
-    steps = seen.whole[row, tile], seen.count[row, tile]
-    at = lambda n: seen.where[row, tile, n]
-    head = lambda g: kv * call.groups + g
+    at, steps = seen.of(b, tile)
+
+    def head(g):
+        return kv * call.groups + g
 
     place = group, tile, b, kv
     own, more = split(KeyScratch, scratch)
@@ -150,9 +153,7 @@ def _by_query(sums, call: Call, x: Arrays, seen: Line, outs, scratch):
     tile = call.tiling.grid[0] - 1 - jax.lax.axis_index("tile")
     b, h = jax.lax.axis_index("batch"), jax.lax.axis_index("head")
     ctx = TileContext(call, x, b, h)
-    row = b if seen.count.shape[0] > 1 else 0
-    steps = seen.whole[row, tile], seen.count[row, tile]
-    at = lambda n: seen.where[row, tile, n]
+    at, steps = seen.of(b, tile)
 
     own, more = split(QueryScratch, scratch)
     share(group, call.warpgroups,

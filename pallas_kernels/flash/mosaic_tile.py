@@ -30,6 +30,15 @@ class Line(NamedTuple):
     count: Any
     where: Any
 
+    def of(self, b, tile):
+        """at(n): the n-th tile of a line; and how many need no mask, and are in all."""
+        row = b if self.count.shape[0] > 1 else 0
+
+        def at(n):
+            return self.where[row, tile, n]
+
+        return at, (self.whole[row, tile], self.count[row, tile])
+
 
 class Call(NamedTuple):
     """What is static: the form, the tiles, query heads of a key head, warpgroups that
@@ -42,6 +51,10 @@ class Call(NamedTuple):
     stages: tuple[int, ...]
     interpret: bool
     layout: Any = TILE
+
+    def slot(self, n, ring: int = 0):
+        """The place of the n-th tile that a ring takes."""
+        return jax.lax.rem(n, jnp.int32(self.stages[ring]))
 
     @property
     def plain(self) -> bool:
@@ -177,7 +190,9 @@ class TileContext:
         if t.offset is None:
             seen = both(seen, j >= 0)  # -1: an empty slot
         if x.q_run is not None:
-            row = lambda ref: (self.b if ref.shape[0] > 1 else 0,)
+            def row(ref):
+                return self.b if ref.shape[0] > 1 else 0,
+
             mine = self._vector(x.q_run, row(x.q_run), first_row, shape, False)
             run = self._vector(x.kv_run, row(x.kv_run), first_key, shape, True)
             seen = both(both(seen, mine == run), run > 0)  # run 0 is padding

@@ -9,7 +9,6 @@ two of the four matrix products.
 from __future__ import annotations
 
 import jax
-import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -73,7 +72,7 @@ def _values(call: Call, x: Arrays, at, steps, own: KeyScratch, hand: HandoverScr
 
         def step(i, dv, masked):
             n = g * count + i
-            slot = jax.lax.rem(n, jnp.int32(call.stages[0]))
+            slot = call.slot(n)
             need = masked or call.form.score is not None
             row = at(i) * call.tiling.rows if need else None
             plgpu.barrier_wait(q_there.at[slot])
@@ -120,7 +119,7 @@ def _keys(call: Call, x: Arrays, count, own: KeyScratch, hand: HandoverScratch):
     tall = ROWS, call.tiling.rows
 
     def step(n, dk):
-        slot = jax.lax.rem(n, jnp.int32(call.stages[0]))
+        slot = call.slot(n)
         plgpu.barrier_wait(do_there.at[slot])
 
         def slope(begin):

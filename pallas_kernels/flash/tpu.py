@@ -27,8 +27,8 @@ from pallas_kernels import tables
 from pallas_kernels.flash.tpu_bias import bias_gradient
 from pallas_kernels.flash.tpu_portions import Portion, joined
 from pallas_kernels.flash.tpu_tile import (
-    Arrays, Call, Scalars, TileContext, current_inner, cut, launch, put, scalars, specs,
-    unpack
+    Arrays, Call, Scalars, TileContext, cut, held, launch, listed_column, listed_row,
+    own_head, put, scalars, specs
 )
 from pallas_kernels.machine.product import F32, NN, TN, dot
 from pallas_kernels.schedule import (
@@ -45,8 +45,10 @@ def forward(static: Static, side: Side, q, k, v, bias, sink):
         static.form.mask, static.tiling, static.tiles[0].block_kv_compute,
         *static.block_masks(static.tiling, side))
     call = _call(static, static.tiling, patterns, x, sink)
-    info = lambda part: scalars(
-        part.seen, 1, side.head, sink, side.seed, side.batch)
+
+    def info(part):
+        return scalars(part.seen, 1, side.head, sink, side.seed, side.batch)
+
     o, lse = joined(
         grid_order(table, ask), 1, lambda part: rows_forward(call, info(part), x, part))
     return o[:, :, :t, :width].transpose(0, 2, 1, 3), lse[:, :, 0, :t]  # [B,T,H,V]
@@ -56,9 +58,12 @@ def backward(static: Static, side: Side, q, k, v, bias, sink, lse, delta, do):
     """dq, dk, dv, d(bias), given lse, delta [B,H,T] and do [B,T,H,V]."""
     tiling = static.backward
     far = -q.shape[1] % tiling.rows
+
     # queries that only fill a tile get weights 2^(s - 1e30) = 0
-    fill = lambda a, value: jnp.pad(
-        a, ((0, 0), (0, 0), (0, far)), constant_values=value)[:, :, None]
+    def fill(a, value):
+        a = jnp.pad(a, ((0, 0), (0, 0), (0, far)), constant_values=value)
+        return a[:, :, None]
+
     # 0, not -inf, where nothing is seen: there 2^(-inf - 0) = 0
     base = jnp.where(jnp.isfinite(lse), lse * LOG2E, 0)
     x = _arrays(tiling, side, q, k, v, bias)._replace(
@@ -67,14 +72,19 @@ def backward(static: Static, side: Side, q, k, v, bias, sink, lse, delta, do):
     patterns, table, ask = tile_patterns(
         static.form.mask, tiling, static.tiles[1].block_kv_compute, *plain)
     call = _call(static, tiling, patterns, x, sink)
-    info = lambda part, groups: scalars(
-        part.seen, groups, side.head, sink, side.seed, side.batch)
+
+    def info(part, groups):
+        return scalars(part.seen, groups, side.head, sink, side.seed, side.batch)
+
     # five products where a head's dq stays on the chip, seven where it does not
     fits = tables.holds_queries(static.vmem, x.q.shape, call.groups, q.dtype.itemsize)
     columns = grid_order(table, ask, True)
     # a head's dq is made by one call; where it fits, so does the list
     one = Portion(columns, 0, tiling.grid[1])
-    make = lambda part: keys_backward(call, info(part, call.groups), x, part, fits)
+
+    def make(part):
+        return keys_backward(call, info(part, call.groups), x, part, fits)
+
     grads = make(one) if fits else joined(columns, call.groups, make)
     if not fits:
         grads = *grads, *joined(grid_order(table, ask), 1, lambda part: (
@@ -114,13 +124,20 @@ def _tokens(a, size: int):
 
 def _arrays(tiling: Tiling, side: Side, q, k, v, bias) -> Arrays:
     rows, columns = tiling.rows, tiling.columns
-    line = lambda a, size, value=0: None if a is None else _pad(
-        a.astype(jnp.int32), 1, size, value)[:, None]
+
+    def line(a, size, value=0):
+        if a is None:
+            return None
+        return _pad(a.astype(jnp.int32), 1, size, value)[:, None]
+
     kv_pos = side.kv_pos
     if kv_pos is not None:
         kv_pos = _pad(kv_pos.astype(jnp.int32).transpose(0, 2, 1), 2, columns, -1)
         kv_pos = kv_pos[:, :, None]  # [B,K|1,1,S]
-    matrix = lambda a: _pad(_pad(a, 2, rows), 3, columns)  # [B|1,H|1,T|1,S|1]
+
+    def matrix(a):
+        return _pad(_pad(a, 2, rows), 3, columns)  # [B|1,H|1,T|1,S|1]
+
     keep = None if side.keep is None else matrix(side.keep.astype(jnp.int8))
     return Arrays(
         _tokens(q, rows), _tokens(k, columns), _tokens(v, columns), matrix(bias)
@@ -256,16 +273,18 @@ def rows_forward(call: Call, info: Scalars, x: Arrays, part: Portion):
     b, h = x.q.shape[:2]
     t = part.lines * call.tiling.rows
     rows, width = call.tiling.rows, x.v.shape[3]
-    outer = lambda b, h, p, *info: unpack(info[0][p])[0]
-    inner = lambda b, h, p, *info: current_inner(b, p, info)
-    cut = specs(call, x, outer, inner, lambda b, h, *a: h, lambda b, *a: b)
-    line = lambda b, h, p, *info: outer(b, h, p, *info) - part.first
-    row = lambda b, h, p, *info: (b, h, 0, line(b, h, p, *info))
+
+    def o_at(b, h, *step):
+        return b, h, listed_row(b, h, *step) - part.first, 0
+
+    def lse_at(b, h, *step):
+        return b, h, 0, listed_row(b, h, *step) - part.first
+
     return launch(
-        call, _forward, (b, h, info.order.shape[0]), info, x, cut,
-        [pl.BlockSpec((1, 1, rows, width),
-                      lambda b, h, p, *info: (b, h, line(b, h, p, *info), 0)),
-         pl.BlockSpec((1, 1, 1, rows), row)],
+        call, _forward, (b, h, info.order.shape[0]), info, x,
+        specs(call, x, listed_row, held, own_head),
+        [pl.BlockSpec((1, 1, rows, width), o_at),
+         pl.BlockSpec((1, 1, 1, rows), lse_at)],
         [jax.ShapeDtypeStruct((b, h, t, width), x.v.dtype),
          jax.ShapeDtypeStruct((b, h, 1, t), F32)],
         [pltpu.VMEM((1, rows), F32), pltpu.VMEM((1, rows), F32),  # m, l
@@ -279,11 +298,13 @@ def keys_backward(call: Call, info: Scalars, x: Arrays, part: Portion, with_dq: 
     b, h, t, d = x.q.shape
     heads, _, width = x.v.shape[1:]
     rows, columns = call.tiling.rows, call.tiling.columns
-    column_ = lambda b, h, p, *info: unpack(info[0][p])[1]
-    rows_ = lambda b, h, p, *info: current_inner(b, p, info)
-    head = lambda b, h, p, *info: h * call.groups + info[2][p]
-    cut = specs(call, x, rows_, column_, head, lambda b, *a: b)
-    at = lambda b, h, p, *info: (b, h, column_(b, h, p, *info) - part.first, 0)
+
+    def head(b, h, p, *info):
+        return h * call.groups + info[2][p]
+
+    def at(b, h, *step):
+        return b, h, listed_column(b, h, *step) - part.first, 0
+
     out_specs = [pl.BlockSpec((1, 1, columns, n), at) for n in (d, width)]
     out_shape = [
         jax.ShapeDtypeStruct((b, heads, part.lines * columns, a.shape[3]), a.dtype)
@@ -297,6 +318,7 @@ def keys_backward(call: Call, info: Scalars, x: Arrays, part: Portion, with_dq: 
         out_shape.append(jax.ShapeDtypeStruct(x.q.shape, x.q.dtype))
         scratch.append(pltpu.VMEM((call.groups, t // rows, d, rows), F32))  # dq^T
     grid = (b, heads, info.order.shape[0])
+    cut = specs(call, x, held, listed_column, head)
     return launch(call, _by_column, grid, info, x, cut, out_specs, out_shape, scratch,
                   "flash_backward" if with_dq else "flash_backward_keys")
 
@@ -305,14 +327,13 @@ def queries_backward(call: Call, info: Scalars, x: Arrays, part: Portion):
     """dq alone of a portion's queries, for those that do not fit on the chip."""
     b, h, _, d = x.q.shape
     rows = call.tiling.rows
-    outer = lambda b, h, p, *info: unpack(info[0][p])[0]
-    inner = lambda b, h, p, *info: current_inner(b, p, info)
-    cut = specs(call, x, outer, inner, lambda b, h, *a: h, lambda b, *a: b)
+
+    def at(b, h, *step):
+        return b, h, listed_row(b, h, *step) - part.first, 0
+
     return launch(
-        call, _by_row, (b, h, info.order.shape[0]), info, x, cut,
-        pl.BlockSpec((1, 1, rows, d),
-                     lambda b, h, p, *info: (
-                         b, h, outer(b, h, p, *info) - part.first, 0)),
+        call, _by_row, (b, h, info.order.shape[0]), info, x,
+        specs(call, x, listed_row, held, own_head), pl.BlockSpec((1, 1, rows, d), at),
         jax.ShapeDtypeStruct((b, h, part.lines * rows, d), x.q.dtype),
         [pltpu.VMEM((d, rows), F32)], "flash_backward_queries",  # dq^T
     )

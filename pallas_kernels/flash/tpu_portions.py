@@ -50,5 +50,8 @@ def joined(seen: GridOrder, groups: int, make: Callable) -> tuple:
     made = [make(portion) for portion in portions(seen, groups)]
     if len(made) == 1:
         return made[0]
-    along = lambda a: 3 if a.shape[2] == 1 else 2
+
+    def along(a):
+        return 3 if a.shape[2] == 1 else 2
+
     return tuple(jnp.concatenate(a, along(a[0])) for a in zip(*made))

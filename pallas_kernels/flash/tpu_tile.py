@@ -206,7 +206,11 @@ class TileContext:
         ways = {MASKED: all_of} if patterns.masked else {}
         ways |= {MASKED + 1 + n: parts for n, parts in enumerate(patterns.partial)}
         ways |= {FULL: all_of} if patterns.whole else {}
-        otherwise = lambda: None  # SKIP
+
+        def skip():
+            return None
+
+        otherwise: Any = skip
         # conditions in each other, a program in each: all but one are jumped over
         for code, parts in reversed(ways.items()):
             take = functools.partial(step, parts, code != FULL)
@@ -233,15 +237,22 @@ def put(a, new, part: Part):
     return jnp.concatenate([side for side in sides if side.shape[1]], 1)
 
 
-def specs(call: Call, x: Arrays, outer, inner, head, batch) -> Arrays:
-    """How each array is cut: functions of a grid step give tile, head and batch.
+def specs(call: Call, x: Arrays, outer, inner, head) -> Arrays:
+    """How each array is cut: functions of a grid step give tile and head.
 
     outer, inner: the query tile and the key tile to hold at a step; head: the query
-    head; batch: the row of the batch.
+    head.
     """
     rows, columns = call.tiling.rows, call.tiling.columns
-    one = lambda n, index: (lambda *a: 0) if n == 1 else index
-    kv = lambda *a: head(*a) // call.groups  # key head
+
+    def batch(b, *at):
+        return b
+
+    def one(n, index):
+        return (lambda *a: 0) if n == 1 else index
+
+    def kv(*a):
+        return head(*a) // call.groups  # key head
 
     def spec(a, cut):
         if a is None:
@@ -252,13 +263,18 @@ def specs(call: Call, x: Arrays, outer, inner, head, batch) -> Arrays:
         block = tuple(min(m, n) for m, n in zip(sizes, a.shape))
         return pl.BlockSpec(block, lambda *a: tuple(i(*a) for i in at))
 
-    whole = lambda *a: 0
+    def whole(*a):
+        return 0
+
     by_q = ((1, batch), (1, head), (rows, outer))  # [B,H,T,.]
     by_k = ((1, batch), (1, kv), (columns, inner))  # [B,K,S,.]
     q_row = ((1, batch), (1, whole), (rows, outer))  # [B|1,1,T]
     # [B|1,H|1,T|1,S|1]
     matrix = ((1, batch), (1, head), (rows, outer), (columns, inner))
-    wide = lambda a: ((a.shape[-1], whole),)
+
+    def wide(a):
+        return ((a.shape[-1], whole),)
+
     return Arrays(
         spec(x.q, by_q + wide(x.q)), spec(x.k, by_k + wide(x.k)),
         spec(x.v, by_k + wide(x.v)), spec(x.bias, matrix), spec(x.keep, matrix),
@@ -272,8 +288,23 @@ def specs(call: Call, x: Arrays, outer, inner, head, batch) -> Arrays:
     )
 
 
-def current_inner(b, p, info) -> Any:
-    """The tile of the inner axis at a step."""
+def listed_row(b, h, p, *info):
+    """The query tile of a step."""
+    return unpack(info[0][p])[0]
+
+
+def listed_column(b, h, p, *info):
+    """The key tile of a step."""
+    return unpack(info[0][p])[1]
+
+
+def own_head(b, h, *at):
+    """The head of a step whose grid counts query heads."""
+    return h
+
+
+def held(b, h, p, *info):
+    """The tile of the inner axis to have at hand at a step."""
     order, plan = info[:2]
     steps = order.shape[0]
     return plan[(b * steps if plan.shape[0] > steps else 0) + p] >> HOLD_SHIFT

@@ -48,7 +48,10 @@ def backward(static: Static, side: Side, q, k, v, bias, sink, lse, delta, do):
     x = _arrays(side, q, k, v, bias, None)._replace(do=do, lse=base, delta=delta)
     table, ask = static.block_masks(call.tiling, side)
     turned = None if ask is None else ask.swapaxes(1, 2)  # [B,M,N]
-    like = lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype)
+
+    def like(a):
+        return jax.ShapeDtypeStruct(a.shape, a.dtype)
+
     rows, columns = call.tiling.grid
     dk, dv = launch(call, _by_column, (columns, k.shape[2], b), x,
                     lines(table.T, turned), [like(k), like(v)], "flash_backward_keys")
@@ -71,7 +74,9 @@ def _call(static: Static, tiling: Tiling, tile, q, k) -> Call:
 
 
 def _arrays(side: Side, q, k, v, bias, sink) -> Arrays:
-    whole = lambda a: None if a is None else a.astype(jnp.int32)
+    def whole(a):
+        return None if a is None else a.astype(jnp.int32)
+
     return Arrays(
         q, k, v, whole(side.head), bias,
         None if side.keep is None else side.keep.astype(jnp.int8), whole(side.q_pos),

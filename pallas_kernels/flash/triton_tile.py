@@ -76,9 +76,16 @@ def lines(static: np.ndarray, ask: jax.Array | None) -> tuple[Line | None, Line 
     [B,N,M] says at run time what is asked of each; None where there is no such tile."""
     if ask is None:
         return _fixed(static == FULL), _fixed(static == MASKED)
-    count = lambda kind: (ask == kind).sum(-1, dtype=jnp.int32)  # [B,N]
-    order = lambda kind: jnp.argsort(ask != kind, axis=-1, stable=True)  # [B,N,M]
-    line = lambda kind: Line(count(kind), order(kind).astype(jnp.int32))
+
+    def count(kind):
+        return (ask == kind).sum(-1, dtype=jnp.int32)  # [B,N]
+
+    def order(kind):
+        return jnp.argsort(ask != kind, axis=-1, stable=True)  # [B,N,M]
+
+    def line(kind):
+        return Line(count(kind), order(kind).astype(jnp.int32))
+
     return line(FULL), line(MASKED)
 
 
@@ -234,7 +241,10 @@ class TileContext:
     def recompute(self, q, k, v, do, row, column, masked: bool):
         """Dropped p, d(bias) and d(scale q.k) of a tile, made again from lse."""
         s, slope = self.logits(q, k, row, column, masked)
-        of = lambda ref, other: self.along(self.row(ref, row, other), False)
+
+        def of(ref, other):
+            return self.along(self.row(ref, row, other), False)
+
         # queries beyond the end get weights 2^(s - 1e30) = 0
         # P = exp(S - L), dP = dO V^T, dS = P (dP - D): Dao, 2023, algorithm 2
         p = jnp.exp2(s - of(self.x.lse, -LOW))

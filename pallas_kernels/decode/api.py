@@ -121,14 +121,19 @@ def decode(
     _check(q, k, v, bits, score, mask)
     check_device(backend, q.dtype, interpret)
     slots = page if table is None else table.shape[1] * page
-    count = lambda n, first: jnp.broadcast_to(
-        first + jnp.arange(n, dtype=jnp.int32), (b, n))
+
+    def count(n, first):
+        return jnp.broadcast_to(first + jnp.arange(n, dtype=jnp.int32), (b, n))
+
     q_pos = count(t, slots - t) if q_pos is None else q_pos
     head = jnp.arange(h, dtype=jnp.int32) if head is None else head
     each = functools.partial(_each, k, backend == "tpu")
     beside = Keys(each(kv_pos), None if q_run is None else each(kv_run),
                   each(bias), each(k_scale), each(v_scale))
-    per_row = lambda a: jnp.broadcast_to(a, (b, t, h)).reshape(b, t * h)  # [B,R]
+
+    def per_row(a):
+        return jnp.broadcast_to(a, (b, t, h)).reshape(b, t * h)  # [B,R]
+
     rows = Rows(
         per_row(head), per_row(q_pos[..., None]),
         per_row((jnp.ones_like(q_pos) if q_run is None else q_run)[..., None]),
@@ -240,8 +245,13 @@ def _logits(static: Static, lengths, table, rows, beside, q, k):
     if static.bits < 16:
         k = unpacked(k, static.bits) * beside.k_scale[..., None]
     (b, t, h, _), s = q.shape, k.shape[1]
-    grouped = lambda a: a.reshape(b, t, heads, -1).transpose(0, 2, 3, 1)[..., None]
-    column = lambda a: a.transpose(0, 2, 1)[:, :, None, None]  # [B,K,1,1,S]
+
+    def grouped(a):
+        return a.reshape(b, t, heads, -1).transpose(0, 2, 3, 1)[..., None]
+
+    def column(a):
+        return a.transpose(0, 2, 1)[:, :, None, None]  # [B,K,1,1,S]
+
     queries = q.reshape(b, t, heads, h // heads, -1).astype(F32)  # [B,T,K,G,D]
     raw = jnp.einsum("btkgd,bskd->bkgts", queries, k.astype(F32))  # [B,K,G,T,S]
     slot = jnp.arange(s, dtype=jnp.int32)[None, None, None, None]

@@ -190,7 +190,9 @@ def _prepared(static, lengths, table, rows, beside, q, k, v):
     has_table = table is not None
     scalars = most, lengths.reshape(-1), (
         table.reshape(-1).astype(jnp.int32) if has_table else jnp.zeros(1, jnp.int32))
-    whole = lambda a: pl.BlockSpec((1, *a.shape[1:]), lambda b, n, *s: (b, 0, 0))
+
+    def whole(a):
+        return pl.BlockSpec((1, *a.shape[1:]), lambda b, n, *s: (b, 0, 0))
 
     def at(m):
         """The block of the m-th page of a step: nothing new past the row's end."""
@@ -218,7 +220,10 @@ def _prepared(static, lengths, table, rows, beside, q, k, v):
         return joined if a.ndim == 4 else joined[:, None]
 
     parts = (k, v, beside)
-    tree = lambda f: jax.tree.map(f, parts, is_leaf=lambda a: a is None)
+
+    def tree(f):
+        return jax.tree.map(f, parts, is_leaf=lambda a: a is None)
+
     inputs = [tree(flat)] * static.pages
     specs = [tree(functools.partial(cut, m=m)) for m in range(static.pages)]
     steps = -(-pages // static.pages)
@@ -247,7 +252,10 @@ def attend(static, lengths, table, rows, beside, q, k, v) -> tuple[Any, Any]:
     width = v.shape[3] * (2 if static.bits == 4 else 1)
     scalars, args, specs, steps, count = _prepared(
         static, lengths, table, rows, beside, q, k, v)
-    own = lambda n: pl.BlockSpec((1, count, n), lambda b, n, *s: (b, 0, 0))
+
+    def own(n):
+        return pl.BlockSpec((1, count, n), lambda b, n, *s: (b, 0, 0))
+
     o, lse = _launch(
         static, functools.partial(_attend, static, table is not None), scalars, args,
         list(specs), steps,

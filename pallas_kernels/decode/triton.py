@@ -177,7 +177,9 @@ def _attend(call: Call, x: Arrays, o_ref, lse_ref):
         outs = [dot(p, v, NN) for v in ctx.tile(x.v, place)]
         return top, total, *(acc * rescale + out for acc, out in zip(accs, outs))
 
-    full = lambda value: jnp.full((call.rows, 1), value, F32)  # [rows,1]
+    def full(value):
+        return jnp.full((call.rows, 1), value, F32)  # [rows,1]
+
     m, total = full(LOW), full(0.0)
     if x.sink is not None:
         # a sink is counted once

@@ -115,7 +115,9 @@ class Head:
         size, width = self.call.columns, ref.shape[3]
         if isinstance(at.token, jax.Array):
             # the interpreter takes arrays of indices for all axes only
-            each = lambda n: jnp.broadcast_to(n, (size, power(width)))
+            def each(n):
+                return jnp.broadcast_to(n, (size, power(width)))
+
             lane = jax.lax.broadcasted_iota(jnp.int32, (size, power(width)), 1)
             cut = ref.at[each(at.row[:, None]), each(at.token[:, None]), each(self.kv),
                          lane]

@@ -43,7 +43,7 @@ def inverses(systems: list, exact: bool) -> list:
         row = jnp.broadcast_to(row, x.reshape(apart).shape).reshape(x.shape)
         x = x - a[:, n:n + 1] * row
     xs = [x[m * CHUNK:(m + 1) * CHUNK] for m in range(len(systems))]
-    product = lambda x, y: dot(x, y, NN)
+    product = functools.partial(dot, contract=NN)
     # float32 by three products of bfloat16, unless it is to be exact
     return merged(xs, systems, product if exact else halved(product))
 
@@ -159,8 +159,11 @@ def _gradients(static, given, sides, held, x, ds):
     # k stands in q k^T, in k^T (leave u), in k S and twice in k k^T
     dk = dot(dpl, q, TN) + dot((own.leave * u).astype(low), dsl, NT)
     dk = dk - dot(away, held, NT) + dot(dkk, k, NN) + dot(dkk, k, TN)
+
     # numbers of the tokens: columns, then what is a row already
-    across = lambda a: a.sum(1, keepdims=True)
+    def across(a):
+        return a.sum(1, keepdims=True)
+
     columns = {
         "beta": across(y * r) + across(kk * da), "fine": across(pair),
         "enter": scale * across(q.astype(F32) * from_state) - across(dr * ks),
@@ -189,7 +192,9 @@ def _launch(static, body, args, outs, scratch, reverse: bool, name: str) -> Any:
     [B,H,N,..], "tokens" [B,.,T,.], "state" [B,H,D,V]."""
     b, h, many = args[0][1].shape[:3]
     steps = many // static.pieces
-    at = lambda n: steps - 1 - n if reverse else n
+
+    def at(n):
+        return steps - 1 - n if reverse else n
 
     def spec(kind, a):
         if kind == "chunk":
@@ -239,9 +244,12 @@ def backward(static, side, q, k, v, kept, d_final, do):
             *(("tokens", _laid(a, many * CHUNK)) for a in (q, k, v, do)),
             ("chunk", states), ("chunk", x), ("state", d_final)]
     out = jax.ShapeDtypeStruct
+
     # what several heads share is added up in float32
-    tokens = lambda a: ("tokens", out(
-        (b, h, many * CHUNK, a.shape[3]), a.dtype if a.shape[2] == h else F32))
+    def tokens(a):
+        kind = a.dtype if a.shape[2] == h else F32
+        return "tokens", out((b, h, many * CHUNK, a.shape[3]), kind)
+
     outs = [("chunk", out(side.shape, F32)), *map(tokens, (q, k, v)),
             ("state", out(d_final.shape, F32))]
     d_side, *grads, d_state = _launch(

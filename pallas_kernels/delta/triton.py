@@ -51,7 +51,10 @@ def inverse(a, block: int):
     blocks of `block` rows, which are merged by products."""
     many = CHUNK // block
     shape = many, block, many, block
-    iota = lambda shape, n: jax.lax.broadcasted_iota(jnp.int32, shape, n)
+
+    def iota(shape, n):
+        return jax.lax.broadcasted_iota(jnp.int32, shape, n)
+
     own = iota(shape, 0) == iota(shape, 2)  # blocks on the diagonal
     blocks = jnp.where(own, a.reshape(shape), 0.0).sum(2)  # [many,block,block]
     i, j = (iota(blocks.shape, n) for n in (1, 2))
@@ -66,7 +69,7 @@ def inverse(a, block: int):
     x = jax.lax.fori_loop(0, block - 1, out_of_those_below, x)
     # blocks back on the diagonal of [CHUNK,CHUNK]
     x = jnp.where(own, jnp.broadcast_to(x[:, :, None], shape), 0.0)
-    product = halved(lambda x, y: dot(x, y, NN))  # float32 by bfloat16
+    product = halved(functools.partial(dot, contract=NN))  # float32 by bfloat16
     return merged([x.reshape(CHUNK, CHUNK)], [a], product, block)[0]
 
 
@@ -181,14 +184,20 @@ def backward(static, side, q, k, v, kept, d_final, do):
     (b, h, many), (d, width) = side.shape[:3], d_final.shape[2:]
     out, (*_, tile, values, keys) = jax.ShapeDtypeStruct, static.tiles
     states, x, p = kept
-    wide = lambda a, kind: out((b, static.t, h, a.shape[3]), kind)
+
+    def wide(a, kind):
+        return out((b, static.t, h, a.shape[3]), kind)
+
     outs = [wide(v, q.dtype), out(states.shape, q.dtype), out(d_final.shape, F32)]
     y, grads, d_state = _launch(
         static, tile, functools.partial(_reverse, static, h, tile.block_v),
         (-(-width // tile.block_v), h, b), (side, q, k, do, x, p, d_final), outs,
         "delta_backward_states")
+
     # what several heads share is added up in float32
-    own = lambda a: wide(a, a.dtype if a.shape[2] == h else F32)
+    def own(a):
+        return wide(a, a.dtype if a.shape[2] == h else F32)
+
     outs = [out(side.shape, F32), own(v), wide(v, q.dtype),
             *[out((b, h, many, CHUNK, CHUNK), q.dtype)] * 2]
     dside, dv, left, dp, dkk = _launch(

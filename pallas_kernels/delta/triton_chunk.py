@@ -76,7 +76,9 @@ class ChunkContext(NamedTuple):
         """The products of the chunk's tokens in each of `refs` with its keys
         [CHUNK,CHUNK], over `rows` key channels at a time."""
         def step(i, found):
-            part = lambda ref: self.tokens(ref, n, i * rows, rows)
+            def part(ref):
+                return self.tokens(ref, n, i * rows, rows)
+
             k = part(k_ref)  # [CHUNK,rows]
             # keys by keys are read once
             others = (k if ref is k_ref else part(ref) for ref in refs)

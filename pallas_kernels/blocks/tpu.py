@@ -80,7 +80,10 @@ class Fetch:
 
     def arrive(self) -> None:
         """Waits for the blocks at hand, and sends for the next ones."""
-        start = lambda copy: copy.start()
+
+        def start(copy):
+            copy.start()
+
         # the first query block of a head sends for its own
         pl.when(self.n == 0)(lambda: self.each_chosen(self.n, start))
         more = self.n + 1 < pl.num_programs(2)
@@ -94,8 +97,11 @@ class Fetch:
 
         def one(m, carry):
             number = self.number(self.n, m)
-            parts = lambda: [buffer[half, m] for buffer in self.buffers]
-            take = lambda carry: step(carry, number, *(parts() + [None])[:3])
+
+            def take(carry):
+                k, v, *info = (buffer[half, m] for buffer in self.buffers)
+                return step(carry, number, k, v, info[0] if info else None)
+
             return jax.lax.cond(number >= 0, take, lambda c: c, carry)
 
         return jax.lax.fori_loop(0, self.each, one, carry)

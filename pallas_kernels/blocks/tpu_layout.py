@@ -56,8 +56,11 @@ def _info(static, side, b: int):
     count = jnp.broadcast_to(jnp.arange(s, dtype=jnp.int32), (b, s))
     pos = count if side.kv_pos is None else side.kv_pos
     runs = jnp.ones_like(pos) if side.kv_run is None else side.kv_run
-    fill = lambda a, value: jnp.pad(
-        a, ((0, 0), (0, -s % block)), constant_values=value).reshape(b, -1, block)
+
+    def fill(a, value):
+        a = jnp.pad(a, ((0, 0), (0, -s % block)), constant_values=value)
+        return a.reshape(b, -1, block)
+
     return jnp.stack([fill(pos, -1), fill(runs, 0)], 2)
 
 

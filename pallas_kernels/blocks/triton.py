@@ -57,8 +57,10 @@ def keys_backward(static, side, lists, q, k, v, base, delta, do):
     parts = divided(static, lists)
     pieces = -(-static.block // call.tiling.columns)
     slots = parts.block.shape[2]
-    out = lambda a: jax.ShapeDtypeStruct((b, heads, slots, static.block, a.shape[3]),
-                                         F32)
+
+    def out(a):
+        return jax.ShapeDtypeStruct((b, heads, slots, static.block, a.shape[3]), F32)
+
     sums = launch(
         call, functools.partial(_keys, static), (slots * pieces, heads, b), x, parts,
         [out(k), out(v)], "blocks_backward_keys")
@@ -114,7 +116,10 @@ def divided(static, lists) -> Parts:
     find = functools.partial(jnp.searchsorted, side="right")
     block = jax.vmap(jax.vmap(lambda a: find(a, slots)))(ends).astype(jnp.int32)
     block = jnp.minimum(block, many - 1)
-    at = lambda a, n: jnp.take_along_axis(a, n, -1)
+
+    def at(a, n):
+        return jnp.take_along_axis(a, n, -1)
+
     # parts beyond the last start where the last list ends: they are empty
     start = at(first, block) + (slots[None, None] - at(starts, block)) * longest
     stop = jnp.minimum(start + longest, at(first, block + 1))
@@ -175,10 +180,15 @@ def _forward(static, call: Call, x: Arrays, lists: Chosen, o_ref, lse_ref):
 def _recompute(static, x: Arrays, b, query: Queries, key: Keys, tiles, turned: bool):
     """p and ds of a tile, made again from lse; tiles: q, k, v and do."""
     q, k, v, do = tiles
-    product = lambda a, c: dot(c, a, NT) if turned else dot(a, c, NT)
+
+    def product(a, c):
+        return dot(c, a, NT) if turned else dot(a, c, NT)
+
     row, _ = across(turned)
-    of = lambda ref, other: row(
-        load(ref.at[b, query.token, query.head], query.real, other))
+
+    def of(ref, other):
+        return row(load(ref.at[b, query.token, query.head], query.real, other))
+
     # rows that are not there get weights 2^(s - 1e30) = 0
     p = jnp.exp2(logits(static, product(q, k), query, key, turned) - of(x.lse, -LOW))
     # P = 2^(s - L), dP = dO V^T, dS = P (dP - D)
@@ -243,7 +253,9 @@ def _sum(static, call: Call, x: Arrays, given, *refs):
     sums, first = given
 
     def step(p, carry):
-        part = lambda ref: fetch(ref, (b, kv, p, at), real, columns)  # [columns,D|V]
+        def part(ref):
+            return fetch(ref, (b, kv, p, at), real, columns)  # [columns,D|V]
+
         return tuple(a + part(ref) for a, ref in zip(carry, sums))
 
     zeros = tuple(jnp.zeros((columns, power(a.shape[3])), F32) for a in refs)

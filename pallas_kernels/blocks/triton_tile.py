@@ -124,9 +124,12 @@ def listed_rows(static, rows: int, x: Arrays, parts: Parts, b, kv, p):
     each = static.heads * static.size
     groups = x.q.shape[2] // x.k.shape[2] // static.heads
     start, many = parts.start[b, kv, p], parts.stop[b, kv, p] - parts.start[b, kv, p]
+
     # an entry c * N + n as its choice and its query block
-    place = lambda entry: (kv * groups + jax.lax.div(entry, static.n),
-                           jax.lax.rem(entry, static.n))
+    def place(entry) -> tuple[Any, Any]:
+        choice = kv * groups + jax.lax.div(entry, static.n)
+        return choice, jax.lax.rem(entry, static.n)
+
     if each % rows == 0:  # a tile lies inside a query block
         pieces = each // rows
 
@@ -165,15 +168,24 @@ def logits(static, raw, query: Queries, key: Keys, turned: bool = False):
 
 def across(turned: bool) -> tuple[Callable, Callable]:
     """How vectors of rows and of columns broadcast against a tile."""
-    ways = (lambda a: a[:, None]), (lambda a: a[None, :])
-    return ways[::-1] if turned else ways
+
+    def down(a):
+        return a[:, None]
+
+    def along(a):
+        return a[None, :]
+
+    return (along, down) if turned else (down, along)
 
 
 def _cut(ref, index: tuple, count: int):
     shape = count, power(ref.shape[-1])  # [count,width]
     lane = jax.lax.broadcasted_iota(jnp.int32, shape, 1)
+
     # one number for all vectors, or one each, over all lanes
-    wide = lambda a: jnp.broadcast_to(a[:, None], shape) if jnp.ndim(a) else a
+    def wide(a):
+        return jnp.broadcast_to(a[:, None], shape) if jnp.ndim(a) else a
+
     return ref.at[(*map(wide, index), lane)]
 
 

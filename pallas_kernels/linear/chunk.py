@@ -59,7 +59,10 @@ def add_columns(x, where):
 
 def places(c: int):
     """Row and column numbers of a [c,c] matrix."""
-    number = lambda axis: jax.lax.broadcasted_iota(jnp.int32, (c, c), axis)
+
+    def number(axis):
+        return jax.lax.broadcasted_iota(jnp.int32, (c, c), axis)
+
     return number(0), number(1)
 
 
@@ -220,7 +223,9 @@ class ChannelDecay(NoDecay):
         """step(s, carry) for each level."""
         if self.rolled:
             # a traced power of two, so that the loop has one body
-            one = lambda n, carry: step(jax.lax.shift_left(jnp.int32(1), n), carry)
+            def one(n, carry):
+                return step(jax.lax.shift_left(jnp.int32(1), n), carry)
+
             return jax.lax.fori_loop(0, len(levels(self.c)), one, carry)
         return functools.reduce(lambda carry, s: step(s, carry), levels(self.c), carry)
 
@@ -253,7 +258,9 @@ class ChannelDecay(NoDecay):
         return s * jnp.exp(self.g.sum(0, keepdims=True))
 
     def pairs(self, q, k):
-        step = lambda s, found: self.more_pairs(s, found, q, k)
+        def step(s, found):
+            return self.more_pairs(s, found, q, k)
+
         return self.for_each_level(step, self.own(q, k))
 
     def own(self, q, k):
@@ -266,7 +273,9 @@ class ChannelDecay(NoDecay):
         return jnp.where(self.paired(s), self.scale * dot(near, far, NT), found)
 
     def back(self, q, k, dp, entered, left, held) -> Gradients:
-        step = lambda s, found: self.more_back(s, found, q, k, dp)
+        def step(s, found):
+            return self.more_back(s, found, q, k, dp)
+
         return self.for_each_level(step, self.start_back(q, k, dp, entered, left, held))
 
     def start_back(self, q, k, dp, entered, left, held) -> Gradients:

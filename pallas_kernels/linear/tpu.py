@@ -54,7 +54,11 @@ def _forward(call: Call, x: Arrays, outs, scratch):
 
     # chunk by chunk for each step, since the program's order is that of its products
     q, k, v = ([ctx.rows(a, at) for at in ctx.chunks] for a in (x.q, x.k, x.v))
-    decays, low = ctx.decays(), lambda a: a.astype(x.q.dtype)
+    decays = ctx.decays()
+
+    def low(a):
+        return a.astype(x.q.dtype)
+
     if begun_ref:
         begun_ref[0][0, 0, 0] = s_ref[...]  # for the way back
     pairs = [low(p) for p in ctx.pairs(decays, list(zip(q, k)))]  # [c,c]
@@ -83,7 +87,11 @@ def _backward(call: Call, x: Arrays, outs, scratch):
 
     q, k, v, do = ([ctx.rows(a, at) for at in ctx.chunks]
                    for a in (x.q, x.k, x.v, x.do))
-    decays, low = ctx.decays(), lambda a: a.astype(x.q.dtype)
+    decays = ctx.decays()
+
+    def low(a):
+        return a.astype(x.q.dtype)
+
     qk = list(zip(q, k))
     pairs = [low(p) for p in ctx.pairs(decays, qk)]  # [c,c]
     states = _states(decays, zip(k[:-1], v), x.begun[0, 0, 0])
@@ -185,13 +193,21 @@ def backward(static, flags, q, k, v, g, state, begun, d_state, do):
     x = arrays(call, flags, q, k, v, g, None)._replace(
         do=tokens(do, call.block), begun=begun, d_state=turned(d_state))
     n = begun.shape[2]
-    query = lambda kv, back, g: kv * groups + g
-    block = lambda kv, back, g: n - 1 - back
+
+    def query(kv, back, g):
+        return kv * groups + g
+
+    def block(kv, back, g):
+        return n - 1 - back
+
     cut = specs(call, x, query, lambda kv, back, g: kv * groups // (h // heads),
                 block)
     own = pl.BlockSpec((1, groups, rows, lanes), lambda b, kv, *at: (b, kv, 0, 0))
-    once = lambda a: pl.BlockSpec((1, 1, call.block, a.shape[3]),
-                                  lambda b, kv, back, g: (b, kv, n - 1 - back, 0))
+
+    def once(a):
+        return pl.BlockSpec((1, 1, call.block, a.shape[3]),
+                            lambda b, kv, back, g: (b, kv, n - 1 - back, 0))
+
     many, full = h // groups, x.q.shape[2]
     kind = k.dtype if many == heads else F32
     outs = [jax.ShapeDtypeStruct(x.q.shape, q.dtype),
@@ -213,7 +229,10 @@ def backward(static, flags, q, k, v, g, state, begun, d_state, do):
     # a key head whose query heads did not fit one program
     dk, dv = (a.reshape(b, heads, -1, *a.shape[2:]).sum(2).astype(k.dtype)
               if many > heads else a for a in (dk, dv))
-    back = lambda a, like: a[:, :, :t, :like.shape[3]].transpose(0, 2, 1, 3)
+
+    def back(a, like):
+        return a[:, :, :t, :like.shape[3]].transpose(0, 2, 1, 3)
+
     found = [back(dq, q), back(dk, k), back(dv, v)]
     return *found, _decay(flags, g, dg, t), before[:, :, :width, :d]
 

@@ -84,7 +84,10 @@ class ChunkContext:
             return [TokenDecay(call.c, call.scale, g[0, 0, :, at])
                     for at in self.chunks]
         left = call.t - self.n * call.block
-        count = lambda at: jnp.clip(left - at.start, 0, call.c)
+
+        def count(at):
+            return jnp.clip(left - at.start, 0, call.c)
+
         return [HeadDecay(call.c, call.scale, g[self.head], count(at))
                 for at in self.chunks]
 
@@ -142,10 +145,14 @@ def specs(call: Call, x: Arrays, query, key, block) -> Arrays:
     """How each array is cut; query, key, block: of a grid step, after the batch's row.
     """
     size = call.block
-    tile = lambda a, head: pl.BlockSpec(
-        (1, 1, size, a.shape[3]), lambda b, *at: (b, head(*at), block(*at), 0))
-    whole = lambda a: pl.BlockSpec(
-        (1, 1, *a.shape[2:]), lambda b, *at: (b, query(*at), 0, 0))
+
+    def tile(a, head):
+        return pl.BlockSpec(
+            (1, 1, size, a.shape[3]), lambda b, *at: (b, head(*at), block(*at), 0))
+
+    def whole(a):
+        return pl.BlockSpec((1, 1, *a.shape[2:]), lambda b, *at: (b, query(*at), 0, 0))
+
     g = None
     if x.g is not None and x.g.ndim == 1:
         g = pl.BlockSpec(memory_space=pltpu.SMEM)  # a number a head
@@ -154,7 +161,10 @@ def specs(call: Call, x: Arrays, query, key, block) -> Arrays:
                          lambda b, *at: (b, query(*at), 0, block(*at)))
     elif x.g is not None:
         g = tile(x.g, query)
-    some = lambda a, spec: None if a is None else spec(a)
+
+    def some(a, spec):
+        return None if a is None else spec(a)
+
     return Arrays(
         tile(x.q, query), tile(x.k, key), tile(x.v, key), g,
         some(x.flags, lambda a: pl.BlockSpec(

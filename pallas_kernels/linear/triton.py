@@ -196,7 +196,9 @@ def _add_up(call: Call, x: Arrays, ctx: ChunkContext, n, first, state, key: bool
         # pairs [c,c], and enter(q) s^T or leave(k) ds^T: [c,values]
         return carry[0] + decay.pairs(q, k), carry[1] + dot(a, s, NT)
 
-    zeros = lambda width: jnp.zeros((call.c, width), F32)
+    def zeros(width):
+        return jnp.zeros((call.c, width), F32)
+
     carry = zeros(call.c), zeros(call.values)
     return jax.lax.fori_loop(0, call.lanes // width, step, carry)
 
@@ -239,7 +241,9 @@ def _keys(call: Call, x: Arrays, dq_ref, dk_ref, *dg_ref):
         return (dp + dot(do, v, NT), entered + dot(do, s, NN),
                 left + dot(v, ds, NN), held + together)
 
-    zeros = lambda *shape: jnp.zeros(shape, F32)
+    def zeros(*shape):
+        return jnp.zeros(shape, F32)
+
     carry = (zeros(call.c, call.c), zeros(call.c, call.keys),
              zeros(call.c, call.keys), zeros(1, call.keys))
     carry = jax.lax.fori_loop(0, x.state.shape[3] // call.values, step, carry)
@@ -312,7 +316,10 @@ def backward(static, flags, q, k, v, g, state, begun, d_state, do):
     states, _ = _pass(call, x, state, False)
     gradients, before = _pass(call, x, d_state, True)
     kind = k.dtype if h == heads else F32  # summed over heads in float32
-    own = lambda a: jax.ShapeDtypeStruct((b, t, h, a.shape[3]), kind)
+
+    def own(a):
+        return jax.ShapeDtypeStruct((b, t, h, a.shape[3]), kind)
+
     x = x._replace(state=states, d_state=gradients)
     grid = call.chunks * (states.shape[3] // call.values), h, b
     dv = _launch(call, _values, grid, x, own(v), call.launch, "linear_backward_values")
@@ -325,7 +332,9 @@ def backward(static, flags, q, k, v, g, state, begun, d_state, do):
                           "linear_backward_keys")
     if h > heads:
         # over the query heads of a key head
-        share = lambda a: a.reshape(b, t, heads, -1, a.shape[3]).sum(3)
+        def share(a):
+            return a.reshape(b, t, heads, -1, a.shape[3]).sum(3)
+
         dk, dv = share(dk).astype(k.dtype), share(dv).astype(v.dtype)
     return dq, dk, dv, _decay(flags, g, dg), before
 

@@ -143,22 +143,31 @@ class Lay:
         self.c, self.g = static.chunk, self.h // self.k
         self.n = -(-self.t // self.c)
         self.grid = self.b, self.k, self.n, self.g
-        self.size = self.n * self.c
-        head = lambda k, g: k * self.g + g
-        at = lambda n: self.n - 1 - n if reverse else n
+        self.size, self.reverse = self.n * self.c, reverse
+        head, at = self._head, self._at
         # [B,H,1,T] and [B,H|K,T,V] by chunks
         self.row = (1, 1, 1, self.c), lambda b, k, n, g: (b, head(k, g), 0, at(n))
         block = 1, 1, self.c, self.v
         self.tile = block, lambda b, k, n, g: (b, head(k, g), at(n), 0)
         self.shared = block, lambda b, k, n, g: (b, k, at(n), 0)
-        # [B,H,1,X], one of a head, and [B,H,N,1,X], one of a head and chunk
-        self.once = lambda x: (
-            (1, 1, 1, x), lambda b, k, n, g: (b, head(k, g), 0, 0))
-        self.each = lambda x: (
-            (1, 1, 1, 1, x), lambda b, k, n, g: (b, head(k, g), at(n), 0, 0))
         # [B,1,T] and [B,N,1,1]: runs
         self.code = (1, 1, self.c), lambda b, k, n, g: (b, 0, at(n))
         self.start = (1, 1, 1, 1), lambda b, k, n, g: (b, at(n), 0, 0)
+
+    def _head(self, k, g):
+        return k * self.g + g
+
+    def _at(self, n):
+        return self.n - 1 - n if self.reverse else n
+
+    def once(self, x: int):
+        """[B,H,1,x], one of a head."""
+        return (1, 1, 1, x), lambda b, k, n, g: (b, self._head(k, g), 0, 0)
+
+    def each(self, x: int):
+        """[B,H,N,1,x], one of a head and chunk."""
+        return ((1, 1, 1, 1, x),
+                lambda b, k, n, g: (b, self._head(k, g), self._at(n), 0, 0))
 
     def turned(self, a, fill=0.0):
         """[B,T,X,...] as [B,X,T,...] in whole chunks."""
@@ -187,7 +196,10 @@ class Lay:
 
 def _call(static, body, grid, ins, outs, scratch, name: str) -> Any:
     """pallas_call; ins and outs: (array or shape, (block, index))."""
-    specs = lambda some: [pl.BlockSpec(*spec) for _, spec in some]
+
+    def specs(some):
+        return [pl.BlockSpec(*spec) for _, spec in some]
+
     return pl.pallas_call(
         body, grid=grid, in_specs=specs(ins), out_specs=specs(outs),
         out_shape=[a for a, _ in outs], scratch_shapes=scratch,

@@ -283,7 +283,10 @@ def forward(static, code, s, v, m, u, w):
     one, wide = _struct(b, h, many), _struct(b, h, many, v.shape[3])
     parts = _launch(static, _totals, h, x, [one, one, wide], "scan_totals")
     run = jnp.ones((b, many), jnp.int32) if ends is None else ends
-    ahead = lambda first, a: jnp.concatenate([first, a], 2)
+
+    def ahead(first, a):
+        return jnp.concatenate([first, a], 2)
+
     # the state that came in stands before the first chunk
     starts = _over(_join, (
         jnp.concatenate([jnp.ones((b, 1), jnp.int32), run], 1),
@@ -310,8 +313,13 @@ def backward(static, code, s, v, saved: Saved, do, du, dw):
     ds, dv, g, gap = _launch(static, _inside, k, x, outs, "scan_backward")
     run = jnp.ones((b, many), jnp.int32) if starts is None else starts
     final = run[:, -1:] if ends is None else ends[:, -1:]
-    behind = lambda a, last: jnp.concatenate([a, last[:, :, None]], 2)
-    turn = lambda parts: tuple(jnp.flip(a, n) for a, n in zip(parts, (1, 2, 2, 2)))
+
+    def behind(a, last):
+        return jnp.concatenate([a, last[:, :, None]], 2)
+
+    def turn(parts):
+        return tuple(jnp.flip(a, n) for a, n in zip(parts, (1, 2, 2, 2)))
+
     # from the last chunk to the first: turned round, scanned, turned back
     run, ref, gap, g = turn(_over(_hand, turn((
         jnp.concatenate([run, final], 1), behind(ref, saved.m[:, :, -1]),

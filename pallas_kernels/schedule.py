@@ -204,7 +204,10 @@ def _patterns(mask, tiling: Tiling, chunk: int, static: np.ndarray, traced: bool
         for n, parts in enumerate(_parts(mask, tiling, chunk, at)):
             found.setdefault(parts, []).append(n)
     area = tiling.rows * tiling.columns
-    spared = lambda parts: 1 - sum(p.area for p in parts) / area
+
+    def spared(parts):
+        return 1 - sum(p.area for p in parts) / area
+
     # what a pattern spares on all tiles that have its shape
     gains = {parts: spared(parts) * len(own) for parts, own in found.items()
              if spared(parts) >= WORTH}
@@ -243,7 +246,10 @@ def _halved(n: int, size: int, step: int) -> int:
 def _parts(mask, tiling: Tiling, chunk: int, at: np.ndarray):
     """For each tile of `at` [P,2] the parts that the mask leaves: a chunk of keys, and
     from the first to the last query that sees any of them, in steps of LANES."""
-    step = lambda first, size, each: first[:, None] * size + np.arange(0, size, each)
+
+    def step(first, size, each):
+        return first[:, None] * size + np.arange(0, size, each)
+
     q = step(at[:, 0], tiling.rows, LANES)[:, :, None]  # [P,rows/LANES,1]
     k = step(at[:, 1], tiling.columns, chunk)[:, None]  # [P,1,columns/chunk]
     last_q = np.minimum(q + LANES, tiling.t) - 1

@@ -173,7 +173,10 @@ def tile(device: str, kernel: str, shape: Shape, override: tuple | None = None,
     found = read(device, kernel, shape.label, backend)
     if backend != "tpu":
         rows, columns, *more = tiles.numbers(tiles.with_first(found, override))
-        least = lambda n: max(1 << (n - 1).bit_length(), 16)
+
+        def least(n):
+            return max(1 << (n - 1).bit_length(), 16)
+
         return type(found)(min(rows, least(shape.t)), min(columns, least(shape.s)),
                            *more)
     if override is not None:

@@ -82,13 +82,13 @@ class Side(NamedTuple):
 def block_mask(mask: Any, tiling: Tiling) -> np.ndarray:
     """What the mask asks of each tile, [query tiles, key tiles]: SKIP, FULL, MASKED."""
     nq, nk = tiling.grid
-    if tiling.offset is None:
+    if tiling.offset is None:  # positions are data
         return np.full((nq, nk), MASKED, np.int32)
     first_q, first_k = np.arange(nq) * tiling.rows, np.arange(nk) * tiling.columns
     last_q = np.minimum(first_q + tiling.rows, tiling.t) - 1
     last_k = np.minimum(first_k + tiling.columns, tiling.s) - 1
-    queries = [(a + tiling.offset)[:, None] for a in (first_q, last_q)]
-    keys = [a[None] for a in (first_k, last_k)]
+    queries = [(a + tiling.offset)[:, None] for a in (first_q, last_q)]  # [N,1]
+    keys = [a[None] for a in (first_k, last_k)]  # [1,M]
     some = every = np.ones((nq, nk), bool)
     if mask is not None:
         some, every = (
@@ -106,22 +106,24 @@ def traced_block_mask(mask, tiling: Tiling, static: np.ndarray, q_pos, kv_pos, q
     q_pos [B,T], kv_pos [B,S,heads] or None; q_run [B|1,T], kv_run [B|1,S] or None.
     """
     nq, nk = tiling.grid
-    some = jnp.asarray(static != SKIP)[None]
-    every = jnp.asarray(static == FULL)[None]
+    some = jnp.asarray(static != SKIP)[None]  # [1,N,M]
+    every = jnp.asarray(static == FULL)[None]  # [1,N,M]
     if q_pos is not None:
         q_at = _extent(q_pos[..., None], None if q_run is None else q_run > 0,
                        tiling.rows, nq)
         kv_at = _extent(kv_pos, None, tiling.columns, nk)
         i, j = [a[:, :, None] for a in q_at], [a[:, None] for a in kv_at]
         seen, whole = (True, True) if mask is None else mask.bounds(i, j)
-        some = some & seen & (j[1] >= 0)
+        some = some & seen & (j[1] >= 0)  # some slot is filled
         tail = nk * tiling.columns > tiling.s
         short = (jnp.arange(nk) == nk - 1)[None, None] & tail
-        every = some & whole & (j[0] >= 0) & ~short
+        every = some & whole & (j[0] >= 0) & ~short  # no slot is empty
     if q_run is not None:
         i = [a[:, :, None] for a in _extent(q_run[..., None], None, tiling.rows, nq)]
         j = [a[:, None] for a in _extent(kv_run[..., None], None, tiling.columns, nk)]
+        # ranges of runs meet, and neither is all padding
         some = some & (i[0] <= j[1]) & (j[0] <= i[1]) & (i[1] > 0) & (j[1] > 0)
+        # one run on both sides, the same
         every = every & (i[0] == i[1]) & (j[0] == j[1]) & (i[0] == j[0])
     return jnp.where(some, jnp.where(every, FULL, MASKED), SKIP).astype(jnp.int32)
 
@@ -195,13 +197,18 @@ def tile_patterns(mask: Any, tiling: Tiling, chunk: int, static: np.ndarray,
 def _patterns(mask, tiling: Tiling, chunk: int, static: np.ndarray, traced: bool):
     at = np.argwhere(static == MASKED)
     shape = len(at), tiling.rows // LANES, tiling.columns // chunk
+    # positions that are data have no shape, and a part is whole lanes of queries
     useless = tiling.rows % LANES or mask is None or tiling.offset is None
     found: dict[tuple[Part, ...], list[int]] = {}
     if not useless and 0 < np.prod(shape) <= MOST_PARTS:
         for n, parts in enumerate(_parts(mask, tiling, chunk, at)):
             found.setdefault(parts, []).append(n)
     area = tiling.rows * tiling.columns
-    spared = lambda parts: 1 - sum(p.area for p in parts) / area
+
+    def spared(parts):
+        return 1 - sum(p.area for p in parts) / area
+
+    # what a pattern spares on all tiles that have its shape
     gains = {parts: spared(parts) * len(own) for parts, own in found.items()
              if spared(parts) >= WORTH}
     best = tuple(sorted(gains, key=lambda parts: -gains[parts])[:MOST_PATTERNS])
@@ -239,16 +246,19 @@ def _halved(n: int, size: int, step: int) -> int:
 def _parts(mask, tiling: Tiling, chunk: int, at: np.ndarray):
     """For each tile of `at` [P,2] the parts that the mask leaves: a chunk of keys, and
     from the first to the last query that sees any of them, in steps of LANES."""
-    step = lambda first, size, each: first[:, None] * size + np.arange(0, size, each)
-    q = step(at[:, 0], tiling.rows, LANES)[:, :, None]
-    k = step(at[:, 1], tiling.columns, chunk)[:, None]
+
+    def step(first, size, each):
+        return first[:, None] * size + np.arange(0, size, each)
+
+    q = step(at[:, 0], tiling.rows, LANES)[:, :, None]  # [P,rows/LANES,1]
+    k = step(at[:, 1], tiling.columns, chunk)[:, None]  # [P,1,columns/chunk]
     last_q = np.minimum(q + LANES, tiling.t) - 1
     last_k = np.minimum(k + chunk, tiling.s) - 1
     assert tiling.offset is not None
     some, _ = mask.bounds((q + tiling.offset, last_q + tiling.offset), (k, last_k))
     some = np.broadcast_to(some, (len(at), q.shape[1], k.shape[2]))
     some = some & (q < tiling.t) & (k < tiling.s)
-    first = some.argmax(1) * LANES
+    first = some.argmax(1) * LANES  # the first query that sees any
     end = (some.shape[1] - some[:, ::-1].argmax(1)) * LANES
     for any_, first_, end_ in zip(some.any(1), first, end):
         yield tuple(Part(c * chunk, (c + 1) * chunk, int(first_[c]), int(end_[c]))
@@ -259,6 +269,7 @@ def _extent(a, real, size: int, count: int):
     """The least and the greatest of a [B,T,heads] in each of `count` tiles: [B,count].
     """
     ends = []
+    # ends of nothing, so that a tile without a token meets no other
     for value, reduce in ((FAR, jnp.min), (-FAR, jnp.max)):
         x = a if real is None else jnp.where(real[..., None], a, value)
         x = jnp.pad(x, ((0, 0), (0, count * size - a.shape[1]), (0, 0)),
@@ -288,15 +299,16 @@ def grid_order(static: np.ndarray, ask: jax.Array | None, by_column: bool = Fals
     column; a line without any keeps one entry, so that its result is written."""
     table = static.T if by_column else static
     wanted = table != SKIP
-    wanted[:, 0] |= ~wanted.any(1)
+    wanted[:, 0] |= ~wanted.any(1)  # no line is empty
     line, inner = (a.astype(np.int32) for a in np.nonzero(wanted))
     row, column = (inner, line) if by_column else (line, inner)
     edge = np.ones(1, bool)
-    change = line[1:] != line[:-1]
+    change = line[1:] != line[:-1]  # where a line ends
     first, last = np.append(edge, change), np.append(change, edge)
     ask = jnp.asarray(static)[None] if ask is None else ask
     ask = ask[:, row, column]
     at = jnp.arange(len(line), dtype=jnp.int32)[None]
+    # the latest step up to here that asks for something
     latest = jax.lax.cummax(jnp.where(ask != SKIP, at, 0), axis=1)
     hold = jnp.asarray(inner)[latest]
     return GridOrder(row << 16 | column, first, last, ask, hold)
@@ -308,7 +320,7 @@ def all_tiles(static: np.ndarray, ask: jax.Array | None, rows: bool, columns: bo
     n, m = static.shape
     row, column = (a.reshape(-1).astype(np.int32) for a in np.indices((n, m)))
     if columns and not rows:
-        turned = np.lexsort((row, column))
+        turned = np.lexsort((row, column))  # column by column
         row, column = row[turned], column[turned]
     line = row * rows * m + column * columns
     change = (line[1:] != line[:-1]) | (rows and columns)

@@ -125,6 +125,7 @@ def row(device: str, backend: str = "tpu") -> dict[str, Any]:
     name = device if device in table else next(
         (name for name in table if _model(name) == _model(device)), None)
     own = other if name is None else _own(table, name)
+    # TPUs' rows say how much fast memory there is, GPUs' do not
     return own if ("vmem_mib" in own) == (backend == "tpu") else other
 
 
@@ -172,7 +173,10 @@ def tile(device: str, kernel: str, shape: Shape, override: tuple | None = None,
     found = read(device, kernel, shape.label, backend)
     if backend != "tpu":
         rows, columns, *more = tiles.numbers(tiles.with_first(found, override))
-        least = lambda n: max(1 << (n - 1).bit_length(), 16)
+
+        def least(n):
+            return max(1 << (n - 1).bit_length(), 16)
+
         return type(found)(min(rows, least(shape.t)), min(columns, least(shape.s)),
                            *more)
     if override is not None:

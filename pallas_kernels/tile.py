@@ -40,9 +40,10 @@ class LogitSpec:
         """
         slope = None
         if self.softcap is None:
-            s = raw * (self.scale * unit)
+            s = raw * (self.scale * unit)  # one multiplication
         else:
             capped = jnp.tanh(raw * (self.scale / self.softcap))
+            # d tanh(x) = 1 - tanh(x)^2
             s, slope = (self.softcap * unit) * capped, 1 - capped * capped
         if self.score is not None:
             s = s + self.score(h, i, j) * unit

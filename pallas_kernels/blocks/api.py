@@ -93,8 +93,10 @@ def blocks(
     _check(q, k, v, chosen, mask, (q_run, kv_run), backend)
     size, heads = -(-t // n), h // c
     check_device(backend, q.dtype, interpret)
-    whole = lambda a, m: None if a is None else jnp.broadcast_to(
-        a, (b, m)).astype(jnp.int32)
+
+    def whole(a, m):
+        return None if a is None else jnp.broadcast_to(a, (b, m)).astype(jnp.int32)
+
     head = jnp.arange(h) if head is None else head
     static = Static(
         LogitSpec(mask, d**-0.5 if scale is None else scale),
@@ -130,9 +132,12 @@ def _tiles(q, k, v, chosen, block: int, tile, backend: str):
     heads that share a choice, of one query block or of all that chose a key block."""
     (_, t, h, d), (_, c, n, most) = q.shape, chosen.shape
     one, every = -(-t // n) * (h // c), t * (h // k.shape[2])
-    pick = lambda which, rows, columns: tables.tile(
-        tables.device_kind(), f"blocks_{which}",
-        tables.Shape(rows, columns, d, v.shape[3], q.dtype.itemsize), tile, backend)
+
+    def pick(which, rows, columns):
+        return tables.tile(
+            tables.device_kind(), f"blocks_{which}",
+            tables.Shape(rows, columns, d, v.shape[3], q.dtype.itemsize), tile, backend)
+
     return (pick("forward", one, most * block), pick("backward", one, most * block),
             pick("backward", every, block))
 
@@ -175,9 +180,9 @@ def inverse(chosen: jax.Array, heads: int, many: int):
     a key head's C/K; key block j has the entries first[j] to first[j + 1], in order.
     """
     b, c, n, each = chosen.shape
-    flat = chosen.reshape(b, heads, -1)
-    where = jnp.where((flat >= 0) & (flat < many), flat, many)
-    order = jnp.argsort(where, axis=-1, stable=True)
+    flat = chosen.reshape(b, heads, -1)  # [B,K,C/K*N*n]
+    where = jnp.where((flat >= 0) & (flat < many), flat, many)  # `many`: none
+    order = jnp.argsort(where, axis=-1, stable=True)  # in order of query blocks
     ordered = jnp.take_along_axis(where, order, -1)
     edges = jnp.arange(many + 1, dtype=jnp.int32)
     first = jax.vmap(jax.vmap(lambda a: jnp.searchsorted(a, edges)))(ordered)

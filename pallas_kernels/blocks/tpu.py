@@ -30,11 +30,12 @@ def logits(static, k, q, rows, number, info):
     s, _ = static.form.logits(dot(k, q, NT), None, None, None, unit=LOG2E)
     at = number * static.block
     key = at + jax.lax.broadcasted_iota(jnp.int32, (static.block, 1), 0)
-    seen = key < static.s
-    i, run, h = rows[:1], rows[1:2], rows[2:3]
+    seen = key < static.s  # S may end inside a block
+    i, run, h = rows[:1], rows[1:2], rows[2:3]  # [1,R] each
     j = key
     if info is not None:
-        j, own = column(info[:1]), column(info[1:])
+        j, own = column(info[:1]), column(info[1:])  # [block,1] each
+        # run 0 is padding, -1 an empty slot
         seen = seen & (run == own) & (own > 0) & (j >= 0)
     if static.form.mask is not None:
         seen = seen & static.form.mask(h, i, j)
@@ -57,8 +58,9 @@ class Fetch:
 
     def copies(self, n, m):
         """The copies of one chosen block into its half of the buffers."""
-        number, half = self.number(n, m), n % 2
+        number, half = self.number(n, m), n % 2  # halves alternate
         for at, (source, buffer) in enumerate(zip(self.sources, self.buffers)):
+            # position and run are the same for all key heads
             lead = (self.b, number) if source.ndim == 4 else (self.b, self.kv, number)
             yield pltpu.make_async_copy(
                 source.at[lead], buffer.at[half, m], self.semaphores.at[half, at]
@@ -71,16 +73,21 @@ class Fetch:
                 act(copy)
 
         def one(m, none):
-            pl.when(self.number(n, m) >= 0)(lambda: all_of(m))
+            pl.when(self.number(n, m) >= 0)(lambda: all_of(m))  # -1: none
             return none
 
         jax.lax.fori_loop(0, self.each, one, 0)
 
     def arrive(self) -> None:
         """Waits for the blocks at hand, and sends for the next ones."""
-        start = lambda copy: copy.start()
+
+        def start(copy):
+            copy.start()
+
+        # the first query block of a head sends for its own
         pl.when(self.n == 0)(lambda: self.each_chosen(self.n, start))
         more = self.n + 1 < pl.num_programs(2)
+        # the next blocks are on their way before these are waited for
         pl.when(more)(lambda: self.each_chosen(self.n + 1, start))
         self.each_chosen(self.n, lambda copy: copy.wait())
 
@@ -90,8 +97,11 @@ class Fetch:
 
         def one(m, carry):
             number = self.number(self.n, m)
-            parts = lambda: [buffer[half, m] for buffer in self.buffers]
-            take = lambda carry: step(carry, number, *(parts() + [None])[:3])
+
+            def take(carry):
+                k, v, *info = (buffer[half, m] for buffer in self.buffers)
+                return step(carry, number, k, v, info[0] if info else None)
+
             return jax.lax.cond(number >= 0, take, lambda c: c, carry)
 
         return jax.lax.fori_loop(0, self.each, one, carry)
@@ -101,24 +111,24 @@ def _forward(static, groups, chosen, rows_ref, q_ref, *refs):
     (o_ref, lse_ref), sources, buffers, semaphores = _parts(refs, 2)
     fetch = Fetch(static, groups, chosen, sources, buffers, semaphores)
     fetch.arrive()
-    q, rows = q_ref[0, 0, 0], rows_ref[0, 0, 0]
+    q, rows = q_ref[0, 0, 0], rows_ref[0, 0, 0]  # [R,D], [3,R]
     count, width = q.shape[0], o_ref.shape[-1]
 
     def step(carry, number, k, v, info):
         top, total, acc = carry
-        s = logits(static, k, q, rows, number, info)
-        new = jnp.maximum(top, s.max(0, keepdims=True))
-        p, rescale = jnp.exp2(s - new), jnp.exp2(top - new)
+        s = logits(static, k, q, rows, number, info)  # s^T [block,R]
+        new = jnp.maximum(top, s.max(0, keepdims=True))  # m' = max(m, colmax s^T)
+        p, rescale = jnp.exp2(s - new), jnp.exp2(top - new)  # P, 2^(m - m')
         total = total * rescale + p.sum(0, keepdims=True)
         # v^T p: [block,V] by [block,rows] is [V,rows]
         return new, total, acc * rescale + dot(v, p.astype(v.dtype), TN)
 
     start = (jnp.full((1, count), LOW, F32), jnp.zeros((1, count), F32),
-             jnp.zeros((width, count), F32))
+             jnp.zeros((width, count), F32))  # m, l, o^T
     top, total, acc = fetch.for_each_block(step, start)
     safe = jnp.where(total > 0, total, 1)
-    o_ref[0, 0, 0] = (acc / safe).T.astype(o_ref.dtype)
-    lse = (top + jnp.log2(safe)) * (1 / LOG2E)
+    o_ref[0, 0, 0] = (acc / safe).T.astype(o_ref.dtype)  # [R,V]
+    lse = (top + jnp.log2(safe)) * (1 / LOG2E)  # L = m + log l
     lse_ref[0, 0, 0] = jnp.where(total > 0, lse, NEVER)
 
 
@@ -131,23 +141,24 @@ def _parts(refs, outs: int):
 
 def _weights(static, k, v, q, do, rows, parts, number, info):
     """p and ds [block,R], made again from q, k and lse; parts [2,R]: lse and delta."""
+    # P = 2^(s - L), dP = dO V^T, dS = P (dP - D)
     p = jnp.exp2(logits(static, k, q, rows, number, info) - parts[:1])
-    return p, p * (dot(v, do, NT) - parts[1:])
+    return p, p * (dot(v, do, NT) - parts[1:])  # [block,V] [R,V] -> [block,R]
 
 
 def _queries(static, groups, chosen, rows_ref, q_ref, parts_ref, do_ref, *refs):
     (dq_ref,), sources, buffers, semaphores = _parts(refs, 1)
     fetch = Fetch(static, groups, chosen, sources, buffers, semaphores)
     fetch.arrive()
-    q, do = q_ref[0, 0, 0], do_ref[0, 0, 0]
-    rows, parts = rows_ref[0, 0, 0], parts_ref[0, 0, 0]
+    q, do = q_ref[0, 0, 0], do_ref[0, 0, 0]  # [R,D], [R,V]
+    rows, parts = rows_ref[0, 0, 0], parts_ref[0, 0, 0]  # [3,R], [2,R]
 
     def step(acc, number, k, v, info):
         ds = _weights(static, k, v, q, do, rows, parts, number, info)[1]
         # k^T ds: [block,D] by [block,rows] is [D,rows]
         return acc + dot(k, ds.astype(k.dtype), TN)
 
-    acc = fetch.for_each_block(step, jnp.zeros(q.shape[::-1], F32))
+    acc = fetch.for_each_block(step, jnp.zeros(q.shape[::-1], F32))  # dq^T [D,R]
     dq_ref[0, 0, 0] = (acc * static.form.scale).T.astype(dq_ref.dtype)
 
 
@@ -157,14 +168,14 @@ def _keys(static, shape, entries, first, k_ref, v_ref, *refs):
     buffers, semaphores = refs[-5:-1], refs[-1]
     sources = rows, q, parts, do
     b, kv, number = (pl.program_id(n) for n in range(3))
-    start, end = first[0, 0, 0, number], first[0, 0, 0, number + 1]
+    start, end = first[0, 0, 0, number], first[0, 0, 0, number + 1]  # its entries
     groups, many = shape
-    k, v = k_ref[0, 0, 0], v_ref[0, 0, 0]
+    k, v = k_ref[0, 0, 0], v_ref[0, 0, 0]  # [block,D], [block,V]
     info = info_ref[0][0, 0] if info_ref else None
 
     def copies(e):
         at = entries[0, 0, 0, e]
-        lead = b, kv * groups + at // many, at % many
+        lead = b, kv * groups + at // many, at % many  # choice, query block
         return [
             pltpu.make_async_copy(source.at[lead], buffer.at[e % 2],
                                   semaphores.at[e % 2, n])
@@ -177,6 +188,7 @@ def _keys(static, shape, entries, first, k_ref, v_ref, *refs):
 
     def step(e, carry):
         dk, dv = carry
+        # the next rows are on their way before these are waited for
         pl.when(e + 1 < end)(lambda: send(e + 1))
         for copy in copies(e):
             copy.wait()
@@ -198,6 +210,7 @@ def _launch(static, body, grid, in_specs, out, out_specs, scratch, name, args) -
         body, grid=grid, in_specs=in_specs, out_shape=out, out_specs=out_specs,
         scratch_shapes=scratch, interpret=static.interpret, name=name,
         compiler_params=pltpu.CompilerParams(
+            # steps in order: each sends for the blocks of the next
             dimension_semantics=("parallel", "parallel", "arbitrary"),
             vmem_limit_bytes=static.vmem,
         ),
@@ -214,7 +227,7 @@ def _listed(a):
     """[B,C,...] as scalars of a head: [B,C,1,E] and its block."""
     a = a.reshape(*a.shape[:2], 1, -1)
     spec = pl.BlockSpec((1, 1, 1, a.shape[3]), lambda b, c, n: (b, c, 0, 0),
-                        memory_space=pltpu.SMEM)
+                        memory_space=pltpu.SMEM)  # the scalar unit reads them
     return a, spec
 
 
@@ -223,6 +236,7 @@ def _per_query_block(static, kernel, name, chosen, x, tiled, outs):
     b, c, n, each = chosen.shape
     sources = [a for a in (x.k, x.v, x.info) if a is not None]
     chosen, spec = _listed(chosen)
+    # two halves: while one is computed on, the other is filled
     buffers = [pltpu.VMEM((2, each, *a.shape[-2:]), a.dtype) for a in sources]
     return _launch(
         static, functools.partial(kernel, static, c // x.k.shape[1]), (b, c, n),

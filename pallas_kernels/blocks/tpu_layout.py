@@ -56,8 +56,11 @@ def _info(static, side, b: int):
     count = jnp.broadcast_to(jnp.arange(s, dtype=jnp.int32), (b, s))
     pos = count if side.kv_pos is None else side.kv_pos
     runs = jnp.ones_like(pos) if side.kv_run is None else side.kv_run
-    fill = lambda a, value: jnp.pad(
-        a, ((0, 0), (0, -s % block)), constant_values=value).reshape(b, -1, block)
+
+    def fill(a, value):
+        a = jnp.pad(a, ((0, 0), (0, -s % block)), constant_values=value)
+        return a.reshape(b, -1, block)
+
     return jnp.stack([fill(pos, -1), fill(runs, 0)], 2)
 
 
@@ -67,8 +70,8 @@ def rows(static, a: jax.Array, value: float = 0) -> jax.Array:
     n, size, heads = static.n, static.size, static.heads
     a = jnp.pad(a, [(0, 0), (0, n * size - t)] + [(0, 0)] * (a.ndim - 2),
                 constant_values=value)
-    a = a.reshape(b, n, size, h // heads, heads, *a.shape[3:])
-    order = (0, 3, 1, 4, 2, *range(5, a.ndim))
+    a = a.reshape(b, n, size, h // heads, heads, *a.shape[3:])  # [B,N,size,C,heads,.]
+    order = (0, 3, 1, 4, 2, *range(5, a.ndim))  # B, C, N, heads, size
     return a.transpose(order).reshape(b, h // heads, n, heads * size, *a.shape[5:])
 
 
@@ -76,8 +79,8 @@ def unrows(static, a: jax.Array) -> jax.Array:
     """[B,C,N,R,...] -> [B,T,H,...]: the inverse of `rows`."""
     b, c, n, r = a.shape[:4]
     heads = static.heads
-    a = a.reshape(b, c, n, heads, r // heads, *a.shape[4:])
-    order = (0, 2, 4, 1, 3, *range(5, a.ndim))
+    a = a.reshape(b, c, n, heads, r // heads, *a.shape[4:])  # [B,C,N,heads,size,.]
+    order = (0, 2, 4, 1, 3, *range(5, a.ndim))  # B, N, size, C, heads
     return a.transpose(order).reshape(b, -1, c * heads, *a.shape[5:])[:, :static.t]
 
 
@@ -91,5 +94,5 @@ def keys(static, a: jax.Array) -> jax.Array:
 def unkeys(static, a: jax.Array) -> jax.Array:
     """[B,K,S/block,block,X] -> [B,S,K,X]: the inverse of `keys`."""
     b, heads = a.shape[:2]
-    a = a.reshape(b, heads, -1, a.shape[-1])[:, :, :static.s]
+    a = a.reshape(b, heads, -1, a.shape[-1])[:, :, :static.s]  # [B,K,S,X]
     return a.transpose(0, 2, 1, 3)

@@ -57,8 +57,10 @@ def keys_backward(static, side, lists, q, k, v, base, delta, do):
     parts = divided(static, lists)
     pieces = -(-static.block // call.tiling.columns)
     slots = parts.block.shape[2]
-    out = lambda a: jax.ShapeDtypeStruct((b, heads, slots, static.block, a.shape[3]),
-                                         F32)
+
+    def out(a):
+        return jax.ShapeDtypeStruct((b, heads, slots, static.block, a.shape[3]), F32)
+
     sums = launch(
         call, functools.partial(_keys, static), (slots * pieces, heads, b), x, parts,
         [out(k), out(v)], "blocks_backward_keys")
@@ -94,7 +96,7 @@ def _arrays(side, q, k, v) -> Arrays:
 def compact(static, chosen: jax.Array) -> Chosen:
     """chosen [B,C,N,n] with the blocks that there are in front, in their order."""
     real = (chosen >= 0) & (chosen < -(-static.s // static.block))
-    order = jnp.argsort(~real, axis=-1, stable=True)
+    order = jnp.argsort(~real, axis=-1, stable=True)  # those that there are first
     where = jnp.take_along_axis(jnp.where(real, chosen, 0), order, -1)
     return Chosen(real.sum(-1, dtype=jnp.int32), where)
 
@@ -106,15 +108,18 @@ def divided(static, lists) -> Parts:
     total, many = entries.shape[-1], first.shape[-1] - 1
     rows = -(-static.tiles[2].block_q // (static.heads * static.size))
     longest = max(-(-total // many), rows)
-    each = -(-(first[..., 1:] - first[..., :-1]) // longest)
+    each = -(-(first[..., 1:] - first[..., :-1]) // longest)  # parts of each list
     ends = jnp.cumsum(each, axis=-1, dtype=jnp.int32)
-    starts = jnp.pad(ends, ((0, 0), (0, 0), (1, 0)))
+    starts = jnp.pad(ends, ((0, 0), (0, 0), (1, 0)))  # the first part of each block
     # sum of ceil(length / longest) over the lists that are not empty
     slots = jnp.arange(min(many, total) + total // longest, dtype=jnp.int32)
     find = functools.partial(jnp.searchsorted, side="right")
     block = jax.vmap(jax.vmap(lambda a: find(a, slots)))(ends).astype(jnp.int32)
     block = jnp.minimum(block, many - 1)
-    at = lambda a, n: jnp.take_along_axis(a, n, -1)
+
+    def at(a, n):
+        return jnp.take_along_axis(a, n, -1)
+
     # parts beyond the last start where the last list ends: they are empty
     start = at(first, block) + (slots[None, None] - at(starts, block)) * longest
     stop = jnp.minimum(start + longest, at(first, block + 1))
@@ -146,7 +151,7 @@ def _kv(call: Call, ref, b, c, at: Keys, shared: int):
 
 def _forward(static, call: Call, x: Arrays, lists: Chosen, o_ref, lse_ref):
     query, (b, c, n) = _own(static, call, x)
-    q, rows = _q(x.q, b, query), call.tiling.rows
+    q, rows = _q(x.q, b, query), call.tiling.rows  # [rows,D]
     trips, tile = chosen_keys(static, call.tiling.columns, x, lists, b, c, n)
 
     def step(i, carry):
@@ -155,19 +160,19 @@ def _forward(static, call: Call, x: Arrays, lists: Chosen, o_ref, lse_ref):
         # q k^T: [rows,D] by [columns,D] is [rows,columns]
         s = logits(static, dot(q, _kv(call, x.k, b, c, key, static.heads), NT), query,
                    key)
-        top = jnp.maximum(m, s.max(1))
-        p, rescale = jnp.exp2(s - top[:, None]), jnp.exp2(m - top)
-        v = _kv(call, x.v, b, c, key, static.heads)
+        top = jnp.maximum(m, s.max(1))  # m' = max(m, rowmax S)
+        p, rescale = jnp.exp2(s - top[:, None]), jnp.exp2(m - top)  # P, 2^(m - m')
+        v = _kv(call, x.v, b, c, key, static.heads)  # [columns,V]
         # p v: [rows,columns] by [columns,V] is [rows,V]
         acc = acc * rescale[:, None] + dot(p.astype(v.dtype), v, NN)
-        return top, total * rescale + p.sum(1), acc
+        return top, total * rescale + p.sum(1), acc  # l' = l 2^(m - m') + rowsum P
 
     m, total, acc = jax.lax.fori_loop(0, trips, step, (
         jnp.full((rows,), LOW, F32), jnp.zeros((rows,), F32),
         jnp.zeros((rows, power(o_ref.shape[3])), F32)))
     safe = jnp.where(total > 0, total, 1.0)
     index = b, query.token, query.head
-    put(o_ref, acc / safe[:, None], index, query.real)
+    put(o_ref, acc / safe[:, None], index, query.real)  # O / l
     lse = jnp.where(total > 0, (m + jnp.log2(safe)) * (1 / LOG2E), NEVER)
     triton.store(lse_ref.at[index], lse, mask=query.real)
 
@@ -175,19 +180,25 @@ def _forward(static, call: Call, x: Arrays, lists: Chosen, o_ref, lse_ref):
 def _recompute(static, x: Arrays, b, query: Queries, key: Keys, tiles, turned: bool):
     """p and ds of a tile, made again from lse; tiles: q, k, v and do."""
     q, k, v, do = tiles
-    product = lambda a, c: dot(c, a, NT) if turned else dot(a, c, NT)
+
+    def product(a, c):
+        return dot(c, a, NT) if turned else dot(a, c, NT)
+
     row, _ = across(turned)
-    of = lambda ref, other: row(
-        load(ref.at[b, query.token, query.head], query.real, other))
+
+    def of(ref, other):
+        return row(load(ref.at[b, query.token, query.head], query.real, other))
+
     # rows that are not there get weights 2^(s - 1e30) = 0
     p = jnp.exp2(logits(static, product(q, k), query, key, turned) - of(x.lse, -LOW))
+    # P = 2^(s - L), dP = dO V^T, dS = P (dP - D)
     return p, p * (product(do, v) - of(x.delta, 0.0))
 
 
 def _queries(static, call: Call, x: Arrays, lists: Chosen, dq_ref):
     """dq of rows of a query block."""
     query, (b, c, n) = _own(static, call, x)
-    q, do = _q(x.q, b, query), _q(x.do, b, query)
+    q, do = _q(x.q, b, query), _q(x.do, b, query)  # [rows,D], [rows,V]
     trips, tile = chosen_keys(static, call.tiling.columns, x, lists, b, c, n)
 
     def step(i, dq):
@@ -219,6 +230,7 @@ def _keys(static, call: Call, x: Arrays, parts: Parts, dk_ref, dv_ref):
             query = tile(i)
             q, do = _q(x.q, b, query), _q(x.do, b, query)
             p, ds = _recompute(static, x, b, query, key, (q, k, v, do), True)
+            # p do and ds q, turned: [columns,rows] by [rows,V] and [rows,D]
             dv = dv + dot(p.astype(do.dtype), do, NN)
             return dk + dot(ds.astype(q.dtype), q, NN), dv
 
@@ -227,6 +239,7 @@ def _keys(static, call: Call, x: Arrays, parts: Parts, dk_ref, dv_ref):
         put(dk_ref, dk * call.form.scale, (b, kv, p, at), real)
         put(dv_ref, dv, (b, kv, p, at), real)
 
+    # parts beyond the last are empty: nobody reads what their programs leave
     pl.when(parts.start[b, kv, p] < parts.stop[b, kv, p])(run)
 
 
@@ -240,10 +253,13 @@ def _sum(static, call: Call, x: Arrays, given, *refs):
     sums, first = given
 
     def step(p, carry):
-        part = lambda ref: fetch(ref, (b, kv, p, at), real, columns)
+        def part(ref):
+            return fetch(ref, (b, kv, p, at), real, columns)  # [columns,D|V]
+
         return tuple(a + part(ref) for a, ref in zip(carry, sums))
 
     zeros = tuple(jnp.zeros((columns, power(a.shape[3])), F32) for a in refs)
+    # one after the other, in order: the same bits each time
     found = jax.lax.fori_loop(first[b, kv, j], first[b, kv, j + 1], step, zeros)
     for ref, value in zip(refs, found):
         put(ref, value, (b, token, kv), keys(static, x, b, token, real).real)

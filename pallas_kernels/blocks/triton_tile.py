@@ -66,7 +66,7 @@ def queries(static, x: Arrays, b, c, n, r, real) -> Queries:
     heads = jnp.int32(static.heads)
     token = n * static.size + jax.lax.div(r, heads)
     head = c * static.heads + jax.lax.rem(r, heads)
-    if static.n * static.size != static.t:
+    if static.n * static.size != static.t:  # the last block may pass T
         real = both(real, token < static.t)
     pos = token if x.q_pos is None else load(x.q_pos.at[b, token], real, 0)
     run = None if x.q_run is None else load(x.q_run.at[b, token], real, 0)
@@ -75,12 +75,12 @@ def queries(static, x: Arrays, b, c, n, r, real) -> Queries:
 
 def keys(static, x: Arrays, b, token, real) -> Keys:
     """Keys `token`, of which those that are `real` belong to the tile."""
-    if static.s % static.block:
+    if static.s % static.block:  # the last block may pass S
         real = both(real, token < static.s)
     pos, run, seen = token, None, real
     if x.kv_pos is not None:
         pos = load(x.kv_pos.at[b, token], real, -1)
-        seen = both(seen, pos >= 0)
+        seen = both(seen, pos >= 0)  # -1: an empty slot
     if x.kv_run is not None:
         run = load(x.kv_run.at[b, token], real, 0)
     return Keys(token, real, seen, pos, run)
@@ -98,7 +98,7 @@ def chosen_keys(static, columns: int, x: Arrays, lists: Chosen, b, c, n):
     """How many tiles the keys chosen by a query block make, and each of them."""
     block = static.block
     count = lists.count[b, c, n]
-    if block % columns == 0:
+    if block % columns == 0:  # a tile lies inside a block
         many = block // columns
 
         def piece(i) -> Keys:
@@ -108,6 +108,7 @@ def chosen_keys(static, columns: int, x: Arrays, lists: Chosen, b, c, n):
 
         return count * many, piece
 
+    # a tile may span blocks: each key looks up its own
     def several(i) -> Keys:
         at = i * columns + jax.lax.broadcasted_iota(jnp.int32, (columns,), 0)
         real = at < count * block
@@ -123,9 +124,13 @@ def listed_rows(static, rows: int, x: Arrays, parts: Parts, b, kv, p):
     each = static.heads * static.size
     groups = x.q.shape[2] // x.k.shape[2] // static.heads
     start, many = parts.start[b, kv, p], parts.stop[b, kv, p] - parts.start[b, kv, p]
-    place = lambda entry: (kv * groups + jax.lax.div(entry, static.n),
-                           jax.lax.rem(entry, static.n))
-    if each % rows == 0:
+
+    # an entry c * N + n as its choice and its query block
+    def place(entry) -> tuple[Any, Any]:
+        choice = kv * groups + jax.lax.div(entry, static.n)
+        return choice, jax.lax.rem(entry, static.n)
+
+    if each % rows == 0:  # a tile lies inside a query block
         pieces = each // rows
 
         def piece(i) -> Queries:
@@ -136,6 +141,7 @@ def listed_rows(static, rows: int, x: Arrays, parts: Parts, b, kv, p):
 
         return many * pieces, piece
 
+    # a tile may span query blocks: each row looks up its own
     def several(i) -> Queries:
         at = i * rows + jax.lax.broadcasted_iota(jnp.int32, (rows,), 0)
         real = at < many * each
@@ -149,7 +155,7 @@ def listed_rows(static, rows: int, x: Arrays, parts: Parts, b, kv, p):
 def logits(static, raw, query: Queries, key: Keys, turned: bool = False):
     """Logits times log2(e) of a tile, NEVER where hidden, from the products `raw`
     [rows,columns], or, `turned`, [columns,rows]."""
-    s, _ = static.form.logits(raw, None, None, None, unit=LOG2E)
+    s, _ = static.form.logits(raw, None, None, None, unit=LOG2E)  # no score here
     i, j = across(turned)
     seen = None if key.seen is None else j(key.seen)
     if key.run is not None:
@@ -162,14 +168,24 @@ def logits(static, raw, query: Queries, key: Keys, turned: bool = False):
 
 def across(turned: bool) -> tuple[Callable, Callable]:
     """How vectors of rows and of columns broadcast against a tile."""
-    ways = (lambda a: a[:, None]), (lambda a: a[None, :])
-    return ways[::-1] if turned else ways
+
+    def down(a):
+        return a[:, None]
+
+    def along(a):
+        return a[None, :]
+
+    return (along, down) if turned else (down, along)
 
 
 def _cut(ref, index: tuple, count: int):
-    shape = count, power(ref.shape[-1])
+    shape = count, power(ref.shape[-1])  # [count,width]
     lane = jax.lax.broadcasted_iota(jnp.int32, shape, 1)
-    wide = lambda a: jnp.broadcast_to(a[:, None], shape) if jnp.ndim(a) else a
+
+    # one number for all vectors, or one each, over all lanes
+    def wide(a):
+        return jnp.broadcast_to(a[:, None], shape) if jnp.ndim(a) else a
+
     return ref.at[(*map(wide, index), lane)]
 
 

@@ -121,22 +121,27 @@ def decode(
     _check(q, k, v, bits, score, mask)
     check_device(backend, q.dtype, interpret)
     slots = page if table is None else table.shape[1] * page
-    count = lambda n, first: jnp.broadcast_to(
-        first + jnp.arange(n, dtype=jnp.int32), (b, n))
+
+    def count(n, first):
+        return jnp.broadcast_to(first + jnp.arange(n, dtype=jnp.int32), (b, n))
+
     q_pos = count(t, slots - t) if q_pos is None else q_pos
     head = jnp.arange(h, dtype=jnp.int32) if head is None else head
     each = functools.partial(_each, k, backend == "tpu")
     beside = Keys(each(kv_pos), None if q_run is None else each(kv_run),
                   each(bias), each(k_scale), each(v_scale))
-    per_row = lambda a: jnp.broadcast_to(a, (b, t, h)).reshape(b, t * h)
+
+    def per_row(a):
+        return jnp.broadcast_to(a, (b, t, h)).reshape(b, t * h)  # [B,R]
+
     rows = Rows(
         per_row(head), per_row(q_pos[..., None]),
         per_row((jnp.ones_like(q_pos) if q_run is None else q_run)[..., None]),
         per_row(jnp.zeros(h, F32) if sink is None else sink.astype(F32)),
     )
     if lengths is None:
-        lengths = jnp.asarray(np.full((b, 1), slots, np.int32))
-    lengths = lengths[:, None] if lengths.ndim == 1 else lengths
+        lengths = jnp.asarray(np.full((b, 1), slots, np.int32))  # [B,1]
+    lengths = lengths[:, None] if lengths.ndim == 1 else lengths  # [B,K|1]
     form = LogitSpec(mask, d**-0.5 if scale is None else scale, softcap, score)
     static = Static(form, h, heads, t, slots, page, 1, bits, sink is not None, 0,
                     interpret, backend)
@@ -188,6 +193,7 @@ def _back(static: Static, args, cotangents):
     lengths, table, rows, beside, q, k, v = args
     floats = {n: a for n, a in (("bias", beside.bias), ("k_scale", beside.k_scale),
                                 ("v_scale", beside.v_scale)) if a is not None}
+    # integers have no gradient
     if static.bits == 16:
         floats |= {"k": k, "v": v}
 
@@ -212,6 +218,7 @@ def unpacked(a: jax.Array, bits: int) -> jax.Array:
     if bits != 4:
         return a.astype(F32)
     wide = a.astype(jnp.int32)
+    # both halves with their signs: an int8 shift would lose the low one's
     return jnp.concatenate([(wide << 28) >> 28, wide >> 4], -1).astype(F32)
 
 
@@ -238,10 +245,15 @@ def _logits(static: Static, lengths, table, rows, beside, q, k):
     if static.bits < 16:
         k = unpacked(k, static.bits) * beside.k_scale[..., None]
     (b, t, h, _), s = q.shape, k.shape[1]
-    grouped = lambda a: a.reshape(b, t, heads, -1).transpose(0, 2, 3, 1)[..., None]
-    column = lambda a: a.transpose(0, 2, 1)[:, :, None, None]
-    queries = q.reshape(b, t, heads, h // heads, -1).astype(F32)
-    raw = jnp.einsum("btkgd,bskd->bkgts", queries, k.astype(F32))
+
+    def grouped(a):
+        return a.reshape(b, t, heads, -1).transpose(0, 2, 3, 1)[..., None]
+
+    def column(a):
+        return a.transpose(0, 2, 1)[:, :, None, None]  # [B,K,1,1,S]
+
+    queries = q.reshape(b, t, heads, h // heads, -1).astype(F32)  # [B,T,K,G,D]
+    raw = jnp.einsum("btkgd,bskd->bkgts", queries, k.astype(F32))  # [B,K,G,T,S]
     slot = jnp.arange(s, dtype=jnp.int32)[None, None, None, None]
     j = slot if beside.pos is None else column(beside.pos)
     h_, i = grouped(rows.head), grouped(rows.pos)
@@ -249,7 +261,7 @@ def _logits(static: Static, lengths, table, rows, beside, q, k):
     logit, _ = form.logits(raw, h_, i, j, bias)
     seen = (slot < lengths[:, :, None, None, None]) & (j >= 0)
     if table is not None:
-        real = jnp.repeat(table >= 0, s // table.shape[1], 1)
+        real = jnp.repeat(table >= 0, s // table.shape[1], 1)  # [B,S]
         seen = seen & real[:, None, None, None]
     if form.mask is not None:
         seen = seen & form.mask(h_, i, j)
@@ -265,22 +277,23 @@ def plain(static: Static, lengths, table, rows, beside, q, k, v):
     b, t, h = q.shape[:3]
     sink = rows.sink.reshape(b, t, static.key_heads, -1).transpose(0, 2, 3, 1)
     if static.sink:
-        s = jnp.concatenate([s, sink[..., None]], -1)
-    top = jax.lax.stop_gradient(s.max(-1, keepdims=True))
-    p = jnp.exp(s - jnp.where(jnp.isfinite(top), top, 0))
+        s = jnp.concatenate([s, sink[..., None]], -1)  # a logit without value
+    top = jax.lax.stop_gradient(s.max(-1, keepdims=True))  # a constant for the gradient
+    p = jnp.exp(s - jnp.where(jnp.isfinite(top), top, 0))  # no -inf - -inf
     total = p.sum(-1, keepdims=True)
     safe = jnp.where(total > 0, total, 1)
-    lse = jnp.where(total > 0, jnp.log(safe) + top, NEVER)[..., 0]
-    p = (p / safe)[..., :-1] if static.sink else p / safe
+    lse = jnp.where(total > 0, jnp.log(safe) + top, NEVER)[..., 0]  # L = m + log l
+    p = (p / safe)[..., :-1] if static.sink else p / safe  # without the sink
     v = _gathered(v, table)
     if static.bits < 16:
         v = unpacked(v, static.bits) * _gathered(beside.v_scale, table)[..., None]
-    o = jnp.einsum("bkgts,bskv->btkgv", p, v.astype(F32))
+    o = jnp.einsum("bkgts,bskv->btkgv", p, v.astype(F32))  # [B,T,K,G,V]
     return o.reshape(b, t, h, -1).astype(q.dtype), lse.reshape(b, h, t)
 
 
 def _statistics(static: Static, lengths, table, rows, beside, q, k, lse):
     """Sums of weights [B,S,K] by a second pass over the keys."""
+    # 0, not -inf, where nothing is seen: there 2^(-inf - 0) = 0
     base = jnp.where(jnp.isfinite(lse), lse * LOG2E, 0).transpose(0, 2, 1)
     base = base.reshape(base.shape[0], -1)
     rows, beside, q, k, base = jax.tree.map(

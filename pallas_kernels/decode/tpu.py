@@ -52,7 +52,7 @@ def _halves(a, bits: int, dtype):
     if bits == 8:
         return [a.astype(F32).astype(dtype)]
     wide = a.astype(jnp.int32)
-    parts = (wide << 28) >> 28, wide >> 4
+    parts = (wide << 28) >> 28, wide >> 4  # low and high, with signs
     return [part.astype(F32).astype(dtype) for part in parts]
 
 
@@ -62,11 +62,11 @@ def _scores(static, lengths, b, page, real, q, k, rows, beside):
     slot, kv = _columns(static, page)
     groups = static.heads // static.key_heads
     parts = _halves(k[0], static.bits, q.dtype)
-    widths = jnp.split(q, len(parts), 1)
+    widths = jnp.split(q, len(parts), 1)  # of q [R,D]
     # q k^T: [rows,D] by [columns,D] is [rows,columns], part by part
     raw = sum(dot(a, part, NT) for a, part in zip(widths, parts))
     if static.bits < 16:
-        raw = raw * beside.k_scale[0]
+        raw = raw * beside.k_scale[0]  # one factor a slot and head
     # row = query * H + head: which key head a row reads
     row = jax.lax.broadcasted_iota(jnp.int32, (q.shape[0], 1), 0)
     local = jnp.where(row < static.queries * static.heads,
@@ -75,9 +75,11 @@ def _scores(static, lengths, b, page, real, q, k, rows, beside):
     h, i = rows.head[0], rows.pos[0]
     bias = None if beside.bias is None else beside.bias[0]
     s, _ = form.logits(raw, h, i, j, bias, LOG2E)
+    # each column's limit is the length of its own key head: [1,columns]
     limit = jnp.zeros_like(slot)
     for n in range(static.key_heads):
         limit = jnp.where(kv == n, lengths[b * static.key_heads + n], limit)
+    # a row keeps the columns of its own key head
     seen = (local == kv) & (slot < jnp.minimum(limit, static.slots)) & (j >= 0) & real
     if form.mask is not None:
         seen = seen & form.mask(h, i, j)
@@ -109,10 +111,10 @@ def _attend(static, has_table, most, lengths, table, q, rows, pages, o_ref, lse_
 
     @pl.when(pl.program_id(1) == 0)
     def _start():
-        start = rows.sink[0] * LOG2E if static.sink else LOW
-        m_ref[...] = jnp.broadcast_to(start, m_ref.shape).astype(F32)
-        l_ref[...] = jnp.full(l_ref.shape, 1.0 if static.sink else 0.0, F32)
-        acc_ref[...] = jnp.zeros(acc_ref.shape, F32)
+        start = rows.sink[0] * LOG2E if static.sink else LOW  # a first logit
+        m_ref[...] = jnp.broadcast_to(start, m_ref.shape).astype(F32)  # [R,1]
+        l_ref[...] = jnp.full(l_ref.shape, 1.0 if static.sink else 0.0, F32)  # [R,1]
+        acc_ref[...] = jnp.zeros(acc_ref.shape, F32)  # [R,V]
 
     @pl.when(some)
     def _run():
@@ -121,11 +123,12 @@ def _attend(static, has_table, most, lengths, table, q, rows, pages, o_ref, lse_
             real = _real(static, table, b, first + n)
             s, seen = _scores(static, lengths, b, first + n, real, q[0], k, rows,
                               beside)
-            new = jnp.maximum(top, s.max(1, keepdims=True))
-            p, rescale = jnp.exp2(s - new), jnp.exp2(top - new)
+            new = jnp.maximum(top, s.max(1, keepdims=True))  # m' = max(m, rowmax S)
+            p, rescale = jnp.exp2(s - new), jnp.exp2(top - new)  # P, 2^(m - m')
             total = total * rescale + p.sum(1, keepdims=True)
             values = _halves(v[0], static.bits, q.dtype)
             if static.bits < 16:
+                # chosen, not multiplied by 0: a scale beyond the end may be nan
                 p = jnp.where(seen, p * beside.v_scale[0], 0)
             if static.slots % static.page:
                 # beyond the last slot lies anything
@@ -134,6 +137,7 @@ def _attend(static, has_table, most, lengths, table, q, rows, pages, o_ref, lse_
                 values = [jnp.where(at < left, a, 0) for a in values]
             # p v: [rows,columns] by [columns,V] is [rows,V]
             out = [dot(p.astype(q.dtype), a, NN) for a in values]
+            # of int4, both halves of V side by side
             acc = acc * rescale + (out[0] if len(out) == 1 else jnp.concatenate(out, 1))
             top = new
         m_ref[...], l_ref[...], acc_ref[...] = top, total, acc
@@ -142,8 +146,8 @@ def _attend(static, has_table, most, lengths, table, q, rows, pages, o_ref, lse_
     def _finish():
         total = l_ref[...]
         safe = jnp.where(total > 0, total, 1)
-        o_ref[0] = (acc_ref[...] / safe).astype(o_ref.dtype)
-        lse = (m_ref[...] + jnp.log2(safe)) * (1 / LOG2E)
+        o_ref[0] = (acc_ref[...] / safe).astype(o_ref.dtype)  # O / l
+        lse = (m_ref[...] + jnp.log2(safe)) * (1 / LOG2E)  # L = m + log l
         lse_ref[0] = jnp.where(total > 0, lse, NEVER)
 
 
@@ -157,7 +161,8 @@ def _weights(static, has_table, most, lengths, table, q, rows, pages, base, w_re
         for m, (k, _, beside) in enumerate(pages):
             real = _real(static, table, b, first + m)
             s, _ = _scores(static, lengths, b, first + m, real, q[0], k, rows, beside)
-            p = jnp.exp2(s - base[0])
+            p = jnp.exp2(s - base[0])  # P = 2^(s - L)
+            # rows of other key heads are hidden here, and so are 0
             w_ref[0, :, m * n:(m + 1) * n] = p.sum(0, keepdims=True)
 
     @pl.when(jnp.logical_not(some))
@@ -174,8 +179,8 @@ def _tall(a, rows: int, value=0):
 def _prepared(static, lengths, table, rows, beside, q, k, v):
     """Prefetched scalars, inputs and their blocks, and how many steps there are."""
     b = q.shape[0]
-    count = -(-static.queries * static.heads // 16) * 16
-    q = q.reshape(b, -1, q.shape[3])
+    count = -(-static.queries * static.heads // 16) * 16  # whole tiles of 16 bits
+    q = q.reshape(b, -1, q.shape[3])  # [B,R,D]
     q = jnp.pad(q, ((0, 0), (0, count - q.shape[1]), (0, 0)))
     rows = type(rows)(*(_tall(a, count, -1 if n == 0 else 0)
                         for n, a in enumerate(rows)))
@@ -185,7 +190,9 @@ def _prepared(static, lengths, table, rows, beside, q, k, v):
     has_table = table is not None
     scalars = most, lengths.reshape(-1), (
         table.reshape(-1).astype(jnp.int32) if has_table else jnp.zeros(1, jnp.int32))
-    whole = lambda a: pl.BlockSpec((1, *a.shape[1:]), lambda b, n, *s: (b, 0, 0))
+
+    def whole(a):
+        return pl.BlockSpec((1, *a.shape[1:]), lambda b, n, *s: (b, 0, 0))
 
     def at(m):
         """The block of the m-th page of a step: nothing new past the row's end."""
@@ -194,7 +201,7 @@ def _prepared(static, lengths, table, rows, beside, q, k, v):
             page = jnp.minimum(n * static.pages + m, last)
             if not has_table:
                 return b, page
-            return jnp.maximum(table[b * pages + page], 0), 0
+            return jnp.maximum(table[b * pages + page], 0), 0  # -1: fetched, never seen
         return index
 
     def cut(a, m):
@@ -213,7 +220,10 @@ def _prepared(static, lengths, table, rows, beside, q, k, v):
         return joined if a.ndim == 4 else joined[:, None]
 
     parts = (k, v, beside)
-    tree = lambda f: jax.tree.map(f, parts, is_leaf=lambda a: a is None)
+
+    def tree(f):
+        return jax.tree.map(f, parts, is_leaf=lambda a: a is None)
+
     inputs = [tree(flat)] * static.pages
     specs = [tree(functools.partial(cut, m=m)) for m in range(static.pages)]
     steps = -(-pages // static.pages)
@@ -230,6 +240,7 @@ def _launch(static, body, scalars, args, specs, steps, out, out_specs, scratch, 
             out_specs=out_specs, scratch_shapes=scratch),
         out_shape=out, interpret=static.interpret, name=name,
         compiler_params=pltpu.CompilerParams(
+            # steps of a row in order: m, l and o wait in scratch
             dimension_semantics=("parallel", "arbitrary"),
             vmem_limit_bytes=static.vmem),
     )(*scalars, *args)
@@ -241,7 +252,10 @@ def attend(static, lengths, table, rows, beside, q, k, v) -> tuple[Any, Any]:
     width = v.shape[3] * (2 if static.bits == 4 else 1)
     scalars, args, specs, steps, count = _prepared(
         static, lengths, table, rows, beside, q, k, v)
-    own = lambda n: pl.BlockSpec((1, count, n), lambda b, n, *s: (b, 0, 0))
+
+    def own(n):
+        return pl.BlockSpec((1, count, n), lambda b, n, *s: (b, 0, 0))
+
     o, lse = _launch(
         static, functools.partial(_attend, static, table is not None), scalars, args,
         list(specs), steps,
@@ -250,7 +264,7 @@ def attend(static, lengths, table, rows, beside, q, k, v) -> tuple[Any, Any]:
         [pltpu.VMEM((count, 1), F32)] * 2 + [pltpu.VMEM((count, width), F32)],
         "decode",
     )
-    o = o[:, :t * h].reshape(b, t, h, width)
+    o = o[:, :t * h].reshape(b, t, h, width)  # [B,T,H,V]
     return o, lse[:, :t * h, 0].reshape(b, t, h).transpose(0, 2, 1)
 
 

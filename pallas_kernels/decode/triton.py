@@ -70,7 +70,7 @@ def attend(static, lengths, table, rows, beside, q, k, v) -> tuple[Any, Any]:
     b, t, h, _ = q.shape
     call, x = _prepared(static, lengths, table, rows, beside, q, k, v)
     heads, width = k.shape[2], v.shape[3] * (2 if static.bits == 4 else 1)
-    lead = (call.splits, b, heads, call.queries)
+    lead = (call.splits, b, heads, call.queries)  # [splits,B,K,R]
     tiles = -(-call.queries // call.rows)
     one = call.splits == 1
     o, lse = _launch(
@@ -84,8 +84,8 @@ def attend(static, lengths, table, rows, beside, q, k, v) -> tuple[Any, Any]:
             call, _merge, (call.queries, heads, b), (o, lse),
             [jax.ShapeDtypeStruct((*lead[1:], width), q.dtype),
              jax.ShapeDtypeStruct(lead[1:], F32)], "decode_merge", 4, 1)
-    o = o.reshape(b, heads, t, -1, width).transpose(0, 2, 1, 3, 4)
-    lse = lse.reshape(b, heads, t, -1).transpose(0, 1, 3, 2)
+    o = o.reshape(b, heads, t, -1, width).transpose(0, 2, 1, 3, 4)  # [B,T,K,G,V]
+    lse = lse.reshape(b, heads, t, -1).transpose(0, 1, 3, 2)  # [B,K,G,T]
     return o.reshape(b, t, h, width), lse.reshape(b, h, t)
 
 
@@ -108,8 +108,9 @@ def splits(programs: int, tiles: int, cores: int) -> int:
     most = max(min(tiles, max(places // programs, 8)), 1)
 
     def busy(n: int) -> float:
+        # the share of places in use, over whole waves of programs
         full = n * programs / (-(-n * programs // places) * places)
-        return min(full, 0.95)
+        return min(full, 0.95)  # 5% idle count as none
 
     return max(range(1, most + 1), key=lambda n: (busy(n), -n))
 
@@ -135,7 +136,7 @@ def _prepared(static, lengths, table, rows, beside, q, k, v):
                 static.interpret)
     mine = functools.partial(_by_head, static)
     placed = static.form.mask is not None or static.form.score is not None
-    q = q.reshape(b, t, heads, h // heads, d).transpose(0, 2, 1, 3, 4)
+    q = q.reshape(b, t, heads, h // heads, d).transpose(0, 2, 1, 3, 4)  # [B,K,T,G,D]
     x = Arrays(
         q.reshape(b, heads, count, d), k, v, lengths,
         None if table is None else table.astype(jnp.int32),
@@ -164,18 +165,21 @@ def _attend(call: Call, x: Arrays, o_ref, lse_ref):
     def step(tile, carry):
         m, total, *accs = carry
         place = ctx.at(tile)
+        # q k^T [rows,columns], in base 2
         s = ctx.logits(queries, ctx.tile(x.k, place), place)
-        top = jnp.maximum(m, s.max(1)[:, None])
-        p, rescale = jnp.exp2(s - top), jnp.exp2(m - top)
+        top = jnp.maximum(m, s.max(1)[:, None])  # m' = max(m, rowmax S)
+        p, rescale = jnp.exp2(s - top), jnp.exp2(m - top)  # P, 2^(m - m')
         total = total * rescale + p.sum(1)[:, None]
         if x.v_scale is not None:
-            p = p * ctx.beside(x.v_scale, place)[None]
+            p = p * ctx.beside(x.v_scale, place)[None]  # one factor a slot
         p = p.astype(queries.parts[0].dtype)
         # p v: [rows,columns] by [columns,V] is [rows,V]; of int4 two halves of V
         outs = [dot(p, v, NN) for v in ctx.tile(x.v, place)]
         return top, total, *(acc * rescale + out for acc, out in zip(accs, outs))
 
-    full = lambda value: jnp.full((call.rows, 1), value, F32)
+    def full(value):
+        return jnp.full((call.rows, 1), value, F32)  # [rows,1]
+
     m, total = full(LOW), full(0.0)
     if x.sink is not None:
         # a sink is counted once
@@ -189,7 +193,7 @@ def _attend(call: Call, x: Arrays, o_ref, lse_ref):
     safe = jnp.where(some, total, 1.0)
     rows, width = pl.ds(row * call.rows, call.rows), x.v.shape[3]
     for half, acc in enumerate(accs):
-        out = acc / safe
+        out = acc / safe  # of this split alone
         cut = pl.ds(kv * 0 + half * width, power(width))
         triton.store(o_ref.at[n, b, kv, rows, cut], out.astype(o_ref.dtype),
                      mask=lanes(width, call.rows, queries.inside))
@@ -208,16 +212,17 @@ def _merge(call: Call, x, o_ref, lse_ref):
         inside = start + jax.lax.broadcasted_iota(jnp.int32, (size,), 0) < many
         return load(lses.at[pl.ds(start, size), b, kv, row], inside, NEVER), inside
 
-    zero = row * 0
-    all_, _ = found(zero, power(many))
-    top = jnp.maximum(all_.max(0), LOW)
-    total = jnp.exp2(all_ - top).sum(0)
+    zero = row * 0  # a traced 0
+    all_, _ = found(zero, power(many))  # lse of all splits
+    top = jnp.maximum(all_.max(0), LOW)  # no -inf - -inf
+    total = jnp.exp2(all_ - top).sum(0)  # sum of 2^(L_n - m)
 
     def step(n, acc):
         lse, inside = found(n * PARTS, PARTS)
         inside = lanes(o_ref.shape[3], PARTS, inside)
         part = load(parts.at[pl.ds(n * PARTS, PARTS), b, kv, row, pl.ds(zero, width)],
                     inside, 0)
+        # O = sum of O_n 2^(L_n - m) over sum of 2^(L_n - m)
         return acc + part * jnp.exp2(lse - top)[:, None]
 
     acc = jax.lax.fori_loop(0, -(-many // PARTS), step, jnp.zeros((PARTS, width), F32))
@@ -249,7 +254,7 @@ def _weights(call: Call, x: Arrays, w_ref):
         def add(row, found):
             queries = ctx.queries(row) if first is None else first
             s = ctx.logits(queries, k, place)
-            return found + jnp.exp2(s - queries.base).sum(0)
+            return found + jnp.exp2(s - queries.base).sum(0)  # P = 2^(s - L)
 
         found = jnp.zeros((size,), F32)
         found = add(0, found) if many == 1 else jax.lax.fori_loop(0, many, add, found)

@@ -94,14 +94,16 @@ class Head:
         """Where a tile of slots lies."""
         call, size, table = self.call, self.call.columns, self.x.table
         start = tile * size
-        slot = start + jax.lax.broadcasted_iota(jnp.int32, (size,), 0)
+        slot = start + jax.lax.broadcasted_iota(jnp.int32, (size,), 0)  # [columns]
         inside = slot < self.length
         if table is None:
             return At(self.b, pl.ds(start, size), slot, inside)
         if call.inner:
             page = table[self.b, jax.lax.div(start, call.page)]
             cut = pl.ds(jax.lax.rem(start, call.page), size)
+            # -1 is no page: page 0 is named, and nothing is read
             return At(jnp.maximum(page, 0), cut, slot, inside & (page >= 0))
+        # each slot's own page [columns]; the last tile may pass the table
         own = jnp.minimum(jax.lax.div(slot, call.page), table.shape[1] - 1)
         page = load(table.at[self.b, own], inside, -1)
         token = jax.lax.rem(slot, call.page)
@@ -113,7 +115,9 @@ class Head:
         size, width = self.call.columns, ref.shape[3]
         if isinstance(at.token, jax.Array):
             # the interpreter takes arrays of indices for all axes only
-            each = lambda n: jnp.broadcast_to(n, (size, power(width)))
+            def each(n):
+                return jnp.broadcast_to(n, (size, power(width)))
+
             lane = jax.lax.broadcasted_iota(jnp.int32, (size, power(width)), 1)
             cut = ref.at[each(at.row[:, None]), each(at.token[:, None]), each(self.kv),
                          lane]
@@ -140,7 +144,7 @@ class Head:
         inside = None
         if call.queries % call.rows:
             row = jax.lax.broadcasted_iota(jnp.int32, (call.rows,), 0)
-            inside = start + row < call.queries
+            inside = start + row < call.queries  # rows that there are
         rows = pl.ds(start, call.rows)
 
         def vector(ref, other):
@@ -152,8 +156,8 @@ class Head:
         halves, width = (2, width // 2) if call.bits == 4 else (1, width)
         parts = []
         for n in range(halves):
-            cut = pl.ds(self.kv * 0 + n * width, power(width))
-            parts.append(load(x.q.at[self.b, self.kv, rows, cut],
+            cut = pl.ds(self.kv * 0 + n * width, power(width))  # a half of D
+            parts.append(load(x.q.at[self.b, self.kv, rows, cut],  # [rows,width]
                               lanes(width, call.rows, inside), 0))
         return Queries(parts, inside, vector(x.head, 0), vector(x.q_pos, 0),
                        vector(x.q_run, 0), vector(x.sink, 0), vector(x.base, -NEVER))
@@ -166,16 +170,16 @@ class Head:
         if call.bits == 4:
             raw = raw + dot(queries.parts[1], k[1], NT)
         if x.k_scale is not None:
-            raw = raw * self.beside(x.k_scale, at)[None]
-        j = at.slot if x.pos is None else self.beside(x.pos, at, -1)
+            raw = raw * self.beside(x.k_scale, at)[None]  # one factor a slot
+        j = at.slot if x.pos is None else self.beside(x.pos, at, -1)  # [columns]
         bias = None if x.bias is None else self.beside(x.bias, at)[None]
         s, _ = form.logits(raw, queries.head, queries.pos, j[None], bias, LOG2E)
-        seen = at.inside if x.pos is None else at.inside & (j >= 0)
+        seen = at.inside if x.pos is None else at.inside & (j >= 0)  # -1: empty
         if x.run is not None:
             run = self.beside(x.run, at)
             seen = (seen & (run > 0))[None] & (queries.run == run[None])
         else:
-            seen = seen[None]
+            seen = seen[None]  # [1,columns]
         if form.mask is not None:
             seen = both(seen, form.mask(queries.head, queries.pos, j[None]))
         return jnp.where(seen, s, NEVER)

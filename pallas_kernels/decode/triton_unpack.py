@@ -42,8 +42,8 @@ SEVEN = """{{
  fma.rn.{kind}x2 $0, $0, one, less;
  fma.rn.{kind}x2 $1, $1, one, more;
 }}"""
-BF16 = {"kind": "bf16", "big": "0x43434343", "one": "0x3F803F80"}
-F16 = {"kind": "f16", "big": "0x64646464", "one": "0x3C003C00"}
+BF16 = {"kind": "bf16", "big": "0x43434343", "one": "0x3F803F80"}  # 128, 1
+F16 = {"kind": "f16", "big": "0x64646464", "one": "0x3C003C00"}  # 1024, 1
 HALF = {"bits": "0x0F0F0F0F", "sign": "0x08080808"}
 WHOLE = {"bits": "0xFFFFFFFF", "sign": "0x80808080"}
 KNOWN = {
@@ -67,7 +67,7 @@ def widened(a, bits: int, dtype, ones=None, interpret: Any = False) -> list[Any]
         parts = [a]
         if bits == 4:
             wide = a.astype(jnp.int32)
-            parts = [(wide << 28) >> 28, wide >> 4]
+            parts = [(wide << 28) >> 28, wide >> 4]  # low and high, with signs
         return [n.astype(dtype) * (1 if ones is None else ones) for n in parts]
     args, registers, one = [a], "=r,=r,r", None
     if ones is not None:

@@ -119,19 +119,33 @@ def sides(beta, log_decay, run, step: int) -> jax.Array:
     b, t, h = beta.shape
     run = jnp.ones((1, t), jnp.int32) if run is None else run
     run = jnp.pad(run, ((0, 0), (0, -t % step)))
-    split = lambda a: a.reshape(a.shape[0], -1, CHUNK, a.shape[2]).transpose(0, 3, 1, 2)
-    real = lambda a: split(jnp.where((run > 0)[..., None], jnp.pad(
-        a.astype(F32), ((0, 0), (0, -t % step), (0, 0))), 0))
+
+    def split(a):
+        return a.reshape(a.shape[0], -1, CHUNK, a.shape[2]).transpose(0, 3, 1, 2)
+
+    def real(a):
+        there = (run > 0)[..., None]
+        a = jnp.pad(a.astype(F32), ((0, 0), (0, -t % step), (0, 0)))
+        return split(jnp.where(there, a, 0))
+
     shape = b, h, run.shape[1] // CHUNK, CHUNK
     coarse = fine = later = jnp.zeros((1, 1, *shape[2:]), F32)
     if log_decay is not None:
         g = jnp.maximum(log_decay.astype(F32), FLOOR)
         coarse, fine, later = _clocks(real(jnp.broadcast_to(g, beta.shape)))
+    # the run of the last token before that is no padding; 1 where there is none
     present = jax.lax.cummax(jnp.pad(run, ((0, 0), (1, 0)), constant_values=1), axis=1)
     first, last = (
         a[:, None, :, None] for a in (present[:, :-1:CHUNK], present[:, CHUNK::CHUNK]))
-    r, end = split(run[..., None]), lambda a: a[..., -1:]
-    of = lambda a: (r == a) & (r > 0)
+    r = split(run[..., None])
+
+    def of(a):
+        return (r == a) & (r > 0)
+
+    def end(a):
+        return a[..., -1:]
+
+    # the state that a chunk begins with belongs to the run before it
     enter = jnp.where(of(first), jnp.exp(coarse + fine), 0)
     keep = jnp.where(first == last, jnp.exp(end(coarse) + end(fine)), 0)
     keep = jnp.pad(keep, ((0, 0), (0, 0), (0, 0), (0, CHUNK - 1)))
@@ -145,6 +159,7 @@ def _clocks(g) -> tuple[jax.Array, ...]:
     """Log decays from the chunk's beginning to a token, itself included: multiples of
     1/256, whose sums are exact, and a small rest, so that the decay of two neighbours
     stays exact behind one that decays strongly; and from behind a token to the end."""
+    # the gradient goes by the rest: step and rest are g, and step is a constant
     step = jax.lax.stop_gradient(jnp.round(g * 256) / 256)
     behind = jnp.pad(g[..., 1:], ((0, 0),) * 3 + ((0, 1),))
     return (jnp.cumsum(step, 3), jnp.cumsum(g - step, 3),
@@ -171,8 +186,12 @@ def _back(static: Static, saved, cotangents):
     d_final, do = cotangents
     found = _kernels(static).backward(static, side, q, k, v, kept, d_final, do)
     d_side, dq, dk, dv, d_state = found
-    share = lambda a, like: a.reshape(
-        *like.shape[:3], -1, like.shape[3]).sum(3).astype(like.dtype)
+
+    # over the heads that share a query or key head
+    def share(a, like):
+        a = a.reshape(*like.shape[:3], -1, like.shape[3])
+        return a.sum(3).astype(like.dtype)
+
     return d_side, share(dq, q), share(dk, k), share(dv, v), d_state
 
 

@@ -43,10 +43,12 @@ def decays(own: Side, row: Side, gated: bool) -> jax.Array:
     """What token j (a column) still counts at token i (a row): exp of the log decay
     between them where j <= i and both are of one run, else 0."""
     i, j = grid()
-    seen = (i >= j) & (own.run == row.run) & (own.run > 0)
+    seen = (i >= j) & (own.run == row.run) & (own.run > 0)  # [CHUNK,CHUNK]
     if not gated:
         return jnp.where(seen, 1.0, 0.0)
+    # coarse sums are multiples of 1/256, whose difference is exact
     between = (own.coarse - row.coarse) + (own.fine - row.fine)
+    # masked before exp, too: for j > i the exponent is positive and may overflow
     return jnp.where(seen, jnp.exp(jnp.where(seen, between, 0.0)), 0.0)
 
 
@@ -61,11 +63,12 @@ def merged(xs: list, systems: list, dot: Callable, block: int = BLOCK) -> list:
     the diagonal: two blocks and the corner E below them are one, with corner -x E x."""
     (i, j), size = grid(), block.bit_length() - 1
     while 1 << size < CHUNK:
+        # corners E: rows of an odd block, columns of the even one before it
         below = ((i >> size) == (j >> size) + 1) & (((i >> size) & 1) == 1)
         corners = [jnp.where(below, a, 0.0) for a in systems]
         # -x E x, the corner below two inverted blocks: [CHUNK,CHUNK] each
-        corners = [dot(corner, x) for corner, x in zip(corners, xs)]
-        xs = [x - dot(x, corner) for corner, x in zip(corners, xs)]
+        corners = [dot(corner, x) for corner, x in zip(corners, xs)]  # E x
+        xs = [x - dot(x, corner) for corner, x in zip(corners, xs)]  # x - x E x
         size += 1
     return xs
 
@@ -75,11 +78,12 @@ def halved(dot: Callable) -> Callable:
     bfloat16: three products of parts."""
     def product(a, b):
         (a, a_rest), (b, b_rest) = _halves(a), _halves(b)
+        # all but the product of both rests
         return dot(a, b) + (dot(a, b_rest) + dot(a_rest, b))
 
     return product
 
 
 def _halves(a):
-    high = a.astype(jnp.bfloat16)
+    high = a.astype(jnp.bfloat16)  # its first 8 bits
     return high, (a - high.astype(F32)).astype(jnp.bfloat16)

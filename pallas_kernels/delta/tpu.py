@@ -29,12 +29,13 @@ def inverses(systems: list, exact: bool) -> list:
     """(I + a)^-1 of each strictly lower triangular a [CHUNK,CHUNK]."""
     i, j = grid()
     many = CHUNK // BLOCK
-    own = (i // BLOCK) == (j // BLOCK)
+    own = (i // BLOCK) == (j // BLOCK)  # blocks on the diagonal
     blocks = [jnp.where(own, a, 0.0) for a in systems]
     # the lanes of every block on those of the first
     blocks = [sum_of(a[:, n * BLOCK:(n + 1) * BLOCK] for n in range(many))
               for a in blocks]
-    a = jnp.concatenate(blocks)
+    a = jnp.concatenate(blocks)  # [systems * CHUNK,BLOCK]
+    # I for each system, one below the other
     x = jnp.concatenate([jnp.where(i == j, 1.0, 0.0)] * len(systems))
     apart = -1, BLOCK, CHUNK
     for n in range(BLOCK - 1):  # row n of every block is done: out of those below
@@ -42,7 +43,8 @@ def inverses(systems: list, exact: bool) -> list:
         row = jnp.broadcast_to(row, x.reshape(apart).shape).reshape(x.shape)
         x = x - a[:, n:n + 1] * row
     xs = [x[m * CHUNK:(m + 1) * CHUNK] for m in range(len(systems))]
-    product = lambda x, y: dot(x, y, NN)
+    product = functools.partial(dot, contract=NN)
+    # float32 by three products of bfloat16, unless it is to be exact
     return merged(xs, systems, product if exact else halved(product))
 
 
@@ -53,7 +55,7 @@ def sum_of(parts):
 
 def _sides(side):
     """Columns and rows of a chunk's numbers [8,CHUNK]."""
-    turned = side.T
+    turned = side.T  # [CHUNK,8]
     fields = range(len(Side._fields))
     return (Side(*(turned[:, n:n + 1] for n in fields)),
             Side(*(side[n:n + 1] for n in fields)))
@@ -77,15 +79,15 @@ def _forward(static, keep: bool, side_ref, q_ref, k_ref, v_ref, start_ref, o_ref
     for m in range(static.pieces):  # what needs no state: all chunks side by side
         q, k = _cut((q_ref, k_ref), m)
         own, row = _sides(side_ref[0, 0, m])
-        decay = decays(own, row, static.gated)
+        decay = decays(own, row, static.gated)  # [CHUNK,CHUNK], 0 for j > i
         # k k^T and q k^T: [CHUNK,D] by [CHUNK,D] is [CHUNK,CHUNK]
-        systems.append(strict(own.beta * decay * dot(k, k, NT)))
+        systems.append(strict(own.beta * decay * dot(k, k, NT)))  # A, j < i
         ready.append((own, row, (static.scale * decay * dot(q, k, NT)).astype(low)))
     s, xs = state[...], inverses(systems, low == F32)
     for m, (own, row, p) in enumerate(ready):
         x = xs[m].astype(low)
         q, k, v = _cut((q_ref, k_ref, v_ref), m)
-        held = s.astype(low)
+        held = s.astype(low)  # S [D,V]
         # r = v - enter k S, u = X beta r, o = scale (enter q S + P u): [CHUNK,V]
         r = v.astype(F32) - own.enter * dot(k, held, NN)
         u = dot(x, (own.beta * r).astype(low), NN)
@@ -110,7 +112,7 @@ def _backward(static, side_ref, q_ref, k_ref, v_ref, do_ref, states_ref, x_ref, 
     def _():
         grad[...] = end_ref[0, 0]
 
-    ds = grad[...]
+    ds = grad[...]  # [D,V]
     for m in reversed(range(static.pieces)):
         found = _gradients(
             static, _cut((q_ref, k_ref, v_ref, do_ref), m), _sides(side_ref[0, 0, m]),
@@ -132,30 +134,36 @@ def _gradients(static, given, sides, held, x, ds):
     low, dsl, scale = q.dtype, ds.astype(q.dtype), static.scale
     # the forward pass of the chunk
     decay = decays(own, row, static.gated)
-    kk, qk = strict(decay * dot(k, k, NT)), dot(q, k, NT)
-    ks = dot(k, held, NN)
-    r = v.astype(F32) - own.enter * ks
-    u = dot(x, (own.beta * r).astype(low), NN)
+    kk, qk = strict(decay * dot(k, k, NT)), dot(q, k, NT)  # [CHUNK,CHUNK]
+    ks = dot(k, held, NN)  # k S [CHUNK,V]
+    r = v.astype(F32) - own.enter * ks  # [CHUNK,V]
+    u = dot(x, (own.beta * r).astype(low), NN)  # [CHUNK,V]
     ul = u.astype(low)
     # u, and through the system what stands on its right: y is the gradient of beta r
-    later = dot(k, dsl, NN)
+    later = dot(k, dsl, NN)  # k dS' [CHUNK,V]
+    # du = P^T do + leave k dS', y = X^T du: [CHUNK,V]
     du = dot((scale * decay * qk).astype(low), do, TN) + own.leave * later
     y = dot(x, du.astype(low), TN)
-    dr = own.beta * y
+    dr = own.beta * y  # dv
     away = (own.enter * dr).astype(low)  # minus the gradient of k S
+    # dS = keep dS' - k^T (enter dr) + q^T (scale enter do): [D,V]
     before = row.keep[:, :1] * ds - dot(k, away, TN)
     before = before + dot(q, ((scale * own.enter) * do.astype(F32)).astype(low), TN)
     # pairs of tokens
-    dp = scale * decay * dot(do, ul, NT)
-    da = -strict(dot(y.astype(low), ul, NT))
+    dp = scale * decay * dot(do, ul, NT)  # d(q k^T)
+    da = -strict(dot(y.astype(low), ul, NT))  # dA = -y u^T, j < i
     pair = strict(dp * qk + own.beta * kk * da)  # weights times their gradients
-    dpl, dkk = dp.astype(low), (own.beta * decay * da).astype(low)
-    from_state = dot(do, held, NT)
-    dq = (scale * own.enter) * from_state + dot(dpl, k, NN)
+    dpl, dkk = dp.astype(low), (own.beta * decay * da).astype(low)  # d(k k^T)
+    from_state = dot(do, held, NT)  # do S^T [CHUNK,D]
+    dq = (scale * own.enter) * from_state + dot(dpl, k, NN)  # [CHUNK,D]
+    # k stands in q k^T, in k^T (leave u), in k S and twice in k k^T
     dk = dot(dpl, q, TN) + dot((own.leave * u).astype(low), dsl, NT)
     dk = dk - dot(away, held, NT) + dot(dkk, k, NN) + dot(dkk, k, TN)
+
     # numbers of the tokens: columns, then what is a row already
-    across = lambda a: a.sum(1, keepdims=True)
+    def across(a):
+        return a.sum(1, keepdims=True)
+
     columns = {
         "beta": across(y * r) + across(kk * da), "fine": across(pair),
         "enter": scale * across(q.astype(F32) * from_state) - across(dr * ks),
@@ -164,9 +172,10 @@ def _gradients(static, given, sides, held, x, ds):
     at = Side._fields.index
     lane = jax.lax.broadcasted_iota(jnp.int32, (CHUNK, ROWS), 1)
     placed = [jnp.where(lane == at(name), a, 0.0) for name, a in columns.items()]
-    side = sum_of(placed).T
+    side = sum_of(placed).T  # [ROWS,CHUNK]
     i, j = (jax.lax.broadcasted_iota(jnp.int32, side.shape, n) for n in (0, 1))
-    kept = jnp.sum(ds * held.astype(F32))
+    kept = jnp.sum(ds * held.astype(F32))  # d(keep)
+    # a log decay counts against the earlier token of a pair
     side = side - jnp.where(i == at("fine"), pair.sum(0, keepdims=True), 0.0)
     side = side + jnp.where((i == at("keep")) & (j == 0), kept, 0.0)
     return dq, dk, dr, side, before
@@ -183,7 +192,9 @@ def _launch(static, body, args, outs, scratch, reverse: bool, name: str) -> Any:
     [B,H,N,..], "tokens" [B,.,T,.], "state" [B,H,D,V]."""
     b, h, many = args[0][1].shape[:3]
     steps = many // static.pieces
-    at = lambda n: steps - 1 - n if reverse else n
+
+    def at(n):
+        return steps - 1 - n if reverse else n
 
     def spec(kind, a):
         if kind == "chunk":
@@ -200,6 +211,7 @@ def _launch(static, body, args, outs, scratch, reverse: bool, name: str) -> Any:
         out_specs=[spec(*one) for one in outs], out_shape=[a for _, a in outs],
         scratch_shapes=[scratch], interpret=static.interpret, name=name,
         compiler_params=pltpu.CompilerParams(
+            # chunks of a head in order: the state waits in scratch
             dimension_semantics=("parallel", "parallel", "arbitrary"),
             vmem_limit_bytes=static.vmem,
         ),
@@ -232,9 +244,12 @@ def backward(static, side, q, k, v, kept, d_final, do):
             *(("tokens", _laid(a, many * CHUNK)) for a in (q, k, v, do)),
             ("chunk", states), ("chunk", x), ("state", d_final)]
     out = jax.ShapeDtypeStruct
+
     # what several heads share is added up in float32
-    tokens = lambda a: ("tokens", out(
-        (b, h, many * CHUNK, a.shape[3]), a.dtype if a.shape[2] == h else F32))
+    def tokens(a):
+        kind = a.dtype if a.shape[2] == h else F32
+        return "tokens", out((b, h, many * CHUNK, a.shape[3]), kind)
+
     outs = [("chunk", out(side.shape, F32)), *map(tokens, (q, k, v)),
             ("state", out(d_final.shape, F32))]
     d_side, *grads, d_state = _launch(

@@ -51,20 +51,25 @@ def inverse(a, block: int):
     blocks of `block` rows, which are merged by products."""
     many = CHUNK // block
     shape = many, block, many, block
-    iota = lambda shape, n: jax.lax.broadcasted_iota(jnp.int32, shape, n)
-    own = iota(shape, 0) == iota(shape, 2)
-    blocks = jnp.where(own, a.reshape(shape), 0.0).sum(2)
+
+    def iota(shape, n):
+        return jax.lax.broadcasted_iota(jnp.int32, shape, n)
+
+    own = iota(shape, 0) == iota(shape, 2)  # blocks on the diagonal
+    blocks = jnp.where(own, a.reshape(shape), 0.0).sum(2)  # [many,block,block]
     i, j = (iota(blocks.shape, n) for n in (1, 2))
 
     def out_of_those_below(n, x):
-        column = jnp.where(j == n, blocks, 0.0).sum(2)
-        row = jnp.where(i == n, x, 0.0).sum(1)
+        column = jnp.where(j == n, blocks, 0.0).sum(2)  # of a [many,block]
+        row = jnp.where(i == n, x, 0.0).sum(1)  # of x [many,block]
+        # row n of x is final: it is taken out of the rows below
         return x - column[:, :, None] * row[:, None, :]
 
-    x = jnp.where(i == j, 1.0, 0.0)
+    x = jnp.where(i == j, 1.0, 0.0)  # I, before anything is solved
     x = jax.lax.fori_loop(0, block - 1, out_of_those_below, x)
+    # blocks back on the diagonal of [CHUNK,CHUNK]
     x = jnp.where(own, jnp.broadcast_to(x[:, :, None], shape), 0.0)
-    product = halved(lambda x, y: dot(x, y, NN))
+    product = halved(functools.partial(dot, contract=NN))  # float32 by bfloat16
     return merged([x.reshape(CHUNK, CHUNK)], [a], product, block)[0]
 
 
@@ -73,13 +78,13 @@ def _inside(static, heads: int, rows: int, side, q_ref, k_ref, x_ref, p_ref):
     n, h, b = (pl.program_id(a) for a in range(3))
     ctx = ChunkContext(static, b, h, heads)
     own, row = ctx.sides(side, n)
-    decay = decays(own, row, static.gated)
-    qk, kk = ctx.pairs(n, rows, k_ref, q_ref, k_ref)
-    p = static.scale * decay * qk
+    decay = decays(own, row, static.gated)  # [CHUNK,CHUNK], 0 for j > i
+    qk, kk = ctx.pairs(n, rows, k_ref, q_ref, k_ref)  # q k^T, k k^T
+    p = static.scale * decay * qk  # P
     triton.store(p_ref.at[b, h, n], p.astype(p_ref.dtype))
-    a = strict(own.beta * decay * kk)
+    a = strict(own.beta * decay * kk)  # A = beta decay k k^T, j < i
     # to be exact, substitution takes fewer instructions than products of float32
-    x = inverse(a, CHUNK if k_ref.dtype == F32 else BLOCK)
+    x = inverse(a, CHUNK if k_ref.dtype == F32 else BLOCK)  # X = (I + A)^-1
     triton.store(x_ref.at[b, h, n], x.astype(x_ref.dtype))
 
 
@@ -90,22 +95,23 @@ def _forward(static, heads: int, columns: int, side, q_ref, k_ref, v_ref, x_ref,
     ctx, first = ChunkContext(static, b, h, heads), c * columns
 
     def step(n, state):
-        q, k = ctx.tokens(q_ref, n), ctx.tokens(k_ref, n)
+        q, k = ctx.tokens(q_ref, n), ctx.tokens(k_ref, n)  # [CHUNK,D]
         beta, enter, leave = ctx.columns(side, n, "beta", "enter", "leave")
-        held = state.astype(k.dtype)
+        held = state.astype(k.dtype)  # S [D,columns]
         if states_ref:
             put(states_ref[0], (b, h, n), first, held)
-        v = ctx.tokens(v_ref, n, first, columns).astype(F32)
+        v = ctx.tokens(v_ref, n, first, columns).astype(F32)  # [CHUNK,columns]
         # r = beta (v - enter k S), u = X r, o = scale enter q S + P u: [CHUNK,columns]
         r = beta * (v - enter * dot(k, held, NN))
         u = dot(load(x_ref.at[b, h, n], None, 0), r.astype(k.dtype), NN)
         o = (static.scale * enter) * dot(q, held, NN)
         o = o + dot(load(p_ref.at[b, h, n], None, 0), u.astype(k.dtype), NN)
         ctx.write(o_ref, o, n, first)
+        # S' = keep S + k^T (leave u): [CHUNK,D] by [CHUNK,columns] is [D,columns]
         return (ctx.keep(side, n) * state
                 + dot(k, (leave * u).astype(k.dtype), TN))
 
-    start = _begin(start_ref, b, h, first, columns)
+    start = _begin(start_ref, b, h, first, columns)  # [D,columns]
     state = jax.lax.fori_loop(0, side.shape[2], step, start)
     put(final_ref, (b, h), first, state)
 
@@ -120,15 +126,16 @@ def _reverse(static, heads: int, columns: int, side, q_ref, k_ref, do_ref, x_ref
     def step(i, grad):
         n = many - 1 - i
         q, k = ctx.tokens(q_ref, n), ctx.tokens(k_ref, n)
-        do = ctx.tokens(do_ref, n, first, columns)
+        do = ctx.tokens(do_ref, n, first, columns)  # [CHUNK,columns]
         beta, enter, leave = ctx.columns(side, n, "beta", "enter", "leave")
-        held = grad.astype(k.dtype)
+        held = grad.astype(k.dtype)  # dS' [D,columns]
         put(grads_ref, (b, h, n), first, held)
         # du = P^T do + leave k dS', y = X^T du: [CHUNK,columns]
         du = dot(load(p_ref.at[b, h, n], None, 0), do, TN)
         du = du + leave * dot(k, held, NN)
         y = dot(load(x_ref.at[b, h, n], None, 0), du.astype(k.dtype), TN)
         ctx.write(y_ref, y, n, first)
+        # dS = keep dS' - k^T (enter beta y) + q^T (scale enter do): [D,columns]
         grad = ctx.keep(side, n) * grad
         grad = grad - dot(k, (enter * beta * y).astype(k.dtype), TN)
         entered = (static.scale * enter) * do.astype(F32)
@@ -177,14 +184,20 @@ def backward(static, side, q, k, v, kept, d_final, do):
     (b, h, many), (d, width) = side.shape[:3], d_final.shape[2:]
     out, (*_, tile, values, keys) = jax.ShapeDtypeStruct, static.tiles
     states, x, p = kept
-    wide = lambda a, kind: out((b, static.t, h, a.shape[3]), kind)
+
+    def wide(a, kind):
+        return out((b, static.t, h, a.shape[3]), kind)
+
     outs = [wide(v, q.dtype), out(states.shape, q.dtype), out(d_final.shape, F32)]
     y, grads, d_state = _launch(
         static, tile, functools.partial(_reverse, static, h, tile.block_v),
         (-(-width // tile.block_v), h, b), (side, q, k, do, x, p, d_final), outs,
         "delta_backward_states")
+
     # what several heads share is added up in float32
-    own = lambda a: wide(a, a.dtype if a.shape[2] == h else F32)
+    def own(a):
+        return wide(a, a.dtype if a.shape[2] == h else F32)
+
     outs = [out(side.shape, F32), own(v), wide(v, q.dtype),
             *[out((b, h, many, CHUNK, CHUNK), q.dtype)] * 2]
     dside, dv, left, dp, dkk = _launch(
@@ -196,6 +209,7 @@ def backward(static, side, q, k, v, kept, d_final, do):
         static, keys, functools.partial(gradients.keys, static, h, keys),
         (many * parts, h, b), (side, q, k, do, y, left, states, grads, dp, dkk),
         [own(q), own(k), out((b, h, parts, many, CHUNK), F32)], "delta_backward_keys")
+    # what queries ask of the state is known by parts of the key channels
     row = jax.lax.broadcasted_iota(jnp.int32, side.shape, 3)
     enter = row == Side._fields.index("enter")
     dside = dside + jnp.where(enter, denter.sum(2)[:, :, :, None], 0.0)

@@ -39,15 +39,17 @@ def values(static, heads: int, tile: DeltaTriton, side, q_ref, k_ref, v_ref, do_
                                  kept)
         v, do, y = (ctx.tokens(ref, n, first, columns)
                     for ref in (v_ref, do_ref, y_ref))
+        # r = v - enter k S, u = X (beta r): [CHUNK,columns]
         r = v.astype(F32) - enter * ks
         u = dot(load(x_ref.at[b, h, n], None, 0), (beta * r).astype(low), NN)
-        dr = beta * y.astype(F32)
-        ctx.write(dv_ref, dr, n, first)
+        dr = beta * y.astype(F32)  # y is the gradient of beta r
+        ctx.write(dv_ref, dr, n, first)  # dv = dr
         ctx.write(left_ref, leave * u, n, first)
-        dbeta = dbeta + (y.astype(F32) * r).sum(1)
-        denter = denter - (dr * ks).sum(1)
-        dleave = dleave + (u * kd).sum(1)
+        dbeta = dbeta + (y.astype(F32) * r).sum(1)  # beta in beta r
+        denter = denter - (dr * ks).sum(1)  # enter in -enter k S
+        dleave = dleave + (u * kd).sum(1)  # leave in k^T (leave u)
         u = u.astype(low)
+        # dP += do u^T and dA -= y u^T: [CHUNK,CHUNK]
         return (dbeta, denter, dleave, kept, dp + dot(do, u, NT),
                 da - dot(y, u, NT))
 
@@ -55,16 +57,19 @@ def values(static, heads: int, tile: DeltaTriton, side, q_ref, k_ref, v_ref, do_
     dbeta, denter, dleave, kept, dp, da = for_each_part(
         v_ref.shape[3], columns, step,
         (zeros, zeros, zeros, jnp.zeros((rows,), F32), square, square))
-    qk, kk = ctx.pairs(n, rows, k_ref, q_ref, k_ref)
+    qk, kk = ctx.pairs(n, rows, k_ref, q_ref, k_ref)  # q k^T, k k^T
     own, row = ctx.sides(side, n)
-    decay = decays(own, row, static.gated)
+    decay = decays(own, row, static.gated)  # [CHUNK,CHUNK], 0 for j > i
     kk, da = strict(decay * kk), strict(da)
-    dp = static.scale * decay * dp
+    dp = static.scale * decay * dp  # d(q k^T)
+    # weights times their gradients: what the decay between two tokens gets
     pair = strict(dp * qk + own.beta * kk * da)
     triton.store(dp_ref.at[b, h, n], dp.astype(low))
-    dkk = own.beta * decay * da
+    dkk = own.beta * decay * da  # d(k k^T)
+    # k stands on both sides of k k^T
     triton.store(dkk_ref.at[b, h, n], (dkk + dkk.T).astype(low))
     lane = jax.lax.broadcasted_iota(jnp.int32, (CHUNK,), 0)
+    # a log decay counts at the later token of a pair, and against the earlier one's
     found = Side(dbeta + (kk * da).sum(1), zeros, pair.sum(1) - pair.sum(0), zeros,
                  denter, dleave, jnp.where(lane == 0, kept.sum(0), 0.0))
     for at in range(ROWS):
@@ -80,11 +85,12 @@ def _by_state(ctx, n, tile: DeltaTriton, first, k_ref, states_ref, grads_ref, ke
 
     def step(i, carry):
         ks, kd, kept = carry
-        k = ctx.tokens(k_ref, n, i * rows, rows)
+        k = ctx.tokens(k_ref, n, i * rows, rows)  # [CHUNK,rows]
         held, ds = (read(part(ref, (ctx.b, ctx.h, n), i * rows, rows, first, columns))
                     for ref in (states_ref, grads_ref))
+        # d(keep): the sum of S dS'
         kept = kept + (held.astype(F32) * ds.astype(F32)).sum(1)
-        return ks + dot(k, held, NN), kd + dot(k, ds, NN), kept
+        return ks + dot(k, held, NN), kd + dot(k, ds, NN), kept  # k S, k dS'
 
     zeros = jnp.zeros((CHUNK, columns), F32)
     return for_each_part(k_ref.shape[3], rows, step, (zeros, zeros, kept))
@@ -110,15 +116,18 @@ def keys(static, heads: int, tile: DeltaTriton, side, q_ref, k_ref, do_ref, y_re
                        for ref in (do_ref, y_ref, left_ref))
         held, ds = (read(part(ref, (b, h, n), top, rows, first, columns))
                     for ref in (states_ref, grads_ref))
-        dr = (enter * beta * y.astype(F32)).astype(y.dtype)
+        dr = (enter * beta * y.astype(F32)).astype(y.dtype)  # -d(k S)
+        # dk += (leave u) dS'^T - (enter beta y) S^T: [CHUNK,rows]
         dk = dk + dot(left, ds, NT) - dot(dr, held, NT)
-        return from_state + dot(do, held, NT), dk
+        return from_state + dot(do, held, NT), dk  # do S^T
 
     zeros = jnp.zeros((CHUNK, rows), F32)
     from_state, dk = for_each_part(do_ref.shape[3], columns, step, (zeros, zeros))
     q, k = (ctx.tokens(ref, n, top, rows) for ref in (q_ref, k_ref))
     from_state = static.scale * from_state
+    # enter in scale enter q S
     triton.store(denter_ref.at[b, h, at, n], (q.astype(F32) * from_state).sum(1))
     dp, dkk = (load(ref.at[b, h, n], None, 0) for ref in (dp_ref, dkk_ref))
+    # dq = scale enter do S^T + d(q k^T) k; dk has d(q k^T)^T q and d(k k^T) k, too
     ctx.write(dq_ref, enter * from_state + dot(dp, k, NN), n, top)
     ctx.write(dk_ref, dk + dot(dp, q, TN) + dot(dkk, k, NN), n, top)

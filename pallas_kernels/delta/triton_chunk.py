@@ -76,10 +76,13 @@ class ChunkContext(NamedTuple):
         """The products of the chunk's tokens in each of `refs` with its keys
         [CHUNK,CHUNK], over `rows` key channels at a time."""
         def step(i, found):
-            part = lambda ref: self.tokens(ref, n, i * rows, rows)
-            k = part(k_ref)
+            def part(ref):
+                return self.tokens(ref, n, i * rows, rows)
+
+            k = part(k_ref)  # [CHUNK,rows]
+            # keys by keys are read once
             others = (k if ref is k_ref else part(ref) for ref in refs)
-            return tuple(a + dot(x, k, NT) for a, x in zip(found, others))
+            return tuple(a + dot(x, k, NT) for a, x in zip(found, others))  # x k^T
 
         zeros = tuple(jnp.zeros((CHUNK, CHUNK), F32) for _ in refs)
         return for_each_part(k_ref.shape[3], rows, step, zeros)

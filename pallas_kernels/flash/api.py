@@ -89,10 +89,13 @@ def flash(
     for name, f in (("mask", mask), ("score", score)):
         check_elementwise(name, f, backend)
     device = tables.device_kind()
-    offset = s - t + shift if q_pos is None else None
+    offset = s - t + shift if q_pos is None else None  # aligned at the last token
     shape = tables.Shape(t, s, d, width, q.dtype.itemsize,
                          bias is not None or keep is not None)
-    pick = lambda which: tables.tile(device, which, shape, tile, backend)
+
+    def pick(which):
+        return tables.tile(device, which, shape, tile, backend)
+
     ahead, back = pick("flash_forward"), pick("flash_backward")
     form = LogitSpec(mask, d**-0.5 if scale is None else scale, softcap, score,
                      dropout if random or keep is not None else 0.0)
@@ -162,12 +165,14 @@ def _back(static: Static, saved, cotangents):
     # d(lse) enters exactly where delta leaves
     delta = -dlse
     if o is not None:
+        # D = rowsum(dO O) [B,H,T]
         delta += (do.astype(F32) * o.astype(F32)).sum(-1).transpose(0, 2, 1)
     dq, dk, dv, dbias = _kernels(static).backward(
         static, side, q, k, v, bias, sink, lse, delta, do.astype(v.dtype)
     )
     dsink = None
     if sink is not None:
+        # the sink's weight exp(sink - L) [B,H,T]; it has no value, so dS = -weight D
         share = jnp.exp(sink.astype(F32)[None, :, None] - lse)
         dsink = -(share * delta).sum((0, 2)).astype(sink.dtype)
     return None, dq, dk, dv, dbias, dsink
@@ -183,6 +188,7 @@ def _part(static: Static, side: Side, q, k, v, bias, sink, lse):
 
 
 def _back_part(static: Static, saved, cotangents):
+    # without o, delta is what lse's cotangent brings
     return *_back(static, (*saved[:-1], None, saved[-1]), cotangents), None
 
 

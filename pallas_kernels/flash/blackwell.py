@@ -51,7 +51,8 @@ from pallas_kernels.tile import LOW
 def forward(static: Static, side: Side, q, k, v, bias, sink):
     """o [B,T,H,V] in v's dtype and lse [B,H,T] float32."""
     t, stages = static.tiling, static.tiles[0].num_stages
-    width = -(-v.shape[3] // 64) * 64
+    width = -(-v.shape[3] // 64) * 64  # o is padded to 64s
+    # columns for logits of 32 bits, weights of 16, and o, of each warpgroup
     needed = t.rows // ROWS * (t.columns * 3 // 2 + width)
     if t.rows % ROWS or needed > COLUMNS or stages < 2:
         raise Refused(
@@ -77,7 +78,7 @@ def _scratch(call: Call, width: int, kind):
     groups = call.warpgroups
     barrier = plgpu.Barrier(num_barriers=groups, orders_tensor_core=True)
     columns = groups * call.tiling.columns
-    memory = (columns, F32), (columns, kind), (groups * width, F32)
+    memory = (columns, F32), (columns, kind), (groups * width, F32)  # s, p, o
     s, p, o = tensor(call.interpret, *memory)
     return TensorScratch(s, p, o, barrier, barrier, barrier)
 
@@ -89,7 +90,10 @@ def _attend(ctx: TileContext, at, steps, outs, own: ForwardScratch, more, group,
     memory = TensorScratch(*more)
     call, x, interpret = ctx.call, ctx.x, ctx.call.interpret
     (whole, count), width = steps, x.v.shape[3]
-    part = lambda ref, n: ref.at[:, pl.ds(group * n, n)]
+
+    def part(ref, n):
+        return ref.at[:, pl.ds(group * n, n)]  # this warpgroup's columns
+
     s_ref, p_ref = (part(ref, call.tiling.columns) for ref in (memory.s, memory.p))
     o_ref = part(memory.o, width)
     s_there, o_there, met = (
@@ -97,7 +101,7 @@ def _attend(ctx: TileContext, at, steps, outs, own: ForwardScratch, more, group,
     first = tile * call.tiling.rows + group * ROWS
     queries = ctx.b, pl.ds(first, ROWS), ctx.h
     q = q_smem.at[group]
-    slot = lambda n: jax.lax.rem(n, jnp.int32(call.stages[0]))
+    slot = call.slot
 
     def products(n):
         """Begins the logits of tile n."""
@@ -106,7 +110,7 @@ def _attend(ctx: TileContext, at, steps, outs, own: ForwardScratch, more, group,
         multiply(s_ref, q, Tile(k_ring.at[slot(n)]), s_there, False, interpret)
 
     def rescale_output(rescale):
-        o = load(o_ref, interpret)
+        o = load(o_ref, interpret)  # [128,V]
         store(o_ref, o * spread(rescale, (ROWS, width), False), interpret)
 
     def values_of(n):
@@ -117,10 +121,11 @@ def _attend(ctx: TileContext, at, steps, outs, own: ForwardScratch, more, group,
     def step(n, carry, masked):
         m, total = carry
         plgpu.barrier_wait(s_there)
-        s = load(s_ref, interpret)
-        plgpu.barrier_arrive(k_free.at[slot(n)])
-        meet(met)
+        s = load(s_ref, interpret)  # [128,columns]
+        plgpu.barrier_arrive(k_free.at[slot(n)])  # k was read
+        meet(met)  # all threads have loaded s: it may be overwritten
 
+        # the next tile's logits are made beside this softmax
         @pl.when(n + 1 < count)
         def _():
             products(n + 1)
@@ -130,32 +135,39 @@ def _attend(ctx: TileContext, at, steps, outs, own: ForwardScratch, more, group,
         s, unit, _ = ctx.logits(s, first, key, masked)
         p, m, total, rescale = online(s, unit, m, total)
 
+        # p and o are free when p v of the tile before is done
         @pl.when(n > 0)
         def _():
             values_of(n - 1)
 
-        store(p_ref, p.astype(x.v.dtype), interpret)
+        store(p_ref, p.astype(x.v.dtype), interpret)  # 16 bits, a left side
 
+        # o 2^(m - m'), before more is added
         @pl.when(n > 0)
         def _():
             rescale_output(rescale)
 
-        settle(met, interpret)
+        settle(met, interpret)  # p and o are there, from all threads
         plgpu.barrier_wait(v_there.at[slot(n)])
+        # o += p v: [128,columns] by [columns,V] is [128,V]
         multiply(o_ref, p_ref, v_ring.at[slot(n)], o_there, n > 0, interpret)
         return m, total
 
     plgpu.copy_gmem_to_smem(x.q.at[queries], q, q_there.at[group])
     plgpu.barrier_wait(q_there.at[group])
     products(jnp.int32(0))
-    rows = lambda value: zeros((ROWS,), interpret, value, ROW)
+
+    def rows(value):
+        return zeros((ROWS,), interpret, value, ROW)
+
     carry = rows(LOW), rows(0.0)
     if x.sink is not None:
+        # a sink is a first logit of weight 1, without value
         carry = rows(x.sink[ctx.h]), rows(1.0)
     carry = jax.lax.fori_loop(0, whole, lambda n, c: step(n, c, False), carry)
     m, total = jax.lax.fori_loop(whole, count, lambda n, c: step(n, c, True), carry)
     values_of(count - 1)
-    rescale_output(1 / jnp.where(total > 0, total, 1.0))
+    rescale_output(1 / jnp.where(total > 0, total, 1.0))  # O / l
     settle(met, interpret)
     o = load(o_ref, interpret, COPIED)
     o_smem = q_smem if o_smem is None else o_smem

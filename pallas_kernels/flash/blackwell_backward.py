@@ -31,6 +31,8 @@ Sources: Dao, 2023, arXiv:2307.08691; Shah et al., 2024, arXiv:2407.08608.
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
@@ -52,8 +54,10 @@ def backward(static: Static, side: Side, q, k, v, lse, delta, do):
     by_key, by_query = calls(static, q.shape[2] // k.shape[2], ROW)
     d, width = (-(-a.shape[3] // 64) * 64 for a in (q, v))
     given = side, q, k, v, do, based(lse), delta
+    # sums dv and dk, left sides k and v
     more = halved(by_key, by_key.tiling.rows, q.dtype, (width, d), (d, width))
     dk, dv = key_gradients(by_key, static, 1, more, _key_sums, *given)
+    # the sum dq, left sides q and do
     more = halved(by_query, by_query.tiling.columns, q.dtype, (d,), (d, width))
     return query_gradients(by_query, static, 1, more, _query_sums, *given), dk, dv
 
@@ -69,7 +73,7 @@ def _key_sums(call: Call, x: Arrays, at, steps, outs, own: KeyScratch, more, pla
     total, first = count * call.groups, tile * call.tiling.columns
     keys = b, pl.ds(first, ROWS), kv
     k_smem, v_smem = k_smem.at[0], v_smem.at[0]
-    slot = lambda n: jax.lax.rem(n, jnp.int32(call.stages[0]))
+    slot = call.slot
 
     k, v = halves.open(((x.k.at[keys], k_smem, there.at[0]),
                         (x.v.at[keys], v_smem, there.at[1])))
@@ -77,6 +81,7 @@ def _key_sums(call: Call, x: Arrays, at, steps, outs, own: KeyScratch, more, pla
     def begin(n):
         plgpu.barrier_wait(q_there.at[slot(n)])
         plgpu.barrier_wait(do_there.at[slot(n)])
+        # k q^T and v do^T: [128,D], [128,V] by [rows,.] are [128,rows]
         halves.begin((k, Tile(q_ring.at[slot(n)])), (v, Tile(do_ring.at[slot(n)])))
 
     def end(n):
@@ -91,8 +96,9 @@ def _key_sums(call: Call, x: Arrays, at, steps, outs, own: KeyScratch, more, pla
             n = g * count + i
             need = masked or call.form.score is not None
             row = at(i) * size + halves.first if need else None
-            s, dp = halves.tile()
+            s, dp = halves.tile()  # [128,rows/2] each
 
+            # the next tile's logits and dp are made beside this softmax
             @pl.when(n + 1 < total)
             def _():
                 begin(n + 1)
@@ -101,14 +107,16 @@ def _key_sums(call: Call, x: Arrays, at, steps, outs, own: KeyScratch, more, pla
                 vector(ring.at[slot(n), halves.mine], True, call.interpret, ROW)
                 for ring in (lse_ring, delta_ring))
             s, unit, slope = ctx.logits(s, row, first, masked)
-            p = weights(s, unit, lse, True)
-            ds = p * (dp - spread(delta, dp.shape, True))
-            ds = ds if slope is None else ds * slope
+            p = weights(s, unit, lse, True)  # P = 2^(s - L)
+            ds = p * (dp - spread(delta, dp.shape, True))  # dS = P (dP - D)
+            ds = ds if slope is None else ds * slope  # of a softcap
 
+            # left sides and rings are free when the sums before are there
             @pl.when(n > 0)
             def _():
                 end(n - 1)
 
+            # dv += P dO, dk += dS q: [128,rows] by [rows,V] and [rows,D]
             halves.add((p, ds), (do_ring.at[slot(n)], q_ring.at[slot(n)]), n > 0)
             return carry
 
@@ -119,6 +127,7 @@ def _key_sums(call: Call, x: Arrays, at, steps, outs, own: KeyScratch, more, pla
     jax.lax.fori_loop(0, call.groups, one_head, None)
     end(total - 1)
 
+    # each warpgroup writes one of the two
     @pl.when(group == 0)
     def _():
         halves.save(1, call.form.scale, k_smem, outs[0].at[keys])
@@ -139,7 +148,7 @@ def _query_sums(ctx: TileContext, at, steps, dq_ref, own: QueryScratch, more, gr
     queries = ctx.b, pl.ds(first, ROWS), ctx.h
     vectors = ctx.b, ctx.h, pl.ds(first, ROWS)
     q_smem, do_smem = q_smem.at[0], do_smem.at[0]
-    slot, v_slot = (lambda n, m=m: jax.lax.rem(n, jnp.int32(m)) for m in call.stages)
+    slot, v_slot = call.slot, functools.partial(call.slot, ring=1)
 
     q, do = halves.open(((x.q.at[queries], q_smem, there.at[0]),
                          (x.do.at[queries], do_smem, there.at[1])))
@@ -149,6 +158,7 @@ def _query_sums(ctx: TileContext, at, steps, dq_ref, own: QueryScratch, more, gr
     def begin(n):
         plgpu.barrier_wait(k_there.at[slot(n)])
         plgpu.barrier_wait(v_there.at[v_slot(n)])
+        # q k^T and do v^T: [128,columns] each
         halves.begin((q, Tile(k_ring.at[slot(n)])), (do, Tile(v_ring.at[v_slot(n)])))
 
     def end(n):
@@ -158,22 +168,25 @@ def _query_sums(ctx: TileContext, at, steps, dq_ref, own: QueryScratch, more, gr
     def step(n, carry, masked):
         need = masked or call.form.score is not None
         key = at(n) * size + halves.first if need else None
-        s, dp = halves.tile()
-        plgpu.barrier_arrive(v_free.at[v_slot(n)])
+        s, dp = halves.tile()  # [128,columns/2] each
+        plgpu.barrier_arrive(v_free.at[v_slot(n)])  # v was read
 
+        # the next tile's logits and dp are made beside this softmax
         @pl.when(n + 1 < count)
         def _():
             begin(n + 1)
 
         s, unit, slope = ctx.logits(s, first, key, masked)
-        p = weights(s, unit, lse, False)
-        ds = p * (dp - spread(delta, dp.shape, False))
-        ds = ds if slope is None else ds * slope
+        p = weights(s, unit, lse, False)  # P = 2^(s - L)
+        ds = p * (dp - spread(delta, dp.shape, False))  # dS = P (dP - D)
+        ds = ds if slope is None else ds * slope  # of a softcap
 
+        # left sides and k are free when the sums before are there
         @pl.when(n > 0)
         def _():
             end(n - 1)
 
+        # dq += dS k: [128,columns] by [columns,D] is [128,D]
         halves.add((ds,), (k_ring.at[slot(n)],), n > 0)
         return carry
 

@@ -22,15 +22,19 @@ PART = 64  # columns that are written at once: a line of shared memory
 def halved(call: Call, columns: int, kind, sums: tuple[int, ...], own):
     """What `Halves` uses, for tiles of so many columns and sums so wide, and tensor
     memory for those of the block's own two tiles, `own` wide, that it has room for."""
-    parts = [(columns, F32)] * 2 + [(columns, kind)] * len(sums)
+    parts = [(columns, F32)] * 2 + [(columns, kind)] * len(sums)  # s, dp; left sides
     parts += [(n, F32) for n in sums]
+    # in columns of 32 bits, of which numbers of 16 bits take half
     used = columns * (4 + len(sums)) // 2 + sum(sums)
     kept = [(n, kind) for n, end in zip(own, itertools.accumulate(own))
             if used + end // 2 <= COLUMNS]
-    barrier = lambda n: plgpu.Barrier(num_arrivals=n, orders_tensor_core=True)
+
+    def barrier(n):
+        return plgpu.Barrier(num_arrivals=n, orders_tensor_core=True)
+
     many = call.warpgroups
-    return (*tensor(call.interpret, *parts), barrier(1), barrier(1),
-            barrier(len(sums)), barrier(many), barrier(many),
+    return (*tensor(call.interpret, *parts), barrier(1), barrier(1),  # s, dp there
+            barrier(len(sums)), barrier(many), barrier(many),  # added, read, stored
             *tensor(call.interpret, *kept))
 
 
@@ -95,6 +99,7 @@ class Halves(NamedTuple):
         """Begins the products s and dp; both warpgroups have read those before."""
         @pl.when(self.group == 0)
         def _():
+            # s first, which is waited for first
             for acc, (left, right), there in ((self.s, s, self.s_there),
                                               (self.dp, dp, self.dp_there)):
                 multiply(acc, left, right, there, False, self.call.interpret)
@@ -103,11 +108,12 @@ class Halves(NamedTuple):
         """This half of s and dp, which may be overwritten once both warpgroups are
         here."""
         plgpu.barrier_wait(self.s_there)
-        s = load(self.s.at[:, self.mine], self.call.interpret)
+        s = load(self.s.at[:, self.mine], self.call.interpret)  # [128,columns/2]
         plgpu.barrier_wait(self.dp_there)
-        dp = load(self.dp.at[:, self.mine], self.call.interpret)
+        dp = load(self.dp.at[:, self.mine], self.call.interpret)  # [128,columns/2]
         plgpu.barrier_arrive(self.read)
 
+        # only who begins the next products waits: these overwrite s and dp
         @pl.when(self.group == 0)
         def _():
             plgpu.barrier_wait(self.read)
@@ -127,12 +133,13 @@ class Halves(NamedTuple):
         """Begins the products of both halves of `lefts` with `rights`, which add to the
         sums; those before are done."""
         for ref, left in zip(self.lefts, lefts):
-            left = left.astype(ref.dtype)
+            left = left.astype(ref.dtype)  # 16 bits
             store(ref.at[:, self.mine], left, self.call.interpret)
-        self.settle()
+        self.settle()  # both halves before a product reads them
 
         @pl.when(self.group == 0)
         def _():
+            # sum += left right: [128,columns] by [columns,width] is [128,width]
             for acc, left, right in zip(self.sums, self.lefts, rights):
                 multiply(acc, left, right, self.added, accumulate, self.call.interpret)
 
@@ -142,6 +149,6 @@ class Halves(NamedTuple):
             part = pl.ds(start, PART)
             total = load(self.sums[n].at[:, part], self.call.interpret, COPIED)
             smem.at[:, part][...] = (total * scale).astype(smem.dtype)
-        plgpu.commit_smem()
+        plgpu.commit_smem()  # before the copy reads it
         plgpu.copy_smem_to_gmem(smem, ref)
         plgpu.wait_smem_to_gmem(0)

@@ -54,9 +54,9 @@ def over_keys(call: Call, block_masks, side: Side, q, k, v, sink, more, attend):
     t = call.tiling
     (b, _, h, _), width = q.shape, v.shape[3]
     x = arrays(call, side, q, k, v, sink)
-    tall = t.grid[0] * t.rows
+    tall = t.grid[0] * t.rows  # whole tiles
     o = jax.ShapeDtypeStruct((b, x.q.shape[1], h, x.v.shape[3]), v.dtype)
-    lse = jax.ShapeDtypeStruct((b, h, tall), F32)
+    lse = jax.ShapeDtypeStruct((b, h, tall), F32)  # [B,H,T']
     o, lse = run(
         call, functools.partial(_forward, attend),
         {"tile": t.grid[0], "batch": b, "head": h}, x, line(*block_masks), [o, lse],
@@ -77,11 +77,12 @@ def _scratch(call: Call, x: Arrays) -> ForwardScratch:
     d, width, kind = x.q.shape[3], x.v.shape[3], x.q.dtype
     barrier = plgpu.Barrier
     return ForwardScratch(
-        shared((groups, rows, d), kind), shared((n, c, d), kind),
-        shared((n, c, width), kind),
+        shared((groups, rows, d), kind), shared((n, c, d), kind),  # q; ring of k
+        shared((n, c, width), kind),  # ring of v
         # the output takes the place of q where it can
         None if d == width else shared((groups, rows, width), kind),
-        plgpu.SMEM((groups, rows), F32),
+        plgpu.SMEM((groups, rows), F32),  # lse
+        # q, k and v are there; all warpgroups have used k, and v
         barrier(num_barriers=groups), barrier(num_barriers=n), barrier(num_barriers=n),
         barrier(num_arrivals=groups, num_barriers=n),
         barrier(num_arrivals=groups, num_barriers=n),
@@ -94,10 +95,7 @@ def _forward(attend, call: Call, x: Arrays, seen: Line, outs, scratch):
     tile = call.tiling.grid[0] - 1 - jax.lax.axis_index("tile")
     b, h = jax.lax.axis_index("batch"), jax.lax.axis_index("head")
     ctx = TileContext(call, x, b, h)
-    row = b if seen.count.shape[0] > 1 else 0
-    steps = seen.whole[row, tile], seen.count[row, tile]
-    at = lambda n: seen.where[row, tile, n]
-
+    at, steps = seen.of(b, tile)
     own, more = split(ForwardScratch, scratch)
     share(group, call.warpgroups,
           lambda: fetch_keys(ctx, at, steps[1], own),
@@ -115,11 +113,14 @@ def _attend(ctx: TileContext, at, steps, outs, own: ForwardScratch, more, group,
     first = tile * call.tiling.rows + group * ROWS
     queries = ctx.b, pl.ds(first, ROWS), ctx.h
     q = q_smem.at[group]
-    slot = lambda n: jax.lax.rem(n, jnp.int32(call.stages[0]))
-    key = lambda n: at(n) * call.tiling.columns
+    slot = call.slot
 
-    plgpu.copy_gmem_to_smem(x.q.at[queries], q, q_there.at[group])
+    def key(n):
+        return at(n) * call.tiling.columns
 
+    plgpu.copy_gmem_to_smem(x.q.at[queries], q, q_there.at[group])  # [64,D]
+
+    # turns begin with warpgroup 0
     @pl.when(group == last)
     def _():
         plgpu.barrier_arrive(turn.at[0])
@@ -139,16 +140,17 @@ def _attend(ctx: TileContext, at, steps, outs, own: ForwardScratch, more, group,
     def open_line(begin):
         # q k^T: [64,D] by [columns,D] is [64,columns]
         s = begin(0, q, Tile(k_ring.at[0]))
-        pass_on()
-        s = s()
-        plgpu.barrier_arrive(k_free.at[0])
+        pass_on()  # to the next warpgroup, whose logits may begin
+        s = s()  # until q k^T is there
+        plgpu.barrier_arrive(k_free.at[0])  # k was read
         start = zeros((ROWS,), interpret, LOW)
         if x.sink is not None:
+            # a sink is a first logit of weight 1, without value
             start = jnp.full((ROWS,), 0.0, F32) + x.sink[ctx.h]
         total = zeros((ROWS,), interpret, 0.0 if x.sink is None else 1.0)
-        s, unit = logits(s, 0, True)
+        s, unit = logits(s, 0, True)  # masked: a line may have no whole tile
         p, m, total, _ = online(s, unit, start, total)
-        return p.astype(x.v.dtype), m, total
+        return p.astype(x.v.dtype), m, total  # 16 bits, as v
 
     plgpu.barrier_wait(k_there.at[0])
     plgpu.barrier_wait(turn.at[group])
@@ -159,42 +161,45 @@ def _attend(ctx: TileContext, at, steps, outs, own: ForwardScratch, more, group,
         now, before = slot(n), slot(n - 1)
         plgpu.barrier_wait(k_there.at[now])
         plgpu.barrier_wait(v_there.at[before])
-        plgpu.barrier_wait(turn.at[group])
+        plgpu.barrier_wait(turn.at[group])  # the matrix units are free
 
         def work(begin):
-            s = begin(0, q, Tile(k_ring.at[now]))
+            s = begin(0, q, Tile(k_ring.at[now]))  # q k^T of this tile
             # p v of the tile before: [64,columns] by [columns,V] is [64,V]
             o = begin(1, p, v_ring.at[before])
             pass_on()
-            s = s(1)
+            s = s(1)  # q k^T is there, p v may go on
             plgpu.barrier_arrive(k_free.at[now])
             s, unit = logits(s, n, masked)
-            ahead, top, new, rescale = online(s, unit, m, total)
-            found = o()
-            plgpu.barrier_arrive(v_free.at[before])
+            ahead, top, new, rescale = online(s, unit, m, total)  # beside p v
+            found = o()  # p v [64,V]
+            plgpu.barrier_arrive(v_free.at[before])  # v was read
             # no sooner: the product that is under way reads the registers of p
             ahead = ahead.astype(x.v.dtype)
+            # what all tiles before this one left, faded to the new maximum
             return found * spread(rescale, wide, False), ahead, top, new
 
         return products(interpret, [tall, acc], work)
 
     carry = zeros(wide, interpret), p, m, total
-    one = jnp.maximum(whole, 1)
+    one = jnp.maximum(whole, 1)  # the first tile is done
     carry = jax.lax.fori_loop(1, one, lambda n, c: step(n, c, False), carry)
     carry = jax.lax.fori_loop(one, count, lambda n, c: step(n, c, True), carry)
     acc, p, m, total = carry
     end = slot(count - 1)
     plgpu.barrier_wait(v_there.at[end])
+    # the last tile's p v has no logits beside it
     acc = products(interpret, [acc], lambda begin: begin(0, p, v_ring.at[end])())
     plgpu.barrier_arrive(v_free.at[end])
 
+    # the last turn is taken by nobody: who arrives has to be waited for
     @pl.when(group == 0)
     def _():
         plgpu.barrier_wait(turn.at[0])
 
-    safe = jnp.where(total > 0, total, 1.0)
+    safe = jnp.where(total > 0, total, 1.0)  # o = 0 where nothing is seen
     o = acc * spread(1 / safe, acc.shape, False)
-    o_smem = q_smem if o_smem is None else o_smem
+    o_smem = q_smem if o_smem is None else o_smem  # q was read: o takes its place
     write(ctx, o, m, total, outs, (o_smem, lse_smem), group, queries)
 
 
@@ -204,8 +209,9 @@ def write(ctx: TileContext, o, m, total, outs, smem, group, queries) -> None:
     o_smem[...] = o.astype(o_ref.dtype)
     some = total > 0
     safe = jnp.where(some, total, 1.0)
+    # L = m + log l, m in base 2
     lse_smem[...] = jnp.where(some, m * (1 / LOG2E) + jnp.log(safe), NEVER)
-    plgpu.commit_smem()
+    plgpu.commit_smem()  # before the copies read them
     plgpu.copy_smem_to_gmem(o_smem, o_ref.at[queries])
     plgpu.copy_smem_to_gmem(lse_smem, lse_ref.at[ctx.b, ctx.h, queries[1]])
-    plgpu.wait_smem_to_gmem(0)
+    plgpu.wait_smem_to_gmem(0)  # before the block ends

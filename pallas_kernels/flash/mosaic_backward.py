@@ -15,6 +15,8 @@ counts as useful.
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
@@ -54,17 +56,17 @@ def _key_sums(call: Call, x: Arrays, at, steps, outs, own: KeyScratch, more, pla
     first = tile * call.tiling.columns + group * ROWS
     keys = b, pl.ds(first, ROWS), kv
     k, v = k_smem.at[group], v_smem.at[group]
-    plgpu.copy_gmem_to_smem(x.k.at[keys], k, there.at[group])
-    plgpu.copy_gmem_to_smem(x.v.at[keys], v, there.at[group])
+    plgpu.copy_gmem_to_smem(x.k.at[keys], k, there.at[group])  # [64,D]
+    plgpu.copy_gmem_to_smem(x.v.at[keys], v, there.at[group])  # [64,V]
     plgpu.barrier_wait(there.at[group])
-    tall = ROWS, call.tiling.rows
+    tall = ROWS, call.tiling.rows  # keys by queries
 
     def one_head(g, carry):
         ctx = TileContext(call, x, b, head(g), turned=True)
 
         def step(n, carry, masked):
             dk, dv = carry
-            slot = jax.lax.rem(g * count + n, jnp.int32(call.stages[0]))
+            slot = call.slot(g * count + n)
             q, do = q_ring.at[slot], do_ring.at[slot]
             need = masked or call.form.score is not None
             row = at(n) * call.tiling.rows if need else None
@@ -76,22 +78,23 @@ def _key_sums(call: Call, x: Arrays, at, steps, outs, own: KeyScratch, more, pla
                 s = begin(0, k, Tile(q))
                 dp = begin(1, v, Tile(do))
                 lse = vector(lse_ring.at[slot], True, interpret)
+                # k q^T is there, v do^T may go on
                 s, unit, slope = ctx.logits(s(1), row, first, masked)
-                p = weights(s, unit, lse, True)
+                p = weights(s, unit, lse, True)  # P = 2^(s - L)
                 delta = vector(delta_ring.at[slot], True, interpret)
-                ds = p * (dp() - spread(delta, tall, True))
-                ds = ds if slope is None else ds * slope
-                return p.astype(kind), ds.astype(kind)
+                ds = p * (dp() - spread(delta, tall, True))  # dS = P (dP - D)
+                ds = ds if slope is None else ds * slope  # of a softcap
+                return p.astype(kind), ds.astype(kind)  # 16 bits, as left sides
 
             p, ds = products(interpret, [tall, tall], weigh)
 
             def add(begin):
-                new_dv = begin(1, p, do)
-                new_dk = begin(0, ds, q)
+                new_dv = begin(1, p, do)  # [64,rows] [rows,V]
+                new_dk = begin(0, ds, q)  # [64,rows] [rows,D]
                 return new_dk(), new_dv()
 
             carry = products(interpret, [dk, dv], add)
-            plgpu.barrier_arrive(free.at[slot])
+            plgpu.barrier_arrive(free.at[slot])  # q and do were read
             return carry
 
         carry = jax.lax.fori_loop(0, whole, lambda n, c: step(n, c, False), carry)
@@ -102,9 +105,9 @@ def _key_sums(call: Call, x: Arrays, at, steps, outs, own: KeyScratch, more, pla
         dk, dv = one_head(0, carry)
     else:
         dk, dv = jax.lax.fori_loop(0, call.groups, one_head, carry)
-    k[...] = (dk * call.form.scale).astype(kind)
-    v[...] = dv.astype(kind)
-    plgpu.commit_smem()
+    k[...] = (dk * call.form.scale).astype(kind)  # k was read: dk takes its place
+    v[...] = dv.astype(kind)  # and dv that of v
+    plgpu.commit_smem()  # before the copies read them
     plgpu.copy_smem_to_gmem(k, outs[0].at[keys])
     plgpu.copy_smem_to_gmem(v, outs[1].at[keys])
     plgpu.wait_smem_to_gmem(0)
@@ -122,7 +125,7 @@ def _query_sums(ctx: TileContext, at, steps, dq_ref, own: QueryScratch, more, gr
     queries = ctx.b, pl.ds(first, ROWS), ctx.h
     vectors = ctx.b, ctx.h, pl.ds(first, ROWS)
     q, do = q_smem.at[group], do_smem.at[group]
-    slot, v_slot = (lambda n, m=m: jax.lax.rem(n, jnp.int32(m)) for m in call.stages)
+    slot, v_slot = call.slot, functools.partial(call.slot, ring=1)
     plgpu.copy_gmem_to_smem(x.q.at[queries], q, there.at[group])
     plgpu.copy_gmem_to_smem(x.do.at[queries], do, there.at[group])
     lse = vector(x.lse.at[vectors], False, interpret)
@@ -138,13 +141,14 @@ def _query_sums(ctx: TileContext, at, steps, dq_ref, own: QueryScratch, more, gr
         return weights(s, unit, lse, False), slope
 
     def sloped(n, p, slope, dp):
-        ds = p * (dp - spread(delta, tall, False))
-        plgpu.barrier_arrive(v_free.at[v_slot(n)])
+        ds = p * (dp - spread(delta, tall, False))  # dS = P (dP - D)
+        plgpu.barrier_arrive(v_free.at[v_slot(n)])  # v was read
         return ds if slope is None else ds * slope
 
     def alone(n, masked):
         """ds of a tile, when nothing else is under way; one product at a time, which
         leaves wide heads registers enough."""
+        # q k^T, and then do v^T: [64,columns] each
         plgpu.barrier_wait(k_there.at[slot(n)])
         p, slope = products(interpret, [tall], lambda begin: weigh(
             n, begin(0, q, Tile(k_ring.at[slot(n)]))(), masked))
@@ -153,8 +157,9 @@ def _query_sums(ctx: TileContext, at, steps, dq_ref, own: QueryScratch, more, gr
             n, p, slope, begin(0, do, Tile(v_ring.at[v_slot(n)]))()).astype(kind))
 
     def add(dq, ds, n):
+        # dq += dS k: [64,columns] by [columns,D] is [64,D]
         dq = products(interpret, [dq], lambda begin: begin(0, ds, k_ring.at[slot(n)])())
-        plgpu.barrier_arrive(k_free.at[slot(n)])
+        plgpu.barrier_arrive(k_free.at[slot(n)])  # k was read
         return dq
 
     def step(n, carry, masked):
@@ -166,28 +171,31 @@ def _query_sums(ctx: TileContext, at, steps, dq_ref, own: QueryScratch, more, gr
         def work(begin):
             # q k^T: [64,D] by [columns,D] is [64,columns]
             s = begin(0, q, Tile(k_ring.at[now]))
-            new_dq = begin(1, ds, k_ring.at[before])
-            dp = begin(2, do, Tile(v_ring.at[v_slot(n)]))
-            p, slope = weigh(n, s(2), masked)
+            new_dq = begin(1, ds, k_ring.at[before])  # dS k of the tile before
+            dp = begin(2, do, Tile(v_ring.at[v_slot(n)]))  # do v^T
+            p, slope = weigh(n, s(2), masked)  # two products go on
             new_ds = sloped(n, p, slope, dp())
-            found = new_dq()
-            plgpu.barrier_arrive(k_free.at[before])
+            found = new_dq()  # [64,D]
+            plgpu.barrier_arrive(k_free.at[before])  # k was read
             return found, new_ds.astype(kind)
 
         return products(interpret, [tall, dq, tall], work)
 
     dq = zeros((ROWS, x.q.shape[3]), interpret)
+    # dq of a wide head and two tiles do not fit into the registers
     if x.q.shape[3] > 192:
-        each = lambda masked: lambda n, dq: add(dq, alone(n, masked), n)
-        dq = jax.lax.fori_loop(0, whole, each(False), dq)
-        dq = jax.lax.fori_loop(whole, count, each(True), dq)
+        def each(n, dq, masked):
+            return add(dq, alone(n, masked), n)
+
+        dq = jax.lax.fori_loop(0, whole, lambda n, c: each(n, c, False), dq)
+        dq = jax.lax.fori_loop(whole, count, lambda n, c: each(n, c, True), dq)
     else:
         carry, one = (dq, alone(0, True)), jnp.maximum(whole, 1)
         carry = jax.lax.fori_loop(1, one, lambda n, c: step(n, c, False), carry)
         carry = jax.lax.fori_loop(one, count, lambda n, c: step(n, c, True), carry)
         dq, ds = carry
-        dq = add(dq, ds, count - 1)
-    q[...] = (dq * call.form.scale).astype(kind)
-    plgpu.commit_smem()
+        dq = add(dq, ds, count - 1)  # the last tile's
+    q[...] = (dq * call.form.scale).astype(kind)  # q was read: dq takes its place
+    plgpu.commit_smem()  # before the copy reads it
     plgpu.copy_smem_to_gmem(q, dq_ref.at[queries])
     plgpu.wait_smem_to_gmem(0)

@@ -26,6 +26,7 @@ def calls(static: Static, groups: int, layout=TILE) -> tuple[Call, Call]:
     tile = static.tiles[1]
     by_key = Call(static.form, static.backward, groups, 2, (tile.num_stages,),
                   bool(static.interpret), layout)
+    # the kernel for dq has a tile and rings of its own
     tiling = by_key.tiling._replace(rows=2 * ROWS, columns=tile.dq_block_kv)
     rings = tile.dq_k_stages, tile.dq_v_stages
     return by_key, by_key._replace(stages=rings, tiling=tiling)
@@ -55,16 +56,19 @@ def key_gradients(call: Call, static: Static, own: int, more, sums, side: Side, 
     d, width, kind = x.q.shape[3], x.v.shape[3], x.q.dtype
     keys, barrier = call.tiling.columns // own, plgpu.Barrier
     scratch = KeyScratch(
-        shared((own, keys, d), kind), shared((own, keys, width), kind),
-        shared((n, rows, d), kind), shared((n, rows, width), kind),
-        plgpu.SMEM((n, rows), F32), plgpu.SMEM((n, rows), F32),
+        shared((own, keys, d), kind), shared((own, keys, width), kind),  # k, v
+        shared((n, rows, d), kind), shared((n, rows, width), kind),  # rings of q, do
+        plgpu.SMEM((n, rows), F32), plgpu.SMEM((n, rows), F32),  # rings of lse, delta
         # a barrier for both tiles of each part, or for each tile of the one
         barrier(num_barriers=2, num_arrivals=own),
-        barrier(num_barriers=n, num_arrivals=2),
-        barrier(num_barriers=n, num_arrivals=2),
-        barrier(num_barriers=n, num_arrivals=groups),
+        barrier(num_barriers=n, num_arrivals=2),  # q and lse are there
+        barrier(num_barriers=n, num_arrivals=2),  # do and delta are there
+        barrier(num_barriers=n, num_arrivals=groups),  # all have used them
     )
-    like = lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype)
+
+    def like(a):
+        return jax.ShapeDtypeStruct(a.shape, a.dtype)
+
     grid = {"tile": call.tiling.grid[1], "batch": k.shape[0], "head": k.shape[2]}
     dk, dv = run(call, functools.partial(_by_key, sums), grid, x, seen,
                  [like(x.k), like(x.v)], (*scratch, *more), "flash_backward_keys")
@@ -75,10 +79,10 @@ def _by_key(sums, call: Call, x: Arrays, seen: Line, outs, scratch):
     """dk and dv of a tile of keys."""
     group, tile = jax.lax.axis_index("group"), jax.lax.axis_index("tile")
     b, kv = jax.lax.axis_index("batch"), jax.lax.axis_index("head")
-    row = b if seen.count.shape[0] > 1 else 0
-    steps = seen.whole[row, tile], seen.count[row, tile]
-    at = lambda n: seen.where[row, tile, n]
-    head = lambda g: kv * call.groups + g
+    at, steps = seen.of(b, tile)
+
+    def head(g):
+        return kv * call.groups + g
 
     place = group, tile, b, kv
     own, more = split(KeyScratch, scratch)
@@ -94,9 +98,10 @@ def _fetch_queries(call: Call, x: Arrays, at, count, own: KeyScratch, b, head):
 
     def load(n, carry):
         slot = jax.lax.rem(n, stages)
-        h = head(jax.lax.div(n, count))
+        h = head(jax.lax.div(n, count))  # all tiles of a head, then the next head's
         some = pl.ds(at(jax.lax.rem(n, count)) * rows, rows)
 
+        # until the tiles that lie there have been used
         @pl.when(n >= stages)
         def _():
             plgpu.barrier_wait(own.free.at[slot])
@@ -124,8 +129,8 @@ def query_gradients(call: Call, static: Static, own: int, more, sums, side: Side
     d, width, kind = x.q.shape[3], x.v.shape[3], x.q.dtype
     rows, barrier = call.tiling.rows // own, plgpu.Barrier
     scratch = QueryScratch(
-        shared((own, rows, d), kind), shared((own, rows, width), kind),
-        shared((k_stages, c, d), kind), shared((v_stages, c, width), kind),
+        shared((own, rows, d), kind), shared((own, rows, width), kind),  # q, do
+        shared((k_stages, c, d), kind), shared((v_stages, c, width), kind),  # rings
         barrier(num_barriers=2, num_arrivals=own),
         barrier(num_barriers=k_stages), barrier(num_barriers=v_stages),
         barrier(num_barriers=k_stages, num_arrivals=groups),
@@ -144,12 +149,11 @@ def query_gradients(call: Call, static: Static, own: int, more, sums, side: Side
 def _by_query(sums, call: Call, x: Arrays, seen: Line, outs, scratch):
     """dq of a tile of queries."""
     group = jax.lax.axis_index("group")
+    # later query tiles have the longer lines under a causal mask: they start first
     tile = call.tiling.grid[0] - 1 - jax.lax.axis_index("tile")
     b, h = jax.lax.axis_index("batch"), jax.lax.axis_index("head")
     ctx = TileContext(call, x, b, h)
-    row = b if seen.count.shape[0] > 1 else 0
-    steps = seen.whole[row, tile], seen.count[row, tile]
-    at = lambda n: seen.where[row, tile, n]
+    at, steps = seen.of(b, tile)
 
     own, more = split(QueryScratch, scratch)
     share(group, call.warpgroups,

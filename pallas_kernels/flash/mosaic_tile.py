@@ -30,6 +30,15 @@ class Line(NamedTuple):
     count: Any
     where: Any
 
+    def of(self, b, tile):
+        """at(n): the n-th tile of a line; and how many need no mask, and are in all."""
+        row = b if self.count.shape[0] > 1 else 0
+
+        def at(n):
+            return self.where[row, tile, n]
+
+        return at, (self.whole[row, tile], self.count[row, tile])
+
 
 class Call(NamedTuple):
     """What is static: the form, the tiles, query heads of a key head, warpgroups that
@@ -42,6 +51,10 @@ class Call(NamedTuple):
     stages: tuple[int, ...]
     interpret: bool
     layout: Any = TILE
+
+    def slot(self, n, ring: int = 0):
+        """The place of the n-th tile that a ring takes."""
+        return jax.lax.rem(n, jnp.int32(self.stages[ring]))
 
     @property
     def plain(self) -> bool:
@@ -77,8 +90,10 @@ def line(table: np.ndarray, ask: jax.Array | None) -> Line:
     """The tiles that each row of `table` [N,M], or of `ask` [B,N,M], asks for."""
     xp: Any = np if ask is None else jnp
     asked = table[None] if ask is None else ask
+    # whole tiles first, behind them those to mask, skipped ones last
     rank = xp.where(asked == SKIP, 2, xp.where(asked == FULL, 0, 1))
     wanted = (rank < 2).sum(-1)
+    # a fixed list is as long as its longest line, a traced one may hold all tiles
     most = max(int(wanted.max()), 1) if ask is None else asked.shape[-1]
     where = xp.argsort(rank, axis=-1, stable=True)[..., :most]
     counts = (rank == 0).sum(-1), xp.maximum(wanted, 1), where
@@ -155,11 +170,12 @@ class TileContext:
         A logit times log2(e) is the first times the unit, which is 1 unless `plain`."""
         call = self.call
         i = j = slope = None
+        # places take registers: only where somebody asks for them
         if call.form.score is not None or masked:
             i, j = self.places(first_row, first_key, raw.shape)
         unit = 1.0
         if call.plain:
-            unit = call.form.scale * LOG2E
+            unit = call.form.scale * LOG2E  # left to `weights`: one multiply-add
         else:
             raw, slope = call.form.logits(raw, self.head, i, j, None, LOG2E)
         if masked:
@@ -172,15 +188,17 @@ class TileContext:
         x, t, form = self.x, self.call.tiling, self.call.form
         seen = None if form.mask is None else form.mask(self.head, i, j)
         if t.offset is None:
-            seen = both(seen, j >= 0)
+            seen = both(seen, j >= 0)  # -1: an empty slot
         if x.q_run is not None:
-            row = lambda ref: (self.b if ref.shape[0] > 1 else 0,)
+            def row(ref):
+                return self.b if ref.shape[0] > 1 else 0,
+
             mine = self._vector(x.q_run, row(x.q_run), first_row, shape, False)
             run = self._vector(x.kv_run, row(x.kv_run), first_key, shape, True)
-            seen = both(both(seen, mine == run), run > 0)
+            seen = both(both(seen, mine == run), run > 0)  # run 0 is padding
         if t.s % t.columns:
             number = self._count(shape, int(not self.turned))
-            seen = both(seen, number + first_key < t.s)
+            seen = both(seen, number + first_key < t.s)  # the tail is nobody's key
         return seen
 
 
@@ -199,6 +217,7 @@ def fetch_keys(ctx: TileContext, at, count,
                 (ctx.x.k, ctx.x.v), rings, there, free, stages):
             slot = jax.lax.rem(n, many)
 
+            # until the tile that lies there has been used
             @pl.when(n >= many)
             def _():
                 plgpu.barrier_wait(room.at[slot])
@@ -213,16 +232,17 @@ def fetch_keys(ctx: TileContext, at, count,
 def weights(s, unit, lse, columns: bool):
     """2^(s unit - lse), lse along the rows or the columns."""
     shift = spread(lse, s.shape, columns)
+    # a unit that is not 1 and the shift are one multiply-add
     return jnp.exp2(s * unit - shift if unit != 1.0 else s - shift)
 
 
 def online(s, unit, m, total):
     """A step of the online softmax: p, and the new maximum, sum, and by how much what
     was there fades. s [rows,keys]; m times log2(e) and total [rows]."""
-    top = jnp.maximum(m, s.max(1) * unit if unit != 1.0 else s.max(1))
-    p = weights(s, unit, top, False)
-    rescale = jnp.exp2(m - top)
-    return p, top, total * rescale + p.sum(1), rescale
+    top = jnp.maximum(m, s.max(1) * unit if unit != 1.0 else s.max(1))  # [rows]
+    p = weights(s, unit, top, False)  # P [rows,keys]
+    rescale = jnp.exp2(m - top)  # 2^(m - m')
+    return p, top, total * rescale + p.sum(1), rescale  # l' = l 2^(m - m') + rowsum P
 
 
 def run(call: Call, kernel, grid: dict[str, int], x: Arrays, seen: Line, outs, scratch,

@@ -9,7 +9,6 @@ two of the four matrix products.
 from __future__ import annotations
 
 import jax
-import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -41,7 +40,7 @@ def wide_sums(call: Call, x: Arrays, at, steps, outs, own: KeyScratch, more, pla
         plgpu.barrier_arrive(done)
         plgpu.barrier_wait(done)
         smem[...] = total.astype(kind)
-        plgpu.commit_smem()
+        plgpu.commit_smem()  # before the copy reads it
         plgpu.copy_smem_to_gmem(smem, ref.at[keys])
         plgpu.wait_smem_to_gmem(0)
 
@@ -73,39 +72,43 @@ def _values(call: Call, x: Arrays, at, steps, own: KeyScratch, hand: HandoverScr
 
         def step(i, dv, masked):
             n = g * count + i
-            slot = jax.lax.rem(n, jnp.int32(call.stages[0]))
+            slot = call.slot(n)
             need = masked or call.form.score is not None
             row = at(i) * call.tiling.rows if need else None
             plgpu.barrier_wait(q_there.at[slot])
 
             def weigh(begin):
+                # k q^T: [64,D] by [rows,D] is [64,rows]
                 s = begin(0, k_smem.at[0], Tile(q_ring.at[slot]))
                 lse = vector(lse_ring.at[slot], True, call.interpret)
                 s, unit, slope = ctx.logits(s(), row, first, masked)
-                p = weights(s, unit, lse, True)
+                p = weights(s, unit, lse, True)  # P = 2^(s - L)
+                # for the other warpgroup, P with the slope that dS is to have
                 return p, p if slope is None else p * slope
 
             p, sloped = products(call.interpret, [tall], weigh)
 
+            # until the weights of the tile before were read
             @pl.when(n > 0)
             def _():
                 plgpu.barrier_wait(p_free)
 
             p_smem[...] = sloped
-            plgpu.barrier_arrive(p_there)
+            plgpu.barrier_arrive(p_there)  # handed over
             plgpu.barrier_wait(do_there.at[slot])
-            p = p.astype(x.q.dtype)
+            p = p.astype(x.q.dtype)  # 16 bits
+            # dv += P dO: [64,rows] by [rows,V] is [64,V]
             dv = products(call.interpret, [dv],
                           lambda begin: begin(0, p, do_ring.at[slot])())
-            plgpu.barrier_arrive(free.at[slot])
+            plgpu.barrier_arrive(free.at[slot])  # one of the two that read it
             return dv
 
         dv = jax.lax.fori_loop(0, whole, lambda n, c: step(n, c, False), dv)
         return jax.lax.fori_loop(whole, count, lambda n, c: step(n, c, True), dv)
 
-    dv = zeros((ROWS, x.v.shape[3]), call.interpret)
+    dv = zeros((ROWS, x.v.shape[3]), call.interpret)  # [64,V]
     dv = jax.lax.fori_loop(0, call.groups, one_head, dv)
-    plgpu.barrier_wait(p_free)
+    plgpu.barrier_wait(p_free)  # the last weights were read
     return dv
 
 
@@ -116,24 +119,26 @@ def _keys(call: Call, x: Arrays, count, own: KeyScratch, hand: HandoverScratch):
     tall = ROWS, call.tiling.rows
 
     def step(n, dk):
-        slot = jax.lax.rem(n, jnp.int32(call.stages[0]))
+        slot = call.slot(n)
         plgpu.barrier_wait(do_there.at[slot])
 
         def slope(begin):
+            # v do^T: [64,V] by [rows,V] is [64,rows], while P is being made
             dp = begin(0, v_smem.at[0], Tile(do_ring.at[slot]))
             delta = vector(delta_ring.at[slot], True, call.interpret)
             plgpu.barrier_wait(p_there)
             p = matrix(p_smem, call.interpret)
-            ds = p * (dp() - spread(delta, tall, True))
-            plgpu.barrier_arrive(p_free)
+            ds = p * (dp() - spread(delta, tall, True))  # dS = P (dP - D)
+            plgpu.barrier_arrive(p_free)  # P was read
             return ds.astype(x.q.dtype)
 
         ds = products(call.interpret, [tall], slope)
         plgpu.barrier_wait(q_there.at[slot])
+        # dk += dS q: [64,rows] by [rows,D] is [64,D]
         dk = products(call.interpret, [dk],
                       lambda begin: begin(0, ds, q_ring.at[slot])())
-        plgpu.barrier_arrive(free.at[slot])
+        plgpu.barrier_arrive(free.at[slot])  # the other of the two
         return dk
 
-    dk = zeros((ROWS, x.q.shape[3]), call.interpret)
+    dk = zeros((ROWS, x.q.shape[3]), call.interpret)  # [64,D]
     return jax.lax.fori_loop(0, count * call.groups, step, dk)

@@ -27,8 +27,8 @@ from pallas_kernels import tables
 from pallas_kernels.flash.tpu_bias import bias_gradient
 from pallas_kernels.flash.tpu_portions import Portion, joined
 from pallas_kernels.flash.tpu_tile import (
-    Arrays, Call, Scalars, TileContext, current_inner, cut, launch, put, scalars, specs,
-    unpack
+    Arrays, Call, Scalars, TileContext, cut, held, launch, listed_column, listed_row,
+    own_head, put, scalars, specs
 )
 from pallas_kernels.machine.product import F32, NN, TN, dot
 from pallas_kernels.schedule import (
@@ -45,20 +45,26 @@ def forward(static: Static, side: Side, q, k, v, bias, sink):
         static.form.mask, static.tiling, static.tiles[0].block_kv_compute,
         *static.block_masks(static.tiling, side))
     call = _call(static, static.tiling, patterns, x, sink)
-    info = lambda part: scalars(
-        part.seen, 1, side.head, sink, side.seed, side.batch)
+
+    def info(part):
+        return scalars(part.seen, 1, side.head, sink, side.seed, side.batch)
+
     o, lse = joined(
         grid_order(table, ask), 1, lambda part: rows_forward(call, info(part), x, part))
-    return o[:, :, :t, :width].transpose(0, 2, 1, 3), lse[:, :, 0, :t]
+    return o[:, :, :t, :width].transpose(0, 2, 1, 3), lse[:, :, 0, :t]  # [B,T,H,V]
 
 
 def backward(static: Static, side: Side, q, k, v, bias, sink, lse, delta, do):
     """dq, dk, dv, d(bias), given lse, delta [B,H,T] and do [B,T,H,V]."""
     tiling = static.backward
     far = -q.shape[1] % tiling.rows
+
     # queries that only fill a tile get weights 2^(s - 1e30) = 0
-    fill = lambda a, value: jnp.pad(
-        a, ((0, 0), (0, 0), (0, far)), constant_values=value)[:, :, None]
+    def fill(a, value):
+        a = jnp.pad(a, ((0, 0), (0, 0), (0, far)), constant_values=value)
+        return a[:, :, None]
+
+    # 0, not -inf, where nothing is seen: there 2^(-inf - 0) = 0
     base = jnp.where(jnp.isfinite(lse), lse * LOG2E, 0)
     x = _arrays(tiling, side, q, k, v, bias)._replace(
         do=_tokens(do, tiling.rows), lse=fill(base, -LOW), delta=fill(delta, 0))
@@ -66,13 +72,19 @@ def backward(static: Static, side: Side, q, k, v, bias, sink, lse, delta, do):
     patterns, table, ask = tile_patterns(
         static.form.mask, tiling, static.tiles[1].block_kv_compute, *plain)
     call = _call(static, tiling, patterns, x, sink)
-    info = lambda part, groups: scalars(
-        part.seen, groups, side.head, sink, side.seed, side.batch)
+
+    def info(part, groups):
+        return scalars(part.seen, groups, side.head, sink, side.seed, side.batch)
+
+    # five products where a head's dq stays on the chip, seven where it does not
     fits = tables.holds_queries(static.vmem, x.q.shape, call.groups, q.dtype.itemsize)
     columns = grid_order(table, ask, True)
     # a head's dq is made by one call; where it fits, so does the list
     one = Portion(columns, 0, tiling.grid[1])
-    make = lambda part: keys_backward(call, info(part, call.groups), x, part, fits)
+
+    def make(part):
+        return keys_backward(call, info(part, call.groups), x, part, fits)
+
     grads = make(one) if fits else joined(columns, call.groups, make)
     if not fits:
         grads = *grads, *joined(grid_order(table, ask), 1, lambda part: (
@@ -81,6 +93,7 @@ def backward(static: Static, side: Side, q, k, v, bias, sink, lse, delta, do):
         g[:, :, :a.shape[1], :a.shape[3]].transpose(0, 2, 1, 3)
         for g, a in zip(grads, (k, v, q))
     )
+    # of all tiles, and whole: what a pattern leaves out is 0 in d(bias) too
     dbias = None if bias is None else bias_gradient(
         call._replace(patterns=TilePatterns(patterns.chunk)), side, sink, x, bias,
         lambda *kind: all_tiles(*plain, *kind))
@@ -111,13 +124,20 @@ def _tokens(a, size: int):
 
 def _arrays(tiling: Tiling, side: Side, q, k, v, bias) -> Arrays:
     rows, columns = tiling.rows, tiling.columns
-    line = lambda a, size, value=0: None if a is None else _pad(
-        a.astype(jnp.int32), 1, size, value)[:, None]
+
+    def line(a, size, value=0):
+        if a is None:
+            return None
+        return _pad(a.astype(jnp.int32), 1, size, value)[:, None]
+
     kv_pos = side.kv_pos
     if kv_pos is not None:
         kv_pos = _pad(kv_pos.astype(jnp.int32).transpose(0, 2, 1), 2, columns, -1)
-        kv_pos = kv_pos[:, :, None]
-    matrix = lambda a: _pad(_pad(a, 2, rows), 3, columns)
+        kv_pos = kv_pos[:, :, None]  # [B,K|1,1,S]
+
+    def matrix(a):
+        return _pad(_pad(a, 2, rows), 3, columns)  # [B|1,H|1,T|1,S|1]
+
     keep = None if side.keep is None else matrix(side.keep.astype(jnp.int8))
     return Arrays(
         _tokens(q, rows), _tokens(k, columns), _tokens(v, columns), matrix(bias)
@@ -132,27 +152,28 @@ def _forward(call: Call, info, x: Arrays, o_ref, lse_ref, m_ref, l_ref, acc_ref)
 
     @pl.when(ctx.first)
     def _start():
-        top = info.sink[ctx.local] * LOG2E if call.sink else LOW
-        m_ref[...] = jnp.full(m_ref.shape, top, F32)
+        top = info.sink[ctx.local] * LOG2E if call.sink else LOW  # a first logit
+        m_ref[...] = jnp.full(m_ref.shape, top, F32)  # [1,queries]
         l_ref[...] = jnp.full(l_ref.shape, 1.0 if call.sink else 0.0, F32)
-        acc_ref[...] = jnp.zeros(acc_ref.shape, F32)
+        acc_ref[...] = jnp.zeros(acc_ref.shape, F32)  # o^T [V,queries]
 
     def step(parts, masked):
         # Dao, 2023, algorithm 1, turned: m, l [1,queries] and acc [V,queries]
         m, total, acc = m_ref[...], l_ref[...], acc_ref[...]
-        ahead = ctx.logits(parts[0], masked)[0]
+        ahead = ctx.logits(parts[0], masked)[0]  # s^T [keys,queries]
         for part, later in zip(parts, (*parts[1:], None)):
             s = ahead
+            # asked for before this part's softmax: the units work side by side
             if later is not None:
                 ahead = ctx.logits(later, masked)[0]
-            old = cut(m, part)
-            top = jnp.maximum(old, s.max(0, keepdims=True))
-            p, rescale = jnp.exp2(s - top), jnp.exp2(old - top)
-            sums = cut(total, part) * rescale + p.sum(0, keepdims=True)
+            old = cut(m, part)  # m of the part's queries
+            top = jnp.maximum(old, s.max(0, keepdims=True))  # m' = max(m, colmax s^T)
+            p, rescale = jnp.exp2(s - top), jnp.exp2(old - top)  # P, 2^(m - m')
+            sums = cut(total, part) * rescale + p.sum(0, keepdims=True)  # [1,queries]
             total = put(total, sums, part)
             drop = ctx.drop(part)
-            p = p if drop is None else p * drop
-            v = x.v[0, 0, part.keys]
+            p = p if drop is None else p * drop  # l counts what is dropped
+            v = x.v[0, 0, part.keys]  # [keys,V]
             # v^T p: [keys,V] by [keys,queries] is [V,queries]
             new = cut(acc, part) * rescale + dot(v, p.astype(v.dtype), TN)
             m, acc = put(m, top, part), put(acc, new, part)
@@ -163,10 +184,10 @@ def _forward(call: Call, info, x: Arrays, o_ref, lse_ref, m_ref, l_ref, acc_ref)
     @pl.when(ctx.last)
     def _finish():
         total = l_ref[...]
-        some = total > 0
+        some = total > 0  # queries that see a key
         safe = jnp.where(some, total, 1)
-        o_ref[0, 0] = (acc_ref[...] / safe).T.astype(o_ref.dtype)
-        lse = (m_ref[...] + jnp.log2(safe)) * (1 / LOG2E)
+        o_ref[0, 0] = (acc_ref[...] / safe).T.astype(o_ref.dtype)  # [queries,V]
+        lse = (m_ref[...] + jnp.log2(safe)) * (1 / LOG2E)  # L = m + log l
         lse_ref[0, 0] = jnp.where(some, lse, NEVER)
 
 
@@ -181,19 +202,20 @@ def _by_column(call: Call, info, x: Arrays, *refs):
     if dq_ref is not None:
         @pl.when(ctx.p == 0)
         def _clear():
-            dq_ref[...] = jnp.zeros(dq_ref.shape, F32)
+            dq_ref[...] = jnp.zeros(dq_ref.shape, F32)  # [G,T/rows,D,rows]
 
     @pl.when(ctx.first)
     def _start():
-        dk_ref[...] = jnp.zeros(dk_ref.shape, F32)
-        dv_ref[...] = jnp.zeros(dv_ref.shape, F32)
+        dk_ref[...] = jnp.zeros(dk_ref.shape, F32)  # [keys,D]
+        dv_ref[...] = jnp.zeros(dv_ref.shape, F32)  # [keys,V]
 
     def step(parts, masked):
         at = ctx.group, ctx.row
+        # read and written once a tile, not once a part
         dq = None if dq_ref is None else dq_ref[at]
         for part in parts:
             q, do = x.q[0, 0, part.queries], x.do[0, 0, part.queries]
-            p, _, ds = ctx.recompute(part, masked)
+            p, _, ds = ctx.recompute(part, masked)  # [keys,queries]
             ds = ds.astype(q.dtype)
             # p do and ds q: [keys,queries] by [queries,V] and [queries,D]
             dv_ref[part.keys] += dot(p.astype(do.dtype), do, NN)
@@ -209,6 +231,7 @@ def _by_column(call: Call, info, x: Arrays, *refs):
 
     @pl.when(ctx.last)
     def _finish():
+        # the scale of the logits last, once, in float32
         outs[0][0, 0] = (dk_ref[...] * call.form.scale).astype(outs[0].dtype)
         outs[1][0, 0] = dv_ref[...].astype(outs[1].dtype)
 
@@ -217,7 +240,7 @@ def _by_column(call: Call, info, x: Arrays, *refs):
         def _write():
             for g in range(dq_ref.shape[0]):
                 for i in range(dq_ref.shape[1]):
-                    dq = (dq_ref[g, i] * call.form.scale).T
+                    dq = (dq_ref[g, i] * call.form.scale).T  # [rows,D]
                     outs[2][0, g, i * rows:(i + 1) * rows] = dq.astype(outs[2].dtype)
 
 
@@ -227,7 +250,7 @@ def _by_row(call: Call, info, x: Arrays, dq_ref, acc_ref):
 
     @pl.when(ctx.first)
     def _start():
-        acc_ref[...] = jnp.zeros(acc_ref.shape, F32)
+        acc_ref[...] = jnp.zeros(acc_ref.shape, F32)  # dq^T [D,queries]
 
     def step(parts, masked):
         acc = acc_ref[...]
@@ -250,20 +273,22 @@ def rows_forward(call: Call, info: Scalars, x: Arrays, part: Portion):
     b, h = x.q.shape[:2]
     t = part.lines * call.tiling.rows
     rows, width = call.tiling.rows, x.v.shape[3]
-    outer = lambda b, h, p, *info: unpack(info[0][p])[0]
-    inner = lambda b, h, p, *info: current_inner(b, p, info)
-    cut = specs(call, x, outer, inner, lambda b, h, *a: h, lambda b, *a: b)
-    line = lambda b, h, p, *info: outer(b, h, p, *info) - part.first
-    row = lambda b, h, p, *info: (b, h, 0, line(b, h, p, *info))
+
+    def o_at(b, h, *step):
+        return b, h, listed_row(b, h, *step) - part.first, 0
+
+    def lse_at(b, h, *step):
+        return b, h, 0, listed_row(b, h, *step) - part.first
+
     return launch(
-        call, _forward, (b, h, info.order.shape[0]), info, x, cut,
-        [pl.BlockSpec((1, 1, rows, width),
-                      lambda b, h, p, *info: (b, h, line(b, h, p, *info), 0)),
-         pl.BlockSpec((1, 1, 1, rows), row)],
+        call, _forward, (b, h, info.order.shape[0]), info, x,
+        specs(call, x, listed_row, held, own_head),
+        [pl.BlockSpec((1, 1, rows, width), o_at),
+         pl.BlockSpec((1, 1, 1, rows), lse_at)],
         [jax.ShapeDtypeStruct((b, h, t, width), x.v.dtype),
          jax.ShapeDtypeStruct((b, h, 1, t), F32)],
-        [pltpu.VMEM((1, rows), F32), pltpu.VMEM((1, rows), F32),
-         pltpu.VMEM((width, rows), F32)],
+        [pltpu.VMEM((1, rows), F32), pltpu.VMEM((1, rows), F32),  # m, l
+         pltpu.VMEM((width, rows), F32)],  # o^T
         "flash_forward",
     )
 
@@ -273,11 +298,13 @@ def keys_backward(call: Call, info: Scalars, x: Arrays, part: Portion, with_dq: 
     b, h, t, d = x.q.shape
     heads, _, width = x.v.shape[1:]
     rows, columns = call.tiling.rows, call.tiling.columns
-    column_ = lambda b, h, p, *info: unpack(info[0][p])[1]
-    rows_ = lambda b, h, p, *info: current_inner(b, p, info)
-    head = lambda b, h, p, *info: h * call.groups + info[2][p]
-    cut = specs(call, x, rows_, column_, head, lambda b, *a: b)
-    at = lambda b, h, p, *info: (b, h, column_(b, h, p, *info) - part.first, 0)
+
+    def head(b, h, p, *info):
+        return h * call.groups + info[2][p]
+
+    def at(b, h, *step):
+        return b, h, listed_column(b, h, *step) - part.first, 0
+
     out_specs = [pl.BlockSpec((1, 1, columns, n), at) for n in (d, width)]
     out_shape = [
         jax.ShapeDtypeStruct((b, heads, part.lines * columns, a.shape[3]), a.dtype)
@@ -285,12 +312,13 @@ def keys_backward(call: Call, info: Scalars, x: Arrays, part: Portion, with_dq: 
     ]
     scratch = [pltpu.VMEM((columns, n), F32) for n in (d, width)]
     if with_dq:
-        out_specs.append(
+        out_specs.append(  # all queries of a key head, written at its last step
             pl.BlockSpec((1, call.groups, t, d), lambda b, h, *a: (b, h, 0, 0))
         )
         out_shape.append(jax.ShapeDtypeStruct(x.q.shape, x.q.dtype))
-        scratch.append(pltpu.VMEM((call.groups, t // rows, d, rows), F32))
+        scratch.append(pltpu.VMEM((call.groups, t // rows, d, rows), F32))  # dq^T
     grid = (b, heads, info.order.shape[0])
+    cut = specs(call, x, held, listed_column, head)
     return launch(call, _by_column, grid, info, x, cut, out_specs, out_shape, scratch,
                   "flash_backward" if with_dq else "flash_backward_keys")
 
@@ -299,14 +327,13 @@ def queries_backward(call: Call, info: Scalars, x: Arrays, part: Portion):
     """dq alone of a portion's queries, for those that do not fit on the chip."""
     b, h, _, d = x.q.shape
     rows = call.tiling.rows
-    outer = lambda b, h, p, *info: unpack(info[0][p])[0]
-    inner = lambda b, h, p, *info: current_inner(b, p, info)
-    cut = specs(call, x, outer, inner, lambda b, h, *a: h, lambda b, *a: b)
+
+    def at(b, h, *step):
+        return b, h, listed_row(b, h, *step) - part.first, 0
+
     return launch(
-        call, _by_row, (b, h, info.order.shape[0]), info, x, cut,
-        pl.BlockSpec((1, 1, rows, d),
-                     lambda b, h, p, *info: (
-                         b, h, outer(b, h, p, *info) - part.first, 0)),
+        call, _by_row, (b, h, info.order.shape[0]), info, x,
+        specs(call, x, listed_row, held, own_head), pl.BlockSpec((1, 1, rows, d), at),
         jax.ShapeDtypeStruct((b, h, part.lines * rows, d), x.q.dtype),
-        [pltpu.VMEM((d, rows), F32)], "flash_backward_queries",
+        [pltpu.VMEM((d, rows), F32)], "flash_backward_queries",  # dq^T
     )

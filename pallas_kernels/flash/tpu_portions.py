@@ -28,12 +28,14 @@ class Portion(NamedTuple):
 def portions(seen: GridOrder, groups: int = 1) -> list[Portion]:
     """`seen`, whole if its list fits; `groups`: how often each line is read. A line is
     never cut, so that its result is made by one call."""
+    # 8 bytes a step for order and group, and 4 of each row's plan
     most = ROOM // ((8 + 4 * seen.ask.shape[0]) * groups)
     starts = np.append(np.flatnonzero(seen.first), len(seen.order))
     found, line = [], 0
     while line < len(starts) - 1:
+        # lines that end before the room does
         end = int(np.searchsorted(starts, starts[line] + most, "right")) - 1
-        end = max(end, line + 1)
+        end = max(end, line + 1)  # one at least
         a, b = starts[line], starts[end]
         cut = GridOrder(seen.order[a:b], seen.first[a:b], seen.last[a:b],
                         seen.ask[:, a:b], seen.hold[:, a:b])
@@ -48,5 +50,8 @@ def joined(seen: GridOrder, groups: int, make: Callable) -> tuple:
     made = [make(portion) for portion in portions(seen, groups)]
     if len(made) == 1:
         return made[0]
-    along = lambda a: 3 if a.shape[2] == 1 else 2
+
+    def along(a):
+        return 3 if a.shape[2] == 1 else 2
+
     return tuple(jnp.concatenate(a, along(a[0])) for a in zip(*made))

@@ -80,13 +80,13 @@ class Call(NamedTuple):
 def scalars(seen: GridOrder, groups: int, heads, sink, seed, batch) -> Scalars:
     """The schedule packed; `groups` > 1 repeats each line for every query head."""
     steps = len(seen.order)
-    start = np.flatnonzero(seen.first)
+    start = np.flatnonzero(seen.first)  # where lines open
     lines = np.split(np.arange(steps), start[1:])
     at = np.concatenate([np.tile(line, groups) for line in lines])
     group = np.concatenate([np.repeat(np.arange(groups), len(line)) for line in lines])
-    first = seen.first[at] & (group == 0)
-    last = seen.last[at] & (group == groups - 1)
-    words = jnp.asarray(last * LAST | first * FIRST)[None] + seen.ask[:, at]
+    first = seen.first[at] & (group == 0)  # with the first head
+    last = seen.last[at] & (group == groups - 1)  # with the last head
+    words = jnp.asarray(last * LAST | first * FIRST)[None] + seen.ask[:, at]  # [B|1,P]
     words = words + (seen.hold[:, at] << HOLD_SHIFT)
     rng = jnp.zeros(2, jnp.int32)
     if seed is not None:
@@ -110,7 +110,7 @@ class TileContext:
         self.group = info.group[self.p]
         self.local = outer * call.groups + self.group if by_column else outer
         self.head = info.heads[self.local]
-        rows = info.plan.shape[0] // steps
+        rows = info.plan.shape[0] // steps  # 1: one plan for every row of the batch
         self.word = info.plan[(self.b * steps if rows > 1 else 0) + self.p]
         self.ask = self.word & ASK
         self.first, self.last = self.word & FIRST != 0, self.word & LAST != 0
@@ -119,7 +119,7 @@ class TileContext:
         """Query positions [1,queries] and key positions [keys,1] of a part."""
         t = self.call.tiling
         if t.offset is None:
-            j = column(self.x.kv_pos[0, 0, :, part.keys])
+            j = column(self.x.kv_pos[0, 0, :, part.keys])  # [keys,1]
             return self.x.q_pos[0, :, part.queries], j
         return self.queries(part) + t.offset, self.keys(part)
 
@@ -142,39 +142,44 @@ class TileContext:
         raw = dot(x.k[0, 0, part.keys], x.q[0, 0, part.queries], NT)
         i = j = None
         if masked or form.score is not None:
-            i, j = self.positions(part)
+            i, j = self.positions(part)  # [1,queries], [keys,1]
         bias = None if x.bias is None else self.bias(part)
         s, slope = form.logits(raw, self.head, i, j, bias, LOG2E)
         if not masked:
             return s, slope
         seen = None if form.mask is None else form.mask(self.head, i, j)
         if t.offset is None:
-            seen = both(seen, self.positions(part)[1] >= 0)
+            seen = both(seen, self.positions(part)[1] >= 0)  # -1: an empty slot
         if x.q_run is not None:
-            run = column(x.kv_run[0, :, part.keys])
+            run = column(x.kv_run[0, :, part.keys])  # [keys,1]
+            # run 0 is padding
             seen = both(seen, (x.q_run[0, :, part.queries] == run) & (run > 0))
         if t.s % t.columns:
-            seen = both(seen, self.keys(part) < t.s)
+            seen = both(seen, self.keys(part) < t.s)  # the tail is nobody's key
+        # masked last, after scale, cap and bias: 2^(NEVER - m) is 0 and no nan
         return (s if seen is None else jnp.where(seen, s, NEVER)), slope
 
     def bias(self, part: Part):
         """The bias of a part: [keys|1,queries|1]."""
         ref = self.x.bias
         rows, columns = ref.shape[2:]
-        own = ref[0, 0, part.queries if rows > 1 else slice(None),
+        own = ref[0, 0, part.queries if rows > 1 else slice(None),  # [queries|1,keys|1]
                   part.keys if columns > 1 else slice(None)]
+        # as the logits lie; a single row is turned as a vector
         return (column(own) if rows == 1 else own.astype(F32).T).astype(F32)
 
     def drop(self, part: Part):
         """What dropout multiplies the weights of a part with; None for nothing."""
         rate = self.call.form.dropout
         if self.x.keep is not None:
+            # as the logits lie: [keys,queries]
             stay = self.x.keep[0, 0, part.queries, part.keys].astype(F32).T
             return stay / (1 - rate)
         if not rate:
             return None
         seed = [self.info.rng[n].astype(jnp.uint32) for n in range(2)]
         batch = self.info.rng[2 + self.b]
+        # numbers, not positions, so that every form drops the same weights
         stay = dropout_keep(
             rate, seed, batch, self.head, self.queries(part), self.keys(part))
         return jnp.where(stay, 1 / (1 - rate), 0.0)
@@ -185,12 +190,13 @@ class TileContext:
         x = self.x
         s, slope = self.logits(part, masked)
         # P = exp(S - L), dP = dO V^T, dS = P (dP - D): Dao, 2023, algorithm 2
-        p = jnp.exp2(s - x.lse[0, 0, :, part.queries])
+        p = jnp.exp2(s - x.lse[0, 0, :, part.queries])  # lse [1,queries]
         # v do^T: [keys,V] by [queries,V] is [keys,queries]
         dp = dot(x.v[0, 0, part.keys], x.do[0, 0, part.queries], NT)
         drop = self.drop(part)
+        # O = (P drop) V, so dP = drop (dO V^T)
         dropped, dp = (p, dp) if drop is None else (p * drop, dp * drop)
-        ds = p * (dp - x.delta[0, 0, :, part.queries])
+        ds = p * (dp - x.delta[0, 0, :, part.queries])  # delta [1,queries]
         return dropped, ds, (ds if slope is None else ds * slope)
 
     def run(self, step) -> None:
@@ -200,7 +206,12 @@ class TileContext:
         ways = {MASKED: all_of} if patterns.masked else {}
         ways |= {MASKED + 1 + n: parts for n, parts in enumerate(patterns.partial)}
         ways |= {FULL: all_of} if patterns.whole else {}
-        otherwise = lambda: None
+
+        def skip():
+            return None
+
+        otherwise: Any = skip
+        # conditions in each other, a program in each: all but one are jumped over
         for code, parts in reversed(ways.items()):
             take = functools.partial(step, parts, code != FULL)
             otherwise = functools.partial(
@@ -226,15 +237,22 @@ def put(a, new, part: Part):
     return jnp.concatenate([side for side in sides if side.shape[1]], 1)
 
 
-def specs(call: Call, x: Arrays, outer, inner, head, batch) -> Arrays:
-    """How each array is cut: functions of a grid step give tile, head and batch.
+def specs(call: Call, x: Arrays, outer, inner, head) -> Arrays:
+    """How each array is cut: functions of a grid step give tile and head.
 
     outer, inner: the query tile and the key tile to hold at a step; head: the query
-    head; batch: the row of the batch.
+    head.
     """
     rows, columns = call.tiling.rows, call.tiling.columns
-    one = lambda n, index: (lambda *a: 0) if n == 1 else index
-    kv = lambda *a: head(*a) // call.groups
+
+    def batch(b, *at):
+        return b
+
+    def one(n, index):
+        return (lambda *a: 0) if n == 1 else index
+
+    def kv(*a):
+        return head(*a) // call.groups  # key head
 
     def spec(a, cut):
         if a is None:
@@ -245,12 +263,18 @@ def specs(call: Call, x: Arrays, outer, inner, head, batch) -> Arrays:
         block = tuple(min(m, n) for m, n in zip(sizes, a.shape))
         return pl.BlockSpec(block, lambda *a: tuple(i(*a) for i in at))
 
-    whole = lambda *a: 0
-    by_q = ((1, batch), (1, head), (rows, outer))
-    by_k = ((1, batch), (1, kv), (columns, inner))
-    q_row = ((1, batch), (1, whole), (rows, outer))
+    def whole(*a):
+        return 0
+
+    by_q = ((1, batch), (1, head), (rows, outer))  # [B,H,T,.]
+    by_k = ((1, batch), (1, kv), (columns, inner))  # [B,K,S,.]
+    q_row = ((1, batch), (1, whole), (rows, outer))  # [B|1,1,T]
+    # [B|1,H|1,T|1,S|1]
     matrix = ((1, batch), (1, head), (rows, outer), (columns, inner))
-    wide = lambda a: ((a.shape[-1], whole),)
+
+    def wide(a):
+        return ((a.shape[-1], whole),)
+
     return Arrays(
         spec(x.q, by_q + wide(x.q)), spec(x.k, by_k + wide(x.k)),
         spec(x.v, by_k + wide(x.v)), spec(x.bias, matrix), spec(x.keep, matrix),
@@ -264,8 +288,23 @@ def specs(call: Call, x: Arrays, outer, inner, head, batch) -> Arrays:
     )
 
 
-def current_inner(b, p, info) -> Any:
-    """The tile of the inner axis at a step."""
+def listed_row(b, h, p, *info):
+    """The query tile of a step."""
+    return unpack(info[0][p])[0]
+
+
+def listed_column(b, h, p, *info):
+    """The key tile of a step."""
+    return unpack(info[0][p])[1]
+
+
+def own_head(b, h, *at):
+    """The head of a step whose grid counts query heads."""
+    return h
+
+
+def held(b, h, p, *info):
+    """The tile of the inner axis to have at hand at a step."""
     order, plan = info[:2]
     steps = order.shape[0]
     return plan[(b * steps if plan.shape[0] > steps else 0) + p] >> HOLD_SHIFT
@@ -286,6 +325,7 @@ def launch(call: Call, kernel, grid, info: Scalars, x, in_specs, out_specs, out_
         ),
         out_shape=out_shape,
         compiler_params=pltpu.CompilerParams(
+            # steps of a head in order: the sums of a line wait in scratch
             dimension_semantics=("parallel", "parallel", "arbitrary"),
             vmem_limit_bytes=call.vmem,
         ),

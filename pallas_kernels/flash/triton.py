@@ -31,7 +31,7 @@ def forward(static: Static, side: Side, q, k, v, bias, sink):
     b, t, h, _ = q.shape
     call = _call(static, static.tiling, static.tiles[0], q, k)
     return launch(
-        call, _forward, (call.tiling.grid[0], h, b),
+        call, _forward, (call.tiling.grid[0], h, b),  # a program a query tile
         _arrays(side, q, k, v, bias, sink),
         lines(*static.block_masks(call.tiling, side)),
         [jax.ShapeDtypeStruct((b, t, h, v.shape[3]), v.dtype),
@@ -43,11 +43,15 @@ def backward(static: Static, side: Side, q, k, v, bias, sink, lse, delta, do):
     """dq, dk, dv, d(bias), given lse, delta [B,H,T] and do [B,T,H,V]."""
     b, _, h, _ = q.shape
     call = _call(static, static.backward, static.tiles[1], q, k)
+    # 0, not -inf, where nothing is seen: there 2^(-inf - 0) = 0
     base = jnp.where(jnp.isfinite(lse), lse * LOG2E, 0)
     x = _arrays(side, q, k, v, bias, None)._replace(do=do, lse=base, delta=delta)
     table, ask = static.block_masks(call.tiling, side)
-    turned = None if ask is None else ask.swapaxes(1, 2)
-    like = lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype)
+    turned = None if ask is None else ask.swapaxes(1, 2)  # [B,M,N]
+
+    def like(a):
+        return jax.ShapeDtypeStruct(a.shape, a.dtype)
+
     rows, columns = call.tiling.grid
     dk, dv = launch(call, _by_column, (columns, k.shape[2], b), x,
                     lines(table.T, turned), [like(k), like(v)], "flash_backward_keys")
@@ -55,7 +59,7 @@ def backward(static: Static, side: Side, q, k, v, bias, sink, lse, delta, do):
                 "flash_backward_queries")
     if bias is None:
         return dq, dk, dv, None
-    asked = jnp.asarray(table)[None] if ask is None else ask
+    asked = jnp.asarray(table)[None] if ask is None else ask  # [B|1,N,M]
     grid = (rows if bias.shape[2] > 1 else 1, columns if bias.shape[3] > 1 else 1,
             bias.shape[0] * bias.shape[1])
     dbias = launch(call, _bias_tile, grid, x, asked,
@@ -70,7 +74,9 @@ def _call(static: Static, tiling: Tiling, tile, q, k) -> Call:
 
 
 def _arrays(side: Side, q, k, v, bias, sink) -> Arrays:
-    whole = lambda a: None if a is None else a.astype(jnp.int32)
+    def whole(a):
+        return None if a is None else a.astype(jnp.int32)
+
     return Arrays(
         q, k, v, whole(side.head), bias,
         None if side.keep is None else side.keep.astype(jnp.int8), whole(side.q_pos),
@@ -89,33 +95,36 @@ def _forward(call: Call, x: Arrays, seen, o_ref, lse_ref):
     row, h, b = _last_first(0), pl.program_id(1), pl.program_id(2)
     ctx = TileContext(call, x, b, h)
     rows = call.tiling.rows
-    q = ctx.queries(x.q, row)
+    q = ctx.queries(x.q, row)  # [rows,D], in pieces
 
+    # the online softmax, in base 2
     def step(column, masked, carry):
         m, total, acc = carry
         s, _ = ctx.logits(q, ctx.keys(x.k, column), row, column, masked)
-        top = jnp.maximum(m, s.max(1))
-        p, rescale = jnp.exp2(s - top[:, None]), jnp.exp2(m - top)
-        total = total * rescale + p.sum(1)
+        top = jnp.maximum(m, s.max(1))  # m' = max(m, rowmax S)
+        p, rescale = jnp.exp2(s - top[:, None]), jnp.exp2(m - top)  # P, 2^(m - m')
+        total = total * rescale + p.sum(1)  # l' = l 2^(m - m') + rowsum P
         drop = ctx.drop(row, column)
-        p = p if drop is None else p * drop
+        p = p if drop is None else p * drop  # l counts what is dropped
         p = p.astype(x.v.dtype)
         # p v: [rows,columns] by [columns,V] is [rows,V], in pieces of V
         acc = tuple(a * rescale[:, None] + dot(p, v, NN)
                     for a, v in zip(acc, ctx.keys(x.v, column)))
         return top, total, acc
 
+    # a sink is a first logit, without value
     top = LOW if x.sink is None else x.sink[h] * LOG2E
     m, total, acc = for_each_tile(seen, b, row, step, (
         jnp.full((rows,), top, F32),
-        jnp.full((rows,), 0.0 if x.sink is None else 1.0, F32),
+        jnp.full((rows,), 0.0 if x.sink is None else 1.0, F32),  # its weight, 2^0
         zeros(rows, o_ref.shape[3]),
     ))
     some = total > 0
     safe = jnp.where(some, total, 1.0)
+    # O / l, once at the end
     write(o_ref, [a / safe[:, None] for a in acc], b, row * rows, rows, h)
-    lse = jnp.where(some, (m + jnp.log2(safe)) * (1 / LOG2E), NEVER)
-    inside = ctx.numbers(row, False) < call.tiling.t
+    lse = jnp.where(some, (m + jnp.log2(safe)) * (1 / LOG2E), NEVER)  # L = m + log l
+    inside = ctx.numbers(row, False) < call.tiling.t  # rows that there are
     triton.store(lse_ref.at[b, h, pl.ds(row * rows, rows)], lse, mask=inside)
 
 
@@ -124,16 +133,16 @@ def _by_column(call: Call, x: Arrays, seen, dk_ref, dv_ref):
     column, kv, b = (pl.program_id(n) for n in range(3))
     size = call.tiling.columns
     first = TileContext(call, x, b, kv * call.groups, turned=True)
-    k, v = first.keys(x.k, column), first.keys(x.v, column)
+    k, v = first.keys(x.k, column), first.keys(x.v, column)  # [columns,D], [columns,V]
 
     def head(g, carry):
         ctx = TileContext(call, x, b, kv * call.groups + g, turned=True)
 
         def step(row, masked, carry):
             dk, dv = carry
-            q, do = ctx.queries(x.q, row), ctx.queries(x.do, row)
+            q, do = ctx.queries(x.q, row), ctx.queries(x.do, row)  # [rows,D], [rows,V]
             p, _, ds = ctx.recompute(q, k, v, do, row, column, masked)
-            p, ds = p.astype(x.do.dtype), ds.astype(x.q.dtype)
+            p, ds = p.astype(x.do.dtype), ds.astype(x.q.dtype)  # [columns,rows]
             # p do and ds q, turned: [columns,rows] by [rows,V] and [rows,D]
             dv = tuple(a + dot(p, part, NN) for a, part in zip(dv, do))
             return tuple(a + dot(ds, part, NN) for a, part in zip(dk, q)), dv
@@ -145,6 +154,7 @@ def _by_column(call: Call, x: Arrays, seen, dk_ref, dv_ref):
         dk, dv = head(0, carry)
     else:
         dk, dv = jax.lax.fori_loop(0, call.groups, head, carry)
+    # the scale of the logits last, once, in float32
     write(dk_ref, [a * call.form.scale for a in dk], b, column * size, size, kv)
     write(dv_ref, dv, b, column * size, size, kv)
 
@@ -154,10 +164,10 @@ def _by_row(call: Call, x: Arrays, seen, dq_ref):
     row, h, b = _last_first(0), pl.program_id(1), pl.program_id(2)
     ctx = TileContext(call, x, b, h)
     rows = call.tiling.rows
-    q, do = ctx.queries(x.q, row), ctx.queries(x.do, row)
+    q, do = ctx.queries(x.q, row), ctx.queries(x.do, row)  # [rows,D], [rows,V]
 
     def step(column, masked, dq):
-        k, v = ctx.keys(x.k, column), ctx.keys(x.v, column)
+        k, v = ctx.keys(x.k, column), ctx.keys(x.v, column)  # [columns,D], [columns,V]
         ds = ctx.recompute(q, k, v, do, row, column, masked)[2].astype(x.k.dtype)
         # ds k: [rows,columns] by [columns,D] is [rows,D], in pieces of D
         return tuple(a + dot(ds, part, NN) for a, part in zip(dq, k))
@@ -169,7 +179,7 @@ def _by_row(call: Call, x: Arrays, seen, dq_ref):
 def _bias_tile(call: Call, x: Arrays, asked, db_ref):
     """The bias gradient of one tile, summed over the axes that are 1 in the bias."""
     t = call.tiling
-    nb, nh, tall, wide = (n > 1 for n in db_ref.shape)
+    nb, nh, tall, wide = (n > 1 for n in db_ref.shape)  # which axes the bias has
     # the axes that are added up, and the place along those that are not
     sizes = (1 if nb else x.q.shape[0], 1 if nh else x.q.shape[2],
              1 if tall else t.grid[0], 1 if wide else t.grid[1])
@@ -179,6 +189,7 @@ def _bias_tile(call: Call, x: Arrays, asked, db_ref):
 
     def step(n, acc):
         place = []
+        # n counts rows of the batch, heads, query tiles and, fastest, key tiles
         for size, mine in zip(sizes[::-1], own[::-1]):
             place.append(mine if size == 1 else jax.lax.rem(n, size))
             n = jax.lax.div(n, size)
@@ -189,10 +200,11 @@ def _bias_tile(call: Call, x: Arrays, asked, db_ref):
             q, do = ctx.queries(x.q, row), ctx.queries(x.do, row)
             k, v = ctx.keys(x.k, column), ctx.keys(x.v, column)
             ds = ctx.recompute(q, k, v, do, row, column, True)[1]
-            ds = ds if tall else ds.sum(0)[None]
-            return acc + (ds if wide else ds.sum(1)[:, None])
+            ds = ds if tall else ds.sum(0)[None]  # over queries
+            return acc + (ds if wide else ds.sum(1)[:, None])  # over keys
 
         ask = asked[b if asked.shape[0] > 1 else 0, row, column]
+        # a branch, so that what a skipped tile would need is not loaded
         return jax.lax.cond(ask != SKIP, add, lambda: acc)
 
     acc = jnp.zeros((t.rows if tall else 1, t.columns if wide else 1), F32)
@@ -200,7 +212,7 @@ def _bias_tile(call: Call, x: Arrays, asked, db_ref):
     acc = jax.lax.fori_loop(0, many, step, acc)
     cuts, inside = [], None
     for axis, size in ((2, t.rows), (3, t.columns)):
-        if db_ref.shape[axis] == 1:
+        if db_ref.shape[axis] == 1:  # an axis of 1 is one place
             cuts.append(pl.ds(0, 1))
             continue
         cuts.append(pl.ds(own[axis] * size, size))

@@ -76,19 +76,27 @@ def lines(static: np.ndarray, ask: jax.Array | None) -> tuple[Line | None, Line 
     [B,N,M] says at run time what is asked of each; None where there is no such tile."""
     if ask is None:
         return _fixed(static == FULL), _fixed(static == MASKED)
-    count = lambda kind: (ask == kind).sum(-1, dtype=jnp.int32)
-    order = lambda kind: jnp.argsort(ask != kind, axis=-1, stable=True)
-    line = lambda kind: Line(count(kind), order(kind).astype(jnp.int32))
+
+    def count(kind):
+        return (ask == kind).sum(-1, dtype=jnp.int32)  # [B,N]
+
+    def order(kind):
+        return jnp.argsort(ask != kind, axis=-1, stable=True)  # [B,N,M]
+
+    def line(kind):
+        return Line(count(kind), order(kind).astype(jnp.int32))
+
     return line(FULL), line(MASKED)
 
 
 def _fixed(wanted: np.ndarray) -> Line | None:
     count = wanted.sum(1, dtype=np.int32)
-    most = int(count.max())
+    most = int(count.max())  # the longest line
     if not most:
         return None
     order = np.argsort(~wanted, axis=1, kind="stable")[:, :most].astype(np.int32)
-    some = np.arange(most)[None] < count[:, None]
+    some = np.arange(most)[None] < count[:, None]  # [N,most]
+    # where a line's tiles are neighbours, the number of the first is enough
     if (~some | (order == order[:, :1] + np.arange(most))).all():
         order = order[:, 0]
     return Line(jnp.asarray(count[None]), jnp.asarray(order[None]))
@@ -101,7 +109,7 @@ def for_each_tile(seen, b, n, body: Callable, carry):
             continue
         row = b if line.count.shape[0] > 1 else 0
         near = len(line.where.shape) == 2
-        first = line.where[row, n] if near else None
+        first = line.where[row, n] if near else None  # read once, before the loop
 
         def step(i, carry, masked=masked, first=first, line=line, row=row):
             at = line.where[row, n, i] if first is None else first + i
@@ -117,7 +125,7 @@ class TileContext:
 
     def __init__(self, call: Call, x: Arrays, b, h, turned: bool = False):
         self.call, self.x, self.b, self.h, self.turned = call, x, b, h, turned
-        self.kv = h // call.groups
+        self.kv = h // call.groups  # grouped heads share keys
         self.head = x.heads[h]
 
     def along(self, a, keys: bool):
@@ -126,7 +134,7 @@ class TileContext:
 
     def product(self, a, b):
         """Products of queries `a` and keys `b` over their width, a tile of logits."""
-        pairs = zip(b, a) if self.turned else zip(a, b)
+        pairs = zip(b, a) if self.turned else zip(a, b)  # s^T = k q^T, or s = q k^T
         # q k^T: [rows,D] by [columns,D] is [rows,columns], a piece of D at a time
         parts = [dot(*pair, NT) for pair in pairs]
         return functools.reduce(jnp.add, parts)
@@ -151,15 +159,15 @@ class TileContext:
         """Entries of a [B|1,T] array, or of [B,S,K|1] with the head `after`."""
         t = self.call.tiling
         size, end = (t.columns, t.s) if keys else (t.rows, t.t)
-        row = self.b if ref.shape[0] > 1 else self.b * 0
-        at = ref.at[(row, pl.ds(tile * size, size), *after)]
+        row = self.b if ref.shape[0] > 1 else self.b * 0  # a traced 0: see `matrix`
+        at = ref.at[(row, pl.ds(tile * size, size), *after)]  # [size]
         inside = self.numbers(tile, keys) < end if end % size else None
         return load(at, inside, other)
 
     def row(self, ref, tile, other):
         """Entries [rows] of a [B,H,T] array."""
         t = self.call.tiling
-        at = ref.at[self.b, self.h, pl.ds(tile * t.rows, t.rows)]
+        at = ref.at[self.b, self.h, pl.ds(tile * t.rows, t.rows)]  # [rows]
         inside = self.numbers(tile, False) < t.t if t.t % t.rows else None
         return load(at, inside, other)
 
@@ -177,30 +185,32 @@ class TileContext:
             if ref.shape[axis] % size:
                 near = self.numbers(tile, axis == 3) < ref.shape[axis]
                 inside = both(inside, near[None] if axis == 3 else near[:, None])
-        at = ref.at[b, h, *cuts]
+        at = ref.at[b, h, *cuts]  # [rows|1,columns|1]
         if inside is not None:
             inside = jnp.broadcast_to(inside, at.shape)
         found = load(at, inside, other)
-        return found.T if self.turned else found
+        return found.T if self.turned else found  # as logits lie
 
     def logits(self, q, k, row, column, masked: bool):
         """Logits times log2(e) of a tile, NEVER where hidden, and their slope."""
         x, t, form = self.x, self.call.tiling, self.call.form
-        raw = self.product(q, k)
-        i, j = self.positions(row, column)
+        raw = self.product(q, k)  # [rows,columns], or turned
+        i, j = self.positions(row, column)  # [rows,1], [1,columns], or turned
         bias = None if x.bias is None else self.matrix(x.bias, row, column, 0)
         s, slope = form.logits(raw, self.head, i, j, bias, LOG2E)
         if not masked:
             return s, slope
         seen = None if form.mask is None else form.mask(self.head, i, j)
         if t.offset is None:
-            seen = both(seen, j >= 0)
+            seen = both(seen, j >= 0)  # -1: an empty slot
         if x.q_run is not None:
             mine = self.along(self.vector(x.q_run, row, False, 0), False)
             run = self.along(self.vector(x.kv_run, column, True, 0), True)
-            seen = both(seen, (mine == run) & (run > 0))
+            seen = both(seen, (mine == run) & (run > 0))  # run 0 is padding
         if t.s % t.columns:
+            # the tail of the last tile is nobody's key
             seen = both(seen, self.along(self.numbers(column, True), True) < t.s)
+        # masked last, after scale, cap and bias: 2^(NEVER - m) is 0 and no nan
         return (s if seen is None else jnp.where(seen, s, NEVER)), slope
 
     def positions(self, row, column):
@@ -218,6 +228,7 @@ class TileContext:
         """What dropout multiplies the weights of a tile with; None for nothing."""
         rate, x = self.call.form.dropout, self.x
         if x.keep is not None:
+            # what stays is scaled up, so that the mean of a weight is what it was
             return self.matrix(x.keep, row, column, 0).astype(F32) / (1 - rate)
         if not rate:
             return None
@@ -230,15 +241,20 @@ class TileContext:
     def recompute(self, q, k, v, do, row, column, masked: bool):
         """Dropped p, d(bias) and d(scale q.k) of a tile, made again from lse."""
         s, slope = self.logits(q, k, row, column, masked)
-        of = lambda ref, other: self.along(self.row(ref, row, other), False)
+
+        def of(ref, other):
+            return self.along(self.row(ref, row, other), False)
+
         # queries beyond the end get weights 2^(s - 1e30) = 0
         # P = exp(S - L), dP = dO V^T, dS = P (dP - D): Dao, 2023, algorithm 2
         p = jnp.exp2(s - of(self.x.lse, -LOW))
         # do v^T, [rows,columns] as the logits
         dp = self.product(do, v)
         drop = self.drop(row, column)
+        # O = (P drop) V, so dP = drop (dO V^T)
         dropped, dp = (p, dp) if drop is None else (p * drop, dp * drop)
         ds = p * (dp - of(self.x.delta, 0.0))
+        # d(bias) is dS; d(scale q.k) lies before the cap, whose slope it takes
         return dropped, ds, (ds if slope is None else ds * slope)
 
 

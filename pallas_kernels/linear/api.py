@@ -75,7 +75,10 @@ def linear(
     channels = log_decay is not None and log_decay.ndim == 4
     device = tables.device_kind()
     shape = tables.Shape(t, t, d, width, q.dtype.itemsize)
-    numbers = lambda which: tables.chunks(device, which, shape, channels, tile, backend)
+
+    def numbers(which):
+        return tables.chunks(device, which, shape, channels, tile, backend)
+
     static = Static(
         float(scale), jnp.dtype(dtype), numbers("linear_forward"),
         numbers("linear_backward"), tables.vmem(device, backend), backend, interpret,

@@ -34,7 +34,7 @@ def split_bf16x3(x) -> list[Any]:
         bits = jax.lax.bitcast_convert_type(x, jnp.int32) & -65536
         part = jax.lax.bitcast_convert_type(bits, F32)
         found.append(part.astype(BF16))
-        x = x - part
+        x = x - part  # exact: both have the same leading bits
     return [*found, x.astype(BF16)]
 
 
@@ -47,19 +47,22 @@ def add_up(where, x, contract=NN):
     """sum_t where[i,t] x[t,n] -> [i,n] float32; TN: where[t,i]."""
     w = chosen(where)
     high, middle, low = (dot(w, part, contract) for part in split_bf16x3(x))
-    return (low + middle) + high
+    return (low + middle) + high  # the smallest first
 
 
 def add_columns(x, where):
     """sum_t x[i,t] where[t,n] -> [i,n] float32."""
     w = chosen(where)
     high, middle, low = (dot(part, w, NN) for part in split_bf16x3(x))
-    return (low + middle) + high
+    return (low + middle) + high  # the smallest first
 
 
 def places(c: int):
     """Row and column numbers of a [c,c] matrix."""
-    number = lambda axis: jax.lax.broadcasted_iota(jnp.int32, (c, c), axis)
+
+    def number(axis):
+        return jax.lax.broadcasted_iota(jnp.int32, (c, c), axis)
+
     return number(0), number(1)
 
 
@@ -97,15 +100,15 @@ class NoDecay:
 
     def pairs(self, q, k):
         """[c,c] float32, 0 for j > i."""
-        return dot(q, k, NT) * self.within()
+        return dot(q, k, NT) * self.within()  # [c,D] [c,D] -> [c,c]
 
     def back(self, q, k, dp, entered, left, held) -> Gradients:
         """Gradients from dp [c,c], the cotangent of pairs; entered, left [c,D]: those
         of enter(q) and leave(k); held [1,D]: sum over v of the state that comes in
         times the cotangent of the one that goes out."""
         within = self.within()
-        ds = (dp * within).astype(q.dtype)
-        from_state, to_state = self.enter(entered), self.leave(left)
+        ds = (dp * within).astype(q.dtype)  # d(q.k) [c,c]
+        from_state, to_state = self.enter(entered), self.leave(left)  # [c,D]
         dg = self.decay_gradient(
             lambda: dot(q, k, NT) * within * dp, q, k, from_state, to_state, held)
         # ds k and ds^T q: [c,c] by [c,D] is [c,D]
@@ -129,10 +132,12 @@ class HeadDecay(NoDecay):
         return jax.lax.broadcasted_iota(jnp.int32, (self.c, 1), 0)
 
     def within(self):
+        # 0 for j > i, so that no exponent is positive
         apart = jnp.maximum(self.i - self.j, 0).astype(F32)
         return jnp.where(self.j <= self.i, self.scale * jnp.exp(self.g * apart), 0.0)
 
     def enter(self, q):
+        # a token's own decay counts
         factor = jnp.exp(self.g * (self.number() + 1).astype(F32))
         return q.astype(F32) * (self.scale * factor)
 
@@ -148,7 +153,8 @@ class HeadDecay(NoDecay):
         return s * jnp.exp(self.g * whole)
 
     def decay_gradient(self, weigh, q, k, from_state, to_state, held):
-        apart = (self.i - self.j).astype(F32)
+        apart = (self.i - self.j).astype(F32)  # how often a pair has g
+        # how often enter(q) and leave(k) have g
         x = rows(q, from_state) * (self.number() + 1).astype(F32)
         y = rows(k, to_state) * self.later()
         own = jnp.where(self.i == self.j, x + y, weigh() * apart)
@@ -173,7 +179,8 @@ class TokenDecay(NoDecay):
         self.g = g
 
     def within(self):
-        until = jnp.where(self.j <= self.i, self.g, 0.0)
+        until = jnp.where(self.j <= self.i, self.g, 0.0)  # [i,t]: g_t for t <= i
+        # the sum over j < t <= i alone, not the difference of two sums
         factor = jnp.exp(add_columns(until, self.i > self.j))
         return jnp.where(self.j <= self.i, self.scale * factor, 0.0)
 
@@ -190,8 +197,8 @@ class TokenDecay(NoDecay):
 
     def decay_gradient(self, weigh, q, k, from_state, to_state, held):
         # the decay at t acts on the pairs j < t <= i
-        p = jnp.where(self.j < self.i, weigh(), 0.0)
-        crossing = add_columns(p, self.i < self.j) + rows(q, from_state)
+        p = jnp.where(self.j < self.i, weigh(), 0.0)  # [i,j]
+        crossing = add_columns(p, self.i < self.j) + rows(q, from_state)  # [i,t]
         own = jnp.where(self.i >= self.j, crossing, rows(k, to_state))
         held = self.kept(held).sum(1, keepdims=True)
         return own.sum(0, keepdims=True) + held
@@ -215,7 +222,10 @@ class ChannelDecay(NoDecay):
     def for_each_level(self, step: Callable, carry):
         """step(s, carry) for each level."""
         if self.rolled:
-            one = lambda n, carry: step(jax.lax.shift_left(jnp.int32(1), n), carry)
+            # a traced power of two, so that the loop has one body
+            def one(n, carry):
+                return step(jax.lax.shift_left(jnp.int32(1), n), carry)
+
             return jax.lax.fori_loop(0, len(levels(self.c)), one, carry)
         return functools.reduce(lambda carry, s: step(s, carry), levels(self.c), carry)
 
@@ -235,7 +245,7 @@ class ChannelDecay(NoDecay):
 
     def at(self, s, q, k):
         """The decay to the middle [c,D] float32, and q and k with it."""
-        factor = jnp.exp(self.decays(s))
+        factor = jnp.exp(self.decays(s))  # at most 1
         return factor, *((a.astype(F32) * factor).astype(a.dtype) for a in (q, k))
 
     def enter(self, q):
@@ -248,7 +258,9 @@ class ChannelDecay(NoDecay):
         return s * jnp.exp(self.g.sum(0, keepdims=True))
 
     def pairs(self, q, k):
-        step = lambda s, found: self.more_pairs(s, found, q, k)
+        def step(s, found):
+            return self.more_pairs(s, found, q, k)
+
         return self.for_each_level(step, self.own(q, k))
 
     def own(self, q, k):
@@ -257,11 +269,13 @@ class ChannelDecay(NoDecay):
 
     def more_pairs(self, s, found, q, k):
         """`found` with the pairs of a level put in."""
-        _, near, far = self.at(s, q, k)
+        _, near, far = self.at(s, q, k)  # q, k to the middle
         return jnp.where(self.paired(s), self.scale * dot(near, far, NT), found)
 
     def back(self, q, k, dp, entered, left, held) -> Gradients:
-        step = lambda s, found: self.more_back(s, found, q, k, dp)
+        def step(s, found):
+            return self.more_back(s, found, q, k, dp)
+
         return self.for_each_level(step, self.start_back(q, k, dp, entered, left, held))
 
     def start_back(self, q, k, dp, entered, left, held) -> Gradients:
@@ -276,7 +290,7 @@ class ChannelDecay(NoDecay):
     def more_back(self, s, found: Gradients, q, k, dp) -> Gradients:
         """`found` and the gradients from the pairs of a level."""
         factor, near, far = self.at(s, q, k)
-        ds = jnp.where(self.paired(s), self.scale * dp, 0.0).astype(q.dtype)
+        ds = jnp.where(self.paired(s), self.scale * dp, 0.0).astype(q.dtype)  # [c,c]
         # ds k and ds^T q of this level's pairs: [c,D]
         to_q, to_k = dot(ds, far, NN) * factor, dot(ds, near, TN) * factor
         more = self.spread(s, q.astype(F32) * to_q + k.astype(F32) * to_k)
@@ -294,4 +308,5 @@ def between(i, t, s):
     i for "leave"."""
     if isinstance(s, str):
         return t <= i if s == "enter" else t > i
+    # on one side of the middle, and between it and i
     return ((i ^ t) < s) & (((i & s) != 0) == (t <= i))

@@ -38,7 +38,7 @@ def _states(decays, rows, s) -> list[Any]:
     for decay, (k, v) in zip(decays, rows):
         # v^T leave(k): [c,V] by [c,D] is [V,D]
         more = dot(v, decay.leave(k).astype(k.dtype), TN)
-        found.append(decay.kept(found[-1]) + more)
+        found.append(decay.kept(found[-1]) + more)  # s' = total s + v^T leave(k)
     return found
 
 
@@ -50,14 +50,18 @@ def _forward(call: Call, x: Arrays, outs, scratch):
 
     @pl.when(n == 0)
     def _start():
-        s_ref[...] = x.state[0, 0]
+        s_ref[...] = x.state[0, 0]  # [V,D]
 
     # chunk by chunk for each step, since the program's order is that of its products
     q, k, v = ([ctx.rows(a, at) for at in ctx.chunks] for a in (x.q, x.k, x.v))
-    decays, low = ctx.decays(), lambda a: a.astype(x.q.dtype)
+    decays = ctx.decays()
+
+    def low(a):
+        return a.astype(x.q.dtype)
+
     if begun_ref:
-        begun_ref[0][0, 0, 0] = s_ref[...]
-    pairs = [low(p) for p in ctx.pairs(decays, list(zip(q, k)))]
+        begun_ref[0][0, 0, 0] = s_ref[...]  # for the way back
+    pairs = [low(p) for p in ctx.pairs(decays, list(zip(q, k)))]  # [c,c]
     *states, last = _states(decays, zip(k, v), s_ref[...])
     s_ref[...] = last
     for m, at in enumerate(ctx.chunks):
@@ -79,19 +83,24 @@ def _backward(call: Call, x: Arrays, outs, scratch):
 
     @pl.when(back == 0)
     def _start():
-        ds_ref[g] = x.d_state[0, 0]
+        ds_ref[g] = x.d_state[0, 0]  # [V,D]
 
     q, k, v, do = ([ctx.rows(a, at) for at in ctx.chunks]
                    for a in (x.q, x.k, x.v, x.do))
-    decays, low = ctx.decays(), lambda a: a.astype(x.q.dtype)
+    decays = ctx.decays()
+
+    def low(a):
+        return a.astype(x.q.dtype)
+
     qk = list(zip(q, k))
-    pairs = [low(p) for p in ctx.pairs(decays, qk)]
+    pairs = [low(p) for p in ctx.pairs(decays, qk)]  # [c,c]
     states = _states(decays, zip(k[:-1], v), x.begun[0, 0, 0])
     ds = [ds_ref[g]]
     for m in reversed(range(len(q))):
         # do^T enter(q): [c,V] by [c,D] is [V,D]
         more = dot(do[m], low(decays[m].enter(q[m])), TN)
-        ds.insert(0, decays[m].kept(ds[0]) + more)
+        ds.insert(0, decays[m].kept(ds[0]) + more)  # ds = total ds' + do^T enter(q)
+    # ds[m]: the gradient of the state that chunk m ends with
     before, *ds = ds
     ds_ref[g] = before
     # pairs^T do + leave(k) ds^T: [c,V]
@@ -126,12 +135,14 @@ def _add(g, sums, outs, at: slice, values) -> None:
         if not sums:
             outs[n][0, 0, at] = value.astype(outs[n].dtype)
             continue
+        # the first head finds what those of the key head before have left
         before = jnp.where(g == 0, jnp.zeros(value.shape, F32), sums[n][at])
         sums[n][at] = before + value
 
 
 def _launch(call: Call, body, grid, x: Arrays, cut: Arrays, outs, out_specs, scratch,
             name: str) -> Any:
+    # blocks in order, heads of a group in turn: states and sums wait in scratch
     order: Any = ("parallel", "parallel", *["arbitrary"] * (len(grid) - 2))
     return pl.pallas_call(
         lambda x, *refs: body(call, x, refs[:len(outs)], refs[len(outs):]),
@@ -144,7 +155,7 @@ def _launch(call: Call, body, grid, x: Arrays, cut: Arrays, outs, out_specs, scr
 
 def _call(static, tile: LinearTpu, t: int, groups: int) -> Call:
     c = tile.chunk
-    block = min(tile.block, -(-t // c) * c)
+    block = min(tile.block, -(-t // c) * c)  # no longer than T
     return Call(t, block, c, groups, static.scale, static.vmem, static.interpret)
 
 
@@ -168,7 +179,7 @@ def forward(static, flags, q, k, v, g, state, save: bool):
                                       lambda b, h, n: (b, h, n, 0, 0)))
     after, o, *begun = _launch(
         call, _forward, (b, h, steps), x, cut, outs, out_specs,
-        [pltpu.VMEM((rows, lanes), F32)], "linear_forward")
+        [pltpu.VMEM((rows, lanes), F32)], "linear_forward")  # the state
     o = o[:, :, :t, :width].transpose(0, 2, 1, 3)
     return after[:, :, :width, :d], o, begun[0] if save else None
 
@@ -182,13 +193,21 @@ def backward(static, flags, q, k, v, g, state, begun, d_state, do):
     x = arrays(call, flags, q, k, v, g, None)._replace(
         do=tokens(do, call.block), begun=begun, d_state=turned(d_state))
     n = begun.shape[2]
-    query = lambda kv, back, g: kv * groups + g
-    block = lambda kv, back, g: n - 1 - back
+
+    def query(kv, back, g):
+        return kv * groups + g
+
+    def block(kv, back, g):
+        return n - 1 - back
+
     cut = specs(call, x, query, lambda kv, back, g: kv * groups // (h // heads),
                 block)
     own = pl.BlockSpec((1, groups, rows, lanes), lambda b, kv, *at: (b, kv, 0, 0))
-    once = lambda a: pl.BlockSpec((1, 1, call.block, a.shape[3]),
-                                  lambda b, kv, back, g: (b, kv, n - 1 - back, 0))
+
+    def once(a):
+        return pl.BlockSpec((1, 1, call.block, a.shape[3]),
+                            lambda b, kv, back, g: (b, kv, n - 1 - back, 0))
+
     many, full = h // groups, x.q.shape[2]
     kind = k.dtype if many == heads else F32
     outs = [jax.ShapeDtypeStruct(x.q.shape, q.dtype),
@@ -201,15 +220,19 @@ def backward(static, flags, q, k, v, g, state, begun, d_state, do):
         outs.append(jax.ShapeDtypeStruct(x.g.shape, F32) if g.ndim == 4 else line)
         out_specs.append(cut.g if g.ndim == 4 else pl.BlockSpec(
             (1, 1, 1, call.block), lambda b, *at: (b, query(*at), 0, block(*at))))
-    scratch = [pltpu.VMEM((groups, rows, lanes), F32)]
+    scratch = [pltpu.VMEM((groups, rows, lanes), F32)]  # ds of each head
     if groups > 1:
         scratch += [pltpu.VMEM((call.block, a.shape[3]), F32) for a in (x.k, x.v)]
     dq, dk, dv, before, *dg = _launch(
         call, _backward, (b, many, n, groups), x, cut, outs, out_specs, scratch,
         "linear_backward")
+    # a key head whose query heads did not fit one program
     dk, dv = (a.reshape(b, heads, -1, *a.shape[2:]).sum(2).astype(k.dtype)
               if many > heads else a for a in (dk, dv))
-    back = lambda a, like: a[:, :, :t, :like.shape[3]].transpose(0, 2, 1, 3)
+
+    def back(a, like):
+        return a[:, :, :t, :like.shape[3]].transpose(0, 2, 1, 3)
+
     found = [back(dq, q), back(dk, k), back(dv, v)]
     return *found, _decay(flags, g, dg, t), before[:, :, :width, :d]
 

@@ -84,7 +84,10 @@ class ChunkContext:
             return [TokenDecay(call.c, call.scale, g[0, 0, :, at])
                     for at in self.chunks]
         left = call.t - self.n * call.block
-        count = lambda at: jnp.clip(left - at.start, 0, call.c)
+
+        def count(at):
+            return jnp.clip(left - at.start, 0, call.c)
+
         return [HeadDecay(call.c, call.scale, g[self.head], count(at))
                 for at in self.chunks]
 
@@ -94,6 +97,7 @@ class ChunkContext:
         if self.x.flags is None:
             return g
         flag = column(self.x.flags[0, :, at].astype(F32))
+        # 2: a run begins and all is forgotten; 0: padding, nothing decays
         return jnp.where(flag > 1.5, FLOOR, jnp.where(flag > 0.5, g, 0.0))
 
     def pairs(self, decays, qk) -> list[Any]:
@@ -128,11 +132,11 @@ def turned(a):
 def arrays(call: Call, flags, q, k, v, g, state) -> Arrays:
     size, by_channel = call.block, g is not None and g.ndim == 4
     if g is not None and g.ndim == 3:
-        g = pad(g.transpose(0, 2, 1)[:, :, None], 3, size)
+        g = pad(g.transpose(0, 2, 1)[:, :, None], 3, size)  # [B,H,1,T]
     elif by_channel:
-        g = tokens(g, size)
-    flags = None if flags is None else pad(flags, 1, size)[:, None]
-    q, k, v = (tokens(a, size) for a in (q, k, v))
+        g = tokens(g, size)  # [B,H,T,D]
+    flags = None if flags is None else pad(flags, 1, size)[:, None]  # [B,1,T]
+    q, k, v = (tokens(a, size) for a in (q, k, v))  # [B,H|K,T,.]
     return Arrays(q, k, v, g, flags, None if state is None else turned(state),
                   sums=channels.matrices(call.c) if by_channel else None)
 
@@ -141,19 +145,26 @@ def specs(call: Call, x: Arrays, query, key, block) -> Arrays:
     """How each array is cut; query, key, block: of a grid step, after the batch's row.
     """
     size = call.block
-    tile = lambda a, head: pl.BlockSpec(
-        (1, 1, size, a.shape[3]), lambda b, *at: (b, head(*at), block(*at), 0))
-    whole = lambda a: pl.BlockSpec(
-        (1, 1, *a.shape[2:]), lambda b, *at: (b, query(*at), 0, 0))
+
+    def tile(a, head):
+        return pl.BlockSpec(
+            (1, 1, size, a.shape[3]), lambda b, *at: (b, head(*at), block(*at), 0))
+
+    def whole(a):
+        return pl.BlockSpec((1, 1, *a.shape[2:]), lambda b, *at: (b, query(*at), 0, 0))
+
     g = None
     if x.g is not None and x.g.ndim == 1:
-        g = pl.BlockSpec(memory_space=pltpu.SMEM)
+        g = pl.BlockSpec(memory_space=pltpu.SMEM)  # a number a head
     elif x.g is not None and x.g.shape[2] == 1:
         g = pl.BlockSpec((1, 1, 1, size),
                          lambda b, *at: (b, query(*at), 0, block(*at)))
     elif x.g is not None:
         g = tile(x.g, query)
-    some = lambda a, spec: None if a is None else spec(a)
+
+    def some(a, spec):
+        return None if a is None else spec(a)
+
     return Arrays(
         tile(x.q, query), tile(x.k, key), tile(x.v, key), g,
         some(x.flags, lambda a: pl.BlockSpec(

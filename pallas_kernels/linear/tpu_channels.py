@@ -27,14 +27,14 @@ def names(c: int) -> list[Any]:
 
 def sums(c: int) -> np.ndarray:
     """[sums * c, c]: which tokens each sum of each token takes."""
-    i, t = np.arange(c)[:, None], np.arange(c)[None]
+    i, t = np.arange(c)[:, None], np.arange(c)[None]  # [c,1], [1,c]
     return np.concatenate([between(i, t, s) for s in names(c)])
 
 
 def matrices(c: int) -> tuple[Any, Any]:
     """`sums` for three parts beside each other, and turned, in bfloat16."""
     ones = jnp.asarray(sums(c), BF16)
-    return jnp.tile(ones, (1, 3)), ones.T
+    return jnp.tile(ones, (1, 3)), ones.T  # [sums*c,3*c], [c,sums*c]
 
 
 class Joint(ChannelDecay):
@@ -51,7 +51,7 @@ class Joint(ChannelDecay):
 
     def spread(self, s, x):
         self.gradients[s] = x
-        return 0.0
+        return 0.0  # added up by `back`, for all chunks at once
 
     def paired(self, s):
         if s not in self.masks:
@@ -67,7 +67,8 @@ class Joint(ChannelDecay):
 def joint(c: int, scale: float, g: Sequence[Any], matrix) -> list[Joint]:
     """The chunks of a block, from their log decays [c,D]."""
     width = g[0].shape[1]
-    beside = jnp.concatenate(list(g), 1)
+    beside = jnp.concatenate(list(g), 1)  # [c,n*D]
+    # [sums*c,3*c] by [3*c,n*D] is [sums*c,n*D]
     found = dot(matrix[...], jnp.concatenate(split_bf16x3(beside), 0), NN)
     masks: dict[Any, Any] = {}
     return [
@@ -95,6 +96,7 @@ def back(decays: Sequence[Joint], rows, given, matrix) -> list[Gradients]:
     beside = [jnp.concatenate([f.gradients[s] for f in decays], 1)
               for s in names(decays[0].c)]
     dg = jnp.zeros((decays[0].c, beside[0].shape[1]), F32)
+    # [c,sums*c] by [sums*c,n*D] is [c,n*D], the smallest parts first
     for part in reversed(split_bf16x3(jnp.concatenate(beside, 0))):
         dg = dg + dot(matrix[...], part, NN)
     width = decays[0].g.shape[1]

@@ -101,10 +101,10 @@ class ChunkContext:
 
     def cut(self, ref, head, first, width: int, where):
         """Tokens and lanes of an array [B,T,H,X], and which of them are there."""
-        zero = self.start * 0
+        zero = self.start * 0  # a traced 0, as in `machine/triton.py`
         at = ref.at[self.b, pl.ds(self.start, self.call.c), head,
                     pl.ds(zero + first, width)]
-        found = None if where is None else where[:, None]
+        found = None if where is None else where[:, None]  # [c,1]
         if ref.shape[3] != power(ref.shape[3]):  # tiles cover that many lanes
             lane = first + jax.lax.broadcasted_iota(
                 jnp.int32, (self.call.c, width), 1)
@@ -134,9 +134,10 @@ class ChunkContext:
         if len(g.shape) == 3:
             at = g.at[self.b, pl.ds(self.start, call.c), self.h]
             return TokenDecay(call.c, call.scale, load(at, self.inside, 0)[None, :])
-        own = self.rows(g, self.h, first, width).astype(F32)
+        own = self.rows(g, self.h, first, width).astype(F32)  # [c,width]
         own = jnp.maximum(own, FLOOR)
         if self.flag is not None:
+            # a run begins: all that was is forgotten
             own = jnp.where(self.flag[:, None] > 1, FLOOR, own)
         return ChannelDecay(call.c, call.scale, own, rolled=True)
 
@@ -152,14 +153,16 @@ def _states(call: Call, reverse: bool, x: Arrays, each_ref, last_ref):
     def step(i, s):
         n = call.chunks - 1 - i if reverse else i
         ctx = ChunkContext(call, x, b, h, n)
+        # what the chunk begins with, before it adds to it
         triton.store(each_ref.at[b, h, n, *tile], s.astype(each_ref.dtype))
         decay = ctx.decay(d0, wide)
+        # ds = total ds' + do^T enter(q): the same from the other end
         if reverse:
-            value = ctx.rows(x.do, h, v0, tall)
-            key = decay.enter(ctx.rows(x.q, h, d0, wide))
+            value = ctx.rows(x.do, h, v0, tall)  # [c,values]
+            key = decay.enter(ctx.rows(x.q, h, d0, wide))  # [c,keys]
         else:
-            value = ctx.rows(x.v, ctx.kv, v0, tall)
-            key = decay.leave(ctx.rows(x.k, ctx.kv, d0, wide))
+            value = ctx.rows(x.v, ctx.kv, v0, tall)  # [c,values]
+            key = decay.leave(ctx.rows(x.k, ctx.kv, d0, wide))  # [c,keys]
         # s' = total s + v^T leave(k): [c,values] by [c,keys] is [values,keys]
         return decay.kept(s) + dot(value, key.astype(value.dtype), TN)
 
@@ -184,16 +187,18 @@ def _add_up(call: Call, x: Arrays, ctx: ChunkContext, n, first, state, key: bool
 
     def step(i, carry):
         d0 = i * width
-        q = ctx.rows(x.q, ctx.h, d0, width)
-        k = ctx.rows(x.k, ctx.kv, d0, width)
+        q = ctx.rows(x.q, ctx.h, d0, width)  # [c,width]
+        k = ctx.rows(x.k, ctx.kv, d0, width)  # [c,width]
         tile = pl.ds(first, call.values), pl.ds(d0, width)
-        s = triton.load(state.at[ctx.b, ctx.h, n, *tile])
+        s = triton.load(state.at[ctx.b, ctx.h, n, *tile])  # [values,width]
         decay = ctx.decay(d0, width)
         a = (decay.leave(k) if key else decay.enter(q)).astype(q.dtype)
         # pairs [c,c], and enter(q) s^T or leave(k) ds^T: [c,values]
         return carry[0] + decay.pairs(q, k), carry[1] + dot(a, s, NT)
 
-    zeros = lambda width: jnp.zeros((call.c, width), F32)
+    def zeros(width):
+        return jnp.zeros((call.c, width), F32)
+
     carry = zeros(call.c), zeros(call.values)
     return jax.lax.fori_loop(0, call.lanes // width, step, carry)
 
@@ -202,7 +207,8 @@ def _outputs(call: Call, x: Arrays, o_ref):
     """o of a chunk, some of its channels."""
     ctx, h, n, first = _place(call, x)
     pairs, o = _add_up(call, x, ctx, n, first, x.state, False)
-    v = ctx.rows(x.v, ctx.kv, first, call.values)
+    v = ctx.rows(x.v, ctx.kv, first, call.values)  # [c,values]
+    # o = pairs v + enter(q) s^T: [c,c] by [c,values]
     ctx.write(o_ref, o + dot(pairs.astype(v.dtype), v, NN), h, first)
 
 
@@ -210,7 +216,8 @@ def _values(call: Call, x: Arrays, dv_ref):
     """dv of a chunk, some of its channels."""
     ctx, h, n, first = _place(call, x)
     pairs, dv = _add_up(call, x, ctx, n, first, x.d_state, True)
-    do = ctx.rows(x.do, h, first, call.values)
+    do = ctx.rows(x.do, h, first, call.values)  # [c,values]
+    # dv = pairs^T do + leave(k) ds^T: [c,c] by [c,values]
     ctx.write(dv_ref, dv + dot(pairs.astype(do.dtype), do, TN), h, first)
 
 
@@ -225,16 +232,18 @@ def _keys(call: Call, x: Arrays, dq_ref, dk_ref, *dg_ref):
     def step(i, carry):
         dp, entered, left, held = carry
         first = i * call.values
-        v = ctx.rows(x.v, ctx.kv, first, call.values)
-        do = ctx.rows(x.do, h, first, call.values)
+        v = ctx.rows(x.v, ctx.kv, first, call.values)  # [c,values]
+        do = ctx.rows(x.do, h, first, call.values)  # [c,values]
         tile = pl.ds(first, call.values), pl.ds(d0, call.keys)
         s, ds = (triton.load(a.at[b, h, n, *tile]) for a in (x.state, x.d_state))
-        together = (s.astype(F32) * ds.astype(F32)).sum(0, keepdims=True)
+        together = (s.astype(F32) * ds.astype(F32)).sum(0, keepdims=True)  # [1,keys]
         # dp = do v^T [c,c]; do s and v ds: [c,values] by [values,keys]
         return (dp + dot(do, v, NT), entered + dot(do, s, NN),
                 left + dot(v, ds, NN), held + together)
 
-    zeros = lambda *shape: jnp.zeros(shape, F32)
+    def zeros(*shape):
+        return jnp.zeros(shape, F32)
+
     carry = (zeros(call.c, call.c), zeros(call.c, call.keys),
              zeros(call.c, call.keys), zeros(1, call.keys))
     carry = jax.lax.fori_loop(0, x.state.shape[3] // call.values, step, carry)
@@ -306,8 +315,11 @@ def backward(static, flags, q, k, v, g, state, begun, d_state, do):
     x = Arrays(q, k, v, g, flags, do)
     states, _ = _pass(call, x, state, False)
     gradients, before = _pass(call, x, d_state, True)
-    kind = k.dtype if h == heads else F32
-    own = lambda a: jax.ShapeDtypeStruct((b, t, h, a.shape[3]), kind)
+    kind = k.dtype if h == heads else F32  # summed over heads in float32
+
+    def own(a):
+        return jax.ShapeDtypeStruct((b, t, h, a.shape[3]), kind)
+
     x = x._replace(state=states, d_state=gradients)
     grid = call.chunks * (states.shape[3] // call.values), h, b
     dv = _launch(call, _values, grid, x, own(v), call.launch, "linear_backward_values")
@@ -319,7 +331,10 @@ def backward(static, flags, q, k, v, g, state, begun, d_state, do):
     dq, dk, *dg = _launch(call, _keys, grid, x, outs, call.keys_launch,
                           "linear_backward_keys")
     if h > heads:
-        share = lambda a: a.reshape(b, t, heads, -1, a.shape[3]).sum(3)
+        # over the query heads of a key head
+        def share(a):
+            return a.reshape(b, t, heads, -1, a.shape[3]).sum(3)
+
         dk, dv = share(dk).astype(k.dtype), share(dv).astype(v.dtype)
     return dq, dk, dv, _decay(flags, g, dg), before
 
@@ -329,5 +344,5 @@ def _decay(flags, g, dg):
     if g is None:
         return None
     if g.ndim < 4:
-        return dg[0].sum(2).swapaxes(1, 2)
+        return dg[0].sum(2).swapaxes(1, 2)  # [B,H,parts,T] -> [B,T,H]
     return dg[0] if flags is None else jnp.where(flags[..., None, None] == 1, dg[0], 0)

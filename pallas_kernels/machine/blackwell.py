@@ -38,8 +38,9 @@ def load(ref, interpret: bool, layout=ROW):
     """What lies in tensor memory; it may be overwritten at once."""
     if stands_in(interpret):
         return ref[...]
+    # an interpreter knows no layouts
     found = plgpu.async_load_tmem(ref, layout=None if interpret else layout)
-    plgpu.wait_load_tmem()
+    plgpu.wait_load_tmem()  # so that it may be overwritten
     return found
 
 
@@ -80,5 +81,5 @@ def multiply(acc, a, b, done, accumulate, interpret: bool) -> None:
         return
     b = b.turned[...].T if turned else b[...]
     found = jnp.dot(a[...], b, preferred_element_type=F32)
-    acc[...] = jnp.where(accumulate, acc[...], 0) + found
+    acc[...] = jnp.where(accumulate, acc[...], 0) + found  # `accumulate` may be traced
     plgpu.barrier_arrive(done)

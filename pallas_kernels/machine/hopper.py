@@ -31,6 +31,7 @@ INDEXED = "idx" in inspect.signature(plgpu.load).parameters  # until jax 0.12
 def shared(shape: tuple[int, ...], dtype) -> Any:
     """Shared memory for tiles [...,rows,width] that matrix products read."""
     return plgpu.SMEM(shape, dtype, transforms=(
+        # lines of 128 bytes, swizzled: the form in which wgmma reads
         plgpu.TilingTransform((8, WIDE // jnp.dtype(dtype).itemsize)),
         plgpu.SwizzleTransform(WIDE)))
 
@@ -42,6 +43,7 @@ def cast(x, layout, interpret: bool):
 
 def vector(ref, columns: bool, interpret: bool, layout=TILE):
     """A vector in memory, as one of the rows or the columns of a tile."""
+    # what a sum over the other axis leaves
     return _load(ref, layout.reduce(0 if columns else 1), interpret)
 
 
@@ -53,7 +55,7 @@ def matrix(ref, interpret: bool, layout=TILE):
 def _load(ref, layout, interpret: bool):
     if interpret:
         return ref[...]
-    index = ((),) if INDEXED else ()
+    index = ((),) if INDEXED else ()  # jax before 0.12 asks for one
     return plgpu.load(ref, *index, layout=layout, optimized=False)
 
 
@@ -78,10 +80,12 @@ def products(interpret: bool, starts: list[Any], body: Callable):
     runs the products one by one if registers change meanwhile (its warning C7513).
     """
     if interpret:
+        # products are made where they begin, and nothing waits
         return body(lambda n, *ab: lambda later=0, found=_one(starts[n], *ab): found)
     shapes = [s if isinstance(s, tuple) else s.shape for s in starts]
 
     def run(*refs):
+        # before the first product: see above
         for ref, start in zip(refs, starts):
             if not isinstance(start, tuple):
                 ref[...] = start
@@ -128,6 +132,7 @@ def drain(free, stages, count) -> None:
         plgpu.barrier_wait(free.at[jax.lax.rem(n, stages)])
         return carry
 
+    # the last tiles, as many as the ring holds or as there were
     jax.lax.fori_loop(jnp.maximum(count - stages, 0), count, wait, None)
 
 

@@ -34,7 +34,7 @@ def lanes(width: int, rows: int, inside):
     found = None if inside is None else inside[:, None]
     if power(width) != width:
         lane = jax.lax.broadcasted_iota(jnp.int32, (rows, power(width)), 1)
-        found = both(found, lane < width)
+        found = both(found, lane < width)  # lanes beyond the width
     return None if found is None else jnp.broadcast_to(found, (rows, power(width)))
 
 

@@ -100,8 +100,11 @@ def cases(target) -> dict[str, Case]:
             found[f"decode{label} B8 S32768 H32 K8{name}"] = Case(
                 functools.partial(cached, backend=backend, **options), 0.0,
                 2 * 8 * 32768 * 8 * 128 * bits / 8)
+
     # forward first: Mosaic GPU leaves nothing of a kernel that it has compiled before
-    order = lambda item: (" backward " in item[0], item[0])
+    def order(item):
+        return (" backward " in item[0], item[0])
+
     return dict(sorted((found | peers(target)).items(), key=order))
 
 

@@ -32,7 +32,10 @@ def splash_attention(target, *, backward, tile, t=8192, d=128, h=16):
     array = struct(h, t, d)
     tiles = int((block_mask(Causal(), Tiling(t, t, q, kv, 0)) != 0).sum()) * h
     one = TripCounts((tiles,), h * (t // q), h * (t // q) * (t // kv))
-    done = lambda name: one._replace(flops=products(tiles * q * kv, d, d, name))
+
+    def done(name):
+        return one._replace(flops=products(tiles * q * kv, d, d, name))
+
     trips = {"splash_mha_fwd": done("flash_forward")}
     if not backward:
         return kernel, (array,) * 3, trips
@@ -70,9 +73,12 @@ def peers(target) -> dict[str, Case]:
     there = importlib.util.find_spec("tokamax") is not None
     for way in ("forward", "backward"):
         back = way == "backward"
-        add = lambda name, f, **kw: found.update({f"peer {way} {name} {PEER}": Case(
-            functools.partial(f, backward=back, **kw),
-            work(8192, 128, h=16, backward=back), peer=True)})
+
+        def add(name, f, **kw):
+            found[f"peer {way} {name} {PEER}"] = Case(
+                functools.partial(f, backward=back, **kw),
+                work(8192, 128, h=16, backward=back), peer=True)
+
         if target.platform == "tpu":
             for tile in SPLASH:
                 add(f"splash {'x'.join(map(str, tile))}", splash_attention, tile=tile)

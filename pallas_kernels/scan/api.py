@@ -106,7 +106,7 @@ def _back(static: Static, kept, cotangents):
     code, s, v, saved = kept
     (_, du, dw), do = cotangents
     if code is not None:
-        do = jnp.where(code[..., None, None] > 0, do, 0)
+        do = jnp.where(code[..., None, None] > 0, do, 0)  # o of padding is 0
     ds, dv, (g, h) = _kernels(static).backward(static, code, s, v, saved, do, du, dw)
     # what the first chunk asks of those before it, as the state is measured
     first = saved.m[:, :, 0]
@@ -144,9 +144,9 @@ def score_gradients(p, a, r, share, before, u_in):
     are measured from a of the token with the greatest score.
     """
     # ds = P (a - delta), delta = sum_i P a + what came in
-    top = p == 1
+    top = p == 1  # where the greatest score is
     many = jnp.maximum(top.astype(F32).sum(0, keepdims=True), 1.0)
-    level = jnp.where(top, a, 0.0).sum(0, keepdims=True) / many
+    level = jnp.where(top, a, 0.0).sum(0, keepdims=True) / many  # [1,t]
     a, p = a - level, p * r
     delta = (p * a).sum(0, keepdims=True) + share * r * (before - level * u_in)
     return p * (a - delta), p, level + delta
@@ -158,7 +158,7 @@ def weighted(p, v):
     if v.dtype == F32:
         return dot(p, v, NN)
     high = p.astype(v.dtype)
-    low = (p - high.astype(F32)).astype(v.dtype)
+    low = (p - high.astype(F32)).astype(v.dtype)  # what rounding left
     return dot(high, v, NN) + dot(low, v, NN)
 
 

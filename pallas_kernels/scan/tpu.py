@@ -30,8 +30,8 @@ def rows(*columns):
     lane = jax.lax.broadcasted_iota(jnp.int32, (columns[0].shape[0], 128), 1)
     both = columns[0]
     for n, a in enumerate(columns[1:], 1):
-        both = jnp.where(lane == n, a, both)
-    turned = jnp.broadcast_to(both, lane.shape).T
+        both = jnp.where(lane == n, a, both)  # a lane each
+    turned = jnp.broadcast_to(both, lane.shape).T  # [128,c]
     return [turned[n:n + 1] for n in range(len(columns))]
 
 
@@ -62,22 +62,24 @@ def _forward(has_code, *refs):
             now[g] = ref[0, 0]
         run[g] = jnp.ones((1, 1), jnp.int32)
 
-    s, v = s_ref[0, 0], v_ref[0, 0]
+    s, v = s_ref[0, 0], v_ref[0, 0]  # [1,c], [c,V]
     c = s.shape[1]
     m_in, enters, real = m_now[g], True, None
     if code is not None:
         real = _column(code)
+        # the triple that came in counts for its own run
         enters = jnp.abs(real) == run[g]
         m_in = jnp.where(enters, m_in, LOWEST)
-    seen = _seen(c, code, 0)
+    seen = _seen(c, code, 0)  # [t,i]
+    # m_t: the greatest score of a prefix, and of what came in
     m = jnp.maximum(jnp.where(seen, s, LOWEST).max(1, keepdims=True), m_in)
-    p, share = weights(s, m, seen), exp_diff(m_in, m)
-    u = p.sum(1, keepdims=True) + share * u_now[g]
+    p, share = weights(s, m, seen), exp_diff(m_in, m)  # P [t,i], [t,1]
+    u = p.sum(1, keepdims=True) + share * u_now[g]  # [t,1]
     # P v + share w: [t,i] by [i,V] is [t,V]
     w = weighted(p, v) + share * w_now[g]
-    o_ref[0, 0] = (w * inverse(u, real)).astype(o_ref.dtype)
+    o_ref[0, 0] = (w * inverse(u, real)).astype(o_ref.dtype)  # [t,V]
     m_ref[0, 0], u_ref[0, 0] = rows(m, u)
-    w_ref[0, 0, 0] = w[c - 1:]
+    w_ref[0, 0, 0] = w[c - 1:]  # after the last token
     m_now[g], u_now[g], w_now[g] = m[c - 1:], u[c - 1:], w[c - 1:]
     if code is not None:
         run[g] = jnp.abs(code[:, c - 1:])
@@ -102,25 +104,27 @@ def _backward(has_code, groups, *refs):
     def _():
         dv_now[...] = jnp.zeros(dv_now.shape, F32)
 
-    down, r = column(s), inverse(u, code)
+    down, r = column(s), inverse(u, code)  # [i,1], 1/u [1,t]
     enters = True if code is None else present == run_in
-    share = exp_diff(jnp.where(enters, m_in[0, 0, 0], LOWEST), m)
+    share = exp_diff(jnp.where(enters, m_in[0, 0, 0], LOWEST), m)  # [1,t]
     wide = do.astype(F32)
+    # P [i,t], v do^T [i,t], and w.do of what came in [1,t]
     ds, p, delta = score_gradients(
         weights(down, m, _seen(c, code, 1)), product(v, do), r, share,
         dot(w_in[0, 0, 0], wide, NT), u_in[0, 0, 0])
     # what later chunks ask for
     reach = down if code is None else jnp.where(
         _column(code) == run_now[g], down, LOWEST)
-    e = exp_diff(reach, ref_now[g])
-    along = (v.astype(F32) * g_now[g]).sum(1, keepdims=True)
-    ds = ds.sum(1, keepdims=True) + e * (along - h_now[g])
-    dv_now[...] += weighted(p, do) + e * g_now[g]
+    e = exp_diff(reach, ref_now[g])  # [i,1]
+    along = (v.astype(F32) * g_now[g]).sum(1, keepdims=True)  # v.G [i,1]
+    ds = ds.sum(1, keepdims=True) + e * (along - h_now[g])  # [i,1]
+    dv_now[...] += weighted(p, do) + e * g_now[g]  # [i,t] [t,V] -> [i,V]
     ds_ref[0, 0], = rows(ds)
     first, run = m[:, :1], present[:, :1]
+    # asked of those before, measured from m of the chunk's first token
     weight = exp_diff(first, jnp.where(present == run, m, jnp.inf)) * r
     kept = exp_diff(jnp.where(run == run_now[g], first, LOWEST), ref_now[g])
-    g_now[g] = dot(weight, wide, NN) + kept * g_now[g]
+    g_now[g] = dot(weight, wide, NN) + kept * g_now[g]  # [1,t] [t,V] -> [1,V]
     h_now[g] = (weight * delta).sum(1, keepdims=True) + kept * h_now[g]
     ref_now[g], run_now[g] = first, run
     g_ref[0, 0, 0], h_ref[0, 0, 0] = g_now[g], h_now[g]
@@ -139,22 +143,31 @@ class Lay:
         self.c, self.g = static.chunk, self.h // self.k
         self.n = -(-self.t // self.c)
         self.grid = self.b, self.k, self.n, self.g
-        self.size = self.n * self.c
-        head = lambda k, g: k * self.g + g
-        at = lambda n: self.n - 1 - n if reverse else n
+        self.size, self.reverse = self.n * self.c, reverse
+        head, at = self._head, self._at
         # [B,H,1,T] and [B,H|K,T,V] by chunks
         self.row = (1, 1, 1, self.c), lambda b, k, n, g: (b, head(k, g), 0, at(n))
         block = 1, 1, self.c, self.v
         self.tile = block, lambda b, k, n, g: (b, head(k, g), at(n), 0)
         self.shared = block, lambda b, k, n, g: (b, k, at(n), 0)
-        # [B,H,1,X], one of a head, and [B,H,N,1,X], one of a head and chunk
-        self.once = lambda x: (
-            (1, 1, 1, x), lambda b, k, n, g: (b, head(k, g), 0, 0))
-        self.each = lambda x: (
-            (1, 1, 1, 1, x), lambda b, k, n, g: (b, head(k, g), at(n), 0, 0))
         # [B,1,T] and [B,N,1,1]: runs
         self.code = (1, 1, self.c), lambda b, k, n, g: (b, 0, at(n))
         self.start = (1, 1, 1, 1), lambda b, k, n, g: (b, at(n), 0, 0)
+
+    def _head(self, k, g):
+        return k * self.g + g
+
+    def _at(self, n):
+        return self.n - 1 - n if self.reverse else n
+
+    def once(self, x: int):
+        """[B,H,1,x], one of a head."""
+        return (1, 1, 1, x), lambda b, k, n, g: (b, self._head(k, g), 0, 0)
+
+    def each(self, x: int):
+        """[B,H,N,1,x], one of a head and chunk."""
+        return ((1, 1, 1, 1, x),
+                lambda b, k, n, g: (b, self._head(k, g), self._at(n), 0, 0))
 
     def turned(self, a, fill=0.0):
         """[B,T,X,...] as [B,X,T,...] in whole chunks."""
@@ -183,12 +196,16 @@ class Lay:
 
 def _call(static, body, grid, ins, outs, scratch, name: str) -> Any:
     """pallas_call; ins and outs: (array or shape, (block, index))."""
-    specs = lambda some: [pl.BlockSpec(*spec) for _, spec in some]
+
+    def specs(some):
+        return [pl.BlockSpec(*spec) for _, spec in some]
+
     return pl.pallas_call(
         body, grid=grid, in_specs=specs(ins), out_specs=specs(outs),
         out_shape=[a for a, _ in outs], scratch_shapes=scratch,
         interpret=static.interpret, name=name,
         compiler_params=pltpu.CompilerParams(
+            # chunks in order, heads of a group in turn: triples wait in scratch
             dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary")),
     )(*(a for a, _ in ins))
 

@@ -108,14 +108,14 @@ class ChunkContext:
         i, t = (jax.lax.broadcasted_iota(jnp.int32, (self.c, self.c), n)
                 for n in (1 - tokens, tokens))
         if code is None:
-            return i <= t
+            return i <= t  # i is seen, t sees
         own, run = code, jnp.abs(code)
         own, run = (own[:, None], run[None]) if tokens else (own[None], run[:, None])
         return (i <= t) & (own == run)
 
 
 def _lanes(ref, b, h, n):
-    zero = n * 0
+    zero = n * 0  # a traced 0, as in `machine/triton.py`
     for first, size in pieces(ref.shape[3]):
         lane = jax.lax.broadcasted_iota(jnp.int32, (size,), 0)
         inside = None if first + size <= ref.shape[3] else first + lane < ref.shape[3]
@@ -126,12 +126,14 @@ def _totals(c, x: Arrays, m_ref, u_ref, w_ref):
     ctx = ChunkContext(c, x)
     h, group = ctx.head, x.s.shape[2] // x.v.shape[2]
     s, code = ctx.scores(h), ctx.code()
+    # only the run that the chunk ends with goes on
     if code is not None:
         s = jnp.where(code == x.ends[ctx.b, ctx.n], s, LOWEST)
     m = s.max(0)
-    p = exp_diff(s, m)
+    p = exp_diff(s, m)  # [c], at most 1
     m_ref[ctx.b, h, ctx.n], u_ref[ctx.b, h, ctx.n] = m, p.sum(0)
     values = ctx.tile(x.v, h // group)
+    # w = sum of p v: [V], in pieces
     ctx.put(w_ref, [(p[:, None] * v.astype(F32)).sum(0) for v in values], h)
 
 
@@ -140,15 +142,19 @@ def _forward(c, x: Arrays, o_ref, m_ref, u_ref):
     h, group = ctx.head, x.s.shape[2] // x.v.shape[2]
     s, code, m_in = ctx.scores(h), ctx.code(), ctx.one(x.m_in, h)
     if code is not None:
+        # the triple that came in counts for its own run
         enters = jnp.abs(code) == x.run_in[ctx.b, ctx.n]
         m_in = jnp.where(enters, m_in, LOWEST)
-    seen = ctx.seen(code, 0)
+    seen = ctx.seen(code, 0)  # [t,i]
+    # m_t: the greatest score of a prefix, and of what came in
     m = jnp.maximum(jnp.where(seen, s[None], LOWEST).max(1), m_in)
+    # P [t,i] = exp(s_i - m_t); what is left of the triple that came in [t]
     p, share = weights(s[None], m[:, None], seen), exp_diff(m_in, m)
-    u = p.sum(1) + share * ctx.one(x.u_in, h)
-    r = inverse(u, code)[:, None]
+    u = p.sum(1) + share * ctx.one(x.u_in, h)  # [t]
+    r = inverse(u, code)[:, None]  # 1/u [c,1]
     o = []
     for v, w in zip(ctx.tile(x.v, h // group), ctx.wide(x.w_in, h)):
+        # o = (P v + share w) / u: [c,c] by [c,V] is [c,V]
         o.append((weighted(p, v) + share[:, None] * w[None]) * r)
     write(o_ref, o, ctx.b, ctx.start, c, h)
     for ref, value in ((m_ref, m), (u_ref, u)):
@@ -165,25 +171,29 @@ def _inside(c, x: Arrays, ds_ref, dv_ref, g_ref, h_ref):
     def step(j, dv):
         h = k * group + j
         s, do = ctx.scores(h), ctx.tile(x.do, h)
+        # beyond the end exp(s - inf) = 0
         m, u = ctx.line(x.m, h, jnp.inf), ctx.line(x.u, h, 0.0)
         r, m_in, own = inverse(u, code), ctx.one(x.m_in, h), m
         if code is not None:
             present = jnp.abs(code)
             m_in = jnp.where(present == x.run_in[ctx.b, ctx.n], m_in, LOWEST)
+            # only tokens of the chunk's first run ask for what lies before it
             own = jnp.where(present == x.run[ctx.b, ctx.n], m, jnp.inf)
         share, weight = exp_diff(m_in, m), exp_diff(ctx.one(x.ref, h), own) * r
-        parts = [product(v, d) for v, d in zip(values, do)]
+        parts = [product(v, d) for v, d in zip(values, do)]  # v do^T [i,t], in pieces
         a = functools.reduce(operator.add, parts)
+        # w.do of what came in: [c]
         before = functools.reduce(operator.add, [
             (d.astype(F32) * w[None]).sum(1)
             for d, w in zip(do, ctx.wide(x.w_in, h))])
-        p = weights(s[:, None], m[None], ctx.seen(code, 1))
+        p = weights(s[:, None], m[None], ctx.seen(code, 1))  # P [i,t]
         ds, p, delta = score_gradients(
             p, a, r[None], share[None], before[None], ctx.one(x.u_in, h))
         ctx.put_line(ds_ref.at[ctx.b, pl.ds(ctx.start, c), h], ds.sum(1))
+        # asked of those before: G = sum of weight do, h = sum of weight delta
         ctx.put(g_ref, [(weight[:, None] * d.astype(F32)).sum(0) for d in do], h)
         h_ref[ctx.b, h, ctx.n] = (weight * delta.sum(0)).sum(0)
-        return tuple(a + weighted(p, d) for a, d in zip(dv, do))
+        return tuple(a + weighted(p, d) for a, d in zip(dv, do))  # [i,t] [t,V] -> [i,V]
 
     dv = jax.lax.fori_loop(0, group, step, zeros(c, x.v.shape[3]))
     write(dv_ref, dv, ctx.b, ctx.start, c, k)
@@ -198,13 +208,15 @@ def _reached(c, x: Arrays, given, ds_ref, dv_ref):
     def step(j, dv):
         h = k * group + j
         s, g = ctx.scores(h), ctx.wide(x.g, h)
+        # later chunks ask for tokens of their own run
         if code is not None:
             s = jnp.where(code == x.run[ctx.b, ctx.n], s, LOWEST)
-        e = exp_diff(s, ctx.one(x.ref, h))
+        e = exp_diff(s, ctx.one(x.ref, h))  # [c]
         along = [(v.astype(F32) * one[None]).sum(1) for v, one in zip(values, g)]
         along = functools.reduce(operator.add, along)
         at = pl.ds(ctx.start, c)
         own = load(given[0].at[ctx.b, at, h], ctx.inside, 0.0)
+        # ds += e (v.G - h) and dv += e G
         ctx.put_line(ds_ref.at[ctx.b, at, h], own + e * (along - ctx.one(x.h, h)))
         return tuple(a + e[:, None] * one[None] for a, one in zip(dv, g))
 
@@ -230,7 +242,7 @@ def _join(a, b):
     same = a[0][:, None] == b[0][:, None]
     left = jnp.where(same, a[1], LOWEST)
     m = jnp.maximum(left, b[1])
-    x, y = exp_diff(left, m), exp_diff(b[1], m)
+    x, y = exp_diff(left, m), exp_diff(b[1], m)  # how much each fades
     return b[0], m, a[2] * x + b[2] * y, a[3] * x[..., None] + b[3] * y[..., None]
 
 
@@ -243,7 +255,7 @@ def _hand(a, b):
 
 def _over(op, parts):
     """All joins along the chunks of (run [B,N], [B,H,N], [B,H,N], [B,H,N,V])."""
-    first = [jnp.moveaxis(a, n, 0) for a, n in zip(parts, (1, 2, 2, 2))]
+    first = [jnp.moveaxis(a, n, 0) for a, n in zip(parts, (1, 2, 2, 2))]  # chunks first
     step = jax.vmap(op)
     found = jax.lax.associative_scan(step, tuple(first))
     return tuple(jnp.moveaxis(a, 0, n) for a, n in zip(found, (1, 2, 2, 2)))
@@ -271,7 +283,11 @@ def forward(static, code, s, v, m, u, w):
     one, wide = _struct(b, h, many), _struct(b, h, many, v.shape[3])
     parts = _launch(static, _totals, h, x, [one, one, wide], "scan_totals")
     run = jnp.ones((b, many), jnp.int32) if ends is None else ends
-    ahead = lambda first, a: jnp.concatenate([first, a], 2)
+
+    def ahead(first, a):
+        return jnp.concatenate([first, a], 2)
+
+    # the state that came in stands before the first chunk
     starts = _over(_join, (
         jnp.concatenate([jnp.ones((b, 1), jnp.int32), run], 1),
         *(ahead(a[:, :, None], p) for a, p in zip((m, u, w), parts))))
@@ -290,15 +306,21 @@ def backward(static, code, s, v, saved: Saved, do, du, dw):
     (b, t, h), c = s.shape, static.chunk
     many, k = -(-t // c), v.shape[2]
     starts, ends = _runs(code, c, many)
-    ref = saved.m[:, :, ::c]
+    ref = saved.m[:, :, ::c]  # m of a chunk's first token
     x = Arrays(s, v, code, saved.m, saved.u, do, *saved[2:], ref=ref, run=starts)
     outs = [_struct(b, t, h), _struct(*v.shape), _struct(b, h, many, v.shape[3]),
             _struct(b, h, many)]
     ds, dv, g, gap = _launch(static, _inside, k, x, outs, "scan_backward")
     run = jnp.ones((b, many), jnp.int32) if starts is None else starts
     final = run[:, -1:] if ends is None else ends[:, -1:]
-    behind = lambda a, last: jnp.concatenate([a, last[:, :, None]], 2)
-    turn = lambda parts: tuple(jnp.flip(a, n) for a, n in zip(parts, (1, 2, 2, 2)))
+
+    def behind(a, last):
+        return jnp.concatenate([a, last[:, :, None]], 2)
+
+    def turn(parts):
+        return tuple(jnp.flip(a, n) for a, n in zip(parts, (1, 2, 2, 2)))
+
+    # from the last chunk to the first: turned round, scanned, turned back
     run, ref, gap, g = turn(_over(_hand, turn((
         jnp.concatenate([run, final], 1), behind(ref, saved.m[:, :, -1]),
         behind(gap, -du), behind(g, dw)))))

@@ -93,7 +93,10 @@ def program(target: Tpu | Gpu, backend: str, which: str, width: int, kind: str) 
         f, (args,), trips = cases.cached(
             target, backend=backend, d=width, bits=bits, dtype=dtype)
         lengths, slots = args.pop("lengths"), args["k"].shape[1]
-        full = lambda args: args | {"lengths": jnp.full(lengths.shape, slots)}
+
+        def full(args):
+            return args | {"lengths": jnp.full(lengths.shape, slots)}
+
         return lambda args: f(full(args)), (args,), trips
     if which.startswith("blocks"):
         f, (at, *args), trips = cases.chosen(target, **call)

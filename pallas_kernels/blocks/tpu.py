@@ -2,7 +2,7 @@
 
 A grid step takes one query block. While it computes, the key blocks of the next one are
 on their way, into the other half of a buffer; a block that was not chosen (-1) is
-neither copied nor computed. Tiles lie as [keys, queries], as in flash_tpu.
+neither copied nor computed. Tiles lie as [keys, queries], as in `flash/tpu.py`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.blocks import tpu_layout as rows_tpu
+from pallas_kernels.blocks import tpu_layout
 from pallas_kernels.machine.product import F32, NN, NT, TN, dot
 from pallas_kernels.machine.tpu import column
 from pallas_kernels.tile import LOG2E, LOW, NEVER
@@ -249,27 +249,27 @@ def _per_query_block(static, kernel, name, chosen, x, tiled, outs):
 
 def forward(static, side, q, k, v):
     """o [B,T,H,V] in v's dtype and lse [B,T,H] float32."""
-    x = rows_tpu.laid(static, side, q, k, v)
+    x = tpu_layout.laid(static, side, q, k, v)
     shape = x.q.shape[:4]
     outs = [jax.ShapeDtypeStruct((*shape, v.shape[-1]), v.dtype),
             jax.ShapeDtypeStruct((*shape[:3], 1, shape[3]), F32)]
     o, lse = _per_query_block(static, _forward, "blocks_forward", side.chosen, x,
                               (x.rows, x.q), outs)
-    return tuple(rows_tpu.unrows(static, a) for a in (o, lse[:, :, :, 0]))
+    return tuple(tpu_layout.unrows(static, a) for a in (o, lse[:, :, :, 0]))
 
 
 def queries_backward(static, side, q, k, v, base, delta, do):
     """dq [B,T,H,D]; base, delta [B,T,H]: lse times log2(e) and delta."""
-    x = rows_tpu.laid(static, side, q, k, v, base, delta, do)
+    x = tpu_layout.laid(static, side, q, k, v, base, delta, do)
     outs = [jax.ShapeDtypeStruct(x.q.shape, q.dtype)]
     dq, = _per_query_block(static, _queries, "blocks_backward_queries", side.chosen, x,
                            (x.rows, x.q, x.parts, x.do), outs)
-    return rows_tpu.unrows(static, dq)
+    return tpu_layout.unrows(static, dq)
 
 
 def keys_backward(static, side, lists, q, k, v, base, delta, do):
     """dk [B,S,K,D] and dv [B,S,K,V], by the lists of `blocks.inverse`."""
-    x = rows_tpu.laid(static, side, q, k, v, base, delta, do)
+    x = tpu_layout.laid(static, side, q, k, v, base, delta, do)
     b, heads, many = x.k.shape[:3]
     shape = x.q.shape[1] // heads, x.q.shape[2]
     (entries, entries_spec), (first, first_spec) = map(_listed, lists)
@@ -288,4 +288,4 @@ def keys_backward(static, side, lists, q, k, v, base, delta, do):
         [*buffers, pltpu.SemaphoreType.DMA((2, 4))], "blocks_backward_keys",
         (entries, first, x.k, x.v, *info, *sources),
     )
-    return tuple(rows_tpu.unkeys(static, a) for a in grads)
+    return tuple(tpu_layout.unkeys(static, a) for a in grads)

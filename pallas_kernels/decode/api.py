@@ -7,7 +7,7 @@ keeps the columns of its own key head. The products that are thrown away cost le
 rearranging the cache would. Tiles beyond a row's length are neither fetched nor
 computed. Keys and values may be int8, or int4 in pairs, with a scale a token and head.
 That is the form for TPU; on GPU a program reads the rows of one key head, and many
-share one sequence (`decode_triton.py`).
+share one sequence (`triton.py`).
 
 Sources: Dao et al., 2023, flash-decoding (split over keys); Kwon et al., 2023,
 arXiv:2309.06180 (pages); the packing of grouped heads in Ainslie et al., 2023,

@@ -115,7 +115,7 @@ def _narrowed(tile: DeltaTriton, width: int, heads: int) -> DeltaTriton:
 
 def sides(beta, log_decay, run, step: int) -> jax.Array:
     """What a chunk's tokens are beside q, k and v [B,H,N,ROWS,CHUNK] float32, see
-    `delta_chunk.Side`; T is padded to a multiple of `step`."""
+    `chunk.Side`; T is padded to a multiple of `step`."""
     b, t, h = beta.shape
     run = jnp.ones((1, t), jnp.int32) if run is None else run
     run = jnp.pad(run, ((0, 0), (0, -t % step)))

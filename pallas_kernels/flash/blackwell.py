@@ -4,7 +4,7 @@
 So nobody gets it unasked: `flash(..., backend="blackwell")` is the only way to it. From
 jax 0.11 the interpreter simulates tensor memory and its products, too, and finds no
 race between warpgroups; fences between threads of one warpgroup it does not see. The
-backward pass: `flash_blackwell_backward.py`.
+backward pass: `blackwell_backward.py`.
 
 A block owns 128 queries, the lanes of tensor memory, for each warpgroup that computes,
 one or two of them; one more warpgroup loads tiles of k and v into a ring of shared
@@ -36,7 +36,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import Refused
-from pallas_kernels.flash import blackwell_backward as flash_blackwell_backward
+from pallas_kernels.flash import blackwell_backward
 from pallas_kernels.flash.mosaic import over_keys, write
 from pallas_kernels.flash.mosaic_scratch import ForwardScratch, TensorScratch
 from pallas_kernels.flash.mosaic_tile import Call, TileContext, online
@@ -68,7 +68,7 @@ def forward(static: Static, side: Side, q, k, v, bias, sink):
 
 def backward(static: Static, side: Side, q, k, v, bias, sink, lse, delta, do):
     """dq, dk, dv, d(bias), given lse, delta [B,H,T] and do [B,T,H,V]."""
-    return *flash_blackwell_backward.backward(
+    return *blackwell_backward.backward(
         static, side, q, k, v, lse, delta, do), None
 
 

@@ -26,7 +26,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.flash import mosaic_backward as flash_mosaic_backward
+from pallas_kernels.flash import mosaic_backward
 from pallas_kernels.flash.mosaic_scratch import ForwardScratch, split
 from pallas_kernels.flash.mosaic_tile import (
     Arrays, Call, Line, TileContext, arrays, fetch_keys, line, online, run
@@ -67,7 +67,7 @@ def over_keys(call: Call, block_masks, side: Side, q, k, v, sink, more, attend):
 
 def backward(static: Static, side: Side, q, k, v, bias, sink, lse, delta, do):
     """dq, dk, dv, d(bias), given lse, delta [B,H,T] and do [B,T,H,V]."""
-    return *flash_mosaic_backward.backward(
+    return *mosaic_backward.backward(
         static, side, q, k, v, sink, lse, delta, do), None
 
 

@@ -4,10 +4,10 @@ over key tiles. Each makes the weights again; nothing is added up in main memory
 that every run gives the same bits.
 
 A warpgroup owns 64 keys, or 64 queries; where dk and dv of 64 keys do not fit into its
-registers (D + V above 256), see `flash_mosaic_wide.py`. For dq, the product with k runs
+registers (D + V above 256), see `mosaic_wide.py`. For dq, the product with k runs
 beside the next tile's logits.
 
-The limit, counted as in `flash_mosaic.py` (D=128, tile 64 x 64, no mask): 1024 cycles
+The limit, counted as in `mosaic.py` (D=128, tile 64 x 64, no mask): 1024 cycles
 of the matrix units for dk and dv and 768 for dq, against 256 of 2^x and 303 and 299
 issue slots. Seven products instead of the five that are needed: at most 5/7 of the peak
 counts as useful.

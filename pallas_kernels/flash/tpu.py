@@ -27,8 +27,8 @@ from pallas_kernels import tables
 from pallas_kernels.flash.tpu_bias import bias_gradient
 from pallas_kernels.flash.tpu_portions import Portion, joined
 from pallas_kernels.flash.tpu_tile import (
-    Arrays, Call, Scalars, TileContext, cut, held, launch, listed_column, listed_row,
-    own_head, put, scalars, specs
+    Arrays, Call, Scalars, TileContext, current_inner, cut, launch, listed_column,
+    listed_row, own_head, put, scalars, specs
 )
 from pallas_kernels.machine.product import F32, NN, TN, dot
 from pallas_kernels.schedule import (
@@ -282,7 +282,7 @@ def rows_forward(call: Call, info: Scalars, x: Arrays, part: Portion):
 
     return launch(
         call, _forward, (b, h, info.order.shape[0]), info, x,
-        specs(call, x, listed_row, held, own_head),
+        specs(call, x, listed_row, current_inner, own_head),
         [pl.BlockSpec((1, 1, rows, width), o_at),
          pl.BlockSpec((1, 1, 1, rows), lse_at)],
         [jax.ShapeDtypeStruct((b, h, t, width), x.v.dtype),
@@ -318,7 +318,7 @@ def keys_backward(call: Call, info: Scalars, x: Arrays, part: Portion, with_dq: 
         out_shape.append(jax.ShapeDtypeStruct(x.q.shape, x.q.dtype))
         scratch.append(pltpu.VMEM((call.groups, t // rows, d, rows), F32))  # dq^T
     grid = (b, heads, info.order.shape[0])
-    cut = specs(call, x, held, listed_column, head)
+    cut = specs(call, x, current_inner, listed_column, head)
     return launch(call, _by_column, grid, info, x, cut, out_specs, out_shape, scratch,
                   "flash_backward" if with_dq else "flash_backward_keys")
 
@@ -333,7 +333,8 @@ def queries_backward(call: Call, info: Scalars, x: Arrays, part: Portion):
 
     return launch(
         call, _by_row, (b, h, info.order.shape[0]), info, x,
-        specs(call, x, listed_row, held, own_head), pl.BlockSpec((1, 1, rows, d), at),
+        specs(call, x, listed_row, current_inner, own_head),
+        pl.BlockSpec((1, 1, rows, d), at),
         jax.ShapeDtypeStruct((b, h, part.lines * rows, d), x.q.dtype),
         [pltpu.VMEM((d, rows), F32)], "flash_backward_queries",  # dq^T
     )

@@ -303,7 +303,7 @@ def own_head(b, h, *at):
     return h
 
 
-def held(b, h, p, *info):
+def current_inner(b, h, p, *info):
     """The tile of the inner axis to have at hand at a step."""
     order, plan = info[:2]
     steps = order.shape[0]

@@ -34,7 +34,7 @@ class Arrays(NamedTuple):
 
     q, do [B,H,T,D|V], k, v [B,K,T,D|V]; g [H], [B,H,1,T] or [B,H,T,D]; flags [B,1,T];
     state, d_state [B,H,V,D]; begun [B,H,N,V,D]: the state that each block begins with;
-    sums: the two matrices of `linear_tpu_channels`.
+    sums: the two matrices of `tpu_channels.py`.
     """
 
     q: Any

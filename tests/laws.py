@@ -86,7 +86,8 @@ class Learned:
 
     @property
     def _params(self):
-        return drawn(self.module.clone(axis=None, implementation=None, parent=None))
+        plain = self.module.clone(axis=None, implementation=None, parent=None)
+        return jax.tree.map(jnp.asarray, drawn(plain))
 
 
 @functools.cache
@@ -111,9 +112,10 @@ def drawn(module):
         x = Learned._tokens(q, k, v)
         params = jax.jit(module.init)(jax.random.key(3), q, k, v, x=x)
         # away from zeros and ones, where a parameter may have no effect
-        return jax.tree.map(
+        params = jax.tree.map(
             lambda a: a + 0.1 * jax.random.normal(jax.random.key(4), a.shape), params
         )
+        return jax.device_get(params)  # of no mesh, whichever was in force
 
 
 @dataclasses.dataclass(frozen=True)

@@ -110,10 +110,13 @@ def test_tiles_of_the_backward_pass_fit():
         tables.TABLE.read_text()).values() if "blackwell_flash_backward" in own]
     assert rows
     for row in rows:
-        for label, (queries, lanes, stages, keys, *rings) in row.items():
+        for label, tile in row.items():
             d, v = (int(word[1:]) for word in label.split())
-            assert lanes == ROWS and min(stages, rings[0]) >= 3 and rings[1] >= 2
-            assert max(3 * queries + d + v, keys * 5 // 2 + d) <= COLUMNS
+            rings = tile["num_stages"], tile["dq_k_stages"]
+            assert tile["block_kv"] == ROWS
+            assert min(rings) >= 3 and tile["dq_v_stages"] >= 2
+            assert 3 * tile["block_q"] + d + v <= COLUMNS
+            assert tile["dq_block_kv"] * 5 // 2 + d <= COLUMNS
 
 
 @pytest.mark.parametrize("options, reason", [

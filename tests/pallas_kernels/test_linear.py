@@ -164,7 +164,7 @@ def test_the_recurrence_takes_it(platform, monkeypatch):
     q, k, v, g, state, *_ = inputs(16, "channel")
     run = jnp.array(RUNS[16], jnp.int32)
     f = functools.partial(
-        linear_recurrence, q, k, v, g, state=state, run=run, scale=0.3)
+        linear_recurrence, q, k, v, g, state=state, segment=run, scale=0.3)
     for a, b in zip(f(implementation="pallas"), f(implementation="xla")):
         close(a, b)
 
@@ -181,14 +181,15 @@ def test_sharding_changes_nothing(platform, kind, packed, reverse, monkeypatch):
     form = {None: ".", 1: "H", 3: "BTH", 4: "BTHD"}[None if g is None else g.ndim]
     split = lambda *args: over_mesh(
         lambda *a: linear_recurrence(
-            *a[:4], run=a[4], axis="seq", reverse=reverse, implementation="pallas")[1],
+            *a[:4], segment=a[4], axis="seq", reverse=reverse,
+            implementation="pallas")[1],
         f"BTHD BTKD BTKV {form} BT -> BTHV", "seq")(*args)
 
     def results(f):
         out, back = jax.jit(lambda *a: jax.vjp(f, *a))(q, k, v, g)
         return out, back(d_o)
 
-    want = results(lambda *a: linear_recurrence(*a, run=run, reverse=reverse)[1])
+    want = results(lambda *a: linear_recurrence(*a, segment=run, reverse=reverse)[1])
     mesh = jax.make_mesh((1, 4, 2), ("data", "seq", "model"),
                          axis_types=(jax.sharding.AxisType.Auto,) * 3)
     with jax.set_mesh(mesh):

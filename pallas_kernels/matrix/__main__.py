@@ -19,8 +19,9 @@ behind it: of v5e's and v5p's vmatmul.lmr it has a third of the rows. GPU: regis
 spilled bytes, shared memory, tensor-core instructions in the kernel's text, and
 occupancy. Nothing is measured: the memory system's stalls are not in it. A check fails
 when a case that compiled no longer does, or needs over 5% more bundles, registers, fast
-memory or spills than the record says. All of it takes the better part of an hour
-on 2 cores, --quick half an hour.
+memory or spills than the record says. A case whose program has the digest that the
+record has is not compiled again (`digest.py` says what that proves), which takes two
+minutes for all of them on 2 cores; --all compiles them, in the better part of an hour.
 """
 
 from __future__ import annotations

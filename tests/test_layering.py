@@ -63,9 +63,11 @@ def test_imports_go_down(path):
     package = path.relative_to(ROOT).parts[0]
     for other, module in imported(path):
         assert other == package or other in BELOW[package], f"{path} imports {other}"
-        if path in FAMILIES and other == "attn":
-            assert module not in NAMES, f"family {path.stem} imports family {module}"
         own = path.relative_to(ROOT / package).parts[0].removesuffix(".py")
+        if package == other == "attn":
+            assert module not in NAMES, f"{path} imports family {module}"
+            if own == "layers":
+                assert module in ("contract", "positions"), f"{path} imports {module}"
         if other == package and module != own and named(package, own):
             assert place(package, module) < place(package, own), (
                 f"{path} imports {other}.{module}, which stands beside or above it"

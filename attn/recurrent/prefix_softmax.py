@@ -36,7 +36,7 @@ def exp(a: jax.Array, m: jax.Array) -> jax.Array:
 
 class Chunks(NamedTuple):
     """One call, cut: s [N,B,K,G,c] (-inf: padding), v [N,B,K,c,V], present [N,B,c]: the
-    run at each token or, at padding, before it; None: there is one run."""
+    segment at each token or, at padding, before it; None: there is one segment."""
 
     s: jax.Array
     v: jax.Array
@@ -51,29 +51,29 @@ class Chunks(NamedTuple):
         r = self.present[:, :, None, None]
         return order & (r[..., None] == r[..., None, :])
 
-    def runs(self, at: int) -> jax.Array:
-        """The run [N,B,1,1] at token `at` of each chunk."""
+    def segment_at(self, at: int) -> jax.Array:
+        """The segment [N,B,1,1] at token `at` of each chunk."""
         if self.present is None:
             return jnp.ones((self.s.shape[0], 1, 1, 1), jnp.int32)
         return self.present[:, :, at, None, None]
 
-    def of(self, run: jax.Array) -> jax.Array | None:
-        """Which tokens belong to the run [N,B,1,1] of each chunk: [N,B,1,1,c]."""
+    def of(self, segment: jax.Array) -> jax.Array | None:
+        """Which tokens belong to the segment [N,B,1,1] of each chunk: [N,B,1,1,c]."""
         if self.present is None:
             return None
-        return self.present[:, :, None, None] == run[..., None]
+        return self.present[:, :, None, None] == segment[..., None]
 
 
-def cut(scores, v, run, c: int) -> Chunks:
+def cut(scores, v, segment, c: int) -> Chunks:
     """Chunks of c tokens."""
     (b, t, h), k = scores.shape, v.shape[2]
     widen = lambda a, **how: jnp.pad(
         a, [(0, 0), (0, -t % c)] + [(0, 0)] * (a.ndim - 2), **how
     )
     s, present = scores.astype(F32), None
-    if run is not None:
-        s = jnp.where(run[..., None] > 0, s, -jnp.inf)
-        present = jnp.maximum(jax.lax.cummax(run, axis=1), 1)
+    if segment is not None:
+        s = jnp.where(segment[..., None] > 0, s, -jnp.inf)
+        present = jnp.maximum(jax.lax.cummax(segment, axis=1), 1)
         # [N,B,c]
         present = widen(present, mode="edge").reshape(b, -1, c).swapaxes(0, 1)
     s = widen(s, constant_values=-jnp.inf).reshape(b, -1, c, k, h // k)  # [B,N,c,K,G]
@@ -82,18 +82,18 @@ def cut(scores, v, run, c: int) -> Chunks:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def chunked(chunk: int, dtype: Any, scores, v, run, m, l, acc):
+def chunked(chunk: int, dtype: Any, scores, v, segment, m, l, acc):
     """((m, l, acc), o) of `attn.recurrent.scan.prefix_softmax`."""
-    return _ahead(chunk, dtype, scores, v, run, m, l, acc)[0]
+    return _ahead(chunk, dtype, scores, v, segment, m, l, acc)[0]
 
 
-def _ahead(chunk: int, dtype, scores, v, run, m, l, acc):
+def _ahead(chunk: int, dtype, scores, v, segment, m, l, acc):
     (b, t, h), k = scores.shape, v.shape[2]
-    x = cut(scores, v, run, min(chunk, t))
+    x = cut(scores, v, segment, min(chunk, t))
     split = lambda a: a.reshape(b, k, h // k, *a.shape[2:])
     last, starts = _carry(x, split(m), split(l), split(acc))
-    run_before, m_before, l_before, acc_before = starts
-    enters = x.of(run_before)
+    segment_before, m_before, l_before, acc_before = starts
+    enters = x.of(segment_before)
     logits = jnp.where(x.seen(), x.s[..., None, :], -jnp.inf)  # [N,B,K,G,t,i]
     m_in = m_before[..., None]
     m_in = m_in if enters is None else jnp.where(enters, m_in, -jnp.inf)
@@ -107,17 +107,17 @@ def _ahead(chunk: int, dtype, scores, v, run, m, l, acc):
     o = values / jnp.where(sums > 0, sums, 1)[..., None]
     # [N,B,K,G,c,V] -> [B,T,H,V]
     o = from_chunks(o.reshape(*o.shape[:2], h, *o.shape[4:]), t)
-    if run is not None:
-        o = only(run[..., None, None] > 0, o)
+    if segment is not None:
+        o = only(segment[..., None, None] > 0, o)
     o = o.astype(dtype)
     state = tuple(a.reshape(b, h, *a.shape[3:]) for a in last)
-    return (state, o), (scores, v, run, starts, tops, sums)
+    return (state, o), (scores, v, segment, starts, tops, sums)
 
 
 def _carry(x: Chunks, m, l, acc):
-    """The last state, [B,K,G] and [B,K,G,V], and what each chunk begins with: (run,
+    """The last state, [B,K,G] and [B,K,G,V], and what each chunk begins with: (segment,
     m, l, acc), with N in front."""
-    ends = x.runs(-1)
+    ends = x.segment_at(-1)
     own = x.of(ends)
     s = x.s if own is None else jnp.where(own, x.s, -jnp.inf)
     top = s.max(-1)
@@ -125,9 +125,10 @@ def _carry(x: Chunks, m, l, acc):
     local = top, p.sum(-1), einsum("nbkgi,nbkiv->nbkgv", p, x.v)  # [G,c] [c,V]
 
     def pass_on(carry, chunk):
-        run, m, l, acc = carry
+        segment, m, l, acc = carry
         end, (top, total, values) = chunk
-        m_in = jnp.where(run == end, m, -jnp.inf)  # of another run: nothing comes in
+        # of another segment: nothing comes in
+        m_in = jnp.where(segment == end, m, -jnp.inf)
         new = jnp.maximum(m_in, top)
         # both sums are measured from the new maximum
         rescale, mine = exp(m_in, new), exp(top, new)
@@ -140,13 +141,13 @@ def _carry(x: Chunks, m, l, acc):
 
 
 def _back(chunk: int, dtype, saved, cotangents):
-    scores, v, run, starts, tops, sums = saved
+    scores, v, segment, starts, tops, sums = saved
     (_, dl, dacc), do = cotangents
     (b, t, h), k = scores.shape, v.shape[2]
-    x = cut(scores, v, run, min(chunk, t))
+    x = cut(scores, v, segment, min(chunk, t))
     split = lambda a: a.reshape(b, k, h // k, *a.shape[2:])
     do = do.astype(F32)
-    do = do if run is None else only(run[..., None, None] > 0, do)
+    do = do if segment is None else only(segment[..., None, None] > 0, do)
     do = cut(scores, do, None, min(chunk, t)).v
     do = do.reshape(*do.shape[:2], k, h // k, *do.shape[3:])  # [N,B,K,G,c,V]
     # r_t = 1 / l_t, 0 at padding
@@ -160,9 +161,9 @@ def _back(chunk: int, dtype, saved, cotangents):
     merge = lambda a: a.reshape(b, h, *a.shape[3:])
     unchunk = lambda a: from_chunks(a, t)
     ds = unchunk(ds.reshape(*ds.shape[:2], h, -1, 1))[..., 0]
-    run_0, ref, g, h_first = first
-    # dl = -exp(m_0 - ref) h, dacc = exp(m_0 - ref) G, if run 1 is seen at all
-    rescale = jnp.where(run_0 == 1, exp(starts[1][0], ref), 0)
+    segment_0, ref, g, h_first = first
+    # dl = -exp(m_0 - ref) h, dacc = exp(m_0 - ref) G, if segment 1 is seen at all
+    rescale = jnp.where(segment_0 == 1, exp(starts[1][0], ref), 0)
     d_l, d_acc = merge(-rescale * h_first), merge(rescale[..., None] * g)
     state = jnp.zeros((b, h), F32), d_l, d_acc  # m is a constant
     return ds.astype(scores.dtype), unchunk(dv).astype(v.dtype), None, *state
@@ -170,7 +171,7 @@ def _back(chunk: int, dtype, saved, cotangents):
 
 def _weights(x: Chunks, starts, tops, r, do):
     """P r and do.v - level [N,B,K,G,t,i]; level and delta - level [N,B,K,G,t]."""
-    run_before, m_before, l_before, acc_before = starts
+    segment_before, m_before, l_before, acc_before = starts
     logits = jnp.where(x.seen(), x.s[..., None, :], -jnp.inf)
     p = exp(logits, tops[..., None])  # P [N,B,K,G,t,i]
     asked = einsum("nbkgtv,nbkiv->nbkgti", do, x.v)  # do_t.v_i: [c,V] [V,c]
@@ -178,7 +179,7 @@ def _weights(x: Chunks, starts, tops, r, do):
     # of several, their mean
     level = only(greatest, asked).sum(-1) / jnp.maximum(greatest.sum(-1), 1)
     asked, p = asked - level[..., None], p * r[..., None]
-    rescale = only(x.of(run_before), exp(m_before[..., None], tops)) * r
+    rescale = only(x.of(segment_before), exp(m_before[..., None], tops)) * r
     carried = einsum("nbkgtv,nbkgv->nbkgt", do, acc_before)  # do_t.acc_in: [c,V] [V]
     # acc_in, measured from level as values are
     carried = carried - level * l_before[..., None]
@@ -187,31 +188,31 @@ def _weights(x: Chunks, starts, tops, r, do):
 
 def _reached(x: Chunks, behind, ds, dv):
     """ds and dv with what later chunks ask for."""
-    run, ref, g, h = behind
-    e = only(x.of(run), exp(x.s, ref[..., None]))  # exp(s_i - ref) [N,B,K,G,c]
+    segment, ref, g, h = behind
+    e = only(x.of(segment), exp(x.s, ref[..., None]))  # exp(s_i - ref) [N,B,K,G,c]
     ds = ds + e * (einsum("nbkiv,nbkgv->nbkgi", x.v, g) - h[..., None])  # [c,V] [V]
     return ds, dv + einsum("nbkgi,nbkgv->nbkiv", e, g)  # [c,G] [G,V]
 
 
 def _carry_back(x: Chunks, tops, r, do, delta, dl, dacc):
-    """What the tokens from a chunk on ask of those before it: (run, ref, G, h) of the
-    first chunk, and of the chunk behind each, with N in front."""
-    runs, refs = x.runs(0), tops[..., 0]
+    """What the tokens from a chunk on ask of those before it: (segment, ref, G, h) of
+    the first chunk, and of the chunk behind each, with N in front."""
+    segments, refs = x.segment_at(0), tops[..., 0]
     weight = exp(refs[..., None], tops) * r  # exp(ref - m_t) r_t
-    weight = only(x.of(runs), weight)
+    weight = only(x.of(segments), weight)
     # G and h of this chunk alone: [c] [c,V]
     local = einsum("nbkgt,nbkgtv->nbkgv", weight, do), (weight * delta).sum(-1)
 
     def pass_on(carry, chunk):
-        run, ref, g, h = carry
+        segment, ref, g, h = carry
         own, mine, (g_own, h_own) = chunk
         # ref grows with time: this one is at most that of the chunk behind
-        rescale = jnp.where(run == own, exp(mine, ref), 0)
+        rescale = jnp.where(segment == own, exp(mine, ref), 0)
         return (own, mine, g_own + rescale[..., None] * g, h_own + rescale * h), carry
 
     # the last state asks for exp(s_i - m_T) (dl + v_i.dacc)
-    last = x.runs(-1)[-1], tops[-1, ..., -1], dacc, -dl
-    return jax.lax.scan(pass_on, last, (runs, refs, local), reverse=True)
+    last = x.segment_at(-1)[-1], tops[-1, ..., -1], dacc, -dl
+    return jax.lax.scan(pass_on, last, (segments, refs, local), reverse=True)
 
 
 chunked.defvjp(_ahead, _back)

@@ -29,7 +29,8 @@ One layer's attention alone, forward and backward:
 Its last line but one is the time of the products that the mask asks for, shared out
 evenly and at the same rate, over the time of the step.
 
-`--topology=cpu` compiles for the devices of this machine, without times.
+`--topology=cpu` compiles for the devices of this machine, without times;
+`--page=experiments/SCALE.md --title='...'` puts the table on the page of results.
 """
 
 from __future__ import annotations
@@ -49,8 +50,9 @@ from attn.parallel.exchange import EXCHANGES
 from attn.softmax import Softmax
 from experiments.cli import config
 from experiments.cli.config import option
+from experiments.measure import page
 from experiments.measure.roofline import roofline
-from experiments.measure.scale_table import Row, metrics, show
+from experiments.measure.scale_table import Row, markdown, metrics, show
 from experiments.measure.topology import pod
 from experiments.training.mesh import Sizes
 from experiments.training.step import TrainConfig, staged
@@ -77,6 +79,9 @@ class Config:
     mesh: tuple[int, int, int] | None = option(
         None, "chips along data, seq and model; None: all along seq")
     layer: bool = option(False, "the attention of one exact and one linear layer alone")
+    page: str | None = option(None, "a Markdown page that gets the table, such as "
+                              "experiments/SCALE.md")
+    title: str = option("Scale", "of the table's section on that page")
 
     def __post_init__(self):
         for name in ("tokens", "batch"):
@@ -118,6 +123,9 @@ def run(config_: Config) -> dict[str, Any]:
         rows[name] = Row(one, took, wanted / len(chips.devices))
         console.print(f"{name}: compiled in {took:.0f} s")
     show(rows, chips)
+    if config_.page:
+        shown = config.command(dataclasses.replace(config_, page=None, title="Scale"))
+        page.write(config_.page, config_.title, shown, markdown(rows))
     found: dict[str, Any] = {}
     for name, row in rows.items():
         label = name.replace(", ", "_").replace(" ", "_")

@@ -30,7 +30,7 @@ ORDER = {
     "experiments": (("cli", "data", "training"), ("measure",)),
 }
 # files directly in attn/ that are no family: what surrounds the mechanisms
-AROUND = {"__init__", "masks", "positions", "layers", "template", "grid", "mixers",
+AROUND = {"__init__", "__main__", "masks", "positions", "layers", "template", "grid", "mixers",
           "baseconv"}
 FOR_FAMILIES = {"softmax"}  # the family that others may build on
 ANALYSES = {"dsf"}  # papers that say what attention is, not another one

@@ -47,36 +47,52 @@ def metrics(row: Row) -> dict[str, Any]:
     return found
 
 
-def show(rows: dict[str, Row], chips: Pod) -> None:
-    """The table, a column a variant."""
-    table = Table(box=None, title=f"a chip of {chips.name}, a step")
-    table.add_column("")
-    for name in rows:
-        table.add_column(name, justify="right")
+def lines(rows: dict[str, Row]) -> dict[str, list[str]]:
+    """The table by lines: a title, and a cell for each variant."""
     kinds = sorted({kind for row in rows.values() for kind in row.roofline.moved})
-    lines: dict[str, list[str]] = {"memory, GB": []}
-    lines |= {f"{kind}, MB (times)": [] for kind in kinds}
-    lines |= {n: [] for n in ("matrix products, Tflop", "computing, ms",
+    found: dict[str, list[str]] = {"memory, GB": []}
+    found |= {f"{kind}, MB (times)": [] for kind in kinds}
+    found |= {n: [] for n in ("matrix products, Tflop", "computing, ms",
                               "moving, hidden, ms", "moving, waited for, ms",
                               "step, ms", "of it waiting")}
     if any(row.wanted for row in rows.values()):
-        lines["of the ideal"] = []
-    lines["compiled in, s"] = []
-    known = lambda t: "-" if t is None else f"{t * 1e3:,.2f}"
-    share = lambda x: "-" if x is None else f"{x:.1%}"
+        found["of the ideal"] = []
+    found["compiled in, s"] = []
     for row in rows.values():
         one = row.roofline
         cells = [f"{one.memory / 1e9:,.2f}"]
         for kind in kinds:
             count, size = one.moved.get(kind, (0, 0))
             cells.append(f"{size / 1e6:,.1f} ({count})" if count else "-")
-        cells += [f"{one.products / 1e12:,.3f}", known(one.compute), known(one.hidden),
-                  known(one.open), known(one.step), share(one.waiting)]
-        cells += [share(row.ideal)] * ("of the ideal" in lines) + [f"{row.took:.0f}"]
-        for line, cell in zip(lines.values(), cells, strict=True):
+        cells += [f"{one.products / 1e12:,.3f}", _ms(one.compute), _ms(one.hidden),
+                  _ms(one.open), _ms(one.step), _share(one.waiting)]
+        cells += [_share(row.ideal)] * ("of the ideal" in found) + [f"{row.took:.0f}"]
+        for line, cell in zip(found.values(), cells, strict=True):
             line.append(cell)
-    for name, line in lines.items():
-        table.add_row(name, *line)
+    return found
+
+
+def _ms(seconds: float | None) -> str:
+    return "-" if seconds is None else f"{seconds * 1e3:,.2f}"
+
+
+def _share(x: float | None) -> str:
+    return "-" if x is None else f"{x:.1%}"
+
+
+def show(rows: dict[str, Row], chips: Pod) -> None:
+    """The table, a column a variant."""
+    table = Table(box=None, title=f"a chip of {chips.name}, a step")
+    table.add_column("")
+    for name in rows:
+        table.add_column(name, justify="right")
+    for title, line in lines(rows).items():
+        table.add_row(title, *line)
     Console(width=200).print(table)
-    if chips.memory:
-        print(f"a chip of {chips.name} has {chips.memory / 1e9:.1f} GB")
+
+
+def markdown(rows: dict[str, Row]) -> str:
+    """The same table to paste."""
+    head = ["| | " + " | ".join(rows) + " |", "|---" + "|--:" * len(rows) + "|"]
+    body = (f"| {title} | {' | '.join(line)} |" for title, line in lines(rows).items())
+    return "\n".join([*head, *body])

@@ -72,14 +72,17 @@ def _module(case) -> dict[str, np.ndarray]:
 
 
 def _mdtpe(case) -> dict[str, np.ndarray]:
-    x = jnp.asarray(case["x"], jnp.float32)
-    q, k, decay = (jnp.asarray(case[n], "f4") for n in ("q", "k", "log_decay"))
-    split = x.reshape(*x.shape[:-1], q.shape[1], -1)
-    each = jnp.stack([
-        along(split, a, (q[a] * k[a]).sum(-1), decay[a]).reshape(x.shape)
-        for a in range(x.ndim - 2)
-    ])
-    return {"out_per_axis": np.asarray(each), "out_sum": np.asarray(each.sum(0))}
+    @jax.jit
+    def per_axis(x, q, k, decay):
+        split = x.reshape(*x.shape[:-1], q.shape[1], -1)
+        return jnp.stack([
+            along(split, a, (q[a] * k[a]).sum(-1), decay[a]).reshape(x.shape)
+            for a in range(x.ndim - 2)
+        ])
+
+    arrays = (jnp.asarray(case[n], "f4") for n in ("x", "q", "k", "log_decay"))
+    each = np.asarray(per_axis(*arrays))
+    return {"out_per_axis": each, "out_sum": each.sum(0)}
 
 
 def _mdlrpe(case) -> dict[str, np.ndarray]:
@@ -87,7 +90,7 @@ def _mdlrpe(case) -> dict[str, np.ndarray]:
     position = MDLRPE(tuple(config["dims"]), extra=config["l"])
     x = jnp.asarray(case["x"], jnp.float32).swapaxes(1, 2)
     pos = jnp.arange(x.shape[1])[None]
-    turn = nn.apply(lambda m, x: m.rotate(x, pos), position)
+    turn = jax.jit(nn.apply(lambda m, x: m.rotate(x, pos), position))
     out = turn({"params": {"theta": theta}}, x)
     at = coordinates(pos[0], position.dims, position.extra)
     angles = at[None, :, :, None] * theta[:, None, None]

@@ -84,16 +84,32 @@ def inputs(t=T, s=S, h=H, k=K, d=D, v=V, dtype=jnp.float32):
     return {n: normal(i, *a).astype(dtype) for i, (n, a) in enumerate(shapes.items())}
 
 
-def results(f, arrays, options):
-    """o, lse and the gradients of a random projection of both."""
+def program(f, options):
+    """Compiled: arrays -> o, lse and the gradients of a random projection of both."""
     def scalar(arrays):
         o, lse = f(**arrays, **options)
         wo, wl = normal(8, *o.shape), normal(9, *lse.shape)
         total = (o.astype(jnp.float32) * wo).sum()
         return total + (jnp.where(jnp.isfinite(lse), lse, 0) * wl).sum(), (o, lse)
 
-    (_, (o, lse)), grads = jax.jit(jax.value_and_grad(scalar, has_aux=True))(arrays)
-    return {"o": o, "lse": lse} | grads
+    def both(arrays):
+        (_, (o, lse)), grads = jax.value_and_grad(scalar, has_aux=True)(arrays)
+        return {"o": o, "lse": lse} | grads
+
+    return jax.jit(both)
+
+
+def results(f, arrays, options):
+    """What its program gives."""
+    return program(f, options)(arrays)
+
+
+def twice(f, arrays, options):
+    """What its program gives, two times the same bits."""
+    both = program(f, options)
+    found = both(arrays)
+    jax.tree.map(np.testing.assert_array_equal, found, both(arrays))
+    return found
 
 
 def close(found, expected, bound=1e-5):
@@ -106,29 +122,32 @@ def close(found, expected, bound=1e-5):
         assert error <= (bound if name in ("o", "lse") else 2 * bound), (name, error)
 
 
+def given(name):
+    """(arrays, options) of a case."""
+    options = CASES[name]()
+    arrays = inputs(**options.pop("sizes", {}))
+    return arrays | {n: options.pop(n) for n in ("bias", "sink") if n in options}, options
+
+
+@functools.cache
+def wanted(name):
+    """What a case gives, once for all kernels."""
+    return jax.device_get(results(attend, *given(name)))
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", CASES)
 def test_the_kernel_is_the_function(name, backend):
-    options = CASES[name]()
-    arrays = inputs(**options.pop("sizes", {}))
-    arrays |= {n: options.pop(n) for n in ("bias", "sink") if n in options}
     kernel = functools.partial(flash, tile=TILE, backend=backend, interpret=True)
-    found = results(kernel, arrays, options)
-    close(found, results(attend, arrays, options))
-    again = results(kernel, arrays, options)
-    for n in found:
-        np.testing.assert_array_equal(found[n], again[n])
+    close(twice(kernel, *given(name)), wanted(name))
 
 
 @pytest.mark.parametrize("name", ("causal", "aligned", "window", "sink_tokens", "runs",
                                   "keep", "bias_2x4x37x37"))
 def test_what_a_mask_cuts_off_a_tile_is_not_missed(name, monkeypatch):
     monkeypatch.setattr(schedule, "LANES", 8)
-    options = CASES[name]()
-    arrays = inputs(**options.pop("sizes", {}))
-    arrays |= {n: options.pop(n) for n in ("bias", "sink") if n in options}
     kernel = functools.partial(flash, tile=(16, 16, 8), interpret=True)
-    close(results(kernel, arrays, options), results(attend, arrays, options))
+    close(results(kernel, *given(name)), wanted(name))
 
 
 def test_programs_stay_short():
@@ -158,11 +177,9 @@ def test_tiles_on_the_diagonal_are_cut_alike():
     assert not schedule.tile_patterns(mask, unknown, 128, table, None)[0].partial
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("t", (1, 63, 250, 4097))
-@pytest.mark.parametrize("dtype", (jnp.bfloat16, jnp.float16))
-def test_low_precision_is_as_good_as_plain_jnp(t, dtype, backend):
-    """Against float32 of the same numbers: at most twice the error of plain jnp."""
+@functools.cache
+def wanted_low(t, dtype):
+    """Inputs, what they give in float32, and what plain jnp makes of them."""
     heads = H if t < 1000 else 1
     low = inputs(t=t, s=t, h=heads, k=heads, d=24, dtype=dtype)
     exact = {n: a.astype(jnp.float32) for n, a in low.items()}
@@ -175,9 +192,17 @@ def test_low_precision_is_as_good_as_plain_jnp(t, dtype, backend):
         return jnp.einsum("bhts,bshv->bthv", p, v), lse
 
     expected = results(attend, exact, {"mask": Causal()})
-    found = results(functools.partial(flash, backend=backend, interpret=True), low,
-                    {"mask": Causal()})
-    rough = results(plain, low, {})
+    return low, expected, results(plain, low, {})
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("t", (1, 63, 250, 4097))
+@pytest.mark.parametrize("dtype", (jnp.bfloat16, jnp.float16))
+def test_low_precision_is_as_good_as_plain_jnp(t, dtype, backend):
+    """Against float32 of the same numbers: at most twice the error of plain jnp."""
+    low, expected, rough = wanted_low(t, dtype)
+    kernel = functools.partial(flash, backend=backend, interpret=True)
+    found = results(kernel, low, {"mask": Causal()})
     for n in ("o", "q", "k", "v"):
         norm = lambda x: np.linalg.norm(np.asarray(x[n], np.float64)
                                         - np.asarray(expected[n], np.float64))
@@ -196,14 +221,11 @@ def test_queries_that_do_not_fit_on_the_chip_have_a_kernel_of_their_own(monkeypa
 @pytest.mark.parametrize("case", ("causal", "runs", "sinks", "empty_rows"))
 def test_a_list_of_tiles_that_is_too_long_is_shared_out(case, monkeypatch):
     monkeypatch.setattr(tables, "holds_queries", lambda *a: False)
-    options = CASES[case]()
-    arrays = inputs(**options.pop("sizes", {}))
-    arrays |= {n: options.pop(n) for n in ("sink",) if n in options}
     kernel = functools.partial(flash, tile=(8, 16), interpret=True)
-    want = results(kernel, arrays, options)
+    want = results(kernel, *given(case))
     # room for four tiles: some lines have so many, or more with their query heads
     monkeypatch.setattr(portions_tpu, "ROOM", 4 * 16)
-    have = results(kernel, arrays, options)
+    have = results(kernel, *given(case))
     for n in want:
         np.testing.assert_array_equal(have[n], want[n])
 

@@ -19,7 +19,7 @@ from attn.softmax import Softmax
 from pallas_kernels import Refused
 from pallas_kernels.flash.api import flash
 from tests.oracles.softmax import chunks as attend
-from tests.pallas_kernels.test_flash import normal, results
+from tests.pallas_kernels.test_flash import normal, results, twice
 
 BF16, F16 = jnp.bfloat16, jnp.float16
 SHORT = 128, 64  # tiles of two warpgroups; backward, each keeps one of dk and dv
@@ -83,8 +83,9 @@ def test_the_kernel_is_the_function(name):
     exact = {n: a.astype(jnp.float32) for n, a in low.items()} | more
     low = low | more
     kernel = functools.partial(flash, backend="mosaic", tile=tile, interpret=True)
-    found, expected = results(kernel, low, options), results(attend, exact, options)
-    rough = results(attend, low, options)
+    # the same bits twice: how a kernel is interpreted costs seconds, so one case
+    found = (twice if name == "causal" else results)(kernel, low, options)
+    expected, rough = results(attend, exact, options), results(attend, low, options)
     for n in expected:
         error, scale = apart(found, expected, n)
         if n == "lse":
@@ -92,10 +93,6 @@ def test_the_kernel_is_the_function(name):
         else:
             allowed, _ = apart(rough, expected, n)
             assert error <= 2 * allowed + 1e-4 * scale, (n, error / scale)
-    if name == "causal":
-        again = results(kernel, low, options)
-        for n in found:
-            np.testing.assert_array_equal(found[n], again[n])
 
 
 def table(h, i, j):

@@ -22,8 +22,13 @@ FREE = ("reshape", "broadcast_in_dim", "transpose", "squeeze", "slice", "concate
 
 
 def flops(f: Callable, *args: Any) -> float:
-    """Floating point operations of f(*args); args may be ShapeDtypeStructs."""
-    return sum(work(jax.make_jaxpr(f)(*args).jaxpr).values())
+    """Floating point operations of f(*args); args may be ShapeDtypeStructs. A function
+    under `jax.jit` is traced once for its flops and its memory."""
+    return sum(work(_jitted(f).trace(*args).jaxpr.jaxpr).values())
+
+
+def _jitted(f: Any) -> Any:
+    return f if hasattr(f, "trace") else jax.jit(f)
 
 
 def work(jaxpr: Any) -> Counter:
@@ -86,7 +91,7 @@ def _size(v: Any) -> int:
 
 def memory(f: Callable, *args: Any) -> int:
     """Bytes that the compiled f(*args) needs beside its arguments and results."""
-    found: Any = jax.jit(f).lower(*args).compile().memory_analysis()
+    found: Any = _jitted(f).lower(*args).compile().memory_analysis()
     return found.temp_size_in_bytes
 
 

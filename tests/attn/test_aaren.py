@@ -9,13 +9,14 @@ from attn.aaren import Aaren
 from attn.layers import MultiHead
 from attn.recurrent.scan import prefix_softmax
 from attn.softmax import Softmax
+from tests.compiled import apply, init
 from tests.laws import B, D, H, K, SEGMENTS, T, V, close, gradients, inputs
 
 
 def made(attention=Aaren(), **shape):
     """(params, q, k, v)."""
     q, k, v = inputs(**shape)
-    return attention.init(jax.random.key(1), q, k, v), q, k, v
+    return init(attention, jax.random.key(1), q, k, v), q, k, v
 
 
 def softmax(s, v):
@@ -89,17 +90,17 @@ def test_the_query_is_learned_and_q_is_not_read():
 def test_the_layer_projects_no_query():
     x = jax.random.normal(jax.random.key(0), (B, T, 32))
     layer = MultiHead(Aaren(), heads=H, kv_heads=K, qk_norm=True)
-    params = layer.init(jax.random.key(1), x)
+    params = init(layer, jax.random.key(1), x)
     assert set(params["params"]) == {"attention", "k", "k_norm", "v", "out"}
-    y = layer.apply(params, x)
+    y = apply(layer, params, x)
     state, outs = layer.init_state(T, x), []
     for t in range(T):
-        state, o = layer.apply(params, x[:, t:t + 1], state)
+        state, o = apply(layer, params, x[:, t:t + 1], state)
         outs.append(o)
     close(jnp.concatenate(outs, 1), y)
     full = MultiHead(Softmax(), heads=H, kv_heads=K, qk_norm=True)
     size = lambda p: sum(a.size for a in jax.tree.leaves(p))
-    more = size(full.init(jax.random.key(1), x)) - size(params)
+    more = size(init(full, jax.random.key(1), x)) - size(params)
     assert more == 32 * 32 + 8 - 32  # W_q and the scale of its norm, not a query
 
 
@@ -123,8 +124,8 @@ def test_all_keys_for_every_query(packed):
     seg = jnp.asarray(SEGMENTS)
     whole, causal = Aaren(causal=False), Aaren()
     more = {"segments": seg} if packed else {}
-    o = whole.apply(params, q, k, v, **more)
-    last = causal.apply(params, q, k, v, **more)
+    o = apply(whole, params, q, k, v, **more)
+    last = apply(causal, params, q, k, v, **more)
     for row in range(B):
         for i in range(T):
             at = np.nonzero(SEGMENTS[row] == SEGMENTS[row, i])[0] if packed else [T - 1]
@@ -133,14 +134,14 @@ def test_all_keys_for_every_query(packed):
     # of other tokens, in another order
     other = jnp.asarray([[2, 1, 3, 1, 0], [3, 1, 1, 9, 3]])
     if packed:
-        cross = whole.apply(params, q[:, :5], k, v, segments=(other, seg))
+        cross = apply(whole, params, q[:, :5], k, v, segments=(other, seg))
         for row in range(B):
             for i in range(5):
                 at = np.nonzero((SEGMENTS[row] == int(other[row, i])) & (
                     SEGMENTS[row] > 0))[0]
                 close(cross[row, i], o[row, at[0]] if len(at) else 0 * o[row, 0])
     else:
-        close(whole.apply(params, q[:, :5], k, v), o[:, :5])
+        close(apply(whole, params, q[:, :5], k, v), o[:, :5])
 
 
 @pytest.mark.parametrize("packed", [False, True])

@@ -26,7 +26,8 @@ def test_a_name_that_is_not_there(name):
 
 
 def test_one_import_brings_no_other():
-    code = "import sys; from attn import Lightning; assert 'attn.gla' not in sys.modules"
+    code = "import sys; from attn import Lightning; "
+    code += "assert 'attn.gla' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

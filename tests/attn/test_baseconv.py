@@ -7,6 +7,7 @@ import pytest
 
 from attn.baseconv import BaseConv
 from attn.recurrent.shortconv import shortconv
+from tests.compiled import apply, init
 
 B, T, C = 2, 13, 6
 SEGMENTS = np.array([[1] * 4 + [2] * 3 + [0] * 2 + [2] * 4, [0] + [3] * 10 + [0] * 2])
@@ -57,13 +58,13 @@ def test_it_is_the_filter(kernel, packed):
 def test_streaming_is_reading_at_once(variant, packed):
     layer = BaseConv(variant, kernel=4)
     segments = jnp.asarray(SEGMENTS, jnp.int32) if packed else None
-    params = layer.init(jax.random.key(0), X)
-    want = layer.apply(params, X, segments=segments)
+    params = init(layer, jax.random.key(0), X)
+    want = apply(layer, params, X, segments=segments)
     for pieces in ((13,), (4, 4, 5), (1,) * 13):
         state, outs, at = layer.init_state(T, X), [], 0
         for n in pieces:
             seg = None if segments is None else segments[:, at:at + n]
-            state, y = layer.apply(params, X[:, at:at + n], state, segments=seg)
+            state, y = apply(layer, params, X[:, at:at + n], state, segments=seg)
             outs.append(y)
             at += n
         close(jnp.concatenate(outs, 1), want)
@@ -80,7 +81,7 @@ def test_a_mesh_changes_nothing(variant, packed):
     segments = jnp.asarray(np.pad(SEGMENTS, ((0, 0), (0, 3))), jnp.int32)
     segments = segments if packed else None
     plain, split = (BaseConv(variant, kernel=4, axis=axis) for axis in (None, "seq"))
-    params = plain.init(jax.random.key(0), X)
+    params = init(plain, jax.random.key(0), X)
     f = lambda layer: jax.jit(jax.value_and_grad(lambda p, x: (layer.apply(
         p, x, segments=segments) ** 2).sum(), (0, 1)))(params, x)
     step = lambda layer, x: jax.jit(lambda s, x: layer.apply(params, x, s))(

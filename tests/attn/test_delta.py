@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from attn.delta import Delta
+from tests.compiled import apply, init
 from tests.oracles.delta_rule import B, H, close, recurrence
 
 LAYERS = {
@@ -26,11 +27,11 @@ def layer_inputs(t=16):
 def test_a_stream_of_the_layer_is_the_whole(name, packed):
     layer, (q, k, v, x) = LAYERS[name], layer_inputs()
     segments = jnp.asarray(SEGMENTS) if packed else None
-    params = layer.init(jax.random.key(1), q, k, v, x=x)
+    params = init(layer, jax.random.key(1), q, k, v, x=x)
     want = jax.jit(lambda *a: layer.apply(params, *a, x=x, segments=segments))(q, k, v)
     if packed:
         assert (np.asarray(want)[SEGMENTS == 0] == 0).all()
-        alone = layer.apply(params, *(a[:1, 5:13] for a in (q, k, v)), x=x[:1, 5:13])
+        alone = apply(layer, params, *(a[:1, 5:13] for a in (q, k, v)), x=x[:1, 5:13])
         close(want[:1, 5:13], alone, 1e-5)
     step = jax.jit(lambda s, seg, x, *a: layer.apply(
         params, s, *a, x=x, segments=seg, method="step"))
@@ -47,7 +48,7 @@ def test_a_stream_of_the_layer_is_the_whole(name, packed):
 def test_the_layer_is_its_equation():
     q, k, v, x = layer_inputs()
     layer = Delta(gated=True, negative=True, conv=0)
-    params = layer.init(jax.random.key(1), q, k, v, x=x)
+    params = init(layer, jax.random.key(1), q, k, v, x=x)
     own = {n: np.asarray(a, np.float64) for n, a in params["params"].items()
            if n in ("A_log", "dt_bias")}
     own |= {n: np.asarray(params["params"][n]["kernel"], np.float64)
@@ -60,7 +61,7 @@ def test_the_layer_is_its_equation():
     state, zeros = np.zeros((B, H, 8, 12)), np.zeros((B, 16, H, 12))
     want, _ = recurrence(unit(silu(a[0])), unit(silu(a[1])), silu(a[2]), beta, g, state,
                          np.ones((B, 16), int), 8**-0.5, zeros, state)
-    close(layer.apply(params, q, k, v, x=x), want[1], 1e-5)
+    close(apply(layer, params, q, k, v, x=x), want[1], 1e-5)
     assert (0 < np.exp(own["A_log"])).all() and (np.exp(own["A_log"]) <= 16).all()
 
 

@@ -14,6 +14,7 @@ from attn.masks import Full
 from attn.positions import RoPE
 from attn.softmax import Softmax
 from models.pixels import PixelNet
+from tests.compiled import apply, init
 from tests.laws import close
 
 DIMS = ((5,), (3, 4), (2, 3, 4))
@@ -34,7 +35,7 @@ def test_coordinates_are_row_by_row_behind_the_extra_tokens(dims):
 def turned(module, x, theta=None):
     params = {} if theta is None else {"params": {"theta": jnp.asarray(theta)}}
     pos = jnp.arange(x.shape[1])[None]
-    return module.apply(params, x, pos, method="rotate")
+    return apply(module, params, x, pos, method="rotate")
 
 
 @GRID
@@ -64,7 +65,7 @@ def test_a_product_depends_on_how_far_apart_tokens_are(dims):
 def test_theta_of_one_axis_and_the_fixed_form():
     x = jax.random.normal(jax.random.key(0), (1, 6, 4, 8))
     learned = MDLRPE((6,))
-    params = learned.init(jax.random.key(0), x, jnp.arange(6)[None], method="rotate")
+    params = init(learned, jax.random.key(0), x, jnp.arange(6)[None], method="rotate")
     theta = params["params"]["theta"]
     close(theta, np.broadcast_to(10000.0 ** (-2 * np.arange(8) / 8), (4, 8)))
     close(turned(MDLRPE((6,), learned=False), x), turned(learned, x, theta))
@@ -115,7 +116,7 @@ def test_mdtpe_is_the_filter(dims, decay):
     t = int(np.prod(dims))
     x = jax.random.normal(jax.random.key(0), (2, t, 8))
     module = MDTPE(dims, heads=2, decay_param=decay, chunk=2)
-    params = module.init(jax.random.key(1), x)
+    params = init(module, jax.random.key(1), x)
     p = jax.tree.map(lambda a: np.asarray(a, np.float64), params["params"])
     want = filtered(p, np.asarray(x, np.float64), dims, 2, decay == "exp")
     close(jax.jit(module.apply)(params, x), want)
@@ -150,7 +151,7 @@ def test_gradients_of_the_filter(axis):
 def test_mdtpe_looks_back_along_its_axes_only():
     x = jax.random.normal(jax.random.key(0), (1, 12, 4))
     module = MDTPE((3, 4), heads=1)
-    params = module.init(jax.random.key(1), x)
+    params = init(module, jax.random.key(1), x)
     total = lambda x: module.apply(params, x).sum(-1)
     moved = jax.jit(jax.jacobian(total))(x)[0, :, 0]
     at = np.stack(np.unravel_index(np.arange(12), (3, 4)), -1)

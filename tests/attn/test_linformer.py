@@ -8,6 +8,7 @@ import pytest
 from attn.linformer import Linformer
 from attn.masks import Full
 from attn.softmax import Softmax
+from tests.compiled import apply, init
 from tests.laws import close, gradients, inputs
 
 
@@ -28,10 +29,10 @@ def test_it_is_its_definition(t, s):
     q, k, v = inputs()
     q, k, v = q[:, :t], k[:, :s], v[:, :s]
     model = Linformer(length=16, rank=5)
-    params = model.init(jax.random.key(0), q, k, v)
+    params = init(model, jax.random.key(0), q, k, v)
     shapes = jax.tree.map(jnp.shape, params)["params"]
     assert shapes == {"keys": (5, 16), "values": (5, 16)}
-    close(model.apply(params, q, k, v), oracle(q, k, v, **params["params"]))
+    close(apply(model, params, q, k, v), oracle(q, k, v, **params["params"]))
 
 
 def test_identity_matrices_make_it_softmax_attention():

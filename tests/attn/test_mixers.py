@@ -19,6 +19,7 @@ from experiments.cli import config
 from models.lm import LM
 from models.pixels import PixelNet
 from experiments.measure import cost
+from tests.compiled import apply, init
 from tests.laws import ENTRIES, Learned, close
 from tests.test_layering import ANALYSES, FAMILIES
 
@@ -36,7 +37,7 @@ def tokens(t=L, seed=0, dtype=jnp.float32):
 
 
 def drawn(mixer, x):
-    return mixer.init(jax.random.key(1), x)
+    return init(mixer, jax.random.key(1), x)
 
 
 @EACH
@@ -46,10 +47,10 @@ def test_a_mixer_is_its_matrix_times_its_values(mixer, t):
         mixer = mixer.clone(length=t, parent=None)
     x = tokens(t)
     params = drawn(mixer, x)
-    y = mixer.apply(params, x)
-    close(y, mixer.apply(params, x, method="dense"))
+    y = apply(mixer, params, x)
+    close(y, apply(mixer, params, x, method="dense"))
     assert y.shape == x.shape and y.dtype == x.dtype
-    a, v = (np.asarray(mixer.apply(params, x, method=m), np.complex128)
+    a, v = (np.asarray(apply(mixer, params, x, method=m), np.complex128)
             for m in ("matrix", "values"))
     assert a.shape[1:] == (t, t) and v.shape[:2] == (2, t)
     close(np.einsum("gts,bsgw->btgw", a, v).real.reshape(x.shape), y)
@@ -105,9 +106,9 @@ def test_a_mixer_is_its_definition_and_so_are_its_gradients(mixer):
 def test_low_precision_is_float32_inside(mixer):
     x = tokens(dtype=jnp.bfloat16)
     params = drawn(mixer, x)
-    y = mixer.apply(params, x)
+    y = apply(mixer, params, x)
     assert y.dtype == jnp.bfloat16
-    exact = mixer.apply(params, x.astype(jnp.float32))
+    exact = apply(mixer, params, x.astype(jnp.float32))
     np.testing.assert_array_equal(y, exact.astype(jnp.bfloat16))
 
 
@@ -140,7 +141,7 @@ def test_an_attention_is_its_matrix_times_v(name):
     x = jax.random.normal(keys[3], (1, t, E))
     if isinstance(attention, Learned):
         module = attention.module
-        params = module.init(jax.random.key(1), q, k, v, x=x)
+        params = init(module, jax.random.key(1), q, k, v, x=x)
         f = jax.jit(lambda q, k, v: module.apply(params, q, k, v, x=x))
     else:
         f = jax.jit(attention)

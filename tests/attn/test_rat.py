@@ -9,6 +9,7 @@ from attn.layers import MultiHead
 from attn.positions import RoPE
 from attn.rat import RAT
 from attn.softmax import Softmax
+from tests.compiled import apply, init
 from tests.laws import B, D, H, T, V, SEGMENTS, Learned, close, inputs
 
 
@@ -47,17 +48,17 @@ def test_chunks_of_one_are_attention_to_gated_keys_and_values():
     q, k, v = inputs(v=D)
     module = RAT(chunk=1)
     x = jnp.ones((B, T, 5))
-    params = module.init(jax.random.key(0), q, k, v, x=x)
+    params = init(module, jax.random.key(0), q, k, v, x=x)
     open_gates = jax.tree.map(lambda a: jnp.full_like(a, -30.0), params)
     pos = jnp.arange(T)[None]
     turned = (RoPE().rotate(a, pos) for a in (q, k))
-    close(module.apply(open_gates, q, k, v, x=x), Softmax()(*turned, v))
+    close(apply(module, open_gates, q, k, v, x=x), Softmax()(*turned, v))
 
 
 def test_long_chunks_never_look_back():
     q, k, v = inputs()
     module, x = RAT(chunk=T), jnp.ones((B, T, 5))
-    params = module.init(jax.random.key(0), q, k, v, x=x)
+    params = init(module, jax.random.key(0), q, k, v, x=x)
     read = lambda q: module.apply(params, q, k, v, x=x)
     np.testing.assert_array_equal(read(q), read(5 * q))
     attention = Learned(module)
@@ -76,7 +77,7 @@ def test_a_segment_starts_chunks_of_its_own():
 def test_gates_begin_slow():
     module = RAT(chunk=16)
     q = jnp.ones((1, 4, 2, 64))
-    params = module.init(jax.random.key(0), q, q, q, x=jnp.ones((1, 4, 5)))
+    params = init(module, jax.random.key(0), q, q, q, x=jnp.ones((1, 4, 5)))
     bias = np.asarray(params["params"]["gate_bias"])
     assert bias.min() >= 0 and bias.max() <= np.log(15) and bias.std() > 0.1
 
@@ -84,9 +85,9 @@ def test_gates_begin_slow():
 def test_the_layer_gates_and_keeps_the_rotation_of_chunks():
     x = jax.random.normal(jax.random.key(0), (1, 8, 16))
     layer = MultiHead(RAT(chunk=2), heads=2)
-    params = layer.init(jax.random.key(0), x)
+    params = init(layer, jax.random.key(0), x)
     assert set(params["params"]) == {"q", "k", "v", "attention", "gate", "out"}
-    close(layer.apply(params, x), layer.clone(position=None).apply(params, x))
+    close(apply(layer, params, x), layer.clone(position=None).apply(params, x))
 
 
 def test_wrong_calls_say_what_was_expected():

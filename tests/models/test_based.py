@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 from models.based import BASED_1B, BASED_360M, hybrid, layers
+from tests.compiled import apply, init
 from tests.laws import close
 
 
@@ -28,10 +29,10 @@ def test_a_small_one_streams():
     model = hybrid(32, 23, heads=2, vocab=11)
     model = model.clone(attention=layers(4, (1,), (2,), window=3, feature_dim=4))
     tokens = jnp.arange(12)[None] % 11
-    params = model.init(jax.random.key(0), tokens)
-    want = model.apply(params, tokens)
-    state, first = model.apply(params, tokens[:, :7], model.init_state(12, tokens))
-    _, rest = model.apply(params, tokens[:, 7:], state)
+    params = init(model, jax.random.key(0), tokens)
+    want = apply(model, params, tokens)
+    state, first = apply(model, params, tokens[:, :7], model.init_state(12, tokens))
+    _, rest = apply(model, params, tokens[:, 7:], state)
     close(jnp.concatenate([first, rest], 1), want)
 
 

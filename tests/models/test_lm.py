@@ -16,6 +16,7 @@ from attn.softmax import Softmax
 from models.lm import LM, loss, state_bytes
 from models.stack import Pattern, stack, unstack
 from experiments.measure import cost
+from tests.compiled import apply
 from tests.laws import close
 
 HYBRID = (BaseConv(), Lightning(), Based(feature_dim=4),
@@ -93,7 +94,7 @@ def test_swapping_the_cache_keeps_the_checkpoint():
     params = start(dense)
     snap = dense.clone(attention=(SnapKV(capacity=6, window=2),) * 2)
     chex.assert_trees_all_equal_shapes(start(snap), params)
-    close(snap.apply(params, TOKENS), dense.apply(params, TOKENS))
+    close(apply(snap, params, TOKENS), apply(dense, params, TOKENS))
     assert state_bytes(snap, 17) < 0.5 * state_bytes(dense, 17)
 
 
@@ -114,8 +115,8 @@ def test_heads_tied_and_not_and_one_position():
         params = start(model)
         assert ("head" in params["params"]) != tied
         at = jnp.array([3, 9])
-        one = model.apply(params, TOKENS, at=at)
-        close(one, model.apply(params, TOKENS)[jnp.arange(2), at])
+        one = apply(model, params, TOKENS, at=at)
+        close(one, apply(model, params, TOKENS)[jnp.arange(2), at])
 
 
 def test_the_loss_counts_only_targets():

@@ -13,13 +13,14 @@ from experiments.data.images import Digits
 from experiments.training.loop import TrainConfig, fit
 from experiments.training.objectives import LABELS, accuracy
 from models.pixels import PixelNet, patches
+from tests.compiled import apply, init
 from tests.laws import close
 
 X = jax.random.normal(jax.random.key(0), (2, 4, 6, 3))
 
 
 def logits(model, x=X):
-    return model.apply(model.init(jax.random.key(1), X), x)
+    return apply(model, init(model, jax.random.key(1), X), x)
 
 
 def test_patches_are_squares_row_by_row():

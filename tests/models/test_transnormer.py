@@ -7,6 +7,7 @@ import pytest
 
 from attn.lightning import Lightning
 from models.transnormer import TransNormer, lrpe
+from tests.compiled import apply, init
 
 MODEL = TransNormer(vocab=32, width=24, heads=3, depth=3, attention=Lightning(chunk=4))
 TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, 32, (2, 13)), jnp.int32)
@@ -22,7 +23,7 @@ def close(a, b, bound=2e-5):
 @pytest.mark.parametrize("lrpe_in,variant", [("first", "paper"), ("rest", "example")])
 def test_streaming_is_reading_at_once(lrpe_in, variant):
     model = MODEL.clone(lrpe=lrpe_in, variant=variant)
-    params = model.init(jax.random.key(0), TOKENS)
+    params = init(model, jax.random.key(0), TOKENS)
     want = jax.jit(model.apply)(params, TOKENS)
     step = jax.jit(model.apply)
     for pieces in ((13,), (4, 4, 5), (1,) * 13):
@@ -36,11 +37,11 @@ def test_streaming_is_reading_at_once(lrpe_in, variant):
 
 
 def test_packing_changes_nothing():
-    params = MODEL.init(jax.random.key(0), TOKENS)
+    params = init(MODEL, jax.random.key(0), TOKENS)
     segments = jnp.asarray([[1] * 5 + [2] * 6 + [0] * 2, [0] + [3] * 12], jnp.int32)
     packed = jax.jit(MODEL.apply)(params, TOKENS, segments=segments)
     for row, part in ((0, slice(0, 5)), (0, slice(5, 11)), (1, slice(1, 13))):
-        alone = MODEL.apply(params, TOKENS[row:row + 1, part])
+        alone = apply(MODEL, params, TOKENS[row:row + 1, part])
         close(packed[row:row + 1, part], alone)
     at = jnp.asarray([10, 12])
     last = jax.jit(MODEL.apply)(params, TOKENS, segments=segments, at=at)
@@ -48,7 +49,7 @@ def test_packing_changes_nothing():
 
 
 def test_every_parameter_learns_and_only_the_first_layer_rotates():
-    params = MODEL.init(jax.random.key(0), TOKENS)
+    params = init(MODEL, jax.random.key(0), TOKENS)
     loss = lambda p: (MODEL.apply(p, TOKENS) ** 2).sum()
     grads = jax.jit(jax.grad(loss))(params)
     for path, grad in jax.tree_util.tree_leaves_with_path(grads):

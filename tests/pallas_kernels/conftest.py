@@ -1,5 +1,5 @@
-"""The GPU interpreter of jax 0.10 compiles a warpgroup's program again for each of them,
-at each point of the grid; later ones, and the tests, compile it once."""
+"""The GPU interpreter of jax 0.10 compiles a warpgroup's program for each of them, and
+at each point of the grid; later releases, and these tests, compile it once."""
 
 import concurrent.futures
 import functools

@@ -126,7 +126,8 @@ def given(name):
     """(arrays, options) of a case."""
     options = CASES[name]()
     arrays = inputs(**options.pop("sizes", {}))
-    return arrays | {n: options.pop(n) for n in ("bias", "sink") if n in options}, options
+    arrays |= {n: options.pop(n) for n in ("bias", "sink") if n in options}
+    return arrays, options
 
 
 @functools.cache

@@ -50,24 +50,31 @@ def test_heads_and_widths(h, k, v, backend):
 def test_scores_of_any_size(backend):
     s, v, *_ = inputs(37, state=False)
     before, f = empty(B, H, V), jax.jit(kernel(backend))
+    plain = jax.jit(lambda s: prefix_softmax(s, v, implementation="xla")[1])
     for size in (1e4, 1e30):
         o = f(s * size, v, before)[1]
-        close(o, prefix_softmax(s * size, v, implementation="xla")[1])
+        close(o, plain(s * size))
     steps = 40 * np.arange(37, dtype=np.float32)[None, :, None] * np.ones_like(s)
+    do = jnp.asarray(inputs(37)[3])
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def pull(g, s):
+        o, back = jax.vjp(lambda s, v: g(s, v)[1], s, jnp.asarray(v))
+        return o, *back(do)
+
+    ours = lambda s, v: kernel(backend)(s, v, before)
+    other = lambda s, v: prefix_softmax(s, v, implementation="xla")
     for ramp in (steps - 500, -steps):
         ramp = jnp.asarray(ramp, jnp.float32)
-        do = jnp.asarray(inputs(37)[3])
-        pull = lambda g: jax.vjp(lambda s, v: g(s, v)[1], ramp, jnp.asarray(v))[1](do)
-        have = pull(lambda s, v: kernel(backend)(s, v, before))
-        want = pull(lambda s, v: prefix_softmax(s, v, implementation="xla"))
+        have, want = (pull(g, ramp)[1:] for g in (ours, other))
         # exact where the greatest score is in the chunk, else to float32's rounding
         for a, b in zip(have, want):
             assert np.abs(a - b).max() <= (1e-6 if ramp[0, 1, 0] > ramp[0, 0, 0] else
                                            1e-6 * 2 * V) * np.abs(b).max() + 1e-5
     hidden = jnp.where(jnp.arange(37)[None, :, None] < 20, -jnp.inf, s)
-    o, back = jax.vjp(lambda s, v: kernel(backend)(s, v, before)[1], hidden, v)
+    o, *grads = pull(ours, hidden)
     assert (np.asarray(o)[:, :20] == 0).all()
-    for a in back(o):
+    for a in grads:
         assert np.isfinite(a).all() and (np.asarray(a)[:, :20] == 0).all()
 
 
@@ -77,16 +84,21 @@ def test_low_precision(dtype, backend):
     s, v, state, d_o, d_state = inputs(37)
     low, state, back_o = v.astype(dtype), SoftmaxState(*state), d_o.astype(dtype)
     f = kernel(backend, dtype=dtype)
-    (last, o), back = jax.vjp(f, s, jnp.asarray(low), state)
     g = lambda s, v, state: prefix_softmax(s, v, state=state, implementation="xla")
-    (exact, want), pull = jax.vjp(g, s, jnp.asarray(low, jnp.float32), state)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def both(f, v, d_o):
+        out, back = jax.vjp(f, s, v, state)
+        return out, back((SoftmaxState(*d_state), d_o))
+
+    (last, o), have = both(f, jnp.asarray(low), back_o)
+    (exact, want), grads = both(g, jnp.asarray(low, jnp.float32),
+                                back_o.astype(jnp.float32))
     assert o.dtype == dtype
     unit = float(jnp.finfo(dtype).eps)
     close(o, want, unit)
     for a, b in zip(last, exact):
         close(a, b, 1e-5)  # the sums are those of float32
-    have = back((SoftmaxState(*d_state), back_o))
-    grads = pull((SoftmaxState(*d_state), back_o.astype(jnp.float32)))
     assert have[1].dtype == dtype
     close(have[0], grads[0], 2e-5)
     close(have[1], grads[1], unit)

@@ -116,8 +116,9 @@ def test_it_is_the_recurrence(kind, packed, t):
 
 def test_scores_of_any_size_are_safe():
     s, v, *rest = inputs(37)
+    f = jax.jit(prefix_softmax)
     for size in (1e4, -1e4, 1e30, -1e30):
-        o = prefix_softmax(s * size, v)[1]
+        o = f(s * size, v)[1]
         assert np.isfinite(o).all()
     # differences near 1000 are rounded to 6e-5, in the input, not here
     large = np.float32(1000) + 2 * np.round(s * 1024) / 1024
@@ -132,22 +133,34 @@ def test_minus_infinity_is_padding():
     s, v, _, d_o, _ = inputs(16, state=False)
     segment = np.array(RUNS[16], np.int32) > 0
     hidden = jnp.where(segment[..., None], s, -jnp.inf)
-    f = lambda s, v: prefix_softmax(s, v, chunk=8)[1]
-    o, back = jax.vjp(f, hidden, jnp.asarray(v))
-    want = prefix_softmax(s, v, segment=segment.astype(np.int32))[1]
+
+    @jax.jit
+    def both(s):
+        o, back = jax.vjp(lambda s, v: prefix_softmax(s, v, chunk=8)[1], s, v)
+        return o, *back(d_o)
+
+    o, *grads = both(hidden)
+    f = jax.jit(lambda *a: prefix_softmax(*a[:2], segment=a[2])[1])
+    want = f(s, v, segment.astype(np.int32))
     close(np.where(segment[..., None, None], o, 0), want)
-    for a in (o, *back(d_o)):
+    for a in (o, *grads):
         assert np.isfinite(a).all()
-    nothing, back = jax.vjp(lambda s: f(s, v), jnp.full_like(s, -jnp.inf))
-    assert (np.asarray(nothing) == 0).all() and (np.asarray(back(d_o)[0]) == 0).all()
+    nothing, ds, _ = both(jnp.full_like(s, -jnp.inf))
+    assert (np.asarray(nothing) == 0).all() and (np.asarray(ds) == 0).all()
 
 
 def test_low_precision():
     s, v, _, d_o, _ = inputs(37)
     low = jnp.asarray(v, jnp.bfloat16)
-    o, back = jax.vjp(lambda v: prefix_softmax(s, v, dtype=jnp.bfloat16)[1], low)
-    exact = prefix_softmax(s, low)[1]
-    assert o.dtype == jnp.bfloat16 and back(d_o.astype(o.dtype))[0].dtype == low.dtype
+
+    @jax.jit
+    def both(v):
+        f = lambda v: prefix_softmax(s, v, dtype=jnp.bfloat16)[1]
+        o, back = jax.vjp(f, v)
+        return o, *back(d_o.astype(o.dtype)), prefix_softmax(s, v)[1]
+
+    o, dv, exact = both(low)
+    assert o.dtype == jnp.bfloat16 and dv.dtype == low.dtype
     close(o, exact, 4e-3)
 
 
@@ -160,9 +173,14 @@ def test_any_operator_scans(packed):
         leaves = jax.tree.map(lambda a, e: jnp.where(
             segment.reshape(B, 37, *[1] * (a.ndim - 2)) > 0, a, e[:, None]), leaves,
             empty(B, K, V))
+
+    @jax.jit
+    def each(before):
+        how = {"state": before, "segment": segment}
+        return prefix_scan(merge, leaves, chunk=8, **how), prefix_softmax(s, v, **how)
+
     for before in (None, SoftmaxState(*state)):
-        last, found = prefix_scan(merge, leaves, state=before, segment=segment, chunk=8)
-        want = prefix_softmax(s, v, state=before, segment=segment)
+        (last, found), want = each(before)
         o = found.acc / jnp.where(found.l > 0, found.l, 1)[..., None]
         real = np.ones((B, 37), bool) if segment is None else np.asarray(segment) > 0
         close(np.where(real[..., None, None], o, 0), want[1])
@@ -171,7 +189,8 @@ def test_any_operator_scans(packed):
     # products of matrices do not commute
     a = jnp.asarray(np.random.default_rng(1).normal(size=(B, 37, 3, 3)) / 2)
     product = lambda a, b: jnp.einsum("...ij,...jk->...ik", a, b)
-    last, found = prefix_scan(product, a, segment=segment, chunk=8)
+    last, found = jax.jit(
+        lambda a: prefix_scan(product, a, segment=segment, chunk=8))(a)
     row, rows = np.eye(3), np.ones(37) if segment is None else np.asarray(segment)[1]
     at = 1
     for i in range(37):

@@ -1,4 +1,4 @@
-"""Linen modules as compiled programs: eagerly every operation of a layer is compiled by
+"""Modules and attentions as compiled programs: eagerly each operation is compiled by
 itself, which is most of a small test."""
 
 import functools
@@ -19,3 +19,18 @@ def apply(module, *args, method=None, **kwargs):
 @functools.cache
 def _program(module, method):
     return jax.jit(functools.partial(module.apply, method=method))
+
+
+def attend(attention, *args, **kwargs):
+    """attention(*args), compiled once for all calls with the same shapes."""
+    return _call(attention, "__call__")(*args, **kwargs)
+
+
+def step(attention, *args, **kwargs):
+    """attention.step(*args), compiled once for all calls with the same shapes."""
+    return _call(attention, "step")(*args, **kwargs)
+
+
+@functools.cache
+def _call(attention, method):
+    return jax.jit(getattr(attention, method))

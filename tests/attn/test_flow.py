@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from attn.flow import Flow
+from tests.compiled import attend
 from tests.laws import SEGMENTS, close, gradients, inputs
 
 EPS = 1e-6
@@ -65,7 +66,7 @@ def test_queries_may_come_from_elsewhere():
     for segments in (None, pair):
         more = (None, None) if segments is None else segments
         as_jax = None if segments is None else tuple(map(jnp.asarray, pair))
-        o = Flow(causal=False)(q[:, :5], k, v, segments=as_jax)
+        o = attend(Flow(causal=False), q[:, :5], k, v, segments=as_jax)
         close(o, definition(q[:, :5], k, v, False, *more))
 
 
@@ -93,24 +94,26 @@ def test_without_competition_and_allocation_it_is_linear_attention():
     for causal in (True, False):
         p = np.tril(pairs) if causal else pairs
         want = np.einsum("bhts,bshv->bthv", p / p.sum(-1, keepdims=True), w)
-        o = Flow(causal=causal, compete=False, allocate=False, eps=1e-9)(q, k, v)
+        flow = Flow(causal=causal, compete=False, allocate=False, eps=1e-9)
+        o = attend(flow, q, k, v)
         close(o, want)
 
 
 def test_competition_is_frozen_and_causal_is_not_the_masked_normal_form():
     q, k, v = inputs()
-    normal = Flow(causal=False)(q, k, v)
-    ordered = Flow()(q, k, v)
+    normal = attend(Flow(causal=False), q, k, v)
+    ordered = attend(Flow(), q, k, v)
     assert np.abs(normal[:, -1] - ordered[:, -1]).max() > 1e-3
-    close(Flow()(q[:, :9], k[:, :9], v[:, :9]), ordered[:, :9])
+    close(attend(Flow(), q[:, :9], k[:, :9], v[:, :9]), ordered[:, :9])
 
 
 def test_thousands_of_tokens_stay_finite_and_padding_alone_is_nothing():
     q, k, v = inputs(t=3000, b=1)
-    assert np.isfinite(Flow()(30 * q, 30 * k, v)).all()
+    assert np.isfinite(attend(Flow(), 30 * q, 30 * k, v)).all()
     none = jnp.zeros((1, 3000), jnp.int32)
     for causal in (True, False):
-        assert (Flow(causal=causal)(q, k, v, segments=none) == 0).all()
+        o = attend(Flow(causal=causal), q, k, v, segments=none)
+        assert (o == 0).all()
 
 
 def test_without_order_sharding_changes_nothing():

@@ -302,8 +302,13 @@ def test_the_kernels_over_a_mesh(platform, rule, monkeypatch):
 
     def both(implementation):
         g = lambda *a: f(*a, segment, implementation=implementation)
-        out, back = jax.jit(lambda *a: jax.vjp(g, *a))(*args)
-        return *out, *back((d_state, d_o))
+
+        @jax.jit
+        def all_of_it(*args):
+            out, back = jax.vjp(g, *args)
+            return *out, *back((d_state, d_o))
+
+        return all_of_it(*args)
 
     with jax.set_mesh(mesh(4)):
         for a, b in zip(both("pallas"), both("xla")):

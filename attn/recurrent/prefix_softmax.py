@@ -178,7 +178,7 @@ def _weights(x: Chunks, starts, tops, r, do):
     asked = einsum("nbkgtv,nbkiv->nbkgti", do, x.v)  # do_t.v_i: [c,V] [V,c]
     greatest = p == 1  # the tokens with s_i = m_t
     # of several, their mean
-    level = only(greatest, asked).sum(-1) / jnp.maximum(greatest.sum(-1), 1)
+    level = only(greatest, asked).sum(-1) / jnp.maximum(greatest.sum(-1, dtype=F32), 1)
     asked, p = asked - level[..., None], p * r[..., None]
     rescale = only(x.of(segment_before), exp(m_before[..., None], tops)) * r
     carried = einsum("nbkgtv,nbkgv->nbkgt", do, acc_before)  # do_t.acc_in: [c,V] [V]

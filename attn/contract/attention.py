@@ -17,7 +17,8 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from attn.contract.padding import guard
+from attn.contract.explicit import on_automatic_axes
+from attn.contract.padding import guard, padding_unread
 
 
 class TemplateRow(NamedTuple):
@@ -65,7 +66,7 @@ class Attention:
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
-        guard(cls, "__call__", "step")
+        guard(cls, ("__call__", "step"), on_automatic_axes, padding_unread)
 
     def interleave(self, tokens, segments, end, last, own: int) -> tuple:
         """A text with the tokens `own` that this attention wants in it -> tokens,

@@ -38,8 +38,6 @@ def padding_unread(method: Callable) -> Callable:
     """`method(self, ..., segments=None)` of an attention or a layer, whose arguments
     are named in QUERIES and KEYS, with these and its output blank at padding. Without
     segments it is the method itself."""
-    if hasattr(method, "padding_unread"):
-        return method
     signature = inspect.signature(method)
 
     @functools.wraps(method)
@@ -60,13 +58,16 @@ def padding_unread(method: Callable) -> Callable:
             return o[0], blank(o[1], pair[0])
         return blank(o, pair[0])
 
-    guarded.padding_unread = True  # type: ignore[attr-defined]
     return guarded
 
 
-def guard(cls: type, *names: str) -> None:
-    """Puts `padding_unread` around methods of a class, its own or inherited."""
+def guard(cls: type, names: tuple[str, ...], *guards: Callable) -> None:
+    """Puts guards around methods of a class, its own or inherited, the last one
+    outermost; once, whatever inherits from it."""
     for name in names:
         owner = next((c for c in cls.__mro__ if name in vars(c)), None)
-        if owner is not None:
-            setattr(cls, name, padding_unread(vars(owner)[name]))
+        if owner is None or hasattr(vars(owner)[name], "guarded"):
+            continue
+        method = functools.reduce(lambda f, put: put(f), guards, vars(owner)[name])
+        method.guarded = True  # type: ignore[attr-defined]
+        setattr(cls, name, method)

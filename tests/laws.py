@@ -9,6 +9,7 @@ what the attention gives on one device (`whole`) is computed once for all of its
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 from typing import Any
@@ -23,6 +24,7 @@ import pytest
 from attn.aaren import Aaren
 from attn.based import Based
 from attn.contract import dispatch
+from attn.contract.attention import said
 from attn.delta import Delta
 from attn.essa import Essa
 from attn.flow import Flow
@@ -40,10 +42,12 @@ from attn.retnet import RetNet
 from attn.snapkv import SnapKV
 from attn.softmax import Softmax
 from experiments.measure import cost
+from models import placement
 
 # relative errors; never loosened in a test of one attention
 TOLERANCE = {"float32": 1e-5, "gradient": 2e-5, "low": 2.0, "rounding": 2.5}
 B, T, H, K, D, V = 2, 16, 4, 2, 8, 12
+LONG = 257  # tokens, one more than a tile has
 MESHES = ((1, 4, 2), (2, 4, 1), (1, 2, 4), (1, 8, 1))
 # sequences of two lengths, so that each length is compiled once
 SEGMENTS = np.array([[1] * 5 + [2] * 8 + [0] * 3, [0] * 3 + [1] * 5 + [3] * 8])
@@ -374,6 +378,146 @@ def test_padding_gives_nothing_and_takes_nothing(name):
         chex.assert_tree_all_finite((o, grads))
         for a in (o, *grads):
             assert (np.asarray(a)[segments == 0] == 0).all()
+
+
+@LAW
+def test_padding_may_hold_anything(name):
+    """What stands at padding changes no bit; what is no number at a token is seen."""
+    attention, segments = ENTRIES[name].attention, jnp.asarray(SEGMENTS)
+    ordered = ENTRIES[name].ordered
+    want, pad = whole(name, packed=True), SEGMENTS == 0
+
+    def spoilt(value, where=pad, which=(0, 1, 2)):
+        return tuple(
+            jnp.where(where[..., None, None], value, a) if n in which else a
+            for n, a in enumerate(inputs()))
+
+    for value in (np.nan, -np.inf, 1e30):
+        have = run(attention, *spoilt(value), segments)
+        chex.assert_trees_all_equal(jax.device_get(have), want)
+    if ordered:
+        have, want = (stream(attention, *args, 2 * T, 4, segments)
+                      for args in (spoilt(np.nan), inputs()))
+        chex.assert_trees_all_equal(have, want)
+    reads = said(getattr(attention, "module", attention), "needs_query")
+    token = np.arange(T)[None] == np.array([[6], [6]])
+    for which in (0, 1, 2) if reads else (1, 2):
+        o, _ = run(attention, *spoilt(np.nan, token, (which,)), segments)
+        assert np.isnan(o[:, 6]).any((1, 2)).all(), which
+
+
+@LAW
+def test_transforms_commute(name):
+    """vmap of a gradient, of what is computed again, inside a scan, in one program and
+    over more than one tile, under jax_debug_nans: the gradients of a plain call."""
+    attention, args = ENTRIES[name].attention, inputs(t=LONG)
+    do = jax.random.normal(jax.random.key(9), (B, LONG, H, V))
+
+    @jax.checkpoint
+    def product(q, k, v, do):  # of one row
+        o = attention(*(a[None] for a in (q, k, v)))
+        return (do * o[0]).sum()
+
+    def step(turn, args):
+        return turn + 1, jax.vmap(jax.grad(product, (0, 1, 2)))(*args)
+
+    rows = jax.tree.map(lambda a: jnp.stack([a, a[::-1]]), (*args, do))
+    with jax.debug_nans(True):
+        have = jax.jit(lambda rows: jax.lax.scan(step, 0, rows)[1])(rows)
+    want = jax.jit(jax.grad(
+        lambda *args: (do * attention(*args)).sum(), (0, 1, 2)))(*args)
+    for a, b in zip(have, want, strict=True):
+        close(a[0], b, "gradient")
+        close(a[1], b[::-1], "gradient")
+
+
+def traced(attention, ordered, args, segments=None):
+    """(o, gradients) and, if it is `ordered`, (state, o) of a step, as shapes."""
+    def product(q, k, v, segments):
+        o = attention(q, k, v, segments=segments)
+        return o.astype(jnp.float32).sum(), o
+
+    def both(q, k, v, segments):
+        (_, o), grads = jax.value_and_grad(product, (0, 1, 2), has_aux=True)(
+            q, k, v, segments)
+        return o, grads
+
+    def step(state, q, k, v, segments):
+        return attention.step(state, q, k, v, segments=segments)
+
+    found = both(*args, segments)
+    if not ordered:
+        return found, None
+    state = attention.init_state(2 * LONG, *args)
+    return found, (state, step(state, *args, segments))
+
+
+@LAW
+@pytest.mark.parametrize("setting", ["x64", "strict", "check_vma", "explicit"])
+def test_any_setting_of_jax_will_do(name, setting):
+    """Traced, not run, over more than one tile, plain and packed, with gradients and a
+    step: under jax_enable_x64 and strict promotion of types, inside a user's own
+    shard_map that checks what varies, and on a mesh with explicit axes."""
+    attention, ordered = ENTRIES[name].attention, ENTRIES[name].ordered
+    if isinstance(attention, Learned):
+        drawn(attention.module.clone(parent=None))  # as no setting wants them
+    dtype = jnp.float32 if setting in ("check_vma", "explicit") else jnp.bfloat16
+    args, ids = inputs(t=LONG, dtype=dtype), jnp.ones((B, LONG), jnp.int32)
+    types = jax.sharding.AxisType
+    kind = types.Explicit if setting == "explicit" else types.Auto
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(kind,))
+    rows = jax.sharding.PartitionSpec("data")
+    f = functools.partial(traced, attention, ordered)
+    with contextlib.ExitStack() as stack:
+        if setting == "x64":
+            stack.enter_context(jax.enable_x64(True))
+        if setting == "strict":
+            stack.enter_context(jax.numpy_dtype_promotion("strict"))
+        if setting in ("check_vma", "explicit"):
+            stack.enter_context(jax.set_mesh(mesh))
+        if setting == "check_vma":
+            f = jax.shard_map(f, in_specs=rows, out_specs=rows)
+        if setting == "explicit":
+            args, ids = jax.device_put((args, ids), rows)
+        for segments in (None, ids):
+            (o, grads), stepped = jax.eval_shape(f, args, segments)
+            chex.assert_trees_all_equal_shapes_and_dtypes(grads, like(args))
+            assert o.dtype == dtype and o.shape == (B, LONG, H, V)
+            if stepped is not None:
+                state, (after, last) = stepped
+                chex.assert_trees_all_equal_shapes_and_dtypes(state, after)
+                chex.assert_trees_all_equal_shapes_and_dtypes(o, last)
+
+
+def like(tree):
+    """The shapes and types of a tree."""
+    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), tree)
+
+
+@LAW
+def test_it_is_exported(name):
+    attention = ENTRIES[name].attention
+    b, = jax.export.symbolic_shape("b")
+    args = tuple(
+        jax.ShapeDtypeStruct((b, *a.shape[1:]), a.dtype) for a in inputs(t=LONG))
+    exported = jax.export.export(jax.jit(lambda *args: attention(*args)))(*args)
+    assert str(exported.out_avals[0].shape) == f"(b, {LONG}, {H}, {V})"
+
+
+@LAW
+def test_every_large_parameter_is_split(name):
+    attention = ENTRIES[name].attention
+    if not isinstance(attention, Learned):
+        pytest.skip("it learns nothing")
+    layer = MultiHead(attention.module, heads=8)
+    x = jax.ShapeDtypeStruct((1, T, 256), jnp.float32)
+    params = jax.eval_shape(layer.init, jax.random.key(0), x)
+    mesh = jax.sharding.AbstractMesh((2, 2, 2), ("data", "seq", "model"))
+    for path, a in jax.tree_util.tree_leaves_with_path(params):
+        path = "/".join(key.key for key in path)
+        assert placement.letters_of(path, a.shape) or "/out_norm" in path, path
+        if a.size >= placement.SMALL:
+            assert any(placement.spec(path, a.shape, mesh)), f"{path} {a.shape}"
 
 
 @LAW

@@ -26,6 +26,7 @@ from attn.contract.attention import FACTORS, Attention, TemplateRow
 from attn.contract.dispatch import pick
 from attn.contract.segments import locate, segment_indices
 from attn.contract.shapes import check
+from attn.contract.varying import varying
 from attn.parallel.sharding import Axis, gather, over_mesh, splits, spread_heads
 from attn.recurrent.chunks import (
     ChunkSegments, filled, from_chunks, only, segments_of, to_chunks
@@ -202,7 +203,9 @@ class Based(Attention):
 
         scanned = None if alike else segments
         # features are made again going back: P channels a token are not to be kept
-        return jax.lax.scan(jax.checkpoint(pass_on), state, (q, k, v, scanned))
+        chunks = q, k, v, scanned
+        state = varying(state, chunks, segments)
+        return jax.lax.scan(jax.checkpoint(pass_on), state, chunks)
 
     def _seen(self, state, q, k, v, here: ChunkSegments) -> jax.Array:
         # inside the chunk the weights are written out, 1 + s + s^2/2 [B,H,c,c]

@@ -92,5 +92,6 @@ def _real(a: jax.Array, segment: jax.Array) -> jax.Array:
 
 def _inverse_root(a: jax.Array) -> jax.Array:
     """1 / max(sqrt(a), 1e-12), and 0 for a = 0, where what is divided is 0 too."""
-    root = jnp.sqrt(jnp.where(a > 0, a, 1))
-    return jnp.where(a > 0, 1 / jnp.maximum(root, 1e-12), 0)
+    # a NaN is none of the zeros, and stays one
+    root = jnp.sqrt(jnp.where(a == 0, 1, a))
+    return jnp.where(a == 0, 0, 1 / jnp.maximum(root, 1e-12))

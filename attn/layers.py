@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from attn.contract.attention import noisy, said, streams, takes_rope
+from attn.contract.padding import guard, padding_unread
 from attn.contract.segments import TokenPositions, locate
 from attn.positions import RoPE
 
@@ -31,6 +32,10 @@ class Layer(nn.Module):
 
     row: ClassVar[Any] = None
     parameter_axes: ClassVar[dict[str, str]] = {}
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        guard(cls, ("__call__",), padding_unread)  # before linen takes hold of it
+        super().__init_subclass__(**options)
 
     def init_state(self, size: int, x: Any) -> Any:
         """An empty memory for `size` tokens; x [B,T,E] gives shapes and dtype only."""

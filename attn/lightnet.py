@@ -174,7 +174,8 @@ class LightNet(Attention):
     def _spread(self, log_decay) -> jax.Array:
         """One decay for each row of the memory."""
         d = log_decay.shape[-1]
-        return jnp.tile(log_decay, self._rows(d) // d)  # [B,T,H,D] -> [B,T,H,rows]
+        copies = [log_decay] * (self._rows(d) // d)
+        return jnp.concatenate(copies, -1)  # [B,T,H,D] -> [B,T,H,rows]
 
     def _shares(self, k, segment, before: tuple, axis: Axis | None, ends: bool = True):
         """exp(k_t - z_t), z_{t-1} - z_t [B,T,H,D], and the sums after all tokens, or

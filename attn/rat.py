@@ -161,7 +161,7 @@ class RAT(nn.Module, Attention):
         dense = nn.DenseGeneral(shape, use_bias=False, kernel_init=_INIT, name="gate")
         bias = self.param("gate_bias", slow, shape, jnp.float32)
         # x W + b: [B,T,E] [E,H,max(D,V)]
-        return dense(x.astype(jnp.float32)) + bias[None, None]
+        return (dense(x.astype(jnp.float32)) + bias[None, None]).astype(jnp.float32)
 
     def _local(self, q, k, v, logit, pos, segment) -> jax.Array:
         own_k, own_v = self._running(k, v, logit, pos, segment)

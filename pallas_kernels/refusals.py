@@ -24,11 +24,15 @@ ELEMENTWISE = set(
 OLDEST = (8, 0)  # compute capability that Triton's kernels are compiled for
 
 
-def check_device(backend: str, dtype: Any, interpret: Any) -> None:
-    """Raises Refused for what does not compile on the device that is compiled for."""
+def check_device(backend: str, arrays: Any, interpret: Any) -> None:
+    """Raises Refused for what does not compile on the device that is compiled for.
+    arrays: the first of them has the type that is computed with."""
+    if any(jax.typeof(a).manual_axis_type.varying for a in jax.tree.leaves(arrays)):
+        raise Refused("inside a shard_map that checks what varies: kernels do not say "
+                      "it, expected check_vma=False")
     if interpret:
         return
-    if backend == "tpu" and dtype == jnp.float16:
+    if backend == "tpu" and arrays[0].dtype == jnp.float16:
         raise Refused("float16: TPUs know bfloat16 and float32")
     if backend == "triton" and (known := tables.capability()) is not None:
         number = tuple(int(n) for n in known.split(".")) if known[0].isdigit() else ()

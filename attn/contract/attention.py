@@ -9,12 +9,16 @@ An attention is a frozen dataclass, or a linen module if it learns something, wi
 The last two are there if it has a causal order: absence of `step` is the statement.
 Whatever else layers and models want to know has a default in `Attention`, which a class
 may inherit, and changes by an attribute of the same name. Nobody has to: `said` gives
-the same default for a class that has nothing but its methods.
+the same default for a class that has nothing but its methods. What inherits never reads
+padding (`attn/contract/padding.py`).
 """
 
 from __future__ import annotations
 
 from typing import Any, NamedTuple
+
+from attn.contract.explicit import on_automatic_axes
+from attn.contract.padding import guard, padding_unread
 
 
 class TemplateRow(NamedTuple):
@@ -59,6 +63,10 @@ class Attention:
     row: TemplateRow | None = None
     parameter_axes: dict[str, str] = {}
     text_block: Any = None
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        guard(cls, ("__call__", "step"), on_automatic_axes, padding_unread)
 
     def interleave(self, tokens, segments, end, last, own: int) -> tuple:
         """A text with the tokens `own` that this attention wants in it -> tokens,

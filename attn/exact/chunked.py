@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from attn.contract.varying import varying
 from attn.exact.chunked_vjp import Constants, Plan, chunked, chunked_part
 from attn.exact.logits import Dropout, LogitSpec, Where
 from attn.masks import Full
@@ -74,7 +75,7 @@ def attend(
         bias = bias if bias.shape[4] == 1 else _pad(bias, 4, columns)
     if sink is not None:
         sink = sink.astype(jnp.float32).reshape(heads, h // heads)  # [H] -> [K,G]
-    arrays = grouped, keys, vals, bias, sink
+    const, arrays = varying((const, (grouped, keys, vals, bias, sink)))
     if given is None:
         o, lse = chunked(plan, const, *arrays)
     else:

@@ -14,6 +14,7 @@ from typing import Any, Callable, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from attn.contract.varying import varying
 from attn.exact.online import (
     EMPTY, OnlineSoftmax, empty, logsumexp, output, rescale
 )
@@ -159,7 +160,7 @@ def _forward(plan, const, q, k, v, bias, sink):
         m = jnp.broadcast_to(jnp.maximum(sink, EMPTY)[None, :, :, None], state.m.shape)
         state = state._replace(m=m, l=(m > EMPTY).astype(jnp.float32))
     body = functools.partial(_forward_tile, plan, const, (q, k, v, bias))
-    state = _over_tiles(plan, const, body, state)
+    state = _over_tiles(plan, const, body, varying(state, const, q, k, v, bias, sink))
     o, lse = output(state), logsumexp(state)
     return (o, lse), (const, q, k, v, bias, sink, o, lse)
 
@@ -197,6 +198,7 @@ def _backward(plan, saved, cotangents):
     start = tuple(
         None if a is None else jnp.zeros(a.shape, jnp.float32) for a in (q, k, v, bias)
     )
+    start = varying(start, const, q, k, v, bias, rows)
     grads = _over_tiles(plan, const, body, start)
     dsink = None
     if sink is not None:

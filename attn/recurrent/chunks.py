@@ -86,41 +86,43 @@ def pairs(q: jax.Array, k: jax.Array, g: jax.Array | None) -> jax.Array:
 
 
 def pairs_by_channel(q, k, g: jax.Array, block: int) -> jax.Array:
-    """sum_d q_id k_jd exp(decay of d from j to i) [N,B,H,c,c], for j <= i; g [...,c,D].
+    """sum_d q_id k_jd exp(decay of d from j to i) [N,B,H,c,c], for j <= i; g
+    [N,B,H,c,D].
 
     Both factors of a pair of blocks are measured from the beginning of the later block,
     so that neither exponent is positive; inside a block [block,block,D] are summed.
     """
-    *lead, c, d = q.shape
+    lead, (c, d) = q.shape[:3], q.shape[3:]
     n = c // block
+    # chunks, rows and heads as one dimension M, and blocks with them where sums are:
+    # XLA:CPU of jaxlib 0.10.2 dies of some sums over arrays of seven dimensions (jax
+    # issue 40412), and every vmap adds one
+    q, k, g = (a.reshape(-1, c, d) for a in (q, k, g))
 
     def blocks(a):
-        """[...,c,D] as n blocks [...,n,block,D]."""
-        return a.reshape(*a.shape[:3], n, block, a.shape[-1])
+        """[M,c,D] as n blocks [M,n,block,D]."""
+        return a.reshape(-1, n, block, d)
 
     def begin(a):
-        """The clock in front of each block [...,n,1,D]."""
-        last = blocks(a)[..., :-1, -1:, :]
-        return jnp.pad(last, [(0, 0)] * 3 + [(1, 0), (0, 0), (0, 0)])
+        """The clock in front of each block [M,n,1,D]."""
+        return jnp.pad(blocks(a)[:, :-1, -1:], [(0, 0), (1, 0), (0, 0), (0, 0)])
 
     def merged(a):
-        # heads and blocks as one dimension: XLA:CPU of jaxlib 0.10.2 dies of some sums
-        # over arrays of seven (jax issue 40412)
-        return a.reshape(*a.shape[:2], -1, block, d)
+        return a.reshape(-1, *a.shape[2:])
 
     clock = _clock(g)
     first, inside = (tuple(f(a) for a in clock) for f in (begin, blocks))
-    near = blocks(q) * jnp.exp(_apart(inside, first))  # [N,B,H,n,block,D]
+    near = merged(blocks(q) * jnp.exp(_apart(inside, first)))  # [M n,block,D]
     earlier = (jnp.arange(c) // block)[None] < jnp.arange(n)[:, None]
-    earlier = earlier.reshape(1, 1, 1, n, c, 1)
-    since = _apart(first, tuple(a[:, :, :, None] for a in clock))
-    far = only(earlier, k[:, :, :, None] * jnp.exp(only(earlier, since)))  # [..,n,c,D]
-    s = jnp.einsum("nbhmid,nbhmjd->nbhmij", near, far)  # [block,D] [D,c]
-    own = _in_block(*map(merged, (blocks(q), blocks(k), *inside)))
-    own = own.reshape(*lead, n, block, block)
-    eye = jnp.eye(n, dtype=bool).reshape(1, 1, 1, n, 1, n, 1)
-    s = s.reshape(*lead, n, block, n, block) + only(eye, own[..., None, :])
-    return s.reshape(*lead, c, c)
+    earlier = earlier.reshape(1, n, c, 1)
+    since = _apart(first, tuple(a[:, None] for a in clock))
+    far = merged(only(earlier, k[:, None] * jnp.exp(only(earlier, since))))
+    s = jnp.einsum("mid,mjd->mij", near, far)  # [block,D] [D,c]
+    own = _in_block(*map(merged, (blocks(q), blocks(k), *inside)))  # [M n,block,block]
+    # the tokens of block j, of n, are in columns of their own
+    eye = jnp.eye(n, dtype=bool).reshape(1, n, 1, n, 1)
+    own = only(eye, own.reshape(-1, n, block, 1, block))
+    return (s.reshape(own.shape) + own).reshape(*lead, c, c)
 
 
 def _in_block(q, k, coarse, fine) -> jax.Array:
@@ -135,7 +137,7 @@ def _clock(g: jax.Array) -> tuple[jax.Array, jax.Array]:
     are exact in float32 for chunks of up to 512 tokens, and the small rest. The decay
     between two neighbours then stays exact behind a token that decays strongly."""
     coarse = jax.lax.stop_gradient(jnp.round(g * 256) / 256)
-    return jnp.cumsum(coarse, 3), jnp.cumsum(g - coarse, 3)
+    return jnp.cumsum(coarse, -2), jnp.cumsum(g - coarse, -2)
 
 
 def _apart(a: tuple, b: tuple) -> Any:

@@ -11,6 +11,7 @@ from typing import Any, Callable
 import jax
 import jax.numpy as jnp
 
+from attn.contract.varying import varying
 from attn.recurrent.chunks import (
     ChunkSegments, filled, from_chunks, only, pairs, segments_of, to_chunks
 )
@@ -69,7 +70,7 @@ def system(q, k, v, beta, log_decay, segment, chunk: int, scale: float):
     segments = segments_of(row, c)
     # the backward pass solves a chunk again, and keeps no more of it than the solution
     q, p, k, u, w = jax.checkpoint(intra_chunk)(q * scale, k, v, beta, g, segments)
-    factor = jnp.ones((1,) * 5) if g is None else jnp.exp(g.sum(3))[..., None]
+    factor = jnp.ones((1,) * 5, jnp.float32) if g is None else jnp.exp(g.sum(3))[..., None]
     factor = only(segments.keeps, factor)
     return q, p, k, u, w, jnp.broadcast_to(factor, (k.shape[0], *factor.shape[1:]))
 
@@ -82,7 +83,8 @@ def carry(state, factor, k, u, w):
         u = u - w @ state  # [c,D] [D,V]
         return factor * state + k.swapaxes(-1, -2) @ u, (state, u)  # [D,c] [c,V]
 
-    return jax.lax.scan(pass_on, state, (factor, k, u, w))
+    chunks = factor, k, u, w
+    return jax.lax.scan(pass_on, varying(state, chunks), chunks)
 
 
 def intra_chunk(q, k, v, beta, g, segments: ChunkSegments):

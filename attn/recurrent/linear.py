@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from attn.contract.dispatch import interpreted, pick
+from attn.contract.varying import varying
 from attn.parallel.sharding import Axis
 from attn.recurrent.chunks import only
 from attn.recurrent.lasp import CarryIn, carry_in
@@ -88,7 +89,7 @@ def naive(
         return (state, jnp.where(segment > 0, segment, present)), only(real, o)
 
     tokens = q, k, v, g, segment
-    first = state, jnp.ones(state.shape[:1], jnp.int32)
+    first = varying((state, jnp.ones(state.shape[:1], jnp.int32)), tokens)
     if t == 1:  # is no loop
         (state, _), o = step(first, jax.tree.map(lambda a: a[:, 0], tokens))
         return state, o[:, None]

@@ -14,6 +14,7 @@ from typing import Any, Callable
 import jax
 import jax.numpy as jnp
 
+from attn.contract.varying import varying
 from attn.recurrent.chunks import (
     ChunkSegments, filled, from_chunks, only, pairs, pairs_by_channel, segments_of,
     to_chunks,
@@ -113,7 +114,7 @@ def inter_chunk(q, g, segments: ChunkSegments, states) -> jax.Array:
 def carry(state, added, g, segments: ChunkSegments) -> tuple[jax.Array, jax.Array]:
     """The last state [B,H,D,V] and those that chunks begin with [N,B,H,D,V]:
     S_(n+1) = exp(G_n) S_n + added_n, G_n the decay over chunk n."""
-    factor = jnp.ones((1,) * 5) if g is None else jnp.exp(g.sum(3))[..., None]
+    factor = jnp.ones((1,) * 5, jnp.float32) if g is None else jnp.exp(g.sum(3))[..., None]
     factor = only(segments.keeps, factor)  # [N|1,B|1,H|1,1|D,1]
     factor = jnp.broadcast_to(factor, (added.shape[0], *factor.shape[1:]))
 
@@ -121,4 +122,5 @@ def carry(state, added, g, segments: ChunkSegments) -> tuple[jax.Array, jax.Arra
         factor, added = chunk
         return factor * state + added, state
 
-    return jax.lax.scan(pass_on, state, (factor, added))
+    chunks = factor, added
+    return jax.lax.scan(pass_on, varying(state, chunks), chunks)

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from attn.contract.varying import varying
 from attn.recurrent.chunks import only, from_chunks
 
 F32 = jnp.float32
@@ -136,7 +137,7 @@ def _carry(x: Chunks, m, l, acc):
         return (end, new, l * rescale + total * mine, values), carry
 
     first = jnp.ones_like(ends[0]), m, l, acc
-    (_, *last), starts = jax.lax.scan(pass_on, first, (ends, local))
+    (_, *last), starts = jax.lax.scan(pass_on, *varying((first, (ends, local))))
     return last, starts
 
 
@@ -165,7 +166,7 @@ def _back(chunk: int, dtype, saved, cotangents):
     # dl = -exp(m_0 - ref) h, dacc = exp(m_0 - ref) G, if segment 1 is seen at all
     rescale = jnp.where(segment_0 == 1, exp(starts[1][0], ref), 0)
     d_l, d_acc = merge(-rescale * h_first), merge(rescale[..., None] * g)
-    state = jnp.zeros((b, h), F32), d_l, d_acc  # m is a constant
+    state = varying(jnp.zeros((b, h), F32), ds), d_l, d_acc  # m is a constant
     return ds.astype(scores.dtype), unchunk(dv).astype(v.dtype), None, *state
 
 
@@ -177,7 +178,7 @@ def _weights(x: Chunks, starts, tops, r, do):
     asked = einsum("nbkgtv,nbkiv->nbkgti", do, x.v)  # do_t.v_i: [c,V] [V,c]
     greatest = p == 1  # the tokens with s_i = m_t
     # of several, their mean
-    level = only(greatest, asked).sum(-1) / jnp.maximum(greatest.sum(-1), 1)
+    level = only(greatest, asked).sum(-1) / jnp.maximum(greatest.sum(-1, dtype=F32), 1)
     asked, p = asked - level[..., None], p * r[..., None]
     rescale = only(x.of(segment_before), exp(m_before[..., None], tops)) * r
     carried = einsum("nbkgtv,nbkgv->nbkgt", do, acc_before)  # do_t.acc_in: [c,V] [V]
@@ -212,7 +213,8 @@ def _carry_back(x: Chunks, tops, r, do, delta, dl, dacc):
 
     # the last state asks for exp(s_i - m_T) (dl + v_i.dacc)
     last = x.segment_at(-1)[-1], tops[-1, ..., -1], dacc, -dl
-    return jax.lax.scan(pass_on, last, (segments, refs, local), reverse=True)
+    last, chunks = varying((last, (segments, refs, local)))
+    return jax.lax.scan(pass_on, last, chunks, reverse=True)
 
 
 chunked.defvjp(_ahead, _back)

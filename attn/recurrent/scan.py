@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from attn.contract.dispatch import interpreted, pick
+from attn.contract.varying import varying
 from attn.parallel.sharding import Axis
 from attn.recurrent.lasp import exclusive_prefix, tagged
 from attn.recurrent.prefix_softmax import chunked, einsum, exp
@@ -100,7 +101,7 @@ def prefix_scan(
     if state is None:
         # segment 0: a placeholder that the first real segment replaces
         first = jnp.zeros((b,), jnp.int32), jax.tree.map(lambda a: a[0], tips[1])
-    after: Any = None
+    first, after = varying(first, tips), None
     if axis is not None:
         begin = jax.tree.map(lambda a: a[0], tips)
         rest = jax.tree.map(lambda a: a[1:], tips)
@@ -168,7 +169,8 @@ def prefix_softmax(
         )
 
     last, o = pick(
-        implementation, xla=lambda: chunked(chunk, dtype, scores, v, segment, *begun),
+        implementation, xla=lambda: chunked(
+            chunk, dtype, *varying((scores, v, segment, *begun))),
         tpu=kernel("tpu"), gpu=kernel("triton"),
     )
     return SoftmaxState(*last) if axis is None else after, o

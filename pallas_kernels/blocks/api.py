@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import Refused, tables
+from pallas_kernels.machine.bits import in_32_bits
 from pallas_kernels.refusals import DTYPES, WIDEST, check_device, check_elementwise
 from pallas_kernels.tile import LOG2E, LOW, LogitSpec
 from pallas_kernels.tiles import FlashTriton
@@ -92,7 +93,7 @@ def blocks(
     s, n, c = k.shape[1], chosen.shape[2], chosen.shape[1]
     _check(q, k, v, chosen, mask, (q_run, kv_run), backend)
     size, heads = -(-t // n), h // c
-    check_device(backend, q.dtype, interpret)
+    check_device(backend, (q, k, v), interpret)
 
     def whole(a, m):
         return None if a is None else jnp.broadcast_to(a, (b, m)).astype(jnp.int32)
@@ -148,16 +149,19 @@ def _kernels(static: Static) -> Any:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@in_32_bits
 def _blocks(static: Static, side: Side, q, k, v):
     return _ahead(static, side, q, k, v)[0]
 
 
+@in_32_bits
 def _ahead(static: Static, side: Side, q, k, v):
     o, lse = _kernels(static).forward(static, side, q, k, v)
     lse = lse.transpose(0, 2, 1)
     return (o, lse), (side, q, k, v, o, lse)
 
 
+@in_32_bits
 def _back(static: Static, saved, cotangents):
     side, q, k, v, o, lse = saved
     do, dlse = cotangents

@@ -25,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import Refused
+from pallas_kernels.machine.bits import in_32_bits
 from pallas_kernels.refusals import DTYPES, WIDEST, check_device, check_elementwise
 from pallas_kernels.tile import LOG2E, NEVER, LogitSpec
 
@@ -119,7 +120,7 @@ def decode(
     b, t, h, d = q.shape
     page, heads = k.shape[1], k.shape[2]
     _check(q, k, v, bits, score, mask)
-    check_device(backend, q.dtype, interpret)
+    check_device(backend, (q, k, v), interpret)
     slots = page if table is None else table.shape[1] * page
 
     def count(n, first):
@@ -181,14 +182,17 @@ def _kernels(static: Static) -> Any:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@in_32_bits
 def _decode(static: Static, lengths, table, rows, beside, q, k, v):
     return _kernels(static).attend(static, lengths, table, rows, beside, q, k, v)
 
 
+@in_32_bits
 def _ahead(static: Static, *args):
     return _decode(static, *args), args
 
 
+@in_32_bits
 def _back(static: Static, args, cotangents):
     lengths, table, rows, beside, q, k, v = args
     floats = {n: a for n, a in (("bias", beside.bias), ("k_scale", beside.k_scale),

@@ -26,6 +26,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import Refused, tables
 from pallas_kernels.delta.chunk import CHUNK, ROWS, Side
+from pallas_kernels.machine.bits import in_32_bits
 from pallas_kernels.refusals import DTYPES, WIDEST, check_device
 from pallas_kernels.tiles import DeltaTriton
 
@@ -79,7 +80,10 @@ def delta(
     for name, n in (("D", d), ("V", width)):
         if n > WIDEST:
             raise Refused(f"{name}={n}: at most {WIDEST}")
-    check_device(backend, q.dtype, interpret)
+    check_device(backend, (q, k, v), interpret)
+    if interpret and backend == "triton" and jax.config.jax_enable_x64:
+        raise Refused("interpreted under jax_enable_x64: jax's interpreter mixes its "
+                      "integers of 32 and 64 bits")
     if state is None:
         state = jnp.zeros((b, h, d, width), F32)
     static = Static(
@@ -172,15 +176,18 @@ def _kernels(static: Static) -> Any:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@in_32_bits
 def _delta(static: Static, side, q, k, v, state):
     return _kernels(static).forward(static, side, q, k, v, state, False)[:2]
 
 
+@in_32_bits
 def _ahead(static: Static, side, q, k, v, state):
     final, o, *kept = _kernels(static).forward(static, side, q, k, v, state, True)
     return (final, o), (side, q, k, v, kept)
 
 
+@in_32_bits
 def _back(static: Static, saved, cotangents):
     side, q, k, v, kept = saved
     d_final, do = cotangents

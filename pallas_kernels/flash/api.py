@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import Refused, tables
+from pallas_kernels.machine.bits import in_32_bits
 from pallas_kernels.refusals import (
     CARDS, DTYPES, WIDEST, check_device, check_elementwise, check_mosaic
 )
@@ -79,7 +80,7 @@ def flash(
     s, width = k.shape[1], v.shape[3]
     _check(q, k, v, q_pos, kv_pos)
     random = dropout > 0 and key is not None
-    check_device(backend, q.dtype, interpret)
+    check_device(backend, (q, k, v), interpret)
     if backend in CARDS:
         check_mosaic(backend, q, v, interpret)
         extra = {"bias": bias, "keep": keep, "key": key if random else None}
@@ -150,15 +151,18 @@ def _seed(key: Any) -> jax.Array:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@in_32_bits
 def _flash(static: Static, side: Side, q, k, v, bias, sink):
     return _ahead(static, side, q, k, v, bias, sink)[0]
 
 
+@in_32_bits
 def _ahead(static: Static, side: Side, q, k, v, bias, sink):
     o, lse = _kernels(static).forward(static, side, q, k, v, bias, sink)
     return (o, lse), (side, q, k, v, bias, sink, o, lse)
 
 
+@in_32_bits
 def _back(static: Static, saved, cotangents):
     side, q, k, v, bias, sink, o, lse = saved
     do, dlse = cotangents
@@ -187,6 +191,7 @@ def _part(static: Static, side: Side, q, k, v, bias, sink, lse):
     return jnp.zeros((*q.shape[:3], v.shape[3]), v.dtype), lse
 
 
+@in_32_bits
 def _back_part(static: Static, saved, cotangents):
     # without o, delta is what lse's cotangent brings
     return *_back(static, (*saved[:-1], None, saved[-1]), cotangents), None

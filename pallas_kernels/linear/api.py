@@ -25,6 +25,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import Refused, tables
 from pallas_kernels.linear.chunk import FLOOR
+from pallas_kernels.machine.bits import in_32_bits
 from pallas_kernels.machine.product import F32
 from pallas_kernels.refusals import WIDEST, check_device
 from pallas_kernels.tiles import LinearTpu, LinearTriton
@@ -45,6 +46,7 @@ class Static(NamedTuple):
     interpret: Any
 
 
+@in_32_bits
 def linear(
     q: jax.Array,
     k: jax.Array,
@@ -70,7 +72,7 @@ def linear(
     kernel does not do.
     """
     check(q, k, v, log_decay)
-    check_device(backend, q.dtype, interpret)
+    check_device(backend, (q, k, v), interpret)
     (b, t, h, d), width = q.shape, v.shape[3]
     channels = log_decay is not None and log_decay.ndim == 4
     device = tables.device_kind()
@@ -128,17 +130,20 @@ def _kernels(static: Static) -> Any:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@in_32_bits
 def _linear(static: Static, flags, q, k, v, g, state):
     """The turned state [B,H,V,D] and o."""
     return _kernels(static).forward(static, flags, q, k, v, g, state, save=False)[:2]
 
 
+@in_32_bits
 def _ahead(static: Static, flags, q, k, v, g, state):
     after, o, begun = _kernels(static).forward(static, flags, q, k, v, g, state,
                                                save=True)
     return (after, o), (flags, q, k, v, g, state, begun)
 
 
+@in_32_bits
 def _back(static: Static, saved, cotangents):
     flags, q, k, v, g, state, begun = saved
     d_state, do = cotangents

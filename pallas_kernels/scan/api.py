@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import Refused, tables
+from pallas_kernels.machine.bits import in_32_bits
 from pallas_kernels.machine.product import F32, NN, NT, dot
 from pallas_kernels.refusals import DTYPES, WIDEST, check_device
 
@@ -45,6 +46,7 @@ class Saved(NamedTuple):
     run_in: Any
 
 
+@in_32_bits
 def scan(
     scores: jax.Array,
     v: jax.Array,
@@ -68,7 +70,7 @@ def scan(
                       "float16 or float32")
     if v.shape[3] > WIDEST:
         raise Refused(f"V={v.shape[3]}: at most {WIDEST}")
-    check_device(backend, v.dtype, interpret)
+    check_device(backend, (v, scores), interpret)
     short = 128 if backend == "tpu" else 16
     t, width = scores.shape[1], v.shape[3]
     shape = tables.Shape(t, t, width, width, v.dtype.itemsize)
@@ -93,15 +95,18 @@ def _kernels(static: Static) -> Any:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@in_32_bits
 def _scan(static: Static, code, s, v, m, u, w):
     return _ahead(static, code, s, v, m, u, w)[0]
 
 
+@in_32_bits
 def _ahead(static: Static, code, s, v, m, u, w):
     last, o, saved = _kernels(static).forward(static, code, s, v, m, u, w)
     return (last, o), (code, s, v, saved)
 
 
+@in_32_bits
 def _back(static: Static, kept, cotangents):
     code, s, v, saved = kept
     (_, du, dw), do = cotangents

@@ -307,7 +307,7 @@ def test_devices_that_nobody_compiled_for_are_refused(monkeypatch, found):
     with pytest.raises(Refused, match=rf"{found}.* compute capability 8.0 or more"):
         flash(**inputs(), backend="triton")
     monkeypatch.setattr(tables, "capability", lambda: "12.0")
-    refusals.check_device("triton", jnp.bfloat16, False)
+    refusals.check_device("triton", (jnp.zeros(1, jnp.bfloat16),), False)
 
 
 def test_softmax_runs_the_kernel_by_name():

@@ -145,21 +145,22 @@ def rolling_slots(mask: Mask, slots: int) -> RollingSlots:
 def read(
     cache: Cache, kv_segment: jax.Array, q: jax.Array, now: TokenPositions,
     spec: LogitSpec, *, head: jax.Array | None = None, sink: jax.Array | None = None,
-    implementation: str | None = None,
-) -> tuple[jax.Array, jax.Array]:
+    split_lse: bool = False, implementation: str | None = None,
+) -> tuple[jax.Array, ...]:
     """What a few queries q [B,T,H,D] at `now` find in a cache whose slots have segment
-    indices kv_segment [B,C] -> o [B,T,H,V], lse [B,H,T]. head, sink: see `attend`."""
+    indices kv_segment [B,C] -> o [B,T,H,V], lse [B,H,T]. head, sink, split_lse: see
+    `attend`."""
     where = Where(now.pos, cache.pos, now.segment, kv_segment, head)
 
     def kernel(backend):
         return decode(
             q, cache.k, cache.v, sink=sink, backend=backend, interpret=interpreted(),
-            **kernel_options(spec, where),
+            split_lse=split_lse, **kernel_options(spec, where),
         )
 
     tpu, gpu = (functools.partial(kernel, name) for name in ("tpu", "triton"))
     xla = functools.partial(
-        chunked.attend, q, cache.k, cache.v, spec, where, sink=sink
+        chunked.attend, q, cache.k, cache.v, spec, where, sink=sink, split_lse=split_lse
     )
     return pick(implementation, xla=xla, tpu=tpu, gpu=gpu)
 

@@ -28,16 +28,18 @@ def attend(
     sink: jax.Array | None = None,
     dropout: Dropout | None = None,
     given: jax.Array | None = None,
+    split_lse: bool = False,
     tile: tuple[int, int] | None = None,
     implementation: str | None = None,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[jax.Array, ...]:
     """Exact attention: o [B,T,H,V] and lse [B,H,T], by the best implementation here.
 
     Arguments are those of `chunked.attend`. implementation: "xla", "pallas" or None for
     the best; see `attn.contract.dispatch.pick`.
     """
     options: dict[str, Any] = {
-        "bias": bias, "sink": sink, "given": given, "tile": tile
+        "bias": bias, "sink": sink, "given": given, "tile": tile,
+        "split_lse": split_lse,
     }
 
     def xla():

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import Refused, tables
 from pallas_kernels.refusals import DTYPES, WIDEST, check_device, check_elementwise
-from pallas_kernels.tile import LOG2E, LOW, LogitSpec
+from pallas_kernels.tile import LogitSpec, base_and_factor, lse_of, unit_of
 from pallas_kernels.tiles import FlashTriton
 
 LISTED = 2**17  # entries of the lists of one head that fit beside the scalar unit
@@ -98,15 +98,19 @@ def blocks(
         return None if a is None else jnp.broadcast_to(a, (b, m)).astype(jnp.int32)
 
     head = jnp.arange(h) if head is None else head
+    scale = d**-0.5 if scale is None else scale
+    unit = unit_of(scale, None)
     static = Static(
-        LogitSpec(mask, d**-0.5 if scale is None else scale),
+        LogitSpec(mask, scale, unit=unit),
         block, n, size, t, s, heads,
         () if backend == "tpu" else _tiles(q, k, v, chosen, block, tile, backend),
         tables.vmem(tables.device_kind(), backend), backend, interpret,
     )
     side = Side(chosen.astype(jnp.int32), head.astype(jnp.int32), whole(q_pos, t),
                 whole(kv_pos, s), whole(q_run, t), whole(kv_run, s))
-    return _blocks(static, side, q, k, v)
+    o, m, l = _blocks(static, side, q, k, v)
+    m = jax.lax.stop_gradient(m) * (1 / unit)
+    return o, lse_of(m, l).transpose(0, 2, 1)
 
 
 def _check(q, k, v, chosen, mask, runs, backend) -> None:
@@ -153,20 +157,18 @@ def _blocks(static: Static, side: Side, q, k, v):
 
 
 def _ahead(static: Static, side: Side, q, k, v):
-    o, lse = _kernels(static).forward(static, side, q, k, v)
-    lse = lse.transpose(0, 2, 1)
-    return (o, lse), (side, q, k, v, o, lse)
+    o, m, l = _kernels(static).forward(static, side, q, k, v)  # m, l [B,T,H]
+    return (o, m, l), (side, q, k, v, o, m, l)
 
 
 def _back(static: Static, saved, cotangents):
-    side, q, k, v, o, lse = saved
-    do, dlse = cotangents
-    # d(lse) enters exactly where delta leaves
-    delta = (do.astype(jnp.float32) * o.astype(jnp.float32)).sum(-1)
-    delta = delta - dlse.transpose(0, 2, 1)
-    # rows that see nothing get weights 2^(s - 1e30) = 0
-    base = jnp.where(jnp.isfinite(lse), lse * LOG2E, -LOW).transpose(0, 2, 1)
-    args = q, k, v, base, delta, do.astype(v.dtype)
+    side, q, k, v, o, m, l = saved
+    do, _, dl = cotangents
+    do = do.astype(jnp.float32)
+    # d(log l) = l d(l) enters exactly where delta leaves
+    delta = (do * o.astype(jnp.float32)).sum(-1) - l * dl
+    base, factor = base_and_factor(m, l, static.form.unit)
+    args = q, k, v, base, delta * factor, (do * factor[..., None]).astype(v.dtype)
     passes = _kernels(static)
     lists = inverse(side.chosen, k.shape[2], -(-static.s // static.block))
     dq = passes.queries_backward(static, side, *args)

@@ -26,6 +26,7 @@ from attn.exact.logits import Dropout, LogitSpec, Where
 from attn.masks import Causal, Full, Mask
 from attn.parallel.exchange import EXCHANGES, GATHER, exchanged, split_axis
 from attn.parallel.sharding import Axis, devices_of, over_mesh, spread_heads
+from pallas_kernels.arrays import check_logits
 
 FEW = 8  # queries for which a step is bound by the bytes of the cache
 
@@ -78,6 +79,7 @@ class Softmax(Attention):
         value, key a PRNG key for dropout. T != S aligns the last tokens.
         """
         check(q, k, v, segments=segments)
+        check_logits(q, k, bias=bias, sink=sink)
         # of a ring's shards it is known before anything runs how far apart they stand
         counted = segments is None and q.shape[1] == k.shape[1]
         where = self._where(q, k, segments)
@@ -94,6 +96,7 @@ class Softmax(Attention):
         NaN inside a trace, unless the mask is a window."""
         check(q, k, v, segments=segments, aligned=True)
         self._check_stream(bias)
+        check_logits(q, k, sink=sink)
         caches.check_fits(state, k, v)
         b, t = q.shape[:2]
         slots = state.k.shape[1]

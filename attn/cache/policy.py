@@ -23,6 +23,7 @@ from attn.cache import kv as caches
 from attn.cache.kv import Cache
 from attn.contract.segments import TokenPositions, locate
 from attn.contract.shapes import check
+from pallas_kernels.arrays import check_logits
 
 
 class Policy:
@@ -56,6 +57,7 @@ class Policy:
         attended to exactly and then compressed to `capacity`."""
         check(q, k, v, segments=segments, aligned=True)
         self._check_stream(bias)
+        check_logits(q, k, sink=sink)
         k, v = self._stored(q, k), self._stored(q, v)
         caches.check_fits(state, k, v)
         slots = state.k.shape[1]

@@ -29,6 +29,7 @@ import numpy as np
 from attn.exact.chunked_vjp import Constants, Plan, chunked, chunked_part
 from attn.exact.logits import Dropout, LogitSpec, Where
 from attn.masks import Full
+from pallas_kernels.arrays import check_logits
 from pallas_kernels.schedule import SKIP, Tiling, block_mask, traced_block_mask
 from pallas_kernels.tile import NEVER, LogitSpec as TileSpec, lse_of
 
@@ -62,6 +63,7 @@ def attend(
     large m leaves nothing of l; no gradient flows through m, on which nothing depends.
     tile: queries and keys of a chunk. Source: see the module.
     """
+    check_given(q, k, where, bias, sink, dropout, given)
     (b, t, h, _), heads = q.shape, k.shape[2]
     if where.kv_pos is not None and where.kv_pos.ndim == 2:
         where = dataclasses.replace(where, kv_pos=where.kv_pos[..., None])
@@ -92,6 +94,16 @@ def attend(
     # [B,K,G,T,V] -> [B,T,H,V]
     o = o.transpose(0, 3, 1, 2, 4).reshape(b, rows, h, -1)[:, :t]
     return o.astype(v.dtype), *(a.reshape(b, h, rows)[:, :, :t] for a in sums)
+
+
+def check_given(q, k, where: Where, bias, sink, dropout, given=None) -> None:
+    """Raises ValueError for arrays that do not fit q and k; see `attend`."""
+    check_logits(
+        q, k, bias=bias, sink=sink, head=where.head, q_pos=where.q_pos,
+        kv_pos=where.kv_pos, q_segment=where.q_segment, kv_segment=where.kv_segment,
+        keep=None if dropout is None else dropout.keep,
+        batch=None if dropout is None else dropout.batch, given=given,
+    )
 
 
 def _plan(

@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import Refused, tables
+from pallas_kernels.arrays import INT, check_arrays, check_pairs
 from pallas_kernels.refusals import DTYPES, WIDEST, check_device, check_elementwise
 from pallas_kernels.tile import LogitSpec, base_and_factor, lse_of, unit_of
 from pallas_kernels.tiles import FlashTriton
@@ -90,7 +91,13 @@ def blocks(
     """
     b, t, h, d = q.shape
     s, n, c = k.shape[1], chosen.shape[2], chosen.shape[1]
-    _check(q, k, v, chosen, mask, (q_run, kv_run), backend)
+    _check(q, k, v, chosen, mask, backend)
+    check_pairs(run=(q_run, kv_run))
+    sizes = {"B": b, "T": t, "H": h, "S": s, "K": k.shape[2]}
+    check_arrays(
+        sizes, chosen=(chosen, INT, "B H|K N n"), head=(head, INT, "H"),
+        q_pos=(q_pos, INT, "B|1 T"), kv_pos=(kv_pos, INT, "B|1 S"),
+        q_run=(q_run, INT, "B|1 T"), kv_run=(kv_run, INT, "B|1 S"))
     size, heads = -(-t // n), h // c
     check_device(backend, q.dtype, interpret)
 
@@ -113,7 +120,7 @@ def blocks(
     return o, lse_of(m, l).transpose(0, 2, 1)
 
 
-def _check(q, k, v, chosen, mask, runs, backend) -> None:
+def _check(q, k, v, chosen, mask, backend) -> None:
     """Raises Refused for what the kernel does not do."""
     if not q.dtype == k.dtype == v.dtype or q.dtype not in DTYPES:
         raise Refused(f"q, k, v are {q.dtype}, {k.dtype}, {v.dtype}: one of "
@@ -126,8 +133,6 @@ def _check(q, k, v, chosen, mask, runs, backend) -> None:
     entries = chosen[0].size // k.shape[2]
     if backend == "tpu" and entries > LISTED:
         raise Refused(f"{entries} chosen blocks a key head: at most {LISTED}")
-    if (runs[0] is None) != (runs[1] is None):
-        raise ValueError("q_run and kv_run go together: expected both or neither")
     check_elementwise("mask", mask)
 
 

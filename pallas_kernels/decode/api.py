@@ -25,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import Refused
+from pallas_kernels.arrays import FLOAT, INT, check_arrays, check_pairs
 from pallas_kernels.refusals import DTYPES, WIDEST, check_device, check_elementwise
 from pallas_kernels.tile import (
     NEVER, LogitSpec, base_and_factor, lse_of, unit_of
@@ -123,6 +124,13 @@ def decode(
     b, t, h, d = q.shape
     page, heads = k.shape[1], k.shape[2]
     _check(q, k, v, bits, score, mask)
+    check_pairs(run=(q_run, kv_run))
+    _check_arrays(
+        q, k, v, table, q_pos=(q_pos, INT, "B T"), q_run=(q_run, INT, "B|1 T"),
+        head=(head, INT, "H"), lengths=(lengths, INT, "B", "B K|1"),
+        sink=(sink, FLOAT, "H"), kv_pos=(kv_pos, INT, "B|1 S", "B|1 S K|1"),
+        kv_run=(kv_run, INT, "B|1 S"), bias=(bias, FLOAT, "B|1 S K|1"),
+        k_scale=(k_scale, FLOAT, "B S K"), v_scale=(v_scale, FLOAT, "B S K"))
     check_device(backend, q.dtype, interpret)
     slots = page if table is None else table.shape[1] * page
 
@@ -183,6 +191,28 @@ def _check(q, k, v, bits, score, mask) -> None:
             raise Refused(f"{name} is {a.shape[3]} wide: at most {WIDEST}")
     for name, f in (("mask", mask), ("score", score)):
         check_elementwise(name, f)
+
+
+def _check_arrays(q, k, v, table, **given) -> None:
+    """Raises ValueError for arrays of other shapes than their letters say."""
+    (b, t, h, _), (rows, slots, heads) = q.shape, k.shape[:3]
+    sizes = {"B": b, "T": t, "H": h, "K": heads, "S": slots}
+    if v.shape[:3] != k.shape[:3]:
+        raise ValueError(f"k {k.shape} and v {v.shape} differ in B, S or K")
+    if table is None and rows != b:
+        raise ValueError(f"q has batch {b} and k has batch {rows}: expected the same")
+    if h % heads:
+        raise ValueError(
+            f"H={h} query heads: expected a multiple of K={heads} key heads")
+    if table is not None:
+        # what lies beside slots lies in pages
+        sizes |= {"P": rows, "page": slots}
+        given = {
+            name: (a, kind, *(f.replace("B|1 S", "P S").replace("B S", "P S")
+                              for f in forms))
+            for name, (a, kind, *forms) in given.items()
+        }
+    check_arrays(sizes, table=(table, INT, "B n"), **given)
 
 
 def _kernels(static: Static) -> Any:

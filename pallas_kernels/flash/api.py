@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import Refused, tables
+from pallas_kernels.arrays import check_logits, check_pairs
 from pallas_kernels.refusals import (
     CARDS, DTYPES, WIDEST, check_device, check_elementwise, check_mosaic
 )
@@ -83,7 +84,14 @@ def flash(
     """
     b, t, h, d = q.shape
     s, width = k.shape[1], v.shape[3]
-    _check(q, k, v, q_pos, kv_pos)
+    _check(q, k, v)
+    check_pairs(pos=(q_pos, kv_pos), run=(q_run, kv_run))
+    check_logits(q, k, bias=bias, sink=sink, head=head, q_pos=q_pos, kv_pos=kv_pos,
+                 keep=keep, batch=batch, given=given, q_run=q_run, kv_run=kv_run)
+    if b > 1 and q_pos is not None:
+        # one row of positions for the whole batch
+        pair = q_pos, kv_pos
+        q_pos, kv_pos = (jnp.broadcast_to(a, (b, *a.shape[1:])) for a in pair)
     random = dropout > 0 and key is not None
     check_device(backend, q.dtype, interpret)
     if backend in CARDS:
@@ -135,7 +143,7 @@ def flash(
     return (o, m, l) if split_lse else (o, lse_of(m, l))
 
 
-def _check(q, k, v, q_pos, kv_pos) -> None:
+def _check(q, k, v) -> None:
     """Raises Refused for widths and types that no kernel takes."""
     if not q.dtype == k.dtype == v.dtype or q.dtype not in DTYPES:
         raise Refused(f"q, k, v are {q.dtype}, {k.dtype}, {v.dtype}: one of "
@@ -145,8 +153,6 @@ def _check(q, k, v, q_pos, kv_pos) -> None:
             raise Refused(f"{name}={n}: at most {WIDEST}")
     if min(q.shape[1], k.shape[1]) < 1:
         raise Refused(f"T={q.shape[1]}, S={k.shape[1]}: at least 1")
-    if (q_pos is None) != (kv_pos is None):
-        raise ValueError("q_pos and kv_pos go together: expected both or neither")
 
 
 def _kernels(static: Static) -> Any:

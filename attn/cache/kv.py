@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from attn.contract.dispatch import interpreted, pick
 from attn.contract.segments import TokenPositions
@@ -38,8 +39,7 @@ class Cache(NamedTuple):
 
 def empty(k, v, slots: int, *, per_head: bool = False) -> Cache:
     """A cache of `slots` slots for keys and values like k [B,.,K,D] and v [B,.,K,V]."""
-    if slots < 1:
-        raise ValueError(f"size: a memory for {slots} tokens, expected 1 or more")
+    check_size(slots)
     b, _, heads, d = k.shape
     return Cache(
         jnp.zeros((b, slots, heads, d), k.dtype),
@@ -48,6 +48,27 @@ def empty(k, v, slots: int, *, per_head: bool = False) -> Cache:
         jnp.zeros((b,), jnp.int32),
         jnp.full((b,), -1, jnp.int32),
     )
+
+
+def check_size(size) -> None:
+    """Raises ValueError unless `size` is a number of tokens."""
+    if not isinstance(size, (int, np.integer)) or isinstance(size, bool):
+        what = f"{type(size).__name__} of shape {tuple(size.shape)}" if hasattr(
+            size, "shape") else repr(size)
+        raise ValueError(
+            f"size is {what}: expected a number of tokens, init_state(size, q, k, v)"
+        )
+    if size < 1:
+        raise ValueError(f"size: a memory for {size} tokens, expected 1 or more")
+
+
+def at_least(cache: Cache, dtype) -> Cache:
+    """The cache with keys and values as wide as queries of `dtype`, if those are of
+    another type: tokens may be of another type than the state."""
+    if cache.k.dtype == dtype:
+        return cache
+    k, v = (a.astype(jnp.promote_types(a.dtype, dtype)) for a in (cache.k, cache.v))
+    return cache._replace(k=k, v=v)
 
 
 def current(place: TokenPositions) -> jax.Array:

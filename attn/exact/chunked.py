@@ -138,7 +138,7 @@ def _constants(plan: Plan, where: Where, dropout: Dropout | None, sizes) -> Cons
     if dropout is not None:
         keep = _pad(_pad(_grouped(dropout.keep, heads), 3, rows), 4, columns)
         if dropout.key is not None and dropout.rate > 0:
-            seed, batch = _seed(dropout.key), dropout.batch
+            seed, batch = key_words(dropout.key), dropout.batch
             batch = jnp.arange(b, dtype=jnp.int32) if batch is None else batch
     return Constants(
         # keys that are filled in have no position
@@ -161,7 +161,8 @@ def _busy(plan: Plan, table: np.ndarray, where: Where) -> jax.Array | None:
     return (seen[:, i, j] != SKIP).any(0)
 
 
-def _seed(key: Any) -> jax.Array:
+def key_words(key: Any) -> jax.Array:
+    """Two words of a PRNG key [2] uint32."""
     return jax.random.key_data(key).astype(jnp.uint32)[-2:]  # the hash takes two words
 
 

@@ -88,10 +88,10 @@ def flash(
     check_pairs(pos=(q_pos, kv_pos), run=(q_run, kv_run))
     check_logits(q, k, bias=bias, sink=sink, head=head, q_pos=q_pos, kv_pos=kv_pos,
                  keep=keep, batch=batch, given=given, q_run=q_run, kv_run=kv_run)
-    if b > 1 and q_pos is not None:
+    if b > 1 and q_pos is not None and kv_pos is not None:
         # one row of positions for the whole batch
-        pair = q_pos, kv_pos
-        q_pos, kv_pos = (jnp.broadcast_to(a, (b, *a.shape[1:])) for a in pair)
+        q_pos = jnp.broadcast_to(q_pos, (b, t))
+        kv_pos = jnp.broadcast_to(kv_pos, (b, *kv_pos.shape[1:]))
     random = dropout > 0 and key is not None
     check_device(backend, q.dtype, interpret)
     if backend in CARDS:

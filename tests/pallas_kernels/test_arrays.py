@@ -48,10 +48,12 @@ ON_CACHES = [
     ("lengths", {"lengths": ones(3)}), ("lengths", {"lengths": ones(B, 3)}),
     ("bias", {"bias": floats(B, T)}), ("bias", {"bias": floats(B, T, H)}),
     ("sink", {"sink": floats(1)}), ("q_pos", {"q_pos": ones(1, 1)}),
-    ("k_scale", {"k_scale": floats(B, T)}), (".*kv_run", {"kv_run": ones(B, T)}),
+    ("k_scale", {"k_scale": floats(B, T)}),
+    (".*kv_run", {"kv_run": ones(B, T)}),
     ("kv_pos", {"kv_pos": ones(B, T, 4)}), ("table", {"table": ones(B)}),
 ]
-CALLS = [(f, *case) for f in (*FLASH, chunks, best) for case in POSITIONS + ADDED + KEPT]
+CALLS = [(f, *case) for f in (*FLASH, chunks, best)
+         for case in POSITIONS + ADDED + KEPT]
 CALLS += [(f, *case) for f in DECODE for case in ON_CACHES]
 CALLS += [(BLOCKS, *case) for case in POSITIONS if "3" not in str(case[1])]
 CALLS += [(Softmax(), *case) for case in ADDED]

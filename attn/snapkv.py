@@ -26,8 +26,8 @@ from attn.cache import kv as caches
 from attn.cache.kv import Cache
 from attn.cache.policy import Policy
 from attn.contract.attention import MASKED, TemplateRow
-from attn.contract.segments import TokenPositions
 from attn.contract.fields import check_fields
+from attn.contract.segments import TokenPositions
 from attn.exact.dense import allowed, formed, logits, weights
 from attn.exact.logits import Where
 from attn.softmax import Softmax

@@ -57,8 +57,8 @@ def check_fields(
         if field.name in SHARES:
             _refuse(0 <= value < 1, name, field.name, value, "in [0, 1)")
     for key, bound in {**LEAST, **least}.items():
-        value: Any = getattr(owner, key, None)
-        _refuse(value is None or value >= bound, name, key, value, f"{bound} or more")
+        given: Any = getattr(owner, key, None)
+        _refuse(given is None or given >= bound, name, key, given, f"{bound} or more")
     for key, bound in above.items():
         value = getattr(owner, key)
         _refuse(value is None or value > bound, name, key, value, f"above {bound}")
@@ -87,7 +87,7 @@ def _check_type(what: str, declared: str, value: Any) -> None:
     if "Mask" in words:
         _check_mask(what, value, "None" in words)
         return
-    if hasattr(value, "shape") and getattr(value, "ndim", 0):
+    if hasattr(value, "shape") and len(value.shape) > 0:
         raise ValueError(
             f"{what} is an array of shape {tuple(value.shape)}: expected {declared}. "
             "Attentions are made first and called then: "

@@ -141,12 +141,15 @@ class Landmark(Attention):
 
     def step(self, state, q, k, v, *, x=None, segments=None):
         """The next T tokens, landmarks included -> state, [B,T,H,V]."""
-        check(q, k, v, segments=segments, aligned=True)
+        check(q, k, v, segments=segments, aligned=True, piece=True)
         caches.check_fits(state, k, v)
         now = locate(segments, q.shape[0], q.shape[1], state.end, state.segment)
         step = self._exact if self.top_k is None else self._retrieving
+        dtype = v.dtype
+        # tokens of another type are read as the state holds them
+        q, k, v = (a.astype(state.k.dtype) for a in (q, k, v))
         state, o = pick(self.implementation, xla=lambda: step(state, q, k, v, now))
-        return state, o.astype(v.dtype)
+        return state, o.astype(dtype)
 
     def _exact(self, state, q, k, v, now: TokenPositions):
         """The cache holds all tokens, rotated, and a query sees every block."""
@@ -182,7 +185,7 @@ class Landmark(Attention):
         tail = ring.tail()
 
         def join(a, b):
-            return jnp.concatenate([a, b.astype(a.dtype)], 1)
+            return jnp.concatenate([a, b.astype(a.dtype)], 1)  # in the state's type
 
         at = join(tail.pos - ring.shift[:, None], now.pos - shift)
         keys = join(tail.k, k)
@@ -234,7 +237,8 @@ class Landmark(Attention):
         near = jnp.take_along_axis(ring.place(), chosen.reshape(b, -1), 1) > 0
         near = (near & ring.full[:, None]).reshape(chosen.shape)
         # the i-th one stands at place i, or at i + 1 if it is one of the youngest
-        slot = jnp.arange(chosen.shape[3])[None, None, None] + near
+        slot = jnp.arange(chosen.shape[3], dtype=jnp.int32)[None, None, None]
+        slot = slot + near.astype(jnp.int32)
         inside = jnp.arange(self.size).reshape(1, 1, 1, 1, -1)
         pos = slot[..., None] * self.size + inside
         rows = k.reshape(b, -1, 1, d)  # [B,H T n size,1,D]

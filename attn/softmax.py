@@ -122,7 +122,7 @@ class Softmax(Attention):
         """The next T tokens -> state, [B,T,H,V]. Past the state's size: ValueError, and
         NaN inside a trace, unless the mask is a window."""
         refuse_keywords(self, unknown)
-        check(q, k, v, segments=segments, aligned=True)
+        check(q, k, v, segments=segments, aligned=True, piece=True)
         self._check_stream(bias)
         self._check_heads(q)
         check_logits(q, k, sink=sink)
@@ -161,8 +161,8 @@ class Softmax(Attention):
 
     def read(self, cache, kv_segment, q, now: TokenPositions, *, sink=None):
         """q [B,T,H,D] at `now` over a cache whose slots have segment indices [B,C] ->
-        [B,T,H,V] in the cache's dtype."""
-        cache = caches.at_least(cache, q.dtype)
+        [B,T,H,V] in the wider of their types."""
+        cache, q = caches.of_one_type(cache, q)
         if q.shape[1] <= FEW:
             # decoding: every device answers from the slots that it holds
             how: dict[str, Any] = {"sink": sink, "implementation": self.implementation}

@@ -62,13 +62,17 @@ def check_size(size) -> None:
         raise ValueError(f"size: a memory for {size} tokens, expected 1 or more")
 
 
-def at_least(cache: Cache, dtype) -> Cache:
-    """The cache with keys and values as wide as queries of `dtype`, if those are of
-    another type: tokens may be of another type than the state."""
-    if cache.k.dtype == dtype:
-        return cache
-    k, v = (a.astype(jnp.promote_types(a.dtype, dtype)) for a in (cache.k, cache.v))
-    return cache._replace(k=k, v=v)
+def of_one_type(cache: Cache, q: jax.Array) -> tuple[Cache, jax.Array]:
+    """Cache and queries in the wider of their types: tokens may be of another type than
+    the state."""
+    kinds = {jnp.dtype(a.dtype) for a in (cache.k, cache.v, q)}
+    if len(kinds) == 1:
+        return cache, q
+    widest = max(kinds, key=lambda kind: jnp.finfo(kind).bits)
+    # neither bfloat16 nor float16 holds the other
+    widest = widest if jnp.finfo(widest).bits > 16 else jnp.dtype(jnp.float32)
+    k, v, q = (a.astype(widest) for a in (cache.k, cache.v, q))
+    return cache._replace(k=k, v=v), q
 
 
 def current(place: TokenPositions) -> jax.Array:
@@ -105,7 +109,7 @@ def append_next(cache: Cache, k, v, place: TokenPositions) -> tuple[Cache, jax.A
     # a new sequence begins in slot 0
     used = jnp.where(place.segment.max(1) > 1, 0, (cache.pos[..., 0] >= 0).sum(1))
     after = append(cache, k, v, place, used[:, None])
-    return after, used + (place.segment[:, 0] > 0)
+    return after, used + (place.segment[:, 0] > 0).astype(jnp.int32)
 
 
 def concat(cache: Cache, k, v, place: TokenPositions) -> tuple[Cache, jax.Array]:

@@ -64,7 +64,7 @@ class Policy:
         """The next T tokens -> state, [B,T,H,V]: one token is appended, a piece is
         attended to exactly and then compressed to `capacity`."""
         refuse_keywords(self, unknown)
-        check(q, k, v, segments=segments, aligned=True)
+        check(q, k, v, segments=segments, aligned=True, piece=True)
         self._check_stream(bias)
         self._check_heads(q)
         check_logits(q, k, sink=sink)

@@ -13,12 +13,15 @@ MOST = 2**31 - 1
 
 
 def check(
-    q: Any, k: Any, v: Any, *, segments: Any = None, aligned: bool = False
+    q: Any, k: Any, v: Any, *, segments: Any = None, aligned: bool = False,
+    piece: bool = False,
 ) -> None:
     """Raises ValueError unless q [B,T,H,D], k [B,S,K,D], v [B,S,K,V] fit together.
 
     segments: None, [B,T], or ([B,T], [B,S]). aligned: token t of the queries is token t
-    of the keys, so S must be T, as in every attention that has a causal order.
+    of the keys, so S must be T, as in every attention that has a causal order. piece:
+    of a stream, which may be shorter than there are heads; of whole rows that are, it
+    is warned, as they may be [B,H,T,D].
     """
     for name, a in (("q", q), ("k", k), ("v", v)):
         letters = {"q": "[B,T,H,D]", "k": "[B,S,K,D]", "v": "[B,S,K,V]"}[name]
@@ -50,7 +53,7 @@ def check(
         raise ValueError(
             f"{t} queries and {s} keys: this attention reads them in step, T must be S"
         )
-    if 1 < t < h and t == s:
+    if 1 < t < h and t == s and not piece:
         warnings.warn(
             f"q has shape {q.shape}, read as [B,T,H,D]: T={t} tokens, fewer than H={h} "
             "heads. If it is [B,H,T,D], swap axes 1 and 2", stacklevel=3

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 
 from attn.contract.attention import RECURRENT, Attention, TemplateRow
 from attn.contract.dispatch import pick
+from attn.contract.fields import check_fields
 from attn.contract.segments import locate, segment_indices
 from attn.contract.shapes import check
 from attn.parallel.sharding import (
@@ -68,8 +69,7 @@ class Aaren(nn.Module, Attention):
     parameter_axes = {"query": "HD"}
 
     def __post_init__(self):
-        if self.chunk < 1:
-            raise ValueError(f"Aaren: chunk={self.chunk}: expected 1 or more")
+        check_fields(self)
         super().__post_init__()
 
     def __call__(self, q, k, v, *, x=None, segments=None):

@@ -24,6 +24,7 @@ import numpy as np
 
 from attn.contract.attention import FACTORS, Attention, TemplateRow
 from attn.contract.dispatch import pick
+from attn.contract.fields import check_fields
 from attn.contract.segments import locate, segment_indices
 from attn.contract.shapes import check
 from attn.contract.varying import varying
@@ -77,12 +78,7 @@ class Based(Attention):
     row = TemplateRow(FACTORS, "L m D", 1)
 
     def __post_init__(self):
-        for name in ("feature_dim", "chunk"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"Based: {name}={value}: expected 1 or more")
-        if self.eps < 0:
-            raise ValueError(f"Based: eps={self.eps}: expected 0 or more")
+        check_fields(self, least={"feature_dim": 1, "eps": 0})
 
     def __call__(self, q, k, v, *, x=None, segments=None):
         """All tokens at once. q [B,T,H,D], k [B,S,K,D], v [B,S,K,V] -> [B,T,H,V]."""

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from attn.contract.attention import RECURRENT, Attention, TemplateRow
+from attn.contract.fields import check_fields
 from attn.contract.segments import TokenPositions, locate
 from attn.contract.shapes import check
 from attn.parallel.sharding import Axis, home, over_mesh, splits, spread_heads
@@ -69,11 +70,7 @@ class Delta(nn.Module, Attention):
     }
 
     def __post_init__(self):
-        for name, least in (("conv", 0), ("chunk", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(
-                    f"Delta: {name}={getattr(self, name)}: expected {least} or more"
-                )
+        check_fields(self, least={"conv": 0})
         super().__post_init__()
 
     def __call__(self, q, k, v, *, x=None, segments=None):

@@ -24,6 +24,7 @@ import jax.numpy as jnp
 
 from attn.contract.attention import FACTORS, Attention, TemplateRow
 from attn.contract.dispatch import pick
+from attn.contract.fields import check_fields
 from attn.contract.segments import segment_indices
 from attn.contract.shapes import check
 from attn.parallel.sharding import Axis, over_mesh, spread_heads
@@ -48,8 +49,7 @@ class Essa(Attention):
     row = TemplateRow(FACTORS, "L m D", 1)
 
     def __post_init__(self):
-        if self.eps <= 0:
-            raise ValueError(f"Essa: eps={self.eps}: expected more than 0")
+        check_fields(self, above={"eps": 0})
 
     def __call__(self, q, k, v, *, x=None, segments=None):
         """All tokens at once. q [B,T,H,D], k [B,S,K,D], v [B,S,K,V] -> [B,T,H,V]."""

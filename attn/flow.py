@@ -27,6 +27,7 @@ import jax.numpy as jnp
 
 from attn.contract.attention import FACTORS, Attention, TemplateRow
 from attn.contract.dispatch import pick
+from attn.contract.fields import check_fields
 from attn.contract.segments import locate, segment_indices
 from attn.contract.shapes import check
 from attn.parallel.sharding import Axis, over_mesh, splits
@@ -81,16 +82,9 @@ class Flow(Attention):
     row = TemplateRow(FACTORS, "L m D", 1)
 
     def __post_init__(self):
+        check_fields(self, above={"eps": 0}, choices={"feature": FEATURES})
         if not 0 < self.clamp <= 80:
             raise ValueError(f"Flow: clamp={self.clamp}: expected 0 < clamp <= 80")
-        if self.feature not in FEATURES:
-            raise ValueError(
-                f"Flow: feature={self.feature!r}: expected one of {FEATURES}"
-            )
-        if self.eps <= 0:
-            raise ValueError(f"Flow: eps={self.eps}: expected more than 0")
-        if self.chunk < 1:
-            raise ValueError(f"Flow: chunk={self.chunk}: expected 1 or more")
 
     def __call__(self, q, k, v, *, x=None, segments=None):
         """All tokens at once. q [B,T,H,D], k [B,S,K,D], v [B,S,K,V] -> [B,T,H,V]."""

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from attn.contract.attention import RECURRENT, Attention, TemplateRow
+from attn.contract.fields import check_fields
 from attn.contract.shapes import check
 from attn.parallel.sharding import Axis
 from attn.recurrent.causal import linear_attention, linear_attention_step
@@ -46,11 +47,7 @@ class GLA(nn.Module, Attention):
     }
 
     def __post_init__(self):
-        for name in ("rank", "temperature", "chunk"):
-            if getattr(self, name) <= 0:
-                raise ValueError(
-                    f"GLA: {name}={getattr(self, name)}: expected more than 0"
-                )
+        check_fields(self, least={"rank": 1}, above={"temperature": 0})
         super().__post_init__()
 
     def __call__(self, q, k, v, *, x=None, segments=None):

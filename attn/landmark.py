@@ -23,6 +23,7 @@ from attn.cache import kv as caches
 from attn.cache.blocks import Blocks
 from attn.contract.attention import MASKED, Attention, TemplateRow
 from attn.contract.dispatch import pick
+from attn.contract.fields import check_fields
 from attn.contract.segments import TokenPositions, locate
 from attn.contract.shapes import check
 from attn.exact.logits import Dropout
@@ -72,23 +73,14 @@ class Landmark(Attention):
     row = TemplateRow(MASKED, "L^2 D, or L^2 D / b + L r b D for r blocks", 2)
 
     def __post_init__(self):
-        least_of = {"block": 1, "top_k": 0, "cache_blocks": 1, "jump": 0}
-        for name, least in least_of.items():
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ValueError(f"Landmark: {name}={value}: expected {least} or more")
+        least = {"block": 1, "top_k": 1, "cache_blocks": 1, "jump": 0}
+        check_fields(self, least=least, choices={"selection": SELECTIONS})
         most = 2**30 if self.top_k is None else self.top_k
         if self.cache_blocks is not None and self.cache_blocks < most:
             raise ValueError(
                 f"Landmark: cache_blocks={self.cache_blocks}, top_k={self.top_k}: "
                 "expected top_k of at most cache_blocks"
             )
-        if self.selection not in SELECTIONS:
-            raise ValueError(
-                f"Landmark: selection={self.selection!r}: expected one of {SELECTIONS}"
-            )
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"Landmark: dropout={self.dropout}: expected in [0, 1)")
 
     @property
     def text_block(self) -> int:
@@ -139,7 +131,8 @@ class Landmark(Attention):
     def init_state(self, size, q, k, v, *, x=None):
         """An empty memory for `size` tokens, landmarks included, rounded up to blocks:
         a `Cache` in whose slots the blocks follow each other as a ring."""
-        if size < 1 or self.top_k is None:
+        caches.check_size(size)
+        if self.top_k is None:
             return caches.empty(k, v, size)
         # one block more than is held: the one that is being filled
         held = -(-size // self.size)
@@ -148,11 +141,15 @@ class Landmark(Attention):
 
     def step(self, state, q, k, v, *, x=None, segments=None):
         """The next T tokens, landmarks included -> state, [B,T,H,V]."""
-        check(q, k, v, segments=segments, aligned=True)
+        check(q, k, v, segments=segments, aligned=True, piece=True)
         caches.check_fits(state, k, v)
         now = locate(segments, q.shape[0], q.shape[1], state.end, state.segment)
         step = self._exact if self.top_k is None else self._retrieving
-        return pick(self.implementation, xla=lambda: step(state, q, k, v, now))
+        dtype = v.dtype
+        # tokens of another type are read as the state holds them
+        q, k, v = (a.astype(state.k.dtype) for a in (q, k, v))
+        state, o = pick(self.implementation, xla=lambda: step(state, q, k, v, now))
+        return state, o.astype(dtype)
 
     def _exact(self, state, q, k, v, now: TokenPositions):
         """The cache holds all tokens, rotated, and a query sees every block."""
@@ -188,7 +185,7 @@ class Landmark(Attention):
         tail = ring.tail()
 
         def join(a, b):
-            return jnp.concatenate([a, b.astype(a.dtype)], 1)
+            return jnp.concatenate([a, b.astype(a.dtype)], 1)  # in the state's type
 
         at = join(tail.pos - ring.shift[:, None], now.pos - shift)
         keys = join(tail.k, k)
@@ -240,7 +237,8 @@ class Landmark(Attention):
         near = jnp.take_along_axis(ring.place(), chosen.reshape(b, -1), 1) > 0
         near = (near & ring.full[:, None]).reshape(chosen.shape)
         # the i-th one stands at place i, or at i + 1 if it is one of the youngest
-        slot = jnp.arange(chosen.shape[3])[None, None, None] + near
+        slot = jnp.arange(chosen.shape[3], dtype=jnp.int32)[None, None, None]
+        slot = slot + near.astype(jnp.int32)
         inside = jnp.arange(self.size).reshape(1, 1, 1, 1, -1)
         pos = slot[..., None] * self.size + inside
         rows = k.reshape(b, -1, 1, d)  # [B,H T n size,1,D]

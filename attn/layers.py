@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 from typing import Any, ClassVar
 
 import flax.linen as nn
@@ -17,8 +18,9 @@ import jax
 import jax.numpy as jnp
 
 from attn.contract.attention import noisy, said, streams, takes_rope
+from attn.contract.fields import check_fields
 from attn.contract.padding import guard, padding_unread
-from attn.contract.segments import TokenPositions, locate
+from attn.contract.segments import TokenPositions, align_last, locate
 from attn.positions import RoPE
 
 
@@ -59,6 +61,13 @@ class MultiHead(Layer):
     "sigmoid"), through gate_rank channels if that is given. An attention may ask for
     these three by fields of the same names. dtype: of the computation; parameters
     are float32.
+
+    Cross attention (`context=`): a context is seen whole, unless the attention has been
+    given a mask of its own; one that reads queries and keys in step is refused. There
+    is one rule of positions: the last query stands at the last key of its sequence, for
+    the rotation as for masks and scores, so that the last tokens of a text, with all of
+    it as their context, are what they are in self attention. `pos` says otherwise for
+    the rotation.
     """
 
     attention: Any
@@ -87,11 +96,14 @@ class MultiHead(Layer):
         """x [B,T,E] -> [B,T,E]; with a state: the next tokens -> (state, [B,T,E]).
 
         context [B,S,E']: the tokens that keys and values come from (cross attention).
-        pos [B,T], or a pair for x and context: positions other than 0, 1, ...
+        pos [B|1,T], or a pair for x and context: positions other than 0, 1, ..., for
+        the rotation.
         segments [B,T], or a pair: packed sequences, 0 is padding.
         """
         self._check(x, state, context)
         attention, source = self._bound(), x if context is None else context
+        if context is not None and hasattr(attention, "of_context"):
+            attention = attention.of_context()
         q_pos, kv_pos = self._positions(x, source, state, pos, segments)
         q, k, v = self._project(x, source, q_pos, kv_pos)
         options: dict[str, Any] = {"x": x, "segments": segments}
@@ -127,18 +139,58 @@ class MultiHead(Layer):
         )
 
     def _check(self, x, state, context) -> None:
-        if x.ndim != 3:
-            raise ValueError(f"x has shape {x.shape}: expected [B,T,E]")
-        if self.heads % (self.kv_heads or self.heads):
-            raise ValueError(
-                f"heads={self.heads}: expected a multiple of kv_heads={self.kv_heads}"
-            )
+        _check_tokens("x", x, "[B,T,E]")
+        self._check_fields()
+        if context is not None:
+            _check_tokens("context", context, "[B,S,E']")
+            if context.shape[0] != x.shape[0]:
+                raise ValueError(
+                    f"x has batch {x.shape[0]} and context has {context.shape[0]}: "
+                    "expected the same"
+                )
+            self._check_context()
         if state is not None and context is not None:
             raise NotImplementedError(
                 "a state together with a context: keys of a context are not streamed"
             )
         if state is not None:
             self._check_stream()
+
+    def _check_fields(self) -> None:
+        least = {"heads": 1, "kv_heads": 1, "head_dim": 1, "value_dim": 1,
+                 "gate_rank": 1}
+        check_fields(self, least=least)
+        if isinstance(self.attention, type) or not callable(self.attention):
+            raise ValueError(
+                f"attention={self.attention!r}: expected an attention, as Softmax()"
+            )
+        if self.heads % (self.kv_heads or self.heads):
+            raise ValueError(
+                f"heads={self.heads}: expected a multiple of kv_heads={self.kv_heads}"
+            )
+        if jax.dtypes.canonicalize_dtype(self.dtype) != jnp.dtype(self.dtype):
+            raise ValueError(
+                f"dtype={jnp.dtype(self.dtype)} is 32 bits wide without "
+                "jax_enable_x64: expected that to be set, or dtype=jnp.float32"
+            )
+        if self.sinks and not _takes(self.attention, "sink"):
+            raise ValueError(
+                f"sinks=True: {type(self.attention).__name__} takes no sink, expected "
+                "an attention that does, as Softmax()"
+            )
+
+    def _check_context(self) -> None:
+        """An attention that reads queries and keys in step has no use for a context."""
+        name = type(self.attention).__name__
+        in_step = getattr(self.attention, "causal", False)
+        if hasattr(self.attention, "of_context") or not in_step:
+            return
+        fields = {f.name for f in dataclasses.fields(self.attention)}
+        expected = f"{name}(causal=False)" if "causal" in fields else (
+            "one without a causal order, as Softmax()")
+        raise ValueError(
+            f"context: {name} reads queries and keys in step, expected {expected}"
+        )
 
     def _check_stream(self) -> None:
         if not streams(self.attention):
@@ -199,10 +251,19 @@ class MultiHead(Layer):
 
     def _positions(self, x, source, state, pos, segments):
         if pos is not None:
-            return pos if isinstance(pos, tuple) else (pos, pos)
+            pair = pos if isinstance(pos, tuple) else (pos, pos)
+            for name, a, of in zip(("x", "context"), pair, (x, source)):
+                _check_pos(name, a, of)
+            return pair
         pair = segments if isinstance(segments, tuple) else (segments, segments)
         if state is None:
             q_at, kv_at = (_count(s, a) for s, a in zip(pair, (x, source)))
+            if source is not x:
+                # aligned at the last token, of each sequence
+                ahead = source.shape[1] - x.shape[1]
+                if pair[0] is not None:
+                    ahead = align_last(*(a.astype(jnp.int32) for a in pair))
+                return q_at.pos + ahead, kv_at.pos
         else:
             q_at = kv_at = locate(
                 pair[0], x.shape[0], x.shape[1], state.end, state.segment
@@ -234,6 +295,30 @@ class MultiHead(Layer):
 
 # unit variance in, unit variance out, whatever the width
 _INIT = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
+
+
+def _check_tokens(name: str, a: Any, letters: str) -> None:
+    if not hasattr(a, "shape") or not hasattr(a, "dtype"):
+        raise ValueError(f"{name} is a {type(a).__name__}: expected an array {letters}")
+    if len(a.shape) != 3:
+        raise ValueError(f"{name} has shape {a.shape}: expected {letters}")
+    if not jnp.issubdtype(a.dtype, jnp.floating):
+        raise ValueError(f"{name} is {a.dtype}: expected a floating point type")
+
+
+def _check_pos(name: str, pos: Any, x: Any) -> None:
+    """Raises ValueError unless pos are positions [B|1,T] of tokens x [B,T,E]."""
+    b, t = x.shape[:2]
+    if not hasattr(pos, "shape") or pos.shape not in ((b, t), (1, t)):
+        found = f"has shape {pos.shape}" if hasattr(pos, "shape") else f"is {pos!r}"
+        raise ValueError(f"pos of {name} {found}: expected {(b, t)} or {(1, t)}")
+    if not jnp.issubdtype(pos.dtype, jnp.integer):
+        raise ValueError(f"pos of {name} is {pos.dtype}: expected integers")
+
+
+def _takes(attention: Any, name: str) -> bool:
+    """Whether a call of the attention takes the keyword."""
+    return name in inspect.signature(type(attention).__call__).parameters
 
 
 def _count(segments, x) -> TokenPositions:

@@ -25,6 +25,7 @@ import jax.numpy as jnp
 
 from attn.contract.attention import RECURRENT, Attention, TemplateRow
 from attn.contract.dispatch import pick
+from attn.contract.fields import check_fields
 from attn.contract.segments import locate, segment_indices
 from attn.contract.shapes import check
 from attn.parallel.sharding import Axis, over_mesh, splits
@@ -91,11 +92,9 @@ class LightNet(Attention):
     row = TemplateRow(RECURRENT, "L m D", 1)
 
     def __post_init__(self):
-        if self.activation not in ACTIVATIONS:
-            raise ValueError(
-                f"LightNet: activation={self.activation!r}: expected one of "
-                f"{ACTIVATIONS}"
-            )
+        check_fields(
+            self, choices={"activation": ACTIVATIONS}, infinite=("init_lse",)
+        )
         if not self.init_lse < math.inf:
             raise ValueError(
                 f"LightNet: init_lse={self.init_lse}: expected -inf or a finite number"

@@ -22,6 +22,7 @@ import numpy as np
 
 from attn.contract.attention import RECURRENT, Attention, TemplateRow
 from attn.contract.dispatch import pick
+from attn.contract.fields import check_fields
 from attn.contract.segments import segment_indices
 from attn.contract.shapes import check
 from attn.parallel.sharding import Axis, over_mesh, spread_heads
@@ -91,12 +92,7 @@ class Lightning(Attention):
     row = TemplateRow(RECURRENT, "L m D", 1)
 
     def __post_init__(self):
-        if self.slopes not in RULES:
-            raise ValueError(
-                f"Lightning: slopes={self.slopes!r}: expected one of {RULES}"
-            )
-        if self.chunk < 1:
-            raise ValueError(f"Lightning: chunk={self.chunk}: expected 1 or more")
+        check_fields(self, choices={"slopes": RULES})
         if self.layers is None and self.layer:
             raise ValueError(
                 f"Lightning: layer={self.layer} without layers: expected their number"

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 
 from attn.contract.attention import FACTORS, Attention, TemplateRow
 from attn.contract.dispatch import pick
+from attn.contract.fields import check_fields
 from attn.contract.segments import locate, segment_indices
 from attn.contract.shapes import check
 from attn.parallel.sharding import Axis, over_mesh, splits, spread_heads
@@ -43,12 +44,7 @@ class LinearTransformer(Attention):
     row = TemplateRow(FACTORS, "L m D", 1)
 
     def __post_init__(self):
-        if self.eps < 0:
-            raise ValueError(f"LinearTransformer: eps={self.eps}: expected 0 or more")
-        if self.chunk < 1:
-            raise ValueError(
-                f"LinearTransformer: chunk={self.chunk}: expected 1 or more"
-            )
+        check_fields(self, least={"eps": 0})
 
     def __call__(self, q, k, v, *, x=None, segments=None):
         """All tokens at once. q [B,T,H,D], k [B,S,K,D], v [B,S,K,V] -> [B,T,H,V]."""

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 
 from attn.contract.attention import LOW, Attention, TemplateRow
 from attn.contract.dispatch import pick
+from attn.contract.fields import check_fields
 from attn.contract.segments import locate, segment_indices
 from attn.contract.shapes import check
 from attn.parallel.sharding import Axis, over_mesh, spread_heads
@@ -49,11 +50,7 @@ class Linformer(nn.Module, Attention):
     parameter_axes = {"keys": "RT", "values": "RT"}
 
     def __post_init__(self):
-        for name in ("length", "rank"):
-            if getattr(self, name) < 1:
-                raise ValueError(
-                    f"Linformer: {name}={getattr(self, name)}: expected 1 or more"
-                )
+        check_fields(self, least={"length": 1, "rank": 1})
         super().__post_init__()
 
     @nn.compact

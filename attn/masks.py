@@ -4,7 +4,8 @@ A mask is a frozen dataclass. Called with integer arrays that broadcast against 
 other it answers, elementwise, whether a query at position `i` of head `h` may look at
 a key at position `j`. The same predicate is evaluated by the XLA path on positions, by
 a kernel on the positions of its tile, by a cache on the positions that it kept and by
-a shard on positions with an offset. Masks compose: `Causal() & Window(256) | Sink(4)`.
+a shard on positions with an offset. Masks compose:
+`Causal() & (Window(256) | Sink(4))`, in brackets, as & binds more than |.
 
 Two questions need no array. `mask.bounds(i, j)` says of a whole tile, given the ranges
 of its positions, whether some pair in it may be visible and whether every pair is: the
@@ -21,6 +22,7 @@ import numpy as np
 
 Array = Any  # anything that broadcasts: numpy, jax or Python integers
 FOREVER = 2**30
+MOST = 2**31 - 1  # the greatest int32: a window that is longer hides nothing
 
 
 class Reach(NamedTuple):
@@ -71,13 +73,27 @@ class Mask:
         return False
 
     def __and__(self, other: Mask) -> Mask:
-        return And(self, other)
+        return And(self, _mask("&", other))
 
     def __or__(self, other: Mask) -> Mask:
-        return Or(self, other)
+        return Or(self, _mask("|", other))
+
+    def __bool__(self) -> bool:
+        raise ValueError(
+            f"{self} has no truth value: masks are joined by &, | and ~, not by and, "
+            "or and not"
+        )
 
     def __invert__(self) -> Mask:
         return Not(self)
+
+
+def _mask(symbol: str, other: Any) -> Mask:
+    if not isinstance(other, Mask):
+        raise ValueError(
+            f"a mask {symbol} {other!r}: expected a mask, such as Causal()"
+        )
+    return other
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,6 +128,12 @@ class Causal(Mask):
         return True
 
 
+def _check_count(what: str, value: Any) -> None:
+    whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+    if not whole or value < 0:
+        raise ValueError(f"{what}={value!r}: expected 0 or more tokens")
+
+
 @dataclasses.dataclass(frozen=True)
 class Window(Mask):
     """A token sees at most `left` tokens back and `right` ahead, itself included.
@@ -123,21 +145,28 @@ class Window(Mask):
     right: int | None = None
 
     def __post_init__(self):
-        for name, value in (("left", self.left), ("right", self.right or 0)):
-            if value < 0:
-                raise ValueError(f"Window: {name}={value}: expected 0 or more tokens")
+        for name in ("left", "right"):
+            value = getattr(self, name)
+            if not (value is None and name == "right"):
+                _check_count(f"Window: {name}", value)
 
     def __call__(self, h, i, j):
-        seen = i - j <= self.left
-        return seen if self.right is None else seen & (j - i <= self.right)
+        left, right = self._limits()
+        seen = i - j <= left
+        return seen if right is None else seen & (j - i <= right)
 
     def bounds(self, i, j):
+        left, right = self._limits()
         # some: the two that are nearest; every: the two that are furthest apart
-        some, every = i[0] - j[1] <= self.left, i[1] - j[0] <= self.left
-        if self.right is not None:
-            some = some & (j[0] - i[1] <= self.right)
-            every = every & (j[1] - i[0] <= self.right)
+        some, every = i[0] - j[1] <= left, i[1] - j[0] <= left
+        if right is not None:
+            some = some & (j[0] - i[1] <= right)
+            every = every & (j[1] - i[0] <= right)
         return some, every
+
+    def _limits(self):
+        """left and right as int32 holds them: no two positions are further apart."""
+        return tuple(n if n is None else min(n, MOST) for n in (self.left, self.right))
 
     def reach(self):
         return Reach(self.left, 0)
@@ -155,14 +184,14 @@ class Sink(Mask):
     n: int
 
     def __post_init__(self):
-        if self.n < 0:
-            raise ValueError(f"Sink: n={self.n}: expected 0 or more tokens")
+        _check_count("Sink: n", self.n)
 
     def __call__(self, h, i, j):
-        return (j < self.n) & (i == i)  # as wide as both
+        return (j < min(self.n, MOST)) & (i == i)  # as wide as both
 
     def bounds(self, i, j):
-        return (j[0] < self.n) & (i[0] == i[0]), (j[1] < self.n) & (i[0] == i[0])
+        n = min(self.n, MOST)
+        return (j[0] < n) & (i[0] == i[0]), (j[1] < n) & (i[0] == i[0])
 
     def reach(self):
         return Reach(-1, self.n)  # -1: none but the first ones is seen later

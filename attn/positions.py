@@ -14,6 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 
 
+FAST = {"yarn": 32.0, "llama3": 4.0}  # turns, as published
+
+
 @dataclasses.dataclass(frozen=True)
 class RoPE:
     """RoPE (Su et al., 2021) arXiv:2104.09864: q.k depends on the distance alone.
@@ -28,7 +31,10 @@ class RoPE:
     than `slow` times in `original` tokens, leaves those with more than `fast` turns,
     goes linearly between them, and multiplies q and k by 0.1 ln(factor) + 1; "llama3"
     (Dubey et al., 2024, arXiv:2407.21783) has the same three bands with `slow` and
-    `fast` turns (1 and 4 in its models) and interpolates in the number of turns.
+    `fast` turns and interpolates in the number of turns. fast: None for what each was
+    published with, 32 and, as `high_freq_factor` of Llama 3, 4.
+
+    Angles are as exact at position 2^31 as at 1.
     """
 
     theta: float = 10000.0
@@ -36,7 +42,7 @@ class RoPE:
     factor: float = 1.0
     original: int = 2048
     slow: float = 1.0
-    fast: float = 32.0
+    fast: float | None = None
     interleaved: bool = False
     fraction: float = 1.0
 
@@ -46,6 +52,14 @@ class RoPE:
             raise ValueError(f"RoPE: scaling={self.scaling!r}: expected one of {known}")
         if self.factor < 1:
             raise ValueError(f"RoPE: factor={self.factor}: expected 1 or more")
+        if self.theta <= 0 or self.original < 1:
+            raise ValueError(
+                f"RoPE: theta={self.theta}, original={self.original}: expected above 0"
+            )
+        if self.fast is not None and not self.fast > self.slow:
+            raise ValueError(
+                f"RoPE: fast={self.fast}, slow={self.slow}: expected fast above slow"
+            )
         if not 0 < self.fraction <= 1:
             raise ValueError(f"RoPE: fraction={self.fraction}: expected in (0, 1]")
 
@@ -64,14 +78,15 @@ class RoPE:
             return plain / self.factor
         # how often each channel turns within the length that the model was trained on
         turns = self.original * plain / (2 * math.pi)
+        fast = FAST[self.scaling] if self.fast is None else self.fast
         if self.scaling == "yarn":
             # the ramp runs over channel numbers, between those with `fast` and `slow`
-            low = max(math.floor(self._channel(self.fast, width)), 0)
+            low = max(math.floor(self._channel(fast, width)), 0)
             high = min(math.ceil(self._channel(self.slow, width)), width - 1)
             own = (np.arange(width // 2) - low) / max(high - low, 1e-3)
             keep = 1 - np.clip(own, 0, 1)
         else:
-            keep = np.clip((turns - self.slow) / (self.fast - self.slow), 0, 1)
+            keep = np.clip((turns - self.slow) / (fast - self.slow), 0, 1)
         # keep 1: as trained; 0: divided by the factor, as "linear" does
         return plain * (keep + (1 - keep) / self.factor)
 
@@ -94,9 +109,7 @@ class RoPE:
         turned, rest = x[..., :width], x[..., width:]
         # [B,T,1|H,1], then [B,T,1|H,D/2]
         angle = pos[..., None] if pos.ndim == 3 else pos[:, :, None, None]
-        angle = angle.astype(jnp.float32) * jnp.asarray(
-            self.frequencies(width), jnp.float32
-        ).reshape((1,) * 3 + (-1,))
+        angle = angles(angle, self.frequencies(width))
         cos, sin = jnp.cos(angle) * self.magnitude, jnp.sin(angle) * self.magnitude
         # (a, b) -> (a cos - b sin, a sin + b cos), in float32
         y = turned.astype(jnp.float32)
@@ -107,6 +120,42 @@ class RoPE:
             a, b = jnp.split(y, 2, -1)
             y = jnp.concatenate([a * cos - b * sin, a * sin + b * cos], -1)
         return jnp.concatenate([y.astype(x.dtype), rest], -1)
+
+
+def angles(pos: jax.Array, frequencies: np.ndarray) -> jax.Array:
+    """pos [...,1] times frequencies [n] in radians, float32, in [-pi, pi], for integer
+    positions to 2^31 with an error below 1e-6.
+
+    As one product of float32 the error is that of the product, 1e-7 of an angle of
+    many turns. Whole turns do not matter: of the share of a turn a token, as a fixed
+    point number of 64 bits, pos times the upper 32 is exact modulo one turn, and of pos
+    times the lower 32 the upper half is added. Other positions are multiplied.
+    """
+    lead = (1,) * (pos.ndim - 1)
+    if not jnp.issubdtype(pos.dtype, jnp.integer):
+        factor = jnp.asarray(frequencies, jnp.float32).reshape(*lead, -1)
+        return pos.astype(jnp.float32) * factor
+    fixed = [round(f / (2 * math.pi) * 2.0**64) % 2**64 for f in frequencies.tolist()]
+    high, low = (
+        jnp.asarray(np.array(a, np.uint32).reshape(*lead, -1))
+        for a in zip(*(divmod(n, 2**32) for n in fixed))
+    )
+    n = jnp.abs(pos).astype(jnp.uint32)
+    # in 2^-32 turns; uint32 wraps around, which is whole turns
+    turns = n * high + _upper(n, low)
+    # as a signed number, the nearer way round
+    share = jax.lax.bitcast_convert_type(turns, jnp.int32).astype(jnp.float32)
+    angle = share * jnp.float32(2 * math.pi / 2**32)
+    return jnp.where(pos < 0, -angle, angle)
+
+
+def _upper(a: jax.Array, b: jax.Array) -> jax.Array:
+    """The upper 32 bits of the product of two uint32, by halves of 16 bits."""
+    half, low = jnp.uint32(16), jnp.uint32(0xFFFF)
+    a1, a0, b1, b0 = a >> half, a & low, b >> half, b & low
+    middle = a1 * b0 + (a0 * b0 >> half)  # below 2^32
+    other = a0 * b1 + (middle & low)
+    return a1 * b1 + (middle >> half) + (other >> half)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -24,6 +24,7 @@ import jax.numpy as jnp
 from attn.cache import kv as caches
 from attn.cache.kv import Cache
 from attn.contract.attention import LOW, Attention, TemplateRow
+from attn.contract.fields import check_fields
 from attn.contract.segments import locate
 from attn.contract.shapes import check
 from attn.exact.attend import attend
@@ -73,8 +74,7 @@ class RAT(nn.Module, Attention):
     parameter_axes = {"gate/kernel": "EHD", "gate_bias": "HD"}
 
     def __post_init__(self):
-        if self.chunk < 1:
-            raise ValueError(f"RAT: chunk={self.chunk}: expected 1 or more")
+        check_fields(self)
         super().__post_init__()
 
     def __call__(self, q, k, v, *, x=None, segments=None):

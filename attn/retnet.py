@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from attn.contract.attention import RECURRENT, Attention, TemplateRow
+from attn.contract.fields import check_fields
 from attn.contract.shapes import check
 from attn.parallel.sharding import Axis
 from attn.recurrent.causal import linear_attention, linear_attention_step
@@ -43,10 +44,7 @@ class RetNet(Attention):
     row = TemplateRow(RECURRENT, "L m D", 1)
 
     def __post_init__(self):
-        if self.first <= 0:
-            raise ValueError(f"RetNet: first={self.first}: expected more than 0")
-        if self.chunk < 1:
-            raise ValueError(f"RetNet: chunk={self.chunk}: expected 1 or more")
+        check_fields(self, above={"first": 0})
 
     def __call__(self, q, k, v, *, x=None, segments=None):
         """All tokens at once. q [B,T,H,D], k [B,S,K,D], v [B,S,K,V] -> [B,T,H,V]."""

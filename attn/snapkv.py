@@ -17,6 +17,7 @@ read in one piece it is the authors' algorithm.
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,8 +26,9 @@ from attn.cache import kv as caches
 from attn.cache.kv import Cache
 from attn.cache.policy import Policy
 from attn.contract.attention import MASKED, TemplateRow
+from attn.contract.fields import check_fields
 from attn.contract.segments import TokenPositions
-from attn.exact.dense import allowed, logits, weights
+from attn.exact.dense import allowed, formed, logits, weights
 from attn.exact.logits import Where
 from attn.softmax import Softmax
 
@@ -54,17 +56,18 @@ class SnapKV(Policy, Softmax):
 
     def __post_init__(self):
         super().__post_init__()
+        check_fields(self, choices={"pool": POOLS}, least={"kernel": 1})
         if not 0 < self.window < self.capacity:
             raise ValueError(
                 f"SnapKV: window={self.window}, capacity={self.capacity}: "
                 "expected 0 < window < capacity"
             )
-        if self.kernel < 1 or self.kernel % 2 == 0:
+        if self.kernel % 2 == 0:
             raise ValueError(f"SnapKV: kernel={self.kernel}: expected an odd width")
-        if self.pool not in POOLS:
-            raise ValueError(f"SnapKV: pool={self.pool!r}: expected one of {POOLS}")
 
-    def importance(self, q: jax.Array, cache: Cache, now: TokenPositions) -> jax.Array:
+    def importance(
+        self, q: jax.Array, cache: Cache, now: TokenPositions, sink: Any = None
+    ) -> jax.Array:
         """The pooled votes for each slot [B,C,K], and infinity for the window."""
         b, _, h, _ = q.shape
         window = now.next_pos[:, None, None] - self.window  # its first position
@@ -72,14 +75,16 @@ class SnapKV(Policy, Softmax):
         heads = early.shape[2]  # that keep tokens of their own
         by_query = jnp.repeat(jnp.moveaxis(early, 1, 2), h // heads, 1)  # [B,H,C]
         # c_j, pooled [B,H,C]
-        pooled = self.pooled(self.votes(q, cache.k, cache.pos, now), by_query)
+        votes = self.votes(q, cache.k, cache.pos, now, sink)
+        pooled = self.pooled(votes, by_query)
         pooled = pooled.reshape(b, heads, h // heads, -1).mean(2)  # [B,K,C]
         return jnp.where(early, jnp.moveaxis(pooled, 1, 2), jnp.inf)
 
-    def votes(self, q, k, pos, now: TokenPositions) -> jax.Array:
+    def votes(self, q, k, pos, now: TokenPositions, sink=None) -> jax.Array:
         """What each key gets from the last `window` real queries: [B,H,S].
 
-        q [B,T,H,D] at `now`, k [B,S,K,D] at positions pos [B,S,K].
+        q [B,T,H,D] at `now`, k [B,S,K,D] at positions pos [B,S,K]; sink [H]. Weights
+        are those of the attention, with its softcap and score.
         """
         t, h = q.shape[1:3]
         mine = caches.current(now)
@@ -88,10 +93,13 @@ class SnapKV(Policy, Softmax):
         asked = jnp.take_along_axis(q, index[..., None, None], 1)  # [B,W,H,D]
         q_pos = jnp.take_along_axis(now.pos, index, 1)
         kv_pos = jnp.repeat(pos, h // pos.shape[2], 2)
-        seen = allowed(self.mask, Where(q_pos, kv_pos, head=jnp.arange(h)))
-        p = weights(logits(asked, k, self.scale), seen).astype(q.dtype)  # [B,H,W,S]
+        where = Where(q_pos, kv_pos, head=jnp.arange(h, dtype=jnp.int32))
+        both = (a.astype(jnp.float32) if k.dtype != q.dtype else a for a in (asked, k))
+        s = formed(logits(*both, self.scale), self._spec(), where)
+        p = weights(s, allowed(self.visible, where), sink).astype(q.dtype)  # [B,H,W,S]
         # c_j = sum over the window [B,H,S]
-        return (p * (last >= 0)[:, None, :, None]).sum(2, dtype=jnp.float32)
+        p = jnp.where((last >= 0)[:, None, :, None], p, 0)
+        return p.sum(2, dtype=jnp.float32)
 
     def pooled(self, vote: jax.Array, early: jax.Array) -> jax.Array:
         """Votes [B,H,S] pooled along the sequence, of the tokens before the window

@@ -11,21 +11,24 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import warnings
 from typing import Any, Callable
 
-import jax
 import jax.numpy as jnp
 
 from attn.cache import kv as caches
 from attn.cache import sharded as shardcache
 from attn.contract.attention import EXACT, Attention, TemplateRow
-from attn.contract.segments import TokenPositions, locate
+from attn.contract.calls import refuse_keywords
+from attn.contract.fields import check_fields
+from attn.contract.segments import TokenPositions, align_last, locate
 from attn.contract.shapes import check
-from attn.exact.attend import attend
+from attn.exact.attend import attend, with_mask
 from attn.exact.logits import Dropout, LogitSpec, Where
 from attn.masks import Causal, Full, Mask
 from attn.parallel.exchange import EXCHANGES, GATHER, exchanged, split_axis
 from attn.parallel.sharding import Axis, devices_of, over_mesh, spread_heads
+from pallas_kernels.arrays import check_logits
 
 FEW = 8  # queries for which a step is bound by the bytes of the cache
 
@@ -35,16 +38,19 @@ class Softmax(Attention):
     """FlashAttention (Dao et al., 2022) arXiv:2205.14135: exact softmax attention.
 
     softmax(scale q.k + score(h, i, j)) v over the keys that `mask` lets a query see,
-    by `attn.exact.attend`. Its memory is a `Cache`: of every token, or, where the mask
-    forgets (a window, a window with sinks), a ring of just those that can be seen.
+    by `attn.exact.attend`. mask: None is `Causal()`, and in a layer that is given a
+    context, whose tokens are no earlier or later ones, `Full()`. Its memory is a
+    `Cache`: of every token, or, where the mask forgets (a window, a window with sinks),
+    a ring of just those that can be seen.
 
     `score` is a function of positions such as `ALiBi(heads)`; `dropout` acts when the
     call is given a `key`. axis: the mesh axis that tokens are split over; exchange: how
     its shards meet, "all_gather" ("gather"), "ring", "zigzag" or "ulysses" ("swap"; see
-    `attn/parallel/exchange.py`).
+    `attn/parallel/exchange.py`). implementation: also "dense", the matrix in plain jnp,
+    the only form with forward-mode derivatives (jvp, linearize, hessian).
     """
 
-    mask: Mask = Causal()
+    mask: Mask | None = None
     scale: float | None = None
     softcap: float | None = None
     score: Callable | None = None
@@ -55,29 +61,49 @@ class Softmax(Attention):
     row = TemplateRow(EXACT, "L^2 D", 2)
 
     def __post_init__(self):
-        if self.exchange not in EXCHANGES:
+        check_fields(self, above={"softcap": 0}, choices={"exchange": EXCHANGES})
+        name = type(self).__name__
+        if self.visible.empty:
             raise ValueError(
-                f"Softmax: exchange={self.exchange!r}: expected one of {EXCHANGES}"
-            )
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"Softmax: dropout={self.dropout}: expected in [0, 1)")
-        if self.softcap is not None and self.softcap <= 0:
-            raise ValueError(f"Softmax: softcap={self.softcap}: expected above 0")
-        if self.mask.empty:
-            raise ValueError(
-                f"Softmax: mask={self.mask} hides every key from every query: "
+                f"{name}: mask={self.mask} hides every key from every query: "
                 "expected one that leaves some visible"
             )
+        if self.score is not None and not callable(self.score):
+            raise ValueError(
+                f"{name}: score={self.score!r}: expected a function of head, query and "
+                "key position, such as ALiBi(heads=8)"
+            )
+
+    @property
+    def visible(self) -> Mask:
+        """The mask, with its default."""
+        return Causal() if self.mask is None else self.mask
+
+    def of_context(self) -> Softmax:
+        """This attention for keys of a context: seen whole, unless a mask is given."""
+        return self if self.mask is not None else dataclasses.replace(self, mask=Full())
 
     def __call__(
-        self, q, k, v, *, x=None, segments=None, bias=None, sink=None, key=None
+        self, q, k, v, *, x=None, segments=None, bias=None, sink=None, key=None,
+        mask=None, **unknown,
     ):
         """All tokens at once. q [B,T,H,D], k [B,S,K,D], v [B,S,K,V] -> [B,T,H,V].
 
-        bias [B|1,H|1,T|1,S|1] is added to the logits, sink [H] is a logit without
-        value, key a PRNG key for dropout. T != S aligns the last tokens.
+        bias [B|1,H|1,T|1,S|1] is added to the logits, mask of the same form, booleans,
+        hides where it is False, beside the mask of the attention; sink [H] is a logit
+        without value, key a PRNG key for dropout. T != S aligns the last tokens: of
+        T > S queries in causal order the first T - S see nothing, and give 0.
         """
+        refuse_keywords(self, unknown)
         check(q, k, v, segments=segments)
+        if self.axis is None and self.exchange not in GATHER:
+            warnings.warn(
+                f"exchange={self.exchange!r} without an axis exchanges nothing: "
+                "expected the mesh axis whose shards meet, axis='seq'", stacklevel=2
+            )
+        check_logits(q, k, bias=bias, sink=sink)
+        self._check_heads(q)
+        bias = with_mask(q, k, bias, mask)
         # of a ring's shards it is known before anything runs how far apart they stand
         counted = segments is None and q.shape[1] == k.shape[1]
         where = self._where(q, k, segments)
@@ -85,20 +111,26 @@ class Softmax(Attention):
 
     def init_state(self, size, q, k, v, *, x=None):
         """An empty memory for `size` tokens; q, k, v give shapes and dtypes."""
+        caches.check_size(size)
         # a window never needs more slots than it is long
-        need = caches.rolling_slots(self.mask, max(size, 1)).slots
-        return caches.empty(k, v, need if size > 0 else size)
+        need = caches.rolling_slots(self.visible, max(size, 1)).slots
+        return caches.empty(k, v, need)
 
-    def step(self, state, q, k, v, *, x=None, segments=None, bias=None, sink=None):
+    def step(
+        self, state, q, k, v, *, x=None, segments=None, bias=None, sink=None, **unknown
+    ):
         """The next T tokens -> state, [B,T,H,V]. Past the state's size: ValueError, and
         NaN inside a trace, unless the mask is a window."""
-        check(q, k, v, segments=segments, aligned=True)
+        refuse_keywords(self, unknown)
+        check(q, k, v, segments=segments, aligned=True, piece=True)
         self._check_stream(bias)
+        self._check_heads(q)
+        check_logits(q, k, sink=sink)
         caches.check_fits(state, k, v)
         b, t = q.shape[:2]
         slots = state.k.shape[1]
         now = locate(segments, b, t, state.end, state.segment)
-        ring = caches.rolling_slots(self.mask, slots)
+        ring = caches.rolling_slots(self.visible, slots)
         if not ring.endless:
             caches.check_room(now.next_pos, slots)
         after = self._append(state, k, v, now, ring.slot(now))
@@ -109,20 +141,28 @@ class Softmax(Attention):
         else:
             # early tokens of the piece see what its late ones take the slots of
             read = caches.concat(state, k, v, now)
-        o = self.read(*read, q, now, sink=sink)
+        o = self.read(*read, q, now, sink=sink).astype(v.dtype)
         return after, o if ring.endless else caches.poison(o, now.next_pos, slots)
 
     def _check_stream(self, bias) -> None:
-        if not self.mask.causal:
+        if not self.visible.causal:
             raise NotImplementedError(
-                f"step: {self.mask} lets tokens see later ones: no stream"
+                f"step: {self.visible} lets tokens see later ones: no stream"
             )
         if bias is not None:
             raise NotImplementedError("step: a bias array has no place in a stream")
 
+    def _check_heads(self, q) -> None:
+        heads = getattr(self.score, "heads", None)
+        if heads is not None and heads != q.shape[2]:
+            raise ValueError(
+                f"score={self.score}: q has H={q.shape[2]} heads, expected as many"
+            )
+
     def read(self, cache, kv_segment, q, now: TokenPositions, *, sink=None):
         """q [B,T,H,D] at `now` over a cache whose slots have segment indices [B,C] ->
-        [B,T,H,V]."""
+        [B,T,H,V] in the wider of their types."""
+        cache, q = caches.of_one_type(cache, q)
         if q.shape[1] <= FEW:
             # decoding: every device answers from the slots that it holds
             how: dict[str, Any] = {"sink": sink, "implementation": self.implementation}
@@ -149,7 +189,7 @@ class Softmax(Attention):
         return self.axis if fits else None
 
     def _spec(self) -> LogitSpec:
-        return LogitSpec(self.mask, self.scale, self.softcap, self.score)
+        return LogitSpec(self.visible, self.scale, self.softcap, self.score)
 
     def _where(self, q, k, segments) -> Where:
         """Positions and segment indices; none where positions simply count."""
@@ -168,9 +208,9 @@ class Softmax(Attention):
             return Where(now.pos, now.pos, now.segment, now.segment)
         q_seg, kv_seg = (a.astype(jnp.int32) for a in segments)
         q_pos, kv_pos = locate(q_seg, b, t).pos, locate(kv_seg, b, s).pos
-        if t != s or not self.mask.relative or self.mask != Full():
+        if self.visible != Full() or self.score is not None:
             # aligned at the last token of each sequence, of its true lengths
-            q_pos = q_pos + _count(kv_seg, q_seg) - _count(q_seg, q_seg)
+            q_pos = q_pos + align_last(q_seg, kv_seg)
         return Where(q_pos, kv_pos, q_seg, kv_seg)
 
     def _attend(self, q, k, v, where: Where, bias, sink, key, counted=False):
@@ -218,14 +258,3 @@ def _letters(bias) -> str:
     if bias is None:
         return "."
     return "".join("." if n == 1 else c for c, n in zip("BHT.", bias.shape))
-
-
-def _count(keys: jax.Array, ids: jax.Array) -> jax.Array:
-    """How often each of ids [B,T] stands in keys [B,S], in memory linear in T and S."""
-    ordered = jnp.sort(keys, axis=1)
-
-    def find(side: str) -> jax.Array:
-        return jax.vmap(functools.partial(jnp.searchsorted, side=side))(ordered, ids)
-
-    # equal ids stand side by side
-    return (find("right") - find("left")).astype(jnp.int32)

@@ -31,8 +31,8 @@ def row(mixer: Any) -> TemplateRow:
     if found is None:
         name = type(mixer).__name__
         raise ValueError(f"{name} has no row: expected `row` in its class")
-    if found.kind == EXACT and mixer.mask not in (Causal(), Full()):
-        return TemplateRow(MASKED, "visible pairs times D", _power(mixer.mask))
+    if found.kind == EXACT and mixer.visible not in (Causal(), Full()):
+        return TemplateRow(MASKED, "visible pairs times D", _power(mixer.visible))
     return found
 
 

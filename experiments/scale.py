@@ -198,7 +198,7 @@ def wanted(config_: Config, model: LM, attention: Any) -> float:
         return 0.0
     size = -(-config_.tokens // 512)
     tiling = Tiling(config_.tokens, config_.tokens, size, size, 0)
-    table = block_mask(attention.mask, tiling)
+    table = block_mask(attention.visible, tiling)
     pairs = size**2 * ((table == FULL).sum() + (table == MASKED).sum() / 2)
     width = model.head_dim or model.width // model.heads
     return float(7 * 2 * pairs * width * model.heads * config_.batch)

@@ -772,3 +772,59 @@ def test_a_step_past_the_memory_is_never_silent(name):
     with pytest.raises(ValueError, match=f"memory of {room}"):
         attention.step(state, *past)
     assert np.isfinite(o[:, :room]).all() and np.isnan(o[:, room:]).all()
+
+
+# of an attention's own fields, in one shared way
+WRONG_FIELDS = {
+    "scale": (0.0, float("nan"), "1", True), "chunk": (0, 2.0, True),
+    "implementation": ("cuda",), "axis": (), "causal": (1, None), "eps": (-1.0, "0"),
+    "dropout": (1.0, -0.1), "mask": (5, np.ones((T, T), bool), Causal),
+    "softcap": (0.0,), "top_k": (0, 1.5), "block": (0,), "capacity": (2.5,),
+    "feature_dim": (0,), "rank": (0,), "length": (0,), "exchange": ("tree", None),
+    "conv": (-1, 1.0), "temperature": (0.0,), "kernel": (4,), "pool": ("sum",),
+}
+
+
+@LAW
+def test_wrong_fields_are_refused_where_it_is_made(name):
+    attention = ENTRIES[name].attention
+    fields = getattr(attention, "module", attention).__dataclass_fields__
+    for field in WRONG_FIELDS.keys() & fields.keys():
+        for value in WRONG_FIELDS[field]:
+            with pytest.raises(ValueError, match=f"{field}.*expected"):
+                given(attention, **{field: value})
+    with pytest.raises(ValueError, match=r"array of shape .*\(q, k, v"):
+        type(getattr(attention, "module", attention))(*inputs())
+
+
+@LAW
+def test_malformed_tokens_and_segments_are_refused(name):
+    attention, (q, k, v) = ENTRIES[name].attention, inputs()
+    for args, message in (
+        ((q.tolist(), k, v), r"q is a list: expected an array \[B,T,H,D\]"),
+        ((q.astype(jnp.int32), k, v), "q is int32: expected a floating"),
+    ):
+        if not isinstance(attention, Learned):  # it makes x of q, k and v
+            with pytest.raises(ValueError, match=message):
+                attention(*args)
+    ids = jnp.ones((B, T), jnp.int32)
+    for segments, message in (
+        ([ids, ids], "segments is a list"), ((ids, ids, ids), "a tuple of 3"),
+        (ids.astype(jnp.float32), "float32: expected integers"),
+        (np.full((B, T), 2**31, np.uint32), "ids that int32 holds"),
+        (np.full((B, T), 2**31), "ids that int32 holds"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            attention(q, k, v, segments=segments)
+
+
+@LAW
+def test_heads_in_the_place_of_tokens_are_warned_of(name):
+    q, k, v = (jax.ShapeDtypeStruct((B, 3, 8, n), jnp.float32) for n in (D, D, V))
+    attention = ENTRIES[name].attention
+    if isinstance(attention, Learned):
+        pytest.skip("its parameters are for H heads")
+    if getattr(attention, "score", None) is not None:
+        attention = given(attention, score=None)
+    with pytest.warns(UserWarning, match=r"swap axes 1 and 2"):
+        jax.eval_shape(attention, q, k, v)

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from attn.contract.dispatch import interpreted, pick
 from attn.contract.segments import TokenPositions
@@ -38,8 +39,7 @@ class Cache(NamedTuple):
 
 def empty(k, v, slots: int, *, per_head: bool = False) -> Cache:
     """A cache of `slots` slots for keys and values like k [B,.,K,D] and v [B,.,K,V]."""
-    if slots < 1:
-        raise ValueError(f"size: a memory for {slots} tokens, expected 1 or more")
+    check_size(slots)
     b, _, heads, d = k.shape
     return Cache(
         jnp.zeros((b, slots, heads, d), k.dtype),
@@ -48,6 +48,31 @@ def empty(k, v, slots: int, *, per_head: bool = False) -> Cache:
         jnp.zeros((b,), jnp.int32),
         jnp.full((b,), -1, jnp.int32),
     )
+
+
+def check_size(size) -> None:
+    """Raises ValueError unless `size` is a number of tokens."""
+    if not isinstance(size, (int, np.integer)) or isinstance(size, bool):
+        what = f"{type(size).__name__} of shape {tuple(size.shape)}" if hasattr(
+            size, "shape") else repr(size)
+        raise ValueError(
+            f"size is {what}: expected a number of tokens, init_state(size, q, k, v)"
+        )
+    if size < 1:
+        raise ValueError(f"size: a memory for {size} tokens, expected 1 or more")
+
+
+def of_one_type(cache: Cache, q: jax.Array) -> tuple[Cache, jax.Array]:
+    """Cache and queries in the wider of their types: tokens may be of another type than
+    the state."""
+    kinds = {jnp.dtype(a.dtype) for a in (cache.k, cache.v, q)}
+    if len(kinds) == 1:
+        return cache, q
+    widest = max(kinds, key=lambda kind: jnp.finfo(kind).bits)
+    # neither bfloat16 nor float16 holds the other
+    widest = widest if jnp.finfo(widest).bits > 16 else jnp.dtype(jnp.float32)
+    k, v, q = (a.astype(widest) for a in (cache.k, cache.v, q))
+    return cache._replace(k=k, v=v), q
 
 
 def current(place: TokenPositions) -> jax.Array:
@@ -84,7 +109,7 @@ def append_next(cache: Cache, k, v, place: TokenPositions) -> tuple[Cache, jax.A
     # a new sequence begins in slot 0
     used = jnp.where(place.segment.max(1) > 1, 0, (cache.pos[..., 0] >= 0).sum(1))
     after = append(cache, k, v, place, used[:, None])
-    return after, used + (place.segment[:, 0] > 0)
+    return after, used + (place.segment[:, 0] > 0).astype(jnp.int32)
 
 
 def concat(cache: Cache, k, v, place: TokenPositions) -> tuple[Cache, jax.Array]:
@@ -145,21 +170,22 @@ def rolling_slots(mask: Mask, slots: int) -> RollingSlots:
 def read(
     cache: Cache, kv_segment: jax.Array, q: jax.Array, now: TokenPositions,
     spec: LogitSpec, *, head: jax.Array | None = None, sink: jax.Array | None = None,
-    implementation: str | None = None,
-) -> tuple[jax.Array, jax.Array]:
+    split_lse: bool = False, implementation: str | None = None,
+) -> tuple[jax.Array, ...]:
     """What a few queries q [B,T,H,D] at `now` find in a cache whose slots have segment
-    indices kv_segment [B,C] -> o [B,T,H,V], lse [B,H,T]. head, sink: see `attend`."""
+    indices kv_segment [B,C] -> o [B,T,H,V], lse [B,H,T]. head, sink, split_lse: see
+    `attend`."""
     where = Where(now.pos, cache.pos, now.segment, kv_segment, head)
 
     def kernel(backend):
         return decode(
             q, cache.k, cache.v, sink=sink, backend=backend, interpret=interpreted(),
-            **kernel_options(spec, where),
+            split_lse=split_lse, **kernel_options(spec, where),
         )
 
     tpu, gpu = (functools.partial(kernel, name) for name in ("tpu", "triton"))
     xla = functools.partial(
-        chunked.attend, q, cache.k, cache.v, spec, where, sink=sink
+        chunked.attend, q, cache.k, cache.v, spec, where, sink=sink, split_lse=split_lse
     )
     return pick(implementation, xla=xla, tpu=tpu, gpu=gpu)
 

@@ -8,7 +8,7 @@ and the room for what comes are the same for all of them:
     class Newest(Policy, Softmax):
         capacity: int = 320
 
-        def importance(self, q, cache, now):
+        def importance(self, q, cache, now, sink=None):
             return cache.pos
 """
 
@@ -21,8 +21,10 @@ import jax.numpy as jnp
 
 from attn.cache import kv as caches
 from attn.cache.kv import Cache
+from attn.contract.calls import refuse_keywords
 from attn.contract.segments import TokenPositions, locate
 from attn.contract.shapes import check
+from pallas_kernels.arrays import check_logits
 
 
 class Policy:
@@ -35,34 +37,44 @@ class Policy:
 
     share_group: Any = True
 
-    def importance(self, q: jax.Array, cache: Cache, now: TokenPositions) -> jax.Array:
+    def importance(
+        self, q: jax.Array, cache: Cache, now: TokenPositions, sink: Any = None
+    ) -> jax.Array:
         """How important each slot is, [B,C,K]; the greatest are kept, empty ones last.
 
         q [B,T,H,D] at `now`: the piece that was just read. cache: all that could be
-        kept, with that piece, in order of position, empty slots behind.
+        kept, with that piece, in order of position, empty slots behind. sink [H]: given
+        only if the call has one.
         """
         raise NotImplementedError(f"{type(self).__name__} says no importance")
 
     def init_state(self: Any, size, q, k, v, *, x=None):
         """An empty memory for a prompt as long as q and the rest of `size` tokens."""
+        caches.check_size(size)
         prompt = min(q.shape[1], size)
         # what is kept of a prompt, and one slot for each later token
         slots = min(prompt, self.capacity) + size - prompt
         k, v = (jax.eval_shape(self._stored, q, a) for a in (k, v))
         return caches.empty(k, v, slots, per_head=True)
 
-    def step(self: Any, state, q, k, v, *, x=None, segments=None, bias=None, sink=None):
+    def step(
+        self: Any, state, q, k, v, *, x=None, segments=None, bias=None, sink=None,
+        **unknown,
+    ):
         """The next T tokens -> state, [B,T,H,V]: one token is appended, a piece is
         attended to exactly and then compressed to `capacity`."""
-        check(q, k, v, segments=segments, aligned=True)
+        refuse_keywords(self, unknown)
+        check(q, k, v, segments=segments, aligned=True, piece=True)
         self._check_stream(bias)
+        self._check_heads(q)
+        check_logits(q, k, sink=sink)
         k, v = self._stored(q, k), self._stored(q, v)
         caches.check_fits(state, k, v)
         slots = state.k.shape[1]
         now = locate(segments, q.shape[0], q.shape[1], state.end, state.segment)
         # all keys are read before some of them are dropped
         both, slot_segments = caches.concat(state, k, v, now)
-        o = self.read(both, slot_segments, q, now, sink=sink)
+        o = self.read(both, slot_segments, q, now, sink=sink).astype(v.dtype)
         if q.shape[1] == 1:
             after, used = caches.append_next(state, k, v, now)
             caches.check_room(used, slots)
@@ -70,7 +82,8 @@ class Policy:
         # only what goes on afterwards can be kept
         mine = caches.in_order(caches.only_current(both, slot_segments))
         size = min(self.capacity, slots, mine.k.shape[1])
-        after = caches.keep(mine, self.importance(q, mine, now), size)
+        given = (q, mine, now) if sink is None else (q, mine, now, sink)
+        after = caches.keep(mine, self.importance(*given), size)
         return caches.pad_slots(after, slots), o
 
     def _stored(self, q: jax.Array, a: jax.Array) -> jax.Array:

@@ -17,7 +17,9 @@ from attn.cache import kv as caches
 from attn.cache.kv import Cache
 from attn.contract.segments import TokenPositions
 from attn.exact.logits import LogitSpec
-from attn.exact.online import logsumexp, merge, output, state_of
+from attn.exact.online import (
+    OnlineSoftmax, join, merge, output, state_of, without_value
+)
 from attn.parallel.sharding import Axis, devices_of, mesh_of, over_mesh
 
 
@@ -66,19 +68,19 @@ def read(
         now = TokenPositions(*place)
         part = Cache(k, v, pos, now.next_pos, now.last_segment)
         found = caches.read(
-            part, kv_segment, q, now, spec, head=head, implementation=implementation
+            part, kv_segment, q, now, spec, head=head, split_lse=True,
+            implementation=implementation,
         )
-        both = merge(state_of(*found), axis)  # one maximum and one sum along the axis
-        return output(both), logsumexp(both)
+        # one maximum and one sum along the axis
+        return tuple(merge(state_of(*found), axis))
 
-    letters = f"B.HD H BS {_letters(cache)} B. B. B B -> B.HV B.H"
-    # o [B,T,H,V], lse [B,T,H]
-    o, lse = over_mesh(local, letters, axis)(q, heads, kv_segment, *cache[:3], *now)
+    letters = f"B.HD H BS {_letters(cache)} B. B. B B -> B.H B.H B.HV"
+    # m, l [B,T,H], acc [B,T,H,V]
+    found = over_mesh(local, letters, axis)(q, heads, kv_segment, *cache[:3], *now)
+    state = OnlineSoftmax(*found)
     if sink is not None:
-        # exp(lse) / (exp(lse) + exp(sink)): once, as each device would count the sink
-        share = jnp.exp(lse - jnp.logaddexp(lse, sink[None, None]))
-        o = o * share[..., None]
-    return o.astype(cache.v.dtype)
+        state = join(state, without_value(sink, state))  # once, not by each device
+    return output(state).astype(cache.v.dtype)
 
 
 def _letters(cache: Cache) -> str:

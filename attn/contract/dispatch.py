@@ -9,6 +9,7 @@ import jax
 from pallas_kernels import Refused
 
 IMPLEMENTATIONS = (None, "xla", "pallas")
+DENSE = "dense"  # exact attention in one matrix, which has derivatives of every kind
 INTERPRETED = "tpu"  # whose kernels a CPU interprets, where there is a choice
 
 
@@ -35,14 +36,23 @@ def pick(
     xla: Callable[[], Any] | None = None,
     gpu: Kernels = None,
     tpu: Kernels = None,
+    dense: Callable[[], Any] | None = None,
 ) -> Any:
     """Runs the best implementation: the platform's kernel, else XLA.
 
     gpu, tpu: a kernel, or several, of which the first that does not refuse runs.
     implementation: None falls through a kernel's refusal to the next; "pallas" and
     "xla" run that one or raise NotImplementedError with the reason. On a CPU a kernel
-    that is asked for by name runs interpreted.
+    that is asked for by name runs interpreted. dense: what "dense" runs, of those that
+    have it.
     """
+    if implementation == DENSE:
+        if dense is None:
+            raise NotImplementedError(
+                "implementation='dense': exact attention alone has this form, expected "
+                f"one of {IMPLEMENTATIONS}"
+            )
+        return dense()
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(
             f"implementation={implementation!r}: expected one of {IMPLEMENTATIONS}"

@@ -8,6 +8,7 @@ followed by decoding without a gap.
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -93,6 +94,24 @@ def _located(segments, batch, length, next_pos, last_segment) -> TokenPositions:
         next_pos=time[:, -1] + 1 - start[:, -1],
         last_segment=ids[:, -1],
     )
+
+
+def align_last(q_segment, kv_segment) -> jax.Array:
+    """How much further on the queries of a pair of segments [B,T], [B,S] stand, [B,T],
+    so that the last query of a sequence stands at its last key."""
+    mine = _count(kv_segment, q_segment)
+    return jnp.where(q_segment > 0, mine - _count(q_segment, q_segment), 0)
+
+
+def _count(keys: jax.Array, ids: jax.Array) -> jax.Array:
+    """How often each of ids [B,T] stands in keys [B,S], in memory linear in T and S."""
+    ordered = jnp.sort(keys, axis=1)
+
+    def find(side: str) -> jax.Array:
+        return jax.vmap(functools.partial(jnp.searchsorted, side=side))(ordered, ids)
+
+    # equal ids stand side by side
+    return (find("right") - find("left")).astype(jnp.int32)
 
 
 def segment_indices(segments: Any, q: Any, ordered: bool = True) -> tuple[Any, Any]:

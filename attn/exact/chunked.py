@@ -10,7 +10,9 @@ values (`attn/exact/online.py`):
 
 The backward pass makes each tile again from q, k and lse:
 
-    p = exp(s - lse);  ds = p (do.v - delta),  delta = sum(do * o) - d(lse)
+    p = exp(s - m) / l;  ds = p (do.v - delta),  delta = sum(do * o) - d(lse)
+
+in which m and l stay apart: where m is large, m + log l has nothing of l.
 
 Source: Dao et al., 2022, arXiv:2205.14135.
 """
@@ -28,8 +30,9 @@ from attn.contract.varying import varying
 from attn.exact.chunked_vjp import Constants, Plan, chunked, chunked_part
 from attn.exact.logits import Dropout, LogitSpec, Where
 from attn.masks import Full
+from pallas_kernels.arrays import check_logits
 from pallas_kernels.schedule import SKIP, Tiling, block_mask, traced_block_mask
-from pallas_kernels.tile import NEVER, LogitSpec as TileSpec
+from pallas_kernels.tile import NEVER, LogitSpec as TileSpec, lse_of
 
 
 def attend(
@@ -43,8 +46,9 @@ def attend(
     sink: jax.Array | None = None,
     dropout: Dropout | None = None,
     given: jax.Array | None = None,
+    split_lse: bool = False,
     tile: tuple[int, int] | None = None,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[jax.Array, ...]:
     """Exact attention in memory linear in T: o [B,T,H,V] and lse [B,H,T] float32.
 
     q [B,T,H,D], k [B,S,K,D], v [B,S,K,V]. `bias` [B|1,H|1,T|1,S|1] is added to the
@@ -54,9 +58,13 @@ def attend(
 
     given [B,H,T]: the lse that these queries have with all of their keys, if k and v
     are a part of those, for the part's gradients: nothing is computed, o is 0, and
-    lse's cotangent is to hold what all parts share, d(lse) - sum(d(o) o) of the whole.
+    lse's cotangent is to hold what all parts share, d(lse) - sum(d(o) o) of the whole;
+    a number near the lse will do, if both cotangents are multiplied by
+    exp(given - lse). split_lse: m and l [B,H,T] instead of lse = m + log l, which a
+    large m leaves nothing of l; no gradient flows through m, on which nothing depends.
     tile: queries and keys of a chunk. Source: see the module.
     """
+    check_given(q, k, where, bias, sink, dropout, given)
     (b, t, h, _), heads = q.shape, k.shape[2]
     if where.kv_pos is not None and where.kv_pos.ndim == 2:
         where = dataclasses.replace(where, kv_pos=where.kv_pos[..., None])
@@ -77,14 +85,26 @@ def attend(
         sink = sink.astype(jnp.float32).reshape(heads, h // heads)  # [H] -> [K,G]
     const, arrays = varying((const, (grouped, keys, vals, bias, sink)))
     if given is None:
-        o, lse = chunked(plan, const, *arrays)
+        o, m, l = chunked(plan, const, *arrays)
+        m = jax.lax.stop_gradient(m)
+        sums = (m, l) if split_lse else (lse_of(m, l),)
     else:
         # queries that are filled in see nothing
         lse = _pad(given.reshape(b, heads, h // heads, t), 3, rows, NEVER)
-        o, lse = chunked_part(plan, const, *arrays, lse)
+        o, *sums = chunked_part(plan, const, *arrays, lse)
     # [B,K,G,T,V] -> [B,T,H,V]
     o = o.transpose(0, 3, 1, 2, 4).reshape(b, rows, h, -1)[:, :t]
-    return o.astype(v.dtype), lse.reshape(b, h, rows)[:, :, :t]
+    return o.astype(v.dtype), *(a.reshape(b, h, rows)[:, :, :t] for a in sums)
+
+
+def check_given(q, k, where: Where, bias, sink, dropout, given=None) -> None:
+    """Raises ValueError for arrays that do not fit q and k; see `attend`."""
+    check_logits(
+        q, k, bias=bias, sink=sink, head=where.head, q_pos=where.q_pos,
+        kv_pos=where.kv_pos, q_segment=where.q_segment, kv_segment=where.kv_segment,
+        keep=None if dropout is None else dropout.keep,
+        batch=None if dropout is None else dropout.batch, given=given,
+    )
 
 
 def _plan(
@@ -119,7 +139,7 @@ def _constants(plan: Plan, where: Where, dropout: Dropout | None, sizes) -> Cons
     if dropout is not None:
         keep = _pad(_pad(_grouped(dropout.keep, heads), 3, rows), 4, columns)
         if dropout.key is not None and dropout.rate > 0:
-            seed, batch = _seed(dropout.key), dropout.batch
+            seed, batch = key_words(dropout.key), dropout.batch
             batch = jnp.arange(b, dtype=jnp.int32) if batch is None else batch
     return Constants(
         # keys that are filled in have no position
@@ -142,7 +162,8 @@ def _busy(plan: Plan, table: np.ndarray, where: Where) -> jax.Array | None:
     return (seen[:, i, j] != SKIP).any(0)
 
 
-def _seed(key: Any) -> jax.Array:
+def key_words(key: Any) -> jax.Array:
+    """Two words of a PRNG key [2] uint32."""
     return jax.random.key_data(key).astype(jnp.uint32)[-2:]  # the hash takes two words
 
 

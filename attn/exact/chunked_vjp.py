@@ -16,10 +16,12 @@ import jax.numpy as jnp
 
 from attn.contract.varying import varying
 from attn.exact.online import (
-    EMPTY, OnlineSoftmax, empty, logsumexp, output, rescale
+    EMPTY, OnlineSoftmax, empty, output, rescale
 )
 from pallas_kernels.schedule import Tiling
-from pallas_kernels.tile import NEVER, LogitSpec, dropout_keep
+from pallas_kernels.tile import (
+    NEVER, LogitSpec, base_and_factor, dropout_keep, sink_logit
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,20 +151,21 @@ def _over_tiles(plan: Plan, const: Constants, body: Callable, carry):
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def chunked(plan: Plan, const: Constants, q, k, v, bias, sink):
     """q [B,K,G,T,D], k [B,K,S,D], v [B,K,S,V], all multiples of a tile; bias
-    [B|1,K|1,G|1,T|1,S|1], sink [K,G] -> o [B,K,G,T,V] float32, lse [B,K,G,T]."""
+    [B|1,K|1,G|1,T|1,S|1], sink [K,G] -> o [B,K,G,T,V] float32, m, l [B,K,G,T]."""
     return _forward(plan, const, q, k, v, bias, sink)[0]
 
 
 def _forward(plan, const, q, k, v, bias, sink):
     state = empty(q.shape[:4], v.shape[-1])
     if sink is not None:
-        # a logit without value: m = sink, l = 1, acc = 0
-        m = jnp.broadcast_to(jnp.maximum(sink, EMPTY)[None, :, :, None], state.m.shape)
-        state = state._replace(m=m, l=(m > EMPTY).astype(jnp.float32))
+        # a logit without value: m = sink, l = 1, acc = 0; -inf is none
+        m = jnp.broadcast_to(sink_logit(sink)[None, :, :, None], state.m.shape)
+        some = (m > NEVER).astype(jnp.float32)
+        state = state._replace(m=jnp.maximum(m, EMPTY), l=some)
     body = functools.partial(_forward_tile, plan, const, (q, k, v, bias))
     state = _over_tiles(plan, const, body, varying(state, const, q, k, v, bias, sink))
-    o, lse = output(state), logsumexp(state)
-    return (o, lse), (const, q, k, v, bias, sink, o, lse)
+    o, m, l = output(state), state.m, state.l
+    return (o, m, l), (const, q, k, v, bias, sink, o, m, l)
 
 
 def _forward_tile(plan: Plan, const: Constants, arrays, state, i, j) -> OnlineSoftmax:
@@ -173,7 +176,7 @@ def _forward_tile(plan: Plan, const: Constants, arrays, state, i, j) -> OnlineSo
     s, _ = _tile_logits(plan, const, q_i, k_j, bias, i, j)
     old = OnlineSoftmax(*(_cut(a, 3, i, bq) for a in state))
     m = jnp.maximum(old.m, s.max(-1))  # [B,K,G,bq]
-    # exp(s_j - m'): m' is -1e30 or more, so a row that sees nothing is no NaN
+    # exp(s_j - m'): m' is finite, so a row that sees nothing is no NaN
     p = jnp.exp(s - m[..., None])
     _, l, acc = rescale(old, m)  # l and acc times exp(m - m')
     l = l + p.sum(-1)  # dropout leaves the sum as it is
@@ -187,12 +190,17 @@ def _forward_tile(plan: Plan, const: Constants, arrays, state, i, j) -> OnlineSo
 
 
 def _backward(plan, saved, cotangents):
-    const, q, k, v, bias, sink, o, lse = saved
-    do, dlse = cotangents
-    # delta = rowsum(do o); d(lse) enters exactly where it leaves
-    delta = (0 if o is None else (do * o).sum(-1)) - dlse
-    # a row that sees nothing: exp(-inf - 0) is 0, where -inf - -inf were no number
-    base = jnp.where(jnp.isfinite(lse), lse, 0)
+    *arrays, o, m, l = saved
+    do, _, dl = cotangents
+    # delta = rowsum(do o); d(log l) = l d(l) enters exactly where it leaves
+    delta = (do * o).sum(-1) - l * dl
+    base, factor = base_and_factor(m, l)
+    return _gradients(plan, arrays, base, delta * factor, do * factor[..., None])
+
+
+def _gradients(plan, arrays, base, delta, do):
+    """The gradients, with weights exp(s - base): base, delta [B,K,G,T]; do."""
+    const, q, k, v, bias, sink = arrays
     rows = do.astype(v.dtype), delta, base
     body = functools.partial(_backward_tile, plan, const, (q, k, v, bias), rows)
     start = tuple(
@@ -203,8 +211,8 @@ def _backward(plan, saved, cotangents):
     dsink = None
     if sink is not None:
         # the sink's share of each row is a weight whose value is 0
-        share = jnp.exp(sink[None, :, :, None] - base)
-        dsink = -(share * delta).sum((0, 3))
+        share = jnp.exp(sink_logit(sink)[None, :, :, None] - base)
+        dsink = -(share * delta).sum((0, 3)).astype(sink.dtype)
     low = (
         None if a is None else d.astype(a.dtype) for d, a in zip(grads, (q, k, v, bias))
     )
@@ -214,17 +222,19 @@ def _backward(plan, saved, cotangents):
 def _backward_tile(plan: Plan, const: Constants, arrays, rows, carry, i, j):
     """(dq, dk, dv, dbias) with what tile (i, j) adds, as FlashAttention goes back:
 
-        p = exp(s - lse);  dv += p^T do;  dp = do v^T;  ds = p (dp - delta)
+        p = exp(s - base);  dv += p^T do;  dp = do v^T;  ds = p (dp - delta)
         dq += scale ds k;  dk += scale ds^T q
 
-    arrays: q, k, v, bias; rows: do, delta and lse of the queries, 0 for an lse of -inf.
+    arrays: q, k, v, bias; rows: do, delta and base of the queries. Base is lse, or near
+    it; do and delta are multiplied by exp(base - lse).
     """
     (q, k, v, bias), (bq, bk) = arrays, plan.tile
     dq, dk, dv, dbias = carry
     q_i, k_j, v_j = _cut(q, 3, i, bq), _cut(k, 2, j, bk), _cut(v, 2, j, bk)
-    do, delta, lse = (_cut(a, 3, i, bq) for a in rows)
+    do, delta, base = (_cut(a, 3, i, bq) for a in rows)
     s, slope = _tile_logits(plan, const, q_i, k_j, bias, i, j)
-    p = jnp.exp(s - lse[..., None])  # [B,K,G,bq,bk]
+    # no logit is above base; of large ones, one that was rounded otherwise here may be
+    p = jnp.exp(jnp.minimum(s - base[..., None], 0))  # [B,K,G,bq,bk]
     # [B,K,G,bq,V] x [B,K,bk,V] -> [B,K,G,bq,bk]
     dp = jnp.einsum("bkgiv,bkjv->bkgij", do, v_j, preferred_element_type=jnp.float32)
     keep = _tile_keep(plan, const, i, j)
@@ -268,8 +278,12 @@ def chunked_part(plan: Plan, const: Constants, q, k, v, bias, sink, lse):
 
 
 def _backward_part(plan, saved, cotangents):
-    # o is None: what d(o) says of it is in lse's cotangent already
-    return *_backward(plan, (*saved[:-1], None, saved[-1]), cotangents), None
+    *arrays, lse = saved
+    do, dlse = cotangents
+    # a row that sees nothing: exp(-inf - 0) is 0, where -inf - -inf were no number
+    base = jnp.where(jnp.isfinite(lse), lse, 0)
+    # what d(o) says of delta is in lse's cotangent already
+    return *_gradients(plan, arrays, base, -dlse, do), None
 
 
 def _forward_part(plan, *arrays):

@@ -1,5 +1,6 @@
 """Dense softmax attention, for ideas that need the matrix: logits of all pairs, weights
-of those that are seen, weighted values.
+of those that are seen, weighted values. `attend` is exact attention in these steps, in
+plain jnp: slower, with memory T S, and with derivatives of every kind.
 """
 
 from __future__ import annotations
@@ -8,10 +9,11 @@ import jax
 import jax.numpy as jnp
 
 from attn.contract.shapes import check
-from attn.exact.logits import LogitSpec, Where
+from attn.exact.chunked import check_given, key_words
+from attn.exact.logits import Dropout, LogitSpec, Where
 from attn.exact.online import EMPTY, OnlineSoftmax
 from attn.masks import Mask
-from pallas_kernels.tile import NEVER
+from pallas_kernels.tile import NEVER, dropout_keep, lse_of, sink_logit
 
 
 def logits(q: jax.Array, k: jax.Array, scale: float | None = None) -> jax.Array:
@@ -23,14 +25,35 @@ def logits(q: jax.Array, k: jax.Array, scale: float | None = None) -> jax.Array:
     return (s * (d**-0.5 if scale is None else scale)).reshape(b, h, t, -1)
 
 
-def weights(s: jax.Array, seen: jax.Array | None = None) -> jax.Array:
-    """Softmax of logits [...,S] over the keys that are `seen`; all zero if none is."""
+def formed(s: jax.Array, spec: LogitSpec, where: Where) -> jax.Array:
+    """Logits [B,H,T,S] with the softcap and the score of `spec`, at the positions of
+    `where`, whose head [H] is given."""
+    if spec.softcap is not None:
+        s = spec.softcap * jnp.tanh(s / spec.softcap)
+    return s if spec.score is None else s + spec.score(*_places(where))
+
+
+def weights(
+    s: jax.Array, seen: jax.Array | None = None, sink: jax.Array | None = None
+) -> jax.Array:
+    """Softmax of logits [...,S] over the keys that are `seen`; all zero if none is.
+    sink [H], of logits [B,H,T,S]: a logit without value."""
+    p, _, total = _sums(s, seen, sink)
+    return p / jnp.where(total > 0, total, 1)
+
+
+def _sums(s, seen, sink):
+    """exp(s - m) [...,S] of what is seen, m and its sum [...,1], with the sink's."""
     s = s if seen is None else jnp.where(seen, s, NEVER)
     top = jax.lax.stop_gradient(s.max(-1, keepdims=True, initial=NEVER))
-    # where no key is seen, top is -inf, and exp(-inf - 0) = 0
-    p = jnp.exp(s - jnp.where(jnp.isfinite(top), top, 0))
+    own = None if sink is None else sink_logit(sink)[None, :, None, None]
+    if own is not None:
+        top = jax.lax.stop_gradient(jnp.maximum(top, own))
+    # where no key is seen, the least float, and exp(-inf - m) = 0
+    top = jnp.maximum(top, EMPTY)
+    p = jnp.exp(s - top)
     total = p.sum(-1, keepdims=True)
-    return p / jnp.where(total > 0, total, 1)
+    return p, top, total if own is None else total + jnp.exp(own - top)
 
 
 def values(p: jax.Array, v: jax.Array) -> jax.Array:
@@ -49,17 +72,71 @@ def allowed(mask: Mask, where: Where) -> jax.Array:
 
     A kv_pos [B,S,H] of `where` has one position a head.
     """
-    # queries along T, keys along S: [B,1,T,1] and [B,1|H,1,S]
-    i = where.q_pos[:, None, :, None]
-    kv_pos = where.kv_pos[..., None] if where.kv_pos.ndim == 2 else where.kv_pos
-    j = jnp.moveaxis(kv_pos, 2, 1)[:, :, None]
-    h = None if where.head is None else where.head[None, :, None, None]
+    h, i, j = _places(where)
     seen = mask(h, i, j) & (j >= 0)
     if where.q_segment is None or where.kv_segment is None:
         return seen
     own = where.q_segment[:, None, :, None]
     other = where.kv_segment[:, None, None, :]
     return seen & (own == other) & (other > 0)
+
+
+def _places(where: Where) -> tuple:
+    """Heads, query positions and key positions as they broadcast to [B,H,T,S]."""
+    # queries along T, keys along S: [B,1,T,1] and [B,1|H,1,S]
+    i = where.q_pos[:, None, :, None]
+    kv_pos = where.kv_pos[..., None] if where.kv_pos.ndim == 2 else where.kv_pos
+    j = jnp.moveaxis(kv_pos, 2, 1)[:, :, None]
+    return None if where.head is None else where.head[None, :, None, None], i, j
+
+
+def attend(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    spec: LogitSpec = LogitSpec(),
+    where: Where = Where(),
+    *,
+    bias: jax.Array | None = None,
+    sink: jax.Array | None = None,
+    dropout: Dropout | None = None,
+    split_lse: bool = False,
+) -> tuple[jax.Array, ...]:
+    """Exact attention by the matrix; arguments and results of
+    `attn.exact.chunked.attend`."""
+    check_given(q, k, where, bias, sink, dropout)
+    (t, h), s = q.shape[1:3], k.shape[1]
+    q_pos, kv_pos = where.q_pos, where.kv_pos
+    if where.counted:
+        q_pos = jnp.arange(s - t, s, dtype=jnp.int32)[None] + where.shift
+        kv_pos = jnp.arange(s, dtype=jnp.int32)[None]
+    elif kv_pos.ndim == 3 and kv_pos.shape[2] > 1:
+        kv_pos = jnp.repeat(kv_pos, h // kv_pos.shape[2], 2)  # [B,S,H]
+    head = jnp.arange(h, dtype=jnp.int32) if where.head is None else where.head
+    here = Where(q_pos, kv_pos, where.q_segment, where.kv_segment, head)
+    x = formed(logits(q, k, spec.scale), spec, here)  # [B,H,T,S]
+    x = x if bias is None else x + bias.astype(jnp.float32)
+    p, m, l = _sums(x, allowed(spec.mask, here), sink)
+    m, l = m[..., 0], l[..., 0]  # [B,H,T]
+    p = _dropped(p / jnp.where(l > 0, l, 1)[..., None], dropout, head)
+    return values(p, v), *((m, l) if split_lse else (lse_of(m, l),))
+
+
+def _dropped(p: jax.Array, dropout: Dropout | None, head: jax.Array) -> jax.Array:
+    """Weights [B,H,T,S] with those that dropout leaves out at 0."""
+    if dropout is None:
+        return p
+    keep = dropout.keep
+    if keep is None and dropout.key is not None and dropout.rate > 0:
+        b, _, t, s = p.shape
+        rows = dropout.batch
+        rows = jnp.arange(b, dtype=jnp.int32) if rows is None else rows
+        keep = dropout_keep(
+            dropout.rate, key_words(dropout.key), rows[:, None, None, None],
+            head[None, :, None, None], jnp.arange(t)[None, None, :, None],
+            jnp.arange(s)[None, None, None],
+        )
+    return p if keep is None else p * keep / (1 - dropout.rate)
 
 
 def partial(

@@ -7,8 +7,8 @@ the weighted sum of values. States of different keys merge in any order:
     m = max_c m_c,  l = sum_c exp(m_c - m) l_c,  acc = sum_c exp(m_c - m) acc_c
     o = acc / l,  lse = m + log l
 
-Keys of which a query sees none give m = -1e30, l = 0 and acc = 0, and an lse of -inf.
-All is float32.
+Keys of which a query sees none give the least m, l = 0 and acc = 0, and an lse of -inf.
+m and l stay apart: where m is large, m + log l has nothing of l. All is float32.
 Source: Milakov & Gimelshein, 2018, arXiv:1805.02867.
 """
 
@@ -19,9 +19,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.tile import NEVER
+from pallas_kernels.tile import LOW, NEVER, lse_of, sink_logit
 
-EMPTY = -1e30  # the maximum of no logits, finite so that differences are no NaN
+EMPTY = LOW  # the maximum of no logits, finite so that differences are no NaN
 
 
 class OnlineSoftmax(NamedTuple):
@@ -36,18 +36,31 @@ class OnlineSoftmax(NamedTuple):
 def empty(shape: tuple[int, ...], width: int) -> OnlineSoftmax:
     """The state of no keys, of queries [...] = `shape` and V = width."""
     zeros = jnp.zeros((*shape, width), jnp.float32)
-    # m = -1e30, l = 0, acc = 0
+    # the least m, l = 0, acc = 0
     return OnlineSoftmax(zeros[..., 0] + EMPTY, zeros[..., 0], zeros)
 
 
-def state_of(o: jax.Array, lse: jax.Array) -> OnlineSoftmax:
-    """The state (lse, 1, o) of an attention that is done, as `attend` gives it: o
-    [B,T,H,V] and lse [B,H,T], -inf where a row sees nothing."""
-    lse = lse.swapaxes(1, 2)  # [B,T,H]
-    some = lse > EMPTY
-    return OnlineSoftmax(
-        jnp.where(some, lse, EMPTY), some.astype(jnp.float32), o.astype(jnp.float32)
-    )
+def state_of(o: jax.Array, m: jax.Array, l: jax.Array | None = None) -> OnlineSoftmax:
+    """The state of an attention that is done, as `attend` gives it with `split_lse`: o
+    [B,T,H,V], m and l [B,H,T]; or (lse, 1, o) of o and its lse, -inf where a row sees
+    nothing."""
+    m, o = m.swapaxes(1, 2), o.astype(jnp.float32)  # [B,T,H]
+    if l is None:
+        some = m > NEVER
+        return OnlineSoftmax(jnp.where(some, m, EMPTY), some.astype(jnp.float32), o)
+    l = l.swapaxes(1, 2)
+    return OnlineSoftmax(m, l, o * l[..., None])
+
+
+def without_value(sink: jax.Array, like: OnlineSoftmax) -> OnlineSoftmax:
+    """The state of sinks [H], logits without value of queries as `like` has them
+    [B,T,H]; -inf is none."""
+    m = jnp.broadcast_to(sink_logit(sink), like.m.shape)
+    some = m > NEVER
+    # its gradient flows through l, as m is a constant: l = exp(sink - m) = 1
+    top = jax.lax.stop_gradient(jnp.where(some, m, EMPTY))
+    l = jnp.where(some, jnp.exp(jnp.where(some, m, 0) - jnp.where(some, top, 0)), 0)
+    return OnlineSoftmax(top, l, jnp.zeros_like(like.acc))
 
 
 def rescale(state: OnlineSoftmax, m: jax.Array) -> OnlineSoftmax:
@@ -91,6 +104,4 @@ def output(state: OnlineSoftmax) -> jax.Array:
 
 def logsumexp(state: OnlineSoftmax) -> jax.Array:
     """lse = m + log l [...] float32; -inf where nothing was seen."""
-    some = state.l > 0
-    # log 0 is not computed, as its gradient would be NaN even where it is not chosen
-    return jnp.where(some, state.m + jnp.log(jnp.where(some, state.l, 1)), NEVER)
+    return lse_of(state.m, state.l)

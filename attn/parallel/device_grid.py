@@ -71,7 +71,9 @@ def grid_attention(
         )
         here = Where(q_pos, kv_pos, q_segment, kv_segment, head)
         # o [B,T/R,H,V] of this column's keys; the columns' states make the whole
-        part = state_of(*attend(q, k, v, spec, here, implementation=implementation))
+        part = state_of(*attend(
+            q, k, v, spec, here, split_lse=True, implementation=implementation
+        ))
         return output(merge(part, columns) if grid[1] else part).astype(v.dtype)
 
     words = "BTHD BSKD BSKV H BT BS BT BS".split()

@@ -33,6 +33,7 @@ from attn.parallel.ring_schedule import (
     MANY, Pair, RingPlan, halo, last_steps, own_pair
 )
 from attn.parallel.zigzag import from_zigzag, to_zigzag
+from pallas_kernels.tile import base_and_factor
 
 
 def ring(
@@ -96,7 +97,8 @@ def _to_zigzag(q, k, v, where: Where, axis: str):
 def _meet(
     plan: RingPlan, where: Where, pair: Pair, q, keys: Keys, sink=None, given=None
 ):
-    """o and lse of a pair's queries with its keys, as a function of both and `sink`."""
+    """o, m and l of a pair's queries with its keys, as a function of both and `sink`;
+    with the lse of all keys `given`, o and that."""
     cut = Keys(*(take(a, pair.columns) for a in keys))
     if pair.shift is None:
         q_pos, q_segment = (take(a, pair.rows) for a in (where.q_pos, where.q_segment))
@@ -111,7 +113,8 @@ def _meet(
     def f(q, k, v, sink):
         how = plan.implementation
         return attend(
-            q, k, v, spec, here, sink=sink, given=given, implementation=how
+            q, k, v, spec, here, sink=sink, given=given, split_lse=given is None,
+            implementation=how,
         )
 
     return f, (take(q, pair.rows), cut.k, cut.v, sink)
@@ -139,21 +142,26 @@ def _forward(plan: RingPlan, where: Where, q, k, v, sink):
     state = ring_loop(plan, keys, q.shape[1], start, visit)
     # o [B,T,H,V]; lse [B,T,H] -> [B,H,T]
     o, lse = output(state).astype(v.dtype), logsumexp(state).swapaxes(1, 2)
-    return (o, lse), (where, q, k, v, sink, o, lse)
+    return (o, lse), (where, q, k, v, sink, o, state.m, state.l)
 
 
 def _backward(plan: RingPlan, saved, cotangents):
-    where, q, k, v, sink, o, lse = saved
+    where, q, k, v, sink, o, m, l = saved
     keys = Keys(k, v, where.kv_pos, where.kv_segment)
     # keys travel again: those that came by before are not kept until now
     keys, cotangents = jax.lax.optimization_barrier((keys, cotangents))
     t = q.shape[1]
     do, dlse = cotangents
     # what the gradients of all pairs share is made once: d(lse) - rowsum(do o)
-    dlse -= (do.astype(jnp.float32) * o.astype(jnp.float32)).sum(-1).swapaxes(1, 2)
+    do = do.astype(jnp.float32)
+    dlse -= (do * o.astype(jnp.float32)).sum(-1).swapaxes(1, 2)
+    base, factor = base_and_factor(m, l)  # [B,T,H]
+    do = (do * factor[..., None]).astype(v.dtype)
+    base, factor = (a.swapaxes(1, 2) for a in (base, factor))
+    dlse *= factor
 
     def gradients(pair, keys, sink=None):
-        f, args = _meet(plan, where, pair, q, keys, sink, lse)
+        f, args = _meet(plan, where, pair, q, keys, sink, base)
         return jax.vjp(f, *args)[1]((take(do, pair.rows), take(dlse, pair.rows, 2)))
 
     def zeros(direction):

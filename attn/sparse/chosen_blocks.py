@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from attn.contract.dispatch import interpreted, pick
 from attn.contract.shapes import check
 from attn.exact.attend import kernel_options
+from attn.exact.chunked import check_given
 from attn.exact.dense import weights
 from attn.exact.logits import LogitSpec, Where
 from pallas_kernels.blocks import api as kernels
@@ -68,6 +69,7 @@ def attend(
     """
     check(q, k, v)
     _check(chosen, (*q.shape[:3], k.shape[2]), k.shape[1], block)
+    check_given(q, k, where, None, None, None)
     for name in ("softcap", "score"):
         if (value := getattr(spec, name)) is not None:
             raise NotImplementedError(

@@ -141,7 +141,7 @@ def exact(attention: Any) -> bool:
     """Whether it does all the work of causal softmax attention, as the peers (None) do:
     flops say how fast."""
     return attention is None or (
-        isinstance(attention, Softmax) and attention.mask == Causal())
+        isinstance(attention, Softmax) and attention.visible == Causal())
 
 
 def flops(x: Inputs, which: str) -> float:

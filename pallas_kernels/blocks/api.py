@@ -20,9 +20,10 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import Refused, tables
+from pallas_kernels.arrays import INT, check_arrays, check_pairs
 from pallas_kernels.machine.bits import in_32_bits
 from pallas_kernels.refusals import DTYPES, WIDEST, check_device, check_elementwise
-from pallas_kernels.tile import LOG2E, LOW, LogitSpec
+from pallas_kernels.tile import LogitSpec, base_and_factor, lse_of, unit_of
 from pallas_kernels.tiles import FlashTriton
 
 LISTED = 2**17  # entries of the lists of one head that fit beside the scalar unit
@@ -91,7 +92,13 @@ def blocks(
     """
     b, t, h, d = q.shape
     s, n, c = k.shape[1], chosen.shape[2], chosen.shape[1]
-    _check(q, k, v, chosen, mask, (q_run, kv_run), backend)
+    _check(q, k, v, chosen, mask, backend)
+    check_pairs(run=(q_run, kv_run))
+    sizes = {"B": b, "T": t, "H": h, "S": s, "K": k.shape[2]}
+    check_arrays(
+        sizes, chosen=(chosen, INT, "B H|K N n"), head=(head, INT, "H"),
+        q_pos=(q_pos, INT, "B|1 T"), kv_pos=(kv_pos, INT, "B|1 S"),
+        q_run=(q_run, INT, "B|1 T"), kv_run=(kv_run, INT, "B|1 S"))
     size, heads = -(-t // n), h // c
     check_device(backend, (q, k, v), interpret)
 
@@ -99,18 +106,22 @@ def blocks(
         return None if a is None else jnp.broadcast_to(a, (b, m)).astype(jnp.int32)
 
     head = jnp.arange(h) if head is None else head
+    scale = d**-0.5 if scale is None else scale
+    unit = unit_of(scale, None)
     static = Static(
-        LogitSpec(mask, d**-0.5 if scale is None else scale),
+        LogitSpec(mask, scale, unit=unit),
         block, n, size, t, s, heads,
         () if backend == "tpu" else _tiles(q, k, v, chosen, block, tile, backend),
         tables.vmem(tables.device_kind(), backend), backend, interpret,
     )
     side = Side(chosen.astype(jnp.int32), head.astype(jnp.int32), whole(q_pos, t),
                 whole(kv_pos, s), whole(q_run, t), whole(kv_run, s))
-    return _blocks(static, side, q, k, v)
+    o, m, l = _blocks(static, side, q, k, v)
+    m = jax.lax.stop_gradient(m) * (1 / unit)
+    return o, lse_of(m, l).transpose(0, 2, 1)
 
 
-def _check(q, k, v, chosen, mask, runs, backend) -> None:
+def _check(q, k, v, chosen, mask, backend) -> None:
     """Raises Refused for what the kernel does not do."""
     if not q.dtype == k.dtype == v.dtype or q.dtype not in DTYPES:
         raise Refused(f"q, k, v are {q.dtype}, {k.dtype}, {v.dtype}: one of "
@@ -123,8 +134,6 @@ def _check(q, k, v, chosen, mask, runs, backend) -> None:
     entries = chosen[0].size // k.shape[2]
     if backend == "tpu" and entries > LISTED:
         raise Refused(f"{entries} chosen blocks a key head: at most {LISTED}")
-    if (runs[0] is None) != (runs[1] is None):
-        raise ValueError("q_run and kv_run go together: expected both or neither")
     check_elementwise("mask", mask)
 
 
@@ -156,21 +165,19 @@ def _blocks(static: Static, side: Side, q, k, v):
 
 @in_32_bits
 def _ahead(static: Static, side: Side, q, k, v):
-    o, lse = _kernels(static).forward(static, side, q, k, v)
-    lse = lse.transpose(0, 2, 1)
-    return (o, lse), (side, q, k, v, o, lse)
+    o, m, l = _kernels(static).forward(static, side, q, k, v)  # m, l [B,T,H]
+    return (o, m, l), (side, q, k, v, o, m, l)
 
 
 @in_32_bits
 def _back(static: Static, saved, cotangents):
-    side, q, k, v, o, lse = saved
-    do, dlse = cotangents
-    # d(lse) enters exactly where delta leaves
-    delta = (do.astype(jnp.float32) * o.astype(jnp.float32)).sum(-1)
-    delta = delta - dlse.transpose(0, 2, 1)
-    # rows that see nothing get weights 2^(s - 1e30) = 0
-    base = jnp.where(jnp.isfinite(lse), lse * LOG2E, -LOW).transpose(0, 2, 1)
-    args = q, k, v, base, delta, do.astype(v.dtype)
+    side, q, k, v, o, m, l = saved
+    do, _, dl = cotangents
+    do = do.astype(jnp.float32)
+    # d(log l) = l d(l) enters exactly where delta leaves
+    delta = (do * o.astype(jnp.float32)).sum(-1) - l * dl
+    base, factor = base_and_factor(m, l, static.form.unit)
+    args = q, k, v, base, delta * factor, (do * factor[..., None]).astype(v.dtype)
     passes = _kernels(static)
     lists = inverse(side.chosen, k.shape[2], -(-static.s // static.block))
     dq = passes.queries_backward(static, side, *args)

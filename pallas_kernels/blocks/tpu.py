@@ -18,16 +18,16 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels.blocks import tpu_layout
 from pallas_kernels.machine.product import F32, NN, NT, TN, dot
 from pallas_kernels.machine.tpu import column
-from pallas_kernels.tile import LOG2E, LOW, NEVER
+from pallas_kernels.tile import LOW, NEVER
 
 ANY = pl.BlockSpec(memory_space=pl.ANY)
 
 
 def logits(static, k, q, rows, number, info):
-    """Logits times log2(e) [block,R] of key block `number`; rows [3,R], info [2,block]
-    or None."""
+    """Logits times their unit [block,R] of key block `number`; rows [3,R], info
+    [2,block] or None."""
     # k q^T: [block,D] by [rows,D] is [block,rows]
-    s, _ = static.form.logits(dot(k, q, NT), None, None, None, unit=LOG2E)
+    s, _ = static.form.logits(dot(k, q, NT), None, None, None)
     at = number * static.block
     key = at + jax.lax.broadcasted_iota(jnp.int32, (static.block, 1), 0)
     seen = key < static.s  # S may end inside a block
@@ -108,7 +108,7 @@ class Fetch:
 
 
 def _forward(static, groups, chosen, rows_ref, q_ref, *refs):
-    (o_ref, lse_ref), sources, buffers, semaphores = _parts(refs, 2)
+    (o_ref, m_ref, l_ref), sources, buffers, semaphores = _parts(refs, 3)
     fetch = Fetch(static, groups, chosen, sources, buffers, semaphores)
     fetch.arrive()
     q, rows = q_ref[0, 0, 0], rows_ref[0, 0, 0]  # [R,D], [3,R]
@@ -118,7 +118,8 @@ def _forward(static, groups, chosen, rows_ref, q_ref, *refs):
         top, total, acc = carry
         s = logits(static, k, q, rows, number, info)  # s^T [block,R]
         new = jnp.maximum(top, s.max(0, keepdims=True))  # m' = max(m, colmax s^T)
-        p, rescale = jnp.exp2(s - new), jnp.exp2(top - new)  # P, 2^(m - m')
+        exp2 = static.form.exp2
+        p, rescale = exp2(s - new), exp2(top - new)  # P, 2^(m - m')
         total = total * rescale + p.sum(0, keepdims=True)
         # v^T p: [block,V] by [block,rows] is [V,rows]
         return new, total, acc * rescale + dot(v, p.astype(v.dtype), TN)
@@ -128,8 +129,7 @@ def _forward(static, groups, chosen, rows_ref, q_ref, *refs):
     top, total, acc = fetch.for_each_block(step, start)
     safe = jnp.where(total > 0, total, 1)
     o_ref[0, 0, 0] = (acc / safe).T.astype(o_ref.dtype)  # [R,V]
-    lse = (top + jnp.log2(safe)) * (1 / LOG2E)  # L = m + log l
-    lse_ref[0, 0, 0] = jnp.where(total > 0, lse, NEVER)
+    m_ref[0, 0, 0], l_ref[0, 0, 0] = top, total
 
 
 def _parts(refs, outs: int):
@@ -140,9 +140,9 @@ def _parts(refs, outs: int):
 
 
 def _weights(static, k, v, q, do, rows, parts, number, info):
-    """p and ds [block,R], made again from q, k and lse; parts [2,R]: lse and delta."""
-    # P = 2^(s - L), dP = dO V^T, dS = P (dP - D)
-    p = jnp.exp2(logits(static, k, q, rows, number, info) - parts[:1])
+    """p and ds [block,R], made again from q, k and base; parts [2,R]: base, delta."""
+    # P = exp(S - L), dP = dO V^T, dS = P (dP - D)
+    p = static.form.again(logits(static, k, q, rows, number, info), parts[:1])
     return p, p * (dot(v, do, NT) - parts[1:])  # [block,V] [R,V] -> [block,R]
 
 
@@ -248,18 +248,19 @@ def _per_query_block(static, kernel, name, chosen, x, tiled, outs):
 
 
 def forward(static, side, q, k, v):
-    """o [B,T,H,V] in v's dtype and lse [B,T,H] float32."""
+    """o [B,T,H,V] in v's dtype, m and l [B,T,H] float32, m in the unit of logits."""
     x = tpu_layout.laid(static, side, q, k, v)
     shape = x.q.shape[:4]
     outs = [jax.ShapeDtypeStruct((*shape, v.shape[-1]), v.dtype),
-            jax.ShapeDtypeStruct((*shape[:3], 1, shape[3]), F32)]
-    o, lse = _per_query_block(static, _forward, "blocks_forward", side.chosen, x,
-                              (x.rows, x.q), outs)
-    return tuple(tpu_layout.unrows(static, a) for a in (o, lse[:, :, :, 0]))
+            *[jax.ShapeDtypeStruct((*shape[:3], 1, shape[3]), F32)] * 2]
+    o, *sums = _per_query_block(static, _forward, "blocks_forward", side.chosen, x,
+                                (x.rows, x.q), outs)
+    found = o, *(a[:, :, :, 0] for a in sums)
+    return tuple(tpu_layout.unrows(static, a) for a in found)
 
 
 def queries_backward(static, side, q, k, v, base, delta, do):
-    """dq [B,T,H,D]; base, delta [B,T,H]: lse times log2(e) and delta."""
+    """dq [B,T,H,D]; base, delta [B,T,H], base in the unit of logits."""
     x = tpu_layout.laid(static, side, q, k, v, base, delta, do)
     outs = [jax.ShapeDtypeStruct(x.q.shape, q.dtype)]
     dq, = _per_query_block(static, _queries, "blocks_backward_queries", side.chosen, x,

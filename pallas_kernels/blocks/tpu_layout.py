@@ -18,7 +18,7 @@ class Laid(NamedTuple):
     """What the kernels read. q [B,C,N,R,D], k and v [B,K,S/block,block,.]; rows
     [B,C,N,3,R]: position, run and head of each query row; info [B,S/block,2,block]:
     position and run of keys, or None where positions count and there are no runs;
-    parts [B,C,N,2,R]: lse times log2(e) and delta; do [B,C,N,R,V]."""
+    parts [B,C,N,2,R]: base, in the unit of logits, and delta; do [B,C,N,R,V]."""
 
     q: Any
     k: Any
@@ -34,7 +34,7 @@ def laid(static, side, q, k, v, base=None, delta=None, do=None) -> Laid:
     b, t, h, _ = q.shape
     parts = None
     if do is not None:
-        # rows that only fill a block get weights 2^(s - 1e30) = 0
+        # rows that only fill a block get weights 2^(s + LOW) = 0
         parts = jnp.stack([rows(static, base, -LOW), rows(static, delta)], 3)
         do = rows(static, do)
     count = jnp.broadcast_to(jnp.arange(t, dtype=jnp.int32), (b, t))

@@ -28,21 +28,21 @@ from pallas_kernels.flash.triton_tile import Arrays, Call, launch
 from pallas_kernels.machine.product import F32, NN, NT, dot
 from pallas_kernels.machine.triton import load, power
 from pallas_kernels.schedule import Tiling
-from pallas_kernels.tile import LOG2E, LOW, NEVER
+from pallas_kernels.tile import LOW
 from pallas_kernels.tiles import FlashTriton
 
 
 def forward(static, side, q, k, v):
-    """o [B,T,H,V] in v's dtype and lse [B,T,H] float32."""
+    """o [B,T,H,V] in v's dtype, m and l [B,T,H] float32, m in the unit of logits."""
     b, t, h, _ = q.shape
     outs = [jax.ShapeDtypeStruct((b, t, h, v.shape[3]), v.dtype),
-            jax.ShapeDtypeStruct((b, t, h), F32)]
+            *[jax.ShapeDtypeStruct((b, t, h), F32)] * 2]
     return _per_query_block(static, static.tiles[0], _forward, side,
                             _arrays(side, q, k, v), outs, "blocks_forward")
 
 
 def queries_backward(static, side, q, k, v, base, delta, do):
-    """dq [B,T,H,D]; base, delta [B,T,H]: lse times log2(e) and delta."""
+    """dq [B,T,H,D]; base, delta [B,T,H], base in the unit of logits."""
     x = _arrays(side, q, k, v)._replace(do=do, lse=base, delta=delta)
     out = jax.ShapeDtypeStruct(q.shape, q.dtype)
     return _per_query_block(static, static.tiles[1], _queries, side, x, out,
@@ -149,7 +149,7 @@ def _kv(call: Call, ref, b, c, at: Keys, shared: int):
     return fetch(ref, (b, at.token, kv), at.real, at.token.shape[0])
 
 
-def _forward(static, call: Call, x: Arrays, lists: Chosen, o_ref, lse_ref):
+def _forward(static, call: Call, x: Arrays, lists: Chosen, o_ref, m_ref, l_ref):
     query, (b, c, n) = _own(static, call, x)
     q, rows = _q(x.q, b, query), call.tiling.rows  # [rows,D]
     trips, tile = chosen_keys(static, call.tiling.columns, x, lists, b, c, n)
@@ -161,7 +161,8 @@ def _forward(static, call: Call, x: Arrays, lists: Chosen, o_ref, lse_ref):
         s = logits(static, dot(q, _kv(call, x.k, b, c, key, static.heads), NT), query,
                    key)
         top = jnp.maximum(m, s.max(1))  # m' = max(m, rowmax S)
-        p, rescale = jnp.exp2(s - top[:, None]), jnp.exp2(m - top)  # P, 2^(m - m')
+        exp2 = static.form.exp2
+        p, rescale = exp2(s - top[:, None]), exp2(m - top)  # P, 2^(m - m')
         v = _kv(call, x.v, b, c, key, static.heads)  # [columns,V]
         # p v: [rows,columns] by [columns,V] is [rows,V]
         acc = acc * rescale[:, None] + dot(p.astype(v.dtype), v, NN)
@@ -173,12 +174,12 @@ def _forward(static, call: Call, x: Arrays, lists: Chosen, o_ref, lse_ref):
     safe = jnp.where(total > 0, total, 1.0)
     index = b, query.token, query.head
     put(o_ref, acc / safe[:, None], index, query.real)  # O / l
-    lse = jnp.where(total > 0, (m + jnp.log2(safe)) * (1 / LOG2E), NEVER)
-    triton.store(lse_ref.at[index], lse, mask=query.real)
+    for ref, a in ((m_ref, m), (l_ref, total)):
+        triton.store(ref.at[index], a, mask=query.real)
 
 
 def _recompute(static, x: Arrays, b, query: Queries, key: Keys, tiles, turned: bool):
-    """p and ds of a tile, made again from lse; tiles: q, k, v and do."""
+    """p and ds of a tile, made again from base; tiles: q, k, v and do."""
     q, k, v, do = tiles
 
     def product(a, c):
@@ -189,9 +190,10 @@ def _recompute(static, x: Arrays, b, query: Queries, key: Keys, tiles, turned: b
     def of(ref, other):
         return row(load(ref.at[b, query.token, query.head], query.real, other))
 
-    # rows that are not there get weights 2^(s - 1e30) = 0
-    p = jnp.exp2(logits(static, product(q, k), query, key, turned) - of(x.lse, -LOW))
-    # P = 2^(s - L), dP = dO V^T, dS = P (dP - D)
+    # rows that are not there get weights 2^(s + LOW) = 0
+    s = logits(static, product(q, k), query, key, turned)
+    p = static.form.again(s, of(x.lse, -LOW))
+    # P = exp(S - L), dP = dO V^T, dS = P (dP - D)
     return p, p * (product(do, v) - of(x.delta, 0.0))
 
 

@@ -16,7 +16,7 @@ from jax.experimental.pallas import triton
 
 from pallas_kernels.flash.triton_tile import Arrays
 from pallas_kernels.machine.triton import lanes, load, power
-from pallas_kernels.tile import LOG2E, NEVER, both
+from pallas_kernels.tile import NEVER, both
 
 
 class Queries(NamedTuple):
@@ -153,9 +153,9 @@ def listed_rows(static, rows: int, x: Arrays, parts: Parts, b, kv, p):
 
 
 def logits(static, raw, query: Queries, key: Keys, turned: bool = False):
-    """Logits times log2(e) of a tile, NEVER where hidden, from the products `raw`
+    """Logits times their unit of a tile, NEVER where hidden, from the products `raw`
     [rows,columns], or, `turned`, [columns,rows]."""
-    s, _ = static.form.logits(raw, None, None, None, unit=LOG2E)  # no score here
+    s, _ = static.form.logits(raw, None, None, None)  # no score here
     i, j = across(turned)
     seen = None if key.seen is None else j(key.seen)
     if key.run is not None:

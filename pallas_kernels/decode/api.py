@@ -25,9 +25,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import Refused
+from pallas_kernels.arrays import FLOAT, INT, check_arrays, check_pairs
 from pallas_kernels.machine.bits import in_32_bits
 from pallas_kernels.refusals import DTYPES, WIDEST, check_device, check_elementwise
-from pallas_kernels.tile import LOG2E, NEVER, LogitSpec
+from pallas_kernels.tile import (
+    NEVER, LogitSpec, base_and_factor, lse_of, unit_of
+)
 
 F32 = jnp.float32
 
@@ -96,6 +99,7 @@ def decode(
     bits: int = 16,
     table: jax.Array | None = None,
     statistics: bool = False,
+    split_lse: bool = False,
     tile: int | None = None,
     splits: int | None = None,
     backend: str = "tpu",
@@ -111,6 +115,7 @@ def decode(
     and v, 4 for int8 [.., width/2] that holds two numbers a byte (low half: the first
     half of the width), with k_scale and v_scale [B,S,K] float32. statistics: also
     returns the sum over a key head's queries of each slot's weight, [B,S,K] float32.
+    split_lse: m and l [B,H,T] instead of lse = m + log l, as in `pallas_kernels.flash`.
     Arrays beside slots are [P,page,K] with a table. tile: slots a step. backend: "tpu"
     or "triton"; with that, splits: how many programs share the slots of a row.
     interpret: run on a CPU, slowly.
@@ -120,6 +125,13 @@ def decode(
     b, t, h, d = q.shape
     page, heads = k.shape[1], k.shape[2]
     _check(q, k, v, bits, score, mask)
+    check_pairs(run=(q_run, kv_run))
+    _check_arrays(
+        q, k, v, table, q_pos=(q_pos, INT, "B T"), q_run=(q_run, INT, "B|1 T"),
+        head=(head, INT, "H"), lengths=(lengths, INT, "B", "B K|1"),
+        sink=(sink, FLOAT, "H"), kv_pos=(kv_pos, INT, "B|1 S", "B|1 S K|1"),
+        kv_run=(kv_run, INT, "B|1 S"), bias=(bias, FLOAT, "B|1 S K|1"),
+        k_scale=(k_scale, FLOAT, "B S K"), v_scale=(v_scale, FLOAT, "B S K"))
     check_device(backend, (q, k, v), interpret)
     slots = page if table is None else table.shape[1] * page
 
@@ -140,17 +152,23 @@ def decode(
         per_row((jnp.ones_like(q_pos) if q_run is None else q_run)[..., None]),
         per_row(jnp.zeros(h, F32) if sink is None else sink.astype(F32)),
     )
+    scale = d**-0.5 if scale is None else scale
+    unit = unit_of(scale, softcap, score, bias)
     if lengths is None:
         lengths = jnp.asarray(np.full((b, 1), slots, np.int32))  # [B,1]
     lengths = lengths[:, None] if lengths.ndim == 1 else lengths  # [B,K|1]
-    form = LogitSpec(mask, d**-0.5 if scale is None else scale, softcap, score)
+    form = LogitSpec(mask, scale, softcap, score, unit=unit)
     static = Static(form, h, heads, t, slots, page, 1, bits, sink is not None, 0,
                     interpret, backend)
     static = _kernels(static).sized(static, table is not None, tile, splits, q, k, v)
-    o, lse = _decode(static, lengths.astype(jnp.int32), table, rows, beside, q, k, v)
+    o, m, l = _decode(static, lengths.astype(jnp.int32), table, rows, beside, q, k, v)
+    m = jax.lax.stop_gradient(m)
+    own = m * (1 / unit)
+    found = (o, own, l) if split_lse else (o, lse_of(own, l))
     if not statistics:
-        return o, lse
-    return o, lse, _statistics(static, lengths, table, rows, beside, q, k, lse)
+        return found
+    sums = _statistics(static, lengths, table, rows, beside, q, k, m, l)
+    return *found, sums
 
 
 def _each(k, every: bool, a):
@@ -174,6 +192,28 @@ def _check(q, k, v, bits, score, mask) -> None:
             raise Refused(f"{name} is {a.shape[3]} wide: at most {WIDEST}")
     for name, f in (("mask", mask), ("score", score)):
         check_elementwise(name, f)
+
+
+def _check_arrays(q, k, v, table, **given) -> None:
+    """Raises ValueError for arrays of other shapes than their letters say."""
+    (b, t, h, _), (rows, slots, heads) = q.shape, k.shape[:3]
+    sizes = {"B": b, "T": t, "H": h, "K": heads, "S": slots}
+    if v.shape[:3] != k.shape[:3]:
+        raise ValueError(f"k {k.shape} and v {v.shape} differ in B, S or K")
+    if table is None and rows != b:
+        raise ValueError(f"q has batch {b} and k has batch {rows}: expected the same")
+    if h % heads:
+        raise ValueError(
+            f"H={h} query heads: expected a multiple of K={heads} key heads")
+    if table is not None:
+        # what lies beside slots lies in pages
+        sizes |= {"P": rows, "page": slots}
+        given = {
+            name: (a, kind, *(f.replace("B|1 S", "P S").replace("B S", "P S")
+                              for f in forms))
+            for name, (a, kind, *forms) in given.items()
+        }
+    check_arrays(sizes, table=(table, INT, "B n"), **given)
 
 
 def _kernels(static: Static) -> Any:
@@ -262,7 +302,7 @@ def _logits(static: Static, lengths, table, rows, beside, q, k):
     j = slot if beside.pos is None else column(beside.pos)
     h_, i = grouped(rows.head), grouped(rows.pos)
     bias = None if beside.bias is None else column(beside.bias)
-    logit, _ = form.logits(raw, h_, i, j, bias)
+    logit, _ = form.logits(raw, h_, i, j, bias, 1.0)
     seen = (slot < lengths[:, :, None, None, None]) & (j >= 0)
     if table is not None:
         real = jnp.repeat(table >= 0, s // table.shape[1], 1)  # [B,S]
@@ -276,7 +316,7 @@ def _logits(static: Static, lengths, table, rows, beside, q, k):
 
 
 def plain(static: Static, lengths, table, rows, beside, q, k, v):
-    """The function in plain jnp: what the gradient is taken of."""
+    """The function in plain jnp, o, m and l: what the gradient is taken of."""
     s = _logits(static, lengths, table, rows, beside, q, k)
     b, t, h = q.shape[:3]
     sink = rows.sink.reshape(b, t, static.key_heads, -1).transpose(0, 2, 3, 1)
@@ -286,21 +326,21 @@ def plain(static: Static, lengths, table, rows, beside, q, k, v):
     p = jnp.exp(s - jnp.where(jnp.isfinite(top), top, 0))  # no -inf - -inf
     total = p.sum(-1, keepdims=True)
     safe = jnp.where(total > 0, total, 1)
-    lse = jnp.where(total > 0, jnp.log(safe) + top, NEVER)[..., 0]  # L = m + log l
+    m, l = (a[..., 0].reshape(b, h, t) for a in (top, total))
     p = (p / safe)[..., :-1] if static.sink else p / safe  # without the sink
     v = _gathered(v, table)
     if static.bits < 16:
         v = unpacked(v, static.bits) * _gathered(beside.v_scale, table)[..., None]
     o = jnp.einsum("bkgts,bskv->btkgv", p, v.astype(F32))  # [B,T,K,G,V]
-    return o.reshape(b, t, h, -1).astype(q.dtype), lse.reshape(b, h, t)
+    return o.reshape(b, t, h, -1).astype(q.dtype), m, l
 
 
-def _statistics(static: Static, lengths, table, rows, beside, q, k, lse):
-    """Sums of weights [B,S,K] by a second pass over the keys."""
-    # 0, not -inf, where nothing is seen: there 2^(-inf - 0) = 0
-    base = jnp.where(jnp.isfinite(lse), lse * LOG2E, 0).transpose(0, 2, 1)
-    base = base.reshape(base.shape[0], -1)
-    rows, beside, q, k, base = jax.tree.map(
-        jax.lax.stop_gradient, (rows, beside, q, k, base))
-    lengths = lengths.astype(jnp.int32)
-    return _kernels(static).weights(static, lengths, table, rows, beside, q, k, base)
+def _statistics(static: Static, lengths, table, rows, beside, q, k, m, l):
+    """Sums of weights [B,S,K] by a second pass over the keys; m, l [B,H,T], m in the
+    unit of logits."""
+    base, factor = (a.transpose(0, 2, 1).reshape(a.shape[0], -1)
+                    for a in base_and_factor(m, l, static.form.unit))
+    rows, beside, q, k, base, factor = jax.tree.map(
+        jax.lax.stop_gradient, (rows, beside, q, k, base, factor))
+    return _kernels(static).weights(
+        static, lengths.astype(jnp.int32), table, rows, beside, q, k, base, factor)

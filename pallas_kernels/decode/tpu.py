@@ -17,7 +17,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import Refused, tables
 from pallas_kernels.machine.product import F32, NN, NT, dot
-from pallas_kernels.tile import LOG2E, LOW, NEVER
+from pallas_kernels.tile import LOW, NEVER, sink_logit
 
 MOST_ROWS = 512
 
@@ -57,7 +57,7 @@ def _halves(a, bits: int, dtype):
 
 
 def _scores(static, lengths, b, page, real, q, k, rows, beside):
-    """Logits times log2(e) [R,columns] of one page, and which are seen."""
+    """Logits times their unit [R,columns] of one page, and which are seen."""
     form = static.form
     slot, kv = _columns(static, page)
     groups = static.heads // static.key_heads
@@ -74,7 +74,7 @@ def _scores(static, lengths, b, page, real, q, k, rows, beside):
     j = slot if beside.pos is None else beside.pos[0]
     h, i = rows.head[0], rows.pos[0]
     bias = None if beside.bias is None else beside.bias[0]
-    s, _ = form.logits(raw, h, i, j, bias, LOG2E)
+    s, _ = form.logits(raw, h, i, j, bias)
     # each column's limit is the length of its own key head: [1,columns]
     limit = jnp.zeros_like(slot)
     for n in range(static.key_heads):
@@ -104,16 +104,21 @@ def _real(static, table, b, page):
     return (page < pages) & (table[b * pages + jnp.minimum(page, pages - 1)] >= 0)
 
 
-def _attend(static, has_table, most, lengths, table, q, rows, pages, o_ref, lse_ref,
-            m_ref, l_ref, acc_ref):
+def _attend(static, has_table, most, lengths, table, q, rows, pages, o_ref, top_ref,
+            sum_ref, m_ref, l_ref, acc_ref):
     table = table if has_table else None
     b, first, some = _step(static, most, table)
 
     @pl.when(pl.program_id(1) == 0)
     def _start():
-        start = rows.sink[0] * LOG2E if static.sink else LOW  # a first logit
-        m_ref[...] = jnp.broadcast_to(start, m_ref.shape).astype(F32)  # [R,1]
-        l_ref[...] = jnp.full(l_ref.shape, 1.0 if static.sink else 0.0, F32)  # [R,1]
+        top: Any = LOW
+        weight: Any = 0.0
+        if static.sink:
+            # a first logit without value; -inf is none
+            sink = rows.sink[0]
+            top, weight = jnp.maximum(sink, LOW), jnp.where(sink > NEVER, 1.0, 0.0)
+        m_ref[...] = jnp.broadcast_to(top, m_ref.shape).astype(F32)  # [R,1]
+        l_ref[...] = jnp.broadcast_to(weight, l_ref.shape).astype(F32)  # [R,1]
         acc_ref[...] = jnp.zeros(acc_ref.shape, F32)  # [R,V]
 
     @pl.when(some)
@@ -124,7 +129,8 @@ def _attend(static, has_table, most, lengths, table, q, rows, pages, o_ref, lse_
             s, seen = _scores(static, lengths, b, first + n, real, q[0], k, rows,
                               beside)
             new = jnp.maximum(top, s.max(1, keepdims=True))  # m' = max(m, rowmax S)
-            p, rescale = jnp.exp2(s - new), jnp.exp2(top - new)  # P, 2^(m - m')
+            exp2 = static.form.exp2
+            p, rescale = exp2(s - new), exp2(top - new)  # P, 2^(m - m')
             total = total * rescale + p.sum(1, keepdims=True)
             values = _halves(v[0], static.bits, q.dtype)
             if static.bits < 16:
@@ -147,11 +153,11 @@ def _attend(static, has_table, most, lengths, table, q, rows, pages, o_ref, lse_
         total = l_ref[...]
         safe = jnp.where(total > 0, total, 1)
         o_ref[0] = (acc_ref[...] / safe).astype(o_ref.dtype)  # O / l
-        lse = (m_ref[...] + jnp.log2(safe)) * (1 / LOG2E)  # L = m + log l
-        lse_ref[0] = jnp.where(total > 0, lse, NEVER)
+        top_ref[0], sum_ref[0] = m_ref[...], total
 
 
-def _weights(static, has_table, most, lengths, table, q, rows, pages, base, w_ref):
+def _weights(static, has_table, most, lengths, table, q, rows, pages, base, factor,
+             w_ref):
     table = table if has_table else None
     b, first, some = _step(static, most, table)
     n = static.page * static.key_heads
@@ -161,7 +167,7 @@ def _weights(static, has_table, most, lengths, table, q, rows, pages, base, w_re
         for m, (k, _, beside) in enumerate(pages):
             real = _real(static, table, b, first + m)
             s, _ = _scores(static, lengths, b, first + m, real, q[0], k, rows, beside)
-            p = jnp.exp2(s - base[0])  # P = 2^(s - L)
+            p = static.form.again(s, base[0]) * factor[0]  # P = exp(S - L)
             # rows of other key heads are hidden here, and so are 0
             w_ref[0, :, m * n:(m + 1) * n] = p.sum(0, keepdims=True)
 
@@ -188,6 +194,8 @@ def _prepared(static, lengths, table, rows, beside, q, k, v):
     most = jnp.minimum(lengths.max(1), static.slots)
     pages = -(-static.slots // static.page)
     has_table = table is not None
+    # behind the padding: sinks in the unit of logits
+    rows = rows._replace(sink=sink_logit(rows.sink, static.form.unit))
     scalars = most, lengths.reshape(-1), (
         table.reshape(-1).astype(jnp.int32) if has_table else jnp.zeros(1, jnp.int32))
 
@@ -247,7 +255,7 @@ def _launch(static, body, scalars, args, specs, steps, out, out_specs, scratch, 
 
 
 def attend(static, lengths, table, rows, beside, q, k, v) -> tuple[Any, Any]:
-    """o [B,T,H,V] and lse [B,H,T]."""
+    """o [B,T,H,V], m and l [B,H,T], m in the unit of logits."""
     b, t, h, _ = q.shape
     width = v.shape[3] * (2 if static.bits == 4 else 1)
     scalars, args, specs, steps, count = _prepared(
@@ -256,30 +264,31 @@ def attend(static, lengths, table, rows, beside, q, k, v) -> tuple[Any, Any]:
     def own(n):
         return pl.BlockSpec((1, count, n), lambda b, n, *s: (b, 0, 0))
 
-    o, lse = _launch(
+    o, *sums = _launch(
         static, functools.partial(_attend, static, table is not None), scalars, args,
         list(specs), steps,
         [jax.ShapeDtypeStruct((b, count, width), q.dtype),
-         jax.ShapeDtypeStruct((b, count, 1), F32)], [own(width), own(1)],
+         *[jax.ShapeDtypeStruct((b, count, 1), F32)] * 2],
+        [own(width), own(1), own(1)],
         [pltpu.VMEM((count, 1), F32)] * 2 + [pltpu.VMEM((count, width), F32)],
         "decode",
     )
     o = o[:, :t * h].reshape(b, t, h, width)  # [B,T,H,V]
-    return o, lse[:, :t * h, 0].reshape(b, t, h).transpose(0, 2, 1)
+    return o, *(a[:, :t * h, 0].reshape(b, t, h).transpose(0, 2, 1) for a in sums)
 
 
-def weights(static, lengths, table, rows, beside, q, k, base) -> jax.Array:
-    """The sum of each slot's weights over a key head's queries, [B,S,K]; base [B,R]:
-    lse times log2(e)."""
+def weights(static, lengths, table, rows, beside, q, k, base, factor) -> jax.Array:
+    """The sum of each slot's weights over a key head's queries, [B,S,K]; base, factor
+    [B,R]: what weights are made of, the base in the unit of logits."""
     b = q.shape[0]
     scalars, args, specs, steps, count = _prepared(
         static, lengths, table, rows, beside, q, k, None)
-    base = _tall(base, count)
+    base, factor = _tall(base, count), _tall(factor, count)
     n = static.pages * static.page * static.key_heads
     own = pl.BlockSpec((1, count, 1), lambda b, n, *s: (b, 0, 0))
     body = functools.partial(_weights, static, table is not None)
     w = _launch(
-        static, body, scalars, (*args, base), [*specs, own], steps,
+        static, body, scalars, (*args, base, factor), [*specs, own, own], steps,
         jax.ShapeDtypeStruct((b, 1, steps * n), F32),
         pl.BlockSpec((1, 1, n), lambda b, n, *s: (b, 0, n)), [], "decode_weights",
     )

@@ -33,7 +33,7 @@ from pallas_kernels import Refused, tables
 from pallas_kernels.decode.triton_cache import Arrays, Call, Head
 from pallas_kernels.machine.product import F32, NN, dot
 from pallas_kernels.machine.triton import lanes, load, power
-from pallas_kernels.tile import LOG2E, LOW, NEVER
+from pallas_kernels.tile import LOW, NEVER, sink_logit
 
 PARTS = 16  # how many parts the second kernel takes at once
 AN_SM = 2  # programs
@@ -66,35 +66,35 @@ def sized(static, paged: bool, tile: int | None, splits: int | None, q, k, v):
 
 
 def attend(static, lengths, table, rows, beside, q, k, v) -> tuple[Any, Any]:
-    """o [B,T,H,V] and lse [B,H,T]."""
+    """o [B,T,H,V], m and l [B,H,T], m in the unit of logits."""
     b, t, h, _ = q.shape
     call, x = _prepared(static, lengths, table, rows, beside, q, k, v)
     heads, width = k.shape[2], v.shape[3] * (2 if static.bits == 4 else 1)
     lead = (call.splits, b, heads, call.queries)  # [splits,B,K,R]
     tiles = -(-call.queries // call.rows)
     one = call.splits == 1
-    o, lse = _launch(
+    o, *sums = _launch(
         call, _attend, (heads * tiles, call.splits, b), x,
         [jax.ShapeDtypeStruct((*lead, width), q.dtype if one else F32),
-         jax.ShapeDtypeStruct(lead, F32)], "decode", call.warps, call.stages)
+         *[jax.ShapeDtypeStruct(lead, F32)] * 2], "decode", call.warps, call.stages)
     if one:
-        o, lse = o[0], lse[0]
+        o, *sums = o[0], *(a[0] for a in sums)
     else:
-        o, lse = _launch(
-            call, _merge, (call.queries, heads, b), (o, lse),
+        o, *sums = _launch(
+            call, _merge, (call.queries, heads, b), (o, *sums),
             [jax.ShapeDtypeStruct((*lead[1:], width), q.dtype),
-             jax.ShapeDtypeStruct(lead[1:], F32)], "decode_merge", 4, 1)
+             *[jax.ShapeDtypeStruct(lead[1:], F32)] * 2], "decode_merge", 4, 1)
     o = o.reshape(b, heads, t, -1, width).transpose(0, 2, 1, 3, 4)  # [B,T,K,G,V]
-    lse = lse.reshape(b, heads, t, -1).transpose(0, 1, 3, 2)  # [B,K,G,T]
-    return o.reshape(b, t, h, width), lse.reshape(b, h, t)
+    sums = (a.reshape(b, heads, t, -1).transpose(0, 1, 3, 2) for a in sums)  # [B,K,G,T]
+    return o.reshape(b, t, h, width), *(a.reshape(b, h, t) for a in sums)
 
 
-def weights(static, lengths, table, rows, beside, q, k, base) -> jax.Array:
-    """The sum of each slot's weights over a key head's queries, [B,S,K]; base [B,R]:
-    lse times log2(e)."""
+def weights(static, lengths, table, rows, beside, q, k, base, factor) -> jax.Array:
+    """The sum of each slot's weights over a key head's queries, [B,S,K]; base, factor
+    [B,R]: what weights are made of, the base in the unit of logits."""
     b, heads = q.shape[0], k.shape[2]
     call, x = _prepared(static, lengths, table, rows, beside, q, k, None)
-    x = x._replace(base=_by_head(static, base))
+    x = x._replace(base=_by_head(static, base), factor=_by_head(static, factor))
     return _launch(
         call, _weights, (heads, call.splits, b), x,
         jax.ShapeDtypeStruct((b, call.slots, heads), F32), "decode_weights",
@@ -142,7 +142,8 @@ def _prepared(static, lengths, table, rows, beside, q, k, v):
         None if table is None else table.astype(jnp.int32),
         mine(rows.head) if placed else None, mine(rows.pos) if placed else None,
         None if beside.run is None else mine(rows.run),
-        mine(rows.sink) * LOG2E if static.sink else None, None, *beside)
+        mine(sink_logit(rows.sink, static.form.unit)) if static.sink else None, None,
+        None, *beside)
     return call, x
 
 
@@ -154,21 +155,21 @@ def _launch(call: Call, kernel, grid, x, out_shape, name: str, warps: int, stage
     )(x)
 
 
-def _attend(call: Call, x: Arrays, o_ref, lse_ref):
+def _attend(call: Call, x: Arrays, o_ref, m_ref, l_ref):
     tiles = -(-call.queries // call.rows)
     at, n, b = (pl.program_id(axis) for axis in range(3))
     kv, row = (at, at * 0) if tiles == 1 else (jax.lax.div(at, tiles),
                                                jax.lax.rem(at, tiles))
     ctx = Head(call, x, b, kv)
-    queries = ctx.queries(row)
+    queries, exp2 = ctx.queries(row), call.form.exp2
 
     def step(tile, carry):
         m, total, *accs = carry
         place = ctx.at(tile)
-        # q k^T [rows,columns], in base 2
+        # q k^T [rows,columns], in the unit of logits
         s = ctx.logits(queries, ctx.tile(x.k, place), place)
         top = jnp.maximum(m, s.max(1)[:, None])  # m' = max(m, rowmax S)
-        p, rescale = jnp.exp2(s - top), jnp.exp2(m - top)  # P, 2^(m - m')
+        p, rescale = exp2(s - top), exp2(m - top)  # P, 2^(m - m')
         total = total * rescale + p.sum(1)[:, None]
         if x.v_scale is not None:
             p = p * ctx.beside(x.v_scale, place)[None]  # one factor a slot
@@ -182,48 +183,49 @@ def _attend(call: Call, x: Arrays, o_ref, lse_ref):
 
     m, total = full(LOW), full(0.0)
     if x.sink is not None:
-        # a sink is counted once
-        m = jnp.where(n == 0, queries.sink, LOW)
-        total = jnp.where(n == 0, full(1.0), total)
+        # a sink is counted once; -inf is none
+        once = (n == 0) & (queries.sink > NEVER)
+        m = jnp.where(once, queries.sink, LOW)
+        total = jnp.where(once, 1.0, 0.0)
     acc = jnp.zeros((call.rows, power(x.v.shape[3])), F32)
     first, last = ctx.share(n)
     m, total, *accs = jax.lax.fori_loop(
         first, last, step, (m, total, *[acc] * len(queries.parts)))
-    some = total > 0
-    safe = jnp.where(some, total, 1.0)
+    safe = jnp.where(total > 0, total, 1.0)
     rows, width = pl.ds(row * call.rows, call.rows), x.v.shape[3]
     for half, acc in enumerate(accs):
         out = acc / safe  # of this split alone
         cut = pl.ds(kv * 0 + half * width, power(width))
         triton.store(o_ref.at[n, b, kv, rows, cut], out.astype(o_ref.dtype),
                      mask=lanes(width, call.rows, queries.inside))
-    unit = 1.0 if call.splits > 1 else 1 / LOG2E  # the second kernel's is 2
-    lse = jnp.where(some, (m + jnp.log2(safe)) * unit, NEVER)
-    triton.store(lse_ref.at[n, b, kv, rows], lse.sum(1), mask=queries.inside)
+    for ref, a in ((m_ref, m), (l_ref, total)):
+        triton.store(ref.at[n, b, kv, rows], a.sum(1), mask=queries.inside)
 
 
-def _merge(call: Call, x, o_ref, lse_ref):
+def _merge(call: Call, x, o_ref, m_ref, l_ref):
     """Adds up the parts of one query."""
-    parts, lses = x
+    parts, tops, sums = x
+    exp2 = call.form.exp2
     row, kv, b = (pl.program_id(axis) for axis in range(3))
     many, width = call.splits, power(o_ref.shape[3])
 
     def found(start, size):
         inside = start + jax.lax.broadcasted_iota(jnp.int32, (size,), 0) < many
-        return load(lses.at[pl.ds(start, size), b, kv, row], inside, NEVER), inside
+        cut = pl.ds(start, size), b, kv, row
+        return load(tops.at[cut], inside, LOW), load(sums.at[cut], inside, 0), inside
 
     zero = row * 0  # a traced 0
-    all_, _ = found(zero, power(many))  # lse of all splits
-    top = jnp.maximum(all_.max(0), LOW)  # no -inf - -inf
-    total = jnp.exp2(all_ - top).sum(0)  # sum of 2^(L_n - m)
+    m, l, _ = found(zero, power(many))  # of all splits
+    top = m.max(0)
+    total = (exp2(m - top) * l).sum(0)  # sum of 2^(m_n - m) l_n
 
     def step(n, acc):
-        lse, inside = found(n * PARTS, PARTS)
+        m, l, inside = found(n * PARTS, PARTS)
         inside = lanes(o_ref.shape[3], PARTS, inside)
         part = load(parts.at[pl.ds(n * PARTS, PARTS), b, kv, row, pl.ds(zero, width)],
                     inside, 0)
-        # O = sum of O_n 2^(L_n - m) over sum of 2^(L_n - m)
-        return acc + part * jnp.exp2(lse - top)[:, None]
+        # O = sum of O_n 2^(m_n - m) l_n over sum of 2^(m_n - m) l_n
+        return acc + part * (exp2(m - top) * l)[:, None]
 
     acc = jax.lax.fori_loop(0, -(-many // PARTS), step, jnp.zeros((PARTS, width), F32))
     safe = jnp.where(total > 0, total, 1.0)
@@ -232,8 +234,7 @@ def _merge(call: Call, x, o_ref, lse_ref):
         inside = jax.lax.broadcasted_iota(jnp.int32, (width,), 0) < o_ref.shape[3]
     triton.store(o_ref.at[b, kv, row, pl.ds(zero, width)], out.astype(o_ref.dtype),
                  mask=inside)
-    lse = (top + jnp.log2(safe)) * (1 / LOG2E)
-    lse_ref[b, kv, row] = jnp.where(total > 0, lse, NEVER)
+    m_ref[b, kv, row], l_ref[b, kv, row] = top, total
 
 
 def _weights(call: Call, x: Arrays, w_ref):
@@ -254,7 +255,9 @@ def _weights(call: Call, x: Arrays, w_ref):
         def add(row, found):
             queries = ctx.queries(row) if first is None else first
             s = ctx.logits(queries, k, place)
-            return found + jnp.exp2(s - queries.base).sum(0)  # P = 2^(s - L)
+            # P = exp(S - L)
+            p = call.form.again(s, queries.base) * queries.factor
+            return found + p.sum(0)
 
         found = jnp.zeros((size,), F32)
         found = add(0, found) if many == 1 else jax.lax.fori_loop(0, many, add, found)

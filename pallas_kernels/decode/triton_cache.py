@@ -17,7 +17,7 @@ from jax.experimental import pallas as pl
 from pallas_kernels.decode.triton_unpack import widened
 from pallas_kernels.machine.product import NT, dot
 from pallas_kernels.machine.triton import lanes, load, power
-from pallas_kernels.tile import LOG2E, NEVER, LogitSpec, both
+from pallas_kernels.tile import NEVER, LogitSpec, both
 
 
 class Call(NamedTuple):
@@ -43,7 +43,8 @@ class Arrays(NamedTuple):
 
     q [B,K,R,D]; k, v and what lies beside slots as `pallas_kernels.decode` says, the
     last axis of what lies beside them K or 1; lengths [B,K|1]; table [B,n]; head, row
-    positions and runs [B,K,R]; sink and base (lse) [B,K,R], times log2(e).
+    positions and runs [B,K,R]; sink, base and factor [B,K,R], the first two in the unit
+    of logits.
     """
 
     q: Any
@@ -56,6 +57,7 @@ class Arrays(NamedTuple):
     q_run: Any = None
     sink: Any = None
     base: Any = None
+    factor: Any = None
     pos: Any = None
     run: Any = None
     bias: Any = None
@@ -160,10 +162,11 @@ class Head:
             parts.append(load(x.q.at[self.b, self.kv, rows, cut],  # [rows,width]
                               lanes(width, call.rows, inside), 0))
         return Queries(parts, inside, vector(x.head, 0), vector(x.q_pos, 0),
-                       vector(x.q_run, 0), vector(x.sink, 0), vector(x.base, -NEVER))
+                       vector(x.q_run, 0), vector(x.sink, 0), vector(x.base, -NEVER),
+                       vector(x.factor, 0))
 
     def logits(self, queries: Queries, k: list[Any], at: At):
-        """Logits times log2(e) [rows,columns], NEVER where hidden."""
+        """Logits times their unit [rows,columns], NEVER where hidden."""
         call, x, form = self.call, self.x, self.call.form
         # q k^T: [rows,D] by [columns,D] is [rows,columns]; of int4 two halves of D
         raw = dot(queries.parts[0], k[0], NT)
@@ -173,7 +176,7 @@ class Head:
             raw = raw * self.beside(x.k_scale, at)[None]  # one factor a slot
         j = at.slot if x.pos is None else self.beside(x.pos, at, -1)  # [columns]
         bias = None if x.bias is None else self.beside(x.bias, at)[None]
-        s, _ = form.logits(raw, queries.head, queries.pos, j[None], bias, LOG2E)
+        s, _ = form.logits(raw, queries.head, queries.pos, j[None], bias)
         seen = at.inside if x.pos is None else at.inside & (j >= 0)  # -1: empty
         if x.run is not None:
             run = self.beside(x.run, at)
@@ -196,3 +199,4 @@ class Queries(NamedTuple):
     run: Any
     sink: Any
     base: Any
+    factor: Any

@@ -20,12 +20,15 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import Refused, tables
+from pallas_kernels.arrays import check_logits, check_pairs
 from pallas_kernels.machine.bits import in_32_bits
 from pallas_kernels.refusals import (
     CARDS, DTYPES, WIDEST, check_device, check_elementwise, check_mosaic
 )
 from pallas_kernels.schedule import Side, Static, Tiling, shrink_to_fit
-from pallas_kernels.tile import LogitSpec
+from pallas_kernels.tile import (
+    LOG2E, LogitSpec, base_and_factor, lse_of, sink_logit, unit_of
+)
 
 F32 = jnp.float32
 
@@ -52,10 +55,11 @@ def flash(
     batch: jax.Array | None = None,
     shift: int = 0,
     given: jax.Array | None = None,
+    split_lse: bool = False,
     tile: tuple[int, ...] | None = None,
     backend: str = "tpu",
     interpret: Any = False,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[jax.Array, ...]:
     """Exact attention -> o [B,T,H,V] in v's dtype and lse [B,H,T] float32.
 
     q [B,T,H,D], k [B,S,K,D], v [B,S,K,V]; query head h reads key head h // (H/K).
@@ -68,7 +72,10 @@ def flash(
     tokens further on the queries stand, where positions count. given [B,H,T]: the lse
     that the queries have with all of their keys, if k and v are a part of those, for
     the part's gradients: nothing is computed, o is 0, and lse's cotangent is to hold
-    what all parts share, d(lse) - sum(d(o) o) of the whole. tile: queries and keys of a
+    what all parts share, d(lse) - sum(d(o) o) of the whole; a number near the lse will
+    do, if both cotangents are multiplied by exp(given - lse). split_lse: m and l
+    [B,H,T] instead of lse = m + log l, which a large m leaves nothing of l; no gradient
+    flows through m, on which nothing depends. tile: queries and keys of a
     tile. Rows that see nothing give o = 0, lse = -inf and no gradient.
     backend: "tpu", "triton", "mosaic" (Hopper), or "blackwell" (there `tile` is of the
     forward pass): only compiled and interpreted, never run, so nobody gets it unasked.
@@ -78,7 +85,14 @@ def flash(
     """
     b, t, h, d = q.shape
     s, width = k.shape[1], v.shape[3]
-    _check(q, k, v, q_pos, kv_pos)
+    _check(q, k, v)
+    check_pairs(pos=(q_pos, kv_pos), run=(q_run, kv_run))
+    check_logits(q, k, bias=bias, sink=sink, head=head, q_pos=q_pos, kv_pos=kv_pos,
+                 keep=keep, batch=batch, given=given, q_run=q_run, kv_run=kv_run)
+    if b > 1 and q_pos is not None and kv_pos is not None:
+        # one row of positions for the whole batch
+        q_pos = jnp.broadcast_to(q_pos, (b, t))
+        kv_pos = jnp.broadcast_to(kv_pos, (b, *kv_pos.shape[1:]))
     random = dropout > 0 and key is not None
     check_device(backend, (q, k, v), interpret)
     if backend in CARDS:
@@ -98,8 +112,10 @@ def flash(
         return tables.tile(device, which, shape, tile, backend)
 
     ahead, back = pick("flash_forward"), pick("flash_backward")
-    form = LogitSpec(mask, d**-0.5 if scale is None else scale, softcap, score,
-                     dropout if random or keep is not None else 0.0)
+    scale = d**-0.5 if scale is None else scale
+    unit = LOG2E if backend in CARDS else unit_of(scale, softcap, score, bias)
+    form = LogitSpec(mask, scale, softcap, score,
+                     dropout if random or keep is not None else 0.0, unit)
     tilings = [Tiling(t, s, a.block_q, a.block_kv, offset) for a in (ahead, back)]
     if backend == "tpu" and tile is None:
         traced = q_pos is not None or q_run is not None
@@ -123,10 +139,12 @@ def flash(
     )
     if given is not None:
         return _part(static, side, q, k, v, bias, sink, given)
-    return _flash(static, side, q, k, v, bias, sink)
+    o, m, l = _flash(static, side, q, k, v, bias, sink)
+    m = jax.lax.stop_gradient(m) * (1 / form.unit)
+    return (o, m, l) if split_lse else (o, lse_of(m, l))
 
 
-def _check(q, k, v, q_pos, kv_pos) -> None:
+def _check(q, k, v) -> None:
     """Raises Refused for widths and types that no kernel takes."""
     if not q.dtype == k.dtype == v.dtype or q.dtype not in DTYPES:
         raise Refused(f"q, k, v are {q.dtype}, {k.dtype}, {v.dtype}: one of "
@@ -136,8 +154,6 @@ def _check(q, k, v, q_pos, kv_pos) -> None:
             raise Refused(f"{name}={n}: at most {WIDEST}")
     if min(q.shape[1], k.shape[1]) < 1:
         raise Refused(f"T={q.shape[1]}, S={k.shape[1]}: at least 1")
-    if (q_pos is None) != (kv_pos is None):
-        raise ValueError("q_pos and kv_pos go together: expected both or neither")
 
 
 def _kernels(static: Static) -> Any:
@@ -158,27 +174,34 @@ def _flash(static: Static, side: Side, q, k, v, bias, sink):
 
 @in_32_bits
 def _ahead(static: Static, side: Side, q, k, v, bias, sink):
-    o, lse = _kernels(static).forward(static, side, q, k, v, bias, sink)
-    return (o, lse), (side, q, k, v, bias, sink, o, lse)
+    # m in the unit of logits: exactly what the backward pass finds again
+    o, m, l = _kernels(static).forward(static, side, q, k, v, bias, sink)
+    return (o, m, l), (side, q, k, v, bias, sink, o, m, l)
 
 
 @in_32_bits
 def _back(static: Static, saved, cotangents):
-    side, q, k, v, bias, sink, o, lse = saved
-    do, dlse = cotangents
-    # d(lse) enters exactly where delta leaves
-    delta = -dlse
-    if o is not None:
-        # D = rowsum(dO O) [B,H,T]
-        delta += (do.astype(F32) * o.astype(F32)).sum(-1).transpose(0, 2, 1)
+    *arrays, o, m, l = saved
+    do, _, dl = cotangents
+    # D = rowsum(dO O) [B,H,T]; d(log l) = l d(l) enters exactly where it leaves
+    delta = (do.astype(F32) * o.astype(F32)).sum(-1).transpose(0, 2, 1) - l * dl
+    base, factor = base_and_factor(m, l, static.form.unit)
+    do = do.astype(F32) * factor.transpose(0, 2, 1)[..., None]
+    return _gradients(static, arrays, base, delta * factor, do)
+
+
+def _gradients(static: Static, arrays, base, delta, do):
+    """The gradients, with weights exp(s - base): base, delta [B,H,T], do [B,T,H,V]."""
+    side, q, k, v, bias, sink = arrays
+    form = static.form
     dq, dk, dv, dbias = _kernels(static).backward(
-        static, side, q, k, v, bias, sink, lse, delta, do.astype(v.dtype)
+        static, side, q, k, v, bias, sink, base, delta, do.astype(v.dtype)
     )
     dsink = None
     if sink is not None:
         # the sink's weight exp(sink - L) [B,H,T]; it has no value, so dS = -weight D
-        share = jnp.exp(sink.astype(F32)[None, :, None] - lse)
-        dsink = -(share * delta).sum((0, 2)).astype(sink.dtype)
+        own = sink_logit(sink, form.unit)[None, :, None]
+        dsink = -(form.exp2(own - base) * delta).sum((0, 2)).astype(sink.dtype)
     return None, dq, dk, dv, dbias, dsink
 
 
@@ -193,8 +216,11 @@ def _part(static: Static, side: Side, q, k, v, bias, sink, lse):
 
 @in_32_bits
 def _back_part(static: Static, saved, cotangents):
+    *arrays, lse = saved
+    do, dlse = cotangents
+    base = jnp.where(jnp.isfinite(lse), lse * static.form.unit, 0)
     # without o, delta is what lse's cotangent brings
-    return *_back(static, (*saved[:-1], None, saved[-1]), cotangents), None
+    return *_gradients(static, arrays, base, -dlse, do), None
 
 
 _part.defvjp(

@@ -39,7 +39,7 @@ from pallas_kernels import Refused
 from pallas_kernels.flash import blackwell_backward
 from pallas_kernels.flash.mosaic import over_keys, write
 from pallas_kernels.flash.mosaic_scratch import ForwardScratch, TensorScratch
-from pallas_kernels.flash.mosaic_tile import Call, TileContext, online
+from pallas_kernels.flash.mosaic_tile import Call, TileContext, first_logit, online
 from pallas_kernels.machine.blackwell import (
     COLUMNS, COPIED, ROW, ROWS, load, meet, multiply, settle, store, tensor
 )
@@ -49,7 +49,7 @@ from pallas_kernels.tile import LOW
 
 
 def forward(static: Static, side: Side, q, k, v, bias, sink):
-    """o [B,T,H,V] in v's dtype and lse [B,H,T] float32."""
+    """o [B,T,H,V] in v's dtype, m and l [B,H,T] float32, m times log2(e)."""
     t, stages = static.tiling, static.tiles[0].num_stages
     width = -(-v.shape[3] // 64) * 64  # o is padded to 64s
     # columns for logits of 32 bits, weights of 16, and o, of each warpgroup
@@ -66,10 +66,11 @@ def forward(static: Static, side: Side, q, k, v, bias, sink):
         call, static.block_masks(t, side), side, q, k, v, sink, more, _attend)
 
 
-def backward(static: Static, side: Side, q, k, v, bias, sink, lse, delta, do):
-    """dq, dk, dv, d(bias), given lse, delta [B,H,T] and do [B,T,H,V]."""
+def backward(static: Static, side: Side, q, k, v, bias, sink, base, delta, do):
+    """dq, dk, dv, d(bias), given base, delta [B,H,T] and do [B,T,H,V]; base: what
+    weights are made again from, times log2(e)."""
     return *blackwell_backward.backward(
-        static, side, q, k, v, lse, delta, do), None
+        static, side, q, k, v, base, delta, do), None
 
 
 def _scratch(call: Call, width: int, kind):
@@ -85,7 +86,7 @@ def _scratch(call: Call, width: int, kind):
 
 def _attend(ctx: TileContext, at, steps, outs, own: ForwardScratch, more, group, tile):
     """A warpgroup that computes 128 queries."""
-    (q_smem, k_ring, v_ring, o_smem, lse_smem, q_there, k_there, v_there, k_free,
+    (q_smem, k_ring, v_ring, o_smem, m_smem, l_smem, q_there, k_there, v_there, k_free,
      v_free) = own
     memory = TensorScratch(*more)
     call, x, interpret = ctx.call, ctx.x, ctx.call.interpret
@@ -162,8 +163,7 @@ def _attend(ctx: TileContext, at, steps, outs, own: ForwardScratch, more, group,
 
     carry = rows(LOW), rows(0.0)
     if x.sink is not None:
-        # a sink is a first logit of weight 1, without value
-        carry = rows(x.sink[ctx.h]), rows(1.0)
+        carry = first_logit(x.sink[ctx.h], *carry)
     carry = jax.lax.fori_loop(0, whole, lambda n, c: step(n, c, False), carry)
     m, total = jax.lax.fori_loop(whole, count, lambda n, c: step(n, c, True), carry)
     values_of(count - 1)
@@ -171,4 +171,4 @@ def _attend(ctx: TileContext, at, steps, outs, own: ForwardScratch, more, group,
     settle(met, interpret)
     o = load(o_ref, interpret, COPIED)
     o_smem = q_smem if o_smem is None else o_smem
-    write(ctx, o, m, total, outs, (o_smem, lse_smem), group, queries)
+    write(ctx, o, m, total, outs, (o_smem, m_smem, l_smem), group, queries)

@@ -40,7 +40,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.flash.blackwell_tile import Halves, halved
 from pallas_kernels.flash.mosaic_gradients import (
-    based, calls, key_gradients, query_gradients
+    calls, key_gradients, query_gradients
 )
 from pallas_kernels.flash.mosaic_scratch import KeyScratch, QueryScratch
 from pallas_kernels.flash.mosaic_tile import Arrays, Call, TileContext, weights
@@ -49,11 +49,11 @@ from pallas_kernels.machine.hopper import Tile, spread, vector
 from pallas_kernels.schedule import Side, Static
 
 
-def backward(static: Static, side: Side, q, k, v, lse, delta, do):
-    """dq, dk, dv, given lse, delta [B,H,T] and do [B,T,H,V]."""
+def backward(static: Static, side: Side, q, k, v, base, delta, do):
+    """dq, dk, dv, given base, delta [B,H,T] and do [B,T,H,V]."""
     by_key, by_query = calls(static, q.shape[2] // k.shape[2], ROW)
     d, width = (-(-a.shape[3] // 64) * 64 for a in (q, v))
-    given = side, q, k, v, do, based(lse), delta
+    given = side, q, k, v, do, base, delta
     # sums dv and dk, left sides k and v
     more = halved(by_key, by_key.tiling.rows, q.dtype, (width, d), (d, width))
     dk, dv = key_gradients(by_key, static, 1, more, _key_sums, *given)

@@ -29,17 +29,17 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.flash import mosaic_backward
 from pallas_kernels.flash.mosaic_scratch import ForwardScratch, split
 from pallas_kernels.flash.mosaic_tile import (
-    Arrays, Call, Line, TileContext, arrays, fetch_keys, line, online, run
+    Arrays, Call, Line, TileContext, arrays, fetch_keys, first_logit, line, online, run
 )
 from pallas_kernels.machine.hopper import (
     F32, ROWS, Tile, products, share, shared, spread, zeros
 )
 from pallas_kernels.schedule import Side, Static
-from pallas_kernels.tile import LOG2E, LOW, NEVER
+from pallas_kernels.tile import LOW
 
 
 def forward(static: Static, side: Side, q, k, v, bias, sink):
-    """o [B,T,H,V] in v's dtype and lse [B,H,T] float32."""
+    """o [B,T,H,V] in v's dtype, m and l [B,H,T] float32, m times log2(e)."""
     t = static.tiling
     call = Call(static.form, t, q.shape[2] // k.shape[2], t.rows // ROWS,
                 (static.tiles[0].num_stages,) * 2, bool(static.interpret))
@@ -49,26 +49,27 @@ def forward(static: Static, side: Side, q, k, v, bias, sink):
 
 
 def over_keys(call: Call, block_masks, side: Side, q, k, v, sink, more, attend):
-    """o and lse, given what is asked of each tile, with a warpgroup that loads and some
-    that compute their queries by `attend`; more: scratch that only these know."""
+    """o, m and l, given what is asked of each tile, with a warpgroup that loads and
+    some that compute their queries by `attend`; more: scratch that only these know."""
     t = call.tiling
     (b, _, h, _), width = q.shape, v.shape[3]
     x = arrays(call, side, q, k, v, sink)
     tall = t.grid[0] * t.rows  # whole tiles
     o = jax.ShapeDtypeStruct((b, x.q.shape[1], h, x.v.shape[3]), v.dtype)
-    lse = jax.ShapeDtypeStruct((b, h, tall), F32)  # [B,H,T']
-    o, lse = run(
+    sums = [jax.ShapeDtypeStruct((b, h, tall), F32)] * 2  # m, l [B,H,T']
+    o, *sums = run(
         call, functools.partial(_forward, attend),
-        {"tile": t.grid[0], "batch": b, "head": h}, x, line(*block_masks), [o, lse],
+        {"tile": t.grid[0], "batch": b, "head": h}, x, line(*block_masks), [o, *sums],
         (*_scratch(call, x), *more), "flash_forward",
     )
-    return o[:, :t.t, :, :width], lse[:, :, :t.t]
+    return o[:, :t.t, :, :width], *(a[:, :, :t.t] for a in sums)
 
 
-def backward(static: Static, side: Side, q, k, v, bias, sink, lse, delta, do):
-    """dq, dk, dv, d(bias), given lse, delta [B,H,T] and do [B,T,H,V]."""
+def backward(static: Static, side: Side, q, k, v, bias, sink, base, delta, do):
+    """dq, dk, dv, d(bias), given base, delta [B,H,T] and do [B,T,H,V]; base: what
+    weights are made again from, times log2(e)."""
     return *mosaic_backward.backward(
-        static, side, q, k, v, sink, lse, delta, do), None
+        static, side, q, k, v, sink, base, delta, do), None
 
 
 def _scratch(call: Call, x: Arrays) -> ForwardScratch:
@@ -81,7 +82,7 @@ def _scratch(call: Call, x: Arrays) -> ForwardScratch:
         shared((n, c, width), kind),  # ring of v
         # the output takes the place of q where it can
         None if d == width else shared((groups, rows, width), kind),
-        plgpu.SMEM((groups, rows), F32),  # lse
+        plgpu.SMEM((groups, rows), F32), plgpu.SMEM((groups, rows), F32),  # m, l
         # q, k and v are there; all warpgroups have used k, and v
         barrier(num_barriers=groups), barrier(num_barriers=n), barrier(num_barriers=n),
         barrier(num_arrivals=groups, num_barriers=n),
@@ -105,7 +106,7 @@ def _forward(attend, call: Call, x: Arrays, seen: Line, outs, scratch):
 def _attend(ctx: TileContext, at, steps, outs, own: ForwardScratch, more, group, tile):
     """A warpgroup that computes 64 queries. The weights of a tile meet its values while
     the next tile's logits are made: p is what is still to be multiplied."""
-    (q_smem, k_ring, v_ring, o_smem, lse_smem, q_there, k_there, v_there, k_free,
+    (q_smem, k_ring, v_ring, o_smem, m_smem, l_smem, q_there, k_there, v_there, k_free,
      v_free), (turn,) = own, more
     call, x, interpret = ctx.call, ctx.x, ctx.call.interpret
     whole, count = steps
@@ -143,11 +144,9 @@ def _attend(ctx: TileContext, at, steps, outs, own: ForwardScratch, more, group,
         pass_on()  # to the next warpgroup, whose logits may begin
         s = s()  # until q k^T is there
         plgpu.barrier_arrive(k_free.at[0])  # k was read
-        start = zeros((ROWS,), interpret, LOW)
+        start, total = zeros((ROWS,), interpret, LOW), zeros((ROWS,), interpret, 0.0)
         if x.sink is not None:
-            # a sink is a first logit of weight 1, without value
-            start = jnp.full((ROWS,), 0.0, F32) + x.sink[ctx.h]
-        total = zeros((ROWS,), interpret, 0.0 if x.sink is None else 1.0)
+            start, total = first_logit(x.sink[ctx.h], start, total)
         s, unit = logits(s, 0, True)  # masked: a line may have no whole tile
         p, m, total, _ = online(s, unit, start, total)
         return p.astype(x.v.dtype), m, total  # 16 bits, as v
@@ -200,18 +199,19 @@ def _attend(ctx: TileContext, at, steps, outs, own: ForwardScratch, more, group,
     safe = jnp.where(total > 0, total, 1.0)  # o = 0 where nothing is seen
     o = acc * spread(1 / safe, acc.shape, False)
     o_smem = q_smem if o_smem is None else o_smem  # q was read: o takes its place
-    write(ctx, o, m, total, outs, (o_smem, lse_smem), group, queries)
+    write(ctx, o, m, total, outs, (o_smem, m_smem, l_smem), group, queries)
 
 
 def write(ctx: TileContext, o, m, total, outs, smem, group, queries) -> None:
-    """The end of a line: o [queries,V], and lse of the maximum and the sum."""
-    (o_ref, lse_ref), (o_smem, lse_smem) = outs, (ref.at[group] for ref in smem)
+    """The end of a line: o [queries,V], the maximum in base 2, and the sum."""
+    o_ref, *sums_ref = outs
+    o_smem, *sums_smem = (ref.at[group] for ref in smem)
     o_smem[...] = o.astype(o_ref.dtype)
-    some = total > 0
-    safe = jnp.where(some, total, 1.0)
-    # L = m + log l, m in base 2
-    lse_smem[...] = jnp.where(some, m * (1 / LOG2E) + jnp.log(safe), NEVER)
+    # m and l apart: in L = m + log l a large m leaves nothing of l
+    for smem_ref, a in zip(sums_smem, (m, total)):
+        smem_ref[...] = a
     plgpu.commit_smem()  # before the copies read them
     plgpu.copy_smem_to_gmem(o_smem, o_ref.at[queries])
-    plgpu.copy_smem_to_gmem(lse_smem, lse_ref.at[ctx.b, ctx.h, queries[1]])
+    for smem_ref, ref in zip(sums_smem, sums_ref):
+        plgpu.copy_smem_to_gmem(smem_ref, ref.at[ctx.b, ctx.h, queries[1]])
     plgpu.wait_smem_to_gmem(0)  # before the block ends

@@ -23,7 +23,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.flash.mosaic_gradients import (
-    based, calls, key_gradients, query_gradients
+    calls, key_gradients, query_gradients
 )
 from pallas_kernels.flash.mosaic_scratch import KeyScratch, QueryScratch
 from pallas_kernels.flash.mosaic_tile import Arrays, Call, TileContext, weights
@@ -32,10 +32,10 @@ from pallas_kernels.machine.hopper import ROWS, Tile, products, spread, vector, 
 from pallas_kernels.schedule import Side, Static
 
 
-def backward(static: Static, side: Side, q, k, v, sink, lse, delta, do):
-    """dq, dk, dv, given lse, delta [B,H,T] and do [B,T,H,V]."""
+def backward(static: Static, side: Side, q, k, v, sink, base, delta, do):
+    """dq, dk, dv, given base, delta [B,H,T] and do [B,T,H,V]."""
     by_key, by_query = calls(static, q.shape[2] // k.shape[2])
-    given = side, q, k, v, do, based(lse), delta
+    given = side, q, k, v, do, base, delta
     # one warpgroup keeps dk of a tile's keys and another dv, or each those of its keys
     split = by_key.tiling.columns == ROWS
     own, sums = (1, wide_sums) if split else (by_key.warpgroups, _key_sums)

@@ -18,7 +18,7 @@ from pallas_kernels.flash.mosaic_tile import (
 )
 from pallas_kernels.machine.hopper import F32, ROWS, TILE, drain, share, shared
 from pallas_kernels.schedule import Side, Static
-from pallas_kernels.tile import LOG2E, LOW
+from pallas_kernels.tile import LOW
 
 
 def calls(static: Static, groups: int, layout=TILE) -> tuple[Call, Call]:
@@ -32,15 +32,10 @@ def calls(static: Static, groups: int, layout=TILE) -> tuple[Call, Call]:
     return by_key, by_key._replace(stages=rings, tiling=tiling)
 
 
-def based(lse):
-    """lse times log2(e), from which weights are made again; 0 where nothing is seen."""
-    return jnp.where(jnp.isfinite(lse), lse * LOG2E, 0)
-
-
 def _given(call: Call, side: Side, q, k, v, do, base, delta) -> Arrays:
     rows = call.tiling.rows
     x = arrays(call, side, q, k, v, None, do)
-    # queries beyond the end get weights 2^(s - 1e30) = 0
+    # queries beyond the end get weights 2^(s + LOW) = 0
     return x._replace(lse=tokens(base, rows, 2, -LOW),
                       delta=tokens(delta.astype(F32), rows, 2))
 

@@ -8,14 +8,15 @@ from typing import Any, NamedTuple, TypeVar
 
 
 class ForwardScratch(NamedTuple):
-    """q, o [warpgroups,rows,.] and lse [warpgroups,rows]; o is None where it takes the
+    """q, o [warpgroups,rows,.], m and l [warpgroups,rows]; o is None where it takes the
     place of q; rings of k and v [stages,columns,.]."""
 
     q: Any
     k_ring: Any
     v_ring: Any
     o: Any
-    lse: Any
+    m: Any
+    l: Any
     q_there: Any
     k_there: Any
     v_there: Any

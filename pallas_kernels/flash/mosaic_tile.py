@@ -13,9 +13,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.flash.mosaic_scratch import ForwardScratch, QueryScratch
-from pallas_kernels.machine.hopper import F32, TILE, cast, drain, launch, spread, vector
+from pallas_kernels.machine.hopper import TILE, cast, drain, launch, spread, vector
 from pallas_kernels.schedule import FULL, SKIP, Side, Tiling
-from pallas_kernels.tile import LOG2E, NEVER, LogitSpec, both
+from pallas_kernels.tile import LOG2E, NEVER, LogitSpec, both, sink_logit
 
 
 class Line(NamedTuple):
@@ -128,7 +128,7 @@ def arrays(call: Call, side: Side, q, k, v, sink, do=None) -> Arrays:
         side.head.astype(jnp.int32), vector(side.q_pos, t.rows),
         vector(kv_pos, t.columns, 2), vector(side.q_run, t.rows),
         vector(side.kv_run, t.columns),
-        None if sink is None else sink.astype(F32) * LOG2E,
+        None if sink is None else sink_logit(sink, LOG2E),
         None if do is None else tile(do, t.rows),
     )
 
@@ -229,11 +229,18 @@ def fetch_keys(ctx: TileContext, at, count,
         drain(room, many, count)
 
 
-def weights(s, unit, lse, columns: bool):
-    """2^(s unit - lse), lse along the rows or the columns."""
-    shift = spread(lse, s.shape, columns)
-    # a unit that is not 1 and the shift are one multiply-add
-    return jnp.exp2(s * unit - shift if unit != 1.0 else s - shift)
+def weights(s, unit, base, columns: bool):
+    """2^(s unit - base), base along the rows or the columns."""
+    shift = spread(base, s.shape, columns)
+    # a unit that is not 1 and the shift are one multiply-add. No logit is above base,
+    # but by an error of rounding, with which 2^x of large ones would be infinite
+    return jnp.exp2(jnp.minimum(s * unit - shift if unit != 1.0 else s - shift, 0.0))
+
+
+def first_logit(sink, m, total):
+    """m and total [rows] of a sink, a logit without value; -inf is none."""
+    some = jnp.where(sink > NEVER, 1.0, 0.0)
+    return jnp.maximum(m, sink), total + some
 
 
 def online(s, unit, m, total):

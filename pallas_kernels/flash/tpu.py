@@ -18,6 +18,8 @@ it does not fit, dq has a kernel of its own.
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
@@ -34,38 +36,39 @@ from pallas_kernels.machine.product import F32, NN, TN, dot
 from pallas_kernels.schedule import (
     Side, Static, TilePatterns, Tiling, all_tiles, grid_order, tile_patterns
 )
-from pallas_kernels.tile import LOG2E, LOW, NEVER
+from pallas_kernels.tile import LOW, NEVER, sink_logit
 
 
 def forward(static: Static, side: Side, q, k, v, bias, sink):
-    """o [B,T,H,V] in v's dtype and lse [B,H,T] float32."""
+    """o [B,T,H,V] in v's dtype, m and l [B,H,T] float32, m in the unit of logits."""
     t, width = q.shape[1], v.shape[3]
     x = _arrays(static.tiling, side, q, k, v, bias)
     patterns, table, ask = tile_patterns(
         static.form.mask, static.tiling, static.tiles[0].block_kv_compute,
         *static.block_masks(static.tiling, side))
     call = _call(static, static.tiling, patterns, x, sink)
+    first = None if sink is None else sink_logit(sink, static.form.unit)
 
     def info(part):
-        return scalars(part.seen, 1, side.head, sink, side.seed, side.batch)
+        return scalars(part.seen, 1, side.head, first, side.seed, side.batch)
 
-    o, lse = joined(
+    o, *sums = joined(
         grid_order(table, ask), 1, lambda part: rows_forward(call, info(part), x, part))
-    return o[:, :, :t, :width].transpose(0, 2, 1, 3), lse[:, :, 0, :t]  # [B,T,H,V]
+    o = o[:, :, :t, :width].transpose(0, 2, 1, 3)  # [B,T,H,V]
+    return o, *(a[:, :, 0, :t] for a in sums)
 
 
-def backward(static: Static, side: Side, q, k, v, bias, sink, lse, delta, do):
-    """dq, dk, dv, d(bias), given lse, delta [B,H,T] and do [B,T,H,V]."""
+def backward(static: Static, side: Side, q, k, v, bias, sink, base, delta, do):
+    """dq, dk, dv, d(bias), given base, delta [B,H,T] and do [B,T,H,V]; base: what
+    weights are made again from, in the unit of logits."""
     tiling = static.backward
     far = -q.shape[1] % tiling.rows
 
-    # queries that only fill a tile get weights 2^(s - 1e30) = 0
+    # queries that only fill a tile get weights 2^(s + LOW) = 0
     def fill(a, value):
         a = jnp.pad(a, ((0, 0), (0, 0), (0, far)), constant_values=value)
         return a[:, :, None]
 
-    # 0, not -inf, where nothing is seen: there 2^(-inf - 0) = 0
-    base = jnp.where(jnp.isfinite(lse), lse * LOG2E, 0)
     x = _arrays(tiling, side, q, k, v, bias)._replace(
         do=_tokens(do, tiling.rows), lse=fill(base, -LOW), delta=fill(delta, 0))
     plain = static.block_masks(tiling, side)
@@ -146,15 +149,21 @@ def _arrays(tiling: Tiling, side: Side, q, k, v, bias) -> Arrays:
     )
 
 
-def _forward(call: Call, info, x: Arrays, o_ref, lse_ref, m_ref, l_ref, acc_ref):
+def _forward(call: Call, info, x: Arrays, o_ref, top_ref, sum_ref, m_ref, l_ref,
+             acc_ref):
     info = Scalars(*info)
     ctx = TileContext(call, info, x, by_column=False)
 
     @pl.when(ctx.first)
     def _start():
-        top = info.sink[ctx.local] * LOG2E if call.sink else LOW  # a first logit
+        top: Any = LOW
+        weight: Any = 0.0
+        if call.sink:
+            # a first logit without value; -inf is none
+            sink = info.sink[ctx.local]
+            top, weight = jnp.maximum(sink, LOW), jnp.where(sink > NEVER, 1.0, 0.0)
         m_ref[...] = jnp.full(m_ref.shape, top, F32)  # [1,queries]
-        l_ref[...] = jnp.full(l_ref.shape, 1.0 if call.sink else 0.0, F32)
+        l_ref[...] = jnp.full(l_ref.shape, weight, F32)
         acc_ref[...] = jnp.zeros(acc_ref.shape, F32)  # o^T [V,queries]
 
     def step(parts, masked):
@@ -168,7 +177,8 @@ def _forward(call: Call, info, x: Arrays, o_ref, lse_ref, m_ref, l_ref, acc_ref)
                 ahead = ctx.logits(later, masked)[0]
             old = cut(m, part)  # m of the part's queries
             top = jnp.maximum(old, s.max(0, keepdims=True))  # m' = max(m, colmax s^T)
-            p, rescale = jnp.exp2(s - top), jnp.exp2(old - top)  # P, 2^(m - m')
+            exp2 = call.form.exp2
+            p, rescale = exp2(s - top), exp2(old - top)  # P, 2^(m - m')
             sums = cut(total, part) * rescale + p.sum(0, keepdims=True)  # [1,queries]
             total = put(total, sums, part)
             drop = ctx.drop(part)
@@ -184,11 +194,10 @@ def _forward(call: Call, info, x: Arrays, o_ref, lse_ref, m_ref, l_ref, acc_ref)
     @pl.when(ctx.last)
     def _finish():
         total = l_ref[...]
-        some = total > 0  # queries that see a key
-        safe = jnp.where(some, total, 1)
+        safe = jnp.where(total > 0, total, 1)  # of queries that see a key
         o_ref[0, 0] = (acc_ref[...] / safe).T.astype(o_ref.dtype)  # [queries,V]
-        lse = (m_ref[...] + jnp.log2(safe)) * (1 / LOG2E)  # L = m + log l
-        lse_ref[0, 0] = jnp.where(some, lse, NEVER)
+        # m and l apart: in L = m + log l a large m leaves nothing of l
+        top_ref[0, 0], sum_ref[0, 0] = m_ref[...], total
 
 
 def _by_column(call: Call, info, x: Arrays, *refs):
@@ -269,7 +278,7 @@ def _by_row(call: Call, info, x: Arrays, dq_ref, acc_ref):
 
 
 def rows_forward(call: Call, info: Scalars, x: Arrays, part: Portion):
-    """o [B,H,T,V] in v's dtype and lse [B,H,1,T] float32, of a portion's queries."""
+    """o [B,H,T,V] in v's dtype, m and l [B,H,1,T] float32, of a portion's queries."""
     b, h = x.q.shape[:2]
     t = part.lines * call.tiling.rows
     rows, width = call.tiling.rows, x.v.shape[3]
@@ -277,16 +286,16 @@ def rows_forward(call: Call, info: Scalars, x: Arrays, part: Portion):
     def o_at(b, h, *step):
         return b, h, listed_row(b, h, *step) - part.first, 0
 
-    def lse_at(b, h, *step):
+    def sums_at(b, h, *step):
         return b, h, 0, listed_row(b, h, *step) - part.first
 
     return launch(
         call, _forward, (b, h, info.order.shape[0]), info, x,
         specs(call, x, listed_row, current_inner, own_head),
         [pl.BlockSpec((1, 1, rows, width), o_at),
-         pl.BlockSpec((1, 1, 1, rows), lse_at)],
+         *[pl.BlockSpec((1, 1, 1, rows), sums_at)] * 2],
         [jax.ShapeDtypeStruct((b, h, t, width), x.v.dtype),
-         jax.ShapeDtypeStruct((b, h, 1, t), F32)],
+         *[jax.ShapeDtypeStruct((b, h, 1, t), F32)] * 2],
         [pltpu.VMEM((1, rows), F32), pltpu.VMEM((1, rows), F32),  # m, l
          pltpu.VMEM((width, rows), F32)],  # o^T
         "flash_forward",

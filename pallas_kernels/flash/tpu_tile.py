@@ -18,7 +18,7 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels.machine.product import F32, NT, dot
 from pallas_kernels.machine.tpu import column
 from pallas_kernels.schedule import FULL, MASKED, Part, TilePatterns, Tiling, GridOrder
-from pallas_kernels.tile import LOG2E, NEVER, LogitSpec, both, dropout_keep
+from pallas_kernels.tile import NEVER, LogitSpec, both, dropout_keep
 
 # the bits of a word of `Scalars.plan`: what is asked of a tile, whether it opens and
 # whether it closes its line, and above them which tile of the inner axis to hold
@@ -136,7 +136,7 @@ class TileContext:
         return first + jax.lax.broadcasted_iota(jnp.int32, (size, 1), 0)
 
     def logits(self, part: Part, masked: bool):
-        """Logits times log2(e) of a part [keys,queries], NEVER where hidden."""
+        """Logits times their unit of a part [keys,queries], NEVER where hidden."""
         t, form, x = self.call.tiling, self.call.form, self.x
         # s^T = k q^T: [keys,D] by [queries,D] is [keys,queries]
         raw = dot(x.k[0, 0, part.keys], x.q[0, 0, part.queries], NT)
@@ -144,7 +144,7 @@ class TileContext:
         if masked or form.score is not None:
             i, j = self.positions(part)  # [1,queries], [keys,1]
         bias = None if x.bias is None else self.bias(part)
-        s, slope = form.logits(raw, self.head, i, j, bias, LOG2E)
+        s, slope = form.logits(raw, self.head, i, j, bias)
         if not masked:
             return s, slope
         seen = None if form.mask is None else form.mask(self.head, i, j)
@@ -190,7 +190,7 @@ class TileContext:
         x = self.x
         s, slope = self.logits(part, masked)
         # P = exp(S - L), dP = dO V^T, dS = P (dP - D): Dao, 2023, algorithm 2
-        p = jnp.exp2(s - x.lse[0, 0, :, part.queries])  # lse [1,queries]
+        p = self.call.form.again(s, x.lse[0, 0, :, part.queries])  # lse [1,queries]
         # v do^T: [keys,V] by [queries,V] is [keys,queries]
         dp = dot(x.v[0, 0, part.keys], x.do[0, 0, part.queries], NT)
         drop = self.drop(part)

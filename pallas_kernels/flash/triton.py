@@ -12,6 +12,8 @@ arXiv:2307.08691.
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
@@ -23,28 +25,28 @@ from pallas_kernels.flash.triton_tile import (
 from pallas_kernels.machine.product import F32, NN, dot
 from pallas_kernels.machine.triton import write, zeros
 from pallas_kernels.schedule import SKIP, Side, Static, Tiling
-from pallas_kernels.tile import LOG2E, LOW, NEVER
+from pallas_kernels.tile import LOW, NEVER, sink_logit
 
 
 def forward(static: Static, side: Side, q, k, v, bias, sink):
-    """o [B,T,H,V] in v's dtype and lse [B,H,T] float32."""
+    """o [B,T,H,V] in v's dtype, m and l [B,H,T] float32, m in the unit of logits."""
     b, t, h, _ = q.shape
     call = _call(static, static.tiling, static.tiles[0], q, k)
     return launch(
         call, _forward, (call.tiling.grid[0], h, b),  # a program a query tile
-        _arrays(side, q, k, v, bias, sink),
+        _arrays(side, q, k, v, bias,
+                None if sink is None else sink_logit(sink, call.form.unit)),
         lines(*static.block_masks(call.tiling, side)),
         [jax.ShapeDtypeStruct((b, t, h, v.shape[3]), v.dtype),
-         jax.ShapeDtypeStruct((b, h, t), F32)], "flash_forward",
+         *[jax.ShapeDtypeStruct((b, h, t), F32)] * 2], "flash_forward",
     )
 
 
-def backward(static: Static, side: Side, q, k, v, bias, sink, lse, delta, do):
-    """dq, dk, dv, d(bias), given lse, delta [B,H,T] and do [B,T,H,V]."""
+def backward(static: Static, side: Side, q, k, v, bias, sink, base, delta, do):
+    """dq, dk, dv, d(bias), given base, delta [B,H,T] and do [B,T,H,V]; base: what
+    weights are made again from, in the unit of logits."""
     b, _, h, _ = q.shape
     call = _call(static, static.backward, static.tiles[1], q, k)
-    # 0, not -inf, where nothing is seen: there 2^(-inf - 0) = 0
-    base = jnp.where(jnp.isfinite(lse), lse * LOG2E, 0)
     x = _arrays(side, q, k, v, bias, None)._replace(do=do, lse=base, delta=delta)
     table, ask = static.block_masks(call.tiling, side)
     turned = None if ask is None else ask.swapaxes(1, 2)  # [B,M,N]
@@ -81,7 +83,7 @@ def _arrays(side: Side, q, k, v, bias, sink) -> Arrays:
         q, k, v, whole(side.head), bias,
         None if side.keep is None else side.keep.astype(jnp.int8), whole(side.q_pos),
         whole(side.kv_pos), whole(side.q_run), whole(side.kv_run),
-        None if sink is None else sink.astype(F32), whole(side.seed), whole(side.batch),
+        sink, whole(side.seed), whole(side.batch),
     )
 
 
@@ -91,7 +93,7 @@ def _last_first(axis: int):
     return pl.num_programs(axis) - 1 - pl.program_id(axis)
 
 
-def _forward(call: Call, x: Arrays, seen, o_ref, lse_ref):
+def _forward(call: Call, x: Arrays, seen, o_ref, m_ref, l_ref):
     row, h, b = _last_first(0), pl.program_id(1), pl.program_id(2)
     ctx = TileContext(call, x, b, h)
     rows = call.tiling.rows
@@ -102,7 +104,8 @@ def _forward(call: Call, x: Arrays, seen, o_ref, lse_ref):
         m, total, acc = carry
         s, _ = ctx.logits(q, ctx.keys(x.k, column), row, column, masked)
         top = jnp.maximum(m, s.max(1))  # m' = max(m, rowmax S)
-        p, rescale = jnp.exp2(s - top[:, None]), jnp.exp2(m - top)  # P, 2^(m - m')
+        exp2 = call.form.exp2
+        p, rescale = exp2(s - top[:, None]), exp2(m - top)  # P, 2^(m - m')
         total = total * rescale + p.sum(1)  # l' = l 2^(m - m') + rowsum P
         drop = ctx.drop(row, column)
         p = p if drop is None else p * drop  # l counts what is dropped
@@ -112,20 +115,23 @@ def _forward(call: Call, x: Arrays, seen, o_ref, lse_ref):
                     for a, v in zip(acc, ctx.keys(x.v, column)))
         return top, total, acc
 
-    # a sink is a first logit, without value
-    top = LOW if x.sink is None else x.sink[h] * LOG2E
+    top: Any = LOW
+    weight: Any = 0.0
+    if x.sink is not None:
+        # a first logit without value, of weight 2^0; -inf is none
+        top = jnp.maximum(x.sink[h], LOW)
+        weight = jnp.where(x.sink[h] > NEVER, 1.0, 0.0)
     m, total, acc = for_each_tile(seen, b, row, step, (
-        jnp.full((rows,), top, F32),
-        jnp.full((rows,), 0.0 if x.sink is None else 1.0, F32),  # its weight, 2^0
+        jnp.full((rows,), top, F32), jnp.full((rows,), weight, F32),
         zeros(rows, o_ref.shape[3]),
     ))
-    some = total > 0
-    safe = jnp.where(some, total, 1.0)
+    safe = jnp.where(total > 0, total, 1.0)
     # O / l, once at the end
     write(o_ref, [a / safe[:, None] for a in acc], b, row * rows, rows, h)
-    lse = jnp.where(some, (m + jnp.log2(safe)) * (1 / LOG2E), NEVER)  # L = m + log l
     inside = ctx.numbers(row, False) < call.tiling.t  # rows that there are
-    triton.store(lse_ref.at[b, h, pl.ds(row * rows, rows)], lse, mask=inside)
+    # m and l apart: in L = m + log l a large m leaves nothing of l
+    for ref, a in ((m_ref, m), (l_ref, total)):
+        triton.store(ref.at[b, h, pl.ds(row * rows, rows)], a, mask=inside)
 
 
 def _by_column(call: Call, x: Arrays, seen, dk_ref, dv_ref):

@@ -20,7 +20,7 @@ from jax.experimental.pallas import triton
 from pallas_kernels.machine.product import F32, NT, dot
 from pallas_kernels.machine.triton import block, load
 from pallas_kernels.schedule import FULL, MASKED, Tiling
-from pallas_kernels.tile import LOG2E, LOW, NEVER, LogitSpec, both, dropout_keep
+from pallas_kernels.tile import LOW, NEVER, LogitSpec, both, dropout_keep
 
 
 class Arrays(NamedTuple):
@@ -29,7 +29,8 @@ class Arrays(NamedTuple):
     q [B,T,H,D], k [B,S,K,D], v [B,S,K,V]; heads [H]: global head numbers; bias
     [B|1,H|1,T|1,S|1]; keep [B,H,T,S] int8; q_pos [B,T], kv_pos [B,S,K|1]; q_run
     [B|1,T], kv_run [B|1,S]; sink [H] float32; seed: two int32 words, batch [B]; and
-    backward do [B,T,H,V], lse (times log2 e) and delta [B,H,T].
+    backward do [B,T,H,V], lse and delta [B,H,T]. sink and lse are in the unit of
+    logits.
     """
 
     q: Any
@@ -192,12 +193,12 @@ class TileContext:
         return found.T if self.turned else found  # as logits lie
 
     def logits(self, q, k, row, column, masked: bool):
-        """Logits times log2(e) of a tile, NEVER where hidden, and their slope."""
+        """Logits times their unit of a tile, NEVER where hidden, and their slope."""
         x, t, form = self.x, self.call.tiling, self.call.form
         raw = self.product(q, k)  # [rows,columns], or turned
         i, j = self.positions(row, column)  # [rows,1], [1,columns], or turned
         bias = None if x.bias is None else self.matrix(x.bias, row, column, 0)
-        s, slope = form.logits(raw, self.head, i, j, bias, LOG2E)
+        s, slope = form.logits(raw, self.head, i, j, bias)
         if not masked:
             return s, slope
         seen = None if form.mask is None else form.mask(self.head, i, j)
@@ -245,9 +246,9 @@ class TileContext:
         def of(ref, other):
             return self.along(self.row(ref, row, other), False)
 
-        # queries beyond the end get weights 2^(s - 1e30) = 0
+        # queries beyond the end get weights 2^(s + LOW) = 0
         # P = exp(S - L), dP = dO V^T, dS = P (dP - D): Dao, 2023, algorithm 2
-        p = jnp.exp2(s - of(self.x.lse, -LOW))
+        p = self.call.form.again(s, of(self.x.lse, -LOW))
         # do v^T, [rows,columns] as the logits
         dp = self.product(do, v)
         drop = self.drop(row, column)

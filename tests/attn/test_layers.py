@@ -48,8 +48,9 @@ def test_cross_attention(mask):
     chex.assert_shape(y, (B, T, E))
     assert params["params"]["k"]["kernel"].shape[0] == 6
     # positions of a pair: moving both moves nothing
+    # from the last token on, which stands at the last one of the context
     moved = layer.apply(params, X, context=CONTEXT,
-                        pos=(5 + jnp.arange(T)[None], 5 + jnp.arange(S)[None]))
+                        pos=(5 + S - T + jnp.arange(T)[None], 5 + jnp.arange(S)[None]))
     close(moved, y, "gradient")
 
 

@@ -165,3 +165,23 @@ def test_wrong_arguments_say_what_was_expected(wrong, message):
 def test_a_mask_needs_a_predicate():
     with pytest.raises(NotImplementedError, match="no predicate"):
         Mask()(0, 1, 1)
+
+
+def test_masks_are_joined_by_symbols_only():
+    for join in (lambda: Causal() and Window(4), lambda: Causal() or Window(4),
+                 lambda: not Causal(), lambda: bool(Window(4))):
+        with pytest.raises(ValueError, match="no truth value.*&"):
+            join()
+    with pytest.raises(ValueError, match="a mask & 4: expected a mask"):
+        Causal() & 4
+
+
+def test_a_window_longer_than_any_text_is_no_window():
+    i, j = jnp.arange(9, dtype=jnp.int32)[:, None], jnp.arange(9, dtype=jnp.int32)[None]
+    for n in (2**31 - 1, 2**31, 2**40):
+        wide = Causal() & Window(n) & Window(4, right=n)
+        np.testing.assert_array_equal(
+            (Causal() & Window(n))(0, i, j), Causal()(0, i, j))
+        np.testing.assert_array_equal(wide(0, i, j), (Causal() & Window(4))(0, i, j))
+        assert Sink(n)(0, i, j).all() and (Causal() & Window(n)).causal
+        (Causal() & Window(n)).bounds((i[0], i[1]), (j[0], j[0]))

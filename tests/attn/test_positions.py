@@ -187,3 +187,26 @@ def test_alibi_is_a_score_of_distance():
 def test_wrong_arguments_say_what_was_expected(wrong, message):
     with pytest.raises(ValueError, match=message):
         wrong()
+
+
+@pytest.mark.parametrize("far", (4096, 131_072, 2_097_152, 2**31 - 1, -5, -2**31 + 1))
+def test_angles_are_exact_anywhere(far):
+    """In float64, the error of an angle is below 1e-6 of a turned vector."""
+    pos = far - np.arange(0, 64) * np.sign(far)
+    for rope in (RoPE(), RoPE(5e5), FORMS["llama3"], FORMS["yarn"]):
+        x = np.asarray(jax.random.normal(jax.random.key(0), (1, 64, 1, 32)))
+        have = np.asarray(rope.rotate(x, jnp.asarray(pos[None], jnp.int32)), np.float64)
+        angle = pos[:, None] * rope.frequencies(32)
+        z = (x[0, :, 0, :16] + 1j * x[0, :, 0, 16:].astype(np.float64))
+        z = z * np.exp(1j * angle) * rope.magnitude
+        want = np.concatenate([z.real, z.imag], -1)
+        assert np.abs(have[0, :, 0] - want).max() < 1e-6 * np.abs(x).max() * 2
+        assert np.linalg.norm(have[0, :, 0] - want) < 1e-6 * np.linalg.norm(want)
+
+
+def test_the_published_bands_are_the_defaults():
+    same = lambda scaling, fast: np.testing.assert_array_equal(
+        RoPE(scaling=scaling, factor=8.0, original=64).frequencies(32),
+        RoPE(scaling=scaling, factor=8.0, original=64, fast=fast).frequencies(32))
+    same("llama3", 4.0)
+    same("yarn", 32.0)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from attn.contract.segments import locate
+from attn.positions import ALiBi
 from attn.snapkv import SnapKV
 from attn.softmax import Softmax
 from tests.laws import close, stream
@@ -134,3 +135,28 @@ def test_ragged_prompts_are_voted_on_by_their_own_end():
 def test_wrong_fields(fields, message):
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(SNAP, **fields)
+
+
+def test_votes_are_the_weights_of_the_attention():
+    """With softcap, score and sinks, against float64: what it keeps is what its own
+    last queries look at."""
+    q, k, v = inputs()
+    scores = ALiBi(H)
+    sink = jnp.asarray([0.0, 3.0, -jnp.inf, 1.0])
+    attention = SnapKV(capacity=9, window=4, kernel=1, softcap=1.5, score=scores)
+    logit = np.einsum("bthd,bshd->bhts", *(np.asarray(a, np.float64) for a in (
+        q[:, -4:], jnp.repeat(k, H // K, 2)))) * D**-0.5
+    logit = 1.5 * np.tanh(logit / 1.5)
+    i, j = np.arange(T - 4, T)[:, None], np.arange(T)[None]
+    own = np.asarray(scores(np.arange(H)[:, None, None], i[None], j[None]), np.float64)
+    e = np.where(j <= i, np.exp(logit + own), 0)
+    total = e.sum(-1, keepdims=True) + np.exp(np.asarray(sink))[:, None, None]
+    votes = (e / total).sum(2)
+    mean = votes.reshape(B, K, H // K, T).mean(2)[..., :T - 4]
+    kept = np.sort(np.argsort(-mean, axis=-1)[..., :5], -1)
+    state = attention.init_state(T, q, k, v)
+    state, _ = jax.jit(attention.step)(state, q, k, v, sink=sink)
+    np.testing.assert_array_equal(np.moveaxis(state.pos[:, :5], 2, 1), kept)
+    other, _ = SnapKV(capacity=9, window=4, kernel=1).step(
+        attention.init_state(T, q, k, v), q, k, v)
+    assert (other.pos[:, :5] != state.pos[:, :5]).any()

@@ -1,0 +1,76 @@
+"""Arrays of other shapes and types than their letters say are refused at every door,
+before anything is compiled: none is filled up, repeated or read beyond its end."""
+
+import functools
+
+import jax.numpy as jnp
+import pytest
+
+from attn.exact.attend import attend
+from attn.softmax import Softmax
+from pallas_kernels.blocks.api import blocks
+from pallas_kernels.decode.api import decode
+from pallas_kernels.flash.api import flash
+from tests.oracles.softmax import by_keywords, chunks
+
+B, T, H, K, D = 2, 3, 4, 2, 8
+Q, KV = jnp.zeros((B, T, H, D)), jnp.zeros((B, T, K, D))
+best = functools.partial(by_keywords, attend)
+
+
+def ones(*shape, dtype=jnp.int32):
+    return jnp.ones(shape, dtype)
+
+
+def floats(*shape):
+    return jnp.ones(shape)
+
+
+BACKENDS = ("tpu", "triton", "mosaic")
+FLASH = [functools.partial(flash, backend=name, interpret=True) for name in BACKENDS]
+DECODE = [functools.partial(decode, backend=name, interpret=True)
+          for name in ("tpu", "triton")]
+BLOCKS = functools.partial(blocks, chosen=ones(B, K, 1, 1), block=2, interpret=True)
+POSITIONS = [
+    ("q_pos", {"q_pos": ones(B, T + 1), "kv_pos": ones(B, T)}),
+    ("kv_pos", {"q_pos": ones(B, T), "kv_pos": ones(B, T + 1)}),
+    ("kv_pos", {"q_pos": ones(B, T), "kv_pos": ones(B, T, 3)}),
+    ("q_(run|segment)", {"q_run": ones(B + 1, T), "kv_run": ones(B, T)}),
+    ("kv_(run|segment) is float32",
+     {"q_run": ones(B, T), "kv_run": floats(B, T)}),
+    ("head", {"head": ones(K)}),
+]
+ADDED = [("bias", {"bias": floats(*shape)}) for shape in (
+    (1, 1, 2, 2), (1, K, T, T), (3, H, T, T), (B, H, T, T + 1), (T, T), (B, T, T))]
+ADDED += [("sink", {"sink": floats(n)}) for n in (1, 2, 5, 8)]
+KEPT = [("keep", {"keep": ones(B, 1, T, T, dtype=bool), "dropout": 0.5})]
+ON_CACHES = [
+    ("lengths", {"lengths": ones(3)}), ("lengths", {"lengths": ones(B, 3)}),
+    ("bias", {"bias": floats(B, T)}), ("bias", {"bias": floats(B, T, H)}),
+    ("sink", {"sink": floats(1)}), ("q_pos", {"q_pos": ones(1, 1)}),
+    ("k_scale", {"k_scale": floats(B, T)}),
+    (".*kv_run", {"kv_run": ones(B, T)}),
+    ("kv_pos", {"kv_pos": ones(B, T, 4)}), ("table", {"table": ones(B)}),
+]
+CALLS = [(f, *case) for f in (*FLASH, chunks, best)
+         for case in POSITIONS + ADDED + KEPT]
+CALLS += [(f, *case) for f in DECODE for case in ON_CACHES]
+CALLS += [(BLOCKS, *case) for case in POSITIONS if "3" not in str(case[1])]
+CALLS += [(Softmax(), *case) for case in ADDED]
+
+
+@pytest.mark.parametrize("call, name, given", CALLS)
+def test_wrong_arrays_are_refused(call, name, given):
+    dtype = jnp.bfloat16 if getattr(call, "keywords", {}).get("backend") == "mosaic" \
+        else jnp.float32
+    q, k, v = (a.astype(dtype) for a in (Q, KV, KV))
+    with pytest.raises(ValueError, match=f"^{name}.*(expected|go together)"):
+        call(q, k, v, **given)
+
+
+def test_a_list_is_no_array():
+    with pytest.raises(ValueError, match=r"sink is a list: expected an array \[H\]"):
+        Softmax()(Q, KV, KV, sink=[1.0] * H)
+    with pytest.raises(ValueError, match=r"bias has shape \(1, 1, 2, 2\): expected "
+                       r"\[B\|1,H\|1,T\|1,S\|1\] with B=2, H=4, S=3, T=3"):
+        Softmax()(Q, KV, KV, bias=floats(1, 1, 2, 2))

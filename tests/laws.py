@@ -744,6 +744,25 @@ def test_wrong_calls_say_what_was_expected(name):
 
 
 @LAW
+def test_a_state_of_other_tokens_is_refused(name):
+    stateless(name)
+    attention = ENTRIES[name].attention
+    module, (q, k, v) = getattr(attention, "module", attention), inputs()
+    for state in (None, (1, 2), {}):
+        with pytest.raises(ValueError, match=f"state is a {type(state).__name__}: exp"):
+            attention.step(state, q, k, v)
+    for others in ((q[:1], k[:1], v[:1]), (q, k, v[..., :5]),
+                   (q[:, :, :2], k[:, :, :1], v[:, :, :1])):
+        state = attention.init_state(T, *others)
+        with pytest.raises(ValueError, match="state holds .*: expected"):
+            attention.step(state, q, k, v)
+    for args, message in (((q, k, v, T), "size is an array"), ((T, q, k, 7), "v is 7"),
+                          ((2.5, q, k, v), "size is 2.5")):
+        with pytest.raises(ValueError, match=message):
+            module.init_state(*args)
+
+
+@LAW
 def test_a_step_past_the_memory_is_never_silent(name):
     stateless(name)
     q, k, v = inputs()

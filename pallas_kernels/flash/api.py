@@ -21,6 +21,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import Refused, tables
 from pallas_kernels.machine.bits import in_32_bits
+from pallas_kernels.padding import blank
 from pallas_kernels.refusals import (
     CARDS, DTYPES, WIDEST, check_device, check_elementwise, check_mosaic
 )
@@ -81,6 +82,7 @@ def flash(
     _check(q, k, v, q_pos, kv_pos)
     random = dropout > 0 and key is not None
     check_device(backend, (q, k, v), interpret)
+    q, (k, v) = *blank(q_run, q), blank(kv_run, k, v)
     if backend in CARDS:
         check_mosaic(backend, q, v, interpret)
         extra = {"bias": bias, "keep": keep, "key": key if random else None}

@@ -103,10 +103,6 @@ class Aaren(nn.Module, Attention):
         """The next T tokens -> state, [B,T,H,V]; the state does not grow."""
         self.check_stream()
         check(q, k, v, segments=segments, aligned=True)
-        if not isinstance(state, AarenState):
-            raise ValueError(
-                f"state is a {type(state).__name__}: expected an AarenState"
-            )
         now = locate(segments, q.shape[0], q.shape[1], state.end, state.segment)
         memory, o = self._prefixes(
             state.memory, self._scores(q, k), v,

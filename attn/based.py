@@ -33,7 +33,7 @@ from attn.recurrent.chunks import (
     ChunkSegments, filled, from_chunks, only, segments_of, to_chunks
 )
 from attn.recurrent.lasp import carry_in
-from attn.recurrent.linear import LinearState, check_state, empty, naive
+from attn.recurrent.linear import LinearState, empty, naive
 from attn.recurrent.noncausal import by_segment
 
 
@@ -100,7 +100,6 @@ class Based(Attention):
         """The next T tokens -> state, [B,T,H,V]; the state does not grow."""
         self.check_stream()
         check(q, k, v, segments=segments, aligned=True)
-        check_state(state, self._memory(q, v.shape[-1] + self.normalize))
         now = locate(segments, q.shape[0], q.shape[1], state.end, state.segment)
         segment = None if segments is None else now.segment
         here = dataclasses.replace(self, axis=splits(self.axis, q.shape[1]))

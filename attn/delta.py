@@ -99,8 +99,6 @@ class Delta(nn.Module, Attention):
     def step(self, state, q, k, v, *, x=None, segments=None):
         """The next T tokens -> state, [B,T,H,V]; the state does not grow."""
         check(q, k, v, segments=segments, aligned=True)
-        if not isinstance(state, DeltaState):
-            raise ValueError(f"state is a {type(state).__name__}: expected DeltaState")
         now = locate(
             segments, q.shape[0], q.shape[1], state.end, state.segment
         )

@@ -122,11 +122,6 @@ class Flow(Attention):
         """The next T tokens -> state, [B,T,H,V]; the state does not grow."""
         self.check_stream()
         check(q, k, v, segments=segments, aligned=True)
-        for name, shape in zip(FlowState._fields, self._shapes(q, v)):
-            if getattr(state, name).shape != shape:
-                raise ValueError(
-                    f"state holds {name} {getattr(state, name).shape}: expected {shape}"
-                )
         b, t, h, _ = q.shape
         k, v = (jnp.repeat(a, h // a.shape[2], 2) for a in (k, v))
         now = locate(segments, b, t, state.end, state.segment)

@@ -136,10 +136,7 @@ class LightNet(Attention):
         """The next T tokens -> state, [B,T,H,V]; the state does not grow."""
         self.check_stream()
         check(q, k, v, segments=segments, aligned=True)
-        b, t, h, d = q.shape
-        want = (b, h, self._rows(d), v.shape[-1])
-        if not isinstance(state, LightNetState) or state.memory.shape != want:
-            raise ValueError(f"state: expected a LightNetState with memory {want}")
+        b, t = q.shape[:2]
         q, k, wide = self._ready(q, k, v)
         now = locate(segments, b, t, state.end, state.segment)
         segment = None if segments is None else now.segment

@@ -23,7 +23,7 @@ from attn.contract.fields import check_fields
 from attn.contract.segments import locate, segment_indices
 from attn.contract.shapes import check
 from attn.parallel.sharding import Axis, over_mesh, splits, spread_heads
-from attn.recurrent.linear import LinearState, check_state, empty, recurrence
+from attn.recurrent.linear import LinearState, empty, recurrence
 from attn.recurrent.noncausal import noncausal
 
 
@@ -64,7 +64,6 @@ class LinearTransformer(Attention):
         """The next T tokens -> state, [B,T,H,V]; the state does not grow."""
         self.check_stream()
         check(q, k, v, segments=segments, aligned=True)
-        check_state(state, self._memory(q, v))
         now = locate(segments, q.shape[0], q.shape[1], state.end, state.segment)
         axis = splits(self.axis, q.shape[1])
         k, v = (spread_heads(a, q.shape[2], axis) for a in (k, v))

@@ -413,10 +413,10 @@ def test_padding_may_hold_anything(name):
                       for args in (spoilt(np.nan), inputs()))
         chex.assert_trees_all_equal(have, want)
     reads = said(getattr(attention, "module", attention), "needs_query")
-    token = np.arange(T)[None] == np.array([[6], [6]])
+    token = np.arange(T)[None] == np.array([[5], [5]])
     for which in (0, 1, 2) if reads else (1, 2):
         o, _ = run(attention, *spoilt(np.nan, token, (which,)), segments)
-        assert np.isnan(o[:, 6]).any((1, 2)).all(), which
+        assert np.isnan(o[:, 5]).any((1, 2)).all(), which
 
 
 @LAW
@@ -753,6 +753,25 @@ def test_wrong_calls_say_what_was_expected(name):
     if ENTRIES[name].ordered:
         with pytest.raises(ValueError, match="size|memory"):
             attention.init_state(0, q, k, v)
+
+
+@LAW
+def test_a_state_of_other_tokens_is_refused(name):
+    stateless(name)
+    attention = ENTRIES[name].attention
+    module, (q, k, v) = getattr(attention, "module", attention), inputs()
+    for state in (None, (1, 2), {}):
+        with pytest.raises(ValueError, match=f"state is a {type(state).__name__}: exp"):
+            attention.step(state, q, k, v)
+    for others in ((q[:1], k[:1], v[:1]), (q, k, v[..., :5]),
+                   (q[:, :, :2], k[:, :, :1], v[:, :, :1])):
+        state = attention.init_state(T, *others)
+        with pytest.raises(ValueError, match="state holds .*: expected"):
+            attention.step(state, q, k, v)
+    for args, message in (((q, k, v, T), "size is an array"), ((T, q, k, 7), "v is 7"),
+                          ((2.5, q, k, v), "size is 2.5")):
+        with pytest.raises(ValueError, match=message):
+            module.init_state(*args)
 
 
 @LAW

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 from attn.contract.explicit import on_automatic_axes
 from attn.contract.padding import guard, padding_unread
+from attn.contract.states import sized, stateful
 
 
 class TemplateRow(NamedTuple):
@@ -66,7 +67,9 @@ class Attention:
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
-        guard(cls, ("__call__", "step"), on_automatic_axes, padding_unread)
+        guard(cls, ("__call__",), on_automatic_axes, padding_unread)
+        guard(cls, ("step",), on_automatic_axes, padding_unread, stateful)
+        guard(cls, ("init_state",), sized)
 
     def interleave(self, tokens, segments, end, last, own: int) -> tuple:
         """A text with the tokens `own` that this attention wants in it -> tokens,

@@ -14,7 +14,7 @@ import jax
 
 from attn.contract.segments import locate, segment_indices
 from attn.parallel.sharding import Axis, over_mesh, splits, spread_heads
-from attn.recurrent.linear import LinearState, check_state, recurrence
+from attn.recurrent.linear import LinearState, recurrence
 
 LETTERS = {1: "H", 3: "BTH", 4: "BTHD"}  # of a decay, by its number of axes
 
@@ -50,7 +50,6 @@ def linear_attention_step(
     """The next T tokens -> state, o [B,T,H,V] in v's dtype; arguments as for
     `linear_attention`. The state is whole on every shard of `axis`, and T is split
     where that can be done."""
-    check_state(state, (q.shape[0], q.shape[2], q.shape[3], v.shape[3]))
     now = locate(segments, q.shape[0], q.shape[1], state.end, state.segment)
     segment = None if segments is None else now.segment
     memory, o = _over(

@@ -70,7 +70,8 @@ def system(q, k, v, beta, log_decay, segment, chunk: int, scale: float):
     segments = segments_of(row, c)
     # the backward pass solves a chunk again, and keeps no more of it than the solution
     q, p, k, u, w = jax.checkpoint(intra_chunk)(q * scale, k, v, beta, g, segments)
-    factor = jnp.ones((1,) * 5, jnp.float32) if g is None else jnp.exp(g.sum(3))[..., None]
+    factor = jnp.ones((1,) * 5, jnp.float32)
+    factor = factor if g is None else jnp.exp(g.sum(3))[..., None]
     factor = only(segments.keeps, factor)
     return q, p, k, u, w, jnp.broadcast_to(factor, (k.shape[0], *factor.shape[1:]))
 

@@ -51,14 +51,6 @@ def empty(size: int, batch: int, *shape: int) -> LinearState:
     )
 
 
-def check_state(state: LinearState, shape: tuple) -> None:
-    """Raises ValueError unless the memory of `state` has this shape."""
-    if not isinstance(state, LinearState):
-        raise ValueError(f"state is a {type(state).__name__}: expected a LinearState")
-    if state.memory.shape != shape:
-        raise ValueError(f"state holds {state.memory.shape}: expected {shape}")
-
-
 def naive(
     q: jax.Array,
     k: jax.Array,

@@ -114,7 +114,8 @@ def inter_chunk(q, g, segments: ChunkSegments, states) -> jax.Array:
 def carry(state, added, g, segments: ChunkSegments) -> tuple[jax.Array, jax.Array]:
     """The last state [B,H,D,V] and those that chunks begin with [N,B,H,D,V]:
     S_(n+1) = exp(G_n) S_n + added_n, G_n the decay over chunk n."""
-    factor = jnp.ones((1,) * 5, jnp.float32) if g is None else jnp.exp(g.sum(3))[..., None]
+    factor = jnp.ones((1,) * 5, jnp.float32)
+    factor = factor if g is None else jnp.exp(g.sum(3))[..., None]
     factor = only(segments.keeps, factor)  # [N|1,B|1,H|1,1|D,1]
     factor = jnp.broadcast_to(factor, (added.shape[0], *factor.shape[1:]))
 

@@ -101,7 +101,8 @@ def prefix_scan(
     if state is None:
         # segment 0: a placeholder that the first real segment replaces
         first = jnp.zeros((b,), jnp.int32), jax.tree.map(lambda a: a[0], tips[1])
-    first, after = varying(first, tips), None
+    after: Any = None
+    first = varying(first, tips)
     if axis is not None:
         begin = jax.tree.map(lambda a: a[0], tips)
         rest = jax.tree.map(lambda a: a[1:], tips)

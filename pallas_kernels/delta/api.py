@@ -27,6 +27,7 @@ import jax.numpy as jnp
 from pallas_kernels import Refused, tables
 from pallas_kernels.delta.chunk import CHUNK, ROWS, Side
 from pallas_kernels.machine.bits import in_32_bits
+from pallas_kernels.padding import blank
 from pallas_kernels.refusals import DTYPES, WIDEST, check_device
 from pallas_kernels.tiles import DeltaTriton
 
@@ -81,7 +82,8 @@ def delta(
         if n > WIDEST:
             raise Refused(f"{name}={n}: at most {WIDEST}")
     check_device(backend, (q, k, v), interpret)
-    if interpret and backend == "triton" and jax.config.jax_enable_x64:
+    q, k, v = blank(run, q, k, v)  # `sides` does the same to the rest
+    if interpret and backend == "triton" and jax.config.read("jax_enable_x64"):
         raise Refused("interpreted under jax_enable_x64: jax's interpreter mixes its "
                       "integers of 32 and 64 bits")
     if state is None:

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from pallas_kernels import Refused, tables
 from pallas_kernels.arrays import check_logits, check_pairs
 from pallas_kernels.machine.bits import in_32_bits
+from pallas_kernels.padding import blank
 from pallas_kernels.refusals import (
     CARDS, DTYPES, WIDEST, check_device, check_elementwise, check_mosaic
 )
@@ -95,6 +96,7 @@ def flash(
         kv_pos = jnp.broadcast_to(kv_pos, (b, *kv_pos.shape[1:]))
     random = dropout > 0 and key is not None
     check_device(backend, (q, k, v), interpret)
+    q, (k, v) = *blank(q_run, q), blank(kv_run, k, v)
     if backend in CARDS:
         check_mosaic(backend, q, v, interpret)
         extra = {"bias": bias, "keep": keep, "key": key if random else None}

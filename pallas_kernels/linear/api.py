@@ -27,6 +27,7 @@ from pallas_kernels import Refused, tables
 from pallas_kernels.linear.chunk import FLOOR
 from pallas_kernels.machine.bits import in_32_bits
 from pallas_kernels.machine.product import F32
+from pallas_kernels.padding import blank
 from pallas_kernels.refusals import WIDEST, check_device
 from pallas_kernels.tiles import LinearTpu, LinearTriton
 
@@ -73,6 +74,9 @@ def linear(
     """
     check(q, k, v, log_decay)
     check_device(backend, (q, k, v), interpret)
+    q, k, v = blank(run, q, k, v)
+    if log_decay is not None and log_decay.ndim > 1:
+        log_decay, = blank(run, log_decay)
     (b, t, h, d), width = q.shape, v.shape[3]
     channels = log_decay is not None and log_decay.ndim == 4
     device = tables.device_kind()

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from pallas_kernels import Refused, tables
 from pallas_kernels.machine.bits import in_32_bits
 from pallas_kernels.machine.product import F32, NN, NT, dot
+from pallas_kernels.padding import blank
 from pallas_kernels.refusals import DTYPES, WIDEST, check_device
 
 
@@ -71,6 +72,7 @@ def scan(
     if v.shape[3] > WIDEST:
         raise Refused(f"V={v.shape[3]}: at most {WIDEST}")
     check_device(backend, (v, scores), interpret)
+    scores, v = blank(run, scores, v)
     short = 128 if backend == "tpu" else 16
     t, width = scores.shape[1], v.shape[3]
     shape = tables.Shape(t, t, width, width, v.dtype.itemsize)

@@ -227,5 +227,5 @@ def test_wrong_settings_say_what_was_expected():
     with pytest.raises(NotImplementedError, match="a pair of segments"):
         LightNet()(q, k, v, segments=(jnp.asarray(SEGMENTS),) * 2)
     state = LightNet().init_state(4, q, k, v)
-    with pytest.raises(ValueError, match=f"memory .{B}, {H}, {D}, {V - 1}"):
+    with pytest.raises(ValueError, match=f"expected .{B}, {H}, {D}, {V - 1}"):
         LightNet().step(state, q, k, v[..., :-1])

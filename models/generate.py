@@ -41,20 +41,20 @@ def generate(
     """
     how = Sampling(temperature, top_k, top_p).checked()
     length, chunk = _length("length", length), _length("chunk", chunk)
-    prompts = [_ids(prompt, n, model.vocab) for n, prompt in enumerate(_rows(prompts))]
-    longest = max(len(p) for p in prompts)
+    rows = [_ids(prompt, n, model.vocab) for n, prompt in enumerate(_rows(prompts))]
+    longest = max(len(row) for row in rows)
     padded = bucket(longest)
     chunk = min(chunk, padded)
     padded = -(-padded // chunk) * chunk  # whole chunks: one program reads them all
-    tokens = np.zeros((len(prompts), padded), np.int32)
+    tokens = np.zeros((len(rows), padded), np.int32)
     segments = np.zeros_like(tokens)
-    for row, prompt in enumerate(prompts):
+    for n, row in enumerate(rows):
         # 0 behind: padding
-        tokens[row, : len(prompt)], segments[row, : len(prompt)] = prompt, 1
+        tokens[n, : len(row)], segments[n, : len(row)] = row, 1
     room = bucket(length)
     like = jax.ShapeDtypeStruct(tokens.shape, jnp.int32)
     state = model.init_state(padded + room, like)
-    logits = jnp.zeros((len(prompts), model.vocab), jnp.float32)
+    logits = jnp.zeros((len(rows), model.vocab), jnp.float32)
     for at in range(0, padded, chunk):
         piece = slice(at, at + chunk)
         if not segments[:, piece].any():

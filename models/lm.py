@@ -144,10 +144,16 @@ def state_bytes(model: Any, size: int, prompt: int | None = None) -> int:
 
 def loss(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Cross entropy in nats: (sum, count) over targets [B,T] or [B] >= 0, from logits
-    [...,vocab]; -1 has no loss."""
+    [...,vocab]; -1 has no loss. A target beyond the vocabulary is a ValueError, or NaN
+    where it has no value yet."""
+    vocab = logits.shape[-1]
+    if not isinstance(targets, jax.core.Tracer) and (targets >= vocab).any():
+        raise ValueError(f"targets hold {targets.max()}: expected ids below {vocab}, "
+                         "or -1 for no loss")
     real, logits = targets >= 0, logits.astype(jnp.float32)
     # a comparison, not an index: where the vocabulary is split, sums are all that moves
-    ids = jnp.arange(logits.shape[-1]).reshape((1,) * targets.ndim + (-1,))
+    ids = jnp.arange(vocab).reshape((1,) * targets.ndim + (-1,))
     own = jnp.where(ids == targets[..., None], logits, 0).sum(-1)
     nats = jax.nn.logsumexp(logits, -1) - own  # -log p(target)
+    nats = jnp.where(targets < vocab, nats, jnp.nan)
     return jnp.where(real, nats, 0).sum(), real.sum()

@@ -68,6 +68,7 @@ from attn.softmax import Softmax
 from experiments.cli import config
 from experiments.cli.config import option
 from experiments.measure import breakeven
+from experiments.measure.dtypes import checked_dtype
 from experiments.measure.peers import PEER, linear_peers, peers
 from experiments.measure.timing import (
     PASSES, Inputs, exact, flops, inputs, limits, prepared, repeats, seconds
@@ -100,6 +101,7 @@ class Config:
     folder: str | None = option(None, "where results go; None makes a new folder")
 
     def __post_init__(self):
+        checked_dtype("dtype", self.dtype)
         if unknown := set(self.passes) - set(PASSES):
             raise ValueError(f"passes={sorted(unknown)}: expected some of {PASSES}")
         if not self.lengths or min(self.lengths) < 1 or self.rounds < 1:

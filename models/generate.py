@@ -16,7 +16,8 @@ import numpy as np
 
 from models.sampling import BAD, Sampling, sample, whole
 
-__all__ = ["Sampling", "bucket", "generate", "sample", "stream"]
+__all__ = ["Sampling", "bucket", "check_stream", "generate", "sample",
+           "stream"]
 LARGEST = 2**30  # tokens of a prompt or of what is drawn: positions are int32
 
 
@@ -71,11 +72,10 @@ def generate(
     return [row[:n].tolist() for row, n in zip(drawn, counts)]
 
 
-@functools.partial(jax.jit, static_argnums=(0, 3))
+@functools.partial(jax.jit, static_argnames=("model", "prompt"))
 def stream(model: Any, params: Any, tokens: jax.Array, prompt: int) -> jax.Array:
     """The logits [B,T,vocab] of a text that comes as a stream: the first `prompt`
     tokens in one piece, the others one by one. tokens [B,T]."""
-    tokens = jnp.asarray(tokens)
     state = model.init_state(tokens.shape[1], tokens[:, :prompt])
     state, first = model.apply(params, tokens[:, :prompt], state)
 
@@ -86,6 +86,14 @@ def stream(model: Any, params: Any, tokens: jax.Array, prompt: int) -> jax.Array
     _, rest = jax.lax.scan(step, state, tokens[:, prompt:].T)  # [T - prompt,B]
     # [B,prompt,vocab] and [B,T - prompt,vocab]
     return jnp.concatenate([first, rest.swapaxes(0, 1)], 1)
+
+
+def check_stream(model: Any, length: int) -> None:
+    """ValueError or NotImplementedError unless the model reads a text of `length`
+    tokens as a stream, in which no token sees a later one. Nothing is computed."""
+    tokens = jax.ShapeDtypeStruct((1, max(length, 2)), jnp.int32)
+    params = jax.eval_shape(model.init, jax.random.key(0), tokens)
+    jax.eval_shape(functools.partial(stream, model, prompt=1), params, tokens=tokens)
 
 
 def bucket(n: int, least: int = 16) -> int:

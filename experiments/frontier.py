@@ -62,6 +62,7 @@ from experiments.training.loop import check
 from experiments.training.runs import locked, open_folder, write_whole
 from models.generate import check_stream
 from models.lm import state_bytes
+from models.stack import check_layers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,6 +105,7 @@ class Config:
     )
 
     def __post_init__(self):
+        check_layers("attentions", self.attentions)
         seeds.check(self)
         if not self.attentions or not self.lengths:
             raise ValueError("attentions or lengths: expected one or more, not ()")

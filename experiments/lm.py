@@ -63,7 +63,7 @@ class Config:
     )
     seeds: int = option(1, "networks trained, with seeds one after the other", FREE)
     prompt: str = option("def ", "what the sample begins with", FREE)
-    sample: int = option(120, "tokens of the sample", FREE)
+    sample: int = option(120, "tokens of the sample", FREE, 0)
     temperature: float = option(
         0.7, "of the sample; 0 takes the likeliest token", FREE
     )

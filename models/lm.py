@@ -19,7 +19,8 @@ from attn.layers import Layer, MultiHead
 from attn.positions import RoPE
 from attn.softmax import Softmax
 from models.placement import lay
-from models.stack import INIT, Block, Layers, Pattern, unbound
+from models.stack import INIT, Block, Layers, Pattern, check_layers, check_sizes
+from models.stack import unbound
 from models.vocabulary import Embed
 
 
@@ -54,13 +55,14 @@ class LM(nn.Module):
     def setup(self):
         if not self.attention:
             raise ValueError("LM: attention=(): expected one entry per layer")
+        blocks = self.blocks()
         if self.width % self.heads:
             raise ValueError(
                 f"LM: width={self.width}: expected a multiple of heads={self.heads}"
             )
         more = 1 if self.interleaving else 0  # an id for the attention's own token
         self.embed = Embed(self.vocab + more, self.width, self.dtype)
-        self.layers = Layers(Pattern(self.blocks()), self.scan, self.remat)
+        self.layers = Layers(Pattern(blocks), self.scan, self.remat)
         self.norm = nn.RMSNorm(dtype=self.dtype)
         if not self.tied:
             self.head = nn.Dense(
@@ -80,6 +82,8 @@ class LM(nn.Module):
 
     def blocks(self) -> tuple[Block, ...]:
         """The layers, unbound."""
+        check_sizes("LM", self, "vocab width heads kv_heads head_dim")
+        check_layers("LM: attention", self.attention)
         # 8/3 E, up to a multiple of 16
         hidden = -(-8 * self.width // 48) * 16 if self.hidden is None else self.hidden
         return tuple(

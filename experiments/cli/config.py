@@ -33,12 +33,14 @@ __all__ = [
 
 
 def option(
-    default: Any = dataclasses.MISSING, doc: str = "", run: str = FIXED
+    default: Any = dataclasses.MISSING, doc: str = "", run: str = FIXED, least: int = 1
 ) -> Any:
     """A field of a Config with its default (none: it must be given) and its help. run:
     whether a run that goes on has to have the same value (FIXED), may have a larger one
-    (GROWS) or any (FREE)."""
-    return dataclasses.field(default=default, metadata={"doc": doc, "run": run})
+    (GROWS) or any (FREE). least: of a field of whole numbers, 0 if it is by default."""
+    least = 0 if type(default) is int and default == 0 else least
+    known = {"doc": doc, "run": run, "least": least}
+    return dataclasses.field(default=default, metadata=known)
 
 
 def command(config: Any) -> str:
@@ -71,6 +73,7 @@ def read(cls: type, argv: Sequence[str], start: Any = None) -> Any:
         if name in given:
             raise ValueError(f"--{name} is given twice")
         given[name] = _typed(name, text, known.get(name, Any), _module(cls))
+        _check_size(cls, name, given[name], known.get(name, Any))
     if start is not None:
         given = {n: getattr(start, n) for n in names} | given
     return construct(cls, [], given)
@@ -145,6 +148,20 @@ def _typed(name: str, text: str, hint: Any, module: types.ModuleType | None) -> 
             raise ValueError(f"--{name}={text}: expected {spelled(hint)}") from None
         raise ValueError(f"--{name}: {error}") from error
     return coerce(value, hint, f"--{name}", text)
+
+
+def _check_size(cls: type, name: str, value: Any, hint: Any) -> None:
+    """ValueError for a whole number below what its field allows, alone or in a tuple.
+    """
+    many = typing.get_origin(hint) is tuple
+    kinds = {*typing.get_args(hint)} - {...} if many else {*_options(hint)}
+    if not kinds <= {int, type(None)}:
+        return
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    least = fields[name].metadata.get("least", value)
+    for one in value if many else (value,):
+        if one is not None and one < least:
+            raise ValueError(f"--{name}={value}: expected {least} or more")
 
 
 def _options(hint: Any) -> tuple:

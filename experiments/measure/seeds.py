@@ -55,8 +55,9 @@ def merged(found: list[dict[str, Any]], claims: Iterable[str] = ()) -> dict[str,
     """The median of each number, with the least and the greatest where they differ:
     `recall`, `recall from`, `recall to`. What is no number is that of the first.
 
-    claims: numbers that seeds have to agree about; `not_converged` says of which this
-    does not hold, and whether a loss still fell (an entry `falling`).
+    claims: words in the names of the numbers that seeds have to agree about;
+    `not_converged` says of which this does not hold, and whether a loss still fell (an
+    entry `falling`).
     """
     result: dict[str, Any] = {}
     for name, first in found[0].items():
@@ -77,7 +78,9 @@ def merged(found: list[dict[str, Any]], claims: Iterable[str] = ()) -> dict[str,
 def unsettled(found: list[dict[str, Any]], claims: Iterable[str] = ()) -> str:
     """Why the numbers of several seeds are no result yet; "" if they are."""
     why = []
-    for name in claims:
+    for name in found[0]:
+        if not any(word in name for word in claims) or name == "falling":
+            continue
         values = [one[name] for one in found]
         if apart(values):
             why.append(f"{name} differs by {max(values) - min(values):.3g} between "

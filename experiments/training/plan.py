@@ -62,7 +62,7 @@ class TrainConfig:
             value = getattr(self, name)
             if not 0 <= value < math.inf:
                 raise ValueError(f"{name}={value}: expected a finite number, 0 or more")
-        if len(self.mesh) != 3 or min(self.mesh) < 1:
+        if len(self.mesh) != 3 or not 1 <= min(self.mesh) <= max(self.mesh) < 2**31:
             raise ValueError(f"mesh={self.mesh}: expected sizes of data, seq, model")
 
     def _whole(self, name: str) -> int:

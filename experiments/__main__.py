@@ -26,6 +26,19 @@ def experiments() -> dict[str, str]:
     return found
 
 
+def check(argv: list[str]) -> str:
+    """The name of the experiment named first in `argv`. Ends the program if there is
+    none of that name, or with its help if that is asked for."""
+    name = argv[0].removeprefix("experiments.").removesuffix(".py")
+    found = experiments()
+    if name not in found:
+        print(unknown("experiment", name, found), file=sys.stderr)
+        raise SystemExit(2)
+    if {*HELP} & {*argv[1:]}:
+        print_help(HERE / f"{name}.py")
+    return name
+
+
 def main(argv: list[str]) -> None:
     """Lists the experiments, or runs the one named first in `argv`."""
     found = experiments()
@@ -34,12 +47,7 @@ def main(argv: list[str]) -> None:
         print("python -m experiments.NAME [--help] [--field=value ...]\n")
         print("\n".join(f"{name:<{width}}  {line}" for name, line in found.items()))
         return
-    name = argv[0].removeprefix("experiments.").removesuffix(".py")
-    if name not in found:
-        print(unknown("experiment", name, found), file=sys.stderr)
-        raise SystemExit(2)
-    if {*HELP} & {*argv[1:]}:
-        print_help(HERE / f"{name}.py")
+    name = check(argv)
     sys.argv = argv
     runpy.run_module(f"experiments.{name}", run_name="__main__", alter_sys=True)
 

@@ -8,11 +8,13 @@ the exact attention that it belongs to.
 
     python -m experiments.compare
 
-takes 5.5 minutes on 2 cores and leaves a table, compare.json, two pictures and
-report.html in a new folder under results/. Expect exact attention to recall 99.6%,
-Based(feature_dim=8) 98.4% with less than a third of the memory, Based(feature_dim=4)
-70%, Lightning 27% and the window 2%, and 2.8 to 3.7 bits per byte of text, where so
-short a training favours what is near.
+trains each with three seeds, which takes three times the 5.5 minutes that one seed
+(`--seeds=1`) takes on 2 cores, and leaves a table of medians and spreads, compare.json,
+two pictures and report.html in a new folder under results/. With seed 0 exact attention
+recalls 99.6%, Based(feature_dim=8) 98.4% with less than a third of the memory,
+Based(feature_dim=4) 70%, Lightning 27% and the window 2%, with 2.8 to 3.7 bits per byte
+of text, where so short a training favours what is near. Seeds differ: Lightning has not
+converged after these steps, and gave 9% to 54% with others.
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from attn.contract.attention import said
 from attn.layers import Layer, MultiHead
@@ -151,9 +152,13 @@ def loss(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
     [...,vocab]; -1 has no loss. A target beyond the vocabulary is a ValueError, or NaN
     where it has no value yet."""
     vocab = logits.shape[-1]
-    if not isinstance(targets, jax.core.Tracer) and (targets >= vocab).any():
-        raise ValueError(f"targets hold {targets.max()}: expected ids below {vocab}, "
-                         "or -1 for no loss")
+    if not isinstance(targets, jax.core.Tracer) and (
+        getattr(targets, "is_fully_addressable", True)
+    ):
+        most = np.asarray(targets).max(initial=-1)
+        if most >= vocab:
+            raise ValueError(f"targets hold {most}: expected ids below {vocab}, or -1 "
+                             "for no loss")
     real, logits = targets >= 0, logits.astype(jnp.float32)
     # a comparison, not an index: where the vocabulary is split, sums are all that moves
     ids = jnp.arange(vocab).reshape((1,) * targets.ndim + (-1,))

@@ -17,7 +17,7 @@ import numpy as np
 from experiments.training.runs import new_folder
 
 APART = 0.05  # points of a share, or parts of a median above 1, that seeds may differ
-FALLING = 0.02  # of all that a loss has fallen by, in the last fifth of a training
+FALLING = 0.05  # of all that a loss has fallen by, in the last fifth of a training
 
 
 def check(config: Any) -> None:
@@ -35,17 +35,21 @@ def each(config: Any) -> list[Any]:
 
 
 def repeated(
-    config: Any, once: Callable[[Any], dict[str, Any]], name: str,
+    config: Any, once: Callable[[Any], dict[str, Any]], name: str | None,
     claims: Iterable[str] = (),
 ) -> dict[str, Any]:
     """What `once` gives of the config with each of its seeds, `merged`. Where results
-    go to a folder, each seed has its own in it. claims: see `merged`."""
+    go to a folder, each seed has its own in it. name: of the folder that is made for a
+    config without one; None for none. claims: see `merged`."""
     if config.seeds == 1:
         return merged([once(config)], claims)
     alone = each(config)
-    if not hasattr(config, "folder"):
+    if getattr(config, "folder", None) is not None:
+        root = pathlib.Path(config.folder).expanduser()
+    elif hasattr(config, "folder") and name is not None:
+        root = new_folder(name)
+    else:
         return merged([once(one) for one in alone], claims)
-    root = pathlib.Path(new_folder(name) if config.folder is None else config.folder)
     found = [once(dataclasses.replace(one, folder=str(root / f"seed-{one.seed}")))
              for one in alone]
     return merged(found, claims) | {"folder": str(root)}
@@ -100,7 +104,7 @@ def apart(values: list[float]) -> bool:
 
 def falling(rows: list[dict[str, Any]]) -> bool:
     """Whether the loss still falls at the end of a training: its mean over the last
-    fifth of the rows is lower than over the fifth before, by 2% of all that it has
+    fifth of the rows is lower than over the fifth before, by 5% of all that it has
     fallen by. Of fewer than ten rows nothing is said."""
     losses = [row["loss"] for row in rows]
     fifth = len(losses) // 5

@@ -48,8 +48,9 @@ from attn.rat import RAT
 from attn.softmax import Softmax
 from experiments import lm, recall
 from experiments.cli import config
-from experiments.cli.config import option
+from experiments.cli.config import FREE, option
 from experiments.data import Corpus, Text
+from experiments.measure import seeds
 from experiments.measure.timing import keep_memory, repeats, seconds
 from experiments.training.loop import evaluate
 from experiments.training.runs import open_folder
@@ -75,9 +76,13 @@ class Config:
     recall_width: int = option(64, "model width E of its networks")
     recall_steps: int = option(800, "training steps on recall")
     rate: float = option(1e-2, "peak learning rate on recall")
-    seed: int = option(0, "of data and parameters")
-    quiet: bool = option(False, "no progress bars and no table")
-    folder: str | None = option(None, "where results go; None makes a new folder")
+    seed: int = option(0, "of data and parameters; the first of several")
+    seeds: int = option(1, "networks trained, with seeds one after the other")
+    quiet: bool = option(False, "no progress bars and no table", FREE)
+    folder: str | None = option(None, "where results go; None makes a new folder", FREE)
+
+    def __post_init__(self):
+        seeds.check(self)
 
     def lm(self, attention: Any) -> lm.Config:
         """The text run of one attention."""
@@ -103,9 +108,17 @@ TINY = Config(
 
 
 def run(config_: Config) -> dict[str, Any]:
+    """The numbers of `once`: of several seeds their medians, with the least and the
+    greatest."""
+    return seeds.repeated(config_, once, "chunksize", ("loss", "recall"))
+
+
+def once(config_: Config) -> dict[str, Any]:
     """Times and trains -> speedup over Softmax and slots kept by L, loss (nats a token)
     of softmax, of RAT and of the recurrence, recall by L, and the folder."""
-    folder = open_folder("chunksize", config_.folder, config.command(config_))
+    folder = open_folder(
+        "chunksize", config_.folder, config.command(config_), config.settings(config_)
+    )
     if config_.keep:
         keep_memory()
     found = timed(config_) | losses(config_) | recalls(config_)

@@ -33,8 +33,9 @@ from attn.flow import Flow
 from attn.masks import Full
 from attn.softmax import Softmax
 from experiments.cli import config
-from experiments.cli.config import option
+from experiments.cli.config import FREE, option
 from experiments.data.images import Digits
+from experiments.measure import seeds
 from experiments.training.loop import TrainConfig, fit
 from experiments.training.objectives import LABELS, accuracy
 from models.pixels import PixelNet
@@ -56,12 +57,16 @@ class Config:
     steps: int = option(200, "training steps")
     batch: int = option(16, "pictures a step")
     rate: float = option(5e-3, "peak learning rate")
-    seeds: int = option(1, "networks trained of each, of different seeds")
-    quiet: bool = option(False, "no progress bar and no table")
+    seed: int = option(0, "of data and parameters; the first of several")
+    seeds: int = option(1, "networks trained of each, with seeds one after the other")
+    quiet: bool = option(False, "no progress bar and no table", FREE)
+
+    def __post_init__(self):
+        seeds.check(self)
 
     def data(self, split: str = "train") -> Digits:
         """The pictures."""
-        return Digits(zoom=self.zoom, split=split)
+        return Digits(zoom=self.zoom, split=split, seed=self.seed)
 
     def model(self, attention: Any) -> PixelNet:
         """The network; a learned vector says where a pixel is."""
@@ -70,10 +75,11 @@ class Config:
             table=True,
         )
 
-    def plan(self, seed: int) -> TrainConfig:
+    def plan(self) -> TrainConfig:
         """The training."""
         return TrainConfig(
-            steps=self.steps, batch=self.batch, learning_rate=self.rate, seed=seed,
+            steps=self.steps, batch=self.batch, learning_rate=self.rate,
+            seed=self.seed,
             warmup=self.steps // 10,
         )
 
@@ -83,21 +89,24 @@ TINY = Config(attentions=(Flow(causal=False),), zoom=1, width=8, heads=2, layers
 
 
 def run(config_: Config) -> dict[str, Any]:
-    """Trains and measures -> of each attention the accuracy (mean over seeds) and
-    training pixels a second."""
+    """The numbers of `once`: of several seeds their medians, with the least and the
+    greatest."""
+    return seeds.repeated(config_, once, "competition", ("accuracy",))
+
+
+def once(config_: Config) -> dict[str, Any]:
+    """Trains and measures -> of each attention the accuracy and training pixels a
+    second."""
     found: dict[str, Any] = {}
     for attention in config_.attentions:
         name, model = config.format_value(attention), config_.model(attention)
-        scores, speeds = [], []
-        for seed in range(config_.seeds):
-            fitted = fit(
-                model, config_.data(), config_.plan(seed),
-                objective=LABELS, label=name, quiet=config_.quiet,
-            )
-            scores.append(accuracy(model, fitted.params, config_.data("valid").whole()))
-            speeds.append(fitted.tokens_per_second)
-        found[f"{name} accuracy"] = float(np.mean(scores))
-        found[f"{name} pixels_per_second"] = float(np.median(speeds))
+        fitted = fit(
+            model, config_.data(), config_.plan(), objective=LABELS, label=name,
+            quiet=config_.quiet,
+        )
+        held_out = config_.data("valid").whole()
+        found[f"{name} accuracy"] = accuracy(model, fitted.params, held_out)
+        found[f"{name} pixels_per_second"] = fitted.tokens_per_second
         if isinstance(attention, Flow) and attention.compete:
             found[f"{name} largest_over_smallest"] = inequality(
                 config_, model, fitted.params)

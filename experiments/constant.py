@@ -49,11 +49,12 @@ from attn.lightning import Lightning
 from attn.retnet import RetNet
 from attn.softmax import Softmax
 from experiments.cli import config
-from experiments.cli.config import option
+from experiments.cli.config import FREE, option
 from experiments.measure.timing import (
     PASSES, exact, inputs, keep_memory, prepared, repeats, seconds
 )
 from experiments.training.runs import open_folder
+from models.stack import check_layers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,10 +73,11 @@ class Config:
     width: int = option(32, "width of a head D")
     rounds: int = option(7, "how often each is timed")
     keep: bool = option(True, "keep freed memory in the process, where glibc is used")
-    quiet: bool = option(False, "no progress bar and no table")
-    folder: str | None = option(None, "where results go; None makes a new folder")
+    quiet: bool = option(False, "no progress bar and no table", FREE)
+    folder: str | None = option(None, "where results go; None makes a new folder", FREE)
 
     def __post_init__(self):
+        check_layers("attentions", self.attentions)
         if list(self.lengths) != sorted(set(self.lengths)) or len(self.lengths) < 2:
             raise ValueError(f"lengths={self.lengths}: expected two or more, rising")
         if unknown := set(self.passes) - set(PASSES):
@@ -89,7 +91,9 @@ TINY = Config(attentions=(Lightning(), Softmax()), lengths=(8, 16), heads=2, wid
 def run(config_: Config) -> dict[str, Any]:
     """Times all -> for each pass and attention the exponent of a token's time in T, its
     growth (slowest over fastest T) and microseconds a token at the ends."""
-    folder = open_folder("constant", config_.folder, config.command(config_))
+    folder = open_folder(
+        "constant", config_.folder, config.command(config_), config.settings(config_)
+    )
     if config_.keep:
         keep_memory()
     rows = timed(config_)

@@ -31,8 +31,9 @@ from rich.table import Table
 from attn.lightning import Lightning
 from attn.softmax import Softmax
 from experiments.cli import config
-from experiments.cli.config import option
+from experiments.cli.config import FREE, option
 from experiments.data import Corpus, Text
+from experiments.measure import seeds
 from experiments.training.loop import TrainConfig, evaluate, fit
 from models.lm import LM
 from models.transnormer import TransNormer
@@ -50,8 +51,12 @@ class Config:
     steps: int = option(300, "training steps")
     batch: int = option(8, "rows a step")
     rate: float = option(3e-3, "peak learning rate")
-    seed: int = option(0, "of data and parameters")
-    quiet: bool = option(False, "no progress bars and no table")
+    seed: int = option(0, "of data and parameters; the first of several")
+    seeds: int = option(1, "networks trained, with seeds one after the other")
+    quiet: bool = option(False, "no progress bars and no table", FREE)
+
+    def __post_init__(self):
+        seeds.check(self)
 
     def networks(self) -> dict[str, nn.Module]:
         """The networks by name. TransNormer's gate takes E^2 parameters a layer, so its
@@ -80,12 +85,19 @@ TINY = Config(text=Text(length=32), width=24, heads=2, steps=2, batch=2, quiet=T
 
 
 def run(config_: Config) -> dict[str, Any]:
+    """The numbers of `once`: of several seeds their medians, with the least and the
+    greatest."""
+    return seeds.repeated(config_, once, "decay", ("_loss",))
+
+
+def once(config_: Config) -> dict[str, Any]:
     """Trains and evaluates -> loss in nats a token on held-out text, parameters and
     training tokens a second of each network, and the losses over that of softmax."""
-    held_out = dataclasses.replace(config_.text, split="valid")
+    text = dataclasses.replace(config_.text, seed=config_.text.seed + config_.seed)
+    held_out = dataclasses.replace(text, split="valid")
     found: dict[str, Any] = {}
     for name, model in config_.networks().items():
-        fitted = fit(model, config_.text, config_.plan(), label=name,
+        fitted = fit(model, text, config_.plan(), label=name,
                      quiet=config_.quiet)
         score = evaluate(model, fitted.params, held_out, 16, config_.batch)
         found |= {

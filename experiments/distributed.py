@@ -30,6 +30,7 @@ def main(argv: list[str]) -> None:
     if at is None or "--help" in argv[:at]:
         print((__doc__ or "").strip())
         return
+    experiments.check(argv[at:])  # the help, and a wrong name, need no other host
     try:
         join(config.read(Hosts, argv[:at]))
     except ValueError as error:

@@ -51,17 +51,18 @@ from attn.masks import Full
 from attn.mixers import Depthwise, FNet, LongConv
 from attn.softmax import Softmax
 from experiments.cli import config
-from experiments.cli.config import option
+from experiments.cli.config import FREE, option
 from experiments.data.images import Digits
 from experiments.data.majority import Majority
 from experiments.data.dataset import Cycle
-from experiments.measure import grid_cost
+from experiments.measure import grid_cost, seeds
 from experiments.measure.grid_cost import Hardware
 from experiments.training.loop import TrainConfig, evaluate, fit
 from experiments.training.objectives import LABELS, accuracy
 from experiments.training.runs import open_folder
 from models.lm import LM
 from models.pixels import PixelNet
+from models.stack import check_layers
 
 TASKS = ("digits", "majority")
 
@@ -99,17 +100,22 @@ class Config:
     batch: int = option(32, "digits a step")
     coin_batch: int = option(16, "rows of coins a step")
     rate: float = option(5e-3, "peak learning rate")
-    seed: int = option(0, "of data and parameters")
-    tokens: int = option(4096, "tokens of the attention over devices, 0 for none")
+    seed: int = option(0, "of data and parameters; the first of several")
+    seeds: int = option(1, "networks trained, with seeds one after the other")
+    tokens: int = option(
+        4096, "tokens of the attention over devices, 0 for none", least=0
+    )
     devices: int = option(8, "the most devices; on a CPU they are asked for")
     far: int = option(131072, "tokens in the model of time")
     hardware: Hardware = option(
         Hardware(), "peaks in the model of time, of an RTX 4090"
     )
-    quiet: bool = option(False, "no progress bar and no table")
-    folder: str | None = option(None, "where results go; None makes a new folder")
+    quiet: bool = option(False, "no progress bar and no table", FREE)
+    folder: str | None = option(None, "where results go; None makes a new folder", FREE)
 
     def __post_init__(self):
+        seeds.check(self)
+        check_layers("mixers", self.mixers)
         if unknown := set(self.tasks) - set(TASKS):
             raise ValueError(f"tasks={sorted(unknown)}: expected some of {TASKS}")
         for cut in self.cuts:
@@ -151,10 +157,18 @@ TINY = Config(
 
 
 def run(config_: Config) -> dict[str, Any]:
+    """The numbers of `once`: of several seeds their medians, with the least and the
+    greatest."""
+    return seeds.repeated(config_, once, "dynamics", ("digits", "majority"))
+
+
+def once(config_: Config) -> dict[str, Any]:
     """Trains, counts and models -> accuracies by task, mixer and context, and the
     numbers of `grid_cost`."""
     grid_cost.many(config_.devices)
-    folder = open_folder("dynamics", config_.folder, config.command(config_))
+    folder = open_folder(
+        "dynamics", config_.folder, config.command(config_), config.settings(config_)
+    )
     scores = {task: learned(config_, task) for task in config_.tasks}
     if "majority" in scores:  # and what the coins in sight allow
         contexts = [config_.length // cut for cut in config_.cuts]

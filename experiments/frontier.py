@@ -9,8 +9,9 @@ step of decoding reads all of it, so its growth with the length is printed as we
 
     python -m experiments.frontier
 
-takes 2 to 5 minutes on 2 cores (5:21 beside other jobs). Recall of 16 pairs in 64
-tokens, bytes of a sequence's memory, and microseconds of a decoding step at T = 4096:
+trains each with three seeds, which takes three times the 2 to 5 minutes that one seed
+(`--seeds=1`) takes on 2 cores. With seed 0: recall of 16 pairs in 64 tokens, bytes of a
+sequence's memory, and microseconds of a decoding step at T = 4096:
 
     Based(feature_dim=2)                   32.9%     2,092      263
     Based(feature_dim=4)                   75.2%     5,732      194
@@ -41,7 +42,6 @@ import json
 import sys
 from typing import Any
 
-import jax
 import numpy as np
 from rich import box
 from rich.console import Console
@@ -55,11 +55,15 @@ from attn.masks import Causal, Window
 from attn.softmax import Softmax
 from experiments import recall
 from experiments.cli import config
-from experiments.cli.config import option
-from experiments.measure import report
+from experiments.cli.config import FREE, option
+from experiments.measure import report, seeds
+from experiments.measure.provenance import provenance
 from experiments.measure.timing import inputs, prepared, repeats, seconds
-from experiments.training.runs import open_folder
+from experiments.training.loop import check
+from experiments.training.runs import locked, open_folder, write_whole
+from models.generate import check_stream
 from models.lm import state_bytes
+from models.stack import check_layers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,11 +98,16 @@ class Config:
     lengths: tuple = option((256, 1024, 4096, 16384), "at which memory is counted")
     stream: int = option(4096, "tokens in memory where a step of decoding is timed")
     rounds: int = option(9, "how often each step is timed")
-    seed: int = option(0, "of data and parameters")
-    quiet: bool = option(False, "no progress bars and no table")
-    folder: str | None = option(None, "where results go; None makes a new folder")
+    seed: int = option(0, "of data and parameters; the first of several")
+    seeds: int = option(3, "networks trained of each, with seeds one after the other")
+    quiet: bool = option(False, "no progress bars and no table", FREE)
+    folder: str | None = option(
+        None, "where results go; None makes a new folder", FREE
+    )
 
     def __post_init__(self):
+        check_layers("attentions", self.attentions)
+        seeds.check(self)
         if not self.attentions or not self.lengths:
             raise ValueError("attentions or lengths: expected one or more, not ()")
 
@@ -107,56 +116,66 @@ class Config:
         return recall.Config(
             attention=attention, pairs=self.pairs, length=self.length,
             vocab=self.vocab, width=self.width, steps=self.steps, batch=self.batch,
-            rate=self.rate, seed=self.seed, quiet=self.quiet,
+            rate=self.rate, seed=self.seed, seeds=self.seeds, quiet=self.quiet,
         )
 
 
 TINY = Config(
     attentions=(Based(feature_dim=2), Softmax(mask=Causal() & Window(3))), pairs=2,
     length=16, vocab=32, width=16, steps=2, batch=4, lengths=(16, 32), stream=16,
-    rounds=1, quiet=True,
+    rounds=1, seeds=2, quiet=True,
 )
 
 
 def run(config_: Config) -> dict[str, Any]:
     """Trains and measures -> for each attention recall, state_bytes, decode_us and the
     exponent of its memory; the smallest lead of Based over those of a fixed memory."""
-    folder = open_folder("frontier", config_.folder, config.command(config_))
+    for attention in config_.attentions:  # what cannot run ends here, without a folder
+        task = config_.recall(attention)
+        check(task.model(), task.plan(), task.curriculum())
+        check_stream(task.model(), task.length)
+    command = config.command(config_)
+    folder = open_folder("frontier", config_.folder, command, config.settings(config_))
     console = Console(stderr=True, quiet=config_.quiet)
-    times, rows = decoding(config_), []
-    for n, attention in enumerate(config_.attentions, 1):
-        label = config.format_value(attention)
-        console.print(f"[bold]{n}/{len(config_.attentions)} {label}")
-        rows.append(row(config_, attention) | {"decode_us": 1e6 * times[n - 1]})
-    found = {
-        "command": config.command(config_), "jax": jax.__version__,
-        "device": jax.devices()[0].device_kind, "rows": rows,
-    }
-    (folder / "frontier.json").write_text(json.dumps(found, indent=1) + "\n")
-    report.recall_picture(rows, folder / "frontier.png")
+    with locked(folder):
+        times, rows = decoding(config_), []
+        for n, attention in enumerate(config_.attentions, 1):
+            label = config.format_value(attention)
+            console.print(f"[bold]{n}/{len(config_.attentions)} {label}")
+            rows.append(row(config_, attention) | {"decode_us": 1e6 * times[n - 1]})
+        which = [one.seed for one in seeds.each(config_)]
+        found = provenance(command, which) | {"rows": rows}
+        write_whole(folder / "frontier.json", json.dumps(found, indent=1) + "\n")
+        report.recall_picture(rows, folder / "frontier.png")
     if not config_.quiet:
         Console().print(table(config_, rows))
-    numbers = {
-        f"{one['attention']} {name}": one[name] for one in rows
-        for name in ("recall", "state_bytes", "growth", "decode_us")
-    }
-    return numbers | leads(rows) | {"folder": str(folder)}
+    names = "recall", "recall_from", "recall_to", "state_bytes", "growth", "decode_us"
+    numbers = {f"{one['attention']} {name}": one[name] for one in rows
+               for name in names}
+    open_ends = {f"{one['attention']} not converged": one["not_converged"]
+                 for one in rows if one["not_converged"]}
+    return numbers | leads(rows) | open_ends | {"folder": str(folder)}
 
 
 def row(config_: Config, attention: Any) -> dict[str, Any]:
-    """The numbers of one attention, trained anew. growth: the exponent of its memory
-    in the length, 0 if it is constant and 1 if it is in proportion."""
+    """The numbers of one attention, trained anew with each seed. growth: the exponent
+    of its memory in the length, 0 if it is constant and 1 if it is in proportion."""
     task = config_.recall(attention)
     model = task.model()
-    scores = recall.scores(task, model, recall.trained(task))
+    found = [recall.scores(one, model, recall.trained(one)) for one in seeds.each(task)]
+    recalls, scores = [one["recall"] for one in found], found[0]
     sizes = [state_bytes(model, length) for length in config_.lengths]
     ends = [np.log(end / start) for start, end in (
         (config_.lengths[0], config_.lengths[-1]), (sizes[0], sizes[-1]))]
     return {
         "attention": config.format_value(attention), "kind": type(attention).__name__,
-        "recall": scores["recall"], "chance": scores["chance"],
+        "recall": float(np.median(recalls)), "recall_seeds": recalls,
+        "recall_from": min(recalls), "recall_to": max(recalls),
+        "not_converged": seeds.unsettled(found, ("recall",)),
+        "chance": scores["chance"],
         "state_bytes": scores["state_bytes"], "recall_state": scores["state_bytes"],
-        "train_loss": scores["train_loss"], "sizes": sizes,
+        "train_loss": float(np.median([one["train_loss"] for one in found])),
+        "sizes": sizes,
         "growth": float(ends[1] / ends[0]) if ends[0] else 0.0,
         "command": config.command(task),
     }
@@ -164,7 +183,8 @@ def row(config_: Config, attention: Any) -> dict[str, Any]:
 
 def leads(rows: list[dict[str, Any]]) -> dict[str, float]:
     """How much more Based recalls than each attention of fixed memory that is not
-    smaller: the best Based of at most its bytes, less its own recall; and over Based
+    smaller: the best Based of at most its bytes, less its own recall, of medians over
+    seeds; and over Based
     themselves, the least that recall rises by from one size to the next."""
     based = sorted(
         (r["state_bytes"], r["recall"]) for r in rows if r["kind"] == "Based")
@@ -204,7 +224,8 @@ def table(config_: Config, rows: list[dict[str, Any]]) -> Table:
         found.add_column(title, justify="right")
     for one in rows:
         found.add_row(
-            one["attention"], f"{one['recall']:.1%}", f"{one['state_bytes']:,}",
+            one["attention"], report.cell(one, "recall", "{:.1%}"),
+            f"{one['state_bytes']:,}",
             f"{one['decode_us']:.1f}", *(f"{one['sizes'][n]:,}" for n in ends))
     return found
 

@@ -26,12 +26,14 @@ import numpy as np
 
 from attn.softmax import Softmax
 from experiments.cli import config
-from experiments.cli.config import option
+from experiments.cli.config import FREE, GROWS, option
 from experiments.data import Corpus, Text
+from experiments.measure import seeds
+from experiments.measure.dtypes import checked_dtype
 from experiments.training.loop import TrainResult, TrainConfig, check, evaluate, fit
 from experiments.training.mesh import whole
 from experiments.training.runs import open_folder
-from models.generate import generate, stream
+from models.generate import LARGEST, Sampling, check_stream, generate, stream
 from models.lm import LM, loss, state_bytes
 
 
@@ -44,29 +46,54 @@ class Config:
     width: int = option(128, "model width E")
     heads: int = option(4, "heads H")
     kv_heads: int | None = option(None, "key heads K (None: H)")
-    steps: int = option(200, "training steps")
+    steps: int = option(200, "training steps; an old run may get more", GROWS)
     batch: int = option(8, "rows a step")
     rate: float = option(3e-3, "peak learning rate")
     accumulate: int = option(1, "parts of a batch, one after the other")
     remat: bool = option(False, "compute layers again in the backward pass")
     dtype: Any = option(jnp.float32, "of the computation; parameters are float32")
-    mesh: tuple[int, int, int] = option((1, 1, 1), "devices along data, seq and model")
-    fsdp: bool = option(True, "split parameters over all devices, not over model alone")
-    seed: int = option(0, "of data, parameters and sampling")
-    prompt: str = option("def ", "what the sample begins with")
-    sample: int = option(120, "tokens of the sample")
-    temperature: float = option(0.7, "of the sample; 0 takes the likeliest token")
-    decode: int = option(64, "tokens over which decoding is timed")
-    quiet: bool = option(False, "no progress bar")
+    mesh: tuple[int, int, int] = option(
+        (1, 1, 1), "devices along data, seq and model", FREE
+    )
+    fsdp: bool = option(
+        True, "split parameters over all devices, not over model alone", FREE
+    )
+    seed: int = option(
+        0, "of data (added to the text's own), parameters and sampling"
+    )
+    seeds: int = option(1, "networks trained, with seeds one after the other", FREE)
+    prompt: str = option("def ", "what the sample begins with", FREE)
+    sample: int = option(120, "tokens of the sample", FREE, 0)
+    temperature: float = option(
+        0.7, "of the sample; 0 takes the likeliest token", FREE
+    )
+    decode: int = option(64, "tokens over which decoding is timed", FREE)
+    save_every: float | None = option(
+        None, "minutes between checkpoints (None: by steps alone)", FREE
+    )
+    quiet: bool = option(False, "no progress bar", FREE)
     folder: str | None = option(
-        None, "folder of the run; an old one goes on (None: new)"
+        None, "folder of the run; an old one goes on (None: new)", FREE
     )
 
     def __post_init__(self):
+        seeds.check(self)
         for name, least in (("sample", 0), ("decode", 1)):
-            if getattr(self, name) < least:
-                value = getattr(self, name)
-                raise ValueError(f"{name}={value}: expected {least} or more")
+            value = getattr(self, name)
+            if not least <= value <= LARGEST:
+                raise ValueError(
+                    f"{name}={value}: expected {least} or more, at most {LARGEST}"
+                )
+        Sampling(self.temperature).checked()
+        if self.sample and not self.prompt:
+            raise ValueError("prompt='': expected a text that a sample can begin with, "
+                             "or sample=0")
+        checked_dtype("dtype", self.dtype)
+
+    @property
+    def data(self) -> Corpus:
+        """The text, drawn from with the seed of the run."""
+        return dataclasses.replace(self.text, seed=self.text.seed + self.seed)
 
     def model(self) -> LM:
         """The network."""
@@ -81,7 +108,7 @@ class Config:
         return TrainConfig(
             steps=self.steps, batch=self.batch, learning_rate=self.rate,
             warmup=self.steps // 10, accumulate=self.accumulate, seed=self.seed,
-            mesh=self.mesh, fsdp=self.fsdp,
+            mesh=self.mesh, fsdp=self.fsdp, save_minutes=self.save_every,
         )
 
 
@@ -92,10 +119,18 @@ TINY = Config(
 
 
 def run(config_: Config) -> dict[str, Any]:
-    """Trains, evaluates and samples -> plain numbers; see `scores`."""
-    # what cannot be read or split ends here, without a folder
-    check(config_.model(), config_.plan(), config_.text)
-    folder = open_folder("lm", config_.folder, config.command(config_))
+    """Trains, evaluates and samples -> plain numbers, see `scores`; of several seeds
+    their medians, with the least and the greatest."""
+    # what cannot be read, split or streamed ends here, without a folder
+    check(config_.model(), config_.plan(), config_.data)
+    check_stream(config_.model(), config_.text.length)
+    return seeds.repeated(config_, once, "lm", ("bits_per_byte",))
+
+
+def once(config_: Config) -> dict[str, Any]:
+    """The same with one seed."""
+    folder = open_folder("lm", config_.folder, config.command(config_),
+                         config.settings(config_))
     fitted = trained(config_, folder)
     model = config_.model()
     found = scores(config_, model, fitted)
@@ -112,14 +147,15 @@ def run(config_: Config) -> dict[str, Any]:
 
 def trained(config_: Config, folder=None) -> TrainResult:
     """The training alone."""
-    return fit(config_.model(), config_.text, config_.plan(), folder,
+    return fit(config_.model(), config_.data, config_.plan(), folder,
                label="text", quiet=config_.quiet)
 
 
 def scores(config_: Config, model: LM, fitted: TrainResult) -> dict[str, Any]:
     """bits_per_byte and accuracy on held-out text, training tokens_per_second,
-    decode_ms per token after a row of text, state_bytes of a row, parameters."""
-    held_out = dataclasses.replace(config_.text, split="valid")
+    decode_ms per token after a row of text, state_bytes of a row, parameters; falling,
+    whether the loss still fell at the end of training."""
+    held_out = dataclasses.replace(config_.data, split="valid")
     found = evaluate(
         model, fitted.params, held_out, 8, config_.batch, mesh=config_.mesh
     )
@@ -131,13 +167,14 @@ def scores(config_: Config, model: LM, fitted: TrainResult) -> dict[str, Any]:
         "decode_ms": decode_ms(model, whole(fitted.params), row, config_.decode),
         "state_bytes": state_bytes(model, config_.text.length),
         "parameters": sum(a.size for a in jax.tree.leaves(fitted.params)),
+        "falling": seeds.falling(fitted.rows),
     }
 
 
 def streamed_bits(config_: Config, model: LM, fitted: TrainResult) -> float:
     """Bits per byte of the second half of held-out rows, which comes token by token
     after the first half was read in one piece: what a small memory really costs."""
-    held_out = dataclasses.replace(config_.text, split="valid")
+    held_out = dataclasses.replace(config_.data, split="valid")
     half = config_.text.length // 2
     nats = count = 0.0
     params = whole(fitted.params)

@@ -44,8 +44,9 @@ from attn.lightnet import LightNet
 from attn.recurrent.causal import linear_attention
 from attn.recurrent.linear import recurrence
 from experiments.cli import config
-from experiments.cli.config import option
+from experiments.cli.config import FREE, option
 from experiments.data.images import Digits
+from experiments.measure import seeds
 from experiments.measure.timing import repeats, seconds
 from experiments.training.loop import TrainConfig, fit
 from experiments.training.objectives import LABELS, accuracy
@@ -69,13 +70,15 @@ class Config:
     batch: int = option(64, "digits a step")
     rate: float = option(4e-3, "peak learning rate")
     decay: float = option(0.1, "weight decay")
-    seed: int = option(0, "of data and parameters")
+    seed: int = option(0, "of data and parameters; the first of several")
+    seeds: int = option(1, "networks trained, with seeds one after the other")
     side: int = option(64, "pixels of a side in the timing; T is its square")
     rounds: int = option(7, "how often each is timed")
     lengths: tuple[int, ...] = option((64, 256, 1024, 4096), "T where decays are read")
-    quiet: bool = option(False, "no progress bar and no table")
+    quiet: bool = option(False, "no progress bar and no table", FREE)
 
     def __post_init__(self):
+        seeds.check(self)
         if unknown := set(self.places) - set(PLACES):
             raise ValueError(f"places={sorted(unknown)}: expected some of {PLACES}")
         if min(self.lengths, default=2) < 2:
@@ -107,6 +110,12 @@ TINY = Config(
 
 
 def run(config_: Config) -> dict[str, Any]:
+    """The numbers of `once`: of several seeds their medians, with the least and the
+    greatest."""
+    return seeds.repeated(config_, once, "onescan", ())
+
+
+def once(config_: Config) -> dict[str, Any]:
     """All three parts: `learning`, `timing` and `saturation`."""
     parts = {
         "test accuracy": learning(config_), "milliseconds, and ratios": timing(config_),

@@ -66,13 +66,15 @@ from attn.masks import Causal, Window
 from attn.rat import RAT
 from attn.softmax import Softmax
 from experiments.cli import config
-from experiments.cli.config import option
+from experiments.cli.config import FREE, option
 from experiments.measure import breakeven
+from experiments.measure.dtypes import checked_dtype
 from experiments.measure.peers import PEER, linear_peers, peers
 from experiments.measure.timing import (
     PASSES, Inputs, exact, flops, inputs, limits, prepared, repeats, seconds
 )
 from experiments.training.runs import open_folder
+from models.stack import check_layers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,10 +98,12 @@ class Config:
     passes: tuple[str, ...] = option(
         PASSES[:2], "forward, both (forward and backward), decode")
     rounds: int = option(7, "how often each is timed")
-    quiet: bool = option(False, "no progress bar")
-    folder: str | None = option(None, "where results go; None makes a new folder")
+    quiet: bool = option(False, "no progress bar", FREE)
+    folder: str | None = option(None, "where results go; None makes a new folder", FREE)
 
     def __post_init__(self):
+        check_layers("attentions", self.attentions)
+        checked_dtype("dtype", self.dtype)
         if unknown := set(self.passes) - set(PASSES):
             raise ValueError(f"passes={sorted(unknown)}: expected some of {PASSES}")
         if not self.lengths or min(self.lengths) < 1 or self.rounds < 1:
@@ -116,7 +120,9 @@ TINY = Config(
 def run(config_: Config) -> dict[str, Any]:
     """Times all -> {"LENGTH PASS NAME": ratio to jax.nn}, {"break-even PASS NAME":
     tokens} and the folder."""
-    folder = open_folder("speed", config_.folder, config.command(config_))
+    folder = open_folder(
+        "speed", config_.folder, config.command(config_), config.settings(config_)
+    )
     console = Console(stderr=True)
     rates = limits(config_.dtype)
     rows = []

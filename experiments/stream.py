@@ -42,10 +42,11 @@ from attn.aaren import Aaren
 from attn.layers import MultiHead
 from attn.softmax import Softmax
 from experiments.cli import config
-from experiments.cli.config import option
+from experiments.cli.config import FREE, option
+from experiments.measure import seeds
 from experiments.training.loop import TrainConfig
 from experiments.training.runs import open_folder
-from models.stack import Block, Layers, Pattern, unbound
+from models.stack import Block, Layers, Pattern, check_layers, unbound
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,10 +70,15 @@ class Config:
     steps: int = option(600, "training steps")
     batch: int = option(32, "sequences a step")
     rate: float = option(1e-2, "peak learning rate")
-    seed: int = option(0, "of data and parameters")
-    folder: str | None = option(None, "where to keep the picture; a new folder if None")
+    seed: int = option(0, "of data and parameters; the first of several")
+    seeds: int = option(1, "networks trained, with seeds one after the other")
+    folder: str | None = option(
+        None, "where to keep the picture; a new folder if None", FREE
+    )
 
     def __post_init__(self):
+        seeds.check(self)
+        check_layers("attentions", self.attentions)
         if len(self.lengths) < 2 or min(self.lengths) < 1:
             raise ValueError(f"lengths={self.lengths}: expected two or more, from 1 on")
 
@@ -113,9 +119,17 @@ class Classifier(nn.Module):
 
 
 def run(config_: Config) -> dict[str, Any]:
+    """The numbers of `once`: of several seeds their medians, with the least and the
+    greatest."""
+    return seeds.repeated(config_, once, "stream", ("accuracy",))
+
+
+def once(config_: Config) -> dict[str, Any]:
     """Streams and classifies -> plain numbers: for each attention the exponent of the
     time and of the memory, both at the longest stream, and the accuracy."""
-    folder = open_folder("stream", config_.folder, config.command(config_))
+    folder = open_folder(
+        "stream", config_.folder, config.command(config_), config.settings(config_)
+    )
     found: dict[str, Any] = {}
     curves = streams(config_)
     for attention, (seconds, sizes) in zip(config_.attentions, curves):

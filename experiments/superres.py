@@ -32,8 +32,9 @@ from rich.table import Table
 
 from attn.essa import Essa
 from experiments.cli import config
-from experiments.cli.config import option
+from experiments.cli.config import FREE, option
 from experiments.data.images import Pairs, Photos, Spectra
+from experiments.measure import seeds
 from experiments.training.loop import Objective, TrainConfig, fit
 from models.essaformer import ESSAformer
 
@@ -71,13 +72,17 @@ class Config:
     steps: int = option(1000, "training steps")
     batch: int = option(8, "images a step")
     rate: float = option(3e-3, "peak learning rate")
-    seed: int = option(0, "of data and parameters")
+    seed: int = option(0, "of data and parameters; the first of several")
+    seeds: int = option(1, "networks trained, with seeds one after the other")
     dropout: float = option(0.0, "share of channels dropped; the authors' code has 0.2")
     skip: bool = option(
         True, "learn what is missing in bicubic; the paper's has no skip"
     )
     alone: bool = option(True, "also train the network without attention")
-    quiet: bool = option(False, "no progress bar and no table")
+    quiet: bool = option(False, "no progress bar and no table", FREE)
+
+    def __post_init__(self):
+        seeds.check(self)
 
     def model(self, attention: Any) -> nn.Module:
         """The network."""
@@ -109,9 +114,16 @@ def decibels(have: np.ndarray, want: np.ndarray) -> float:
 
 
 def run(config_: Config) -> dict[str, Any]:
+    """The numbers of `once`: of several seeds their medians, with the least and the
+    greatest."""
+    return seeds.repeated(config_, once, "superres", ("essaformer", "alone"))
+
+
+def once(config_: Config) -> dict[str, Any]:
     """Trains and measures -> decibels of essaformer, alone, bicubic and nearest on
     held-out images."""
-    valid = dataclasses.replace(config_.data, split="valid").batch(0, 16)
+    data = dataclasses.replace(config_.data, seed=config_.data.seed + config_.seed)
+    valid = dataclasses.replace(data, split="valid").batch(0, 16)
     x, y = valid["x"], valid["y"]
     found = {
         name: decibels(np.asarray(jax.image.resize(x, y.shape, kind)), y)
@@ -123,7 +135,7 @@ def run(config_: Config) -> dict[str, Any]:
             continue
         model = config_.model(attention)
         fitted = fit(
-            model, config_.data, config_.plan(), objective=Objective(absolute, "x"),
+            model, data, config_.plan(), objective=Objective(absolute, "x"),
             label=name, quiet=config_.quiet,
         )
         large = jax.jit(model.apply)(fitted.params, x)

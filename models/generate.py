@@ -8,45 +8,23 @@ within the same bucket compiles nothing.
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple, Sequence
+from typing import Any, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from models.sampling import BAD, Sampling, sample, whole
 
-class Sampling(NamedTuple):
-    """How a token is drawn. temperature 0 takes the most likely one; top_k keeps the k
-    most likely, top_p the fewest whose probabilities add up to p."""
-
-    temperature: float = 0.0
-    top_k: int | None = None
-    top_p: float | None = None
-
-
-def sample(logits: jax.Array, key: jax.Array, how: Sampling) -> jax.Array:
-    """One token [B] from logits [B,vocab]."""
-    if how.temperature == 0:
-        return logits.argmax(-1).astype(jnp.int32)
-    logits = logits / how.temperature
-    if how.top_k is not None:
-        # the k-th largest [B,1]
-        worst = jax.lax.top_k(logits, min(how.top_k, logits.shape[-1]))[0][:, -1:]
-        logits = jnp.where(logits < worst, -jnp.inf, logits)
-    if how.top_p is not None:
-        order = jnp.sort(logits, -1, descending=True)
-        p = jax.nn.softmax(order)
-        # the token that crosses the line is the last one kept
-        kept = jnp.cumsum(p, -1) - p < how.top_p
-        worst = jnp.where(kept, order, jnp.inf).min(-1, keepdims=True)
-        logits = jnp.where(logits < worst, -jnp.inf, logits)
-    return jax.random.categorical(key, logits).astype(jnp.int32)
+__all__ = ["Sampling", "bucket", "check_stream", "generate", "sample",
+           "stream"]
+LARGEST = 2**30  # tokens of a prompt or of what is drawn: positions are int32
 
 
 def generate(
     model: Any,
     params: Any,
-    prompts: Sequence[Sequence[int]],
+    prompts: Sequence[Sequence[int]] | np.ndarray,
     *,
     length: int,
     temperature: float = 0.0,
@@ -58,24 +36,26 @@ def generate(
 ) -> list[list[int]]:
     """Up to `length` new tokens for each prompt, without the stop token that ends one.
 
-    prompts: lists of token ids, of any lengths from 1. chunk: how many prompt tokens
-    are read at once. ValueError for an empty prompt or an id outside the vocabulary.
+    prompts: lists or arrays of token ids, of any lengths from 1, or one array [B,T].
+    chunk: how many prompt tokens are read at once. ValueError for an empty prompt, an
+    id outside the vocabulary, or logits that are not numbers.
     """
-    how = Sampling(temperature, top_k, top_p)
-    _check(model, prompts, length, how, chunk)
-    longest = max(len(p) for p in prompts)
+    how = Sampling(temperature, top_k, top_p).checked()
+    length, chunk = _length("length", length), _length("chunk", chunk)
+    rows = [_ids(prompt, n, model.vocab) for n, prompt in enumerate(_rows(prompts))]
+    longest = max(len(row) for row in rows)
     padded = bucket(longest)
     chunk = min(chunk, padded)
     padded = -(-padded // chunk) * chunk  # whole chunks: one program reads them all
-    tokens = np.zeros((len(prompts), padded), np.int32)
+    tokens = np.zeros((len(rows), padded), np.int32)
     segments = np.zeros_like(tokens)
-    for row, prompt in enumerate(prompts):
+    for n, row in enumerate(rows):
         # 0 behind: padding
-        tokens[row, : len(prompt)], segments[row, : len(prompt)] = prompt, 1
+        tokens[n, : len(row)], segments[n, : len(row)] = row, 1
     room = bucket(length)
-    whole = jax.ShapeDtypeStruct(tokens.shape, jnp.int32)
-    state = model.init_state(padded + room, whole)
-    logits = jnp.zeros((len(prompts), model.vocab), jnp.float32)
+    like = jax.ShapeDtypeStruct(tokens.shape, jnp.int32)
+    state = model.init_state(padded + room, like)
+    logits = jnp.zeros((len(rows), model.vocab), jnp.float32)
     for at in range(0, padded, chunk):
         piece = slice(at, at + chunk)
         if not segments[:, piece].any():
@@ -83,17 +63,19 @@ def generate(
         state, logits = _read(
             model, params, state, logits, tokens[:, piece], segments[:, piece]
         )
-    key, ends = jax.random.key(seed), jnp.asarray(stop, jnp.int32)
+    key, ends = _key(seed), jnp.asarray(_stops(stop), jnp.int32)
     drawn, counts = _write(model, how, room, params, state, logits, key, ends, length)
     drawn, counts = np.asarray(drawn), np.asarray(counts)
+    for row, at in np.argwhere(drawn == BAD)[:1]:
+        raise ValueError(f"the logits of prompt {row} have NaN or inf after {at} new "
+                         "tokens: expected a model whose parameters are finite")
     return [row[:n].tolist() for row, n in zip(drawn, counts)]
 
 
-@functools.partial(jax.jit, static_argnums=(0, 3))
+@functools.partial(jax.jit, static_argnames=("model", "prompt"))
 def stream(model: Any, params: Any, tokens: jax.Array, prompt: int) -> jax.Array:
     """The logits [B,T,vocab] of a text that comes as a stream: the first `prompt`
     tokens in one piece, the others one by one. tokens [B,T]."""
-    tokens = jnp.asarray(tokens)
     state = model.init_state(tokens.shape[1], tokens[:, :prompt])
     state, first = model.apply(params, tokens[:, :prompt], state)
 
@@ -104,6 +86,14 @@ def stream(model: Any, params: Any, tokens: jax.Array, prompt: int) -> jax.Array
     _, rest = jax.lax.scan(step, state, tokens[:, prompt:].T)  # [T - prompt,B]
     # [B,prompt,vocab] and [B,T - prompt,vocab]
     return jnp.concatenate([first, rest.swapaxes(0, 1)], 1)
+
+
+def check_stream(model: Any, length: int) -> None:
+    """ValueError or NotImplementedError unless the model reads a text of `length`
+    tokens as a stream, in which no token sees a later one. Nothing is computed."""
+    tokens = jax.ShapeDtypeStruct((1, max(length, 2)), jnp.int32)
+    params = jax.eval_shape(model.init, jax.random.key(0), tokens)
+    jax.eval_shape(functools.partial(stream, model, prompt=1), params, tokens=tokens)
 
 
 def bucket(n: int, least: int = 16) -> int:
@@ -133,8 +123,9 @@ def _write(model, how, room, params, state, logits, key, stop, length):
     def draw(carry):
         n, state, logits, drawn, counts, done = carry
         token = sample(logits, jax.random.fold_in(key, n), how)
-        done = done | (token[:, None] == stop[None]).any(1)  # [B,1] [1,stops]
-        drawn = drawn.at[:, n].set(jnp.where(done, 0, token))
+        bad = ~done & (token == BAD)
+        done = done | bad | (token[:, None] == stop[None]).any(1)  # [B,1] [1,stops]
+        drawn = drawn.at[:, n].set(jnp.where(bad, BAD, jnp.where(done, 0, token)))
         counts = counts + ~done
         # a row that is done reads padding, which its state does not store
         alive = (~done).astype(jnp.int32)[:, None]
@@ -146,19 +137,54 @@ def _write(model, how, room, params, state, logits, key, stop, length):
     return jax.lax.while_loop(going, draw, start)[3:5]
 
 
-def _check(model, prompts, length: int, how: Sampling, chunk: int) -> None:
-    if not prompts or any(len(p) == 0 for p in prompts):
+def _rows(prompts: Any) -> list:
+    """The prompts, one by one."""
+    if isinstance(prompts, (str, bytes)) or not _sized(prompts):
+        raise ValueError(f"prompts={prompts!r}: expected lists of token ids, such as "
+                         "[[1, 2], [3]]")
+    rows = list(prompts)
+    if not rows or any(_sized(row) and len(row) == 0 for row in rows):
         raise ValueError("prompts: expected at least one, none of them empty")
-    ids = np.concatenate([np.asarray(p) for p in prompts])
-    if ids.min() < 0 or ids.max() >= model.vocab:
+    return rows
+
+
+def _sized(value: Any) -> bool:
+    return hasattr(value, "__len__") and getattr(value, "ndim", 1) > 0
+
+
+def _ids(prompt: Any, n: int, vocab: int) -> np.ndarray:
+    """The ids [T] of prompt number n."""
+    wanted = "expected a list of token ids (text is encoded by its tokenizer)"
+    if isinstance(prompt, (str, bytes)) or not _sized(prompt):
+        raise ValueError(f"prompts[{n}]={prompt!r}: {wanted}")
+    try:
+        ids = np.asarray(prompt)
+    except ValueError:  # lists of other lengths inside
+        raise ValueError(f"prompts[{n}] is no list of numbers: {wanted}") from None
+    if ids.ndim != 1 or not np.issubdtype(ids.dtype, np.integer):
+        raise ValueError(f"prompts[{n}] of shape {ids.shape} and dtype {ids.dtype}: "
+                         f"{wanted}")
+    for token in ids[(ids < 0) | (ids >= vocab)][:1]:
         raise ValueError(
-            f"prompts hold token {ids.max()}: expected ids from 0 to {model.vocab - 1}"
+            f"prompts hold token {token}: expected ids from 0 to {vocab - 1}"
         )
-    if length < 1 or chunk < 1:
-        raise ValueError(f"length={length}, chunk={chunk}: expected 1 or more")
-    if how.temperature < 0:
-        raise ValueError(f"temperature={how.temperature}: expected 0 or more")
-    if how.top_k is not None and how.top_k < 1:
-        raise ValueError(f"top_k={how.top_k}: expected 1 or more")
-    if how.top_p is not None and not 0 < how.top_p <= 1:
-        raise ValueError(f"top_p={how.top_p}: expected above 0 and at most 1")
+    return ids
+
+
+def _length(name: str, value: Any) -> int:
+    size = whole(name, value)
+    if not 1 <= size <= LARGEST:
+        raise ValueError(f"{name}={size}: expected 1 or more, at most {LARGEST}")
+    return size
+
+
+def _stops(stop: Any) -> list[int]:
+    ids = [stop] if isinstance(stop, str) or not hasattr(stop, "__iter__") else stop
+    return [whole("stop", token) for token in ids]
+
+
+def _key(seed: Any) -> jax.Array:
+    value = whole("seed", seed)
+    if not -(2**63) <= value < 2**63:
+        raise ValueError(f"seed={value}: expected an integer of 64 bits")
+    return jax.random.key(value)

@@ -13,13 +13,15 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from attn.contract.attention import said
 from attn.layers import Layer, MultiHead
 from attn.positions import RoPE
 from attn.softmax import Softmax
 from models.placement import lay
-from models.stack import INIT, Block, Layers, Pattern, unbound
+from models.stack import INIT, Block, Layers, Pattern, check_layers, check_sizes
+from models.stack import unbound
 from models.vocabulary import Embed
 
 
@@ -54,13 +56,14 @@ class LM(nn.Module):
     def setup(self):
         if not self.attention:
             raise ValueError("LM: attention=(): expected one entry per layer")
+        blocks = self.blocks()
         if self.width % self.heads:
             raise ValueError(
                 f"LM: width={self.width}: expected a multiple of heads={self.heads}"
             )
         more = 1 if self.interleaving else 0  # an id for the attention's own token
         self.embed = Embed(self.vocab + more, self.width, self.dtype)
-        self.layers = Layers(Pattern(self.blocks()), self.scan, self.remat)
+        self.layers = Layers(Pattern(blocks), self.scan, self.remat)
         self.norm = nn.RMSNorm(dtype=self.dtype)
         if not self.tied:
             self.head = nn.Dense(
@@ -80,6 +83,8 @@ class LM(nn.Module):
 
     def blocks(self) -> tuple[Block, ...]:
         """The layers, unbound."""
+        check_sizes("LM", self, "vocab width heads kv_heads head_dim")
+        check_layers("LM: attention", self.attention)
         # 8/3 E, up to a multiple of 16
         hidden = -(-8 * self.width // 48) * 16 if self.hidden is None else self.hidden
         return tuple(
@@ -144,10 +149,20 @@ def state_bytes(model: Any, size: int, prompt: int | None = None) -> int:
 
 def loss(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Cross entropy in nats: (sum, count) over targets [B,T] or [B] >= 0, from logits
-    [...,vocab]; -1 has no loss."""
+    [...,vocab]; -1 has no loss. A target beyond the vocabulary is a ValueError, or NaN
+    where it has no value yet."""
+    vocab = logits.shape[-1]
+    if not isinstance(targets, jax.core.Tracer) and (
+        getattr(targets, "is_fully_addressable", True)
+    ):
+        most = np.asarray(targets).max(initial=-1)
+        if most >= vocab:
+            raise ValueError(f"targets hold {most}: expected ids below {vocab}, or -1 "
+                             "for no loss")
     real, logits = targets >= 0, logits.astype(jnp.float32)
     # a comparison, not an index: where the vocabulary is split, sums are all that moves
-    ids = jnp.arange(logits.shape[-1]).reshape((1,) * targets.ndim + (-1,))
+    ids = jnp.arange(vocab).reshape((1,) * targets.ndim + (-1,))
     own = jnp.where(ids == targets[..., None], logits, 0).sum(-1)
     nats = jax.nn.logsumexp(logits, -1) - own  # -log p(target)
+    nats = jnp.where(targets < vocab, nats, jnp.nan)
     return jnp.where(real, nats, 0).sum(), real.sum()

@@ -17,7 +17,8 @@ import jax.numpy as jnp
 from attn.layers import Layer, MultiHead
 from attn.masks import Full
 from attn.softmax import Softmax
-from models.stack import INIT, Block, Layers, Pattern, unbound
+from models.stack import INIT, Block, Layers, Pattern, check_layers, check_sizes
+from models.stack import unbound
 
 _TABLE = nn.initializers.normal(0.02)
 
@@ -77,6 +78,9 @@ class PixelNet(nn.Module):
 
     def blocks(self) -> tuple[Block, ...]:
         """The layers, unbound."""
+        sizes = "classes width heads kv_heads head_dim value_dim patch"
+        check_sizes("PixelNet", self, sizes)
+        check_layers("PixelNet: attention", self.attention)
         # 8/3 E, up to a multiple of 16
         hidden = -(-8 * self.width // 48) * 16 if self.hidden is None else self.hidden
         return tuple(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 from typing import Any
 
 import flax.linen as nn
@@ -114,6 +115,34 @@ class Layers(nn.Module):
             return one.apply({"params": params}, x, None, segments, rngs=rngs)[1], None
 
         return jax.lax.scan(body, x, (params, keys))[0]
+
+
+def check_layers(title: str, entries: Any) -> None:
+    """ValueError unless every entry is what stands in a layer: an attention, such as
+    `Softmax()`, or a `Layer` of its own."""
+    if not isinstance(entries, tuple):
+        raise ValueError(f"{title}={entries!r}: expected a tuple of attentions, such "
+                         "as (Softmax(),) * 4")
+    for n, entry in enumerate(entries):
+        if isinstance(entry, type):
+            raise ValueError(f"{title}[{n}] is the class {entry.__name__}: expected an "
+                             f"instance, {entry.__name__}()")
+        call = inspect.signature(type(entry).__call__) if callable(entry) else None
+        takes = list(call.parameters)[1:4] if call else []
+        if not isinstance(entry, Layer) and takes != ["q", "k", "v"]:
+            raise ValueError(
+                f"{title}[{n}]={entry!r}: expected an attention, such as Softmax()"
+            )
+
+
+def check_sizes(title: str, model: Any, names: str) -> None:
+    """ValueError unless the fields `names` of a model are whole numbers from 1 on, or
+    None."""
+    for name in names.split():
+        value = getattr(model, name)
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        if value is not None and (not whole or value < 1):
+            raise ValueError(f"{title}: {name}={value}: expected 1 or more")
 
 
 def unbound(module: Any) -> Any:

@@ -26,7 +26,7 @@ from attn.layers import Layer
 from attn.lightning import Lightning
 from attn.recurrent.linear import LinearState
 from models.placement import lay
-from models.stack import INIT
+from models.stack import INIT, check_sizes
 from models.vocabulary import Embed
 
 VARIANTS, WHERE = ("paper", "example"), ("first", "rest", None)
@@ -205,8 +205,7 @@ class TransNormer(nn.Module):
             raise ValueError(
                 f"TransNormer: lrpe={self.lrpe!r}: expected one of {WHERE}"
             )
-        if self.depth < 1:
-            raise ValueError(f"TransNormer: depth={self.depth}: expected 1 or more")
+        check_sizes("TransNormer", self, "vocab width heads depth hidden")
         made = []
         for n in range(self.depth):
             told = dataclasses.replace(self.attention, layer=n, layers=self.depth)

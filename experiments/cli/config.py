@@ -9,33 +9,38 @@ from __future__ import annotations
 import ast
 import contextlib
 import dataclasses
-import linecache
 import pathlib
 import shlex
 import sys
-import traceback
 import types
 import typing
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from experiments.cli import ending
+from experiments.cli.ending import one_sentence
 from experiments.cli.fields import construct, default, coerce, hints, required, spelled
 from experiments.cli.fields import unknown
 from experiments.cli.format import same, format_value
-from experiments.cli.parse import ROOT, parse
+from experiments.cli.identity import FIXED, FREE, GROWS, settings
+from experiments.cli.parse import parse
+from experiments.cli.usage import HELP, OPTIONS, formatted
 
-__all__ = ["command", "option", "main", "parse", "read", "format_value"]
-OURS = ("attn", "experiments", "models", "pallas_kernels", "tests")
-OPTIONS = {
-    "help": "print this text",
-    "tiny": "start from the TINY config, which runs in seconds",
-    "traceback": "print where an error comes from",
-}
+__all__ = [
+    "FREE", "GROWS", "command", "option", "main", "parse", "read", "format_value",
+    "settings",
+]
 
 
-def option(default: Any = dataclasses.MISSING, doc: str = "") -> Any:
-    """A field of a Config with its default (none: it must be given) and its help."""
-    return dataclasses.field(default=default, metadata={"doc": doc})
+def option(
+    default: Any = dataclasses.MISSING, doc: str = "", run: str = FIXED, least: int = 1
+) -> Any:
+    """A field of a Config with its default (none: it must be given) and its help. run:
+    whether a run that goes on has to have the same value (FIXED), may have a larger one
+    (GROWS) or any (FREE). least: of a field of whole numbers, 0 if it is by default."""
+    least = 0 if type(default) is int and default == 0 else least
+    known = {"doc": doc, "run": run, "least": least}
+    return dataclasses.field(default=default, metadata=known)
 
 
 def command(config: Any) -> str:
@@ -58,6 +63,9 @@ def read(cls: type, argv: Sequence[str], start: Any = None) -> Any:
     known = hints(cls)
     names = [f.name for f in dataclasses.fields(cls) if f.init]
     given: dict[str, Any] = {}
+    for word in argv:
+        if any("\ud800" <= letter <= "\udfff" for letter in word):
+            raise ValueError(f"{word!r}: expected text in UTF-8")
     for name, text in _pairs(argv, known):
         if name not in names:
             options = [f"--{n}" for n in (*names, *OPTIONS)]
@@ -65,6 +73,7 @@ def read(cls: type, argv: Sequence[str], start: Any = None) -> Any:
         if name in given:
             raise ValueError(f"--{name} is given twice")
         given[name] = _typed(name, text, known.get(name, Any), _module(cls))
+        _check_size(cls, name, given[name], known.get(name, Any))
     if start is not None:
         given = {n: getattr(start, n) for n in names} | given
     return construct(cls, [], given)
@@ -78,27 +87,24 @@ def main(
 ) -> dict:
     """The command line of an experiment: read the config, run it, print the numbers.
 
-    An error ends with one sentence on stderr and exit code 2, Ctrl-C with exit code
-    130. What other libraries raise inside `run` keeps its traceback.
+    Any error ends with one sentence on stderr: what a call or the machine lacks with
+    exit code 2 or 1, Ctrl-C with 130, and what is an error of the program with 1 and a
+    file that has its traceback. A number that is NaN ends with code 1 too.
     """
-    argv = sys.argv[1:] if argv is None else argv
-    words = ["--help" if word == "-h" else word for word in argv]
+    words = list(sys.argv[1:] if argv is None else argv)
     options = {name for name in OPTIONS if f"--{name}" in words}
-    words = [w for w in words if w[:2] != "--" or w[2:] not in OPTIONS]
-    if "help" in options:
-        print(usage(Config, doc))
+    if {*HELP} & {*words}:
+        ending.Output().line(usage(Config, doc))
         raise SystemExit(0)
-    with _one_sentence(Config, lambda error: "traceback" not in options):
+    words = [w for w in words if w[:2] != "--" or w[2:] not in OPTIONS]
+    title, trace, output = _title(Config), "traceback" in options, ending.Output()
+    with one_sentence(title, True, trace):
         config = read(Config, words, _tiny(Config) if "tiny" in options else None)
-        print(command(config), flush=True)
-    with _one_sentence(
-        Config, lambda error: "traceback" not in options and _is_ours(error)
-    ):
+        output.line(command(config))
+    with one_sentence(title, False, trace):
         result = run(config)
-    width = max((len(str(name)) for name in result), default=0)
-    for name, value in result.items():
-        text = f"{value:.6g}" if isinstance(value, float) else str(value)
-        print(f"{name!s:<{width}}  {text}")
+        ending.numbers(output, title, result)
+        output.close()
     return result
 
 
@@ -109,40 +115,7 @@ def usage(cls: type, doc: str | None = None) -> str:
         kind = spelled(hints(cls).get(field.name, Any))
         value = "required" if required(field) else format_value(default(field))
         rows.append((f"--{field.name}={kind}", value, field.metadata.get("doc", "")))
-    rows += [(f"--{name}", "", text) for name, text in OPTIONS.items()]
-    wide = [min(max(len(row[i]) for row in rows), 30) for i in (0, 1)]
-    lines = [f"  {a:<{wide[0]}}  {b:<{wide[1]}}  {c}".rstrip() for a, b, c in rows]
-    call = f"python -m {_title(cls)} [--field=value ...]"
-    return "\n".join([(doc or "").strip(), "", call, "", *lines]).lstrip()
-
-
-@contextlib.contextmanager
-def _one_sentence(cls: type, short: Callable[[Exception], bool]) -> Iterator[None]:
-    """Ends the program with the error's own words where `short(error)`."""
-    try:
-        yield
-    except (ValueError, NotImplementedError) as error:
-        if not short(error):
-            raise
-        message, code = str(error), 2
-    except KeyboardInterrupt:
-        message, code = "stopped by Ctrl-C", 130
-    else:
-        return
-    print(f"{_title(cls)}: {message}", file=sys.stderr)
-    raise SystemExit(code)
-
-
-def _is_ours(error: Exception) -> bool:
-    """Whether a `raise` of this repository made the error: it is meant for readers.
-
-    jax takes its own frames out of tracebacks, so the last line is looked at as well.
-    """
-    *_, (frame, line) = traceback.walk_tb(error.__traceback__)
-    path = pathlib.Path(frame.f_code.co_filename).resolve()
-    if not path.is_relative_to(ROOT) or path.relative_to(ROOT).parts[0] not in OURS:
-        return False
-    return linecache.getline(str(path), line).strip().startswith("raise ")
+    return formatted(_title(cls), doc, rows)
 
 
 def _pairs(argv: Sequence[str], known: dict) -> Iterator[tuple[str, str]]:
@@ -170,10 +143,25 @@ def _typed(name: str, text: str, hint: Any, module: types.ModuleType | None) -> 
     try:
         value = parse(text, module)
     except ValueError as error:
-        if {*_options(hint)} <= {bool, int, float, type(None)}:
+        plain = {*_options(hint)} <= {bool, int, float, type(None)}
+        if plain and "64 bits" not in str(error):
             raise ValueError(f"--{name}={text}: expected {spelled(hint)}") from None
         raise ValueError(f"--{name}: {error}") from error
     return coerce(value, hint, f"--{name}", text)
+
+
+def _check_size(cls: type, name: str, value: Any, hint: Any) -> None:
+    """ValueError for a whole number below what its field allows, alone or in a tuple.
+    """
+    many = typing.get_origin(hint) is tuple
+    kinds = {*typing.get_args(hint)} - {...} if many else {*_options(hint)}
+    if not kinds <= {int, type(None)}:
+        return
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    least = fields[name].metadata.get("least", value)
+    for one in value if many else (value,):
+        if one is not None and one < least:
+            raise ValueError(f"--{name}={value}: expected {least} or more")
 
 
 def _options(hint: Any) -> tuple:

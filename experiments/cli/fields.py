@@ -67,7 +67,7 @@ def _coerce(value: Any, hint: Any) -> Any:
     if hint is None:
         return _keep(value, value is None)
     if hint is float and type(value) is int:
-        return float(value)
+        return float(value)  # of 64 bits: `parse` takes no larger one
     if hint is pathlib.Path and isinstance(value, str):
         return pathlib.Path(value)
     if hint is collections.abc.Callable or origin is collections.abc.Callable:
@@ -131,7 +131,9 @@ def construct(cls: type, args: list, keywords: dict[str, Any]) -> Any:
     typed = {n: coerce(v, known.get(n, Any), f"{title}: {n}") for n, v in given.items()}
     try:
         return cls(**typed)
-    except TypeError as error:
+    except (ValueError, NotImplementedError):
+        raise
+    except Exception as error:  # a class that was not asked for such a value
         raise ValueError(f"{title}: {error}") from error
 
 

@@ -1,10 +1,10 @@
 """Parse: text as values, as they are printed: `(Lightning(), Softmax()) * 2`.
 
 The text is read with `ast`, never evaluated. It holds literals, tuples, lists and
-dicts, `+` and `* n` of tuples, `&`, `|` and `~` of masks, `jnp.bfloat16`, and names and
-calls of dataclasses: a name `Landmark` is the class `Landmark` in `attn/landmark.py`
-(or in `models/landmark.py`), a mask, a mixer, a position, a dataset, or a class of
-the module that reads.
+dicts, `+` and `* n` of tuples, `&`, `|` and `~` of masks, element types as
+`jnp.bfloat16` or `bfloat16`, and names and calls of dataclasses: a name `Landmark` is
+the class `Landmark` in `attn/landmark.py` (or in `models/landmark.py`), a mask, a
+mixer, a position, a dataset, or a class of the module that reads.
 """
 
 from __future__ import annotations
@@ -38,6 +38,8 @@ FILES = (
 PACKAGES = ("attn", "models")
 LONGEST = 10_000  # elements of a repeated tuple
 NUMBERS = {"inf": math.inf, "nan": math.nan}
+# element types that go without `jnp.`
+DTYPES = ("bfloat16", "float16", "float32", "float64", "int8", "int32")
 Module = types.ModuleType | None
 
 
@@ -53,13 +55,15 @@ def parse(text: str, module: Module = None) -> Any:
         raise ValueError(f"cannot read {text!r}: {error.msg}") from None
     except (RecursionError, MemoryError):
         raise ValueError(f"cannot read {text[:40]!r}...: nested too deep") from None
+    except OverflowError as error:  # "9" * 5000 and its like
+        raise ValueError(f"cannot read {text[:40]!r}...: {error}") from None
 
 
 def _value(node: ast.AST, module: Module) -> Any:
     read = functools.partial(_value, module=module)
     match node:
         case ast.Constant(value=value) if value is not Ellipsis:
-            return value
+            return _constant(value)
         case ast.Tuple(elts=items):
             return tuple(map(read, items))
         case ast.List(elts=items):
@@ -72,6 +76,8 @@ def _value(node: ast.AST, module: Module) -> Any:
         case ast.BinOp(left=left, op=op, right=right):
             return _binary(read(left), op, read(right), node)
         case ast.Name(id=name):
+            if name in DTYPES:
+                return _dtype(name)
             return NUMBERS[name] if name in NUMBERS else find(name, module)
         case ast.Attribute(value=ast.Name(id="jnp"), attr=name):
             return _dtype(name)
@@ -79,6 +85,12 @@ def _value(node: ast.AST, module: Module) -> Any:
             return _call(name, node, module)
     raise ValueError(f"cannot read {ast.unparse(node)!r}: expected a literal, a tuple, "
                      "or a class with its fields")
+
+
+def _constant(value: Any) -> Any:
+    if type(value) is int and abs(value) >= 2**63:
+        raise ValueError(f"{str(value)[:20]}...: expected an integer of 64 bits")
+    return value
 
 
 def _key(value: Any) -> Any:

@@ -5,9 +5,10 @@ int32 (-1: no loss) and, where sequences are packed, segments [B,T] int32. It de
 the dataset's fields, the step and the size alone.
 """
 
+from experiments.data.corpus import Corpus
 from experiments.data.dataset import Batch, Cycle, Dataset
 from experiments.data.synthetic import Copy, Needles, Recall, mqar
-from experiments.data.text import Corpus, HuggingFace, Text
+from experiments.data.text import HuggingFace, Text
 
 __all__ = [
     "Batch", "Copy", "Corpus", "Cycle", "HuggingFace", "Needles", "Recall", "Dataset",

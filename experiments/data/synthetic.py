@@ -7,7 +7,7 @@ import dataclasses
 import numpy as np
 
 from experiments.data.dataset import Batch, Dataset, chosen, row
-from experiments.data.text import Corpus
+from experiments.data.corpus import Corpus
 
 IGNORED = -100  # the label of positions without a target in the published generator
 

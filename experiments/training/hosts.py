@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Callable
 
 import jax
@@ -28,8 +29,12 @@ class Hosts:
             raise ValueError(
                 f"{', '.join(given)} alone: expected coordinator, count and index"
             )
-        if given and ":" not in str(self.coordinator):
+        host, _, port = str(self.coordinator).rpartition(":")
+        if given and not (host and port.isascii() and port.isdigit()):
             raise ValueError(f"coordinator={self.coordinator}: expected host:port")
+        if given and not 0 < int(port) < 2**16:
+            raise ValueError(f"coordinator={self.coordinator}: expected a port from 1 "
+                             f"to {2**16 - 1}")
         if given and not 0 <= (self.index or 0) < (self.count or 0):
             raise ValueError(
                 f"index={self.index}: expected 0 or more and less than "
@@ -53,6 +58,12 @@ def join(hosts: Hosts = Hosts(), patience: int = 300) -> None:
             "one to run this, with --coordinator, --count and --index unless a "
             "scheduler knows them"
         ) from None
+
+
+def say(text: str) -> None:
+    """One sentence on the error stream, of the first host alone."""
+    if jax.process_index() == 0 and sys.stderr is not None:
+        print(text, file=sys.stderr, flush=True)
 
 
 def agreed(make: Callable[[], str]) -> str:

@@ -17,12 +17,14 @@ import jax
 import numpy as np
 
 from experiments.training import mesh as meshes
+from experiments.training.plan import TrainConfig
 from experiments.training.progress import progress
-from experiments.training.runs import Checkpoints, Metrics
+from experiments.training.runs import Checkpoints, Metrics, locked
 from experiments.training.step import (
-    TEXT, Objective, State, TrainConfig, abstract, next_token, staged, start, trace,
+    TEXT, Objective, State, abstract, next_token, staged, start, trace,
     train_step,
 )
+from experiments.training.stopping import Clock, stopping
 from models.lm import loss
 
 __all__ = [
@@ -33,7 +35,8 @@ __all__ = [
 
 class TrainResult(NamedTuple):
     """What training gives back: the parameters, the metrics (a row every `log` steps)
-    and the median number of tokens per second, without compilation."""
+    and the median number of tokens per second, without compilation; of a run that had
+    ended before, what it was then."""
 
     params: Any
     rows: list[dict[str, Any]]
@@ -41,7 +44,7 @@ class TrainResult(NamedTuple):
 
 
 class NotFinite(ValueError):
-    """The loss was not finite."""
+    """The loss, a gradient or a parameter was not finite."""
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -81,45 +84,75 @@ def fit(
     quiet: bool = False,
 ) -> TrainResult:
     """Trains `model` on `dataset`; with a folder, goes on from its newest checkpoint,
-    which may come from another mesh.
+    which may come from another mesh. Ctrl-C and SIGTERM leave one of the last step.
 
     On a mesh every attention that names no axis of its own gets "seq". `NotFinite`
-    names the step at which the loss was not finite, and the last checkpoint before it.
+    names the first step at which the loss, a gradient or a parameter was not finite,
+    and the last checkpoint, which is from before it.
     objective: what is made small; by default the loss of the next token. quiet: no
     progress bar.
     """
     check(model, plan, dataset, objective)
-    checkpoints = Checkpoints(folder)
-    first = jax.process_index() == 0
-    with meshes.in_force(plan.mesh) as mesh:
+    with locked(folder), meshes.in_force(plan.mesh) as mesh, stopping() as stop:
+        checkpoints = Checkpoints(folder)
         model = meshes.spread(model, plan.mesh)
         state = _resumed(model, plan, dataset, objective, checkpoints, mesh)
-        done = int(state.step)
+        done, first = int(state.step), jax.process_index() == 0
         metrics = Metrics(folder / "metrics.jsonl" if folder and first else None, done)
-        rates: list[float] = []
+        speed, clock = _Speed(done), Clock(plan.save_minutes)
         with progress(label, plan.steps, done, quiet or not first) as show:
-            clock, since = time.perf_counter(), done
-            for step in range(done, plan.steps):
-                batch = dataset.batch(step, plan.batch)
+            for step in range(done + 1, plan.steps + 1):
+                batch = dataset.batch(step - 1, plan.batch)
+                _check_ids(model, batch)
                 state, mean = train_step(
                     model, plan, state, meshes.put(batch, mesh), objective
                 )
-                last = step + 1 == plan.steps
-                if (step + 1) % plan.log == 0 or last:
+                last, save = step == plan.steps or stop.asked(step), False
+                if step % plan.log == 0 or step == plan.steps:
                     value = float(mean)
-                    spent, clock = time.perf_counter() - clock, time.perf_counter()
-                    seen = (step + 1 - since) * batch[objective.inputs].size
-                    rates.append(seen / spent)
-                    since = step + 1
+                    speed.add(step, batch[objective.inputs].size)
                     _stop_if_bad(state, checkpoints)
-                    metrics.add(step=step + 1, loss=value)
-                    show(step + 1, value, rates[-1])
-                if (step + 1) % plan.save == 0 or last:
+                    metrics.add(step=step, loss=value)
+                    show(step, value, speed.latest)
+                    save = clock.rings()
+                if save or step % plan.save == 0 or last:
                     _stop_if_bad(state, checkpoints)
-                    checkpoints.save(step + 1, state)
+                    rate = speed.median(checkpoints)
+                    checkpoints.save(step, state, tokens_per_second=rate)
+                if stop.signal is not None:
+                    break
+        if stop.signal is not None:
+            stop.end(int(state.step), folder is not None)
+        rate = speed.median(checkpoints)
         checkpoints.close()
-        speed = float(np.median(rates[1:] or rates or [0.0]))
-        return TrainResult(state.params, metrics.rows, speed)
+        return TrainResult(state.params, metrics.rows, rate)
+
+
+class _Speed:
+    """Tokens a second between two rows of metrics."""
+
+    def __init__(self, step: int):
+        self.step, self.time = step, time.perf_counter()
+        self.rates: list[float] = []
+
+    def add(self, step: int, tokens: int) -> None:
+        """At `step` steps of so many tokens."""
+        now = time.perf_counter()
+        self.rates.append((step - self.step) * tokens / (now - self.time))
+        self.step, self.time = step, now
+
+    @property
+    def latest(self) -> float:
+        """Since the row before."""
+        return self.rates[-1]
+
+    def median(self, checkpoints: Checkpoints) -> float:
+        """Of all but the first, which compiles; of a run that did nothing, what it had
+        written."""
+        rates = self.rates[1:] or self.rates
+        if rates:
+            return float(np.median(rates))
+        return float(checkpoints.recorded.get("tokens_per_second", 0.0))
 
 
 def check(
@@ -130,17 +163,32 @@ def check(
     attention that cannot be split. The step is traced, which `fit` need not do again.
     """
     batch = dataset.batch(0, plan.batch)
+    _check_ids(model, batch)
     with meshes.in_force(plan.mesh) as mesh:
         meshes.check(plan.mesh, plan.accumulate, batch)
         trace(meshes.spread(model, plan.mesh), plan, mesh, batch, objective)
 
 
+def _check_ids(model: nn.Module, batch: dict) -> None:
+    vocab = getattr(model, "vocab", None)
+    for name in ("tokens", "targets"):
+        most = int(batch[name].max()) if name in batch and vocab else -1
+        if most >= (vocab or 0) and most >= 0:
+            raise ValueError(f"{name} hold {most}: expected ids below vocab={vocab}")
+
+
 def _resumed(model, plan, dataset, objective, checkpoints, mesh) -> State:
     """The newest checkpoint, read straight to where it lies; else a new state."""
-    if checkpoints.latest is None:
-        return start(model, plan, dataset, objective)
     inputs = dataset.batch(0, plan.mesh[0])[objective.inputs]
-    return checkpoints.restore(abstract(model, plan, inputs, mesh))
+    state = checkpoints.resumed(abstract(model, plan, inputs, mesh))
+    if state is None:
+        return start(model, plan, dataset, objective)
+    if int(state.step) > plan.steps:
+        raise ValueError(
+            f"steps={plan.steps}: the run in {checkpoints.run} has done "
+            f"{int(state.step)}: expected as many or more"
+        )
+    return state
 
 
 def _stop_if_bad(state: State, checkpoints: Checkpoints) -> None:
@@ -151,4 +199,7 @@ def _stop_if_bad(state: State, checkpoints: Checkpoints) -> None:
         f"the last good checkpoint is {checkpoints.folder}/{good}"
     )
     checkpoints.close()
-    raise NotFinite(f"the loss was not finite at step {int(state.bad) + 1}; {kept}")
+    raise NotFinite(
+        "the loss, a gradient or a parameter was not finite at step "
+        f"{int(state.bad) + 1}; {kept}"
+    )

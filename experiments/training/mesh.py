@@ -7,6 +7,7 @@ every array is global, and every host makes the parts that its own devices hold.
 from __future__ import annotations
 
 import contextlib
+import math
 from typing import Any
 
 import jax
@@ -24,9 +25,10 @@ Sizes = tuple[int, int, int]
 def make(sizes: Sizes) -> Mesh:
     """The mesh of the first devices there are, `arranged`. ValueError if there are too
     few, or if devices of many hosts would be left out."""
-    wanted, there = int(np.prod(sizes)), jax.device_count()
+    wanted, there = math.prod(sizes), jax.device_count()
     if wanted > there:
-        raise ValueError(f"mesh={sizes} needs {wanted} devices: there are {there}")
+        raise ValueError(f"mesh={sizes} needs {wanted} devices: there are {there}; "
+                         "expected sizes whose product is at most that")
     if wanted < there and jax.process_count() > 1:
         raise ValueError(
             f"mesh={sizes} has {wanted} devices: expected all {there} of the "

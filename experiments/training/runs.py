@@ -1,7 +1,7 @@
 """Runs: each has a folder of its own, and what is on disk is never overwritten.
 
-A folder holds the command that made it, its metrics as JSON lines and its checkpoints.
-A run that was stopped goes on when the same command names the folder again.
+A folder holds what it is a run of, its metrics as JSON lines and its checkpoints. A run
+that was stopped goes on when the same command names the folder again.
 """
 
 from __future__ import annotations
@@ -12,12 +12,18 @@ import pathlib
 import shlex
 from typing import Any
 
-import jax
-import orbax.checkpoint as ocp
+from experiments.training.checkpoints import Checkpoints
+from experiments.training.hosts import agreed, say
+from experiments.training.record import Metrics, locked, read_lines, write_whole
 
-from experiments.training.hosts import agreed
-
-ELSEWHERE = ("--mesh", "--fsdp", "--quiet")  # where and how loud, but not what
+__all__ = [
+    "Checkpoints", "Metrics", "locked", "new_folder", "open_folder", "read_lines",
+    "write_whole",
+]
+# where, how loud and how far, but not what
+ELSEWHERE = ("--mesh", "--fsdp", "--quiet", "--folder")
+RECORD = "attn_run.json"  # a folder that has it is a run, not a part of a text
+Settings = dict[str, Any]
 
 
 def new_folder(name: str, root: str = "results") -> pathlib.Path:
@@ -28,7 +34,10 @@ def new_folder(name: str, root: str = "results") -> pathlib.Path:
         try:
             folder.mkdir(parents=True)
         except FileExistsError:
-            continue
+            if folder.parent.is_dir():
+                continue
+            raise ValueError(f"folder {folder} cannot be made: {root} is a file"
+                             ) from None
         except OSError as error:
             why = error.strerror
             raise ValueError(f"folder {folder} cannot be made: {why}") from None
@@ -36,109 +45,94 @@ def new_folder(name: str, root: str = "results") -> pathlib.Path:
     raise ValueError(f"folder {root}/{name}-{stamp}: a thousand of these exist")
 
 
-def open_folder(name: str, folder: str | None, command: str) -> pathlib.Path:
+def open_folder(
+    name: str, folder: str | pathlib.Path | None, command: str,
+    settings: Settings | None = None,
+) -> pathlib.Path:
     """The folder of a run: a new one, or `folder`, which must be empty, absent or from
-    the same command, on whatever mesh. ValueError otherwise. On many hosts the first
-    one opens it for all."""
-    return pathlib.Path(agreed(lambda: str(_opened(name, folder, command))))
+    the same run. ValueError otherwise. On many hosts the first one opens it for all.
+
+    settings: what the run depends on, a text for each name, or a number for what may
+    have been less before (`experiments.cli.identity`). Without them two runs are the
+    same if their commands are, but for where and how loud.
+    """
+    return pathlib.Path(agreed(lambda: str(_opened(name, folder, command, settings))))
 
 
-def _opened(name: str, folder: str | None, command: str) -> pathlib.Path:
-    path = new_folder(name) if folder is None else pathlib.Path(folder)
-    if path.exists() and not path.is_dir():
-        raise ValueError(f"folder={folder}: this is a file, expected a folder")
-    path.mkdir(parents=True, exist_ok=True)
-    note = path / "command.txt"
-    if note.exists():
-        if _work(note.read_text()) != _work(command):
-            raise ValueError(
-                f"folder={folder} holds another run ({note.read_text().strip()}): "
-                "expected the same command, or another folder"
-            )
-    elif any(path.iterdir()):
-        raise ValueError(f"folder={folder} holds other files: expected an empty folder")
-    else:
-        note.write_text(command.strip() + "\n")
+def _opened(name, folder, command: str, settings: Settings | None) -> pathlib.Path:
+    path = new_folder(name) if folder is None else _made(folder)
+    with locked(path, alone=True):  # ends at once if another process runs here
+        record = _record(path)
+        if record is None:
+            if any(file.name[0] != "." for file in path.iterdir()):
+                raise ValueError(
+                    f"folder={folder} holds other files: expected an empty folder"
+                )
+        else:
+            why = _differs(record, command, settings)
+            if why:
+                there = str(record.get("command", "")).strip()
+                raise ValueError(
+                    f"folder={folder} holds another run ({why}; {there}): expected the "
+                    "same command, or another folder"
+                )
+        note = {"command": command.strip(), "settings": settings}
+        if note != record:
+            write_whole(path / RECORD, json.dumps(note, indent=1) + "\n")
     return path
+
+
+def _made(folder: str | pathlib.Path) -> pathlib.Path:
+    """The folder with this name, which is made if it is not there."""
+    try:
+        path = pathlib.Path(folder).expanduser()
+        str(path).encode()  # a name that is no text could not be written down
+        is_file = path.exists() and not path.is_dir()
+        if not is_file:
+            path.mkdir(parents=True, exist_ok=True)
+    except (OSError, RuntimeError, ValueError) as error:
+        why = getattr(error, "strerror", None) or error
+        shown = repr(str(folder))  # it may have letters that cannot be printed
+        raise ValueError(f"folder={shown} cannot be made: {why}") from None
+    if is_file:
+        raise ValueError(f"folder={folder}: this is a file, expected a folder")
+    return path
+
+
+def _record(path: pathlib.Path) -> dict[str, Any] | None:
+    """What the run in this folder wrote of itself, None if there is none."""
+    try:
+        found = json.loads((path / RECORD).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise ValueError(f"folder={path}: {RECORD} is damaged: expected what the run "
+                         "wrote, or another folder")
+    return found
+
+
+def _differs(record: dict, command: str, settings: Settings | None) -> str:
+    """In what a run differs from the one of a record; "" if in nothing."""
+    old = record.get("settings")
+    if not isinstance(old, dict) or settings is None:
+        same = _work(str(record.get("command", ""))) == _work(command)
+        return "" if same else "its command is another one"
+    for name in sorted({*old, *settings}):
+        was, now = old.get(name), settings.get(name)
+        if isinstance(was, int) and isinstance(now, int):
+            if now < was:
+                return f"{name}={was} there, {now} here is less"
+            if now > was:
+                say(f"{name}={was} becomes {now}: what was planned over {was} "
+                    "(warm-up, decay of the rate) is planned over them all from here")
+        elif was != now:
+            return f"{name} is {was} there, {now} here"
+    return ""
 
 
 def _work(command: str) -> list[str]:
     """The words of a command that say what is computed."""
     words = shlex.split(command)
     return [word for word in words if word.partition("=")[0] not in ELSEWHERE]
-
-
-class Metrics:
-    """Metrics as JSON lines, one object a line, each with its `step`."""
-
-    def __init__(self, path: pathlib.Path | None, step: int = 0):
-        self.path, self.rows = path, []
-        if path is not None and path.exists():
-            # what was written after the checkpoint will be written again
-            self.rows = [row for row in read_lines(path) if row["step"] <= step]
-            path.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
-
-    def add(self, **row: Any) -> None:
-        """Appends one line and keeps it."""
-        self.rows.append(row)
-        if self.path is not None:
-            with self.path.open("a") as file:
-                file.write(json.dumps(row) + "\n")
-
-
-def read_lines(path: pathlib.Path) -> list[dict[str, Any]]:
-    """The objects of a JSON lines file; a last line cut short by a kill is left out."""
-    rows = []
-    for line in path.read_text().splitlines():
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return rows
-
-
-class Checkpoints:
-    """The newest checkpoints of a run: plain arrays, written by orbax under a temporary
-    name and then renamed, so that a kill leaves no half of one under a step's name.
-    Every host writes and reads the parts of arrays that its own devices hold."""
-
-    def __init__(self, folder: pathlib.Path | None, keep: int = 2):
-        self.folder = None if folder is None else (folder / "checkpoints").absolute()
-        self.manager = None
-        if self.folder is not None:
-            options = ocp.CheckpointManagerOptions(
-                max_to_keep=keep, enable_async_checkpointing=False
-            )
-            self.manager = ocp.CheckpointManager(self.folder, options=options)
-
-    @property
-    def latest(self) -> int | None:
-        """The newest step, None if there is none."""
-        return None if self.manager is None else self.manager.latest_step()
-
-    def save(self, step: int, state: Any) -> None:
-        """Writes `state`, a pytree of arrays, under `step`."""
-        if self.manager is not None and step != self.latest:
-            self.manager.save(step, args=ocp.args.StandardSave(state))
-
-    def restore(self, like: Any) -> Any:
-        """The newest state, of the shapes, dtypes and shardings of `like`. ValueError,
-        naming the checkpoint, if it cannot be read."""
-        assert self.manager is not None
-        step = self.latest
-        try:
-            abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-            return self.manager.restore(step, args=ocp.args.StandardRestore(abstract))
-        except Exception as error:  # orbax and tensorstore raise many kinds
-            older = [n for n in self.manager.all_steps() if n != step]
-            then = f"go on from step {max(older)}" if older else "start anew"
-            reason = str(error).strip().splitlines()[0][:160] if str(error) else ""
-            raise ValueError(
-                f"checkpoint {self.folder}/{step} cannot be read "
-                f"({type(error).__name__}: {reason}): remove that folder to {then}"
-            ) from None
-
-    def close(self) -> None:
-        """Waits for what is being written."""
-        if self.manager is not None:
-            self.manager.close()

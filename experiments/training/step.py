@@ -1,4 +1,4 @@
-"""Step: a plan, the state it starts from, and the one function that training repeats.
+"""Step: the state that a plan starts from, and the one function that training repeats.
 
 The same step runs on one device, on a mesh and on many hosts. It can be lowered for
 devices that are not there, to see what it would hold and move.
@@ -7,7 +7,6 @@ devices that are not there, to see what it would hold and move.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 from typing import Any, Callable, NamedTuple
 
@@ -17,70 +16,14 @@ import jax.numpy as jnp
 import optax
 
 from experiments.training import mesh as meshes
+from experiments.training.plan import TrainConfig
 from models.lm import loss
 from models.placement import lay
 
 
-@dataclasses.dataclass(frozen=True)
-class TrainConfig:
-    """How to train: AdamW with linear warm-up and cosine decay, gradients clipped.
-
-    learning_rate: at its peak; it ends at `final_scale` times that. accumulate: a batch
-    is split in so many parts, whose gradients are added up. weight_decay: on matrices
-    only. mesh: devices along data, seq and model. fsdp: parameters and moments
-    are split over all devices and gathered where they are used, which moves at most
-    half as much again as adding up gradients does; without it only `model` splits them.
-    """
-
-    steps: int = 500
-    batch: int = 16
-    learning_rate: float = 3e-3
-    warmup: int = 50
-    final_scale: float = 0.1
-    weight_decay: float = 0.1
-    clip: float = 1.0
-    accumulate: int = 1
-    seed: int = 0
-    log: int = 10
-    save: int = 100
-    mesh: tuple[int, int, int] = (1, 1, 1)
-    fsdp: bool = True
-
-    def __post_init__(self):
-        for name in ("steps", "batch", "accumulate", "log", "save"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: expected 1 or more")
-        if self.batch % self.accumulate:
-            raise ValueError(
-                f"accumulate={self.accumulate}: expected to divide batch={self.batch}"
-            )
-        if self.learning_rate <= 0 or self.warmup < 0:
-            raise ValueError(
-                f"learning_rate={self.learning_rate}, warmup={self.warmup}: "
-                "expected > 0 and >= 0"
-            )
-        if len(self.mesh) != 3 or min(self.mesh) < 1:
-            raise ValueError(f"mesh={self.mesh}: expected sizes of data, seq, model")
-
-    def optimizer(self) -> optax.GradientTransformation:
-        """The optimiser of this plan."""
-        warmup = min(self.warmup, self.steps // 2)
-        schedule = optax.warmup_cosine_decay_schedule(
-            0.0, self.learning_rate, warmup, self.steps,
-            self.learning_rate * self.final_scale
-        )
-        matrices = lambda params: jax.tree.map(lambda a: a.ndim > 1, params)
-        return optax.chain(
-            optax.clip_by_global_norm(self.clip),
-            optax.adamw(
-                schedule, b2=0.95, weight_decay=self.weight_decay, mask=matrices
-            ),
-        )
-
-
 class State(NamedTuple):
-    """All that a run needs to go on. bad: the first step with a loss that was not
-    finite, -1 if there was none."""
+    """All that a run needs to go on. bad: the first step with a loss, a gradient or a
+    parameter that was not finite, -1 if there was none."""
 
     params: Any
     moments: Any
@@ -137,9 +80,17 @@ def train_step(
     grads = jax.tree.map(lambda g: g / count, grads)
     change, moments = plan.optimizer().update(grads, state.moments, state.params)
     params = optax.apply_updates(state.params, change)
-    bad = jnp.where((state.bad < 0) & ~jnp.isfinite(mean), state.step, state.bad)
+    good = jnp.isfinite(mean) & _finite(grads) & _finite(params)
+    bad = jnp.where((state.bad < 0) & ~good, state.step, state.bad)
     after = State(params, moments, state.step + 1, bad)
     return meshes.constrain(after, plan.fsdp), mean
+
+
+def _finite(tree: Any) -> jax.Array:
+    """Whether the sum of the squares of all numbers is finite, as it is for numbers
+    below 1e19: beyond, clipping would make an update 0."""
+    squares = [jnp.square(a).sum() for a in jax.tree.leaves(tree)]
+    return jnp.isfinite(functools.reduce(jnp.add, squares))
 
 
 def _parts(batch: dict, many: int) -> dict:

@@ -1,7 +1,9 @@
 """Configs: what is printed is what can be typed, and nothing typed is executed."""
 
 import dataclasses
+import io
 import pathlib
+import re
 
 import jax.numpy as jnp
 import pytest
@@ -99,6 +101,13 @@ def test_forms_of_words():
     (["--attention=(open('/etc/passwd'),)"], ["open"]),
     (["--attention=(Softmax(),) * 999999999"], ["expected"]),
     (["--attention=" + "(" * 3000], ["cannot read"]),
+    (["--attention=" + "[" * 600 + "]" * 600], ["cannot read"]),
+    (["--attention=(" + "~" * 5000 + "Causal(),)"], ["cannot read"]),
+    (["--steps=99999999999999999999"], ["64 bits"]), (["--steps=" + "9" * 5000], []),
+    (["--attention=(Window(2**70),)"], ["cannot read"]), (["--rate=1e999x"], ["float"]),
+    (["--attention=(Window(99999999999999999999),)"], ["64 bits"]),
+    (["--name=\udcff"], ["UTF-8"]), (["--mesh=(1, 1, True)"], ["--mesh"]),
+    (["--attention=(Softmax(scale='x'),)"], ["scale"]), (["--text=5"], ["Text"]),
 ])
 def test_wrong_words_end_with_one_sentence(words, parts, capsys):
     with pytest.raises(SystemExit) as end:
@@ -127,20 +136,84 @@ def test_tiny_and_help(capsys):
         assert text in out
 
 
-def test_errors_of_the_run_are_one_sentence_unless_foreign(capsys):
+def test_errors_of_the_run_are_one_sentence(capsys):
     def ours(c):
         Softmax(dropout=2)
+
+    def full(c):
+        raise OSError(28, "No space left on device", "results/x")
 
     def theirs(c):
         return {}["missing"]
 
-    with pytest.raises(SystemExit):
-        main(ours, Config, "doc", [])
-    assert "dropout=2" in capsys.readouterr().err
+    for run, code, parts in ((ours, 2, ["dropout=2"]),
+                             (full, 1, ["results/x: No space left on device"]),
+                             (theirs, 1, ["KeyError: 'missing'", "its traceback is"])):
+        with pytest.raises(SystemExit) as end:
+            main(run, Config, "doc", [])
+        said = capsys.readouterr().err
+        assert end.value.code == code and len(said.splitlines()) == 1
+        assert all(part in said for part in parts), said
+    kept = pathlib.Path(re.search(r"traceback is (\S+)\)", said)[1])
+    assert "KeyError" in kept.read_text()
+    kept.unlink()
     with pytest.raises(KeyError):
-        main(theirs, Config, "doc", [])
-    with pytest.raises(ValueError, match="dropout=2"):
-        main(ours, Config, "doc", ["--traceback"])
+        main(theirs, Config, "doc", ["--traceback"])
+
+
+def test_a_number_that_is_none_fails(capsys):
+    with pytest.raises(SystemExit) as end:
+        main(lambda c: {"a": 1.0, "b": float("nan")}, Config, "doc", [])
+    said = capsys.readouterr()
+    assert end.value.code == 1 and "not a number: b" in said.err and "a  1" in said.out
+
+
+class Broken(io.StringIO):
+    """A terminal that has gone, or a disk that is full."""
+
+    def write(self, text):
+        raise OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize("out", [None, Broken()])
+def test_results_go_to_stderr_if_stdout_is_lost(out, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdout", out)
+    with pytest.raises(SystemExit) as end:
+        main(lambda c: {"loss": 0.5}, Config, "doc", [])
+    said = capsys.readouterr().err
+    assert end.value.code == 1 and "loss  0.5" in said
+    assert "standard output cannot be written" in said
+
+
+def test_letters_that_a_terminal_lacks(monkeypatch):
+    raw = io.BytesIO()
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(raw, encoding="ascii"))
+    main(lambda c: {"sample": "\u2014\udcff"}, Config, "doc", [])
+    assert b"sample  \\u2014\\udcff" in raw.getvalue()
+
+
+def test_what_tells_runs_apart(tmp_path):
+    @dataclasses.dataclass(frozen=True)
+    class Run:
+        """A config of a run."""
+
+        text: Text = option(Text())
+        rate: float = option(0.1)
+        steps: int = option(5, run=config.GROWS)
+        prompt: str = option("a", run=config.FREE)
+
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "x.txt").write_text("the same text, in two places")
+    one, two = (Run(Text(path=str(tmp_path / name), length=3)) for name in "ab")
+    found = config.settings(one)
+    assert found == config.settings(two) and found["steps"] == 5
+    assert found == config.settings(dataclasses.replace(one, prompt="b\r"))
+    longer = dataclasses.replace(one, text=dataclasses.replace(one.text, length=4))
+    assert found["text"] != config.settings(longer)["text"]
+    (tmp_path / "b" / "x.txt").write_text("another one")
+    other = dataclasses.replace(two, text=dataclasses.replace(two.text, held_out=0.2))
+    assert found["text"] != config.settings(other)["text"]
 
 
 def test_ctrl_c(capsys):
@@ -157,4 +230,4 @@ def test_what_cannot_be_written_is_refused():
         with pytest.raises(ValueError, match="cannot be written"):
             format_value(value)
     assert format_value(pathlib.Path("a/b")) == "'a/b'"
-    assert config.parse("jnp.float32") == jnp.float32
+    assert config.parse("jnp.float32") == jnp.float32 == config.parse("float32")

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from experiments.data import Copy, Cycle, HuggingFace, Needles, Recall, Text, mqar
+from experiments.data import corpus as corpus_module
 
 TASKS = [
     Recall(vocab=256, length=64, pairs=8), Copy(vocab=16, length=20),
@@ -209,3 +210,47 @@ def test_hugging_face_rows(monkeypatch):
         HuggingFace(name="absent").content
     with pytest.raises(ValueError, match="column='n'.*text"):
         HuggingFace(name="known", column="n").content
+
+
+def test_a_digest_is_of_the_text_and_not_of_its_place(tmp_path):
+    for name in ("one", "two/three"):
+        folder = tmp_path / name
+        folder.mkdir(parents=True)
+        for n in range(4):
+            (folder / f"{n}.txt").write_text(f"text {n} " * 9)
+    at = [Text(path=str(tmp_path / name), length=4) for name in ("one", "two/three")]
+    first = at[0].digest()
+    assert first == at[1].digest() and first.startswith("sha256:")
+    assert at[0].anywhere() == at[1].anywhere() != at[0]
+    other = Text(path=str(tmp_path / "one"), length=9, seed=3, split="valid")
+    assert other.digest() == first
+    assert Text(path=str(tmp_path / "one"), held_out=0.5).digest() != first
+    (tmp_path / "two/three/2.txt").write_text("text 2 " * 8 + "text 3 ")
+    corpus_module._splits.cache_clear()
+    corpus_module._digest.cache_clear()
+    assert at[1].digest() != first
+
+
+def test_links_are_followed_once_and_runs_left_out(tmp_path):
+    (tmp_path / "text" / "run").mkdir(parents=True)
+    (tmp_path / "far" / "below").mkdir(parents=True)
+    (tmp_path / "text" / "a.txt").write_text("a")
+    (tmp_path / "far" / "below" / "b.txt").write_text("b")
+    (tmp_path / "text" / "linked").symlink_to(tmp_path / "far")
+    (tmp_path / "far" / "back").symlink_to(tmp_path / "text")
+    for name in ("attn_run.json", "metrics.jsonl"):
+        (tmp_path / "text" / "run" / name).write_text("{}")
+    found = Text(path=str(tmp_path / "text")).documents()
+    assert found == {"a.txt": "a", "linked/below/b.txt": "b"}
+
+
+@pytest.mark.parametrize("path", ["~nobody-here/x", "a\0b", "x" * 300])
+def test_paths_that_cannot_be(path):
+    with pytest.raises(ValueError, match="Text: "):
+        Text(path=path).documents()
+
+
+def test_files_whose_names_are_no_text(tmp_path):
+    for n in range(3):
+        (tmp_path / f"{n}\udcff").write_text(f"{n}" * 9)
+    assert len(Text(path=str(tmp_path), length=2).batch(0, 2)["tokens"]) == 2

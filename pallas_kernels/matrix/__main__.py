@@ -6,6 +6,7 @@
     python -m pallas_kernels.matrix --write              # matrix.json and MATRIX.md
     python -m pallas_kernels.matrix --check              # exit 1 if something got worse
     python -m pallas_kernels.matrix --check --all        # and compile what is unchanged
+    python -m pallas_kernels.matrix --check --write      # record what changed, and say it
     python -m pallas_kernels.matrix --targets v5e --function my.module:f \\
         --shapes 'bf16[1,8192,16,128] bf16[1,8192,16,128]'   # a function of your own
 
@@ -130,7 +131,7 @@ def compile_all(given: argparse.Namespace) -> dict[str, Any] | None:
             more = ["--cases", given.cases, "--out", out.name, "--function",
                     given.function, "--shapes", given.shapes,
                     *["--quick"] * given.quick, *["--check"] * given.check,
-                    *["--all"] * (given.all or given.write)]
+                    *["--all"] * (given.all or given.write and not given.check)]
             process = worker("pallas_kernels.matrix", name, folder, *more,
                              stdout=subprocess.PIPE, text=True)
             for _ in process.stdout:
@@ -206,7 +207,8 @@ def main(arguments: list[str]) -> int:
     old = read()
     if given.write:
         part = given.cases or given.function or given.quick
-        again = () if part else given.targets.split(",")
+        # a whole target is written anew: what is no case any more goes
+        again = () if part or given.check else given.targets.split(",")
         kept = {n: one for n, one in old["cases"].items()
                 if n.partition(" ")[0] not in again}
         write(kept | found)

@@ -19,7 +19,8 @@ BELOW = {
 # each other; what is not named comes last
 ORDER = {
     "pallas_kernels": (
-        ("__init__", "tile", "tiles", "padding"), ("tables",), ("schedule", "refusals", "machine"),
+        ("__init__", "tile", "tiles", "padding"), ("tables",),
+        ("schedule", "refusals", "machine"),
         ("flash", "decode", "linear", "delta", "scan"), ("blocks",), ("matrix",),
         ("tune",),
     ),

@@ -35,7 +35,7 @@ from attn.recurrent.scan import SoftmaxState, empty, merge, prefix_softmax, tota
 class AarenState(NamedTuple):
     """memory: of the current sequence, m, l [B,H] and acc [B,H,V] float32; end [B]
     int32 the next token's position; segment [B] int32 the last token's segment, -1
-    before the first."""
+    before the first. Of the width D of keys nothing is left in it."""
 
     memory: SoftmaxState
     end: jax.Array

@@ -60,7 +60,7 @@ class Delta(nn.Module, Attention):
     conv: int = 4
     out_norm: str | None = "head"
     out_gate: str | None = "silu"
-    chunk: int = 64
+    chunk: int = 32
     axis: Axis | None = None
     implementation: str | None = None
     row = TemplateRow(RECURRENT, "L m D", 1)

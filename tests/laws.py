@@ -474,28 +474,30 @@ def test_any_setting_of_jax_will_do(name, setting):
     attention, ordered = ENTRIES[name].attention, ENTRIES[name].ordered
     if isinstance(attention, Learned):
         drawn(attention.module.clone(parent=None))  # as no setting wants them
-    dtype = jnp.float32 if setting in ("check_vma", "explicit") else jnp.bfloat16
-    args, ids = inputs(t=LONG, dtype=dtype), jnp.ones((B, LONG), jnp.int32)
-    types = jax.sharding.AxisType
-    kind = types.Explicit if setting == "explicit" else types.Auto
-    mesh = jax.make_mesh((2,), ("data",), axis_types=(kind,))
-    rows = jax.sharding.PartitionSpec("data")
     f = functools.partial(traced, attention, ordered)
+    plain, packed = inputs(t=LONG), (inputs(t=LONG), jnp.ones((B, LONG), jnp.int32))
+    rows = jax.sharding.PartitionSpec("data")
     with contextlib.ExitStack() as stack:
-        if setting == "x64":
-            stack.enter_context(jax.enable_x64(True))
-        if setting == "strict":
-            stack.enter_context(jax.numpy_dtype_promotion("strict"))
-        if setting in ("check_vma", "explicit"):
+        if setting in ("x64", "strict"):
+            stack.enter_context(
+                jax.enable_x64(True) if setting == "x64"
+                else jax.numpy_dtype_promotion("strict"))
+            wide = jnp.float64 if setting == "x64" else jnp.bfloat16
+            plain = tuple(a.astype(jnp.bfloat16) for a in plain)
+            packed = tuple(a.astype(wide) for a in packed[0]), packed[1]
+        else:
+            kind = getattr(
+                jax.sharding.AxisType, "Explicit" if setting == "explicit" else "Auto")
+            mesh = jax.make_mesh((2,), ("data",), axis_types=(kind,))
             stack.enter_context(jax.set_mesh(mesh))
         if setting == "check_vma":
             f = jax.shard_map(f, in_specs=rows, out_specs=rows)
         if setting == "explicit":
-            args, ids = jax.device_put((args, ids), rows)
-        for segments in (None, ids):
+            plain, packed = jax.device_put((plain, packed), rows)
+        for args, segments in ((plain, None), packed):
             (o, grads), stepped = jax.eval_shape(f, args, segments)
             chex.assert_trees_all_equal_shapes_and_dtypes(grads, like(args))
-            assert o.dtype == dtype and o.shape == (B, LONG, H, V)
+            assert o.dtype == args[0].dtype and o.shape == (B, LONG, H, V)
             if stepped is not None:
                 state, (after, last) = stepped
                 chex.assert_trees_all_equal_shapes_and_dtypes(state, after)

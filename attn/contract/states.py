@@ -78,7 +78,7 @@ def _check(attention: Any, state: Any, tokens: tuple, x: Any) -> None:
     for (path, a), b, held in zip(leaves, jax.tree.leaves(far), jax.tree.leaves(state)):
         # an axis that grows with the size may have any length
         want = tuple(n if n == m else None for n, m in zip(a.shape, b.shape))
-        found = tuple(n if m else None for n, m in zip(held.shape, want))
+        found = tuple(None if m is None else n for n, m in zip(held.shape, want))
         if len(held.shape) != len(want) or found != want:
             shape = str(want).replace("None", ".")
             name = jax.tree_util.keystr(path).lstrip(".")

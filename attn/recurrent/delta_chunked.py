@@ -13,10 +13,11 @@ import jax.numpy as jnp
 
 from attn.contract.varying import varying
 from attn.recurrent.chunks import (
-    ChunkSegments, filled, from_chunks, only, pairs, segments_of, to_chunks
+    ChunkSegments, exact_pairs, filled, from_chunks, only, pair_decays, pairs,
+    segments_of, to_chunks,
 )
 from attn.recurrent.linear_chunked import decays
-from attn.recurrent.triangular import inverse
+from attn.recurrent.triangular import solve
 
 
 def chunked(
@@ -93,16 +94,17 @@ def intra_chunk(q, k, v, beta, g, segments: ChunkSegments):
     the weights p [N,B,H,c,c] of what is written, k as it writes into the state the
     chunk ends with, and u = u_0 - w S_0 as u_0 [N,B,H,c,V] and w [N,B,H,c,D]."""
     before = jnp.tril(jnp.ones((1, 1, 1, q.shape[3], q.shape[3]), bool), -1)
-    a = only(before, only(segments.seen, beta * pairs(k, k, g)))
+    decay = pair_decays(g)
+    a = tuple(only(before, only(segments.seen, s * decay)) for s in exact_pairs(k))
     p = only(segments.seen, pairs(q, k, g))
     early, late = k, k
     if g is not None:
-        decay = jnp.exp(jnp.cumsum(g, 3))  # exp(G_i), from the chunk's beginning
+        entered = jnp.exp(jnp.cumsum(g, 3))  # exp(G_i), from the chunk's beginning
         later = jnp.concatenate([g[..., 1:, :], jnp.zeros_like(g[..., :1, :])], 3)
-        q, early = q * decay, k * decay
+        q, early = q * entered, k * entered
         late = k * jnp.exp(jax.lax.cumsum(later, 3, reverse=True))
     # (I + A) [u_0 | w] = beta [v | exp(G) k]
-    right = jnp.concatenate([v, only(segments.enters, early)], -1) * beta
-    solved, width = inverse(a) @ right, v.shape[-1]  # [c,c] [c,V+D]
+    right = jnp.concatenate([v, only(segments.enters, early)], -1)
+    solved, width = solve(beta, a, right), v.shape[-1]  # [c,V+D]
     u, w = solved[..., :width], solved[..., width:]
     return only(segments.enters, q), p, only(segments.stays, late), u, w

@@ -93,7 +93,7 @@ def recurrence(
     state: jax.Array | None = None,
     segment: jax.Array | None = None,
     axis: Axis | None = None,
-    chunk: int = 64,
+    chunk: int = 32,
     scale: float = 1.0,
     dtype: Any = jnp.float32,
     implementation: str | None = None,

@@ -1,8 +1,9 @@
-"""Triangular: the inverse of a triangular system, by products of matrices.
+"""Triangular: a triangular system, by products of matrices.
 
 The tokens of a chunk of the delta rule depend on each other in their order, which is a
-system (I + A) u = b with A strictly lower triangular. Small blocks are solved row by
-row, all at once, and then merged.
+system (I + A) u = b with A strictly lower triangular. Small blocks of the inverse are
+solved row by row, all at once, and then merged; the solution is then refined, which
+takes its rounding away.
 """
 
 from __future__ import annotations
@@ -48,3 +49,31 @@ def _substituted(a: jax.Array) -> jax.Array:
 def _(primals, tangents):
     x = inverse(*primals)
     return x, -x @ tangents[0] @ x  # d(M^-1) = -M^-1 dM M^-1, for M = I + a
+
+
+@jax.custom_jvp
+def solve(beta: jax.Array, a: tuple, right: jax.Array) -> jax.Array:
+    """u [...,c,X] of (I + beta A) u = beta right, A the sum of the two strictly lower
+    triangular a [...,c,c], of which the second is small; beta [...,c,1], right
+    [...,c,X]."""
+    return _solved(beta, a, right)[1]
+
+
+def _solved(beta, a, right) -> tuple[jax.Array, jax.Array]:
+    """(I + beta A)^-1 and u."""
+    coarse, fine = a
+    x = inverse(beta * (coarse + fine))
+    u = x @ (beta * right)  # [c,c] [c,X]
+    for _ in range(1 if coarse.shape[-1] <= 2 * BLOCK else 2):
+        # what u leaves of the equation, solved again
+        u = u + x @ (beta * ((right - coarse @ u) - fine @ u) - u)
+    return x, u
+
+
+@solve.defjvp
+def _(primals, tangents):
+    (beta, a, right), (dbeta, da, dright) = primals, tangents
+    x, u = _solved(beta, a, right)
+    # du = M^-1 (dbeta (right - A u) + beta (dright - dA u)), for M = I + beta A
+    a, da = sum(a), sum(da)
+    return u, x @ (dbeta * (right - a @ u) + beta * (dright - da @ u))

@@ -68,6 +68,21 @@ def test_long_rows_stay_exact(kind, alike):
     held(*both(f)(args, (d_state, d_o)), want, grads, g)
 
 
+@pytest.mark.parametrize("many, top, d, chunk", [(1, 2.0, 16, 32), (2, 1.99, 64, 64)])
+def test_a_key_that_comes_back_is_met_exactly(many, top, d, chunk):
+    # each time the answer to it nearly changes its sign: errors of one sign add up
+    rng, t = np.random.default_rng(0), 520
+    q, keys, v = (rng.normal(size=s).astype(np.float32)
+                  for s in ((1, t, 1, d), (many, d), (1, t, 1, 16)))
+    keys = keys / np.linalg.norm(keys, axis=-1, keepdims=True)
+    k = keys[rng.integers(0, many, t)][None, :, None]
+    beta, state = np.full((1, t, 1), top, np.float32), np.zeros((1, 1, d, 16))
+    (_, want), _ = recurrence(q, k, v, beta, np.float64(0), state, np.ones((1, t)), 1.0,
+                              np.zeros((1, t, 1, 16)), state)
+    have = jax.jit(lambda *args: rule(*args, chunk=chunk)[1])(q, k, v, beta)
+    close(have, want, 1e-5)
+
+
 def test_the_chunk_is_only_a_tile():
     q, k, v, beta, g, state, *_ = inputs(37, "mixed")
     want = rule(q, k, v, beta, g, state=state)

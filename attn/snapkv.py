@@ -94,7 +94,7 @@ class SnapKV(Policy, Softmax):
         q_pos = jnp.take_along_axis(now.pos, index, 1)
         kv_pos = jnp.repeat(pos, h // pos.shape[2], 2)
         where = Where(q_pos, kv_pos, head=jnp.arange(h, dtype=jnp.int32))
-        if k.dtype != q.dtype:
+        if k.dtype != q.dtype:  # of the state
             asked, k = asked.astype(jnp.float32), k.astype(jnp.float32)
         s = formed(logits(asked, k, self.scale), self._spec(), where)
         p = weights(s, allowed(self.visible, where), sink).astype(q.dtype)  # [B,H,W,S]

@@ -6,7 +6,7 @@
     python -m pallas_kernels.matrix --write              # matrix.json and MATRIX.md
     python -m pallas_kernels.matrix --check              # exit 1 if something got worse
     python -m pallas_kernels.matrix --check --all        # and compile what is unchanged
-    python -m pallas_kernels.matrix --check --write      # record what changed, and say it
+    python -m pallas_kernels.matrix --check --write      # record what changed
     python -m pallas_kernels.matrix --targets v5e --function my.module:f \\
         --shapes 'bf16[1,8192,16,128] bf16[1,8192,16,128]'   # a function of your own
 

@@ -134,10 +134,10 @@ def test_every_attention_and_mixer_has_a_row():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_an_attention_is_its_matrix_times_v(name):
-    attention, t, width = ENTRIES[name].attention, 9, 3
+    attention, t, heads, width = ENTRIES[name].attention, 9, 4, 3
     keys = jax.random.split(jax.random.key(5), 4)
-    q, k = (jax.random.normal(n, (1, t, 2, 8)) for n in keys[:2])
-    v = jax.random.normal(keys[2], (1, t, 2, width))
+    q, k = (jax.random.normal(n, (1, t, heads, 8)) for n in keys[:2])
+    v = jax.random.normal(keys[2], (1, t, heads, width))
     x = jax.random.normal(keys[3], (1, t, E))
     if isinstance(attention, Learned):
         module = attention.module
@@ -146,7 +146,7 @@ def test_an_attention_is_its_matrix_times_v(name):
     else:
         f = jax.jit(attention)
     a = np.asarray(matrix(f, q, k, width=width), np.float64)
-    assert a.shape == (1, 2, width, t, t)
+    assert a.shape == (1, heads, width, t, t)
     close(np.einsum("bhcts,bshc->bthc", a, np.asarray(v, np.float64)), f(q, k, v))
     if ENTRIES[name].ordered:
         assert (np.triu(a, 1) == 0).all()

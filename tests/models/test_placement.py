@@ -13,6 +13,7 @@ from attn.baseconv import BaseConv
 from attn.lightning import Lightning
 from attn.masks import Causal, Window
 from attn.mixers import Depthwise, LongConv, Static
+from attn.positions import ALiBi
 from attn.softmax import Softmax
 from experiments.training import mesh as meshes
 from experiments.training.loop import TrainConfig, staged
@@ -71,10 +72,18 @@ def test_the_table_adds_up():
     assert whole / 8 <= total < whole / 8 * 1.1
 
 
+def of_heads(attention, heads=8):
+    """The attention of a law, or its module, for so many heads."""
+    attention = getattr(attention, "module", attention)
+    if getattr(attention, "score", None) is None:
+        return attention
+    return dataclasses.replace(attention, score=ALiBi(heads))
+
+
 NETWORKS = {
     name: LM(
         vocab=256, width=256, heads=8, out_norm="head", out_gate="silu",
-        attention=(getattr(entry.attention, "module", entry.attention),))
+        attention=(of_heads(entry.attention),))
     for name, entry in ENTRIES.items()
 } | {
     "baseconv": LM(vocab=256, width=256, heads=8, attention=(BaseConv(),)),

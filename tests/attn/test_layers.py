@@ -18,6 +18,7 @@ from attn.positions import ALiBi, RoPE
 from attn.snapkv import SnapKV
 from attn.softmax import Softmax
 from models.lm import LM
+from tests.compiled import apply, init
 from tests.laws import close
 
 B, T, S, E, H = 2, 12, 9, 16, 4
@@ -26,8 +27,8 @@ CONTEXT = jax.random.normal(jax.random.key(1), (B, S, 6))
 
 
 def made(layer, *args, **kwargs):
-    params = layer.init(jax.random.key(2), *args, **kwargs)
-    return params, layer.apply(params, *args, **kwargs)
+    params = init(layer, jax.random.key(2), *args, **kwargs)
+    return params, apply(layer, params, *args, **kwargs)
 
 
 def test_it_is_projection_rotation_attention_projection():
@@ -49,7 +50,7 @@ def test_cross_attention(mask):
     assert params["params"]["k"]["kernel"].shape[0] == 6
     # positions of a pair: moving both moves nothing
     # from the last token on, which stands at the last one of the context
-    moved = layer.apply(params, X, context=CONTEXT,
+    moved = apply(layer, params, X, context=CONTEXT,
                         pos=(5 + S - T + jnp.arange(T)[None], 5 + jnp.arange(S)[None]))
     close(moved, y, "gradient")
 
@@ -59,9 +60,9 @@ def test_segments_of_a_pair():
     params, _ = made(layer, X, context=CONTEXT)
     seg = jnp.where(jnp.arange(T) < 5, 1, 2)[None].repeat(B, 0)
     kv = jnp.where(jnp.arange(S) < 3, 1, 2)[None].repeat(B, 0)
-    y = layer.apply(params, X, context=CONTEXT, segments=(seg, kv))
+    y = apply(layer, params, X, context=CONTEXT, segments=(seg, kv))
     for part, other in ((slice(0, 5), slice(0, 3)), (slice(5, T), slice(3, S))):
-        close(y[:, part], layer.apply(params, X[:, part], context=CONTEXT[:, other]))
+        close(y[:, part], apply(layer, params, X[:, part], context=CONTEXT[:, other]))
 
 
 @pytest.mark.parametrize("attention", [
@@ -74,7 +75,7 @@ def test_a_stream_is_the_whole(attention, options):
     params, y = made(layer, X)
     state, parts = layer.init_state(T, X), []
     for at, n in ((0, 5), (5, 1), (6, 6)):
-        state, part = layer.apply(params, X[:, at:at + n], state)
+        state, part = apply(layer, params, X[:, at:at + n], state)
         parts.append(part)
     close(jnp.concatenate(parts, 1), y, "gradient")
 
@@ -96,15 +97,15 @@ class Bare:
 def test_an_attention_needs_no_more_than_its_methods():
     layer, own = MultiHead(Softmax(), heads=H), MultiHead(Bare(), heads=H)
     params, y = made(layer, X)
-    close(own.apply(params, X), y)
-    state, first = own.apply(params, X[:, :5], own.init_state(T, X))
+    close(apply(own, params, X), y)
+    state, first = apply(own, params, X[:, :5], own.init_state(T, X))
     close(first, y[:, :5], "gradient")
     tokens = jnp.arange(2 * T).reshape(2, T) % 9
     lm = LM(vocab=9, width=16, heads=2, attention=(Bare(), Softmax()))
-    params = lm.init(jax.random.key(0), tokens)
+    params = init(lm, jax.random.key(0), tokens)
     want = lm.clone(attention=(Softmax(),) * 2).apply(params, tokens)
-    close(lm.apply(params, tokens), want)
-    _, logits = lm.apply(params, tokens, lm.init_state(T, tokens))
+    close(apply(lm, params, tokens), want)
+    _, logits = apply(lm, params, tokens, lm.init_state(T, tokens))
     close(logits, want, "gradient")
 
 
@@ -122,9 +123,9 @@ def test_sinks_take_weight_and_dropout_needs_its_key():
     params, y = made(plain, X)
     sinks = MultiHead(Softmax(), heads=H, sinks=True)
     sunk = {"params": params["params"] | {"sink": jnp.full((H,), 30.0)}}
-    assert np.abs(sinks.apply(sunk, X)).max() < 1e-3 * np.abs(y).max()
+    assert np.abs(apply(sinks, sunk, X)).max() < 1e-3 * np.abs(y).max()
     noisy = MultiHead(Softmax(dropout=0.5), heads=H)
-    close(noisy.apply(params, X), y)
+    close(apply(noisy, params, X), y)
     dropped = noisy.apply(params, X, rngs={"dropout": jax.random.key(0)})
     assert np.abs(dropped - y).max() > 0.01
 
@@ -135,16 +136,16 @@ def test_positions_are_the_only_order_without_a_mask():
     params, y = made(bare, X)
     close(flip(bare, params), y)
     placed = MultiHead(Softmax(mask=Full()), heads=H, position=RoPE())
-    assert np.abs(flip(placed, params) - placed.apply(params, X)).max() > 1e-3
+    assert np.abs(flip(placed, params) - apply(placed, params, X)).max() > 1e-3
     biased = MultiHead(Softmax(score=ALiBi(H)), heads=H, position=None)
-    assert np.abs(biased.apply(params, X) - y).max() > 1e-3
+    assert np.abs(apply(biased, params, X) - y).max() > 1e-3
 
 
 def test_a_short_convolution_is_a_layer_too():
     layer = BaseConv()
     params, y = made(layer, X)
-    state, first = layer.apply(params, X[:, :5], layer.init_state(T, X))
-    _, rest = layer.apply(params, X[:, 5:], state)
+    state, first = apply(layer, params, X[:, :5], layer.init_state(T, X))
+    _, rest = apply(layer, params, X[:, 5:], state)
     close(jnp.concatenate([first, rest], 1), y)
 
 

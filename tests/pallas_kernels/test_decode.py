@@ -324,8 +324,8 @@ def test_every_backend_has_the_same_entries():
 @pytest.mark.parametrize("change, error, reason", [
     ({"bits": 3}, ValueError, "bits=3: expected 4, 8 or 16"),
     ({"bits": 8}, Refused, "k is float32 at bits=8"),
-    ({"q": (1, 200, 4, 8)}, Refused, "T=200, H=4: at most 512"),
-    ({"q": (1, 300, 4, 8), "backend": "triton"}, Refused, "K=2: at most 512 queries"),
+    ({"q": (B, 200, 4, 8)}, Refused, "T=200, H=4: at most 512"),
+    ({"q": (B, 300, 4, 8), "backend": "triton"}, Refused, "K=2: at most 512 queries"),
     ({"splits": 2}, Refused, "splits=2: on TPU"),
 ])
 def test_refusals_name_their_reason(change, error, reason):

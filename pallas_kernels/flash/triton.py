@@ -12,7 +12,6 @@ arXiv:2307.08691.
 
 from __future__ import annotations
 
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -115,16 +114,14 @@ def _forward(call: Call, x: Arrays, seen, o_ref, m_ref, l_ref):
                     for a, v in zip(acc, ctx.keys(x.v, column)))
         return top, total, acc
 
-    top: Any = LOW
-    weight: Any = 0.0
+    m, total = jnp.full((rows,), LOW, F32), jnp.zeros((rows,), F32)
     if x.sink is not None:
         # a first logit without value, of weight 2^0; -inf is none
-        top = jnp.maximum(x.sink[h], LOW)
-        weight = jnp.where(x.sink[h] > NEVER, 1.0, 0.0)
-    m, total, acc = for_each_tile(seen, b, row, step, (
-        jnp.full((rows,), top, F32), jnp.full((rows,), weight, F32),
-        zeros(rows, o_ref.shape[3]),
-    ))
+        sink = jnp.full((rows,), x.sink[h], F32)
+        m = jnp.maximum(sink, LOW)
+        total = jnp.where(sink > NEVER, jnp.ones((rows,), F32), total)
+    m, total, acc = for_each_tile(
+        seen, b, row, step, (m, total, zeros(rows, o_ref.shape[3])))
     safe = jnp.where(total > 0, total, 1.0)
     # O / l, once at the end
     write(o_ref, [a / safe[:, None] for a in acc], b, row * rows, rows, h)

@@ -51,7 +51,7 @@ def test_cross_attention(mask):
     # positions of a pair: moving both moves nothing
     # from the last token on, which stands at the last one of the context
     moved = apply(layer, params, X, context=CONTEXT,
-                        pos=(5 + S - T + jnp.arange(T)[None], 5 + jnp.arange(S)[None]))
+                  pos=(5 + S - T + jnp.arange(T)[None], 5 + jnp.arange(S)[None]))
     close(moved, y, "gradient")
 
 

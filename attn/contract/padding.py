@@ -18,6 +18,8 @@ from typing import Any, Callable
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import padding
+
 # which of a pair of segments the tokens of an argument have
 QUERIES, KEYS = ("q", "x"), ("k", "v", "context")
 
@@ -30,8 +32,7 @@ def blank(a: Any, segments: Any) -> Any:
     whole = getattr(segments, "shape", None)
     if not jnp.issubdtype(a.dtype, jnp.floating) or a.shape[:2] != whole:
         return a
-    real = (segments > 0).reshape(whole + (1,) * (a.ndim - 2))
-    return jnp.where(real, a, jnp.zeros((), a.dtype))
+    return padding.blank(segments, a)[0]
 
 
 def padding_unread(method: Callable) -> Callable:

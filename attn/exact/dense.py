@@ -105,21 +105,27 @@ def attend(
     """Exact attention by the matrix; arguments and results of
     `attn.exact.chunked.attend`."""
     check_given(q, k, where, bias, sink, dropout)
+    here = _everywhere(where, q, k)
+    x = formed(logits(q, k, spec.scale), spec, here)  # [B,H,T,S]
+    x = x if bias is None else x + bias.astype(jnp.float32)
+    p, m, l = _sums(x, allowed(spec.mask, here), sink)
+    m, l = m[..., 0], l[..., 0]  # [B,H,T]
+    p = _dropped(p / jnp.where(l > 0, l, 1)[..., None], dropout, here.head)
+    return values(p, v), *((m, l) if split_lse else (lse_of(m, l),))
+
+
+def _everywhere(where: Where, q, k) -> Where:
+    """`where` with what it leaves open: positions [B|1,T] and [B|1,S], or [B,S,H] of
+    slots that differ by head, and the heads' numbers [H]."""
     (t, h), s = q.shape[1:3], k.shape[1]
     q_pos, kv_pos = where.q_pos, where.kv_pos
     if where.counted:
         q_pos = jnp.arange(s - t, s, dtype=jnp.int32)[None] + where.shift
         kv_pos = jnp.arange(s, dtype=jnp.int32)[None]
     elif kv_pos.ndim == 3 and kv_pos.shape[2] > 1:
-        kv_pos = jnp.repeat(kv_pos, h // kv_pos.shape[2], 2)  # [B,S,H]
+        kv_pos = jnp.repeat(kv_pos, h // kv_pos.shape[2], 2)
     head = jnp.arange(h, dtype=jnp.int32) if where.head is None else where.head
-    here = Where(q_pos, kv_pos, where.q_segment, where.kv_segment, head)
-    x = formed(logits(q, k, spec.scale), spec, here)  # [B,H,T,S]
-    x = x if bias is None else x + bias.astype(jnp.float32)
-    p, m, l = _sums(x, allowed(spec.mask, here), sink)
-    m, l = m[..., 0], l[..., 0]  # [B,H,T]
-    p = _dropped(p / jnp.where(l > 0, l, 1)[..., None], dropout, head)
-    return values(p, v), *((m, l) if split_lse else (lse_of(m, l),))
+    return Where(q_pos, kv_pos, where.q_segment, where.kv_segment, head)
 
 
 def _dropped(p: jax.Array, dropout: Dropout | None, head: jax.Array) -> jax.Array:
@@ -151,15 +157,7 @@ def partial(
     q [B,T,H,D], k [B,S,K,D], v [B,S,K,V]. Of `spec` mask and scale count.
     """
     check(q, k, v)
-    t, s = q.shape[1], k.shape[1]
-    q_pos, kv_pos = where.q_pos, where.kv_pos
-    if where.counted:
-        q_pos = jnp.arange(s - t, s, dtype=jnp.int32)[None]
-        kv_pos = jnp.arange(s, dtype=jnp.int32)[None]
-    head = jnp.arange(q.shape[2], dtype=jnp.int32)
-    seen = allowed(
-        spec.mask, Where(q_pos, kv_pos, where.q_segment, where.kv_segment, head)
-    )
+    seen = allowed(spec.mask, _everywhere(where, q, k))
     x = jnp.where(seen, logits(q, k, spec.scale), EMPTY)  # [B,H,T,S]
     m = jax.lax.stop_gradient(x.max(-1))  # o does not depend on it
     # where nothing is seen exp(EMPTY - EMPTY) is 1: the mask acts again

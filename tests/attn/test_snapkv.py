@@ -11,6 +11,7 @@ from attn.contract.segments import locate
 from attn.positions import ALiBi
 from attn.snapkv import SnapKV
 from attn.softmax import Softmax
+from tests.compiled import attend, step
 from tests.laws import close, stream
 
 B, T, H, K, D, V = 2, 40, 4, 2, 8, 12
@@ -24,7 +25,7 @@ def inputs(t=T):
 
 
 def prefilled(snap, q, k, v, size=T + 8):
-    return snap.step(snap.init_state(size, q, k, v), q, k, v)
+    return step(snap, snap.init_state(size, q, k, v), q, k, v)
 
 
 def by_hand(snap, q, k):
@@ -60,7 +61,7 @@ def test_the_window_and_the_most_voted_keys_are_kept(pool, share):
     state, o = prefilled(snap, q, k, v)
     want = by_hand(snap, q, k)
     assert (np.moveaxis(np.asarray(state.pos[:, :12]), 1, 2) == want).all()
-    close(o, Softmax()(q, k, v))  # the prompt itself is read exactly
+    close(o, attend(Softmax(), q, k, v))  # the prompt itself is read exactly
     rows = np.moveaxis(want, 2, 1)
     keys = k if share else jnp.repeat(k, H // K, 2)
     taken = np.take_along_axis(np.asarray(keys), rows[..., None], 1)
@@ -75,9 +76,9 @@ def test_decoding_reads_what_was_kept_and_what_came_after():
     ks = [np.take_along_axis(np.asarray(a), kept[..., None], 1) for a in (k, v)]
     for n in range(3):
         one = tuple(a[:, n:n + 1] for a in more)
-        state, o = SNAP.step(state, *one)
+        state, o = step(SNAP, state, *one)
         ks = [np.concatenate([a, b], 1) for a, b in zip(ks, one[1:])]
-        close(o, Softmax()(one[0], *(jnp.asarray(a) for a in ks)))
+        close(o, attend(Softmax(), one[0], *(jnp.asarray(a) for a in ks)))
     assert state.end.tolist() == [T + 3] * 2
     assert state.pos[0, 12:15, 0].tolist() == [T, T + 1, T + 2]
 
@@ -94,11 +95,11 @@ def test_memory_is_really_freed():
 def test_a_capacity_that_covers_all_is_exact():
     q, k, v = inputs()
     snap = dataclasses.replace(SNAP, capacity=T)
-    close(stream(snap, q, k, v, T, 1)[0], Softmax()(q, k, v))
-    state, _ = snap.step(snap.init_state(T + 1, q, k, v), q, k, v)
-    _, o = snap.step(state, *(a[:, :1] for a in (q, k, v)))
-    exact, _ = Softmax().step(Softmax().init_state(T + 1, q, k, v), q, k, v)
-    close(o, Softmax().step(exact, *(a[:, :1] for a in (q, k, v)))[1])
+    close(stream(snap, q, k, v, T, 1)[0], attend(Softmax(), q, k, v))
+    state, _ = step(snap, snap.init_state(T + 1, q, k, v), q, k, v)
+    _, o = step(snap, state, *(a[:, :1] for a in (q, k, v)))
+    exact, _ = step(Softmax(), Softmax().init_state(T + 1, q, k, v), q, k, v)
+    close(o, step(Softmax(), exact, *(a[:, :1] for a in (q, k, v)))[1])
 
 
 def test_a_needle_the_question_points_to_survives_and_recency_loses_it():
@@ -110,9 +111,9 @@ def test_a_needle_the_question_points_to_survives_and_recency_loses_it():
     q = q.at[0, -SNAP.window:, 0].set(key)
     state, _ = prefilled(SNAP, q, k, v)
     assert {6, 7, 8} <= set(np.asarray(state.pos[0, :12, 0]).tolist())
-    _, o = SNAP.step(state, q[:, -1:], k[:, :1], v[:, :1])
+    _, o = step(SNAP, state, q[:, -1:], k[:, :1], v[:, :1])
     assert (np.asarray(o) > 8.9).all()
-    recent = Softmax()(q[:, -1:], k[:, -12:], v[:, -12:])
+    recent = attend(Softmax(), q[:, -1:], k[:, -12:], v[:, -12:])
     assert (np.asarray(recent) < 1).all()
 
 
@@ -120,7 +121,7 @@ def test_ragged_prompts_are_voted_on_by_their_own_end():
     q, k, v = inputs()
     lengths = (T, 25)
     segments = jnp.asarray([[int(t < n) for t in range(T)] for n in lengths])
-    state, o = SNAP.step(SNAP.init_state(T + 8, q, k, v), q, k, v, segments=segments)
+    state, o = step(SNAP, SNAP.init_state(T + 8, q, k, v), q, k, v, segments=segments)
     for b, n in enumerate(lengths):
         alone, o_alone = prefilled(SNAP, *(a[b:b + 1, :n] for a in (q, k, v)))
         assert (state.pos[b, :12] == alone.pos[0, :12]).all()

@@ -14,7 +14,9 @@ from pallas_kernels.blocks import triton as blocks_triton
 from pallas_kernels.blocks.api import Static, blocks as attention, inverse
 from experiments.measure import cost
 from tests.oracles.softmax import blocks
-from tests.pallas_kernels.test_flash import BACKENDS, close, normal, results, twice
+from tests.pallas_kernels.test_flash import (
+    BACKENDS, close, normal, once, results, twice
+)
 
 B, T, S, H, K, D, V, BLOCK = 2, 37, 45, 4, 2, 8, 12, 8
 SEGMENTS = np.array([[1] * 15 + [2] * 30, [0] * 2 + [1] * 30 + [2] * 13], np.int32)
@@ -90,10 +92,7 @@ def given(name):
     return arrays(**options.pop("sizes", {})), options
 
 
-@functools.cache
-def wanted(name):
-    """What a case gives, once for all kernels."""
-    return jax.device_get(results(gathered, *given(name)))
+wanted = once(gathered, given)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -17,7 +17,9 @@ from pallas_kernels.decode import (
 from pallas_kernels.decode.api import decode, packed, unpacked
 from pallas_kernels.decode.triton import splits
 from tests.oracles.softmax import chunks as attend
-from tests.pallas_kernels.test_flash import BACKENDS, close, normal, results, twice
+from tests.pallas_kernels.test_flash import (
+    BACKENDS, close, normal, once, results, twice
+)
 
 B, T, S, H, K, D, V = 2, 3, 41, 4, 2, 8, 12
 
@@ -57,10 +59,7 @@ def given(name):
     return arrays() | {n: options.pop(n) for n in ("sink",) if n in options}, options
 
 
-@functools.cache
-def wanted(name):
-    """What a case gives, once for all kernels and tiles."""
-    return jax.device_get(results(attend, *given(name)))
+wanted = once(attend, given)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -130,10 +130,13 @@ def given(name):
     return arrays, options
 
 
-@functools.cache
-def wanted(name):
-    """What a case gives, once for all kernels."""
-    return jax.device_get(results(attend, *given(name)))
+def once(f, given):
+    """What `f` gives of each case (arrays, options) = given(name), computed once for
+    all kernels."""
+    return functools.cache(lambda name: jax.device_get(results(f, *given(name))))
+
+
+wanted = once(attend, given)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

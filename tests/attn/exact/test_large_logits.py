@@ -112,6 +112,15 @@ def test_large_logits_have_finite_gradients(form, scale):
 
     dq, dk, dv = run(q * scale, k, v)
     assert all(np.isfinite(a).all() for a in (dq, dk, dv))
+    # of whole numbers and a power of two no logit is rounded, and dv is exact: the
+    # greatest keys of a row share its weight
+    whole = [np.round(2 * np.asarray(a, np.float64)) for a in (q, k)]
+    s = np.einsum("bthd,bskd->bhts", *whole)
+    p = s == s.max(-1, keepdims=True)
+    want = np.einsum("bhts,bthv->bsv", p / p.sum(-1, keepdims=True), do)
+    own = [jnp.asarray(a, jnp.float32) for a in whole]
+    exactly = run(own[0] * 2.0 ** round(np.log2(scale)), own[1], v)[2]
+    close({"v": exactly[:, :, 0]}, {"v": want})
     # one key takes all of a row; where logits are rounded otherwise going back, less
     s = np.einsum("bthd,bskd->bhts", *(np.asarray(a, np.float64) for a in (q, k)))
     p = s == s.max(-1, keepdims=True)

@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from tests import compile_cache
+from experiments.cli import compile_cache
 
 # bytes of a process from which on compiled programs are let go: behind a file, inside
 LARGE, FULL = 3 * 2**29, 5 * 2**29
@@ -27,7 +27,6 @@ from tests import memory  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")
-compile_cache.write_whole_entries()
 
 
 def _group(item):

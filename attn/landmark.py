@@ -26,13 +26,13 @@ from attn.contract.dispatch import pick
 from attn.contract.fields import check_fields
 from attn.contract.segments import TokenPositions, locate
 from attn.contract.shapes import check
+from attn.exact.attend import forward_mode_refused
 from attn.exact.logits import Dropout
 from attn.parallel.sharding import Axis, gather, over_mesh, spread_heads
 from attn.positions import RoPE
 from attn.sparse.chosen_blocks import gather as gather_blocks
-from attn.sparse.grouped_softmax import (
-    Retrieved, Row, compact, grouped, irregular, regular
-)
+from attn.sparse.grouped_softmax import Retrieved, grouped
+from attn.sparse.groups import Row, compact, irregular, regular
 
 SELECTIONS = ("per_token_and_head", "max_over_heads", "max_over_tokens")
 
@@ -123,10 +123,17 @@ class Landmark(Attention):
         if self.axis is not None and key is not None and self.dropout:
             raise NotImplementedError("dropout over a mesh axis is not there yet")
         k, v, keys = jax.tree.map(lambda a: gather(a, self.axis), (k, v, keys))
-        return pick(self.implementation, xla=lambda: grouped(
-            q, k, v, queries, keys, size=size, scale=self._scale(q),
+        form = functools.partial(
+            grouped, q, k, v, queries, keys, size=size, scale=self._scale(q),
             ordered=self.axis is None, dropout=Dropout(self.dropout, key),
-        ))
+        )
+
+        def backward_only():
+            with forward_mode_refused():
+                return form()
+
+        return pick(self.implementation, xla=backward_only,
+                    dense=functools.partial(form, by_hand=False))
 
     def init_state(self, size, q, k, v, *, x=None):
         """An empty memory for `size` tokens, landmarks included, rounded up to blocks:

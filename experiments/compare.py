@@ -22,7 +22,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import pathlib
 import sys
+import time
 from typing import Any
 
 import jax
@@ -41,7 +43,7 @@ from experiments import lm, recall
 from experiments.cli import config
 from experiments.cli.config import FREE, option
 from experiments.data import Corpus, Text
-from experiments.measure import report, seeds
+from experiments.measure import report, seeds, shipped
 from experiments.measure.provenance import provenance
 from experiments.training.loop import check
 from experiments.training.runs import locked, open_folder, write_whole
@@ -56,6 +58,8 @@ COLUMNS = {
     "train_tokens_per_second": ("train tok/s", "{:,.0f}"),
     "decode_ms": ("decode ms/tok", "{:.2f}"),
 }
+
+CLAIMS = "recall", "bits_per_byte"  # what seeds have to agree about
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,19 +80,26 @@ class Config:
     )
     pairs: int = option(16, "keys with values of the recall task")
     recall_steps: int = option(800, "training steps on recall")
-    text: Corpus = option(Text(length=256), "the text, and the tokens of a row")
+    recall_batch: int = option(8, "sequences of a step on recall")
+    text: Corpus = option(Text(length=128), "the text, and the tokens of a row")
     layers: int = option(2, "layers of the language model")
     width: int = option(128, "width of the language model")
-    text_steps: int = option(200, "training steps on text")
+    text_steps: int = option(150, "training steps on text")
     seed: int = option(0, "of data and parameters; the first of several")
     seeds: int = option(1, "networks trained of each, with seeds one after the other")
     quiet: bool = option(False, "no progress bars", FREE)
     folder: str | None = option(
         None, "where results go; None makes a new folder", FREE
     )
+    record: str | None = option(
+        None, "a file for what later runs of one seed show beside their own", FREE
+    )
 
     def __post_init__(self):
         seeds.check(self)
+        if self.record is not None and self.seeds < shipped.LEAST:
+            raise ValueError(f"record={self.record}: expected seeds={shipped.LEAST} or "
+                             f"more, got {self.seeds}")
         if not self.attentions:
             raise ValueError("attentions=(): expected one or more")
 
@@ -96,7 +107,8 @@ class Config:
         """The recall run of one attention."""
         return recall.Config(
             attention=attention, pairs=self.pairs, steps=self.recall_steps,
-            seed=self.seed, seeds=self.seeds, quiet=self.quiet,
+            batch=self.recall_batch, seed=self.seed, seeds=self.seeds,
+            quiet=self.quiet,
         )
 
     def lm(self, attention: Any) -> lm.Config:
@@ -124,25 +136,72 @@ def run(config_: Config) -> dict[str, Any]:
     command = config.command(config_)
     folder = open_folder("compare", config_.folder, command, config.settings(config_))
     console, rows = Console(stderr=True, quiet=config_.quiet), []
+    record = shipped.load("compare", shared(config_))
+    labels = [config.format_value(attention) for attention in config_.attentions]
+    seconds = shipped.expected(record, labels, config_.seeds)
+    if seconds is not None:
+        console.print(f"{len(labels)} attentions: about {shipped.duration(seconds)} "
+                      "here, less where programs are compiled already")
     fits: dict[Any, tuple] = {}
     with locked(folder):
         for n, attention in enumerate(config_.attentions, 1):
-            label = config.format_value(attention)
-            console.print(f"[bold]{n}/{len(config_.attentions)} {label}")
+            console.print(f"[bold]{n}/{len(labels)} {labels[n - 1]}")
             rows.append(row(config_, attention, fits))
+            if config_.seeds == 1:
+                rows[-1] = shipped.beside(rows[-1], record, CLAIMS)
+            console.print(line(rows[-1]) + left(rows, labels, record, config_.seeds))
         which = [one.seed for one in seeds.each(config_)]
         found = provenance(command, which) | {"rows": rows}
         write_whole(folder / "compare.json", json.dumps(found, indent=1) + "\n")
         report.recall_picture(rows, folder / "recall.png")
         report.loss_picture(rows, folder / "loss.png")
         write_whole(folder / "report.html", report.page(found, COLUMNS, folder))
+        if config_.record is not None:
+            shipped.save(pathlib.Path(config_.record), shared(config_), found)
     Console().print(table(rows))
-    if config_.seeds == 1:
-        console.print(f"of one seed, {config_.seed}: --seeds=3 gives medians and "
-                      "spreads, in three times the time")
+    console.print(caption(config_, record))
     open_ends = [one["attention"] for one in rows if one["not_converged"]]
     more = {"not_converged": ", ".join(open_ends)} if open_ends else {}
     return {"rows": len(rows), "folder": str(folder)} | more
+
+
+def shared(config_: Config) -> dict[str, Any]:
+    """The settings under which every seed and every attention is run."""
+    return config.settings(dataclasses.replace(
+        config_, attentions=Config().attentions, seed=0, seeds=1, record=None
+    ))
+
+
+def line(row: dict[str, Any]) -> str:
+    """What a row says first."""
+    return (f"recall {row['recall']:.1%}, {row['bits_per_byte']:.3f} bits per byte, in "
+            + shipped.duration(row["seconds"]))
+
+
+def left(rows: list, labels: list[str], record: Any, many: int) -> str:
+    """How long the rows that are left will take: by those of the record, at the pace of
+    the rows that are done; without one, as long as those each."""
+    rest = labels[len(rows):]
+    spent = sum(row["seconds"] for row in rows) * many
+    if not rest:
+        return ""
+    whole = shipped.expected(record, labels[: len(rows)], many)
+    more = shipped.expected(record, rest, many)
+    if whole is None or more is None:
+        return f"; about {shipped.duration(spent / len(rows) * len(rest))} more"
+    return f"; about {shipped.duration(more * spent / whole)} more"
+
+
+def caption(config_: Config, record: Any) -> str:
+    """Of how many seeds the figures are."""
+    if config_.seeds > 1:
+        return f"medians of {config_.seeds} seeds, under them least and greatest"
+    if record is None:
+        return (f"of one seed, {config_.seed}: --seeds=3 gives medians and spreads, in "
+                "three times the time")
+    many, made = len(record["seeds"]), f"{record['date'][:10]}, {record['device']}"
+    return (f"of one seed, {config_.seed}; under it the median, the least and the "
+            f"greatest of {many} seeds, as shipped ({made})")
 
 
 def check_row(config_: Config, attention: Any) -> None:
@@ -156,17 +215,19 @@ def check_row(config_: Config, attention: Any) -> None:
 
 
 def row(config_: Config, attention: Any, fits: dict) -> dict[str, Any]:
-    """The numbers of one attention: medians over seeds, and those of each seed. fits:
-    networks that are trained already."""
+    """The numbers of one attention: medians over seeds, those of each seed, and the
+    seconds that a seed took. fits: networks that are trained already."""
+    start = time.perf_counter()
     found = [row_of_seed(one, attention, fits) for one in seeds.each(config_)]
-    claims = ("recall", "bits_per_byte")
+    seconds = (time.perf_counter() - start) / len(found)
     medians = {name: float(np.median([one[name] for one in found]))
-               for name in (*claims, "train_tokens_per_second", "decode_ms")}
+               for name in (*CLAIMS, "train_tokens_per_second", "decode_ms")}
     values = {f"{name}_seeds": [one[name] for one in found] for name in medians}
     of_recall, of_text = config_.recall(attention), config_.lm(attention)
     return found[0] | medians | values | {
         "losses": [one["losses"] for one in found],
-        "not_converged": seeds.unsettled(found, claims),
+        "not_converged": seeds.unsettled(found, CLAIMS),
+        "seconds": seconds,
         "commands": [config.command(of_recall), config.command(of_text)],
     }
 

@@ -42,21 +42,18 @@ def check_arrays(sizes: dict[str, int], **given: tuple) -> None:
 
 def check_logits(
     q: Any, k: Any, *, bias=None, sink=None, head=None, q_pos=None, kv_pos=None,
-    keep=None, batch=None, given=None, **segments: Any,
+    q_segment=None, kv_segment=None, keep=None, batch=None, given=None,
 ) -> None:
-    """`check_arrays` of what exact attention of q [B,T,H,D] and k [B,S,K,D] is given;
-    segments: q_run and kv_run, by whichever names."""
+    """`check_arrays` of what exact attention of q [B,T,H,D] and k [B,S,K,D] is
+    given."""
     (b, t, h, _), (s, heads) = q.shape, k.shape[1:3]
-    named = {
-        name: (a, INT, f"B|1 {'T' if name.startswith('q') else 'S'}")
-        for name, a in segments.items()
-    }
     check_arrays(
         {"B": b, "T": t, "H": h, "S": s, "K": heads},
         bias=(bias, FLOAT, "B|1 H|1 T|1 S|1"), sink=(sink, FLOAT, "H"),
         head=(head, INT, "H"), q_pos=(q_pos, INT, "B|1 T"),
         kv_pos=(kv_pos, INT, "B|1 S", "B|1 S K|1"), keep=(keep, BOOL, "B H T S"),
-        batch=(batch, INT, "B"), given=(given, FLOAT, "B H T"), **named,
+        batch=(batch, INT, "B"), given=(given, FLOAT, "B H T"),
+        q_segment=(q_segment, INT, "B|1 T"), kv_segment=(kv_segment, INT, "B|1 S"),
     )
 
 

@@ -1,6 +1,6 @@
 """The schedule: which tiles a kernel visits, in which order, and which need a mask.
 
-What a static mask hides never enters the list. What positions and runs of packed
+What a static mask hides never enters the list. What positions and segments of packed
 sequences hide is known only when the data is: then the list holds every tile that the
 mask leaves, and a word per row of the batch says what each of them asks for.
 """
@@ -56,24 +56,25 @@ class Static(NamedTuple):
     def block_masks(self, tiling: Tiling, side: Side):
         """What is asked of each tile: a table [N,M], and a traced [B,N,M] or None."""
         table = block_mask(self.form.mask, tiling)
-        if side.q_pos is None and side.q_run is None:
+        if side.q_pos is None and side.q_segment is None:
             return table, None
-        where = side.q_pos, side.kv_pos, side.q_run, side.kv_run
+        where = side.q_pos, side.kv_pos, side.q_segment, side.kv_segment
         return table, traced_block_mask(self.form.mask, tiling, table, *where)
 
 
 class Side(NamedTuple):
     """Arrays of a call without a gradient; None for what it does not use.
 
-    head [H]: global head numbers; q_pos [B,T], kv_pos [B,S,K|1]; q_run [B|1,T], kv_run
-    [B|1,S]; keep [B,H,T,S]; seed: two uint32 words and batch [B], for dropout.
+    head [H]: global head numbers; q_pos [B,T], kv_pos [B,S,K|1]; q_segment [B|1,T],
+    kv_segment [B|1,S]; keep [B,H,T,S]; seed: two uint32 words and batch [B], for
+    dropout.
     """
 
     head: Any
     q_pos: Any = None
     kv_pos: Any = None
-    q_run: Any = None
-    kv_run: Any = None
+    q_segment: Any = None
+    kv_segment: Any = None
     keep: Any = None
     seed: Any = None
     batch: Any = None
@@ -99,17 +100,18 @@ def block_mask(mask: Any, tiling: Tiling) -> np.ndarray:
     return np.where(some, np.where(every & ~short, FULL, MASKED), SKIP).astype(np.int32)
 
 
-def traced_block_mask(mask, tiling: Tiling, static: np.ndarray, q_pos, kv_pos, q_run,
-                      kv_run):
-    """What positions and runs leave of `static` [N,M]: int32 [B,N,M], traced.
+def traced_block_mask(mask, tiling: Tiling, static: np.ndarray, q_pos, kv_pos,
+                      q_segment, kv_segment):
+    """What positions and segments leave of `static` [N,M]: int32 [B,N,M], traced.
 
-    q_pos [B,T], kv_pos [B,S,heads] or None; q_run [B|1,T], kv_run [B|1,S] or None.
+    q_pos [B,T], kv_pos [B,S,heads] or None; q_segment [B|1,T] and kv_segment [B|1,S],
+    or None.
     """
     nq, nk = tiling.grid
     some = jnp.asarray(static != SKIP)[None]  # [1,N,M]
     every = jnp.asarray(static == FULL)[None]  # [1,N,M]
     if q_pos is not None:
-        q_at = _extent(q_pos[..., None], None if q_run is None else q_run > 0,
+        q_at = _extent(q_pos[..., None], None if q_segment is None else q_segment > 0,
                        tiling.rows, nq)
         kv_at = _extent(kv_pos, None, tiling.columns, nk)
         i, j = [a[:, :, None] for a in q_at], [a[:, None] for a in kv_at]
@@ -118,12 +120,13 @@ def traced_block_mask(mask, tiling: Tiling, static: np.ndarray, q_pos, kv_pos, q
         tail = nk * tiling.columns > tiling.s
         short = (jnp.arange(nk) == nk - 1)[None, None] & tail
         every = some & whole & (j[0] >= 0) & ~short  # no slot is empty
-    if q_run is not None:
-        i = [a[:, :, None] for a in _extent(q_run[..., None], None, tiling.rows, nq)]
-        j = [a[:, None] for a in _extent(kv_run[..., None], None, tiling.columns, nk)]
-        # ranges of runs meet, and neither is all padding
+    if q_segment is not None:
+        mine = _extent(q_segment[..., None], None, tiling.rows, nq)
+        other = _extent(kv_segment[..., None], None, tiling.columns, nk)
+        i, j = [a[:, :, None] for a in mine], [a[:, None] for a in other]
+        # ranges of segments meet, and neither is all padding
         some = some & (i[0] <= j[1]) & (j[0] <= i[1]) & (i[1] > 0) & (j[1] > 0)
-        # one run on both sides, the same
+        # one segment on both sides, the same
         every = every & (i[0] == i[1]) & (j[0] == j[1]) & (i[0] == j[0])
     return jnp.where(some, jnp.where(every, FULL, MASKED), SKIP).astype(jnp.int32)
 
@@ -223,7 +226,7 @@ def shrink_to_fit(mask: Any, tiling: Tiling, chunk: int, width: int, traced: boo
                   by_column: bool) -> Tiling:
     """`tiling`, or one of smaller tiles, whose program is short enough to compile in
     seconds: every way of taking a tile is unrolled, and counts as heads are wide.
-    traced: positions or runs decide; by_column: queries are halved before keys."""
+    traced: positions or segments decide; by_column: queries are halved before keys."""
     while True:
         patterns, _ = _patterns(mask, tiling, chunk, block_mask(mask, tiling), traced)
         if patterns.logits(tiling) * max(width, LANES) <= MOST_LOGITS * LANES:

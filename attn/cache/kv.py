@@ -18,7 +18,7 @@ import numpy as np
 from attn.contract.dispatch import interpreted, pick
 from attn.contract.segments import TokenPositions
 from attn.contract.shapes import concrete
-from attn.exact import chunked
+from attn.exact import chunked, dense
 from attn.exact.attend import kernel_options
 from attn.exact.logits import LogitSpec, Where
 from attn.masks import FOREVER, Mask
@@ -184,8 +184,9 @@ def read(
         )
 
     tpu, gpu = (functools.partial(kernel, name) for name in ("tpu", "triton"))
+    form = dense if dense.few(q) else chunked
     xla = functools.partial(
-        chunked.attend, q, cache.k, cache.v, spec, where, sink=sink, split_lse=split_lse
+        form.attend, q, cache.k, cache.v, spec, where, sink=sink, split_lse=split_lse
     )
     return pick(implementation, xla=xla, tpu=tpu, gpu=gpu)
 

@@ -99,11 +99,11 @@ def forward_mode_refused():
 
 def kernel_options(spec: LogitSpec, where: Where) -> dict[str, Any]:
     """Both as the keyword arguments of a kernel's entry function."""
-    # kernels know nothing of attn, and call a segment index a run
     return {
         "mask": spec.mask, "scale": spec.scale, "softcap": spec.softcap,
         "score": spec.score, "head": where.head, "q_pos": where.q_pos,
-        "kv_pos": where.kv_pos, "q_run": where.q_segment, "kv_run": where.kv_segment,
+        "kv_pos": where.kv_pos, "q_segment": where.q_segment,
+        "kv_segment": where.kv_segment,
     }
 
 

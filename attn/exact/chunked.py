@@ -34,6 +34,8 @@ from pallas_kernels.arrays import check_logits
 from pallas_kernels.schedule import SKIP, Tiling, block_mask, traced_block_mask
 from pallas_kernels.tile import NEVER, LogitSpec as TileSpec, lse_of
 
+KEYS = 512  # of a chunk, forward
+
 
 def attend(
     q: jax.Array,
@@ -115,15 +117,23 @@ def _plan(
     # where positions are arrays, only the data says which tiles are hidden
     offset = s - t + where.shift if where.counted else None
     bq, bk = tile or tile_for(t, s)
-    tiling = Tiling(t, s, bq, bk, offset)
-    table = block_mask(spec.mask, tiling)
     mask = None if spec.mask == Full() else spec.mask
     scale = q.shape[3] ** -0.5 if spec.scale is None else spec.scale
     rate = 0.0 if dropout is None else dropout.rate
     form = TileSpec(mask, scale, spec.softcap, spec.score, rate)
-    # tiles to visit, row by row
-    pairs = tuple((int(i), int(j)) for i, j in np.argwhere(table != SKIP))
-    return Plan(form, tiling, pairs), table
+
+    def planned(columns: int) -> tuple[Plan, np.ndarray]:
+        tiling = Tiling(t, s, bq, columns, offset)
+        table = block_mask(spec.mask, tiling)
+        # tiles to visit, row by row
+        pairs = tuple((int(i), int(j)) for i, j in np.argwhere(table != SKIP))
+        return Plan(form, tiling, pairs), table
+
+    plan, table = planned(bk)
+    if tile is None and bk == KEYS:
+        # backward a tile has three arrays of its size, not one
+        plan = dataclasses.replace(plan, backward=planned(KEYS // 2)[0])
+    return plan, table
 
 
 def _constants(plan: Plan, where: Where, dropout: Dropout | None, sizes) -> Constants:
@@ -169,7 +179,7 @@ def key_words(key: Any) -> jax.Array:
 
 def tile_for(t: int, s: int) -> tuple[int, int]:
     """Chunks (queries, keys) of the XLA path: its logits fit in a core's cache."""
-    return min(t, 256), min(s, 512)
+    return min(t, 256), min(s, KEYS)
 
 
 def _pad(a, axis: int, size: int, value=0):

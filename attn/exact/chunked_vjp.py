@@ -26,11 +26,13 @@ from pallas_kernels.tile import (
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What is known of one call before it runs: the tiles and the form of a logit."""
+    """What is known of one call before it runs: the tiles and the form of a logit.
+    backward: the same in the tiles of the backward pass, if those are others."""
 
     form: LogitSpec
     tiling: Tiling
     pairs: tuple[tuple[int, int], ...]
+    backward: Plan | None = None
 
     @property
     def tile(self) -> tuple[int, int]:
@@ -201,6 +203,8 @@ def _backward(plan, saved, cotangents):
 def _gradients(plan, arrays, base, delta, do):
     """The gradients, with weights exp(s - base): base, delta [B,K,G,T]; do."""
     const, q, k, v, bias, sink = arrays
+    # which tiles are busy was found for those of the forward pass
+    plan = plan if const.busy is not None else plan.backward or plan
     rows = do.astype(v.dtype), delta, base
     body = functools.partial(_backward_tile, plan, const, (q, k, v, bias), rows)
     start = tuple(

@@ -5,9 +5,13 @@ plain jnp: slower, with memory T S, and with derivatives of every kind.
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from attn.contract.dispatch import platform
 from attn.contract.shapes import check
 from attn.exact.chunked import check_given, key_words
 from attn.exact.logits import Dropout, LogitSpec, Where
@@ -15,14 +19,43 @@ from attn.exact.online import EMPTY, OnlineSoftmax
 from attn.masks import Mask
 from pallas_kernels.tile import NEVER, dropout_keep, lse_of, sink_logit
 
+FEW = 64  # rows of queries, T H, that are few
+
+
+def few(q: Any) -> bool:
+    """Whether q [B,T,H,.] are so few rows that all heads of a CPU share one product
+    with the keys as they lie, [S,K D].
+
+    XLA takes a product for each head, before which it copies all keys to [K,S,D], and
+    that costs more than the product: one token of H 4, D 64 against 32,768 keys takes
+    54 ms, and 9 ms with rows that are zero for the keys of other heads (2 cores, jax
+    0.10.2), which is K times the flops of what the memory's bandwidth still hides.
+    Heads that a mesh splits outside of `shard_map` would be added up over devices.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    split = not mesh.empty and not mesh.are_all_axes_manual
+    return q.shape[1] * q.shape[2] <= FEW and platform() == "cpu" and not split
+
 
 def logits(q: jax.Array, k: jax.Array, scale: float | None = None) -> jax.Array:
     """scale * q.k as float32 [B,H,T,S]; query head h reads key head h // (H/K)."""
-    b, t, h, d = q.shape
-    grouped = q.reshape(b, t, k.shape[2], -1, d)
-    # [B,T,K,G,D] x [B,S,K,D] -> [B,K,G,T,S]
-    s = jnp.einsum("btkgd,bskd->bkgts", grouped, k, preferred_element_type=jnp.float32)
-    return (s * (d**-0.5 if scale is None else scale)).reshape(b, h, t, -1)
+    (b, t, h, d), (s, heads) = q.shape, k.shape[1:3]
+    grouped = q.reshape(b, t, heads, -1, d)
+    if few(q):
+        turned = grouped.transpose(0, 4, 2, 3, 1)[:, None]  # [B,1,D,K,G,T]
+        own = np.eye(heads, dtype=bool)[None, :, None, :, None, None]
+        wide = jnp.where(own, turned, 0)  # [B,K,D,K,G,T]: 0 for keys of other heads
+        # [B,S,K D] x [B,K D,H T] -> [B,S,H T]
+        x = jnp.einsum(
+            "bsf,bfr->bsr", k.reshape(b, s, heads * d),
+            wide.reshape(b, heads * d, h * t), preferred_element_type=jnp.float32,
+        ).swapaxes(1, 2)
+    else:
+        # [B,T,K,G,D] x [B,S,K,D] -> [B,K,G,T,S]
+        x = jnp.einsum(
+            "btkgd,bskd->bkgts", grouped, k, preferred_element_type=jnp.float32
+        )
+    return (x * (d**-0.5 if scale is None else scale)).reshape(b, h, t, s)
 
 
 def formed(s: jax.Array, spec: LogitSpec, where: Where) -> jax.Array:
@@ -58,13 +91,22 @@ def _sums(s, seen, sink):
 
 def values(p: jax.Array, v: jax.Array) -> jax.Array:
     """Weights p [B,H,T,S] times v [B,S,K,V] -> [B,T,H,V] in v's dtype."""
-    b, h, t, s = p.shape
-    grouped = p.astype(v.dtype).reshape(b, v.shape[2], -1, t, s)  # [B,K,G,T,S]
-    # [B,K,G,T,S] x [B,S,K,V] -> [B,T,K,G,V]
-    o = jnp.einsum(
-        "bkgts,bskv->btkgv", grouped, v, preferred_element_type=jnp.float32
-    )
-    return o.reshape(b, t, h, -1).astype(v.dtype)
+    (b, h, t, s), (heads, width) = p.shape, v.shape[2:]
+    grouped = p.astype(v.dtype).reshape(b, heads, -1, t, s)  # [B,K,G,T,S]
+    if few(p.swapaxes(1, 2)):
+        # [B,H T,S] x [B,S,K V] -> [B,H T,K V]
+        o = jnp.einsum(
+            "brs,bsf->brf", grouped.reshape(b, h * t, s),
+            v.reshape(b, s, heads * width), preferred_element_type=jnp.float32,
+        ).reshape(b, heads, -1, t, heads, width)
+        # of each head its own values: [B,G,T,V,K] -> [B,T,K,G,V]
+        o = jnp.diagonal(o, axis1=1, axis2=4).transpose(0, 2, 4, 1, 3)
+    else:
+        # [B,K,G,T,S] x [B,S,K,V] -> [B,T,K,G,V]
+        o = jnp.einsum(
+            "bkgts,bskv->btkgv", grouped, v, preferred_element_type=jnp.float32
+        )
+    return o.reshape(b, t, h, width).astype(v.dtype)
 
 
 def allowed(mask: Mask, where: Where) -> jax.Array:

@@ -132,7 +132,7 @@ def recurrence(
 
     def kernel(backend):
         call = functools.partial(
-            delta, q, k, beta=beta, log_decay=log_decay, run=segment, scale=scale,
+            delta, q, k, beta=beta, log_decay=log_decay, segment=segment, scale=scale,
             backend=backend, interpret=interpreted())
         if join is None:
             return call(v=v, state=state)

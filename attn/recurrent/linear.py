@@ -141,7 +141,7 @@ def recurrence(
 
     def kernel(backend):
         call = functools.partial(
-            kernels.linear, q, k, v, log_decay, run=segment, backend=backend,
+            kernels.linear, q, k, v, log_decay, segment=segment, backend=backend,
             interpret=interpreted())
         if join is None:
             return call(state=state, scale=scale, dtype=dtype)

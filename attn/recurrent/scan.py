@@ -165,7 +165,7 @@ def prefix_softmax(
         if t == 1 and implementation is None:
             return None  # a chunk of one token would be padding
         return lambda: kernels.scan(
-            scores, v, (begun.m, begun.l, begun.acc), run=segment, dtype=dtype,
+            scores, v, (begun.m, begun.l, begun.acc), segment=segment, dtype=dtype,
             backend=backend, interpret=interpreted(),
         )
 

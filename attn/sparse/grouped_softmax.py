@@ -19,26 +19,13 @@ from typing import Any, Callable, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from attn.contract.varying import varying
 from attn.exact.logits import Dropout
+from attn.sparse.groups import Row, reducers
 from pallas_kernels.tile import NEVER
 
 TILE = 128  # queries at once
 STEPS = 4  # of the staircase that leaves out keys behind all queries of a tile
-
-
-class Row(NamedTuple):
-    """What is known of the tokens of a row, [B,T] each.
-
-    segment (an index), pos: as in `attn.contract.segments`. group: number of the
-    token's group. mark: it is a landmark. spills: its group began in an earlier window
-    of `size` keys; None if every group fills a window of its own.
-    """
-
-    segment: jax.Array
-    pos: jax.Array
-    group: jax.Array
-    mark: jax.Array
-    spills: jax.Array | None = None
 
 
 class Retrieved(NamedTuple):
@@ -47,37 +34,6 @@ class Retrieved(NamedTuple):
 
     logits: jax.Array
     values: jax.Array
-
-
-def regular(
-    segment: jax.Array, pos: jax.Array, size: int, *, packed: bool = True
-) -> Row:
-    """The row in which every `size`-th token of a sequence is a landmark. packed: its
-    groups begin anywhere, in order and without gaps."""
-    spills = None
-    if packed:
-        index = jnp.arange(segment.shape[1])[None]
-        spills = index // size != (index - pos % size) // size
-    mark = (pos % size == size - 1) & (segment > 0)
-    return Row(segment, pos, pos // size, mark, spills)
-
-
-def irregular(segment: jax.Array, pos: jax.Array, mark: jax.Array) -> Row:
-    """The row in which landmarks stand anywhere: where mark [B,T]."""
-    mark = mark & (segment > 0)
-    return Row(segment, pos, jnp.cumsum(mark, axis=1) - mark, mark)
-
-
-def compact(segment: jax.Array, *others: jax.Array) -> tuple[jax.Array, ...]:
-    """segment [B,S] and other arrays [B,S,...] with padding (0) moved to the end."""
-    # stable: tokens stay in order, and so do positions
-    order = jnp.argsort(segment == 0, axis=1, stable=True)
-
-    def take(a):
-        at = order.reshape(order.shape + (1,) * (a.ndim - 2))
-        return jnp.take_along_axis(a, at, 1)
-
-    return tuple(take(a) for a in (segment, *others))
 
 
 def grouped(
@@ -92,12 +48,14 @@ def grouped(
     ordered: bool = False,
     retrieve: Callable[[Any], Retrieved] | None = None,
     dropout: Dropout | None = None,
+    by_hand: bool = True,
 ) -> jax.Array:
     """Attention by grouped softmax, q [B,T,H,D], k [B,S,K,D], v [B,S,K,V] -> [B,T,H,V].
 
     size: tokens of a group, its landmark included; None if they vary. ordered: query t
     sees no key behind t. retrieve: the groups for the queries with given indices, as
-    `Retrieved`. dropout: of the gates, by its key.
+    `Retrieved`. dropout: of the gates, by its key. by_hand: with a backward pass that
+    is written out; without it there are forward-mode derivatives too.
     """
     b, t, h, _ = q.shape
     heads = k.shape[2]
@@ -111,6 +69,7 @@ def grouped(
         whole = -(-k.shape[1] // size) * size
         keys, k, v = jax.tree.map(lambda a: _pad(a, whole), (keys, k, v))
     s = k.shape[1]
+    how = How(size, scale, 0.0 if dropout is None else dropout.rate, by_hand)
 
     @functools.partial(jax.checkpoint, static_argnums=(1,))
     def one(n, end):
@@ -121,11 +80,9 @@ def grouped(
             retrieved = retrieve(jnp.minimum(n * tile + jnp.arange(tile), t - 1))
         noise = None
         if dropout is not None and dropout.key is not None and dropout.rate:
-            noise = jax.random.fold_in(dropout.key, n), dropout.rate
+            noise = jax.random.fold_in(dropout.key, n)
         mine = jax.lax.dynamic_index_in_dim(q, n, 1, False)
-        return _tile(
-            mine, k_end, v_end, keys_end, Row(*at), size, scale, retrieved, noise
-        )
+        return _tile(how, mine, k_end, v_end, keys_end, Row(*at), retrieved, noise)
 
     # keys behind a tile's last query are never looked at, in STEPS sizes: one program
     # for each stretch of tiles
@@ -153,50 +110,164 @@ def _pad(a: jax.Array, length: int) -> jax.Array:
     return jnp.pad(a, [(0, 0), (0, length - a.shape[1])] + [(0, 0)] * (a.ndim - 2))
 
 
-def _tile(q, k, v, keys: Row, at: Row, size, scale, retrieved, noise):
+class How(NamedTuple):
+    """What is known of a tile before it runs; rate: of dropout; by_hand: it has the
+    backward pass that is written out here."""
+
+    size: int | None
+    scale: float
+    rate: float = 0.0
+    by_hand: bool = True
+
+
+def _tile(how: How, q, k, v, keys: Row, at: Row, retrieved, noise):
     """One tile of queries q [B,q,K,G,D] -> [B,q,H,V]."""
-    # [B,q,K,G,D] x [B,S,K,D] -> [B,K,G,q,S]
-    s = jnp.einsum("bikgd,bjkd->bkgij", q, k, preferred_element_type=jnp.float32)
-    s = s * scale
-    at = Row(*(a[:, None, None, :, None] for a in at[:4]))  # [B,1,1,q,1]
-    of = Row(*(a[:, None, None, None, :] for a in keys[:4]))  # [B,1,1,1,S]
-    seen = (at.segment == of.segment) & (of.segment > 0) & (of.pos <= at.pos)
-    own, mark = at.group == of.group, of.mark
-    outer = jnp.where(seen & (own ^ mark), s, NEVER)  # own text, or landmarks of others
-    n = s.shape[-1]
-    if retrieved is not None:
-        outer = jnp.concatenate([outer, retrieved.logits[..., -1]], -1)
-    # the first softmax: the own group's text and the landmarks of earlier groups
-    p = _softmax(outer, outer.max(-1, keepdims=True), _row_sum)
-    first, gates = jnp.where(own, p[..., :n], 0), jnp.where(own, 0, p[..., :n])
-    distant = p[..., n:]
-    if noise is not None:
-        gates, distant = _dropped(gates, 0, *noise), _dropped(distant, 1, *noise)
-    # the second one: the text inside each earlier group
-    peak, total = _reducers(keys, size)
-    inside = jnp.where(seen & ~own & ~mark, s, NEVER)
-    inner = _softmax(inside, peak(inside), total)
-    w = first + inner * total(gates)  # p_ij, or p_ij|group p_i,m(group)
-    # [B,K,G,q,S] x [B,S,K,V] -> [B,q,K,G,V]
-    o = jnp.einsum("bkgij,bjkv->bikgv", w.astype(v.dtype), v,
-                   preferred_element_type=jnp.float32)
-    if retrieved is not None:
-        text = retrieved.logits[..., :-1]
-        peak_of = text.max(-1, keepdims=True, initial=NEVER)
-        inner = _softmax(text, peak_of, _row_sum)
-        w = (inner * distant[..., None]).astype(v.dtype)
-        # [B,K,G,q,n,size-1] x [B,K,G,q,n,size-1,V] -> [B,q,K,G,V]
-        o = o + jnp.einsum("bkginj,bkginjv->bikgv", w, retrieved.values[..., :-1, :],
-                           preferred_element_type=jnp.float32)
+    if retrieved is None:
+        # what a backward pass adds up over devices has to vary over all of them
+        form = _text_by_hand if how.by_hand else _text
+        o = form(how, *varying((q, k, v, keys, at, noise)))
+    else:
+        o = _with_retrieved(how, q, k, v, keys, at, retrieved)
     return o.reshape(*o.shape[:2], -1, o.shape[-1]).astype(v.dtype)
 
 
-def _softmax(s, peak, total: Callable) -> jax.Array:
-    """exp(s) over its total, 0 where there is nothing; `peak`: the group's largest."""
-    # the peak cancels, so no gradient flows through it
-    peak = jax.lax.stop_gradient(jnp.where(jnp.isfinite(peak), peak, 0))
-    e = jnp.exp(s - peak)
-    z = total(e)
+class Weights(NamedTuple):
+    """The weights of a tile [B,K,G,q,S]: w of the values; p of the first softmax, 0 in
+    earlier groups' text; gates, p of an earlier group's landmark, dropped or not, at
+    all keys of the group."""
+
+    w: jax.Array
+    p: jax.Array
+    gates: jax.Array
+
+
+class Kinds(NamedTuple):
+    """What a key is to a query, bool [B,1,1,q,S]: text of its own group, landmark of an
+    earlier one, text of an earlier one; no key is two of them."""
+
+    own: jax.Array
+    landmark: jax.Array
+    far: jax.Array
+
+
+def _kinds(keys: Row, at: Row) -> Kinds:
+    at = Row(*(a[:, None, None, :, None] for a in at[:4]))  # [B,1,1,q,1]
+    of = Row(*(a[:, None, None, None, :] for a in keys[:4]))  # [B,1,1,1,S]
+    seen = (at.segment == of.segment) & (of.segment > 0) & (of.pos <= at.pos)
+    mine, mark = at.group == of.group, of.mark
+    return Kinds(seen & mine & ~mark, seen & ~mine & mark, seen & ~mine & ~mark)
+
+
+def _logits(q, k, scale) -> jax.Array:
+    # [B,q,K,G,D] x [B,S,K,D] -> [B,K,G,q,S]
+    return scale * jnp.einsum(
+        "bikgd,bjkd->bkgij", q, k, preferred_element_type=jnp.float32
+    )
+
+
+def _weights(how: How, s, kinds: Kinds, keys: Row, noise=None, beside=None) -> tuple:
+    """`Weights` of logits s [B,K,G,q,S], and the shares p of landmarks `beside`
+    [B,K,G,q,n], which take part in the first softmax."""
+    peak, total = reducers(keys, how.size)
+    near = kinds.own | kinds.landmark
+    top = jnp.where(near, s, NEVER).max(-1, keepdims=True)
+    if beside is not None:
+        top = jnp.maximum(top, beside.max(-1, keepdims=True, initial=NEVER))
+    # the peaks cancel, so no gradient flows through them
+    top = _finite(top)
+    base = jnp.where(kinds.far, _finite(peak(jnp.where(kinds.far, s, NEVER))), top)
+    # one exponential for both softmaxes: a key takes part in one of them
+    e = jnp.exp(jnp.where(near | kinds.far, s, NEVER) - base)
+    z = _row_sum(jnp.where(near, e, 0))
+    others = None
+    if beside is not None:
+        others = jnp.exp(beside - top)
+        z = z + _row_sum(others)
+    z = jnp.where(z > 0, z, 1)
+    p = jnp.where(near, e / z, 0)
+    gates = jnp.where(kinds.landmark, p, 0)
+    if noise is not None:
+        gates = _dropped(gates, noise, how.rate)
+    gates = total(gates)
+    inner = total(jnp.where(kinds.far, e, 0))
+    # p_ij, or p_ij|group p_i,m(group); the weight of a landmark is 0
+    w = e * jnp.where(kinds.far, gates / jnp.where(inner > 0, inner, 1),
+                      jnp.where(kinds.own, 1 / z, 0))
+    return Weights(w, p, gates), None if others is None else others / z
+
+
+def _finite(peak: jax.Array) -> jax.Array:
+    return jax.lax.stop_gradient(jnp.where(jnp.isfinite(peak), peak, 0))
+
+
+def _values(w, v) -> jax.Array:
+    # [B,K,G,q,S] x [B,S,K,V] -> [B,q,K,G,V]
+    return jnp.einsum("bkgij,bjkv->bikgv", w.astype(v.dtype), v,
+                      preferred_element_type=jnp.float32)
+
+
+def _text(how: How, q, k, v, keys: Row, at: Row, noise):
+    """The tile's output [B,q,K,G,V] float32 of the text alone. noise: a PRNG key."""
+    found, _ = _weights(how, _logits(q, k, how.scale), _kinds(keys, at), keys, noise)
+    return _values(found.w, v)
+
+
+def _text_forward(how, *arrays):
+    return _text(how, *arrays), arrays
+
+
+def _text_backward(how, arrays, do):
+    """The gradients, from weights that are made again:
+
+        dw = do v^T;  delta = sum_j w dw;  share_g = sum_{j in g} w dw
+        ds = w (dw - delta)               j in the own group
+        ds = w (dw - share_g / gate_g)    j in an earlier group g
+        ds = share_g - p delta            j the landmark of g
+    """
+    q, k, v, keys, at, noise = arrays
+    kinds = _kinds(keys, at)
+    (w, p, gates), _ = _weights(how, _logits(q, k, how.scale), kinds, keys, noise)
+    do = do.astype(v.dtype)
+    # [B,q,K,G,V] x [B,S,K,V] -> [B,K,G,q,S]
+    dw = jnp.einsum("bikgv,bjkv->bkgij", do, v, preferred_element_type=jnp.float32)
+    each = w * dw
+    delta = _row_sum(each)
+    share = reducers(keys, how.size)[1](jnp.where(kinds.far, each, 0))
+    inner = share / jnp.where(gates != 0, gates, 1)  # d(gate): where that is 0, w is
+    ds = jnp.where(kinds.landmark, share - p * delta,
+                   each - w * jnp.where(kinds.far, inner, delta))
+    ds = (how.scale * ds).astype(q.dtype)
+    # [B,K,G,q,S] x [B,S,K,D] -> [B,q,K,G,D], the other way for dk, and dv
+    dq = jnp.einsum("bkgij,bjkd->bikgd", ds, k, preferred_element_type=jnp.float32)
+    dk = jnp.einsum("bkgij,bikgd->bjkd", ds, q, preferred_element_type=jnp.float32)
+    dv = jnp.einsum("bkgij,bikgv->bjkv", w.astype(v.dtype), do,
+                    preferred_element_type=jnp.float32)
+    low = (g.astype(a.dtype) for g, a in zip((dq, dk, dv), (q, k, v)))
+    return *low, None, None, None
+
+
+_text_by_hand = jax.custom_vjp(_text, nondiff_argnums=(0,))
+_text_by_hand.defvjp(_text_forward, _text_backward)
+
+
+def _with_retrieved(how: How, q, k, v, keys: Row, at: Row, retrieved: Retrieved):
+    """The same with groups that each query has retrieved."""
+    text, landmarks = retrieved.logits[..., :-1], retrieved.logits[..., -1]
+    found, distant = _weights(
+        how, _logits(q, k, how.scale), _kinds(keys, at), keys, beside=landmarks
+    )
+    o = _values(found.w, v)
+    inner = _softmax(text, text.max(-1, keepdims=True, initial=NEVER))
+    w = (inner * distant[..., None]).astype(v.dtype)
+    # [B,K,G,q,n,size-1] x [B,K,G,q,n,size-1,V] -> [B,q,K,G,V]
+    return o + jnp.einsum("bkginj,bkginjv->bikgv", w, retrieved.values[..., :-1, :],
+                          preferred_element_type=jnp.float32)
+
+
+def _softmax(s, peak) -> jax.Array:
+    """exp(s) over its sum, 0 where there is nothing; `peak`: the largest."""
+    e = jnp.exp(s - _finite(peak))
+    z = _row_sum(e)
     return e / jnp.where(z > 0, z, 1)
 
 
@@ -204,54 +275,6 @@ def _row_sum(e: jax.Array) -> jax.Array:
     return e.sum(-1, keepdims=True)
 
 
-def _dropped(gates, salt: int, key, rate: float):
-    keep = jax.random.bernoulli(jax.random.fold_in(key, salt), 1 - rate, gates.shape)
+def _dropped(gates, key, rate: float):
+    keep = jax.random.bernoulli(jax.random.fold_in(key, 0), 1 - rate, gates.shape)
     return jnp.where(keep, gates / (1 - rate), 0)
-
-
-def _reducers(keys: Row, size: int | None) -> tuple[Callable, Callable]:
-    """(max, sum) over each key's group, of arrays [B,K,G,q,S], for every key of it."""
-    if size is None:
-        peak, total = jax.ops.segment_max, jax.ops.segment_sum
-        return _by_group(keys, peak), _by_group(keys, total)
-    if keys.spills is None:
-        return _by_window(jnp.max, size), _by_window(jnp.sum, size)
-    spills = keys.spills.reshape(keys.spills.shape[0], 1, 1, 1, -1, size)
-    return (_by_two_windows(jnp.max, jnp.maximum, NEVER, spills),
-            _by_two_windows(jnp.sum, jnp.add, 0.0, spills))
-
-
-def _by_group(keys: Row, reduce: Callable) -> Callable:
-    """Groups of any lengths."""
-    def row(x, group):
-        return reduce(jnp.moveaxis(x, -1, 0), group, group.shape[0])[group]
-
-    return lambda x: jnp.moveaxis(jax.vmap(row)(x, keys.group), 1, -1)
-
-
-def _by_window(reduce: Callable, size: int) -> Callable:
-    """Groups that fill a window of `size` keys each."""
-    def over(x):
-        cut = x.reshape(*x.shape[:-1], -1, size)  # [...,S] -> [...,n,size]
-        each = jnp.broadcast_to(reduce(cut, axis=-1, keepdims=True), cut.shape)
-        return each.reshape(x.shape)
-
-    return over
-
-
-def _by_two_windows(reduce, join, nothing: float, spills: jax.Array) -> Callable:
-    """Groups that lie in the window in which they begin and, where `spills`
-    [B,1,1,1,n,size] says so, in the one after that."""
-    def over(x):
-        cut = x.reshape(*x.shape[:-1], *spills.shape[-2:])
-        left, right = ([*[(0, 0)] * (x.ndim - 1), end] for end in ((1, 0), (0, 1)))
-
-        def part(there):
-            return reduce(jnp.where(there, cut, nothing), axis=-1)
-
-        behind = jnp.pad(part(spills)[..., 1:], right, constant_values=nothing)
-        each = join(part(~spills), behind)  # of the groups that begin in each window
-        before = jnp.pad(each[..., :-1], left, constant_values=nothing)
-        return jnp.where(spills, before[..., None], each[..., None]).reshape(x.shape)
-
-    return over

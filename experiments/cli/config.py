@@ -17,7 +17,7 @@ import typing
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from experiments.cli import ending
+from experiments.cli import compile_cache, ending
 from experiments.cli.ending import one_sentence
 from experiments.cli.fields import construct, default, coerce, hints, required, spelled
 from experiments.cli.fields import unknown
@@ -102,9 +102,11 @@ def main(
         config = read(Config, words, _tiny(Config) if "tiny" in options else None)
         output.line(command(config))
     with one_sentence(title, False, trace):
+        compile_cache.use()
         result = run(config)
         ending.numbers(output, title, result)
         output.close()
+        compile_cache.prune()
     return result
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import html
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 import matplotlib
@@ -41,19 +42,27 @@ def style(n: int) -> dict[str, Any]:
 
 
 def cell(row: dict[str, Any], name: str, text: str) -> str:
-    """A number of a row, and under it the least and the greatest of its seeds."""
-    values = row.get(f"{name}_seeds", ())
+    """A number of a row, and under it the least and the greatest of its seeds, or what
+    several seeds have given that are shipped: the median, the least and the greatest.
+    """
+    values, known = row.get(f"{name}_seeds", ()), row.get(f"{name}_shipped", ())
     shown = text.format(row[name])
-    if len(values) > 1 and min(values) != max(values):
-        shown += f"\n{text.format(min(values))} to {text.format(max(values))}"
+    if known:
+        shown += f"\n{text.format(np.median(known))}: {_spread(known, text)}"
+    elif len(values) > 1 and min(values) != max(values):
+        shown += f"\n{_spread(values, text)}"
     return shown
 
 
+def _spread(values: Sequence[float], text: str) -> str:
+    return f"{text.format(min(values))} to {text.format(max(values))}"
+
+
 def recall_picture(rows: list[dict[str, Any]], path: pathlib.Path) -> None:
-    """Recall against the bytes of memory a sequence, of all seeds."""
+    """Recall against the bytes of memory a sequence, of all seeds, shipped ones too."""
     figure, axes = plt.subplots(figsize=(7.5, 4.5), layout="constrained")
     for n, row in enumerate(rows):
-        values = row.get("recall_seeds") or [row["recall"]]
+        values = [row["recall"], *row["recall_seeds"], *row.get("recall_shipped", ())]
         axes.vlines(row["recall_state"], min(values), max(values), color=f"C{n % 10}",
                     lw=1.5, zorder=2)
         axes.plot(row["recall_state"], row["recall"], ls="", ms=9, zorder=3,

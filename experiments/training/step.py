@@ -7,6 +7,7 @@ devices that are not there, to see what it would hold and move.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 from typing import Any, Callable, NamedTuple
 
@@ -23,12 +24,14 @@ from models.placement import lay
 
 class State(NamedTuple):
     """All that a run needs to go on. bad: the first step with a loss, a gradient or a
-    parameter that was not finite, -1 if there was none."""
+    parameter that was not finite, -1 if there was none. key: two words, from which
+    each step draws its own."""
 
     params: Any
     moments: Any
     step: jax.Array
     bad: jax.Array
+    key: jax.Array
 
 
 class Objective(NamedTuple):
@@ -51,14 +54,24 @@ def next_token(model, params, batch: dict, key) -> tuple[jax.Array, jax.Array]:
 TEXT = Objective(next_token)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 4), donate_argnums=2)
 def train_step(
     model: nn.Module, plan: TrainConfig, state: State, batch: dict,
     objective: Objective = TEXT,
-) -> tuple:
-    """One step of training -> state, mean loss."""
+) -> tuple[State, jax.Array]:
+    """One step of training -> state, mean loss. The state that is given is used up."""
+    return _step(model, _any_seed(plan), state, batch, objective)
+
+
+def _any_seed(plan: TrainConfig) -> TrainConfig:
+    """The plan that all seeds share, and one compiled program with it: what a seed
+    decides is in the state."""
+    return dataclasses.replace(plan, seed=0)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 4), donate_argnums=2)
+def _step(model, plan, state, batch, objective):
     parts = _parts(batch, plan.accumulate)
-    key = jax.random.fold_in(jax.random.key(plan.seed), state.step)
+    key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
     keys = jax.random.split(key, plan.accumulate)
 
     def add(carry, at):
@@ -82,7 +95,7 @@ def train_step(
     params = optax.apply_updates(state.params, change)
     good = jnp.isfinite(mean) & _finite(grads) & _finite(params)
     bad = jnp.where((state.bad < 0) & ~good, state.step, state.bad)
-    after = State(params, moments, state.step + 1, bad)
+    after = State(params, moments, state.step + 1, bad, state.key)
     return meshes.constrain(after, plan.fsdp), mean
 
 
@@ -109,17 +122,20 @@ def start(
     """The state before the first step. On the mesh in force, if there is one, no device
     ever holds more of it than its own part."""
     like = _like(dataset.batch(0, plan.mesh[0])[objective.inputs])
-    make = functools.partial(_initial, model, plan, like)
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh is None or mesh.empty:
-        return jax.jit(make)()
-    return jax.jit(lambda: meshes.constrain(make(), plan.fsdp))()
+    key = jax.random.key_data(jax.random.key(plan.seed))
+    return _placed(model, _any_seed(plan), like, key)
 
 
-def _initial(model: nn.Module, plan: TrainConfig, like: Any) -> State:
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _placed(model: nn.Module, plan: TrainConfig, like: Any, key: jax.Array) -> State:
+    return meshes.constrain(_initial(model, plan, like, key), plan.fsdp)
+
+
+def _initial(model: nn.Module, plan: TrainConfig, like: Any, key: jax.Array) -> State:
     inputs = jnp.zeros(like.shape, like.dtype)
-    params = model.init(jax.random.key(plan.seed), inputs)
-    return State(params, plan.optimizer().init(params), jnp.int32(0), jnp.int32(-1))
+    params = model.init(jax.random.wrap_key_data(key), inputs)
+    moments = plan.optimizer().init(params)
+    return State(params, moments, jnp.int32(0), jnp.int32(-1), key)
 
 
 def _like(a: Any) -> jax.ShapeDtypeStruct:
@@ -130,7 +146,9 @@ def abstract(model: nn.Module, plan: TrainConfig, inputs: Any, mesh: Any) -> Sta
     """The shapes of the state and where each lies on `mesh`, or on one device for None;
     inputs: the array that the model takes, or its shape. Nothing is computed."""
     with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
-        made = jax.eval_shape(functools.partial(_initial, model, plan, _like(inputs)))
+        key = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0)))
+        make = functools.partial(_initial, model, plan, _like(inputs))
+        made = jax.eval_shape(make, key)
     return meshes.abstract(made, mesh, plan.fsdp)
 
 
@@ -142,7 +160,8 @@ def trace(
     the model refuses is raised; nothing is computed. jax keeps the trace for the
     steps."""
     state = abstract(model, plan, batch[objective.inputs], mesh)
-    train_step.eval_shape(model, plan, state, meshes.shapes(batch, mesh), objective)
+    shapes = meshes.shapes(batch, mesh)
+    _step.eval_shape(model, _any_seed(plan), state, shapes, objective)
 
 
 def staged(
@@ -162,5 +181,5 @@ def staged(
         model = meshes.spread(model, sizes)
         state = abstract(model, plan, batch[objective.inputs], mesh)
         batch = meshes.shapes(batch, mesh)
-        traced = train_step.trace(model, plan, state, batch, objective)
+        traced = _step.trace(model, _any_seed(plan), state, batch, objective)
         return traced, traced.lower()

@@ -51,16 +51,16 @@ class Static(NamedTuple):
 class Side(NamedTuple):
     """Arrays of a call without a gradient; None for what it does not use.
 
-    chosen [B,C,N,n] with C = H / heads; head [H]: global head numbers; q_pos, q_run
-    [B,T], kv_pos, kv_run [B,S], int32.
+    chosen [B,C,N,n] with C = H / heads; head [H]: global head numbers; q_pos, q_segment
+    [B,T], kv_pos, kv_segment [B,S], int32.
     """
 
     chosen: Any
     head: Any
     q_pos: Any
     kv_pos: Any
-    q_run: Any
-    kv_run: Any
+    q_segment: Any
+    kv_segment: Any
 
 
 def blocks(
@@ -74,8 +74,8 @@ def blocks(
     head: jax.Array | None = None,
     q_pos: jax.Array | None = None,
     kv_pos: jax.Array | None = None,
-    q_run: jax.Array | None = None,
-    kv_run: jax.Array | None = None,
+    q_segment: jax.Array | None = None,
+    kv_segment: jax.Array | None = None,
     scale: float | None = None,
     tile: tuple[int, ...] | None = None,
     backend: str = "tpu",
@@ -86,19 +86,19 @@ def blocks(
     q [B,T,H,D], k [B,S,K,D], v [B,S,K,V]; chosen [B,H|K,N,n] int32: key blocks of
     `block` tokens for each of N blocks of ceil(T/N) queries, -1 for none; one that is
     named twice counts twice. The mask acts inside blocks, on positions 0, 1, ... or
-    q_pos [B,T] and kv_pos [B,S] (-1: an empty slot); q_run and kv_run: a token sees its
-    own run, and run 0 is padding. backend: "tpu" or "triton"; tile: rows and keys of a
-    tile, on GPU. Raises Refused for what the kernel does not do.
+    q_pos [B,T] and kv_pos [B,S] (-1: an empty slot); q_segment and kv_segment: a token
+    sees its own segment, and segment 0 is padding. backend: "tpu" or "triton"; tile:
+    rows and keys of a tile, on GPU. Raises Refused for what the kernel does not do.
     """
     b, t, h, d = q.shape
     s, n, c = k.shape[1], chosen.shape[2], chosen.shape[1]
     _check(q, k, v, chosen, mask, backend)
-    check_pairs(run=(q_run, kv_run))
+    check_pairs(segment=(q_segment, kv_segment))
     sizes = {"B": b, "T": t, "H": h, "S": s, "K": k.shape[2]}
     check_arrays(
         sizes, chosen=(chosen, INT, "B H|K N n"), head=(head, INT, "H"),
         q_pos=(q_pos, INT, "B|1 T"), kv_pos=(kv_pos, INT, "B|1 S"),
-        q_run=(q_run, INT, "B|1 T"), kv_run=(kv_run, INT, "B|1 S"))
+        q_segment=(q_segment, INT, "B|1 T"), kv_segment=(kv_segment, INT, "B|1 S"))
     size, heads = -(-t // n), h // c
     check_device(backend, (q, k, v), interpret)
 
@@ -115,7 +115,7 @@ def blocks(
         tables.vmem(tables.device_kind(), backend), backend, interpret,
     )
     side = Side(chosen.astype(jnp.int32), head.astype(jnp.int32), whole(q_pos, t),
-                whole(kv_pos, s), whole(q_run, t), whole(kv_run, s))
+                whole(kv_pos, s), whole(q_segment, t), whole(kv_segment, s))
     o, m, l = _blocks(static, side, q, k, v)
     m = jax.lax.stop_gradient(m) * (1 / unit)
     return o, lse_of(m, l).transpose(0, 2, 1)

@@ -31,12 +31,12 @@ def logits(static, k, q, rows, number, info):
     at = number * static.block
     key = at + jax.lax.broadcasted_iota(jnp.int32, (static.block, 1), 0)
     seen = key < static.s  # S may end inside a block
-    i, run, h = rows[:1], rows[1:2], rows[2:3]  # [1,R] each
+    i, segment, h = rows[:1], rows[1:2], rows[2:3]  # [1,R] each
     j = key
     if info is not None:
         j, own = column(info[:1]), column(info[1:])  # [block,1] each
-        # run 0 is padding, -1 an empty slot
-        seen = seen & (run == own) & (own > 0) & (j >= 0)
+        # segment 0 is padding, -1 an empty slot
+        seen = seen & (segment == own) & (own > 0) & (j >= 0)
     if static.form.mask is not None:
         seen = seen & static.form.mask(h, i, j)
     return jnp.where(seen, s, NEVER)
@@ -60,7 +60,7 @@ class Fetch:
         """The copies of one chosen block into its half of the buffers."""
         number, half = self.number(n, m), n % 2  # halves alternate
         for at, (source, buffer) in enumerate(zip(self.sources, self.buffers)):
-            # position and run are the same for all key heads
+            # position and segment are the same for all key heads
             lead = (self.b, number) if source.ndim == 4 else (self.b, self.kv, number)
             yield pltpu.make_async_copy(
                 source.at[lead], buffer.at[half, m], self.semaphores.at[half, at]

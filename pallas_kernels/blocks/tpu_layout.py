@@ -16,8 +16,8 @@ from pallas_kernels.tile import LOW
 
 class Laid(NamedTuple):
     """What the kernels read. q [B,C,N,R,D], k and v [B,K,S/block,block,.]; rows
-    [B,C,N,3,R]: position, run and head of each query row; info [B,S/block,2,block]:
-    position and run of keys, or None where positions count and there are no runs;
+    [B,C,N,3,R]: position, segment and head of each query row; info [B,S/block,2,block]:
+    position and segment of keys, or None where positions count in one segment;
     parts [B,C,N,2,R]: base, in the unit of logits, and delta; do [B,C,N,R,V]."""
 
     q: Any
@@ -39,8 +39,8 @@ def laid(static, side, q, k, v, base=None, delta=None, do=None) -> Laid:
         do = rows(static, do)
     count = jnp.broadcast_to(jnp.arange(t, dtype=jnp.int32), (b, t))
     q_pos = count if side.q_pos is None else side.q_pos
-    q_run = jnp.ones_like(q_pos) if side.q_run is None else side.q_run
-    own = [jnp.broadcast_to(a[..., None], (b, t, h)) for a in (q_pos, q_run)]
+    q_segment = jnp.ones_like(q_pos) if side.q_segment is None else side.q_segment
+    own = [jnp.broadcast_to(a[..., None], (b, t, h)) for a in (q_pos, q_segment)]
     own.append(jnp.broadcast_to(side.head, (b, t, h)))
     return Laid(
         rows(static, q), keys(static, k), keys(static, v),
@@ -49,19 +49,19 @@ def laid(static, side, q, k, v, base=None, delta=None, do=None) -> Laid:
 
 
 def _info(static, side, b: int):
-    """Position and run of keys [B,S/block,2,block], or None for neither."""
-    if side.kv_pos is None and side.kv_run is None:
+    """Position and segment of keys [B,S/block,2,block], or None for neither."""
+    if side.kv_pos is None and side.kv_segment is None:
         return None
     s, block = static.s, static.block
     count = jnp.broadcast_to(jnp.arange(s, dtype=jnp.int32), (b, s))
     pos = count if side.kv_pos is None else side.kv_pos
-    runs = jnp.ones_like(pos) if side.kv_run is None else side.kv_run
+    segments = jnp.ones_like(pos) if side.kv_segment is None else side.kv_segment
 
     def fill(a, value):
         a = jnp.pad(a, ((0, 0), (0, -s % block)), constant_values=value)
         return a.reshape(b, -1, block)
 
-    return jnp.stack([fill(pos, -1), fill(runs, 0)], 2)
+    return jnp.stack([fill(pos, -1), fill(segments, 0)], 2)
 
 
 def rows(static, a: jax.Array, value: float = 0) -> jax.Array:

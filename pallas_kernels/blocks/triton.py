@@ -90,7 +90,7 @@ def _call(static, tile: FlashTriton, x: Arrays) -> Call:
 def _arrays(side, q, k, v) -> Arrays:
     """What the kernels read; here lse and delta lie as [B,T,H], kv_pos as [B,S]."""
     return Arrays(q, k, v, side.head, q_pos=side.q_pos, kv_pos=side.kv_pos,
-                  q_run=side.q_run, kv_run=side.kv_run)
+                  q_segment=side.q_segment, kv_segment=side.kv_segment)
 
 
 def compact(static, chosen: jax.Array) -> Chosen:

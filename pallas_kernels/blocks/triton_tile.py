@@ -21,25 +21,25 @@ from pallas_kernels.tile import NEVER, both
 
 class Queries(NamedTuple):
     """Rows of a tile: token, head as it lies in q, whether there is such a row (None:
-    all are there), position, run or None, and global head."""
+    all are there), position, segment or None, and global head."""
 
     token: Any
     head: Any
     real: Any
     pos: Any
-    run: Any
+    segment: Any
     name: Any
 
 
 class Keys(NamedTuple):
     """Keys of a tile: token, whether there is such a key and whether it may be seen
-    (None: all), position, and run or None."""
+    (None: all), position, and segment or None."""
 
     token: Any
     real: Any
     seen: Any
     pos: Any
-    run: Any
+    segment: Any
 
 
 class Chosen(NamedTuple):
@@ -69,21 +69,21 @@ def queries(static, x: Arrays, b, c, n, r, real) -> Queries:
     if static.n * static.size != static.t:  # the last block may pass T
         real = both(real, token < static.t)
     pos = token if x.q_pos is None else load(x.q_pos.at[b, token], real, 0)
-    run = None if x.q_run is None else load(x.q_run.at[b, token], real, 0)
-    return Queries(token, head, real, pos, run, load(x.heads.at[head], real, 0))
+    segment = None if x.q_segment is None else load(x.q_segment.at[b, token], real, 0)
+    return Queries(token, head, real, pos, segment, load(x.heads.at[head], real, 0))
 
 
 def keys(static, x: Arrays, b, token, real) -> Keys:
     """Keys `token`, of which those that are `real` belong to the tile."""
     if static.s % static.block:  # the last block may pass S
         real = both(real, token < static.s)
-    pos, run, seen = token, None, real
+    pos, segment, seen = token, None, real
     if x.kv_pos is not None:
         pos = load(x.kv_pos.at[b, token], real, -1)
         seen = both(seen, pos >= 0)  # -1: an empty slot
-    if x.kv_run is not None:
-        run = load(x.kv_run.at[b, token], real, 0)
-    return Keys(token, real, seen, pos, run)
+    if x.kv_segment is not None:
+        segment = load(x.kv_segment.at[b, token], real, 0)
+    return Keys(token, real, seen, pos, segment)
 
 
 def of_block(static, columns: int, number, piece):
@@ -158,8 +158,8 @@ def logits(static, raw, query: Queries, key: Keys, turned: bool = False):
     s, _ = static.form.logits(raw, None, None, None)  # no score here
     i, j = across(turned)
     seen = None if key.seen is None else j(key.seen)
-    if key.run is not None:
-        seen = both(seen, (i(query.run) == j(key.run)) & j(key.run > 0))
+    if key.segment is not None:
+        seen = both(seen, (i(query.segment) == j(key.segment)) & j(key.segment > 0))
     if static.form.mask is not None:
         own = static.form.mask(i(query.name), i(query.pos), j(key.pos))
         seen = both(seen, own)

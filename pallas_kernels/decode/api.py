@@ -62,18 +62,18 @@ class Keys(NamedTuple):
     last axis may be 1: on TPU it is K."""
 
     pos: Any = None
-    run: Any = None
+    segment: Any = None
     bias: Any = None
     k_scale: Any = None
     v_scale: Any = None
 
 
 class Rows(NamedTuple):
-    """What belongs to each query row [B,R]: head (-1: none), position, run, sink."""
+    """Of each query row [B,R]: head (-1: none), position, segment and sink."""
 
     head: Any
     pos: Any
-    run: Any
+    segment: Any
     sink: Any
 
 
@@ -85,8 +85,8 @@ def decode(
     mask: Any = None,
     q_pos: jax.Array | None = None,
     kv_pos: jax.Array | None = None,
-    q_run: jax.Array | None = None,
-    kv_run: jax.Array | None = None,
+    q_segment: jax.Array | None = None,
+    kv_segment: jax.Array | None = None,
     head: jax.Array | None = None,
     lengths: jax.Array | None = None,
     bias: jax.Array | None = None,
@@ -125,12 +125,12 @@ def decode(
     b, t, h, d = q.shape
     page, heads = k.shape[1], k.shape[2]
     _check(q, k, v, bits, score, mask)
-    check_pairs(run=(q_run, kv_run))
+    check_pairs(segment=(q_segment, kv_segment))
     _check_arrays(
-        q, k, v, table, q_pos=(q_pos, INT, "B T"), q_run=(q_run, INT, "B|1 T"),
+        q, k, v, table, q_pos=(q_pos, INT, "B T"), q_segment=(q_segment, INT, "B|1 T"),
         head=(head, INT, "H"), lengths=(lengths, INT, "B", "B K|1"),
         sink=(sink, FLOAT, "H"), kv_pos=(kv_pos, INT, "B|1 S", "B|1 S K|1"),
-        kv_run=(kv_run, INT, "B|1 S"), bias=(bias, FLOAT, "B|1 S K|1"),
+        kv_segment=(kv_segment, INT, "B|1 S"), bias=(bias, FLOAT, "B|1 S K|1"),
         k_scale=(k_scale, FLOAT, "B S K"), v_scale=(v_scale, FLOAT, "B S K"))
     check_device(backend, (q, k, v), interpret)
     slots = page if table is None else table.shape[1] * page
@@ -141,7 +141,7 @@ def decode(
     q_pos = count(t, slots - t) if q_pos is None else q_pos
     head = jnp.arange(h, dtype=jnp.int32) if head is None else head
     each = functools.partial(_each, k, backend == "tpu")
-    beside = Keys(each(kv_pos), None if q_run is None else each(kv_run),
+    beside = Keys(each(kv_pos), None if q_segment is None else each(kv_segment),
                   each(bias), each(k_scale), each(v_scale))
 
     def per_row(a):
@@ -149,7 +149,7 @@ def decode(
 
     rows = Rows(
         per_row(head), per_row(q_pos[..., None]),
-        per_row((jnp.ones_like(q_pos) if q_run is None else q_run)[..., None]),
+        per_row((jnp.ones_like(q_pos) if q_segment is None else q_segment)[..., None]),
         per_row(jnp.zeros(h, F32) if sink is None else sink.astype(F32)),
     )
     scale = d**-0.5 if scale is None else scale
@@ -309,9 +309,9 @@ def _logits(static: Static, lengths, table, rows, beside, q, k):
         seen = seen & real[:, None, None, None]
     if form.mask is not None:
         seen = seen & form.mask(h_, i, j)
-    if beside.run is not None:
-        run = column(beside.run)
-        seen = seen & (grouped(rows.run) == run) & (run > 0)
+    if beside.segment is not None:
+        segment = column(beside.segment)
+        seen = seen & (grouped(rows.segment) == segment) & (segment > 0)
     return jnp.where(seen, logit, NEVER)
 
 

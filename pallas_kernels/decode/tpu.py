@@ -83,9 +83,9 @@ def _scores(static, lengths, b, page, real, q, k, rows, beside):
     seen = (local == kv) & (slot < jnp.minimum(limit, static.slots)) & (j >= 0) & real
     if form.mask is not None:
         seen = seen & form.mask(h, i, j)
-    if beside.run is not None:
-        run = beside.run[0]
-        seen = seen & (rows.run[0] == run) & (run > 0)
+    if beside.segment is not None:
+        segment = beside.segment[0]
+        seen = seen & (rows.segment[0] == segment) & (segment > 0)
     return jnp.where(seen, s, NEVER), seen
 
 

@@ -141,7 +141,7 @@ def _prepared(static, lengths, table, rows, beside, q, k, v):
         q.reshape(b, heads, count, d), k, v, lengths,
         None if table is None else table.astype(jnp.int32),
         mine(rows.head) if placed else None, mine(rows.pos) if placed else None,
-        None if beside.run is None else mine(rows.run),
+        None if beside.segment is None else mine(rows.segment),
         mine(sink_logit(rows.sink, static.form.unit)) if static.sink else None, None,
         None, *beside)
     return call, x

@@ -43,8 +43,8 @@ class Arrays(NamedTuple):
 
     q [B,K,R,D]; k, v and what lies beside slots as `pallas_kernels.decode` says, the
     last axis of what lies beside them K or 1; lengths [B,K|1]; table [B,n]; head, row
-    positions and runs [B,K,R]; sink, base and factor [B,K,R], the first two in the unit
-    of logits.
+    positions and segments [B,K,R]; sink, base and factor [B,K,R], the first two in the
+    unit of logits.
     """
 
     q: Any
@@ -54,12 +54,12 @@ class Arrays(NamedTuple):
     table: Any = None
     head: Any = None
     q_pos: Any = None
-    q_run: Any = None
+    q_segment: Any = None
     sink: Any = None
     base: Any = None
     factor: Any = None
     pos: Any = None
-    run: Any = None
+    segment: Any = None
     bias: Any = None
     k_scale: Any = None
     v_scale: Any = None
@@ -162,7 +162,8 @@ class Head:
             parts.append(load(x.q.at[self.b, self.kv, rows, cut],  # [rows,width]
                               lanes(width, call.rows, inside), 0))
         return Queries(parts, inside, vector(x.head, 0), vector(x.q_pos, 0),
-                       vector(x.q_run, 0), vector(x.sink, 0), vector(x.base, -NEVER),
+                       vector(x.q_segment, 0), vector(x.sink, 0),
+                       vector(x.base, -NEVER),
                        vector(x.factor, 0))
 
     def logits(self, queries: Queries, k: list[Any], at: At):
@@ -178,9 +179,9 @@ class Head:
         bias = None if x.bias is None else self.beside(x.bias, at)[None]
         s, _ = form.logits(raw, queries.head, queries.pos, j[None], bias)
         seen = at.inside if x.pos is None else at.inside & (j >= 0)  # -1: empty
-        if x.run is not None:
-            run = self.beside(x.run, at)
-            seen = (seen & (run > 0))[None] & (queries.run == run[None])
+        if x.segment is not None:
+            segment = self.beside(x.segment, at)
+            seen = (seen & (segment > 0))[None] & (queries.segment == segment[None])
         else:
             seen = seen[None]  # [1,columns]
         if form.mask is not None:
@@ -196,7 +197,7 @@ class Queries(NamedTuple):
     inside: Any
     head: Any
     pos: Any
-    run: Any
+    segment: Any
     sink: Any
     base: Any
     factor: Any

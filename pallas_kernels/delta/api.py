@@ -60,7 +60,7 @@ def delta(
     log_decay: jax.Array | None = None,
     *,
     state: jax.Array | None = None,
-    run: jax.Array | None = None,
+    segment: jax.Array | None = None,
     scale: float = 1.0,
     tile: tuple[int, ...] | None = None,
     backend: str = "tpu",
@@ -69,7 +69,7 @@ def delta(
     """The rule over T tokens -> state [B,H,D,V] float32, o [B,T,H,V] in v's dtype.
 
     beta [B,T,H]; q, k [B,T,.,D] and v [B,T,.,V] have a number of heads that divides H;
-    log_decay None, [H] or [B,T,H], at most 0; state [B,H,D,V]: None for zeros; run
+    log_decay None, [H] or [B,T,H], at most 0; state [B,H,D,V]: None for zeros; segment
     [B,T]: 0 is padding, a new number begins with an empty state, 1 sees `state`.
     backend: "tpu" or "triton"; tile: chunks of a grid step on TPU; columns of the
     state, warps and stages on GPU. Raises Refused for what the kernel does not do.
@@ -82,7 +82,7 @@ def delta(
         if n > WIDEST:
             raise Refused(f"{name}={n}: at most {WIDEST}")
     check_device(backend, (q, k, v), interpret)
-    q, k, v = blank(run, q, k, v)  # `sides` does the same to the rest
+    q, k, v = blank(segment, q, k, v)  # `sides` does the same to the rest
     if interpret and backend == "triton" and jax.config.read("jax_enable_x64"):
         raise Refused("interpreted under jax_enable_x64: jax's interpreter mixes its "
                       "integers of 32 and 64 bits")
@@ -92,7 +92,7 @@ def delta(
         t, scale, log_decay is not None, *_tiles(q, v, b * h, tile, backend),
         tables.vmem(tables.device_kind(), backend), backend, interpret,
     )
-    side = sides(beta, log_decay, run, static.pieces * CHUNK)
+    side = sides(beta, log_decay, segment, static.pieces * CHUNK)
     return _delta(static, side, q, k, v, state.astype(F32))
 
 
@@ -119,31 +119,32 @@ def _narrowed(tile: DeltaTriton, width: int, heads: int) -> DeltaTriton:
     return dataclasses.replace(tile, block_v=columns)
 
 
-def sides(beta, log_decay, run, step: int) -> jax.Array:
+def sides(beta, log_decay, segment, step: int) -> jax.Array:
     """What a chunk's tokens are beside q, k and v [B,H,N,ROWS,CHUNK] float32, see
     `chunk.Side`; T is padded to a multiple of `step`."""
     b, t, h = beta.shape
-    run = jnp.ones((1, t), jnp.int32) if run is None else run
-    run = jnp.pad(run, ((0, 0), (0, -t % step)))
+    segment = jnp.ones((1, t), jnp.int32) if segment is None else segment
+    segment = jnp.pad(segment, ((0, 0), (0, -t % step)))
 
     def split(a):
         return a.reshape(a.shape[0], -1, CHUNK, a.shape[2]).transpose(0, 3, 1, 2)
 
     def real(a):
-        there = (run > 0)[..., None]
+        there = (segment > 0)[..., None]
         a = jnp.pad(a.astype(F32), ((0, 0), (0, -t % step), (0, 0)))
         return split(jnp.where(there, a, 0))
 
-    shape = b, h, run.shape[1] // CHUNK, CHUNK
+    shape = b, h, segment.shape[1] // CHUNK, CHUNK
     coarse = fine = later = jnp.zeros((1, 1, *shape[2:]), F32)
     if log_decay is not None:
         g = jnp.maximum(log_decay.astype(F32), FLOOR)
         coarse, fine, later = _clocks(real(jnp.broadcast_to(g, beta.shape)))
-    # the run of the last token before that is no padding; 1 where there is none
-    present = jax.lax.cummax(jnp.pad(run, ((0, 0), (1, 0)), constant_values=1), axis=1)
+    # the segment of the last token before that is no padding; 1 where there is none
+    before = jnp.pad(segment, ((0, 0), (1, 0)), constant_values=1)
+    present = jax.lax.cummax(before, axis=1)
     first, last = (
         a[:, None, :, None] for a in (present[:, :-1:CHUNK], present[:, CHUNK::CHUNK]))
-    r = split(run[..., None])
+    r = split(segment[..., None])
 
     def of(a):
         return (r == a) & (r > 0)
@@ -151,7 +152,7 @@ def sides(beta, log_decay, run, step: int) -> jax.Array:
     def end(a):
         return a[..., -1:]
 
-    # the state that a chunk begins with belongs to the run before it
+    # the state that a chunk begins with belongs to the segment before it
     enter = jnp.where(of(first), jnp.exp(coarse + fine), 0)
     keep = jnp.where(first == last, jnp.exp(end(coarse) + end(fine)), 0)
     keep = jnp.pad(keep, ((0, 0), (0, 0), (0, 0), (0, CHUNK - 1)))

@@ -18,7 +18,7 @@ F32 = jnp.float32
 class Side(NamedTuple):
     """Numbers of a chunk's tokens, as rows [1,CHUNK] or columns [CHUNK,1].
 
-    beta; coarse + fine: the log decay since the chunk began; run: 0 for padding;
+    beta; coarse + fine: the log decay since the chunk began; segment: 0 for padding;
     enter: the factor that the state the chunk begins with has at the token; leave: the
     factor that the token has in the state the chunk ends with; keep: the factor
     between the two states, in the first place of a row.
@@ -27,7 +27,7 @@ class Side(NamedTuple):
     beta: Any
     coarse: Any
     fine: Any
-    run: Any
+    segment: Any
     enter: Any
     leave: Any
     keep: Any
@@ -41,9 +41,9 @@ def grid(c: int = CHUNK) -> tuple[jax.Array, jax.Array]:
 
 def decays(own: Side, row: Side, gated: bool) -> jax.Array:
     """What token j (a column) still counts at token i (a row): exp of the log decay
-    between them where j <= i and both are of one run, else 0."""
+    between them where j <= i and both are of one segment, else 0."""
     i, j = grid()
-    seen = (i >= j) & (own.run == row.run) & (own.run > 0)  # [CHUNK,CHUNK]
+    seen = (i >= j) & (own.segment == row.segment) & (own.segment > 0)  # [CHUNK,CHUNK]
     if not gated:
         return jnp.where(seen, 1.0, 0.0)
     # coarse sums are multiples of 1/256, whose difference is exact

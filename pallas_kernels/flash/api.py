@@ -43,8 +43,8 @@ def flash(
     head: jax.Array | None = None,
     q_pos: jax.Array | None = None,
     kv_pos: jax.Array | None = None,
-    q_run: jax.Array | None = None,
-    kv_run: jax.Array | None = None,
+    q_segment: jax.Array | None = None,
+    kv_segment: jax.Array | None = None,
     scale: float | None = None,
     softcap: float | None = None,
     score: Callable | None = None,
@@ -66,37 +66,38 @@ def flash(
     q [B,T,H,D], k [B,S,K,D], v [B,S,K,V]; query head h reads key head h // (H/K).
     mask: a predicate on (head, query position, key position) with `bounds`; positions
     count from 0, aligned at the last token when T != S, unless q_pos [B,T] and kv_pos
-    [B,S] or [B,S,K] are given (-1: an empty slot). q_run [B|1,T], kv_run [B|1,S]: a
-    token sees its own run, and run 0 is padding. A logit is scale * q.k, capped, plus
-    score(h, i, j), plus bias [B|1,H|1,T|1,S|1]; sink [H] is a logit without value.
-    dropout acts when there is a `key`, or by `keep` [B,H,T,S] bool. shift: how many
-    tokens further on the queries stand, where positions count. given [B,H,T]: the lse
-    that the queries have with all of their keys, if k and v are a part of those, for
-    the part's gradients: nothing is computed, o is 0, and lse's cotangent is to hold
-    what all parts share, d(lse) - sum(d(o) o) of the whole; a number near the lse will
-    do, if both cotangents are multiplied by exp(given - lse). split_lse: m and l
-    [B,H,T] instead of lse = m + log l, which a large m leaves nothing of l; no gradient
-    flows through m, on which nothing depends. tile: queries and keys of a
-    tile. Rows that see nothing give o = 0, lse = -inf and no gradient.
-    backend: "tpu", "triton", "mosaic" (Hopper), or "blackwell" (there `tile` is of the
-    forward pass): only compiled and interpreted, never run, so nobody gets it unasked.
-    interpret: run on a CPU, slowly.
+    [B,S] or [B,S,K] are given (-1: an empty slot). q_segment [B|1,T], kv_segment
+    [B|1,S]: a token sees its own segment, and segment 0 is padding. A logit is scale *
+    q.k, capped, plus score(h, i, j), plus bias [B|1,H|1,T|1,S|1]; sink [H] is a logit
+    without value. dropout acts when there is a `key`, or by `keep` [B,H,T,S] bool.
+    shift: how many tokens further on the queries stand, where positions count. given
+    [B,H,T]: the lse that the queries have with all of their keys, if k and v are a part
+    of those, for the part's gradients: nothing is computed, o is 0, and lse's cotangent
+    is to hold what all parts share, d(lse) - sum(d(o) o) of the whole; a number near
+    the lse will do, if both cotangents are multiplied by exp(given - lse). split_lse: m
+    and l [B,H,T] instead of lse = m + log l, which a large m leaves nothing of l; no
+    gradient flows through m, on which nothing depends. tile: queries and keys of a
+    tile. Rows that see nothing give o = 0, lse = -inf and no gradient. backend: "tpu",
+    "triton", "mosaic" (Hopper), or "blackwell" (there `tile` is of the forward pass):
+    only compiled and interpreted, never run, so nobody gets it unasked. interpret: run
+    on a CPU, slowly.
 
     Raises Refused for what the kernel does not do. Sources: see the module.
     """
     b, t, h, d = q.shape
     s, width = k.shape[1], v.shape[3]
     _check(q, k, v)
-    check_pairs(pos=(q_pos, kv_pos), run=(q_run, kv_run))
+    check_pairs(pos=(q_pos, kv_pos), segment=(q_segment, kv_segment))
     check_logits(q, k, bias=bias, sink=sink, head=head, q_pos=q_pos, kv_pos=kv_pos,
-                 keep=keep, batch=batch, given=given, q_run=q_run, kv_run=kv_run)
+                 keep=keep, batch=batch, given=given, q_segment=q_segment,
+                 kv_segment=kv_segment)
     if b > 1 and q_pos is not None and kv_pos is not None:
         # one row of positions for the whole batch
         q_pos = jnp.broadcast_to(q_pos, (b, t))
         kv_pos = jnp.broadcast_to(kv_pos, (b, *kv_pos.shape[1:]))
     random = dropout > 0 and key is not None
     check_device(backend, (q, k, v), interpret)
-    q, (k, v) = *blank(q_run, q), blank(kv_run, k, v)
+    q, (k, v) = *blank(q_segment, q), blank(kv_segment, k, v)
     if backend in CARDS:
         check_mosaic(backend, q, v, interpret)
         extra = {"bias": bias, "keep": keep, "key": key if random else None}
@@ -120,7 +121,7 @@ def flash(
                      dropout if random or keep is not None else 0.0, unit)
     tilings = [Tiling(t, s, a.block_q, a.block_kv, offset) for a in (ahead, back)]
     if backend == "tpu" and tile is None:
-        traced = q_pos is not None or q_run is not None
+        traced = q_pos is not None or q_segment is not None
         tilings = [
             shrink_to_fit(
                 mask, tiling, a.block_kv_compute, max(d, width), traced, n == 1)
@@ -137,7 +138,8 @@ def flash(
     side = Side(
         jnp.arange(h, dtype=jnp.int32) if head is None else head, q_pos,
         kv_pos[..., None] if kv_pos is not None and kv_pos.ndim == 2 else kv_pos,
-        q_run, kv_run, keep, _seed(key) if random else None, batch if random else None,
+        q_segment, kv_segment, keep, _seed(key) if random else None,
+        batch if random else None,
     )
     if given is not None:
         return _part(static, side, q, k, v, bias, sink, given)

@@ -68,8 +68,9 @@ class Arrays(NamedTuple):
     """What a kernel reads; None for what the call does not use.
 
     q [B,T,H,D], k [B,S,K,D], v [B,S,K,V]; heads [H]: global head numbers; q_pos [B,T'],
-    kv_pos [B,K|1,S'], q_run [B|1,T'], kv_run [B|1,S'], T' and S' whole tiles; sink [H]
-    float32 times log2 e; and backward do [B,T,H,V], lse (times log2 e), delta [B,H,T'].
+    kv_pos [B,K|1,S'], q_segment [B|1,T'], kv_segment [B|1,S'], T' and S' whole tiles;
+    sink [H] float32 times log2 e; and backward do [B,T,H,V], lse (times log2 e), delta
+    [B,H,T'].
     """
 
     q: Any
@@ -78,8 +79,8 @@ class Arrays(NamedTuple):
     heads: Any
     q_pos: Any = None
     kv_pos: Any = None
-    q_run: Any = None
-    kv_run: Any = None
+    q_segment: Any = None
+    kv_segment: Any = None
     sink: Any = None
     do: Any = None
     lse: Any = None
@@ -126,8 +127,8 @@ def arrays(call: Call, side: Side, q, k, v, sink, do=None) -> Arrays:
     return Arrays(
         tile(q, t.rows), tile(k, t.columns), tile(v, t.columns),
         side.head.astype(jnp.int32), vector(side.q_pos, t.rows),
-        vector(kv_pos, t.columns, 2), vector(side.q_run, t.rows),
-        vector(side.kv_run, t.columns),
+        vector(kv_pos, t.columns, 2), vector(side.q_segment, t.rows),
+        vector(side.kv_segment, t.columns),
         None if sink is None else sink_logit(sink, LOG2E),
         None if do is None else tile(do, t.rows),
     )
@@ -189,13 +190,14 @@ class TileContext:
         seen = None if form.mask is None else form.mask(self.head, i, j)
         if t.offset is None:
             seen = both(seen, j >= 0)  # -1: an empty slot
-        if x.q_run is not None:
+        if x.q_segment is not None:
             def row(ref):
                 return self.b if ref.shape[0] > 1 else 0,
 
-            mine = self._vector(x.q_run, row(x.q_run), first_row, shape, False)
-            run = self._vector(x.kv_run, row(x.kv_run), first_key, shape, True)
-            seen = both(both(seen, mine == run), run > 0)  # run 0 is padding
+            mine = self._vector(x.q_segment, row(x.q_segment), first_row, shape, False)
+            other = self._vector(
+                x.kv_segment, row(x.kv_segment), first_key, shape, True)
+            seen = both(both(seen, mine == other), other > 0)  # segment 0 is padding
         if t.s % t.columns:
             number = self._count(shape, int(not self.turned))
             seen = both(seen, number + first_key < t.s)  # the tail is nobody's key

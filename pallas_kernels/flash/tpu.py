@@ -145,7 +145,7 @@ def _arrays(tiling: Tiling, side: Side, q, k, v, bias) -> Arrays:
     return Arrays(
         _tokens(q, rows), _tokens(k, columns), _tokens(v, columns), matrix(bias)
         if bias is not None else None, keep, line(side.q_pos, rows), kv_pos,
-        line(side.q_run, rows), line(side.kv_run, columns),
+        line(side.q_segment, rows), line(side.kv_segment, columns),
     )
 
 

@@ -30,8 +30,9 @@ class Arrays(NamedTuple):
     """What a kernel reads by tiles; None for what the call does not use.
 
     q [B,H,T,D], k [B,K,S,D], v [B,K,S,V], T and S multiples of their tile; bias
-    [B|1,H|1,T|1,S|1]; keep [B,H,T,S] int8; q_pos, q_run [B|1,1,T]; kv_pos [B,1|K,1,S];
-    kv_run [B|1,1,S]; and backward do [B,H,T,V], lse and delta [B,H,1,T].
+    [B|1,H|1,T|1,S|1]; keep [B,H,T,S] int8; q_pos, q_segment [B|1,1,T]; kv_pos
+    [B,1|K,1,S]; kv_segment [B|1,1,S]; and backward do [B,H,T,V], lse and delta
+    [B,H,1,T].
     """
 
     q: Any
@@ -41,8 +42,8 @@ class Arrays(NamedTuple):
     keep: Any = None
     q_pos: Any = None
     kv_pos: Any = None
-    q_run: Any = None
-    kv_run: Any = None
+    q_segment: Any = None
+    kv_segment: Any = None
     do: Any = None
     lse: Any = None
     delta: Any = None
@@ -150,10 +151,11 @@ class TileContext:
         seen = None if form.mask is None else form.mask(self.head, i, j)
         if t.offset is None:
             seen = both(seen, self.positions(part)[1] >= 0)  # -1: an empty slot
-        if x.q_run is not None:
-            run = column(x.kv_run[0, :, part.keys])  # [keys,1]
-            # run 0 is padding
-            seen = both(seen, (x.q_run[0, :, part.queries] == run) & (run > 0))
+        if x.q_segment is not None:
+            segment = column(x.kv_segment[0, :, part.keys])  # [keys,1]
+            # segment 0 is padding
+            mine = x.q_segment[0, :, part.queries]
+            seen = both(seen, (mine == segment) & (segment > 0))
         if t.s % t.columns:
             seen = both(seen, self.keys(part) < t.s)  # the tail is nobody's key
         # masked last, after scale, cap and bias: 2^(NEVER - m) is 0 and no nan
@@ -280,8 +282,8 @@ def specs(call: Call, x: Arrays, outer, inner, head) -> Arrays:
         spec(x.v, by_k + wide(x.v)), spec(x.bias, matrix), spec(x.keep, matrix),
         spec(x.q_pos, q_row),
         spec(x.kv_pos, ((1, batch), (1, kv), (1, whole), (columns, inner))),
-        spec(x.q_run, q_row),
-        spec(x.kv_run, ((1, batch), (1, whole), (columns, inner))),
+        spec(x.q_segment, q_row),
+        spec(x.kv_segment, ((1, batch), (1, whole), (columns, inner))),
         spec(x.do, by_q + (wide(x.do) if x.do is not None else ())),
         *(spec(a, ((1, batch), (1, head), (1, whole), (rows, outer)))
           for a in (x.lse, x.delta)),

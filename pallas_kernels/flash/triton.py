@@ -81,7 +81,7 @@ def _arrays(side: Side, q, k, v, bias, sink) -> Arrays:
     return Arrays(
         q, k, v, whole(side.head), bias,
         None if side.keep is None else side.keep.astype(jnp.int8), whole(side.q_pos),
-        whole(side.kv_pos), whole(side.q_run), whole(side.kv_run),
+        whole(side.kv_pos), whole(side.q_segment), whole(side.kv_segment),
         sink, whole(side.seed), whole(side.batch),
     )
 

@@ -27,8 +27,8 @@ class Arrays(NamedTuple):
     """What a kernel reads; None for what the call does not use.
 
     q [B,T,H,D], k [B,S,K,D], v [B,S,K,V]; heads [H]: global head numbers; bias
-    [B|1,H|1,T|1,S|1]; keep [B,H,T,S] int8; q_pos [B,T], kv_pos [B,S,K|1]; q_run
-    [B|1,T], kv_run [B|1,S]; sink [H] float32; seed: two int32 words, batch [B]; and
+    [B|1,H|1,T|1,S|1]; keep [B,H,T,S] int8; q_pos [B,T], kv_pos [B,S,K|1]; q_segment
+    [B|1,T], kv_segment [B|1,S]; sink [H] float32; seed: two int32 words, batch [B]; and
     backward do [B,T,H,V], lse and delta [B,H,T]. sink and lse are in the unit of
     logits.
     """
@@ -41,8 +41,8 @@ class Arrays(NamedTuple):
     keep: Any = None
     q_pos: Any = None
     kv_pos: Any = None
-    q_run: Any = None
-    kv_run: Any = None
+    q_segment: Any = None
+    kv_segment: Any = None
     sink: Any = None
     seed: Any = None
     batch: Any = None
@@ -204,10 +204,10 @@ class TileContext:
         seen = None if form.mask is None else form.mask(self.head, i, j)
         if t.offset is None:
             seen = both(seen, j >= 0)  # -1: an empty slot
-        if x.q_run is not None:
-            mine = self.along(self.vector(x.q_run, row, False, 0), False)
-            run = self.along(self.vector(x.kv_run, column, True, 0), True)
-            seen = both(seen, (mine == run) & (run > 0))  # run 0 is padding
+        if x.q_segment is not None:
+            mine = self.along(self.vector(x.q_segment, row, False, 0), False)
+            segment = self.along(self.vector(x.kv_segment, column, True, 0), True)
+            seen = both(seen, (mine == segment) & (segment > 0))  # segment 0 is padding
         if t.s % t.columns:
             # the tail of the last tile is nobody's key
             seen = both(seen, self.along(self.numbers(column, True), True) < t.s)

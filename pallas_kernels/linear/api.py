@@ -55,7 +55,7 @@ def linear(
     log_decay: jax.Array | None = None,
     *,
     state: jax.Array | None = None,
-    run: jax.Array | None = None,
+    segment: jax.Array | None = None,
     scale: float = 1.0,
     dtype: Any = F32,
     tile: tuple[int, ...] | None = None,
@@ -66,17 +66,17 @@ def linear(
 
     q [B,T,H,D], k [B,T,K,D], v [B,T,K,V] of one type; query head h reads key head
     h // (H/K). log_decay, at most 0: None, [H], [B,T,H] or [B,T,H,D]. state [B,H,D,V]
-    is seen by tokens of run 1. run [B,T] int: 0 is padding, which writes nothing, does
-    not decay, and whose output is 0; a new run, they rise along the row, begins with an
-    empty state. tile: the numbers of the tile table, or the first of them. backend:
-    "tpu" or "triton"; interpret: run on a CPU, slowly. Raises Refused for what the
-    kernel does not do.
+    is seen by tokens of segment 1. segment [B,T] int: 0 is padding, which writes
+    nothing, does not decay, and whose output is 0; a new segment, they rise along the
+    row, begins with an empty state. tile: the numbers of the tile table, or the first
+    of them. backend: "tpu" or "triton"; interpret: run on a CPU, slowly. Raises Refused
+    for what the kernel does not do.
     """
     check(q, k, v, log_decay)
     check_device(backend, (q, k, v), interpret)
-    q, k, v = blank(run, q, k, v)
+    q, k, v = blank(segment, q, k, v)
     if log_decay is not None and log_decay.ndim > 1:
-        log_decay, = blank(run, log_decay)
+        log_decay, = blank(segment, log_decay)
     (b, t, h, d), width = q.shape, v.shape[3]
     channels = log_decay is not None and log_decay.ndim == 4
     device = tables.device_kind()
@@ -91,7 +91,7 @@ def linear(
     )
     if log_decay is not None and not channels:
         log_decay = jnp.maximum(log_decay.astype(F32), FLOOR)
-    flags = None if run is None else flagged(run)
+    flags = None if segment is None else flagged(segment)
     if flags is not None and not channels:
         log_decay = _broken(log_decay, flags, h)
     if state is None:
@@ -113,16 +113,16 @@ def check(q, k, v, log_decay) -> None:
         raise Refused(f"q has shape {q.shape}: it holds nothing")
 
 
-def flagged(run: jax.Array) -> jax.Array:
-    """[B,T] int32: 0 for padding, 2 for the first token of a new run, 1 for others."""
-    run = run.astype(jnp.int32)
-    first = jnp.ones_like(run[:, :1])
-    present = jax.lax.cummax(jnp.concatenate([first, run[:, :-1]], 1), axis=1)
-    return jnp.where(run > 0, jnp.where(run != present, 2, 1), 0)
+def flagged(segment: jax.Array) -> jax.Array:
+    """[B,T] int32: 0 for padding, 2 for the first token of a segment, 1 for others."""
+    segment = segment.astype(jnp.int32)
+    first = jnp.ones_like(segment[:, :1])
+    present = jax.lax.cummax(jnp.concatenate([first, segment[:, :-1]], 1), axis=1)
+    return jnp.where(segment > 0, jnp.where(segment != present, 2, 1), 0)
 
 
 def _broken(g, flags, h: int) -> jax.Array:
-    """Log decays [B,T,H] that forget all where a run begins, and nothing at padding."""
+    """Log decays [B,T,H] that forget all where a segment begins, nothing at padding."""
     flags = flags[:, :, None]
     g = jnp.zeros((1, 1, h), F32) if g is None else g if g.ndim == 3 else g[None, None]
     return jnp.where(flags == 1, g, jnp.where(flags == 2, FLOOR, 0.0))

@@ -97,7 +97,7 @@ class ChunkContext:
         if self.x.flags is None:
             return g
         flag = column(self.x.flags[0, :, at].astype(F32))
-        # 2: a run begins and all is forgotten; 0: padding, nothing decays
+        # 2: a segment begins and all is forgotten; 0: padding, nothing decays
         return jnp.where(flag > 1.5, FLOOR, jnp.where(flag > 0.5, g, 0.0))
 
     def pairs(self, decays, qk) -> list[Any]:

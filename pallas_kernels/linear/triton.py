@@ -137,7 +137,7 @@ class ChunkContext:
         own = self.rows(g, self.h, first, width).astype(F32)  # [c,width]
         own = jnp.maximum(own, FLOOR)
         if self.flag is not None:
-            # a run begins: all that was is forgotten
+            # a segment begins: all that was is forgotten
             own = jnp.where(self.flag[:, None] > 1, FLOOR, own)
         return ChannelDecay(call.c, call.scale, own, rolled=True)
 

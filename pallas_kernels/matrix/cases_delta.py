@@ -34,7 +34,7 @@ def rule(target, *, backend, backward, t, d, v=None, h=16, k=None, gated=True,
              "v": struct((1, t, h, v or d), dtype), "beta": struct((1, t, h), F32)}
     if gated:
         given["log_decay"] = struct((1, t, h), F32)
-    runs = {"run": struct((1, t), jnp.int32)} if packed else {}
+    segments = {"segment": struct((1, t), jnp.int32)} if packed else {}
     steps = 0
     if backend == "tpu":
         shape = tables.Shape(t, t, d, v or d, jnp.dtype(dtype).itemsize)
@@ -43,16 +43,16 @@ def rule(target, *, backend, backward, t, d, v=None, h=16, k=None, gated=True,
     trips = {f"delta_{way}": TripCounts((steps,), h, steps)
              for way in ("forward", "backward")[:1 + backward] if backend == "tpu"}
 
-    def f(given, runs):
-        return delta(**given, **runs, backend=backend)[1]
+    def f(given, segments):
+        return delta(**given, **segments, backend=backend)[1]
 
     if not backward:
-        return f, (given, runs), trips
+        return f, (given, segments), trips
 
-    def both(given, runs, do):
-        return jax.vjp(lambda given: f(given, runs), given)[1](do)
+    def both(given, segments, do):
+        return jax.vjp(lambda given: f(given, segments), given)[1](do)
 
-    return both, (given, runs, given["v"]), trips
+    return both, (given, segments, given["v"]), trips
 
 
 def work(t, d, v=None, h=16, backward=False, **options) -> float:

@@ -58,7 +58,7 @@ def products(logits: float, d: int, v: int, kernel: str) -> dict[str, float]:
 
 def passes(device: str, t, d, v, h, mask, itemsize=2, packed=False,
            matrix=False) -> dict[str, TripCounts]:
-    """Trips of the flash kernels, in the order of their programs; runs of `packed`
+    """Trips of the flash kernels, in the order of their programs; segments of `packed`
     sequences are taken to hide nothing."""
     trips = {}
     shape = tables.Shape(t, t, d, v, itemsize, matrix)
@@ -92,26 +92,28 @@ def attention(target, *, backend, backward, t, d, h=8, k=8, v=None, mask=Causal(
               ((h, d), (k, d), (k, v))]
     given = {"sink": struct(h, dtype=F32), "bias": struct(1, h, t, t, dtype=dtype)}
     arrays += [given[n] for n in given if n in extra]
-    runs = [struct(1, t, dtype=jnp.int32)] if "runs" in extra else []
+    segments = [struct(1, t, dtype=jnp.int32)] if "packed" in extra else []
     softcap = 30.0 if "softcap" in extra else None
 
-    def f(runs, q, k, v, *more):
+    def f(segments, q, k, v, *more):
         options = dict(zip([n for n in given if n in extra], more))
-        if runs:
-            options |= {"q_run": runs[0], "kv_run": runs[0]}
+        if segments:
+            options |= {"q_segment": segments[0], "kv_segment": segments[0]}
         return flash(q, k, v, mask=mask, softcap=softcap, backend=backend, **options)
 
     trips = {}
     if backend == "tpu":
         size = jnp.dtype(dtype).itemsize
-        trips = passes(target.kind, t, d, v, h, mask, size, bool(runs), "bias" in extra)
+        trips = passes(target.kind, t, d, v, h, mask, size, bool(segments),
+                       "bias" in extra)
     if not backward:
-        return f, (runs, *arrays), {n: c for n, c in trips.items() if "forward" in n}
+        forward = {n: c for n, c in trips.items() if "forward" in n}
+        return f, (segments, *arrays), forward
 
-    def both(runs, args, do):
-        return with_gradients(lambda *a: f(runs, *a)[0])(args, do)
+    def both(segments, args, do):
+        return with_gradients(lambda *a: f(segments, *a)[0])(args, do)
 
-    return both, (runs, arrays, struct(1, t, h, v, dtype=dtype)), trips
+    return both, (segments, arrays, struct(1, t, h, v, dtype=dtype)), trips
 
 
 def work(t, d, v=None, h=8, causal=True, backward=False) -> float:
@@ -131,7 +133,7 @@ FLASH: dict[str, dict[str, Any]] = {
     "full T8192 D128 H8": {"t": 8192, "d": 128, "mask": None},
     "grouped T4096 D128 H8 K2 window sinks softcap": {
         "t": 4096, "d": 128, "k": 2, "mask": Window(), "extra": ("sink", "softcap")},
-    "packed T4096 D128 H4": {"t": 4096, "d": 128, "h": 4, "k": 4, "extra": ("runs",)},
+    "packed T4096 D128 H4": {"t": 4096, "d": 128, "h": 4, "k": 4, "extra": ("packed",)},
     "bias T2048 D32 H4": {"t": 2048, "d": 32, "h": 4, "k": 4, "extra": ("bias",)},
     "odd T1000 D24 H4 float32": {"t": 1000, "d": 24, "h": 4, "k": 4, "dtype": F32},
 }

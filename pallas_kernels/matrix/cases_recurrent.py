@@ -22,7 +22,7 @@ def recurrence(target, *, backend, backward, t, d, h=16, k=None, decay="head",
     shapes = {"head": (h,), "token": (1, t, h), "channel": (1, t, h, d)}
     if decay in shapes:
         arrays.append(struct(*shapes[decay], dtype=F32))
-    runs = [struct(1, t, dtype=jnp.int32)] if packed else [None]
+    segments = [struct(1, t, dtype=jnp.int32)] if packed else [None]
     shape = tables.Shape(t, t, d, d, jnp.dtype(dtype).itemsize)
     trips = {}
     for way in ("forward", "backward") if backend == "tpu" else ():
@@ -31,16 +31,17 @@ def recurrence(target, *, backend, backward, t, d, h=16, k=None, decay="head",
         steps = h * -(-t // block)
         trips[f"linear_{way}"] = TripCounts((steps,), h, steps)
 
-    def f(runs, *args):
-        return linear(*args, run=runs[0], dtype=dtype, backend=backend)[1]
+    def f(segments, *args):
+        return linear(*args, segment=segments[0], dtype=dtype, backend=backend)[1]
 
     if not backward:
-        return f, (runs, *arrays), {n: c for n, c in trips.items() if "forward" in n}
+        forward = {n: c for n, c in trips.items() if "forward" in n}
+        return f, (segments, *arrays), forward
 
-    def both(runs, args, do):
-        return with_gradients(lambda *a: f(runs, *a))(args, do)
+    def both(segments, args, do):
+        return with_gradients(lambda *a: f(segments, *a))(args, do)
 
-    return both, (runs, arrays, struct(1, t, h, d, dtype=dtype)), trips
+    return both, (segments, arrays, struct(1, t, h, d, dtype=dtype)), trips
 
 
 def prefixes(target, *, backend, backward, t=8192, h=8, k=8, v=64, dtype=BF16,
@@ -48,10 +49,10 @@ def prefixes(target, *, backend, backward, t=8192, h=8, k=8, v=64, dtype=BF16,
     """scan: softmax over every prefix."""
     args = struct(1, t, h, dtype=F32), struct(1, t, k, v, dtype=dtype)
     state = tuple(struct(1, h, *width, dtype=F32) for width in ((), (), (v,)))
-    runs = [struct(1, t, dtype=jnp.int32)] if packed else []
+    segments = [struct(1, t, dtype=jnp.int32)] if packed else []
 
-    def f(runs, s, v, *state):
-        return scan(s, v, state, run=runs[0] if runs else None, dtype=dtype,
+    def f(segments, s, v, *state):
+        return scan(s, v, state, segment=segments[0] if segments else None, dtype=dtype,
                     backend=backend)
 
     trips = {}
@@ -60,13 +61,13 @@ def prefixes(target, *, backend, backward, t=8192, h=8, k=8, v=64, dtype=BF16,
         steps = h * -(-t // tables.chunks(target.kind, "scan", shape).chunk)
         trips = {"scan": TripCounts((steps,), steps, steps)}
     if not backward:
-        return f, (runs, *args, *state), trips
+        return f, (segments, *args, *state), trips
 
-    def both(runs, args, cotangent):
-        return with_gradients(lambda *a: f(runs, *a))(args, cotangent)
+    def both(segments, args, cotangent):
+        return with_gradients(lambda *a: f(segments, *a))(args, cotangent)
 
     do = struct(1, t, h, v, dtype=dtype)
-    return both, (runs, (*args, *state), (state, do)), trips
+    return both, (segments, (*args, *state), (state, do)), trips
 
 
 LINEAR: dict[str, dict[str, Any]] = {

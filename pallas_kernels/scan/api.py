@@ -37,14 +37,15 @@ class Static(NamedTuple):
 
 class Saved(NamedTuple):
     """What the backward pass needs: m, u [B,H,T] after each token, and what chunks
-    begin with, m_in, u_in [B,H,N], w_in [B,H,N,V] and run_in [B,N] (None: one run)."""
+    begin with, m_in, u_in [B,H,N], w_in [B,H,N,V], segment_in [B,N] (None: one
+    segment)."""
 
     m: Any
     u: Any
     m_in: Any
     u_in: Any
     w_in: Any
-    run_in: Any
+    segment_in: Any
 
 
 @in_32_bits
@@ -53,7 +54,7 @@ def scan(
     v: jax.Array,
     state: tuple[jax.Array, jax.Array, jax.Array],
     *,
-    run: jax.Array | None = None,
+    segment: jax.Array | None = None,
     dtype: Any = jnp.float32,
     chunk: int | None = None,
     backend: str = "tpu",
@@ -62,9 +63,10 @@ def scan(
     """((m, u, w) after the last token, o [B,T,H,V] in `dtype`).
 
     scores [B,T,H], v [B,T,K,V] with H a multiple of K; state: m, u [B,H] and w [B,H,V]
-    float32, seen by tokens of run 1. run [B,T]: rising from 1, a new run begins anew; 0
-    is padding, whose o is 0. m is a constant for the gradient. backend: "tpu" or
-    "triton"; chunk: tokens at once. Raises Refused for what the kernel does not do.
+    float32, seen by tokens of segment 1. segment [B,T]: rising from 1, a new segment
+    begins anew; 0 is padding, whose o is 0. m is a constant for the gradient. backend:
+    "tpu" or "triton"; chunk: tokens at once. Raises Refused for what the kernel does
+    not do.
     """
     if v.dtype not in DTYPES or dtype not in DTYPES:
         raise Refused(f"v is {v.dtype}, o {jnp.dtype(dtype)}: expected bfloat16, "
@@ -72,7 +74,7 @@ def scan(
     if v.shape[3] > WIDEST:
         raise Refused(f"V={v.shape[3]}: at most {WIDEST}")
     check_device(backend, (v, scores), interpret)
-    scores, v = blank(run, scores, v)
+    scores, v = blank(segment, scores, v)
     short = 128 if backend == "tpu" else 16
     t, width = scores.shape[1], v.shape[3]
     shape = tables.Shape(t, t, width, width, v.dtype.itemsize)
@@ -83,10 +85,10 @@ def scan(
         size = max(1 << (size - 1).bit_length(), 16)
     static = Static(size, jnp.dtype(dtype), backend, interpret)
     code = None
-    if run is not None:
-        # the run at each token or, negative, before it where it is padding
-        present = jnp.maximum(jax.lax.cummax(run.astype(jnp.int32), axis=1), 1)
-        code = jnp.where(run > 0, present, -present)
+    if segment is not None:
+        # the segment at each token or, negative, before it where it is padding
+        present = jnp.maximum(jax.lax.cummax(segment.astype(jnp.int32), axis=1), 1)
+        code = jnp.where(segment > 0, present, -present)
     m, u, w = (a.astype(F32) for a in state)
     return _scan(static, code, scores.astype(F32), v, m, u, w)
 

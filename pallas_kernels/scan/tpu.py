@@ -42,33 +42,34 @@ def _seen(c: int, code, tokens: int):
     if code is None:
         return i <= t
     col, row = _column(code), code
-    own, run = (col, jnp.abs(row)) if tokens else (row, jnp.abs(col))
-    return (i <= t) & (own == run)
+    own, segment = (col, jnp.abs(row)) if tokens else (row, jnp.abs(col))
+    return (i <= t) & (own == segment)
 
 
 def _column(code):
-    """An int32 row as a column: runs are counted by tokens, exact in float32."""
+    """An int32 row as a column: segments are counted by tokens, exact in float32."""
     return column(code.astype(F32)).astype(jnp.int32)
 
 
 def _forward(has_code, *refs):
     code, refs = (refs[0][0], refs[1:]) if has_code else (None, refs)
-    s_ref, v_ref, *given, o_ref, m_ref, u_ref, w_ref, m_now, u_now, w_now, run = refs
+    (s_ref, v_ref, *given, o_ref, m_ref, u_ref, w_ref,
+     m_now, u_now, w_now, segment) = refs
     n, g = pl.program_id(2), pl.program_id(3)
 
     @pl.when(n == 0)
     def _():
         for now, ref in zip((m_now, u_now, w_now), given):
             now[g] = ref[0, 0]
-        run[g] = jnp.ones((1, 1), jnp.int32)
+        segment[g] = jnp.ones((1, 1), jnp.int32)
 
     s, v = s_ref[0, 0], v_ref[0, 0]  # [1,c], [c,V]
     c = s.shape[1]
     m_in, enters, real = m_now[g], True, None
     if code is not None:
         real = _column(code)
-        # the triple that came in counts for its own run
-        enters = jnp.abs(real) == run[g]
+        # the triple that came in counts for its own segment
+        enters = jnp.abs(real) == segment[g]
         m_in = jnp.where(enters, m_in, LOWEST)
     seen = _seen(c, code, 0)  # [t,i]
     # m_t: the greatest score of a prefix, and of what came in
@@ -82,14 +83,14 @@ def _forward(has_code, *refs):
     w_ref[0, 0, 0] = w[c - 1:]  # after the last token
     m_now[g], u_now[g], w_now[g] = m[c - 1:], u[c - 1:], w[c - 1:]
     if code is not None:
-        run[g] = jnp.abs(code[:, c - 1:])
+        segment[g] = jnp.abs(code[:, c - 1:])
 
 
 def _backward(has_code, groups, *refs):
-    (code, run_in), refs = (
+    (code, segment_in), refs = (
         ((refs[0][0], refs[1][0, 0]), refs[2:]) if has_code else ((None, None), refs))
     (s_ref, v_ref, m_ref, u_ref, m_in, u_in, w_in, do_ref, du_ref, dw_ref,
-     ds_ref, dv_ref, g_ref, h_ref, g_now, h_now, ref_now, run_now, dv_now) = refs
+     ds_ref, dv_ref, g_ref, h_ref, g_now, h_now, ref_now, segment_now, dv_now) = refs
     n, g = pl.program_id(2), pl.program_id(3)
     s, v, m, u, do = s_ref[0, 0], v_ref[0, 0], m_ref[0, 0], u_ref[0, 0], do_ref[0, 0]
     c = s.shape[1]
@@ -98,14 +99,14 @@ def _backward(has_code, groups, *refs):
     @pl.when(n == 0)
     def _():
         g_now[g], h_now[g] = dw_ref[0, 0], -du_ref[0, 0]
-        ref_now[g], run_now[g] = m[:, c - 1:], present[:, c - 1:]
+        ref_now[g], segment_now[g] = m[:, c - 1:], present[:, c - 1:]
 
     @pl.when(g == 0)
     def _():
         dv_now[...] = jnp.zeros(dv_now.shape, F32)
 
     down, r = column(s), inverse(u, code)  # [i,1], 1/u [1,t]
-    enters = True if code is None else present == run_in
+    enters = True if code is None else present == segment_in
     share = exp_diff(jnp.where(enters, m_in[0, 0, 0], LOWEST), m)  # [1,t]
     wide = do.astype(F32)
     # P [i,t], v do^T [i,t], and w.do of what came in [1,t]
@@ -114,19 +115,19 @@ def _backward(has_code, groups, *refs):
         dot(w_in[0, 0, 0], wide, NT), u_in[0, 0, 0])
     # what later chunks ask for
     reach = down if code is None else jnp.where(
-        _column(code) == run_now[g], down, LOWEST)
+        _column(code) == segment_now[g], down, LOWEST)
     e = exp_diff(reach, ref_now[g])  # [i,1]
     along = (v.astype(F32) * g_now[g]).sum(1, keepdims=True)  # v.G [i,1]
     ds = ds.sum(1, keepdims=True) + e * (along - h_now[g])  # [i,1]
     dv_now[...] += weighted(p, do) + e * g_now[g]  # [i,t] [t,V] -> [i,V]
     ds_ref[0, 0], = rows(ds)
-    first, run = m[:, :1], present[:, :1]
+    first, segment = m[:, :1], present[:, :1]
     # asked of those before, measured from m of the chunk's first token
-    weight = exp_diff(first, jnp.where(present == run, m, jnp.inf)) * r
-    kept = exp_diff(jnp.where(run == run_now[g], first, LOWEST), ref_now[g])
+    weight = exp_diff(first, jnp.where(present == segment, m, jnp.inf)) * r
+    kept = exp_diff(jnp.where(segment == segment_now[g], first, LOWEST), ref_now[g])
     g_now[g] = dot(weight, wide, NN) + kept * g_now[g]  # [1,t] [t,V] -> [1,V]
     h_now[g] = (weight * delta).sum(1, keepdims=True) + kept * h_now[g]
-    ref_now[g], run_now[g] = first, run
+    ref_now[g], segment_now[g] = first, segment
     g_ref[0, 0, 0], h_ref[0, 0, 0] = g_now[g], h_now[g]
 
     @pl.when(g == groups - 1)
@@ -150,7 +151,7 @@ class Lay:
         block = 1, 1, self.c, self.v
         self.tile = block, lambda b, k, n, g: (b, head(k, g), at(n), 0)
         self.shared = block, lambda b, k, n, g: (b, k, at(n), 0)
-        # [B,1,T] and [B,N,1,1]: runs
+        # [B,1,T] and [B,N,1,1]: segments
         self.code = (1, 1, self.c), lambda b, k, n, g: (b, 0, at(n))
         self.start = (1, 1, 1, 1), lambda b, k, n, g: (b, at(n), 0, 0)
 
@@ -234,12 +235,13 @@ def forward(static, code, s, v, m, u, w):
     ms, us, ws = ms[:, :, 0], us[:, :, 0], ws[:, :, :, 0]
     starts = [jnp.concatenate([first[:, :, None], a], 2) for first, a in
               ((m, ms[:, :, c - 1::c]), (u, us[:, :, c - 1::c]), (w, ws))]
-    run_in = None
+    segment_in = None
     if code is not None:
-        run_in = jnp.pad(jnp.abs(code), ((0, 0), (1, 0)), constant_values=1)[:, :-1:c]
+        before = jnp.pad(jnp.abs(code), ((0, 0), (1, 0)), constant_values=1)
+        segment_in = before[:, :-1:c]
     last = tuple(a[:, :, -1] for a in starts)
     m_in, u_in, w_in = (a[:, :, :-1] for a in starts)
-    return last, lay.back(o), Saved(ms, us, m_in, u_in, w_in, run_in)
+    return last, lay.back(o), Saved(ms, us, m_in, u_in, w_in, segment_in)
 
 
 def backward(static, code, s, v, saved: Saved, do, du, dw):
@@ -255,7 +257,7 @@ def backward(static, code, s, v, saved: Saved, do, du, dw):
         (du[..., None, None], lay.once(1)), (dw[:, :, None], lay.once(lay.v))]
     if code is not None:
         ins = [(lay.coded(code), lay.code),
-               (saved.run_in[..., None, None], lay.start), *ins]
+               (saved.segment_in[..., None, None], lay.start), *ins]
     outs = [(_struct(b, h, 1, lay.size), lay.row),
             (_struct(b, k, lay.size, lay.v, dtype=v.dtype), lay.shared),
             (_struct(b, h, lay.n, 1, lay.v), many), (_struct(b, h, lay.n, 1, 1), one)]

@@ -31,8 +31,9 @@ class Arrays(NamedTuple):
     """What kernels read; None for what a pass or call does not use.
 
     s [B,T,H] float32; v [B,T,K,V]; code [B,T]; m, u [B,H,T]; do [B,T,H,V]; m_in, u_in
-    [B,H,N], w_in [B,H,N,V], run_in [B,N]: what a chunk begins with; ends [B,N]: the run
-    it ends with; ref, h [B,H,N], g [B,H,N,V] and run [B,N]: what later chunks ask for.
+    [B,H,N], w_in [B,H,N,V], segment_in [B,N]: what a chunk begins with; ends [B,N]: the
+    segment it ends with; ref, h [B,H,N], g [B,H,N,V] and segment [B,N]: what later
+    chunks ask for.
     """
 
     s: Any
@@ -44,12 +45,12 @@ class Arrays(NamedTuple):
     m_in: Any = None
     u_in: Any = None
     w_in: Any = None
-    run_in: Any = None
+    segment_in: Any = None
     ends: Any = None
     ref: Any = None
     h: Any = None
     g: Any = None
-    run: Any = None
+    segment: Any = None
 
 
 class ChunkContext:
@@ -69,7 +70,7 @@ class ChunkContext:
         return load(at, self.inside, LOWEST)
 
     def code(self):
-        """code [c], 0 beyond the end; None if there is one run."""
+        """code [c], 0 beyond the end; None if there is one segment."""
         if self.x.code is None:
             return None
         return load(self.x.code.at[self.b, pl.ds(self.start, self.c)], self.inside, 0)
@@ -109,9 +110,10 @@ class ChunkContext:
                 for n in (1 - tokens, tokens))
         if code is None:
             return i <= t  # i is seen, t sees
-        own, run = code, jnp.abs(code)
-        own, run = (own[:, None], run[None]) if tokens else (own[None], run[:, None])
-        return (i <= t) & (own == run)
+        mine, other = code, jnp.abs(code)
+        mine, other = ((mine[:, None], other[None]) if tokens
+                       else (mine[None], other[:, None]))
+        return (i <= t) & (mine == other)
 
 
 def _lanes(ref, b, h, n):
@@ -126,7 +128,7 @@ def _totals(c, x: Arrays, m_ref, u_ref, w_ref):
     ctx = ChunkContext(c, x)
     h, group = ctx.head, x.s.shape[2] // x.v.shape[2]
     s, code = ctx.scores(h), ctx.code()
-    # only the run that the chunk ends with goes on
+    # only the segment that the chunk ends with goes on
     if code is not None:
         s = jnp.where(code == x.ends[ctx.b, ctx.n], s, LOWEST)
     m = s.max(0)
@@ -142,8 +144,8 @@ def _forward(c, x: Arrays, o_ref, m_ref, u_ref):
     h, group = ctx.head, x.s.shape[2] // x.v.shape[2]
     s, code, m_in = ctx.scores(h), ctx.code(), ctx.one(x.m_in, h)
     if code is not None:
-        # the triple that came in counts for its own run
-        enters = jnp.abs(code) == x.run_in[ctx.b, ctx.n]
+        # the triple that came in counts for its own segment
+        enters = jnp.abs(code) == x.segment_in[ctx.b, ctx.n]
         m_in = jnp.where(enters, m_in, LOWEST)
     seen = ctx.seen(code, 0)  # [t,i]
     # m_t: the greatest score of a prefix, and of what came in
@@ -176,9 +178,9 @@ def _inside(c, x: Arrays, ds_ref, dv_ref, g_ref, h_ref):
         r, m_in, own = inverse(u, code), ctx.one(x.m_in, h), m
         if code is not None:
             present = jnp.abs(code)
-            m_in = jnp.where(present == x.run_in[ctx.b, ctx.n], m_in, LOWEST)
-            # only tokens of the chunk's first run ask for what lies before it
-            own = jnp.where(present == x.run[ctx.b, ctx.n], m, jnp.inf)
+            m_in = jnp.where(present == x.segment_in[ctx.b, ctx.n], m_in, LOWEST)
+            # only tokens of the chunk's first segment ask for what lies before it
+            own = jnp.where(present == x.segment[ctx.b, ctx.n], m, jnp.inf)
         share, weight = exp_diff(m_in, m), exp_diff(ctx.one(x.ref, h), own) * r
         parts = [product(v, d) for v, d in zip(values, do)]  # v do^T [i,t], in pieces
         a = functools.reduce(operator.add, parts)
@@ -208,9 +210,9 @@ def _reached(c, x: Arrays, given, ds_ref, dv_ref):
     def step(j, dv):
         h = k * group + j
         s, g = ctx.scores(h), ctx.wide(x.g, h)
-        # later chunks ask for tokens of their own run
+        # later chunks ask for tokens of their own segment
         if code is not None:
-            s = jnp.where(code == x.run[ctx.b, ctx.n], s, LOWEST)
+            s = jnp.where(code == x.segment[ctx.b, ctx.n], s, LOWEST)
         e = exp_diff(s, ctx.one(x.ref, h))  # [c]
         along = [(v.astype(F32) * one[None]).sum(1) for v, one in zip(values, g)]
         along = functools.reduce(operator.add, along)
@@ -238,7 +240,7 @@ def _launch(static, kernel, heads: int, x: Arrays, outs, name: str, *more) -> An
 
 
 def _join(a, b):
-    """Neighbouring stretches (run, m, u, w): another run replaces the one before."""
+    """Neighbouring stretches (segment, m, u, w): another segment replaces the last."""
     same = a[0][:, None] == b[0][:, None]
     left = jnp.where(same, a[1], LOWEST)
     m = jnp.maximum(left, b[1])
@@ -247,14 +249,14 @@ def _join(a, b):
 
 
 def _hand(a, b):
-    """The same of (run, ref, h, G) from the last chunk to the first: a is behind b."""
+    """The same of (segment, ref, h, G) from the last chunk to the first, a behind b."""
     same = a[0][:, None] == b[0][:, None]
     x = exp_diff(jnp.where(same, b[1], LOWEST), a[1])
     return b[0], b[1], b[2] + a[2] * x, b[3] + a[3] * x[..., None]
 
 
 def _over(op, parts):
-    """All joins along the chunks of (run [B,N], [B,H,N], [B,H,N], [B,H,N,V])."""
+    """All joins along the chunks of (segment [B,N], [B,H,N], [B,H,N], [B,H,N,V])."""
     first = [jnp.moveaxis(a, n, 0) for a, n in zip(parts, (1, 2, 2, 2))]  # chunks first
     step = jax.vmap(op)
     found = jax.lax.associative_scan(step, tuple(first))
@@ -282,23 +284,23 @@ def forward(static, code, s, v, m, u, w):
     x = Arrays(s, v, code, ends=ends)
     one, wide = _struct(b, h, many), _struct(b, h, many, v.shape[3])
     parts = _launch(static, _totals, h, x, [one, one, wide], "scan_totals")
-    run = jnp.ones((b, many), jnp.int32) if ends is None else ends
+    segment = jnp.ones((b, many), jnp.int32) if ends is None else ends
 
     def ahead(first, a):
         return jnp.concatenate([first, a], 2)
 
     # the state that came in stands before the first chunk
     starts = _over(_join, (
-        jnp.concatenate([jnp.ones((b, 1), jnp.int32), run], 1),
+        jnp.concatenate([jnp.ones((b, 1), jnp.int32), segment], 1),
         *(ahead(a[:, :, None], p) for a, p in zip((m, u, w), parts))))
     last = tuple(a[:, :, -1] for a in starts[1:])
-    run_in = None if ends is None else starts[0][:, :-1]
+    segment_in = None if ends is None else starts[0][:, :-1]
     m_in, u_in, w_in = (a[:, :, :-1] for a in starts[1:])
-    x = x._replace(m_in=m_in, u_in=u_in, w_in=w_in, run_in=run_in)
+    x = x._replace(m_in=m_in, u_in=u_in, w_in=w_in, segment_in=segment_in)
     line = _struct(b, h, t)
     outs = [_struct(b, t, h, v.shape[3], dtype=static.dtype), line, line]
     o, ms, us = _launch(static, _forward, h, x, outs, "scan_forward")
-    return last, o, Saved(ms, us, m_in, u_in, w_in, run_in)
+    return last, o, Saved(ms, us, m_in, u_in, w_in, segment_in)
 
 
 def backward(static, code, s, v, saved: Saved, do, du, dw):
@@ -307,12 +309,12 @@ def backward(static, code, s, v, saved: Saved, do, du, dw):
     many, k = -(-t // c), v.shape[2]
     starts, ends = _runs(code, c, many)
     ref = saved.m[:, :, ::c]  # m of a chunk's first token
-    x = Arrays(s, v, code, saved.m, saved.u, do, *saved[2:], ref=ref, run=starts)
+    x = Arrays(s, v, code, saved.m, saved.u, do, *saved[2:], ref=ref, segment=starts)
     outs = [_struct(b, t, h), _struct(*v.shape), _struct(b, h, many, v.shape[3]),
             _struct(b, h, many)]
     ds, dv, g, gap = _launch(static, _inside, k, x, outs, "scan_backward")
-    run = jnp.ones((b, many), jnp.int32) if starts is None else starts
-    final = run[:, -1:] if ends is None else ends[:, -1:]
+    segment = jnp.ones((b, many), jnp.int32) if starts is None else starts
+    final = segment[:, -1:] if ends is None else ends[:, -1:]
 
     def behind(a, last):
         return jnp.concatenate([a, last[:, :, None]], 2)
@@ -321,11 +323,11 @@ def backward(static, code, s, v, saved: Saved, do, du, dw):
         return tuple(jnp.flip(a, n) for a, n in zip(parts, (1, 2, 2, 2)))
 
     # from the last chunk to the first: turned round, scanned, turned back
-    run, ref, gap, g = turn(_over(_hand, turn((
-        jnp.concatenate([run, final], 1), behind(ref, saved.m[:, :, -1]),
+    segment, ref, gap, g = turn(_over(_hand, turn((
+        jnp.concatenate([segment, final], 1), behind(ref, saved.m[:, :, -1]),
         behind(gap, -du), behind(g, dw)))))
     x = x._replace(ref=ref[:, :, 1:], h=gap[:, :, 1:], g=g[:, :, 1:], do=None,
-                   run=None if code is None else run[:, 1:])
+                   segment=None if code is None else segment[:, 1:])
     outs = [_struct(b, t, h), jax.ShapeDtypeStruct(v.shape, v.dtype)]
     ds, dv = _launch(static, _reached, k, x, outs, "scan_backward_reached", (ds, dv))
     return ds, dv, (g[:, :, 0], gap[:, :, 0])

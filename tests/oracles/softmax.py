@@ -68,13 +68,14 @@ def order(t, s):
 
 
 def by_keywords(f, *args, mask=Full(), scale=None, softcap=None, score=None, head=None,
-                q_pos=None, kv_pos=None, q_run=None, kv_run=None, shift=0, dropout=0.0,
+                q_pos=None, kv_pos=None, q_segment=None, kv_segment=None, shift=0,
+                dropout=0.0,
                 key=None, batch=None, keep=None, **options):
     """f(*args, spec=, where=, dropout=) of what a kernel takes one by one."""
     if key is not None or keep is not None:
         options["dropout"] = Dropout(dropout, key, batch, keep)
     return f(*args, spec=LogitSpec(mask, scale, softcap, score),
-             where=Where(q_pos, kv_pos, q_run, kv_run, head, shift), **options)
+             where=Where(q_pos, kv_pos, q_segment, kv_segment, head, shift), **options)
 
 
 chunks = functools.partial(by_keywords, chunked.attend)

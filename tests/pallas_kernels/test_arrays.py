@@ -35,9 +35,9 @@ POSITIONS = [
     ("q_pos", {"q_pos": ones(B, T + 1), "kv_pos": ones(B, T)}),
     ("kv_pos", {"q_pos": ones(B, T), "kv_pos": ones(B, T + 1)}),
     ("kv_pos", {"q_pos": ones(B, T), "kv_pos": ones(B, T, 3)}),
-    ("q_(run|segment)", {"q_run": ones(B + 1, T), "kv_run": ones(B, T)}),
-    ("kv_(run|segment) is float32",
-     {"q_run": ones(B, T), "kv_run": floats(B, T)}),
+    ("q_segment", {"q_segment": ones(B + 1, T), "kv_segment": ones(B, T)}),
+    ("kv_segment is float32",
+     {"q_segment": ones(B, T), "kv_segment": floats(B, T)}),
     ("head", {"head": ones(K)}),
 ]
 ADDED = [("bias", {"bias": floats(*shape)}) for shape in (
@@ -49,7 +49,7 @@ ON_CACHES = [
     ("bias", {"bias": floats(B, T)}), ("bias", {"bias": floats(B, T, H)}),
     ("sink", {"sink": floats(1)}), ("q_pos", {"q_pos": ones(1, 1)}),
     ("k_scale", {"k_scale": floats(B, T)}),
-    (".*kv_run", {"kv_run": ones(B, T)}),
+    (".*kv_segment", {"kv_segment": ones(B, T)}),
     ("kv_pos", {"kv_pos": ones(B, T, 4)}), ("table", {"table": ones(B)}),
 ]
 CALLS = [(f, *case) for f in (*FLASH, chunks, best)

@@ -63,8 +63,8 @@ CASES = {
     "sunk": lambda: {"mask": Full(), "chosen": sunk()},
     "twice": lambda: {"mask": Full(), "chosen": jnp.concatenate([picked()] * 2, -1)},
     "runs": lambda: {
-        "mask": Causal(), "chosen": picked(), "q_run": jnp.asarray(SEGMENTS[:, :T]),
-        "kv_run": jnp.asarray(SEGMENTS),
+        "mask": Causal(), "chosen": picked(), "q_segment": jnp.asarray(SEGMENTS[:, :T]),
+        "kv_segment": jnp.asarray(SEGMENTS),
     },
     "empty_slots": lambda: {
         "mask": Causal(), "chosen": picked(K), "kv_pos": jnp.asarray(HELD)},
@@ -211,9 +211,9 @@ def test_inverse_lists_name_every_choice_once():
 
 
 def test_runs_go_together():
-    with pytest.raises(ValueError, match="q_run and kv_run go together"):
+    with pytest.raises(ValueError, match="q_segment and kv_segment go together"):
         attention(**arrays(), chosen=picked(), block=BLOCK,
-                  q_run=jnp.asarray(SEGMENTS[:, :T]))
+                  q_segment=jnp.asarray(SEGMENTS[:, :T]))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

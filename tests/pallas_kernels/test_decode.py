@@ -47,8 +47,8 @@ CASES = {
     "slots": lambda: {"mask": Causal(), "q_pos": last(), "kv_pos": slots()},
     "runs": lambda: {
         "mask": Causal(), "q_pos": last(), "kv_pos": slots(),
-        "q_run": jnp.asarray([[1, 1, 1], [0, 2, 2]]),
-        "kv_run": jnp.asarray(np.where(np.arange(S) < 9, 1, [[1], [2]])),
+        "q_segment": jnp.asarray([[1, 1, 1], [0, 2, 2]]),
+        "kv_segment": jnp.asarray(np.where(np.arange(S) < 9, 1, [[1], [2]])),
     },
 }
 

@@ -19,19 +19,19 @@ SCALE, NAMED = 0.5, "implementation"
 
 
 def runs(t):
-    """A run that goes on from the state, padding, and runs that begin inside, at the
-    edge of and before a chunk."""
-    run = np.zeros((B, t), np.int32)
-    run[:, :40], run[0, 45:100], run[0, 100:] = 1, 46, 101
-    run[1, 50:64], run[1, 64:t - 10] = 51, 65
-    return run
+    """A segment that goes on from the state, padding, and segments that begin inside,
+    at the edge of and before a chunk."""
+    segment = np.zeros((B, t), np.int32)
+    segment[:, :40], segment[0, 45:100], segment[0, 100:] = 1, 46, 101
+    segment[1, 50:64], segment[1, 64:t - 10] = 51, 65
+    return segment
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def results(options, args, run, cotangents):
+def results(options, args, segment, cotangents):
     """(state, o), and the gradients of all inputs."""
-    f = lambda *a: delta(*a[:5], state=a[5], run=run, scale=SCALE, interpret=True,
-                         **dict(options))
+    f = lambda *a: delta(*a[:5], state=a[5], segment=segment, scale=SCALE,
+                         interpret=True, **dict(options))
     out, back = jax.vjp(f, *args)
     return out, back(cotangents)
 
@@ -56,10 +56,10 @@ def test_the_kernel_is_the_recurrence(name, backend):
     options = {"t": 150, "packed": False} | CASES[name]
     t, packed = options.pop("t"), options.pop("packed")
     *args, d_o, d_state = inputs(t, **options)
-    run = runs(t) if packed else np.ones((B, t), np.int32)
+    segment = runs(t) if packed else np.ones((B, t), np.int32)
     g = np.float64(0) if args[4] is None else args[4]
-    want, grads = recurrence(*args[:4], g, args[5], run, SCALE, d_o, d_state)
-    ask = of(backend), args, run if packed else None, (d_state, d_o)
+    want, grads = recurrence(*args[:4], g, args[5], segment, SCALE, d_o, d_state)
+    ask = of(backend), args, segment if packed else None, (d_state, d_o)
     have, back = results(*ask)
     held(have, back, want, grads, args[4])
     for a, b in zip(jax.tree.leaves((have, back)), jax.tree.leaves(results(*ask))):

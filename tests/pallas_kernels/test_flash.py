@@ -41,7 +41,7 @@ def held():
 
 
 def packed():
-    return {"q_run": jnp.asarray(SEGMENTS), "kv_run": jnp.asarray(SEGMENTS)}
+    return {"q_segment": jnp.asarray(SEGMENTS), "kv_segment": jnp.asarray(SEGMENTS)}
 
 
 def kept():

@@ -34,7 +34,7 @@ def everything():
     return {"mask": Causal() & Window(60), "softcap": 3.0, "score": ALiBi(2),
             "sink": normal(3, 2), "q_pos": jnp.asarray(i),
             "kv_pos": jnp.asarray(kv_pos),
-            "q_run": jnp.asarray(RUNS[:1]), "kv_run": jnp.asarray(RUNS[:1]),
+            "q_segment": jnp.asarray(RUNS[:1]), "kv_segment": jnp.asarray(RUNS[:1]),
             "sizes": {"t": 150, "s": 150, "h": 2, "k": 2}}
 
 
@@ -45,8 +45,8 @@ CASES = {
     "empty_rows": lambda: {"mask": Causal(), "sizes": {"t": 100, "s": 40}},
     "sink_tokens": lambda: {"mask": Causal() & (Window(5) | Sink(3)), "tile": SHORT,
                             "softcap": 3.0, "sizes": {"t": 120, "s": 120}},
-    "runs": lambda: {"mask": Causal(), "q_run": jnp.asarray(RUNS),
-                     "kv_run": jnp.asarray(RUNS),
+    "runs": lambda: {"mask": Causal(), "q_segment": jnp.asarray(RUNS),
+                     "kv_segment": jnp.asarray(RUNS),
                      "sizes": {"b": 2, "t": 150, "s": 150}},
     "everything": everything,
     "one_token": lambda: {"mask": Causal(), "sizes": {"t": 1, "s": 1}},

@@ -31,31 +31,31 @@ def kernel(backend, **options):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def both(f, run, args, cotangents):
+def both(f, segment, args, cotangents):
     """What f gives, and the gradients of its arguments."""
-    call = lambda q, k, v, g, state: f(q, k, v, g, state=state, run=run)
+    call = lambda q, k, v, g, state: f(q, k, v, g, state=state, segment=segment)
     out, back = jax.vjp(call, *args)
     return out, back(cotangents)
 
 
-def check(f, args, run=None, d_o=None, d_state=None):
+def check(f, args, segment=None, d_o=None, d_state=None):
     """f is the recurrence, forward and backward, twice the same bits."""
     q, _, _, g, state = args
     b, t, h, d = q.shape
-    runs = np.ones((b, t), np.int32) if run is None else np.array(run, np.int32)
+    runs = np.ones((b, t), np.int32) if segment is None else np.array(segment, np.int32)
     decays = np.zeros(q.shape) if g is None else np.broadcast_to(
         {1: lambda: g[None, None, :, None], 3: lambda: g[..., None], 4: lambda: g}
         [g.ndim](), q.shape)
     want, grads = recurrence(*args[:3], decays, state, runs, d_o, d_state)
-    run = None if run is None else jnp.asarray(runs)
-    found = both(f, run, args, (d_state, d_o))
+    segment = None if segment is None else jnp.asarray(runs)
+    found = both(f, segment, args, (d_state, d_o))
     for a, b in zip(found[0], want):
         close(a, b)
     for name, a, b in zip("qkvgs", found[1], grads):
         if name != "g" or g is not None:
             close(a, like(b, g) if name == "g" else b, GRADIENT)
     jax.tree.map(np.testing.assert_array_equal, found,
-                 both(f, run, args, (d_state, d_o)))
+                 both(f, segment, args, (d_state, d_o)))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -117,9 +117,9 @@ def test_low_precision_is_as_good_as_plain(kind, backend):
     *args, d_o, _ = inputs(37, kind)
     low = [jnp.asarray(a, jnp.bfloat16) for a in args[:3]] + [jnp.asarray(args[3])]
     d_o = jnp.asarray(d_o, jnp.bfloat16)
-    run = np.ones(d_o.shape[:2], np.int32)
+    segment = np.ones(d_o.shape[:2], np.int32)
     (_, o), grads = recurrence(
-        *low[:3], per_channel(args[3], 37), np.zeros_like(args[4]), run, d_o,
+        *low[:3], per_channel(args[3], 37), np.zeros_like(args[4]), segment, d_o,
         np.zeros_like(args[4]))
     exact = [o, *grads[:3], like(grads[3], args[3])]
 
@@ -162,9 +162,9 @@ def test_a_long_row(backend, kind, t):
 def test_the_recurrence_takes_it(platform, monkeypatch):
     monkeypatch.setattr(dispatch, "INTERPRETED", platform)
     q, k, v, g, state, *_ = inputs(16, "channel")
-    run = jnp.array(RUNS[16], jnp.int32)
+    segment = jnp.array(RUNS[16], jnp.int32)
     f = functools.partial(
-        linear_recurrence, q, k, v, g, state=state, segment=run, scale=0.3)
+        linear_recurrence, q, k, v, g, state=state, segment=segment, scale=0.3)
     for a, b in zip(f(implementation="pallas"), f(implementation="xla")):
         close(a, b)
 
@@ -177,7 +177,7 @@ def test_sharding_changes_nothing(platform, kind, packed, reverse, monkeypatch):
     monkeypatch.setattr(dispatch, "INTERPRETED", platform)
     q, k, v, g, _, d_o, _ = inputs(16, kind)
     k, v = (np.repeat(a, H // K, 2) for a in (k, v))
-    run = jnp.array(RUNS[16], jnp.int32) if packed else None
+    segment = jnp.array(RUNS[16], jnp.int32) if packed else None
     form = {None: ".", 1: "H", 3: "BTH", 4: "BTHD"}[None if g is None else g.ndim]
     split = lambda *args: over_mesh(
         lambda *a: linear_recurrence(
@@ -189,11 +189,12 @@ def test_sharding_changes_nothing(platform, kind, packed, reverse, monkeypatch):
         out, back = jax.jit(lambda *a: jax.vjp(f, *a))(q, k, v, g)
         return out, back(d_o)
 
-    want = results(lambda *a: linear_recurrence(*a, segment=run, reverse=reverse)[1])
+    want = results(
+        lambda *a: linear_recurrence(*a, segment=segment, reverse=reverse)[1])
     mesh = jax.make_mesh((1, 4, 2), ("data", "seq", "model"),
                          axis_types=(jax.sharding.AxisType.Auto,) * 3)
     with jax.set_mesh(mesh):
-        have = results(lambda *a: split(*a, run))
+        have = results(lambda *a: split(*a, segment))
     close(have[0], want[0])
     for a, b in zip(have[1], want[1]):
         if a is not None:

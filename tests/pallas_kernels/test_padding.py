@@ -18,25 +18,26 @@ T, H, K, D, V = RUN.shape[1], 2, 1, 8, 12
 
 
 def linear_attention(q, k, v, g, beta, **how):
-    return linear(q, k, v, g, run=RUN, **how)
+    return linear(q, k, v, g, segment=RUN, **how)
 
 
 def linear_by_channel(q, k, v, g, beta, **how):
-    return linear(q, k, v, g[..., None] * beta[..., :1, None] * q * q, run=RUN, **how)
+    decay = g[..., None] * beta[..., :1, None] * q * q
+    return linear(q, k, v, decay, segment=RUN, **how)
 
 
 def delta_rule(q, k, v, g, beta, **how):
-    return delta(q, k, v, beta, g, run=RUN, **how)
+    return delta(q, k, v, beta, g, segment=RUN, **how)
 
 
 def prefix_softmax(q, k, v, g, beta, **how):
     state = jnp.zeros((1, H)), jnp.zeros((1, H)), jnp.zeros((1, H, V))
-    return scan(q.sum(-1) + g, v, state, run=RUN, **how)
+    return scan(q.sum(-1) + g, v, state, segment=RUN, **how)
 
 
 def exact(q, k, v, g, beta, **how):
     pos = jnp.arange(T, dtype=jnp.int32)[None]
-    return flash(q, k, v, q_pos=pos, kv_pos=pos, q_run=RUN, kv_run=RUN, **how)
+    return flash(q, k, v, q_pos=pos, kv_pos=pos, q_segment=RUN, kv_segment=RUN, **how)
 
 
 @pytest.mark.parametrize("backend", ["tpu", "triton"])

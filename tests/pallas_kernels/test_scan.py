@@ -19,10 +19,10 @@ BACKENDS = ("tpu", "triton")
 KERNEL = pytest.mark.parametrize("backend", BACKENDS)
 
 
-def kernel(backend, run=None, chunk=16, dtype=jnp.float32):
+def kernel(backend, segment=None, chunk=16, dtype=jnp.float32):
     """f(scores, v, state) -> (state, o)."""
     def f(s, v, state):
-        last, o = scan(s, v, tuple(state), run=run, chunk=chunk, dtype=dtype,
+        last, o = scan(s, v, tuple(state), segment=segment, chunk=chunk, dtype=dtype,
                        backend=backend, interpret=True)
         return SoftmaxState(*last), o
 
@@ -35,8 +35,8 @@ def kernel(backend, run=None, chunk=16, dtype=jnp.float32):
 @pytest.mark.parametrize("kind", ["none", "wide"])
 def test_it_is_the_recurrence(kind, packed, t, backend):
     given = inputs(t, state=kind != "none", scale=30.0 if kind == "wide" else 1.0)
-    run = np.array(RUNS[t] if packed else np.ones((B, t)), np.int32)
-    check(kernel(backend, jnp.asarray(run) if packed else None), given, run)
+    segment = np.array(RUNS[t] if packed else np.ones((B, t)), np.int32)
+    check(kernel(backend, jnp.asarray(segment) if packed else None), given, segment)
 
 
 @KERNEL
@@ -109,11 +109,11 @@ def test_low_precision(dtype, backend):
 @KERNEL
 def test_twice_is_the_same(backend):
     s, v, state, d_o, d_state = inputs(37)
-    run = jnp.asarray(RUNS[37], jnp.int32)
+    segment = jnp.asarray(RUNS[37], jnp.int32)
 
     @jax.jit
     def both(*args):
-        out, back = jax.vjp(kernel(backend, run), *args)
+        out, back = jax.vjp(kernel(backend, segment), *args)
         return out, back((SoftmaxState(*d_state), d_o))
 
     one, two = (both(s, v, SoftmaxState(*state)) for _ in range(2))

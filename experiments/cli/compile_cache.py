@@ -1,5 +1,5 @@
-"""The compile cache of the tests: in the user's cache folder, so that a second clone is
-warm, bounded in size, and safe with several processes.
+"""The compile cache of commands and tests: in the user's cache folder, so that a second
+run and a second clone are warm, bounded in size, and safe with several processes.
 
 Nothing here depends on where the checkout lies: XLA's own caches, whose path would be
 part of every key, are off.
@@ -46,14 +46,22 @@ def folder() -> pathlib.Path:
 
 
 def use() -> None:
-    """Points jax, and every process that is started from here, at the cache. Before
-    jax is imported; a folder that the user has set stays."""
+    """Points jax, and every process that is started from here, at the cache; what the
+    user has set stays. Programs that were compiled before are not in it."""
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(folder()))
     for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
+    import jax
+
+    for name in ("JAX_COMPILATION_CACHE_DIR", *SETTINGS):
+        # jax reads the environment when it is imported, which may have been before
+        kind = type(getattr(jax.config, name.lower()))
+        value = os.environ[name]
+        jax.config.update(name.lower(), value if kind is type(None) else kind(value))
+    _write_whole_entries()
 
 
-def write_whole_entries() -> None:
+def _write_whole_entries() -> None:
     """Makes jax rename an entry into its place once it is written, so that no process
     reads half of what another one is writing, and none is left by a killed one."""
     from jax._src import lru_cache  # no public way

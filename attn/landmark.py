@@ -53,7 +53,8 @@ class Landmark(Attention):
     (whose landmarks are compared there), the next `top_k` for the retrieved ones, then
     the text at hand. dropout: of the block gates, when called with a `key`; jump (the
     authors' `pos_jump_on_mem`): each landmark moves later positions on by a random
-    number below it, with a `key`.
+    number below it, with a `key`. implementation: "dense" has forward-mode derivatives
+    too, where the default has a backward pass of its own.
 
     As proposed here, not published: fewer than `top_k` cached blocks stand at their
     true positions; packed segments; grouped heads retrieve a query head each.

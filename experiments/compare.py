@@ -97,9 +97,6 @@ class Config:
 
     def __post_init__(self):
         seeds.check(self)
-        if self.record is not None and self.seeds < shipped.LEAST:
-            raise ValueError(f"record={self.record}: expected seeds={shipped.LEAST} or "
-                             f"more, got {self.seeds}")
         if not self.attentions:
             raise ValueError("attentions=(): expected one or more")
 
@@ -131,6 +128,7 @@ TINY = Config(
 
 def run(config_: Config) -> dict[str, Any]:
     """Trains and compares -> {"rows": one dict an attention, "folder": ...}."""
+    shipped.check(config_.record, config_.seeds)
     for attention in config_.attentions:
         check_row(config_, attention)  # what cannot run ends here, without a folder
     command = config.command(config_)

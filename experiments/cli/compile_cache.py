@@ -74,7 +74,7 @@ def _write_whole_entries() -> None:
         part.write_bytes(value)
         part.replace(path)
 
-    lru_cache.LRUCache.put = put
+    lru_cache.LRUCache.put = put  # type: ignore[method-assign]
 
 
 def prune(limit: int = LIMIT) -> int:

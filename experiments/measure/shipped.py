@@ -25,12 +25,15 @@ def path_of(name: str) -> pathlib.Path:
     return ROOT / "experiments" / f"{name}.json"
 
 
+def check(record: str | None, seeds: int) -> None:
+    """ValueError for a record of fewer than three seeds."""
+    if record is not None and seeds < LEAST:
+        raise ValueError(f"record={record}: expected seeds={LEAST} or more, got "
+                         f"{seeds}")
+
+
 def save(path: pathlib.Path, settings: Any, found: dict[str, Any]) -> None:
-    """Writes a record: what was found, under the settings that all seeds share.
-    ValueError for fewer than three seeds."""
-    if len(found["seeds"]) < LEAST:
-        raise ValueError(f"record={path}: expected seeds={LEAST} or more, got "
-                         f"{len(found['seeds'])}")
+    """Writes a record: what was found, under the settings that all seeds share."""
     record = {"settings": settings, "pace": pace()} | found
     write_whole(path, json.dumps(record, indent=1) + "\n")
 

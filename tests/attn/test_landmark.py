@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -216,3 +217,22 @@ def test_dropout_and_jumps_need_a_key():
 def test_wrong_fields(fields, message):
     with pytest.raises(ValueError, match=message):
         Landmark(**fields)
+
+
+def test_forward_mode_is_dense():
+    q, k, v = (jax.random.normal(jax.random.key(n), (1, 20, 2, 4)) for n in range(3))
+    plain = Landmark(block=3, implementation="dense")
+    tangents = (v, q, k)
+    _, found = jax.jit(lambda *a: jax.jvp(plain, a, tangents))(q, k, v)
+
+    def both(*args):
+        o, back = jax.vjp(Landmark(block=3), *args)
+        return o, back(found)
+
+    # <do, J t> of forward mode is <J^T do, t> of the backward pass
+    o, grads = jax.jit(both)(q, k, v)
+    chex.assert_trees_all_close(o, jax.jit(plain)(q, k, v), atol=1e-6)
+    right = sum(jnp.vdot(g, t) for g, t in zip(grads, tangents))
+    np.testing.assert_allclose(right, jnp.vdot(found, found), rtol=1e-5)
+    with pytest.raises(NotImplementedError, match="implementation='dense'"):
+        jax.jvp(Landmark(block=3), (q, k, v), tangents)

@@ -294,13 +294,15 @@ class Routing(nn.Module, Attention):
         """
         real = [s if s is None else s > 0 for s in (q_seg, kv_seg)]
         mean = self.get_variable("centroids", "mean")
+        if self.is_initializing():
+            return
         if self.is_mutable_collection("losses"):
             each = [kmeans.commitment(x, mean, r) for x, r in zip(found, real)]
             loss = sum(each) / len(each)
             # the authors add that of queries and of keys, shared ones too
             loss = 2 * loss if self.norm == LAYER else loss
             self.sow("losses", "commitment", self.beta * loss)
-        if self.is_initializing() or not self.is_mutable_collection("centroids"):
+        if not self.is_mutable_collection("centroids"):
             return
         now = Centroids(*(self.get_variable("centroids", name)
                           for name in Centroids._fields))

@@ -275,14 +275,13 @@ ENTRIES = {
     ),
     # a member is chosen among earlier tokens; k is read
     "routing": Entry(
-        Routing(clusters=3, window=6, members="prefix", share_qk=False, local=1,
-                local_block=3), (
+        Routing(clusters=3, window=6, members="prefix", share_qk=False), (
             Routing(clusters=1, window=T, norm="unit", share_qk=False, eps=0.0),
             Softmax()), flops=1, decode=0, kernel=False,
     ),
     # windows that hold all tokens: no later one takes the place of an earlier one
     "routing_whole": Entry(
-        Routing(clusters=2, window=512, share_qk=False), (
+        Routing(clusters=2, window=512, share_qk=False, local=2, local_block=3), (
             Routing(clusters=2, window=T, norm="unit", share_qk=False, eps=0.0,
                     local=1, local_block=T), Softmax()),
         flops=1, decode=0, kernel=False, wraps="routing",

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from attn.contract.varying import varying
 from attn.exact.attend import attend
 from attn.exact.dense import weights
 from attn.exact.logits import LogitSpec, Where
@@ -180,7 +181,7 @@ def prefix(
         lists, o, count = _chunk(lists, *given, routes)
         return lists, (o, count)
 
-    lists, (o, count) = jax.lax.scan(chunk, lists, given)
+    lists, (o, count) = jax.lax.scan(chunk, *varying((lists, given)))
     # [T/size,B,size,...] -> [B,T,...]
     o, count = (jnp.moveaxis(a, 0, 1).reshape(a.shape[1], filled, *a.shape[3:])[:, :t]
                 for a in (o, count))
@@ -267,7 +268,8 @@ def _entries(held, held_segment, score, segment):
 
     who = jnp.where(held > -jnp.inf, places, -1)
     given = jnp.moveaxis(score, -1, 0), jnp.arange(t, dtype=jnp.int32), segment.T
-    carry, (enters, gone) = jax.lax.scan(token, (held, who, held_segment), given)
+    carry, (enters, gone) = jax.lax.scan(
+        token, *varying(((held, who, held_segment), given)))
     enters, gone = jnp.moveaxis(enters, 0, -1), jnp.moveaxis(gone, 0, -1)
     never = jnp.iinfo(jnp.int32).max
     here = jnp.concatenate([held > -jnp.inf, enters], -1)

@@ -1,0 +1,313 @@
+"""Combiner (Ren et al., 2021) arXiv:2107.05768: near tokens one by one, far ones by
+region, and nothing left out.
+
+A token's past is cut into disjoint sets: one is read token by token, the others as
+regions, each of which is one key and one value (`attn/sparse/regions.py`):
+
+    o_i = sum_(j direct) p_j v_j + sum_r p_r v_r,
+    p = softmax(s q_i.[k_j of direct tokens, k_r of regions])
+
+Every token gets some weight, rows sum to one, and the weights inside a region do not
+depend on who reads it. How the past is cut is the plan: blocks ("fixed", T^1.5 for
+blocks of sqrt(T)), powers of two ("logsparse", T log T), or rows and columns of a grid
+("axial_...", T^1.5 for rows of sqrt(T)).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from attn.cache import kv as caches
+from attn.cache.kv import Cache
+from attn.contract.attention import MASKED, Attention, TemplateRow
+from attn.contract.dispatch import pick
+from attn.contract.fields import check_fields
+from attn.contract.segments import TokenPositions, locate
+from attn.contract.shapes import check
+from attn.exact.attend import attend
+from attn.exact.logits import LogitSpec, Where
+from attn.exact.online import OnlineSoftmax, join, output, state_of
+from attn.masks import BlockCausal, Causal, Mask, Window
+from attn.parallel.sharding import Axis, gather, mesh_of, over_mesh, spread_heads
+from attn.sparse import axial, regions, spans
+from attn.sparse.grouped_softmax import compact
+from attn.sparse.regions import Regions, Tokens
+
+FIXED, LOGSPARSE = "fixed", "logsparse"
+# the regions that a grid is read by: (vertical, horizontal)
+AXIAL = {"axial_mixture": (True, True), "axial_vertical": (True, False),
+         "axial_horizontal": (False, True)}
+PLANS = FIXED, LOGSPARSE, *AXIAL
+
+
+class FixedState(NamedTuple):
+    """Of complete blocks the regions k [B,N,H,D], v [B,N,H,V] and their numbers pos
+    [B,N,1], -1 for none; the tokens of the present block own_q [B,s,H,D], own_k
+    [B,s,K,D], own_v [B,s,K,V]; end [B] int32 the next token's position; segment [B]
+    int32 the last token's segment, -1 before the first."""
+
+    k: jax.Array
+    v: jax.Array
+    pos: jax.Array
+    own_q: jax.Array
+    own_k: jax.Array
+    own_v: jax.Array
+    end: jax.Array
+    segment: jax.Array
+
+
+class SpansState(NamedTuple):
+    """All keys k [B,C,K,D] and values v [B,C,K,V], and the spans of the bits of how
+    many there are, `spans.Counter`; end, segment [B] int32 as in `FixedState`."""
+
+    k: jax.Array
+    v: jax.Array
+    counter: spans.Counter
+    end: jax.Array
+    segment: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Combiner(Attention):
+    """Combiner (Ren et al., 2021) arXiv:2107.05768: direct tokens, and regions.
+
+    plan: "fixed" reads the own block up to the token, and earlier blocks as regions;
+    "logsparse" itself, and a span of 2^l tokens for each bit of its position;
+    "axial_vertical", "axial_horizontal" and "axial_mixture" the row and the column, and
+    the regions of `attn/sparse/axial.py`; a tuple of plans is their average. block:
+    tokens of a block, or of a row of the grid. causal=False, of "fixed" alone: the own
+    block whole and all others as regions.
+
+    Streams: "fixed" keeps a region for each block and the present block; "logsparse"
+    all keys and values, and at most log2(T) + 1 spans, of which a token renews one;
+    grids and averages have none. Packed rows are proposed here: blocks and spans are
+    counted from the beginning of each sequence; a grid, whose rows would begin anywhere
+    then, takes none, and without an order such rows have as many regions as tokens.
+    Keys of regions are those of K heads; their values are of H, as each query head has
+    its own q_r. Over an axis shards of whole blocks exchange regions alone.
+    """
+
+    plan: Any = FIXED
+    block: int = 128
+    causal: bool = True
+    scale: float | None = None
+    axis: Axis | None = None
+    implementation: str | None = None
+    row = TemplateRow(MASKED, "L b D + L^2 D / b, or L log L D", 2)
+
+    def __post_init__(self):
+        check_fields(self, least={"block": 1})
+        plans = self.plan if isinstance(self.plan, tuple) else (self.plan,)
+        if not plans or not all(plan in PLANS for plan in plans):
+            raise ValueError(
+                f"Combiner: plan={self.plan!r}: expected one of {PLANS}, or a tuple")
+        if not self.causal and set(plans) != {FIXED}:
+            raise ValueError(
+                f"Combiner: causal=False, plan={self.plan!r}: expected plan='fixed'")
+
+    def __call__(self, q, k, v, *, x=None, segments=None):
+        """All tokens at once. q [B,T,H,D], k [B,T,K,D], v [B,T,K,V] -> [B,T,H,V]."""
+        check(q, k, v, segments=segments, aligned=True)
+        if isinstance(self.plan, tuple):
+            each = (dataclasses.replace(self, plan=plan) for plan in self.plan)
+            found = [a(q, k, v, segments=segments).astype(jnp.float32) for a in each]
+            return (sum(found) / len(found)).astype(v.dtype)
+        now = locate(segments, *q.shape[:2])
+        segment = None if segments is None else now.segment
+        if self.plan == FIXED:
+            k, v = (spread_heads(a, q.shape[2], self.axis) for a in (k, v))
+            letters = "BTHD BSKD BSKV BT BT -> BTHV"
+            local = over_mesh(self._fixed, letters, self.axis)
+            return local(q, k, v, now.pos, segment)
+        if self.axis is not None:
+            mesh_of(self.axis)  # how these are split is left to the compiler
+        if self.plan == LOGSPARSE:
+            o = pick(self.implementation, xla=lambda: self._spans(
+                q, k, v, now.pos, segment))
+            return o.astype(v.dtype)
+        if segments is not None:
+            raise NotImplementedError(
+                f"segments with plan={self.plan!r}: the rows of a grid would begin "
+                "anywhere, expected plan='fixed' or 'logsparse'")
+        vertical, horizontal = AXIAL[self.plan]
+        k, v = (jnp.repeat(a, q.shape[2] // a.shape[2], 2) for a in (k, v))
+        o = axial.attend(
+            q, k, v, self.block, self._scale(q), vertical=vertical,
+            horizontal=horizontal, implementation=self.implementation)
+        return o.astype(v.dtype)
+
+    def _fixed(self, q, k, v, pos, segment) -> jax.Array:
+        """Blocks: q [B,T,H,D] of this shard."""
+        row = Tokens(q, k, v, pos, segment)
+        aligned = segment is None and q.shape[1] % self.block == 0
+        if self.axis is not None and not aligned:
+            row = jax.tree.map(lambda a: gather(a, self.axis), row)
+        if segment is None:
+            far = regions.regular(row, self.block, self._scale(q))
+        else:
+            row = _compact(row)
+            far = regions.complete(
+                row, self.block, self._scale(q), partly=not self.causal)
+        if self.axis is not None and aligned:
+            far = jax.tree.map(lambda a: gather(a, self.axis), far)
+        if segment is None and self.axis is None:
+            where = Where()
+        else:
+            where = Where(pos, row.pos, segment, row.segment)
+        near = self._attend(q, row.k, row.v, self._own_block, where)
+        return self._joined(near, q, far, pos, segment, v.dtype)
+
+    @property
+    def _own_block(self) -> Mask:
+        """What is read token by token."""
+        own = BlockCausal(self.block, 0)
+        return Causal() & own if self.causal else own
+
+    def _attend(self, q, k, v, mask: Mask, where: Where) -> OnlineSoftmax:
+        return state_of(*attend(
+            q, k, v, LogitSpec(mask, self._scale(q)), where, split_lse=True,
+            implementation=self.implementation))
+
+    def _joined(self, near, q, far: Regions, pos, segment, dtype) -> jax.Array:
+        """What the direct tokens and the regions give."""
+        number = pos // self.block
+        # strictly earlier blocks, or without an order all others
+        mask, number = (Causal(), number - 1) if self.causal else (
+            ~Window(0, 0), number)
+        of = None if segment is None else far.segment
+        far_k, far_v = far.k.astype(q.dtype), far.v.astype(dtype)
+        found = self._attend(
+            q, far_k, far_v, mask, Where(number, far.number, segment, of))
+        return output(join(near, found)).astype(dtype)
+
+    def _spans(self, q, k, v, pos, segment) -> jax.Array:
+        """Spans of 2^l tokens."""
+        scale = self._scale(q)
+        if segment is None:
+            return spans.attend(q, k, v, pos, scale)
+        place, length = spans.apart(pos, segment)
+        row = jnp.arange(q.shape[0])[:, None]
+
+        def put(a):
+            empty = jnp.zeros((a.shape[0], length, *a.shape[2:]), a.dtype)
+            return empty.at[row, place].set(a, mode="drop")
+
+        o = spans.attend(put(q), put(k), put(v), put(pos), scale)
+        return o.at[row, place].get(mode="fill", fill_value=0)
+
+    def init_state(self, size, q, k, v, *, x=None):
+        """An empty memory for `size` tokens, of "fixed" up to a whole block."""
+        caches.check_size(size)
+        self.check_stream()
+        b, _, h, d = q.shape
+        clock = jnp.zeros((b,), jnp.int32), jnp.full((b,), -1, jnp.int32)
+        if self.plan == LOGSPARSE:
+            held = caches.empty(k, v, size)
+            high = max(size.bit_length(), 1)
+            widths = d, d, v.shape[3]
+            counter = (jnp.zeros((b, high, h, n), jnp.float32) for n in widths)
+            return SpansState(held.k, held.v, spans.Counter(*counter), *clock)
+
+        def empty(a, slots, heads):
+            return jnp.zeros((b, slots, heads, a.shape[3]), a.dtype)
+
+        n, s, heads = -(-size // self.block), self.block, k.shape[2]
+        return FixedState(
+            empty(k, n, h), empty(v, n, h), jnp.full((b, n, 1), -1, jnp.int32),
+            empty(q, s, h), empty(k, s, heads), empty(v, s, heads), *clock)
+
+    def step(self, state, q, k, v, *, x=None, segments=None):
+        """The next T tokens -> state, [B,T,H,V]. Past the state's size: ValueError, and
+        NaN inside a trace."""
+        check(q, k, v, segments=segments, aligned=True, piece=True)
+        self.check_stream()
+        now = locate(segments, *q.shape[:2], state.end, state.segment)
+        log = self.plan == LOGSPARSE
+        room = state.k.shape[1] * (1 if log else self.block)
+        caches.check_room(now.next_pos, room)
+        step = self._step_spans if log else self._step_fixed
+        state, o = step(state, q, k, v, now)
+        return state, caches.poison(o.astype(v.dtype), now.next_pos, room)
+
+    def check_stream(self) -> None:
+        super().check_stream()
+        if self.plan not in (FIXED, LOGSPARSE):
+            raise NotImplementedError(
+                f"step: plan={self.plan!r} has no stream, expected 'fixed' or "
+                "'logsparse'")
+
+    def _step_fixed(self, state: FixedState, q, k, v, now: TokenPositions):
+        """The present block and the regions of the earlier ones."""
+        b, s = q.shape[0], self.block
+        used = state.end % s  # tokens of the present block
+        index = jnp.arange(s, dtype=jnp.int32)[None]
+        there = index < used[:, None]
+        held = Tokens(state.own_q, state.own_k, state.own_v,
+                      (state.end - used)[:, None] + index, there.astype(jnp.int32))
+        new = Tokens(q, k, v, now.pos, now.segment)
+        row = _compact(Tokens(*(
+            jnp.concatenate([a, c.astype(a.dtype)], 1) for a, c in zip(held, new))))
+        fresh = regions.complete(row, s, self._scale(q))
+        # the regions that are held are of the sequence that goes on, index 1
+        old = Regions(state.k, state.v, state.pos[..., 0], jnp.ones_like(
+            state.pos[..., 0]))
+        far = Regions(*(jnp.concatenate([a, c.astype(a.dtype)], 1)
+                        for a, c in zip(old, fresh)))
+        where = Where(now.pos, row.pos, now.segment, row.segment)
+        near = self._attend(
+            q, row.k.astype(q.dtype), row.v.astype(q.dtype), self._own_block, where)
+        o = self._joined(near, q, far, now.pos, now.segment, v.dtype)
+        newest = now.segment.max(1, keepdims=True)
+        newest = jnp.where(newest > 0, newest, 1)  # of padding alone nothing changes
+        began = (newest > 1)[..., None]
+        cache = Cache(state.k, state.v, jnp.where(began, -1, state.pos), *state[6:])
+        mine = (fresh.segment == newest) & (fresh.number >= 0)
+        place = TokenPositions(
+            fresh.number, jnp.where(mine, fresh.segment, 0), now.next_pos,
+            now.last_segment)
+        after = caches.append(
+            cache, fresh.k, fresh.v, place, jnp.where(mine, fresh.number, -1))
+        # the tokens of the block that is not complete yet
+        stays = (row.segment == newest) & (
+            row.pos // s == (now.next_pos // s)[:, None])
+        slot = jnp.where(stays, row.pos % s, s)
+        at = jnp.arange(b)[:, None]
+        own = (jnp.zeros_like(a).at[at, slot].set(c, mode="drop")
+               for a, c in zip(held[:3], row[:3]))
+        return FixedState(after.k, after.v, after.pos, *own, now.next_pos,
+                          now.last_segment), o
+
+    def _step_spans(self, state: SpansState, q, k, v, now: TokenPositions):
+        """Token after token."""
+        row = jnp.arange(q.shape[0])
+        slots, scale = state.k.shape[1], self._scale(q)
+
+        def token(carry, given):
+            k, v, counter = carry
+            new_q, new_k, new_v, pos, segment = given
+            real = segment > 0
+            slot = jnp.where(real, pos, slots)
+            k = k.at[row, slot].set(new_k.astype(k.dtype), mode="drop")
+            v = v.at[row, slot].set(new_v.astype(v.dtype), mode="drop")
+            counter, o = spans.step(counter, k, v, new_q, pos, real, scale)
+            return (k, v, counter), o
+
+        given = tuple(jnp.moveaxis(a, 1, 0) for a in (q, k, v, now.pos, now.segment))
+        carry = state.k, state.v, state.counter
+        (k, v, counter), o = pick(
+            self.implementation, xla=lambda: jax.lax.scan(token, carry, given))
+        state = SpansState(k, v, counter, now.next_pos, now.last_segment)
+        return state, jnp.moveaxis(o, 0, 1)
+
+    def _scale(self, q) -> float:
+        return q.shape[-1] ** -0.5 if self.scale is None else self.scale
+
+
+def _compact(row: Tokens) -> Tokens:
+    """The row with padding behind."""
+    segment, *others = compact(row.segment, row.q, row.k, row.v, row.pos)
+    return Tokens(*others, segment)

@@ -28,6 +28,7 @@ from attn.contract.dispatch import pick
 from attn.contract.fields import check_fields
 from attn.contract.segments import TokenPositions, locate
 from attn.contract.shapes import check
+from attn.contract.varying import varying
 from attn.exact.attend import attend
 from attn.exact.logits import LogitSpec, Where
 from attn.exact.online import OnlineSoftmax, join, output, state_of
@@ -116,7 +117,7 @@ class Combiner(Attention):
             each = (dataclasses.replace(self, plan=plan) for plan in self.plan)
             found = [a(q, k, v, segments=segments).astype(jnp.float32) for a in each]
             return (sum(found) / len(found)).astype(v.dtype)
-        now = locate(segments, *q.shape[:2])
+        now = locate(segments, q.shape[0], q.shape[1])
         segment = None if segments is None else now.segment
         if self.plan == FIXED:
             k, v = (spread_heads(a, q.shape[2], self.axis) for a in (k, v))
@@ -225,7 +226,7 @@ class Combiner(Attention):
         NaN inside a trace."""
         check(q, k, v, segments=segments, aligned=True, piece=True)
         self.check_stream()
-        now = locate(segments, *q.shape[:2], state.end, state.segment)
+        now = locate(segments, q.shape[0], q.shape[1], state.end, state.segment)
         log = self.plan == LOGSPARSE
         room = state.k.shape[1] * (1 if log else self.block)
         caches.check_room(now.next_pos, room)
@@ -255,8 +256,10 @@ class Combiner(Attention):
         # the regions that are held are of the sequence that goes on, index 1
         old = Regions(state.k, state.v, state.pos[..., 0], jnp.ones_like(
             state.pos[..., 0]))
-        far = Regions(*(jnp.concatenate([a, c.astype(a.dtype)], 1)
-                        for a, c in zip(old, fresh)))
+        far = old  # a block that ends now is not seen by its own last token
+        if q.shape[1] > 1:
+            far = Regions(*(jnp.concatenate([a, c.astype(a.dtype)], 1)
+                            for a, c in zip(old, fresh)))
         where = Where(now.pos, row.pos, now.segment, row.segment)
         near = self._attend(
             q, row.k.astype(q.dtype), row.v.astype(q.dtype), self._own_block, where)
@@ -278,8 +281,9 @@ class Combiner(Attention):
         at = jnp.arange(b)[:, None]
         own = (jnp.zeros_like(a).at[at, slot].set(c, mode="drop")
                for a, c in zip(held[:3], row[:3]))
-        return FixedState(after.k, after.v, after.pos, *own, now.next_pos,
-                          now.last_segment), o
+        own_q, own_k, own_v = own
+        return FixedState(after.k, after.v, after.pos, own_q, own_k, own_v,
+                          now.next_pos, now.last_segment), o
 
     def _step_spans(self, state: SpansState, q, k, v, now: TokenPositions):
         """Token after token."""
@@ -299,7 +303,8 @@ class Combiner(Attention):
         given = tuple(jnp.moveaxis(a, 1, 0) for a in (q, k, v, now.pos, now.segment))
         carry = state.k, state.v, state.counter
         (k, v, counter), o = pick(
-            self.implementation, xla=lambda: jax.lax.scan(token, carry, given))
+            self.implementation,
+            xla=lambda: jax.lax.scan(token, *varying((carry, given))))
         state = SpansState(k, v, counter, now.next_pos, now.last_segment)
         return state, jnp.moveaxis(o, 0, 1)
 
@@ -309,5 +314,6 @@ class Combiner(Attention):
 
 def _compact(row: Tokens) -> Tokens:
     """The row with padding behind."""
-    segment, *others = compact(row.segment, row.q, row.k, row.v, row.pos)
-    return Tokens(*others, segment)
+    segment, q, k, v, pos = compact(
+        jnp.asarray(row.segment), row.q, row.k, row.v, row.pos)
+    return Tokens(q, k, v, pos, segment)

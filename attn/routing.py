@@ -203,7 +203,7 @@ class Routing(nn.Module, Attention):
         """The next T tokens -> state, [B,T,H,V], routed as with members="prefix"."""
         check(q, k, v, segments=segments, aligned=True, piece=True)
         self.check_stream()
-        now = locate(segments, *q.shape[:2], state.end, state.segment)
+        now = locate(segments, q.shape[0], q.shape[1], state.end, state.segment)
         far, near = self._split(q, k, v)
         lists, local, parts = None, None, []
         if far is not None:

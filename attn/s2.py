@@ -164,7 +164,7 @@ class S2(Attention):
         NaN inside a trace."""
         check(q, k, v, segments=segments, aligned=True, piece=True)
         self.check_stream()
-        now = locate(segments, *q.shape[:2], state.end, state.segment)
+        now = locate(segments, q.shape[0], q.shape[1], state.end, state.segment)
         mask, room = self.pattern(q.shape[2], k.shape[2]), state.k.shape[1]
         dense = self.dense if isinstance(mask, Sharding) else 0
         if (state.whole is None) == bool(dense):

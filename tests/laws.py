@@ -23,6 +23,7 @@ import pytest
 
 from attn.aaren import Aaren
 from attn.based import Based
+from attn.combiner import Combiner
 from attn.contract import dispatch
 from attn.contract.attention import said
 from attn.delta import Delta
@@ -286,6 +287,12 @@ ENTRIES = {
                     local=1, local_block=T), Softmax()),
         flops=1, decode=0, kernel=False, wraps="routing",
     ),
+    # one block is exact attention, and so are blocks of one token; spans never are
+    "combiner": Entry(
+        Combiner(block=4), (Combiner(block=T), Softmax()),
+        same=(Combiner(block=1), Softmax()), slot=4,
+    ),
+    "combiner_spans": Entry(Combiner("logsparse"), flops=1, kernel=False),
 }
 LAW = pytest.mark.parametrize("name", ENTRIES)
 

@@ -53,10 +53,12 @@ def empty(mask: Sharding, size: int, q, k, v) -> S2State:
     def like(dense: bool):
         return jax.eval_shape(lambda *a: heads_of(mask, *a, dense=dense)[1:], q, k, v)
 
-    sharded = caches.empty(*like(False), slots, per_head=True)
+    own_k, own_v = like(False)
+    sharded = caches.empty(own_k, own_v, slots, per_head=True)
     if mask.dense_from is None:
         return S2State(sharded, None)
-    return S2State(sharded, caches.empty(*like(True), room))
+    own_k, own_v = like(True)
+    return S2State(sharded, caches.empty(own_k, own_v, room))
 
 
 def room(mask: Sharding, state: S2State) -> int:

@@ -42,6 +42,7 @@ from attn.rat import RAT
 from attn.retnet import RetNet
 from attn.routing import Routing
 from attn.s2 import S2
+from attn.sinklora import SinkLoRA
 from attn.snapkv import SnapKV
 from attn.softmax import Softmax
 from experiments.measure import cost
@@ -293,6 +294,11 @@ ENTRIES = {
         same=(Combiner(block=1), Softmax()), slot=4,
     ),
     "combiner_spans": Entry(Combiner("logsparse"), flops=1, kernel=False),
+    # shifted groups of twice the text: its first half is all of it
+    "sinklora": Entry(
+        SinkLoRA(group=4, sinks=2), (SinkLoRA(group=2 * T), Softmax()), flops=1,
+        decode=0, wraps="softmax",
+    ),
 }
 LAW = pytest.mark.parametrize("name", ENTRIES)
 

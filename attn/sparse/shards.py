@@ -81,9 +81,9 @@ class BothWays(Mask):
 
     def __call__(self, h, i, j):
         gap = i // self.block - j // self.block
-        # max(0, a): positive on one side of the window, 0 inside
+        # max(0, a), of any array: positive on one side of the window, 0 inside
         back, on = gap - self.local + 1, -gap - self.ahead + 1
-        away = back * (back > 0) + on * (on > 0)
+        away = (back + abs(back) + on + abs(on)) // 2
         seen = away % self.stride == 0
         if self.dense_from is not None:
             seen = seen | (h // self.group >= self.dense_from)

@@ -105,8 +105,6 @@ def test_clusters_by_loops(attention, packed):
     close(o, by_loops(attention, params, q, k, v, (seg,) * 2))
 
 
-
-
 def test_a_context_is_routed_by_the_same_centroids():
     attention = Routing(clusters=2, window=5, share_qk=False, causal=False)
     q, k, v = inputs(s=17)

@@ -16,8 +16,10 @@ blocks of sqrt(T)), powers of two ("logsparse", T log T), or rows and columns of
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
@@ -155,11 +157,13 @@ class Combiner(Attention):
                 row, self.block, self._scale(q), partly=not self.causal)
         if self.axis is not None and aligned:
             far = jax.tree.map(lambda a: gather(a, self.axis), far)
-        if segment is None and self.axis is None:
-            where = Where()
+        if segment is None and (aligned or self.axis is None):
+            near = axial.within(
+                q, row.k, row.v, self.block, self._scale(q), causal=self.causal,
+                implementation=self.implementation)
         else:
             where = Where(pos, row.pos, segment, row.segment)
-        near = self._attend(q, row.k, row.v, self._own_block, where)
+            near = self._attend(q, row.k, row.v, self._own_block, where)
         return self._joined(near, q, far, pos, segment, v.dtype)
 
     @property
@@ -310,6 +314,66 @@ class Combiner(Attention):
 
     def _scale(self, q) -> float:
         return q.shape[-1] ** -0.5 if self.scale is None else self.scale
+
+
+class RowMajor(nn.Module, Attention):
+    """Combiner (Ren et al., 2021) arXiv:2107.05768, on rows of a grid: a token reads
+    its row up to itself, and each row above as one region.
+
+    What a row says depends on the column: its value is what its token in that column
+    finds in the whole row. Its key is that token's own ("none"), the keys found with
+    the value ("wsum"), or, "proj", W LN(x + U value), which learns, of the tokens x
+    [B,T,E]. block: tokens of a row. Neither packed rows nor streams.
+    """
+
+    block: int = 128
+    summary: str = "proj"
+    scale: float | None = None
+    axis: Axis | None = None
+    implementation: str | None = None
+    row = TemplateRow(MASKED, "L b D + L^2 D / b", 2)
+    parameter_axes = {"summary_out/kernel": "HDE", "summary_key/kernel": "EHD",
+                      "summary_norm/*": "E"}
+
+    def __post_init__(self):
+        check_fields(self, least={"block": 1}, choices={
+            "summary": ("proj", "none", "wsum")})
+        super().__post_init__()
+
+    @nn.compact
+    def __call__(self, q, k, v, *, x=None, segments=None):
+        """All tokens at once. q [B,T,H,D], k [B,T,K,D], v [B,T,K,V], x [B,T,E] ->
+        [B,T,H,V]."""
+        check(q, k, v, segments=segments, aligned=True)
+        if segments is not None:
+            raise NotImplementedError(
+                "segments: the rows of a grid would begin anywhere, expected Combiner()"
+            )
+        if self.axis is not None:
+            mesh_of(self.axis)  # how this is split is left to the compiler
+        k, v = (jnp.repeat(a, q.shape[2] // a.shape[2], 2) for a in (k, v))
+        own = k
+
+        def key(value, found):
+            if self.summary != "proj":
+                return own if self.summary == "none" else found
+            if x is None:
+                raise ValueError("x is None: summary='proj' reads the tokens [B,T,E]")
+            dense = functools.partial(
+                nn.DenseGeneral, use_bias=False, dtype=jnp.float32, kernel_init=_INIT)
+            # [B,T,H,V] [H,V,E]
+            y = dense(x.shape[-1], axis=(-2, -1), name="summary_out")(value)
+            y = nn.LayerNorm(dtype=jnp.float32, name="summary_norm")(
+                x.astype(jnp.float32) + y)
+            return dense(q.shape[2:], name="summary_key")(y)  # [B,T,E] [E,H,D]
+
+        scale = q.shape[-1] ** -0.5 if self.scale is None else self.scale
+        o = axial.row_major(
+            q, k, v, self.block, scale, key, implementation=self.implementation)
+        return o.astype(v.dtype)
+
+
+_INIT = nn.initializers.xavier_uniform()
 
 
 def _compact(row: Tokens) -> Tokens:

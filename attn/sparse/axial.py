@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from attn.exact.attend import attend as exact
 from attn.exact.logits import LogitSpec, Where
 from attn.exact.online import OnlineSoftmax, join, output, state_of
-from attn.masks import Causal, Mask, Window
+from attn.masks import Causal, Full, Mask, Window
 
 OTHERS = ~Window(0, 0)  # all but its own place
 ABOVE = Causal() & OTHERS
@@ -32,14 +32,8 @@ def attend(
     implementation: str | None = None,
 ) -> jax.Array:
     """o [B,T,H,V] of q [B,T,H,D], k [B,T,H,D], v [B,T,H,V] in rows of `length`."""
-    b, t = q.shape[:2]
-    rows = -(-t // length)
-
-    def grid(a):
-        a = jnp.pad(a, ((0, 0), (0, rows * length - t), (0, 0), (0, 0)))
-        return a.reshape(b, rows, length, *a.shape[2:])
-
-    q, k, v = grid(q), grid(k), grid(v)
+    (b, t), rows = q.shape[:2], -(-q.shape[1] // length)
+    q, k, v = (_grid(a, length) for a in (q, k, v))
     read = functools.partial(_read, scale, implementation)
     columns, lines = _along(1), _along(2)
     state = join(read(lines, q, k, v, Causal()), read(columns, q, k, v, ABOVE))
@@ -60,6 +54,52 @@ def attend(
             state = join(state, read(columns, q, far_k, far_v, ABOVE, there))
     o = output(state)
     return o.reshape(b, -1, *o.shape[3:])[:, :t]
+
+
+def within(
+    q, k, v, length: int, scale: float, *, causal: bool,
+    implementation: str | None = None,
+) -> OnlineSoftmax:
+    """Attention of each row of `length` tokens to itself, in causal order or whole: its
+    state [B,T,H] of q [B,T,H,D], k [B,T,K,D], v [B,T,K,V]."""
+    b, t = q.shape[:2]
+    there = None
+    if not causal:  # what fills the last row up stands behind it
+        there = _grid(jnp.ones((b, t), bool), length)
+    q, k, v = (_grid(a, length) for a in (q, k, v))
+    state = _read(scale, implementation, _along(2), q, k, v,
+                  Causal() if causal else Full(), there)
+    return OnlineSoftmax(*(a.reshape(b, -1, *a.shape[3:])[:, :t] for a in state))
+
+
+def row_major(
+    q, k, v, length: int, scale: float, key: Callable, *,
+    implementation: str | None = None,
+) -> jax.Array:
+    """As `attend`, where a row above is one region, another one for each column: its
+    value is what the row's token in that column finds in the whole row, its key is
+    key(value [B,T,H,V], key found [B,T,H,D]) [B,T,H,D]."""
+    (b, t), rows = q.shape[:2], -(-q.shape[1] // length)
+    width = v.shape[3]
+    # keys beside values, so that one attention finds both
+    both = jnp.concatenate([v, k], -1)
+    q, k, v = (_grid(a, length) for a in (q, k, v))
+    read = functools.partial(_read, scale, implementation)
+    found = output(read(_along(2), q, k, _grid(both, length), Full()))
+    found = found.reshape(b, -1, *found.shape[3:])[:, :t]
+    value = found[..., :width]
+    far_k = _grid(key(value, found[..., width:]).astype(q.dtype), length)
+    far_v = _grid(value.astype(v.dtype), length)
+    state = join(
+        read(_along(2), q, k, v, Causal()), read(_along(1), q, far_k, far_v, ABOVE))
+    return output(state).reshape(b, rows * length, -1, width)[:, :t]
+
+
+def _grid(a, length: int) -> jax.Array:
+    """[B,T,...] -> [B,R,C,...] of rows of `length`, filled up behind."""
+    b, t = a.shape[:2]
+    a = jnp.pad(a, [(0, 0), (0, -t % length)] + [(0, 0)] * (a.ndim - 2))
+    return a.reshape(b, -1, length, *a.shape[2:])
 
 
 def _along(axis: int) -> tuple[Callable, Callable]:

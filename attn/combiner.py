@@ -17,61 +17,33 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from attn.cache import kv as caches
-from attn.cache.kv import Cache
+from attn.cache import regions as streams
+from attn.cache.regions import BlocksState, SpansState
 from attn.contract.attention import MASKED, Attention, TemplateRow
 from attn.contract.dispatch import pick
 from attn.contract.fields import check_fields
 from attn.contract.segments import TokenPositions, locate
 from attn.contract.shapes import check
-from attn.contract.varying import varying
 from attn.exact.attend import attend
 from attn.exact.logits import LogitSpec, Where
 from attn.exact.online import OnlineSoftmax, join, output, state_of
 from attn.masks import BlockCausal, Causal, Mask, Window
 from attn.parallel.sharding import Axis, gather, mesh_of, over_mesh, spread_heads
 from attn.sparse import axial, regions, spans
-from attn.sparse.grouped_softmax import compact
-from attn.sparse.regions import Regions, Tokens
+from attn.sparse.regions import Regions, Tokens, compact
 
 FIXED, LOGSPARSE = "fixed", "logsparse"
 # the regions that a grid is read by: (vertical, horizontal)
 AXIAL = {"axial_mixture": (True, True), "axial_vertical": (True, False),
          "axial_horizontal": (False, True)}
 PLANS = FIXED, LOGSPARSE, *AXIAL
-
-
-class FixedState(NamedTuple):
-    """Of complete blocks the regions k [B,N,H,D], v [B,N,H,V] and their numbers pos
-    [B,N,1], -1 for none; the tokens of the present block own_q [B,s,H,D], own_k
-    [B,s,K,D], own_v [B,s,K,V]; end [B] int32 the next token's position; segment [B]
-    int32 the last token's segment, -1 before the first."""
-
-    k: jax.Array
-    v: jax.Array
-    pos: jax.Array
-    own_q: jax.Array
-    own_k: jax.Array
-    own_v: jax.Array
-    end: jax.Array
-    segment: jax.Array
-
-
-class SpansState(NamedTuple):
-    """All keys k [B,C,K,D] and values v [B,C,K,V], and the spans of the bits of how
-    many there are, `spans.Counter`; end, segment [B] int32 as in `FixedState`."""
-
-    k: jax.Array
-    v: jax.Array
-    counter: spans.Counter
-    end: jax.Array
-    segment: jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,7 +124,7 @@ class Combiner(Attention):
         if segment is None:
             far = regions.regular(row, self.block, self._scale(q))
         else:
-            row = _compact(row)
+            row = compact(row)
             far = regions.complete(
                 row, self.block, self._scale(q), partly=not self.causal)
         if self.axis is not None and aligned:
@@ -208,22 +180,9 @@ class Combiner(Attention):
         """An empty memory for `size` tokens, of "fixed" up to a whole block."""
         caches.check_size(size)
         self.check_stream()
-        b, _, h, d = q.shape
-        clock = jnp.zeros((b,), jnp.int32), jnp.full((b,), -1, jnp.int32)
         if self.plan == LOGSPARSE:
-            held = caches.empty(k, v, size)
-            high = max(size.bit_length(), 1)
-            widths = d, d, v.shape[3]
-            counter = (jnp.zeros((b, high, h, n), jnp.float32) for n in widths)
-            return SpansState(held.k, held.v, spans.Counter(*counter), *clock)
-
-        def empty(a, slots, heads):
-            return jnp.zeros((b, slots, heads, a.shape[3]), a.dtype)
-
-        n, s, heads = -(-size // self.block), self.block, k.shape[2]
-        return FixedState(
-            empty(k, n, h), empty(v, n, h), jnp.full((b, n, 1), -1, jnp.int32),
-            empty(q, s, h), empty(k, s, heads), empty(v, s, heads), *clock)
+            return streams.empty_spans(size, q, k, v)
+        return streams.empty_blocks(size, self.block, q, k, v)
 
     def step(self, state, q, k, v, *, x=None, segments=None):
         """The next T tokens -> state, [B,T,H,V]. Past the state's size: ValueError, and
@@ -245,72 +204,24 @@ class Combiner(Attention):
                 f"step: plan={self.plan!r} has no stream, expected 'fixed' or "
                 "'logsparse'")
 
-    def _step_fixed(self, state: FixedState, q, k, v, now: TokenPositions):
+    def _step_fixed(self, state: BlocksState, q, k, v, now: TokenPositions):
         """The present block and the regions of the earlier ones."""
-        b, s = q.shape[0], self.block
-        used = state.end % s  # tokens of the present block
-        index = jnp.arange(s, dtype=jnp.int32)[None]
-        there = index < used[:, None]
-        held = Tokens(state.own_q, state.own_k, state.own_v,
-                      (state.end - used)[:, None] + index, there.astype(jnp.int32))
-        new = Tokens(q, k, v, now.pos, now.segment)
-        row = _compact(Tokens(*(
-            jnp.concatenate([a, c.astype(a.dtype)], 1) for a, c in zip(held, new))))
-        fresh = regions.complete(row, s, self._scale(q))
-        # the regions that are held are of the sequence that goes on, index 1
-        old = Regions(state.k, state.v, state.pos[..., 0], jnp.ones_like(
-            state.pos[..., 0]))
-        far = old  # a block that ends now is not seen by its own last token
+        row = streams.present(state, Tokens(q, k, v, now.pos, now.segment))
+        fresh = regions.complete(row, self.block, self._scale(q))
+        far = streams.held(state)  # a block that ends now is not seen by its last token
         if q.shape[1] > 1:
             far = Regions(*(jnp.concatenate([a, c.astype(a.dtype)], 1)
-                            for a, c in zip(old, fresh)))
+                            for a, c in zip(far, fresh)))
         where = Where(now.pos, row.pos, now.segment, row.segment)
         near = self._attend(
             q, row.k.astype(q.dtype), row.v.astype(q.dtype), self._own_block, where)
         o = self._joined(near, q, far, now.pos, now.segment, v.dtype)
-        newest = now.segment.max(1, keepdims=True)
-        newest = jnp.where(newest > 0, newest, 1)  # of padding alone nothing changes
-        began = (newest > 1)[..., None]
-        cache = Cache(state.k, state.v, jnp.where(began, -1, state.pos), *state[6:])
-        mine = (fresh.segment == newest) & (fresh.number >= 0)
-        place = TokenPositions(
-            fresh.number, jnp.where(mine, fresh.segment, 0), now.next_pos,
-            now.last_segment)
-        after = caches.append(
-            cache, fresh.k, fresh.v, place, jnp.where(mine, fresh.number, -1))
-        # the tokens of the block that is not complete yet
-        stays = (row.segment == newest) & (
-            row.pos // s == (now.next_pos // s)[:, None])
-        slot = jnp.where(stays, row.pos % s, s)
-        at = jnp.arange(b)[:, None]
-        own = (jnp.zeros_like(a).at[at, slot].set(c, mode="drop")
-               for a, c in zip(held[:3], row[:3]))
-        own_q, own_k, own_v = own
-        return FixedState(after.k, after.v, after.pos, own_q, own_k, own_v,
-                          now.next_pos, now.last_segment), o
+        return streams.after(state, row, fresh, now), o
 
     def _step_spans(self, state: SpansState, q, k, v, now: TokenPositions):
         """Token after token."""
-        row = jnp.arange(q.shape[0])
-        slots, scale = state.k.shape[1], self._scale(q)
-
-        def token(carry, given):
-            k, v, counter = carry
-            new_q, new_k, new_v, pos, segment = given
-            real = segment > 0
-            slot = jnp.where(real, pos, slots)
-            k = k.at[row, slot].set(new_k.astype(k.dtype), mode="drop")
-            v = v.at[row, slot].set(new_v.astype(v.dtype), mode="drop")
-            counter, o = spans.step(counter, k, v, new_q, pos, real, scale)
-            return (k, v, counter), o
-
-        given = tuple(jnp.moveaxis(a, 1, 0) for a in (q, k, v, now.pos, now.segment))
-        carry = state.k, state.v, state.counter
-        (k, v, counter), o = pick(
-            self.implementation,
-            xla=lambda: jax.lax.scan(token, *varying((carry, given))))
-        state = SpansState(k, v, counter, now.next_pos, now.last_segment)
-        return state, jnp.moveaxis(o, 0, 1)
+        return pick(self.implementation, xla=lambda: streams.through(
+            state, q, k, v, now, self._scale(q)))
 
     def _scale(self, q) -> float:
         return q.shape[-1] ** -0.5 if self.scale is None else self.scale
@@ -374,10 +285,3 @@ class RowMajor(nn.Module, Attention):
 
 
 _INIT = nn.initializers.xavier_uniform()
-
-
-def _compact(row: Tokens) -> Tokens:
-    """The row with padding behind."""
-    segment, q, k, v, pos = compact(
-        jnp.asarray(row.segment), row.q, row.k, row.v, row.pos)
-    return Tokens(q, k, v, pos, segment)

@@ -19,7 +19,7 @@ commitment loss, sown into "losses".
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -34,9 +34,10 @@ from attn.contract.shapes import check
 from attn.masks import BlockCausal, Causal, Mask
 from attn.parallel.sharding import Axis, devices_of, gather, over_mesh
 from attn.softmax import Softmax
-from attn.sparse import kmeans, routed
-from attn.sparse.kmeans import LAYER, NORMS, UNIT, Centroids
-from attn.sparse.routed import Lists, Routes
+from attn.sparse import kmeans, lists as listed, routed
+from attn.sparse.kmeans import LAYER, NORMS, UNIT, OnlineKMeans
+from attn.sparse.lists import Lists
+from attn.sparse.routed import Routes
 
 WHOLE, PREFIX = "whole", "prefix"
 
@@ -93,8 +94,10 @@ class Routing(nn.Module, Attention):
     axis: Axis | None = None
     implementation: str | None = None
     row = TemplateRow(MASKED, "L C D + C w^2 D", 2)
-    parameter_axes = {"mean": "HRD", "total": "HRD", "number": "HR",
-                      "memory_[kv]": "HRTD"}
+    parameter_axes = {
+        "kmeans/mean": "HRD", "kmeans/total": "HRD", "kmeans/number": "HR",
+        "memory_[kv]": "HRTD",
+    }
 
     def __post_init__(self):
         least = {"clusters": 1, "window": 1, "local": 0, "local_block": 1, "flange": 0,
@@ -120,16 +123,17 @@ class Routing(nn.Module, Attention):
         q_seg, kv_seg = segment_indices(segments, q, aligned)
         parts = []
         if far is not None:
-            parts.append(self._routed(*far, q_seg, kv_seg))
+            parts.append(self._routed(far, q_seg, kv_seg))
         if near is not None:
             parts.append(self._local(near)(*near, segments=segments))
         return jnp.concatenate(parts, 2)
 
-    def _routed(self, q, k, v, q_seg, kv_seg) -> jax.Array:
+    def _routed(self, far, q_seg, kv_seg) -> jax.Array:
         """All tokens at once, of heads that are routed."""
-        mean, memory = self._learned(q, v)
+        q, k, v = far
         q, k, found = self._vectors(q, k)
-        self._follow(found, q_seg, kv_seg)
+        real = [s if s is None else s > 0 for s in (q_seg, kv_seg)]
+        mean, memory = self._learned(found, v, real)
         w = self.window or -(-k.shape[1] // self.clusters)
         routes, t = self._routes(w, q, memory), q.shape[1]
         if self.members == WHOLE:
@@ -178,8 +182,8 @@ class Routing(nn.Module, Attention):
             segment = jnp.ones(q.shape[:2], jnp.int32)
         score = kmeans.scores(by_q, mean)
         other = score if by_k is None else kmeans.scores(by_k, mean)
-        lists = routed.empty(k, v, mean.shape[1], routes.window)
-        _, *found = routed.prefix(
+        lists = listed.empty(k, v, mean.shape[1], routes.window)
+        _, *found = listed.prefix(
             lists, q, k, v, score, other, segment, routes._replace(memory=memory))
         return tuple(a[:, number] for a in found)
 
@@ -192,7 +196,7 @@ class Routing(nn.Module, Attention):
         (far, near), lists, local = like, None, None
         if far is not None:
             w = self.window or -(-size // self.clusters)
-            lists = routed.empty(far[1], far[2], self.clusters, w)
+            lists = listed.empty(far[1], far[2], self.clusters, w)
         if near is not None:
             local = self._local(near).init_state(2**30, *near)
         b = q.shape[0]
@@ -208,14 +212,14 @@ class Routing(nn.Module, Attention):
         lists, local, parts = None, None, []
         if far is not None:
             q, k, v = far
-            mean, memory = self._learned(q, v)
             q, k, found = self._vectors(q, k)
+            mean, memory = self._learned(found, v)
             routes = self._routes(state.lists.score.shape[-1], q, memory)
             score = kmeans.scores(found[0], mean)
             other = score if len(found) == 1 else kmeans.scores(found[1], mean)
             # the sequence that goes on has index 1
             held = state.lists._replace(segment=jnp.ones_like(state.end))
-            lists, o, count = pick(self.implementation, xla=lambda: routed.prefix(
+            lists, o, count = pick(self.implementation, xla=lambda: listed.prefix(
                 held, q, k, v, score, other, now.segment, routes))
             lists = lists._replace(segment=jnp.ones_like(state.end))
             parts.append(self._mean(o, count, v))
@@ -248,22 +252,16 @@ class Routing(nn.Module, Attention):
         )
 
     @nn.compact
-    def _learned(self, q, v) -> tuple:
+    def _learned(self, found: list, v, real=None) -> tuple:
         """The centroids [H,C,D], and the memory of each cluster, or None."""
-        shape = q.shape[2], self.clusters, q.shape[3]
-        first = None
-        if self.is_initializing():
-            first = kmeans.random(self.make_rng("params"), shape, self.norm)
-        mean, _, _ = (
-            self.variable("centroids", name, getattr, first, name).value
-            for name in Centroids._fields)
-        memory = None
+        follow = OnlineKMeans(
+            self.clusters, self.norm, self.decay, self.beta, name="kmeans")
+        mean, memory = follow(found, real), None
         if self.memory:
-            normal = nn.initializers.normal(1.0)
             memory = tuple(
-                self.param(f"memory_{n}", normal, (*shape[:2], self.memory, width),
-                           jnp.float32)
-                for n, width in (("k", q.shape[3]), ("v", v.shape[3])))
+                self.param(f"memory_{n}", nn.initializers.normal(1.0),
+                           (*mean.shape[:2], self.memory, width), jnp.float32)
+                for n, width in (("k", mean.shape[2]), ("v", v.shape[3])))
         return mean, memory
 
     def _vectors(self, q, k) -> tuple:
@@ -288,25 +286,3 @@ class Routing(nn.Module, Attention):
         """What a token gets, of its clusters; 0 if it is in none."""
         many = jnp.where(count > 0, count + self.eps, 1)
         return (o / many[..., None]).astype(v.dtype)
-
-    def _follow(self, found: list, q_seg: Any, kv_seg: Any) -> None:
-        """Sows the commitment loss, and moves the centroids, where that is asked for.
-        """
-        real = [s if s is None else s > 0 for s in (q_seg, kv_seg)]
-        mean = self.get_variable("centroids", "mean")
-        if self.is_initializing():
-            return
-        if self.is_mutable_collection("losses"):
-            each = [kmeans.commitment(x, mean, r) for x, r in zip(found, real)]
-            loss = sum(each) / len(each)
-            # the authors add that of queries and of keys, shared ones too
-            loss = 2 * loss if self.norm == LAYER else loss
-            self.sow("losses", "commitment", self.beta * loss)
-        if not self.is_mutable_collection("centroids"):
-            return
-        now = Centroids(*(self.get_variable("centroids", name)
-                          for name in Centroids._fields))
-        for x, r in zip(found, real):
-            now = kmeans.follow(now, x, self.decay, self.norm, r)
-        for name, a in zip(Centroids._fields, now):
-            self.put_variable("centroids", name, a)

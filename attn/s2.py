@@ -116,8 +116,9 @@ class S2(Attention):
         """All tokens at once. q [B,T,H,D], k [B,T,K,D], v [B,T,K,V] -> [B,T,H,V]."""
         check(q, k, v, segments=segments, aligned=True)
         mask = self.pattern(q.shape[2], k.shape[2])
-        apart = segments is None and self.axis is None and isinstance(mask, Sharding)
-        if not apart or q.shape[1] <= self.local * self.block:
+        long = q.shape[1] > self.local * self.block
+        whole = segments is not None or self.axis is not None or not long
+        if whole or not isinstance(mask, Sharding):
             exact = Softmax(
                 mask, self.scale, axis=self.axis, exchange=self.exchange,
                 implementation=self.implementation,
@@ -178,15 +179,15 @@ class S2(Attention):
             return S2State(after, None), caches.poison(o, now.next_pos, room)
         room = shards.room(mask, state)
         caches.check_room(now.next_pos, room)
-        few = heads_of(mask, q, k, v, dense=False)
+        few_q, few_k, few_v = heads_of(mask, q, k, v, dense=False)
         slot = shards.slots_of(mask, now, state.sharded)
-        after = shards.append(state.sharded, *few[1:], now, slot)
+        after = shards.append(state.sharded, few_k, few_v, now, slot)
         apart = segments is None and q.shape[1] > FEW and room > state.k.shape[1]
         read = self._prompt if apart else self._read
-        held, parts = None, [read(state.sharded, after, *few, now, mask)]
+        held, parts = None, [read(state.sharded, after, few_q, few_k, few_v, now, mask)]
         if self.dense:
-            whole = heads_of(mask, q, k, v, dense=True)
-            held, o = self._dense(state.whole, *whole, now)
+            q, k, v = heads_of(mask, q, k, v, dense=True)
+            held, o = self._dense(state.whole, q, k, v, now)
             parts.append(o)
         o = jnp.concatenate(parts, 2)
         return S2State(after, held), caches.poison(o, now.next_pos, room)

@@ -89,9 +89,9 @@ class SinkLoRA(Attention):
 
     form: "sf", SF-Attn; "flash", S2-Attn as LongLoRA runs it, in which the first and
     the last shifted group are halves; "roll", S2-Attn by rolling tokens. group: tokens,
-    an even number; None for `ratio` of the text's. shifted: heads, the last ones; None
-    for a quarter ("sf"), or half ("flash", "roll"; of an odd number the greater half).
-    sinks: the first tokens, which all see ("sf").
+    an even number, 2,048 as LongLoRA has for 8,192; None for `ratio` of the text's.
+    shifted: heads, the last ones; None for a quarter ("sf"), or half ("flash", "roll";
+    of an odd number the greater half). sinks: the first tokens, which all see ("sf").
 
     **"roll" lets the first half group of shifted heads see the end of the text**, as
     LongLoRA's code without flash attention does: a later token changes earlier outputs.
@@ -102,7 +102,7 @@ class SinkLoRA(Attention):
     shifts and sinks count from the beginning of each sequence.
     """
 
-    group: int | None = None
+    group: int | None = 2048
     ratio: float = 0.25
     form: str = SINK
     shifted: int | None = None

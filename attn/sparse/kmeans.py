@@ -11,8 +11,9 @@ Source: Roy et al., 2020, arXiv:2003.05997; moving averages as in van den Oord e
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
@@ -113,3 +114,43 @@ def iterated(x: jax.Array, mean: jax.Array, real: jax.Array | None = None) -> ja
     what is assigned; an empty cluster keeps its centroid."""
     count, total = assigned(x, mean, real)
     return jnp.where(count[..., None] > 0, normalised(total, UNIT), mean)
+
+
+class OnlineKMeans(nn.Module):
+    """Centroids [H,C,D] as state: the collection "centroids" of a module's variables,
+    which moves where it is mutable; the commitment loss, beta times, is sown into
+    "losses".
+
+    clusters C; norm: how vectors are normalised; decay: of the moving averages.
+    """
+
+    clusters: int
+    norm: str = LAYER
+    decay: float = 0.999
+    beta: float = 1e-4
+
+    @nn.compact
+    def __call__(self, found: list, real: Any = None) -> jax.Array:
+        """The centroids [H,C,D] for normalised vectors [B,T,H,D], a list of one or two
+        (of queries and of keys); real: [B,T] of each, to learn from, None for none."""
+        first, h, d = None, found[0].shape[2], found[0].shape[3]
+        if self.is_initializing():
+            first = random(self.make_rng("params"), (h, self.clusters, d), self.norm)
+        held = [self.variable("centroids", name, getattr, first, name)
+                for name in Centroids._fields]
+        now = Centroids(*(a.value for a in held))
+        if real is None or self.is_initializing():
+            return now.mean
+        if self.is_mutable_collection("losses"):
+            each = [commitment(x, now.mean, r) for x, r in zip(found, real)]
+            loss = sum(each) / len(each)
+            # the authors add that of queries and of keys, shared ones too
+            loss = 2 * loss if self.norm == LAYER else loss
+            self.sow("losses", "commitment", self.beta * loss)
+        if self.is_mutable_collection("centroids"):
+            moved = now
+            for x, r in zip(found, real):
+                moved = follow(moved, x, self.decay, self.norm, r)
+            for variable, a in zip(held, moved):
+                variable.value = a
+        return now.mean

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from attn.exact.dense import weights
+from attn.sparse import grouped_softmax
 
 
 class Tokens(NamedTuple):
@@ -98,3 +99,10 @@ def complete(row: Tokens, block: int, scale: float, partly: bool = False) -> Reg
     segment = jnp.take_along_axis(segment, last, 1)
     return Regions(
         k, v, jnp.where(found, pos // block, -1), jnp.where(found, segment, 0))
+
+
+def compact(row: Tokens) -> Tokens:
+    """The row with padding behind."""
+    segment, q, k, v, pos = grouped_softmax.compact(
+        jnp.asarray(row.segment), row.q, row.k, row.v, row.pos)
+    return Tokens(q, k, v, pos, segment)

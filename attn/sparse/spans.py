@@ -51,7 +51,7 @@ def attend(q, k, v, pos: jax.Array, scale: float) -> jax.Array:
         first, second = ([a.reshape(*pairs, *a.shape[2:])[:, :, n]
                           for a in (q, k, v)] for n in (0, 1))
         there = jnp.ones(pairs[:2] + pairs[3:], bool)
-        span_k, span_v = pooled(*first, there, scale)
+        span_k, span_v = pooled(first[0], first[1], first[2], there, scale)
         # [B,n,j,H,D] x [B,n,H,D] -> [B,n,j,H]
         s = jnp.einsum("bnjhd,bnhd->bnjh", second[0].astype(jnp.float32), span_k)
         s = jnp.pad(s[:, :, None] * scale, ((0, 0),) * 2 + ((1, 0),) + ((0, 0),) * 2)
@@ -63,8 +63,7 @@ def attend(q, k, v, pos: jax.Array, scale: float) -> jax.Array:
     p = weights(s, reads[:, :, None])
     o = p[..., :1] * vf
     for level, span_v in enumerate(values):
-        pairs = (b, span_v.shape[1], 2, 2**level, h)
-        own = p[..., level + 1].reshape(pairs)[:, :, 1]
+        own = p[..., level + 1].reshape(b, span_v.shape[1], 2, 2**level, h)[:, :, 1]
         found = own[..., None] * span_v[:, :, None]  # [B,n,j,H,V]
         found = jnp.pad(found[:, :, None], ((0, 0),) * 2 + ((1, 0),) + ((0, 0),) * 3)
         o = o + found.reshape(b, size, h, -1)

@@ -44,7 +44,7 @@ def best(score, among, window):
 
 def by_loops(attention, params, q, k, v, seg):
     """Section 1 of the mechanism, token by token, in float64. seg: of q and of k."""
-    mean = np.asarray(params["centroids"]["mean"], np.float64)
+    mean = np.asarray(params["centroids"]["kmeans"]["mean"], np.float64)
     memory = params.get("params", {})
     q, k, v = (np.asarray(a, np.float64) for a in (q, k, v))
     k = q if attention.share_qk else np.repeat(k, H // K, 2)
@@ -154,7 +154,7 @@ def test_local_heads_are_the_last_and_read_their_neighbourhood():
     far = jnp.zeros_like(v).at[:, :8].set(9.0)
     moved = np.abs(np.asarray(call(params, q, k, v + far) - call(params, q, k, v)))
     assert (moved[:, 12:, 1:] == 0).all() and (moved[:, :12, 1:].max(-1) > 0).all()
-    assert params["centroids"]["mean"].shape == (1, 2, D)
+    assert params["centroids"]["kmeans"]["mean"].shape == (1, 2, D)
 
 
 def test_time_grows_as_t_to_the_power_of_three_halves():
@@ -208,16 +208,16 @@ def test_centroids_move_only_where_they_are_mutable_and_by_real_tokens():
     variables = jax.jit(layer.init)(jax.random.key(1), x)
     y, after = layer.apply(variables, x, mutable=["centroids", "losses"])
     close(y, layer.apply(variables, x))
-    moved = after["centroids"]["attention"]
-    first = variables["centroids"]["attention"]
+    moved = after["centroids"]["attention"]["kmeans"]
+    first = variables["centroids"]["attention"]["kmeans"]
     assert np.abs(moved["mean"] - first["mean"]).max() > 0
-    assert float(after["losses"]["attention"]["commitment"][0]) > 0
+    assert float(after["losses"]["attention"]["kmeans"]["commitment"][0]) > 0
     # numbers are counted by (1 - decay) per token of a head
     np.testing.assert_allclose(moved["number"].sum(-1), 0.001 * B * T, rtol=1e-5)
     _, after = layer.apply(
         variables, x, segments=jnp.asarray(SEGMENTS), mutable=["centroids"])
     np.testing.assert_allclose(
-        after["centroids"]["attention"]["number"].sum(-1),
+        after["centroids"]["attention"]["kmeans"]["number"].sum(-1),
         0.001 * (SEGMENTS > 0).sum(), rtol=1e-5)
 
 
@@ -228,7 +228,7 @@ def test_the_loss_pulls_vectors_to_their_centroids():
 
     def loss(q):
         _, after = attention.apply(params, q, k, v, mutable=["losses"])
-        return after["losses"]["commitment"][0]
+        return after["losses"]["kmeans"]["commitment"][0]
 
     grad = jax.grad(loss)(q)
     assert loss(q - 0.5 * grad / jnp.abs(grad).max()) < loss(q)

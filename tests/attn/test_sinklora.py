@@ -113,15 +113,15 @@ def test_a_stream_keeps_a_group_and_the_sinks():
 
 
 def test_a_group_is_a_share_of_the_text():
-    assert SinkLoRA().mask(4, 32) == SinkLoRA(8).mask(4)
+    assert SinkLoRA(None).mask(4, 32) == SinkLoRA(8).mask(4)
     assert SinkLoRA(8, form="flash").mask(5).shifted == 2  # of 5 heads 2 stay
     q, k, v, _ = inputs()
     for make, error, message in (
         (lambda: SinkLoRA(7), ValueError, "group=7: expected an even"),
         (lambda: SinkLoRA(form="roll", causal=False), ValueError, "expected form="),
         (lambda: SinkLoRA(form="other"), ValueError, "form='other'.*expected"),
-        (lambda: SinkLoRA().mask(4, 20), ValueError, "group of 5 tokens of 20"),
-        (lambda: SinkLoRA().init_state(9, q, k, v), ValueError, "group=None"),
+        (lambda: SinkLoRA(None).mask(4, 20), ValueError, "group of 5 tokens of 20"),
+        (lambda: SinkLoRA(None).init_state(9, q, k, v), ValueError, "group=None"),
         (lambda: SinkLoRA(10, form="roll")(q, k, v), ValueError, "24 tokens in groups"),
         (lambda: FORMS[2].init_state(9, q, k, v), NotImplementedError, "no stream"),
         (lambda: FORMS[2](q, k, v, segments=jnp.ones((B, T), jnp.int32)),

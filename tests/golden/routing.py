@@ -25,9 +25,10 @@ def run(case: Mapping[str, Any]) -> dict[str, np.ndarray]:
 
 def _applied(attention: Routing, centroids: Centroids, params, q, k, v):
     """(o, loss) and the centroids after the batch."""
-    variables = {"centroids": centroids._asdict(), **params}
+    variables = {"centroids": {"kmeans": centroids._asdict()}, **params}
     o, after = attention.apply(variables, q, k, v, mutable=["centroids", "losses"])
-    return (o, after["losses"]["commitment"][0]), Centroids(**after["centroids"])
+    loss = after["losses"]["kmeans"]["commitment"][0]
+    return (o, loss), Centroids(**after["centroids"]["kmeans"])
 
 
 def _google(case):

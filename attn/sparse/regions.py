@@ -40,20 +40,24 @@ class Regions(NamedTuple):
     segment: jax.Array
 
 
-def pooled(q, k, v, there: jax.Array, scale: float) -> tuple[jax.Array, jax.Array]:
+def pooled(
+    q, k, v, scale: float, there: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
     """k_r [B,n,H,D] and v_r [B,n,H,V], float32, of the tokens `there` [B,n,j] of q
-    [B,n,j,H,D], k [B,n,j,K,D] and v [B,n,j,K,V]."""
+    [B,n,j,H,D], k [B,n,j,K,D] and v [B,n,j,K,V]; None for all."""
     group = q.shape[3] // k.shape[3]
     q, k, v = (a.astype(jnp.float32) for a in (q, k, v))
-    k, v = (jnp.repeat(a, group, 3) for a in (k, v))
+    k, v = (jnp.repeat(a, group, 3) if group > 1 else a for a in (k, v))
 
     def most(a):
+        if there is None:
+            return a.max(2)
         top = jnp.where(there[..., None, None], a, -jnp.inf).max(2)
         return jnp.where(there.any(-1)[..., None, None], top, 0)
 
     # [B,n,H,D] x [B,n,j,H,D] -> [B,n,H,j]
     s = jnp.einsum("bnhd,bnjhd->bnhj", most(q), k) * scale
-    p = weights(s, there[:, :, None])
+    p = weights(s, None if there is None else there[:, :, None])
     return most(k), jnp.einsum("bnhj,bnjhv->bnhv", p, v)
 
 
@@ -68,7 +72,7 @@ def regular(row: Tokens, block: int, scale: float) -> Regions:
         return a.reshape(b, -1, block, *a.shape[2:])
 
     there = cut(jnp.ones_like(row.pos, bool))
-    k, v = pooled(cut(row.q), cut(row.k), cut(row.v), there, scale)
+    k, v = pooled(cut(row.q), cut(row.k), cut(row.v), scale, there)
     number = row.pos[:, ::block] // block
     return Regions(k, v, number, jnp.ones_like(number))
 
@@ -95,7 +99,7 @@ def complete(row: Tokens, block: int, scale: float, partly: bool = False) -> Reg
     def take(a):
         return jnp.take_along_axis(a, index, 1).reshape(*there.shape, *a.shape[2:])
 
-    k, v = pooled(take(row.q), take(row.k), take(row.v), there, scale)
+    k, v = pooled(take(row.q), take(row.k), take(row.v), scale, there)
     segment = jnp.take_along_axis(segment, last, 1)
     return Regions(
         k, v, jnp.where(found, pos // block, -1), jnp.where(found, segment, 0))

@@ -48,12 +48,13 @@ def attend(q, k, v, pos: jax.Array, scale: float) -> jax.Array:
     for level in range(high):
         span = 2**level
         pairs = (b, size // (2 * span), 2, span)
-        first, second = ([a.reshape(*pairs, *a.shape[2:])[:, :, n]
-                          for a in (q, k, v)] for n in (0, 1))
-        there = jnp.ones(pairs[:2] + pairs[3:], bool)
-        span_k, span_v = pooled(first[0], first[1], first[2], there, scale)
+        # the first span of each pair is read by the second: [B,n,2,2^level,H,.]
+        q2, k2, v2 = (a.reshape(*pairs, *a.shape[2:]) for a in (qf, kf, vf))
+        span_k, span_v = k2[:, :, 0, 0], v2[:, :, 0, 0]
+        if level:
+            span_k, span_v = pooled(q2[:, :, 0], k2[:, :, 0], v2[:, :, 0], scale)
         # [B,n,j,H,D] x [B,n,H,D] -> [B,n,j,H]
-        s = jnp.einsum("bnjhd,bnhd->bnjh", second[0].astype(jnp.float32), span_k)
+        s = jnp.einsum("bnjhd,bnhd->bnjh", q2[:, :, 1], span_k)
         s = jnp.pad(s[:, :, None] * scale, ((0, 0),) * 2 + ((1, 0),) + ((0, 0),) * 2)
         logits.append(s.reshape(b, size, h))
         values.append(span_v)

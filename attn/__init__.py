@@ -12,7 +12,7 @@ Low rank              linformer
 Recurrent             aaren, rat
 One form for all      dsf, template
 Fixed patterns        mixers
-Sparse, retrieval     landmark
+Sparse, retrieval     landmark, s2, routing, combiner, sinklora
 Cache compression     snapkv
 Around them           layers, masks, positions, grid, baseconv
 
@@ -28,7 +28,7 @@ __version__ = "0.1.0"
 
 # what surrounds the attentions, by the file that has it
 _AROUND = {
-    "masks": ("Causal", "Full", "Mask", "Sink", "Window"),
+    "masks": ("BlockCausal", "Causal", "Full", "Mask", "Sink", "Window"),
     "positions": ("ALiBi", "RoPE"),
     "layers": ("MultiHead",),
 }

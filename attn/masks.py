@@ -198,6 +198,47 @@ class Sink(Mask):
 
 
 @dataclasses.dataclass(frozen=True)
+class BlockCausal(Mask):
+    """Tokens in blocks of `block`, which are frames of a video or tiles of a text: a
+    token sees its own block whole, `left` blocks back (None: all) and `right` ahead.
+
+    In blocks of a frame it is the block-wise causal attention of Next-Frame Diffusion
+    (Cheng et al., 2025, arXiv:2506.01380), which remembers `left + 1` frames; a block
+    of one token is `Causal()`.
+    """
+
+    block: int
+    left: int | None = None
+    right: int = 0
+
+    def __post_init__(self):
+        for name in ("block", "left", "right"):
+            value = getattr(self, name)
+            if not (value is None and name == "left"):
+                _check_count(f"BlockCausal: {name}", value)
+        if self.block < 1:
+            raise ValueError(f"BlockCausal: block={self.block}: expected 1 or more")
+
+    def __call__(self, h, i, j):
+        block = min(self.block, MOST)
+        return self._blocks(h, i // block, j // block)
+
+    def bounds(self, i, j):
+        block = min(self.block, MOST)
+        return self._blocks.bounds(*(tuple(a // block for a in x) for x in (i, j)))
+
+    @property
+    def _blocks(self) -> Window:
+        """What a block sees of the blocks."""
+        return Window(MOST if self.left is None else self.left, self.right)
+
+    def reach(self):
+        # from the last token of a block to the first of the block `left` back
+        far = FOREVER if self.left is None else (self.left + 1) * self.block - 1
+        return Reach(min(far, FOREVER), 0)
+
+
+@dataclasses.dataclass(frozen=True)
 class And(Mask):
     """Visible in both."""
 

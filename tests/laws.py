@@ -23,6 +23,7 @@ import pytest
 
 from attn.aaren import Aaren
 from attn.based import Based
+from attn.combiner import Combiner
 from attn.contract import dispatch
 from attn.contract.attention import said
 from attn.delta import Delta
@@ -39,6 +40,9 @@ from attn.masks import Causal, Sink, Window
 from attn.positions import ALiBi, RoPE
 from attn.rat import RAT
 from attn.retnet import RetNet
+from attn.routing import Routing
+from attn.s2 import S2
+from attn.sinklora import SinkLoRA
 from attn.snapkv import SnapKV
 from attn.softmax import Softmax
 from experiments.measure import cost
@@ -265,6 +269,35 @@ ENTRIES = {
     "snapkv": Entry(
         SnapKV(capacity=2 * T, window=4), same=(SnapKV(), Softmax()), decode=0,
         ends=True, wraps="softmax",
+    ),
+    # a window that reaches the first token
+    "s2": Entry(
+        S2(block=2, local=2, stride=2, offset=1, dense=1),
+        (S2(block=2, local=8), Softmax()),
+    ),
+    # a member is chosen among earlier tokens; k is read
+    "routing": Entry(
+        Routing(clusters=3, window=6, members="prefix", share_qk=False), (
+            Routing(clusters=1, window=T, norm="unit", share_qk=False, eps=0.0),
+            Softmax()), flops=1, decode=0, kernel=False,
+    ),
+    # windows that hold all tokens: no later one takes the place of an earlier one
+    "routing_whole": Entry(
+        Routing(clusters=2, window=512, share_qk=False, local=2, local_block=3), (
+            Routing(clusters=2, window=T, norm="unit", share_qk=False, eps=0.0,
+                    local=1, local_block=T), Softmax()),
+        flops=1, decode=0, kernel=False, wraps="routing",
+    ),
+    # one block is exact attention, and so are blocks of one token; spans never are
+    "combiner": Entry(
+        Combiner(block=4), (Combiner(block=T), Softmax()),
+        same=(Combiner(block=1), Softmax()), slot=4,
+    ),
+    "combiner_spans": Entry(Combiner("logsparse"), flops=1, kernel=False),
+    # shifted groups of twice the text: its first half is all of it
+    "sinklora": Entry(
+        SinkLoRA(group=4, sinks=2), (SinkLoRA(group=2 * T), Softmax()), flops=1,
+        decode=0, wraps="softmax",
     ),
 }
 LAW = pytest.mark.parametrize("name", ENTRIES)

@@ -2,13 +2,20 @@
 
 import dataclasses
 import itertools
+import pathlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from attn.masks import FOREVER, Causal, Full, Mask, Reach, Sink, Window, tiles
+from attn.masks import FOREVER, BlockCausal, Causal, Full, Mask, Reach, Sink
+from attn.masks import Window, tiles
+from attn.softmax import Softmax
+from tests.golden.__main__ import cases
+from tests.laws import close, run
+
+GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "cases"
 
 N = 24
 I, J = np.arange(N)[:, None], np.arange(N)[None, :]
@@ -23,6 +30,11 @@ SEEN = {
     Causal() & Window(5): (J <= I) & (I - J <= 5),
     Causal() & (Window(5) | Sink(2)): (J <= I) & ((I - J <= 5) | (J < 2)),
     Causal() & Window(5) | Sink(2): (J <= I) & (I - J <= 5) | (J < 2),
+    BlockCausal(5): J // 5 <= I // 5,
+    BlockCausal(1): J <= I,
+    BlockCausal(4, 1): (J // 4 <= I // 4) & (I // 4 - J // 4 <= 1),
+    BlockCausal(4, 0, 2): (J // 4 - I // 4 <= 2) & (I // 4 <= J // 4),
+    Causal() & BlockCausal(6, 0): (J <= I) & (I // 6 == J // 6),
     ~Causal(): J > I,
     ~Sink(4): (J >= 4) & (I >= 0),
     ~(Causal() & Window(2)) & ~Sink(1): ((J > I) | (I - J > 2)) & (J >= 1),
@@ -185,3 +197,31 @@ def test_a_window_longer_than_any_text_is_no_window():
         np.testing.assert_array_equal(wide(0, i, j), (Causal() & Window(4))(0, i, j))
         assert Sink(n)(0, i, j).all() and (Causal() & Window(n)).causal
         (Causal() & Window(n)).bounds((i[0], i[1]), (j[0], j[0]))
+
+
+@pytest.mark.parametrize("left", [None, 1])
+def test_frames_are_seen_whole_and_in_order(left):
+    """What stands in the golden vectors of Next-Frame Diffusion."""
+    case = cases(GOLDEN / "nfd.npz")["case0"]
+    config = case["config"]
+    assert config["window_frames"] == 2
+    attention = Softmax(mask=BlockCausal(config["tokens_per_frame"], left))
+    q, k, v, do = (jnp.asarray(case[name]) for name in ("q", "k", "v", "ct"))
+    o, grads = run(attention, q, k, v, do=do)
+    close(o, case["out" if left is None else "out_window"])
+    if left is None:
+        for name, grad in zip("qkv", grads, strict=True):
+            close(grad, case[f"grad_{name}"], "gradient")
+
+
+def test_the_first_and_the_last_of_blocks():
+    assert BlockCausal(6).reach().left == FOREVER
+    assert BlockCausal(6, 1).reach() == Reach(11, 0)
+    assert BlockCausal(1).causal and not BlockCausal(2).causal
+    assert (Causal() & BlockCausal(4, 1)).causal
+    with pytest.raises(ValueError, match="block=0: expected 1 or more"):
+        BlockCausal(0)
+    with pytest.raises(ValueError, match="left=-1: expected 0 or more"):
+        BlockCausal(4, -1)
+    i = jnp.arange(9, dtype=jnp.int32)
+    assert BlockCausal(2**40, 2**40)(0, i[:, None], i[None]).all()

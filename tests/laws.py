@@ -29,6 +29,7 @@ from attn.delta import Delta
 from attn.essa import Essa
 from attn.flow import Flow
 from attn.gla import GLA
+from attn.hip import HiP
 from attn.landmark import Landmark
 from attn.layers import MultiHead
 from attn.lightnet import LightNet
@@ -41,6 +42,7 @@ from attn.rat import RAT
 from attn.retnet import RetNet
 from attn.snapkv import SnapKV
 from attn.softmax import Softmax
+from attn.topk import TopK
 from experiments.measure import cost
 from models import placement
 
@@ -129,7 +131,8 @@ class Entry:
     limit: an attention with the setting of the limit that the paper names, and the one
     that it then equals. same: two settings of which the paper, or its docstring, says
     that they do not differ. flops: the exponent of T. decode: the exponent of the size
-    of a full memory in the flops of one more token. kernel: whether one runs it. slot:
+    of a full memory in the flops of one more token; held: in the bytes of that
+    memory, None for the same. kernel: whether one runs it. slot:
     tokens that a slot of its memory stands for; ends: whether that memory can be full.
     long: the settings whose cost is counted, at lengths of up to 2^17. packed: streams
     over a mesh are of packed segments. spread: K heads may be repeated to H without a
@@ -142,6 +145,7 @@ class Entry:
     same: tuple[Any, Any] | None = None
     flops: float = 2.0
     decode: float = 1.0
+    held: float | None = None
     kernel: bool = True
     slot: int = 1
     ends: bool | None = None
@@ -265,6 +269,17 @@ ENTRIES = {
     "snapkv": Entry(
         SnapKV(capacity=2 * T, window=4), same=(SnapKV(), Softmax()), decode=0,
         ends=True, wraps="softmax",
+    ),
+    # few keys in the middle of a sequence, and of a call too
+    "topk": Entry(
+        TopK(top_k=2, block=2, sink=1, local=3, prefill="sparse"),
+        (TopK(prefill="sparse"), Softmax()), kernel=False,
+    ),
+    # a search that finds all: its stream has other blocks of queries than its call
+    "hip": Entry(
+        HiP(keys=T, block_q=4, window=3, sink=1, refresh=3),
+        (HiP(keys=6, block_q=4, window=T), Softmax()), flops=1, decode=0, held=1,
+        ends=True, long=HiP(keys=64, block_q=64, block_k=8, window=64),
     ),
 }
 LAW = pytest.mark.parametrize("name", ENTRIES)
@@ -566,6 +581,25 @@ def test_no_token_sees_the_future(name):
 
 
 @LAW
+def test_what_is_read_is_not_chosen_by_the_future(name):
+    """A choice has no gradient: tokens behind a cut are others, and what stands before
+    it is the same, but for those whose block the attention says is led as a whole."""
+    stateless(name)
+    attention = ENTRIES[name].attention
+    ahead = said(getattr(attention, "module", attention), "ahead")
+    if ahead is None:
+        pytest.skip("it says that all tokens of a row lead its choice")
+    others = tuple(3 * a for a in inputs(seed=5))
+    for cut in (4, 12):
+        cut -= cut % max(ahead, 1)
+        behind = (jnp.arange(T) >= cut)[None, :, None, None]
+        mixed = (jnp.where(behind, b, a) for a, b in zip(inputs(), others))
+        o, _ = run(attention, *mixed)
+        close(o[:, :cut], whole(name)[0][:, :cut])
+        assert relative(o[:, cut:], whole(name)[0][:, cut:]) > 0.1
+
+
+@LAW
 @pytest.mark.parametrize("piece", [1, 4, T])
 def test_stepping_is_attending(name, piece):
     stateless(name)
@@ -716,8 +750,9 @@ def test_the_cost_of_one_more_token(name):
         state = jax.eval_shape(lambda p=prompt: attention.init_state(p[0].shape[1], *p))
         work.append(cost.flops(attention.step, state, *one))
         space.append(sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(state)))
-    claim = ENTRIES[name].decode
-    for found in (cost.slope(work), cost.slope(space)):
+    claim, held = ENTRIES[name].decode, ENTRIES[name].held
+    held = claim if held is None else held
+    for found, claim in ((cost.slope(work), claim), (cost.slope(space), held)):
         assert abs(found - claim) < 0.15, (work, space)
 
 

@@ -33,6 +33,7 @@ from attn.parallel.query_blocks import over_rows
 from attn.parallel.sharding import Axis, home
 from attn.softmax import Softmax
 from attn.sparse.block_grid import grid
+from attn.sparse.block_scores import named
 
 PREFILLS = ("dense", "sparse")
 TILE = 64  # queries at once, in a sparse call
@@ -237,9 +238,7 @@ class TopK(Attention):
         score = score.reshape(b, heads, i, -1, self.block).mean(-1)  # [B,K,I,N]
         score = jnp.where(middle[:, None], score, -jnp.inf)
         _, best = jax.lax.top_k(score, min(self.top_k, score.shape[-1]))
-        kept = jnp.put_along_axis(
-            jnp.zeros(score.shape, bool), best, True, -1, inplace=False)
-        kept = kept | ~middle[:, None]
+        kept = named(best, score.shape[-1]) | ~middle[:, None]
         seen = seen[:, None] & kept[..., None]  # [B,K,I,N,block]
         p = weights(s, seen.reshape(b, heads, 1, i, -1))
         # [B,K,G,I,S] x [B,S,K,V] -> [B,I,K,G,V]

@@ -277,7 +277,7 @@ ENTRIES = {
     ),
     # a search that finds all: its stream has other blocks of queries than its call
     "hip": Entry(
-        HiP(keys=T, block_q=4, window=3, sink=1, refresh=3),
+        HiP(keys=64, block_q=4, window=3, sink=1, refresh=3),
         (HiP(keys=6, block_q=4, window=T), Softmax()), flops=1, decode=0, held=1,
         ends=True, long=HiP(keys=64, block_q=64, block_k=8, window=64),
     ),

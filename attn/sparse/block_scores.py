@@ -30,13 +30,21 @@ def best_sum(p: jax.Array, share: float) -> jax.Array:
     order = jnp.argsort(-p, axis=-1, stable=True)
     inside = jnp.cumsum(jnp.take_along_axis(p, order, -1), -1) <= share
     # back from the order of size
-    return jnp.put_along_axis(jnp.zeros(p.shape, bool), order, inside, -1, inplace=False)
+    return jnp.take_along_axis(inside, jnp.argsort(order, axis=-1), -1)
 
 
 def best(p: jax.Array, most: jax.Array) -> jax.Array:
     """Which of p [...,n] bool are the `most` [...] largest, the first of equals."""
     order = jnp.argsort(-p, axis=-1, stable=True)
     return jnp.argsort(order, axis=-1) < most[..., None]
+
+
+def named(at: jax.Array, n: int) -> jax.Array:
+    """Which of n numbers at [...,m] names: [...,n] bool."""
+    mark = lambda at: jnp.zeros((n,), bool).at[at].set(True, mode="drop")
+    for _ in at.shape[:-1]:
+        mark = jax.vmap(mark)
+    return mark(at)
 
 
 def union(columns: jax.Array, ends: jax.Array) -> jax.Array:

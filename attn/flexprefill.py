@@ -23,7 +23,7 @@ from attn.exact.dense import logits
 from attn.exact.logits import LogitSpec, Where
 from attn.masks import Causal
 from attn.parallel.query_blocks import over_rows
-from attn.parallel.sharding import Axis
+from attn.parallel.sharding import Axis, devices_of
 from attn.softmax import Softmax
 from attn.sparse import block_scores as scores
 from attn.sparse import chosen_blocks
@@ -120,6 +120,7 @@ class FlexPrefill(Attention):
 
     def _sparse(self, q, k, v) -> jax.Array:
         b, t, h, _ = q.shape
+        devices_of(self.axis)  # says at once that there is no mesh
         n = -(-t // self.block)
         chosen = self._listed(self.pattern(q, k))  # [B,H,n,c]
         pad = lambda a: jnp.pad(a, ((0, 0), (0, n * self.block - t), (0, 0), (0, 0)))

@@ -27,6 +27,7 @@ from attn.contract import dispatch
 from attn.contract.attention import said
 from attn.delta import Delta
 from attn.essa import Essa
+from attn.flexprefill import FlexPrefill
 from attn.flow import Flow
 from attn.gla import GLA
 from attn.hip import HiP
@@ -135,7 +136,8 @@ class Entry:
     memory, None for the same. kernel: whether one runs it. slot:
     tokens that a slot of its memory stands for; ends: whether that memory can be full.
     long: the settings whose cost is counted, at lengths of up to 2^17. packed: streams
-    over a mesh are of packed segments. spread: K heads may be repeated to H without a
+    over a mesh are of packed segments; segmented: it takes segments, and if not refuses
+    them with the reason. spread: K heads may be repeated to H without a
     change of the result. wraps: the row whose mechanism it is a thin wrapper of: that
     row is proved on all meshes, its wrappers take one each, in turn.
     """
@@ -151,6 +153,7 @@ class Entry:
     ends: bool | None = None
     long: Any = None
     packed: bool = False
+    segmented: bool = True
     spread: bool = True
     wraps: str | None = None
 
@@ -183,6 +186,15 @@ def stateless(name):
     """Skips a law about order and streams for what has none."""
     if not ENTRIES[name].ordered:
         pytest.skip("it has no causal order")
+
+
+def refuses_segments(name):
+    """Whether it has no use for segments, which it then says."""
+    if ENTRIES[name].segmented:
+        return False
+    with pytest.raises(NotImplementedError, match="segments: "):
+        ENTRIES[name].attention(*inputs(), segments=jnp.asarray(SEGMENTS))
+    return True
 
 
 SINKS = Causal() & (Window(5) | Sink(2))
@@ -280,6 +292,12 @@ ENTRIES = {
         HiP(keys=64, block_q=4, window=3, sink=1, refresh=3),
         (HiP(keys=6, block_q=4, window=T), Softmax()), flops=1, decode=0, held=1,
         ends=True, long=HiP(keys=64, block_q=64, block_k=8, window=64),
+    ),
+    # all weights are asked for, and there is room for all blocks
+    "flexprefill": Entry(
+        FlexPrefill(block=2, gamma=1.5, min_budget=2, vs_divisor=2, capacity=8),
+        (FlexPrefill(), Softmax()), flops=1, segmented=False,
+        long=FlexPrefill(block=128, min_budget=128, capacity=8),
     ),
 }
 LAW = pytest.mark.parametrize("name", ENTRIES)
@@ -401,6 +419,8 @@ def test_shape_dtype_and_finite(name, t):
 
 @LAW
 def test_padding_gives_nothing_and_takes_nothing(name):
+    if refuses_segments(name):
+        return
     for segments in (np.zeros_like(SEGMENTS), SEGMENTS):
         o, grads = run(ENTRIES[name].attention, *inputs(), jnp.asarray(segments))
         chex.assert_tree_all_finite((o, grads))
@@ -413,6 +433,8 @@ def test_padding_may_hold_anything(name):
     """What stands at padding changes no bit; what is no number at a token is seen."""
     attention, segments = ENTRIES[name].attention, jnp.asarray(SEGMENTS)
     ordered = ENTRIES[name].ordered
+    if refuses_segments(name):
+        return
     want, pad = whole(name, packed=True), SEGMENTS == 0
 
     def spoilt(value, where=pad, which=(0, 1, 2)):
@@ -509,7 +531,8 @@ def test_any_setting_of_jax_will_do(name, setting):
             f = jax.shard_map(f, in_specs=rows, out_specs=rows)
         if setting == "explicit":
             plain, packed = jax.device_put((plain, packed), rows)
-        for args, segments in ((plain, None), packed):
+        both = ((plain, None), packed)
+        for args, segments in both[:1] if refuses_segments(name) else both:
             (o, grads), stepped = jax.eval_shape(f, args, segments)
             chex.assert_trees_all_equal_shapes_and_dtypes(grads, like(args))
             assert o.dtype == args[0].dtype and o.shape == (B, LONG, H, V)
@@ -557,7 +580,8 @@ def test_low_precision_is_as_good_as_plain_jnp(name):
     low = inputs(dtype=jnp.bfloat16)
     exact = tuple(a.astype(jnp.float32) for a in low)
     attention = ENTRIES[name].attention
-    for segments in (None, jnp.asarray(SEGMENTS)):
+    both = (None, jnp.asarray(SEGMENTS))
+    for segments in both[:1] if refuses_segments(name) else both:
         with jax.numpy_dtype_promotion("strict"):
             o = jax.jit(attention)(*low, segments=segments)
         assert o.dtype == jnp.bfloat16
@@ -613,6 +637,8 @@ def test_stepping_is_attending(name, piece):
 @pytest.mark.parametrize("piece", [1, 4])
 def test_stepping_through_packed_segments(name, piece):
     stateless(name)
+    if refuses_segments(name):
+        return
     q, k, v = inputs()
     segments = jnp.asarray(SEGMENTS)
     o, state = stream(ENTRIES[name].attention, q, k, v, 2 * T, piece, segments)
@@ -622,6 +648,8 @@ def test_stepping_through_packed_segments(name, piece):
 
 @LAW
 def test_packing_changes_nothing(name):
+    if refuses_segments(name):
+        return
     packed, alone = whole(name, packed=True)[0], jax.jit(ENTRIES[name].attention)
     for row in range(B):
         for segment in set(SEGMENTS[row].tolist()) - {0}:
@@ -655,7 +683,7 @@ def test_the_limit(name, claim):
 @pytest.mark.parametrize("sizes, name", on_meshes())
 def test_sharding_changes_nothing(name, sizes):
     # grouped heads and packed segments take turns on the meshes
-    packed = sizes == MESHES[0]
+    packed = sizes == MESHES[0] and ENTRIES[name].segmented
     repeated = sizes != MESHES[1] and ENTRIES[name].spread
     segments = jnp.asarray(SEGMENTS) if packed else None
     args = repeat(*inputs()) if repeated else inputs()

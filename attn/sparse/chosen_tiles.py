@@ -26,7 +26,7 @@ from attn.exact.logits import LogitSpec, Where
 from attn.exact.online import EMPTY
 from pallas_kernels.tile import NEVER, base_and_factor, lse_of
 
-LOGITS = 2**17  # of the rows that are visited at once, over batch and heads
+LOGITS = 2**19  # of the rows that are visited at once, over batch and heads
 
 
 class Plan(NamedTuple):

@@ -41,6 +41,7 @@ from attn.masks import Causal, Sink, Window
 from attn.positions import ALiBi, RoPE
 from attn.rat import RAT
 from attn.retnet import RetNet
+from attn.seer import Seer
 from attn.snapkv import SnapKV
 from attn.softmax import Softmax
 from attn.topk import TopK
@@ -298,6 +299,12 @@ ENTRIES = {
         FlexPrefill(block=2, gamma=1.5, min_budget=2, vs_divisor=2, capacity=8),
         (FlexPrefill(), Softmax()), flops=1, segmented=False,
         long=FlexPrefill(block=128, min_budget=128, capacity=8),
+    ),
+    # all pairs of blocks are read
+    "seer": Entry(
+        Seer(block=2, gate_dim=D, ratio=1.0, last_dense=False, diagonal=True),
+        (Seer(block=4, gate_dim=6, threshold=-1.0, rope=None), Softmax()), flops=1,
+        long=Seer(block=256, gate_dim=D, threshold=0.1, capacity=4, last_dense=False),
     ),
 }
 LAW = pytest.mark.parametrize("name", ENTRIES)

@@ -127,7 +127,9 @@ class Seer(nn.Module, Attention):
             # of the last two rows of blocks, the last one perhaps not full
             tail = min(t, t - (-(-t // self.block) - 2) * self.block)
         on = grid(now.pos, now.segment, self.block, packed=packed)
-        q_gate, k_gate = self._gates(weights, *(on.put(a) for a in plain), on)
+        # what it names has no gradient
+        q_gate, k_gate = jax.lax.stop_gradient(
+            self._gates(weights, *(on.put(a) for a in plain), on))
         told = on.pos, on.segment, jnp.arange(on.pos.shape[1], dtype=jnp.int32)[None]
         columns = on.pos, on.segment, k_gate
         o = over_rows(self._local, self.axis, on.put(q), told, q_gate, on.put(k),

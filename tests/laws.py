@@ -304,7 +304,7 @@ ENTRIES = {
     "seer": Entry(
         Seer(block=2, gate_dim=D, ratio=1.0, last_dense=False, diagonal=True),
         (Seer(block=4, gate_dim=6, threshold=-1.0, rope=None), Softmax()), flops=1,
-        long=Seer(block=256, gate_dim=D, threshold=0.1, capacity=4, last_dense=False),
+        long=Seer(gate_dim=D, threshold=0.1, capacity=4, last_dense=False),
     ),
 }
 LAW = pytest.mark.parametrize("name", ENTRIES)

@@ -34,7 +34,8 @@ def pooled(a: jax.Array, real: jax.Array, pools: tuple[str, ...]) -> jax.Array:
     found = {
         "max": lambda: jnp.where(real, a, -jnp.inf).max(2),
         "min": lambda: jnp.where(real, a, jnp.inf).min(2),
-        "avg": lambda: jnp.where(real, a, 0).sum(2) / jnp.maximum(real.sum(2), 1),
+        "avg": lambda: jnp.where(real, a, 0).sum(2) / jnp.maximum(
+            real.astype(jnp.float32).sum(2), 1),
     }
     return jnp.concatenate([jnp.where(some, found[p](), 0) for p in pools], -1)
 

@@ -65,7 +65,7 @@ def attend(
     has no gradient; kernels have none. implementation: "xla", "pallas" or None for the best; see
     `attn.contract.dispatch.pick`. NotImplementedError for a softcap or a score.
     """
-    check(q, k, v)
+    check(q, k, v, piece=True)
     _check(chosen, (*q.shape[:3], k.shape[2]), block)
     if bias is not None and bias.shape != chosen.shape:
         raise ValueError(f"bias has shape {bias.shape}: expected {chosen.shape}")

@@ -39,6 +39,7 @@ from attn.lineartransformer import LinearTransformer
 from attn.linformer import Linformer
 from attn.masks import Causal, Sink, Window
 from attn.positions import ALiBi, RoPE
+from attn.prflash import PrFlash
 from attn.rat import RAT
 from attn.retnet import RetNet
 from attn.seer import Seer
@@ -299,6 +300,11 @@ ENTRIES = {
         FlexPrefill(block=2, gamma=1.5, min_budget=2, vs_divisor=2, capacity=8),
         (FlexPrefill(), Softmax()), flops=1, segmented=False,
         long=FlexPrefill(block=128, min_budget=128, capacity=8),
+    ),
+    # without a draw, the nearest blocks
+    "prflash": Entry(
+        PrFlash(block=2, blocks=3), (PrFlash(block=2, blocks=8), Softmax()), flops=1,
+        decode=0, wraps="softmax", long=PrFlash(),
     ),
     # all pairs of blocks are read
     "seer": Entry(

@@ -11,8 +11,11 @@ from typing import Any, Callable
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AxisType, PartitionSpec
 
-from attn.parallel.sharding import Axis, devices_of, over_mesh, spread_heads
+from attn.parallel.sharding import (
+    Axis, devices_of, mesh_of, over_mesh, spread_heads
+)
 
 
 def over_rows(
@@ -44,4 +47,7 @@ def over_rows(
     letters = "BT.H. BT BTH B.K. B.K. B H -> BT.H."
     o = over_mesh(f, letters, axis)(
         q, rows, heads, k, v, columns, jnp.arange(h, dtype=jnp.int32))
+    if axis is not None and AxisType.Explicit in mesh_of(axis).axis_types:
+        # arrays that came whole go whole: what is laid out comes in automatic axes
+        o = jax.sharding.reshard(o, PartitionSpec())
     return o.reshape(b, (n + more) * size, h, o.shape[-1])[:, :n * size]

@@ -10,7 +10,7 @@ look. How many is up to the data: what holds a share gamma of the weights.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -185,7 +185,8 @@ class FlexPrefill(Attention):
     def _blocks(self, tokens: jax.Array, n: int) -> jax.Array:
         """How many blocks stand for so many tokens, within the budgets."""
         most = n if self.max_budget is None else -(-self.max_budget // self.block)
-        found = jnp.maximum(tokens // self.vs_divisor + 1, -(-self.min_budget // self.block))
+        least = -(-self.min_budget // self.block)
+        found = jnp.maximum(tokens // self.vs_divisor + 1, least)
         return jnp.minimum(found, min(most, n))
 
     def _listed(self, pattern: Pattern) -> jax.Array:
@@ -204,8 +205,8 @@ class FlexPrefill(Attention):
         pairs = n * (n + 1) / 2
         asked = pattern.active.sum(-1)  # [B,H,n]
         room = jnp.minimum(asked, self.capacity or n)
-        share = [a.sum(-1) / pairs for a in (asked, room)]
-        return Share(*share, (asked > room).sum(-1).astype(jnp.float32))
+        return Share(asked.sum(-1) / pairs, room.sum(-1) / pairs,
+                     (asked > room).sum(-1).astype(jnp.float32))
 
     def init_state(self, size, q, k, v, *, x=None):
         """An empty memory for `size` tokens: all keys and values."""

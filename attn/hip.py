@@ -13,7 +13,7 @@ window and to the first tokens. Nothing is learned.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -113,9 +113,10 @@ class HiP(Attention):
     @property
     def near(self) -> Mask | None:
         """What a query sees without a search, causality apart; None for nothing."""
-        parts = [Window(self.window - 1)] if self.window else []
-        parts += [Sink(self.sink)] if self.sink else []
-        return parts[0] | parts[1] if len(parts) == 2 else parts[0] if parts else None
+        if not self.sink:
+            return Window(self.window - 1) if self.window else None
+        sink = Sink(self.sink)
+        return Window(self.window - 1) | sink if self.window else sink
 
     def __call__(self, q, k, v, *, x=None, segments=None):
         """All tokens at once. q [B,T,H,D], k [B,S,K,D], v [B,S,K,V] -> [B,T,H,V]; with
@@ -209,12 +210,12 @@ class HiP(Attention):
         )
 
     def step(self, state, q, k, v, *, x=None, segments=None):
-        """The next T tokens -> state, [B,T,H,V]. Blocks of queries begin with the piece.
-        Past the state's size: ValueError, and NaN inside a trace."""
+        """The next T tokens -> state, [B,T,H,V]. Blocks of queries begin with the
+        piece. Past the state's size: ValueError, and NaN inside a trace."""
         check(q, k, v, segments=segments, aligned=True, piece=True)
         cache = state.cache
         caches.check_fits(cache, k, v)
-        b, t, slots = *q.shape[:2], cache.k.shape[1]
+        (b, t), slots = q.shape[:2], cache.k.shape[1]
         now = locate(segments, b, t, cache.end, cache.segment)
         caches.check_room(now.next_pos, slots)
         after = caches.append(cache, k, v, now, now.pos)
@@ -231,8 +232,8 @@ class HiP(Attention):
                            spare=slots // self.block_k)
             read, wide = caches.of_one_type(both, q)
             o = self._read(wide, read.k, read.v, rows, columns)
-            state = HiPState(
-                after, state.chosen, state.reach, jnp.full_like(state.age, self.refresh))
+            due = jnp.full_like(state.age, self.refresh)
+            state = HiPState(after, state.chosen, state.reach, due)
         return state, caches.poison(o.astype(v.dtype), now.next_pos, slots)
 
     def _decode(self, state: HiPState, after: Cache, q, now: TokenPositions):

@@ -12,8 +12,6 @@ what the abstract says and is proposed here, not published.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -156,7 +154,8 @@ class PrFlash(Softmax):
         def read(a):
             return n + ((n - t) * np.minimum(1, a / (t + 1.0) ** self.power)).sum()
 
-        low, high, want = 0.0, float(n) ** self.power, self.budget * n * (n + 1) / 2
+        low, high = 0.0, float(n) ** self.power
+        want = (self.budget or 1) * n * (n + 1) / 2
         for _ in range(100):
             middle = (low + high) / 2
             low, high = (middle, high) if read(middle) < want else (low, middle)
@@ -194,7 +193,7 @@ class PrFlash(Softmax):
             jnp.broadcast_to(a, (b, *a.shape[1:])), 1, 2)  # [B,H,N,c]
         o, _ = chosen_blocks.attend(
             q.reshape(b, n * size, h, -1), k, v, every(chosen),
-            LogitSpec(Softmax.visible.fget(self), self.scale), where, block=self.block,
+            LogitSpec(self.mask or Causal(), self.scale), where, block=self.block,
             bias=every(bias) if self.rescale else None,
             implementation=self.implementation)
         return o.reshape(b, n, size, h, -1)

@@ -10,10 +10,9 @@ for, and to these the attention is exact. The estimate learns from a teacher's m
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -29,7 +28,7 @@ from attn.contract.shapes import check, concrete
 from attn.parallel.sharding import Axis, over_mesh
 from attn.recurrent.linear import recurrence
 from attn.sparse import estimated, favor
-from attn.sparse.column_decoder import Decoder, layer_norm, past_rows
+from attn.sparse.column_decoder import Decoder, layer_norm
 
 
 class SEAState(NamedTuple):
@@ -82,8 +81,8 @@ class SEA(nn.Module, Attention):
     (proposed here), keep >= T is exact attention.
 
     count_padding: without an order, keys at padding count in the Performer's
-    denominator and rows of padding in the mean row and in losses, as in the authors' code, whose
-    results so depend on padding; False, proposed here, leaves them out.
+    denominator and rows of padding in the mean row and in losses, as in the authors'
+    code, whose results so depend on padding; False, proposed here, leaves them out.
 
     The random directions are a variable of the layer, `fixed/directions`, which no
     optimiser sees; where it is not given they are those of `seed`, and `redrawn` gives
@@ -106,19 +105,18 @@ class SEA(nn.Module, Attention):
     implementation: str | None = None
     row = TemplateRow(MASKED, "L m D + L K H^2 + r L D", 1)
     parameter_axes = {
-        "enc/kernel": "FR", "enc/bias": "R", "enc_norm/scale": "R", "enc_norm/bias": "R",
-        "columns/kernel": "RF", "gate/kernel": "FR", "gate/bias": "R", "place": "TD",
-        "columns/bias": "F", "conv[123]/kernel": "WWRF", "conv[123]/bias": "F",
-        "norm_in/scale": "R", "norm_in/bias": "R", "norm_out/scale": "R",
-        "norm_out/bias": "R", "directions": "RD",
+        "enc/kernel": "FR", "enc/bias": "R", "enc_norm/*": "R", "gate/kernel": "FR",
+        "gate/bias": "R", "place": "TF", "directions": "FR",
+        "decoder/columns/kernel": "RF", "decoder/columns/bias": "F",
+        "decoder/conv?/kernel": "WWRF", "decoder/conv?/bias": "F",
+        "decoder/norm_*/*": "R",
     }
 
     def __post_init__(self):
         check_fields(
             self, least={"columns": 4, "keep": 1, "length": 1}, above={"nb_factor": 0})
         if self.columns % 4:
-            raise ValueError(
-                f"SEA: columns={self.columns}: expected a multiple of 4")
+            raise ValueError(f"SEA: columns={self.columns}: expected a multiple of 4")
         super().__post_init__()
 
     def __call__(self, q, k, v, *, x=None, segments=None):
@@ -149,7 +147,8 @@ class SEA(nn.Module, Attention):
         caches.check_fits(state.cache, k, v)
         self._valid(segments, q)
         slots = state.k.shape[1]
-        now = locate(None, *q.shape[:2], state.end, state.segment)
+        b, t = q.shape[:2]
+        now = locate(None, b, t, state.end, state.segment)
         caches.check_room(now.next_pos, slots)
         cache = caches.append(state.cache, k, v, now, now.pos)
         valid = jnp.ones(q.shape[:2], bool)
@@ -190,7 +189,7 @@ class SEA(nn.Module, Attention):
     @nn.compact
     def _estimate(self, q, k, v, valid, state: SEAState | None):
         """The estimate of T tokens; and memory, tails and total of the state."""
-        (b, t, h, d), width = q.shape, v.shape[3]
+        b, t, h, d = q.shape
         if self.causal and state is None and t > self.length:
             raise ValueError(f"T={t} tokens: expected at most length={self.length}")
         w = self._directions(d)
@@ -206,7 +205,7 @@ class SEA(nn.Module, Attention):
         u = jnp.concatenate([context, v], -1)
         z = nn.Dense(2 * d, name="enc")(u)
         z = nn.gelu(layer_norm("enc_norm")(z), approximate=False)  # [B,T,H,2D]
-        decoder = Decoder(self.columns, self.causal)
+        decoder = Decoder(self.columns, self.causal, name="decoder")
         tails = None if state is None else state.tails
         scores, tails = decoder(z, tails)
         gates = nn.sigmoid(nn.Dense(2, name="gate")(z))
@@ -241,7 +240,9 @@ class SEA(nn.Module, Attention):
         p = index / jnp.maximum(most, 1) * (d - 1)
         low = jnp.floor(p)
         one = functools.partial(jax.nn.one_hot, num_classes=d, dtype=jnp.float32)
-        return one(low) * (1 - (p - low))[..., None] + one(low + 1) * (p - low)[..., None]
+        part = (p - low)[..., None]
+        low = low.astype(jnp.int32)
+        return one(low) * (1 - part) + one(low + 1) * part
 
     def _performer(self, q, k, v, w, state, counted):
         """The Performer's sums and contexts [B,T,H,D+V] float32."""
@@ -307,7 +308,7 @@ class SEA(nn.Module, Attention):
         """The values by how much all tokens look at each column, [B,1,H,V]; as the
         authors have it the weights do not sum to one."""
         rows = estimate.valid.sum(1, dtype=jnp.float32)[:, None, None]
-        rows = float(v.shape[1]) if self.count_padding else jnp.maximum(rows, 1)
+        rows = jnp.maximum(rows, v.shape[1] if self.count_padding else 1)
         p = self.shares(estimate).sum(1) / rows  # [B,H,K]
         length = estimate.valid.sum(1, dtype=jnp.int32)[:, None]
         rank = jnp.cumsum(estimate.valid, 1, dtype=jnp.int32) - 1

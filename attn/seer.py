@@ -1,4 +1,4 @@
-"""SeerAttention (Gao et al., 2024) arXiv:2410.13276: a small gate sees which blocks count.
+"""SeerAttention (Gao et al., 2024) arXiv:2410.13276: a gate says which blocks count.
 
 Queries and keys are pooled over blocks, before any rotation, and projected; the product
 of a pooled query and a pooled key says how much the block of queries will look at the
@@ -7,7 +7,7 @@ pair of blocks is what it should say; the network around it stays as it is. Then
 the blocks that it names are read.
 
     g_mn = (R_m W_q pool(q_m)) . (R_n W_k pool(k_n)) / sqrt(Dg),   n <= m
-    loss = mean of t log(t / softmax_n(g)),  t_mn ~ max_(i in m, j in n) softmax_j(q_i k_j)
+    loss = mean of t log(t / softmax_n(g)),  t_mn ~ max_(i in m, j in n) a_ij
 """
 
 from __future__ import annotations
@@ -54,10 +54,11 @@ class Seer(nn.Module, Attention):
     has room for all. `share` says what is asked for and read.
 
     Learning: a call under `mutable=["gate"]` is exact and keeps the loss of each layer
-    there, whose gradients reach the gate alone (the authors multiply it by 10). Outputs depend on later queries of their own block, and
-    with last_dense on how many follow. In a stream the piece that begins it is read as
-    a call, without segments; everything else exactly. Segments together with last_dense
-    are refused.
+    there, whose gradients reach the gate alone (the authors multiply it by 10).
+
+    Outputs depend on later queries of their own block, and with last_dense on how many
+    follow. In a stream the piece that begins it is read as a call, without segments;
+    everything else exactly. Segments together with last_dense are refused.
     """
 
     block: int = 64
@@ -129,7 +130,7 @@ class Seer(nn.Module, Attention):
         on = grid(now.pos, now.segment, self.block, packed=packed)
         # what it names has no gradient
         q_gate, k_gate = jax.lax.stop_gradient(
-            self._gates(weights, *(on.put(a) for a in plain), on))
+            self._gates(weights, on.put(plain[0]), on.put(plain[1]), on))
         told = on.pos, on.segment, jnp.arange(on.pos.shape[1], dtype=jnp.int32)[None]
         columns = on.pos, on.segment, k_gate
         o = over_rows(self._local, self.axis, on.put(q), told, q_gate, on.put(k),
@@ -175,12 +176,13 @@ class Seer(nn.Module, Attention):
             many = (owner == segment[:, None]).sum(-1)
             most = self._most(s.shape[-1])
             top, chosen = jax.lax.top_k(jnp.where(seen, s, -jnp.inf), int(most[-1]))
-            room = jnp.asarray(most)[many][:, None, None]
-            kept = (jnp.arange(chosen.shape[-1])[None, None] < room) & (top > -jnp.inf)
+            number_of = jnp.arange(chosen.shape[-1])[None, None]
+            kept = (number_of < jnp.asarray(most)[many][:, None, None]) & (
+                top > -jnp.inf)
         else:
             p = block_gate.shares(s, seen)
-            most = s.shape[-1] if self.capacity is None else self.capacity
-            top, chosen = jax.lax.top_k(jnp.where(seen, p, -1), min(most, s.shape[-1]))
+            room = min(self.capacity or s.shape[-1], s.shape[-1])
+            top, chosen = jax.lax.top_k(jnp.where(seen, p, -1), room)
             kept = (top > self.threshold) & (top >= 0)
         chosen = jnp.where(kept, chosen, -1)
         if not self.diagonal:
@@ -227,7 +229,8 @@ class Seer(nn.Module, Attention):
     def logits(self, q, k) -> jax.Array:
         """The gate's logits [B,H,n,n] of unturned q [B,T,H,D] and k [B,T,K,D], -1e9 for
         blocks of the future."""
-        return self._gate_logits(self._weights(q.shape[3], q.shape[2], k.shape[2]), q, k)
+        weights = self._weights(q.shape[3], q.shape[2], k.shape[2])
+        return self._gate_logits(weights, q, k)
 
     def _gate_logits(self, weights, q, k):
         now = locate(None, 1, q.shape[1])
@@ -276,11 +279,11 @@ class Seer(nn.Module, Attention):
         that it reads, for want of room: [B,H] each."""
         asked = self.mask(q, k).sum(-1)  # [B,H,n]
         n = asked.shape[-1]
-        room = n if self.threshold is None or self.capacity is None else self.capacity
-        number = jnp.arange(n)
-        room = jnp.where(self.last_dense & (number >= n - 2), n, room + self.diagonal)
-        read = jnp.minimum(asked, room[None, None])
-        return tuple(a.sum(-1) / (n * (n + 1) / 2) for a in (asked, read))
+        most = n if self.threshold is None else self.capacity or n
+        last = self.last_dense & (jnp.arange(n) >= n - 2)
+        room = jnp.where(last, n, most + self.diagonal)
+        read, pairs = jnp.minimum(asked, room[None, None]), n * (n + 1) / 2
+        return asked.sum(-1) / pairs, read.sum(-1) / pairs
 
     def init_state(self, size, q, k, v, *, x=None):
         """An empty memory for `size` tokens: all keys, turned, and values."""
@@ -290,7 +293,8 @@ class Seer(nn.Module, Attention):
         """The next T tokens, unturned -> state, [B,T,H,V]."""
         check(q, k, v, segments=segments, aligned=True, piece=True)
         caches.check_fits(state, k, v)
-        now = locate(segments, *q.shape[:2], state.end, state.segment)
+        b, t = q.shape[:2]
+        now = locate(segments, b, t, state.end, state.segment)
         turned = self._turned(q, now.pos), self._turned(k, now.pos)
         if segments is not None or q.shape[1] == 1:
             return self.exact.step(state, *turned, v, segments=segments)

@@ -4,7 +4,7 @@ Generating long answers is bound by the bytes of the cache, not by arithmetic, s
 token had better read few keys. It always reads the first `sink` and the last `local`
 ones; of those between, cut into blocks, it reads the `top_k` blocks whose logits are
 largest in the mean over the block and over the query heads of its group. The mean of
-logits is the product with the mean key, so one mean key a block is all that is searched.
+logits is the product with the mean key, so one mean key a block is all that is asked.
 
     middle = [sink, sink + nb block),  nb = floor((length - sink - local) / block)
     score_c = mean_(h in group) q_h . mean_(j in block c) k_j
@@ -101,10 +101,11 @@ class TopK(Attention):
             return self.exact(q, k, v, segments=segments)
         check(q, k, v, segments=segments, aligned=True)
         now = locate(segments, *q.shape[:2])
-        return self._sparse(q, k, v, now, now.pos, now.segment, segments is not None, 0)
+        packed = segments is not None
+        return self._sparse(q, k, v, now, now.pos, now.segment, packed, 0)
 
     def init_state(self, size, q, k, v, *, x=None):
-        """An empty memory for `size` tokens: all keys and values, and sums of blocks."""
+        """An empty memory for `size` tokens: keys, values, and sums of blocks."""
         caches.check_size(size)
         b, _, heads, d = k.shape
         blocks = max(-(-(size - self.sink) // self.block), 1)
@@ -151,7 +152,8 @@ class TopK(Attention):
 
     def _decode(self, state: TopKState, q, now: TokenPositions):
         """What one token q [B,1,H,D] reads of the memory that holds it."""
-        few = at_slots(state.cache, self.chosen_slots(state, q[:, 0], now.pos[:, 0] + 1))
+        slots = self.chosen_slots(state, q[:, 0], now.pos[:, 0] + 1)
+        few = at_slots(state.cache, slots)
         segment = jnp.broadcast_to(now.segment, few.k.shape[:2])
         few, q = caches.of_one_type(few, q)
         spec = LogitSpec(Causal(), self.scale)
@@ -188,7 +190,7 @@ class TopK(Attention):
         return jnp.moveaxis(jnp.concatenate([middle, both], -1), 1, 2)
 
     def _sparse(self, q, k, v, now, pos, segment, packed: bool, spare: int):
-        """The rule for every token of q at `now`, over keys at pos and segment [B,S]."""
+        """The rule for each token of q at `now`, over keys at pos and segment [B,S]."""
         if self.axis is not None and home("K", k.shape[2], self.axis) == ".":
             raise ValueError(
                 f"K={k.shape[2]} key heads, whose groups choose together, cannot be "
@@ -199,8 +201,8 @@ class TopK(Attention):
                        spare=spare // self.block)
         t = q.shape[1]
         rows = grid(now.pos, now.segment, min(TILE, t), packed=False)
-        args = rows.put(q), (rows.pos, rows.segment), None, columns.put(k), \
-            columns.put(v), (columns.pos, columns.segment)
+        at = [(g.pos, g.segment) for g in (rows, columns)]
+        args = rows.put(q), at[0], None, columns.put(k), columns.put(v), at[1]
 
         def xla():
             return over_rows(self._local, self.axis, *args)
@@ -212,7 +214,8 @@ class TopK(Attention):
 
         @jax.checkpoint
         def one(args):
-            return self._tile(*args, k, v, *columns)
+            q, pos, segment = args
+            return self._tile(q, pos, segment, k, v, *columns)
 
         first = lambda a: jnp.moveaxis(a, 1, 0)
         return jnp.moveaxis(jax.lax.map(one, jax.tree.map(first, (q, *rows))), 0, 1)
@@ -231,7 +234,8 @@ class TopK(Attention):
         seen = own & (kv_pos[:, None] <= pos[:, :, None, None])  # [B|1,I,N,block]
         many = jnp.maximum(pos + 1 - self.sink - self.local, 0) // self.block
         begin, end = kv_pos[:, None, :, 0], kv_pos[:, None, :, -1]  # [B|1,1,N]
-        whole = (begin >= self.sink) & (end < self.sink + (many * self.block)[..., None])
+        stop = self.sink + (many * self.block)[..., None]
+        whole = (begin >= self.sink) & (end < stop)
         # a block of the middle [B|1,I,N]; its last slot is empty if it is not whole
         middle = whole & (end >= 0) & own[..., 0]
         score = jax.lax.stop_gradient(s).mean(2)  # over the group: [B,K,I,S]

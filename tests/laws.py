@@ -37,11 +37,12 @@ from attn.lightnet import LightNet
 from attn.lightning import Lightning
 from attn.lineartransformer import LinearTransformer
 from attn.linformer import Linformer
-from attn.masks import Causal, Sink, Window
+from attn.masks import Causal, Full, Sink, Window
 from attn.positions import ALiBi, RoPE
 from attn.prflash import PrFlash
 from attn.rat import RAT
 from attn.retnet import RetNet
+from attn.sea import SEA
 from attn.seer import Seer
 from attn.snapkv import SnapKV
 from attn.softmax import Softmax
@@ -305,6 +306,18 @@ ENTRIES = {
     "prflash": Entry(
         PrFlash(block=2, blocks=3), (PrFlash(block=2, blocks=8), Softmax()), flops=1,
         decode=0, wraps="softmax", long=PrFlash(),
+    ),
+    # as many keys as there are, and no gates; else few, for both of its ways
+    "sea": Entry(
+        SEA(columns=16, keep=2, length=2**11),
+        (SEA(columns=8, keep=T, length=T, gated=False), Softmax()), flops=1,
+        kernel=False, segmented=False, long=SEA(columns=512, keep=16, length=2**17),
+    ),
+    "sea_normal": Entry(
+        SEA(columns=16, keep=2, causal=False),
+        (SEA(columns=8, keep=T, causal=False, gated=False), Softmax(mask=Full())),
+        flops=1, kernel=False, segmented=False, wraps="sea",
+        long=SEA(columns=512, keep=16, causal=False),
     ),
     # all pairs of blocks are read
     "seer": Entry(

@@ -20,7 +20,8 @@ def check_pools(what: str, pools: Any) -> None:
     right = isinstance(pools, tuple) and pools and all(p in POOLS for p in pools)
     if not right or list(pools) != sorted(pools, key=POOLS.index) or len(
             set(pools)) < len(pools):
-        raise ValueError(f"{what}={pools!r}: expected a tuple of some of {POOLS}, in order")
+        raise ValueError(
+            f"{what}={pools!r}: expected a tuple of some of {POOLS}, in order")
 
 
 def pooled(a: jax.Array, real: jax.Array, pools: tuple[str, ...]) -> jax.Array:

@@ -142,4 +142,5 @@ def _pad(a: jax.Array, length: int, value) -> jax.Array:
 def _rows_alike(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Both with as many rows as the one that has more than 1."""
     rows = b.shape[0] if a.shape[0] == 1 else a.shape[0]
-    return tuple(jnp.broadcast_to(x, (rows, *x.shape[1:])) for x in (a, b))
+    wide = lambda x: jnp.broadcast_to(x, (rows, *x.shape[1:]))
+    return wide(a), wide(b)

@@ -62,8 +62,9 @@ def attend(
     is chosen twice counts twice: `distinct` comes first. The mask acts inside blocks;
     positions are 0, 1, ... by default, of queries too. A query that sees nothing gives
     o = 0 and lse = -inf. bias, of chosen's shape, is added to the logits of a block and
-    has no gradient; kernels have none. implementation: "xla", "pallas" or None for the best; see
-    `attn.contract.dispatch.pick`. NotImplementedError for a softcap or a score.
+    has no gradient; kernels have none. implementation: "xla", "pallas" or None for the
+    best; see `attn.contract.dispatch.pick`. NotImplementedError for a softcap or a
+    score.
     """
     check(q, k, v, piece=True)
     _check(chosen, (*q.shape[:3], k.shape[2]), block)

@@ -64,7 +64,7 @@ def attend(
     q, k, v, chosen, spec: LogitSpec, where: Where, block: int, bias=None
 ) -> tuple[jax.Array, jax.Array]:
     """o [B,T,H,V] and lse [B,H,T]; arguments as `chosen_blocks.attend` has them."""
-    (b, t, h, d), (s, heads) = q.shape, k.shape[1:3]
+    (b, t, h, d), s = q.shape, k.shape[1]
     c, n = chosen.shape[1:3]  # heads that choose, rows
     queries = by_rows(q, n)  # [N,B,I,H,D]
     size = queries.shape[2]
@@ -145,7 +145,8 @@ def _seen(plan: Plan, row: Rows, side: Side) -> jax.Array:
         found = jax.vmap(take)(a, jnp.maximum(row.chosen, 0))  # [B,C,n,block]
         return found.reshape(b, c, 1, 1, -1)
 
-    own = row.chosen[..., None] * plan.block + jnp.arange(plan.block).reshape(1, 1, 1, -1)
+    inside = jnp.arange(plan.block, dtype=jnp.int32).reshape(1, 1, 1, -1)
+    own = row.chosen[..., None] * plan.block + inside
     own = own.reshape(b, c, 1, 1, n * plan.block)  # the numbers of keys
     pos = own if plan.counted else of_keys(side.kv_pos)
     there = jnp.repeat(row.chosen >= 0, plan.block, -1)[:, :, None, None]

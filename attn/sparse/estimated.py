@@ -39,13 +39,15 @@ def first_rank(column, length, columns: int) -> jax.Array:
     """The first rank whose column is this one or a later one, in float32 as
     `column_of` has it."""
     scale = length.astype(jnp.float32) / columns
-    guess = jnp.ceil((column + 1e-4) * scale - 0.5).astype(jnp.int32)
+    guess = jnp.ceil((column.astype(jnp.float32) + 1e-4) * scale - 0.5)
+    guess = guess.astype(jnp.int32)
     # how it was rounded may move it by one
     guess = jnp.clip(guess, 0, length) - 1
     of = functools.partial(
         column_of, length=length.astype(jnp.float32), columns=columns)
     for _ in range(2):
-        short = (guess < length) & ((guess < 0) | (of(guess.astype(jnp.float32)) < column))
+        early = of(guess.astype(jnp.float32)) < column
+        short = (guess < length) & ((guess < 0) | early)
         guess = guess + short.astype(jnp.int32)
     return guess
 

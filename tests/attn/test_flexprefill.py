@@ -103,7 +103,8 @@ def test_what_there_is_no_room_for_is_dropped_and_said():
         assert len(kept) == min(asked[row].sum(), 4)
         assert {0, row[2]} <= kept <= set(np.flatnonzero(asked[row]).tolist())
     share = jax.jit(few.share)(q, k)
-    np.testing.assert_allclose(share.active, asked.sum((2, 3)) / (16 * 17 / 2), rtol=1e-6)
+    np.testing.assert_allclose(
+        share.active, asked.sum((2, 3)) / (16 * 17 / 2), rtol=1e-6)
     np.testing.assert_allclose(
         share.read, (chosen >= 0).sum((2, 3)) / (16 * 17 / 2), rtol=1e-6)
     assert (np.asarray(share.capped) == (asked.sum(-1) > 4).sum(-1)).all()

@@ -47,7 +47,8 @@ def by_hand(attention, q, k, v):
     (b, t, h, d), s, group = q.shape, k.shape[1], q.shape[2] // k.shape[2]
     o = np.zeros((b, t, h, v.shape[3]))
     for row, head, first in np.ndindex(b, h, -(-t // attention.block_q)):
-        at = np.arange(first * attention.block_q, min((first + 1) * attention.block_q, t))
+        size = attention.block_q
+        at = np.arange(first * size, min((first + 1) * size, t))
         asking = q[row, at, head][1::2] if len(at) > 1 else q[row, at, head]
         keys, vals = k[row, :, head // group], v[row, :, head // group]
         found = searched(attention, asking, keys, at[-1] + 1 + s - t)
@@ -56,8 +57,8 @@ def by_hand(attention, q, k, v):
             i_pos = i + s - t
             kept = np.isin(j // attention.block_k, list(found))
             kept |= (j > i_pos - attention.window) | (j < attention.sink)
-            x = np.where(kept & (j <= i_pos), keys @ q[row, i, head] / np.sqrt(d), -np.inf)
-            e = np.exp(x - x.max())
+            x = keys @ q[row, i, head] / np.sqrt(d)
+            e = np.where(kept & (j <= i_pos), np.exp(x - x.max()), 0)
             o[row, i, head] = e / e.sum() @ vals
     return o
 
@@ -161,7 +162,8 @@ def test_reuse_sees_what_was_found_and_all_since(refresh):
 def test_reuse_changes_what_is_found_only_between_searches():
     q, k, v = inputs(t=48)
     often, seldom = (
-        stream(dataclasses.replace(SMALL, refresh=n), q, k, v, 48, 1)[0] for n in (1, 4))
+        stream(dataclasses.replace(SMALL, refresh=n), q, k, v, 48, 1)[0]
+        for n in (1, 4))
     same = [np.allclose(a, b, atol=1e-5) for a, b in zip(often[0], seldom[0])]
     assert all(same[::4]) and not all(same)
 

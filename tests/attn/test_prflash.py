@@ -1,4 +1,4 @@
-"""PrFlash: draws by distance, their budgets and means; RoPE x ALiBi by harmonic sums."""
+"""PrFlash: draws by distance, budgets and means; RoPE x ALiBi by harmonic sums."""
 
 import functools
 import json

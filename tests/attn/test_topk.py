@@ -70,7 +70,8 @@ def by_hand(attention, q, k, v):
         score = s.mean(0)[attention.sink:end].reshape(n, -1).mean(1)
         kept = np.ones(t, bool)
         kept[attention.sink:end] = np.repeat(
-            np.isin(np.arange(n), np.argsort(-score)[:attention.top_k]), attention.block)
+            np.isin(np.arange(n), np.argsort(-score)[:attention.top_k]),
+            attention.block)
         for a, x in zip(own, s):
             e = np.where(kept, np.exp(x - x.max()), 0)
             o[row, a] = e / e.sum() @ v[row, :, head]

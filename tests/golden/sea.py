@@ -40,7 +40,7 @@ def _params(case, causal: bool) -> dict[str, Any]:
         "enc": of("attention_predictor_enc/0"),
         "enc_norm": of("attention_predictor_enc/1"),
         "gate": of("attention_predictor_dec_scaler/0"),
-        "Decoder_0": decoder | {"columns": of("attention_predictor_dec_row/0")},
+        "decoder": decoder | {"columns": of("attention_predictor_dec_row/0")},
     }
     if causal:
         params["place"] = case["params/v_eye_learned_causal"][0, 0]

@@ -1,4 +1,4 @@
-"""Adapter for seerattention.npz: the gate, its target, loss and gradients, its masks."""
+"""Adapter for seerattention.npz: the gate, its target, loss, gradients and masks."""
 
 from __future__ import annotations
 

@@ -117,7 +117,9 @@ def read(
         s = s * scale
         top = jnp.where(mine, s[:, None], -jnp.inf).max(0)  # [H]
         top = jax.lax.stop_gradient(jnp.where(jnp.isfinite(top), top, 0))
-        e = jnp.where(list_of.there, jnp.exp(jnp.minimum(s - top[list_of.head], 0)), 0)
+        # where there is no key, exp of nothing large: its gradient would be no number
+        below = jnp.where(list_of.there, s - top[list_of.head], 0)
+        e = jnp.where(list_of.there, jnp.exp(below), 0)
         total = jnp.where(mine, e[:, None], 0).sum(0)
         w = e / jnp.where(total > 0, total, 1)[list_of.head]
         vals = v[key, list_of.head // group].astype(jnp.float32)

@@ -12,7 +12,8 @@ Low rank              linformer
 Recurrent             aaren, rat
 One form for all      dsf, template
 Fixed patterns        mixers
-Sparse, retrieval     landmark, s2, routing, combiner, sinklora
+Sparse, retrieval     landmark, s2, routing, combiner, sinklora, topk, hip,
+                      flexprefill, seer, sea, prflash
 Cache compression     snapkv
 Around them           layers, masks, positions, grid, baseconv
 
@@ -29,7 +30,7 @@ __version__ = "0.1.0"
 # what surrounds the attentions, by the file that has it
 _AROUND = {
     "masks": ("BlockCausal", "Causal", "Full", "Mask", "Sink", "Window"),
-    "positions": ("ALiBi", "RoPE"),
+    "positions": ("ALiBi", "HarmonicALiBi", "RoPE"),
     "layers": ("MultiHead",),
 }
 _HOME = {name: file for file, names in _AROUND.items() for name in names}

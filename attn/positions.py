@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -186,3 +187,56 @@ class ALiBi:
     def __call__(self, h: jax.Array, i: jax.Array, j: jax.Array) -> jax.Array:
         """The score added to the logit of query i and key j of head h."""
         return -self.slopes(h) * jnp.abs(i - j).astype(jnp.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class HarmonicALiBi:
+    """RoPE x ALiBi (Li, 2024) arXiv:2410.18441: a bias that falls like a logarithm.
+
+    Beside rotated q and k, whose products have the weight gamma, head h adds
+
+        -(1 - gamma) m_h Hm(|i - j|),   Hm(n) = 1 + 1/2 + ... + 1/n,
+
+    or |i - j| itself for bias="linear"; m_h = 2^(-8h/H), h = 1..H, for every H. gamma
+    of 1 is RoPE alone, 0 has no content. The formula was not to be had and is proposed
+    here. `Softmax(**HarmonicALiBi(heads=8).of(width=64))` has both halves of it.
+    """
+
+    heads: int
+    gamma: float = 0.5
+    bias: str = "harmonic"
+
+    def __post_init__(self):
+        if self.heads < 1:
+            raise ValueError(
+                f"HarmonicALiBi: heads={self.heads}: expected 1 or more")
+        if not 0 < self.gamma <= 1:
+            raise ValueError(
+                f"HarmonicALiBi: gamma={self.gamma}: expected in (0, 1]")
+        if self.bias not in ("harmonic", "linear"):
+            raise ValueError(
+                f"HarmonicALiBi: bias={self.bias!r}: expected 'harmonic' or 'linear'")
+
+    def of(self, width: int) -> dict[str, Any]:
+        """The fields `scale` and `score` of an attention with D = width."""
+        return {"scale": self.gamma * width**-0.5, "score": self}
+
+    def slopes(self, h: jax.Array) -> jax.Array:
+        """m_h of the global head numbers h (from 0), any shape."""
+        return jnp.exp2(-8.0 * (jnp.asarray(h, jnp.float32) + 1) / self.heads)
+
+    def __call__(self, h: jax.Array, i: jax.Array, j: jax.Array) -> jax.Array:
+        """The score added to the logit of query i and key j of head h."""
+        far = jnp.abs(i - j).astype(jnp.float32)
+        far = harmonic(far) if self.bias == "harmonic" else far
+        return -(1 - self.gamma) * self.slopes(h) * far
+
+
+def harmonic(n: jax.Array) -> jax.Array:
+    """Hm(n) = 1 + 1/2 + ... + 1/n of n >= 0, float32, elementwise as kernels want it;
+    Hm(0) = 0, to 1e-6."""
+    # the asymptotic series at n + 4, where it is exact to float32, and four steps back
+    y = n + 4.5
+    z = 1 / (y * y)
+    far = jnp.log(y) + 0.5772156649015329 + z * (1 / 24 - z * (7 / 960 - z * 31 / 8064))
+    return far - (1 / (n + 1) + 1 / (n + 2) + 1 / (n + 3) + 1 / (n + 4))

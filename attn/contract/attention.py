@@ -50,6 +50,9 @@ class Attention:
     parameter_axes: the axes of each parameter, {end of its path: letters}: H heads and
     F channels within a layer can be split over devices; E, D, R (a rank), T (tokens)
     and W (taps) are not (`models/placement.py`).
+    ahead: what it reads is chosen by data, and the choice, which has no gradient, may
+    follow tokens behind the query: so many, up to the end of its own block; 0 for none,
+    None for all tokens of the row.
     text_block: it reads a token of its own behind every so many tokens of a text, which
     `interleave` puts there; None for none.
     """
@@ -63,6 +66,7 @@ class Attention:
     noise: tuple[str, ...] = ("dropout",)
     row: TemplateRow | None = None
     parameter_axes: dict[str, str] = {}
+    ahead: Any = 0
     text_block: Any = None
 
     def __init_subclass__(cls, **options: Any) -> None:

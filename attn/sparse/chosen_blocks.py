@@ -15,10 +15,10 @@ import jax.numpy as jnp
 
 from attn.contract.dispatch import interpreted, pick
 from attn.contract.shapes import check
-from attn.exact.attend import kernel_options
+from attn.exact.attend import forward_mode_refused, kernel_options
 from attn.exact.chunked import check_given
-from attn.exact.dense import weights
 from attn.exact.logits import LogitSpec, Where
+from attn.sparse import chosen_tiles
 from pallas_kernels.blocks import api as kernels
 
 
@@ -27,14 +27,10 @@ def gather(a: jax.Array, chosen: jax.Array, block: int) -> jax.Array:
 
     Query head h reads key head h // (H/K). What -1 names is some block: mask it.
     """
-    b, s, heads, width = a.shape
-    # [B,S,K,X] -> [B,K,M,block,X], of M blocks
-    a = jnp.pad(a, ((0, 0), (0, -s % block), (0, 0), (0, 0)))
-    a = a.reshape(b, -1, block, heads, width).transpose(0, 3, 1, 2, 4)
-    grouped = jnp.maximum(chosen, 0).reshape(b, heads, -1)
-    # one index a block: an index for each element would be larger than the blocks
-    taken = jax.vmap(jax.vmap(lambda blocks, at: blocks[at]))(a, grouped)
-    return taken.reshape(*chosen.shape, block, width)
+    b, h, rows, n = chosen.shape
+    found = chosen_tiles.taken(
+        chosen_tiles.by_blocks(a, block), chosen.reshape(b, h, rows * n))
+    return found.reshape(*chosen.shape, block, a.shape[3])
 
 
 def distinct(chosen: jax.Array) -> jax.Array:
@@ -56,6 +52,7 @@ def attend(
     where: Where = Where(),
     *,
     block: int,
+    bias: jax.Array | None = None,
     implementation: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Attention to chosen blocks -> o [B,T,H,V] and lse [B,H,T] float32.
@@ -64,11 +61,15 @@ def attend(
     `block` tokens for each of N blocks of ceil(T/N) queries, -1 for none. A block that
     is chosen twice counts twice: `distinct` comes first. The mask acts inside blocks;
     positions are 0, 1, ... by default, of queries too. A query that sees nothing gives
-    o = 0 and lse = -inf. implementation: "xla", "pallas" or None for the best; see
-    `attn.contract.dispatch.pick`. NotImplementedError for a softcap or a score.
+    o = 0 and lse = -inf. bias, of chosen's shape, is added to the logits of a block and
+    has no gradient; kernels have none. implementation: "xla", "pallas" or None for the
+    best; see `attn.contract.dispatch.pick`. NotImplementedError for a softcap or a
+    score.
     """
-    check(q, k, v)
-    _check(chosen, (*q.shape[:3], k.shape[2]), k.shape[1], block)
+    check(q, k, v, piece=True)
+    _check(chosen, (*q.shape[:3], k.shape[2]), block)
+    if bias is not None and bias.shape != chosen.shape:
+        raise ValueError(f"bias has shape {bias.shape}: expected {chosen.shape}")
     check_given(q, k, where, None, None, None)
     for name in ("softcap", "score"):
         if (value := getattr(spec, name)) is not None:
@@ -84,68 +85,16 @@ def attend(
             **told,
         )
 
-    return pick(
-        implementation, xla=lambda: _gathered(q, k, v, chosen, spec, where, block),
-        tpu=kernel("tpu"), gpu=kernel("triton"),
-    )
+    def xla():
+        with forward_mode_refused():
+            return chosen_tiles.attend(q, k, v, chosen, spec, where, block, bias)
+
+    if bias is not None:
+        return pick(implementation, xla=xla)
+    return pick(implementation, xla=xla, tpu=kernel("tpu"), gpu=kernel("triton"))
 
 
-def _gathered(q, k, v, chosen, spec: LogitSpec, where: Where, block: int):
-    """The XLA form: chosen blocks are gathered, once."""
-    (b, t, h, d), n = q.shape, chosen.shape[2]
-    chosen = jnp.repeat(chosen, h // chosen.shape[1], 1)  # [B,H,N,n]
-    queries = _rows(q, n)  # [B,N,T/N,H,D]
-    # [B,H,N,n,block,.] -> [B,H,N,J,.], the J = n * block keys of each query block
-    keys, vals = (gather(a, chosen, block) for a in (k, v))
-    keys, vals = (a.reshape(b, h, n, -1, a.shape[-1]) for a in (keys, vals))
-    # [B,N,I,H,D] x [B,H,N,J,D] -> [B,H,N,I,J]
-    logits = jnp.einsum(
-        "bnihd,bhnjd->bhnij", queries, keys, preferred_element_type=jnp.float32
-    ) * (d**-0.5 if spec.scale is None else spec.scale)
-    seen = _seen(chosen, spec, where, (b, t, k.shape[1], h), block)
-    p = weights(logits, seen)
-    # [B,H,N,I,J] x [B,H,N,J,V] -> [B,N,I,H,V]
-    o = jnp.einsum("bhnij,bhnjv->bnihv", p.astype(v.dtype), vals,
-                   preferred_element_type=jnp.float32)
-    lse = jax.nn.logsumexp(logits, -1, where=seen).reshape(b, h, -1)[..., :t]
-    return o.reshape(b, -1, h, v.shape[3])[:, :t].astype(v.dtype), lse
-
-
-def _rows(a, n: int) -> jax.Array:
-    """[B,T,...] -> [B,n,T/n,...], filled up behind."""
-    b, t = a.shape[:2]
-    size = -(-t // n)
-    a = jnp.pad(a, [(0, 0), (0, n * size - t)] + [(0, 0)] * (a.ndim - 2))
-    return a.reshape(b, n, size, *a.shape[2:])
-
-
-def _seen(chosen, spec: LogitSpec, where: Where, sizes: tuple, block: int) -> jax.Array:
-    """Which of the gathered keys [B,H,N,I,J] a query sees."""
-    (b, t, s, h), n = sizes, chosen.shape[2]
-
-    def rows(a):
-        return _rows(jnp.broadcast_to(a, (b, t)), n)[:, None, :, :, None]  # [B,1,N,I,1]
-
-    def taken(a):
-        a = jnp.broadcast_to(a, (b, s))[..., None, None]
-        # the chosen blocks of one row: [B,1,H N n,1] -> [B,H,N,1,J]
-        return gather(a, chosen.reshape(b, 1, -1, 1), block).reshape(b, h, n, 1, -1)
-
-    q_pos, kv_pos = where.q_pos, where.kv_pos
-    q_pos = jnp.arange(t, dtype=jnp.int32)[None] if q_pos is None else q_pos
-    kv_pos = jnp.arange(s, dtype=jnp.int32)[None] if kv_pos is None else kv_pos
-    heads = jnp.arange(h, dtype=jnp.int32) if where.head is None else where.head
-    j = taken(kv_pos)
-    seen = spec.mask(heads[None, :, None, None, None], rows(q_pos), j) & (j >= 0)
-    seen = seen & jnp.repeat(chosen >= 0, block, -1)[:, :, :, None]
-    seen = seen & taken(jnp.ones((1, s), bool))  # no key beyond S
-    if where.q_segment is not None:
-        segment = taken(where.kv_segment)
-        seen = seen & (rows(where.q_segment) == segment) & (segment > 0)
-    return seen
-
-
-def _check(chosen, sizes: tuple, s: int, block: int) -> None:
+def _check(chosen, sizes: tuple, block: int) -> None:
     b, t, h, heads = sizes
     if block < 1:
         raise ValueError(f"block={block}: expected 1 or more tokens")

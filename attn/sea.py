@@ -1,0 +1,346 @@
+"""SEA (Lee et al., 2023) arXiv:2310.01777: the matrix is estimated first, and then its
+largest parts are read exactly.
+
+A Performer says for little what a token's context might be; a small convolutional
+decoder makes of it an estimate of the token's row of the attention matrix, compressed
+to K columns; the best columns of all heads are stretched to the keys that they stand
+for, and to these the attention is exact. The estimate learns from a teacher's matrix
+(`distil`), which its selection, having no gradient, cannot teach it.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from attn.cache import kv as caches
+from attn.cache.kv import Cache
+from attn.contract.attention import MASKED, Attention, TemplateRow
+from attn.contract.dispatch import pick
+from attn.contract.fields import check_fields
+from attn.contract.segments import locate
+from attn.contract.shapes import check, concrete
+from attn.parallel.sharding import Axis, over_mesh
+from attn.recurrent.linear import recurrence
+from attn.sparse import estimated, favor
+from attn.sparse.column_decoder import Decoder, layer_norm
+
+
+class SEAState(NamedTuple):
+    """A cache of all tokens; memory [B,H,m,D+V+1], the Performer's sums; tails, the
+    last rows that the convolutions saw [B,2H,4,K/4]; total [B,K',V], the sum of values;
+    all float32 but the cache."""
+
+    cache: Cache
+    memory: jax.Array
+    tails: tuple[jax.Array, jax.Array]
+    total: jax.Array
+
+    @property
+    def k(self) -> jax.Array:
+        """The keys [B,C,K',D] of the cache."""
+        return self.cache.k
+
+    @property
+    def end(self) -> jax.Array:
+        """The next token's position [B]."""
+        return self.cache.end
+
+    @property
+    def segment(self) -> jax.Array:
+        """The last token's segment [B]."""
+        return self.cache.segment
+
+
+class Estimate(NamedTuple):
+    """Of each token: scores [B,T,H,K], context [B,T,H,D+V] of the Performer, gates
+    [B,T,H,2]; valid [B,T]; length [B,T]: keys that it sees."""
+
+    scores: jax.Array
+    context: jax.Array
+    gates: jax.Array
+    valid: jax.Array
+    length: jax.Array
+
+
+class SEA(nn.Module, Attention):
+    """SEA (Lee et al., 2023) arXiv:2310.01777: sparse attention by an estimated mask.
+
+    columns K of the estimate; keep k: keys that a head reads in the mean over heads (a
+    row's best columns are chosen over all heads together, so one head may get all and
+    another none, which then gives 0). With K columns a row of more than H k K keys
+    reads a whole column, a K-th of them. causal: each token has an order and a learned
+    place of its own, of `length` at most; if not, T is split evenly. nb_factor: the
+    Performer has D ln D / nb_factor features. gated: the output is g2 times g1 times
+    the attention plus 1 - g2 of the mean of all values, by two learned gates; without
+    (proposed here), keep >= T is exact attention.
+
+    count_padding: without an order, keys at padding count in the Performer's
+    denominator and rows of padding in the mean row and in losses, as in the authors'
+    code, whose results so depend on padding; False, proposed here, leaves them out.
+
+    The random directions are a variable of the layer, `fixed/directions`, which no
+    optimiser sees; where it is not given they are those of `seed`, and `redrawn` gives
+    those of a later time, from (seed, time) alone. Packed sequences are refused
+    (NotImplementedError, and NaN inside a trace); padding is not read, and is refused
+    in causal order. Over an `axis` the estimate is left to XLA, as its convolutions mix
+    heads, and rows are read where they lie, from keys that are whole on every device.
+    """
+
+    columns: int = 128
+    keep: int = 7
+    causal: bool = True
+    length: int = 2048
+    nb_factor: float = 1.0
+    gated: bool = True
+    count_padding: bool = False
+    seed: int = 0
+    scale: float | None = None
+    axis: Axis | None = None
+    implementation: str | None = None
+    row = TemplateRow(MASKED, "L m D + L K H^2 + r L D", 1)
+    parameter_axes = {
+        "enc/kernel": "FR", "enc/bias": "R", "enc_norm/*": "R", "gate/kernel": "FR",
+        "gate/bias": "R", "place": "TF", "directions": "FR",
+        "decoder/columns/kernel": "RF", "decoder/columns/bias": "F",
+        "decoder/conv?/kernel": "WWRF", "decoder/conv?/bias": "F",
+        "decoder/norm_*/*": "R",
+    }
+
+    def __post_init__(self):
+        check_fields(
+            self, least={"columns": 4, "keep": 1, "length": 1}, above={"nb_factor": 0})
+        if self.columns % 4:
+            raise ValueError(f"SEA: columns={self.columns}: expected a multiple of 4")
+        super().__post_init__()
+
+    def __call__(self, q, k, v, *, x=None, segments=None):
+        """All tokens at once. q [B,T,H,D], k [B,T,K,D], v [B,T,K,V] -> [B,T,H,V].
+        segments: 0 for padding, of rows of one sequence, without a causal order."""
+        check(q, k, v, segments=segments, aligned=True)
+        valid, mixed = self._valid(segments, q)
+        estimate, _ = self._estimate(q, k, v, valid, None)
+        o = self._context(estimate, q, k, v)
+        return jnp.where(mixed, jnp.nan, o).astype(v.dtype)
+
+    def init_state(self, size, q, k, v, *, x=None):
+        """An empty memory for `size` tokens, at most `length`."""
+        self.check_stream()
+        caches.check_size(size)
+        b, _, h, d = q.shape
+        width = v.shape[3]
+        tail = jnp.zeros((b, 2 * h, 4, self.columns // 4), jnp.float32)
+        memory = jnp.zeros((b, h, self._features(d), d + width + 1), jnp.float32)
+        total = jnp.zeros((b, k.shape[2], width), jnp.float32)
+        return SEAState(caches.empty(k, v, size), memory, (tail, tail), total)
+
+    def step(self, state, q, k, v, *, x=None, segments=None):
+        """The next T tokens -> state, [B,T,H,V]. Past the state's size: ValueError, and
+        NaN inside a trace."""
+        self.check_stream()
+        check(q, k, v, segments=segments, aligned=True, piece=True)
+        caches.check_fits(state.cache, k, v)
+        self._valid(segments, q)
+        slots = state.k.shape[1]
+        b, t = q.shape[:2]
+        now = locate(None, b, t, state.end, state.segment)
+        caches.check_room(now.next_pos, slots)
+        cache = caches.append(state.cache, k, v, now, now.pos)
+        valid = jnp.ones(q.shape[:2], bool)
+        estimate, kept = self._estimate(q, k, v, valid, state)
+        memory, tails, total = kept
+        both, wide = caches.of_one_type(cache, q)
+        o = self._context(estimate, wide, both.k, both.v, state.total, v)
+        after = SEAState(cache, memory, tails, total)
+        return after, caches.poison(o.astype(v.dtype), now.next_pos, slots)
+
+    def _valid(self, segments, q) -> tuple[jax.Array, jax.Array]:
+        """Which tokens are no padding [B,T], and rows of more sequences [B,1,1,1]."""
+        b, t = q.shape[:2]
+        if segments is None:
+            return jnp.ones((b, t), bool), jnp.zeros((b, 1, 1, 1), bool)
+        if self.causal:
+            raise NotImplementedError(
+                "segments: convolutions and the mean of all values run over a row, "
+                "which has one sequence without padding in causal order"
+            )
+        ids = segments.astype(jnp.int32)
+        some = ids > 0
+        least = jnp.where(some, ids, 2**31 - 1).min(1)
+        mixed = (ids.max(1) > least) & some.any(1)
+        if concrete(mixed) and bool(mixed.any()):
+            raise NotImplementedError(
+                "segments: a row has one sequence, beside padding: expected one id")
+        return some, mixed[:, None, None, None]
+
+    def _features(self, d: int) -> int:
+        return max(int(d * math.log(d) / self.nb_factor), 1)
+
+    def redrawn(self, time: int, d: int) -> jax.Array:
+        """The random directions [m,D] after `time` redraws, for `fixed/directions`."""
+        key = jax.random.fold_in(jax.random.key(self.seed), time)
+        return favor.projection(key, self._features(d), d)
+
+    @nn.compact
+    def _estimate(self, q, k, v, valid, state: SEAState | None):
+        """The estimate of T tokens; and memory, tails and total of the state."""
+        b, t, h, d = q.shape
+        if self.causal and state is None and t > self.length:
+            raise ValueError(f"T={t} tokens: expected at most length={self.length}")
+        w = self._directions(d)
+        wide = [a.astype(jnp.float32) for a in (q, k, v)]
+        q, k, v = (jnp.repeat(a, h // a.shape[2], 2) for a in wide)
+        seen = self._lengths(valid, state)
+        place = self._places(valid, seen, d)[:, :, None]  # [B|1,T,1,D]
+        beside = jnp.concatenate([jnp.broadcast_to(place, (b, t, h, d)), v], -1)
+        beside = jnp.where(valid[..., None, None], beside, 0)
+        counted = valid | self.count_padding
+        v = jnp.where(valid[..., None, None], v, 0)
+        memory, context = self._performer(q, k, beside, w, state, counted)
+        u = jnp.concatenate([context, v], -1)
+        z = nn.Dense(2 * d, name="enc")(u)
+        z = nn.gelu(layer_norm("enc_norm")(z), approximate=False)  # [B,T,H,2D]
+        decoder = Decoder(self.columns, self.causal, name="decoder")
+        tails = None if state is None else state.tails
+        scores, tails = decoder(z, tails)
+        gates = nn.sigmoid(nn.Dense(2, name="gate")(z))
+        total = (0 if state is None else state.total) + jnp.where(
+            valid[..., None, None], wide[2], 0).sum(1)
+        return Estimate(scores, context, gates, valid, seen), (memory, tails, total)
+
+    def _directions(self, d: int) -> jax.Array:
+        draw = functools.partial(self.redrawn, 0, d)
+        if self.is_initializing() or self.has_variable("fixed", "directions"):
+            return self.variable("fixed", "directions", draw).value
+        return draw()
+
+    def _lengths(self, valid, state) -> jax.Array:
+        """How many keys each token sees [B,T]."""
+        if not self.causal:
+            length = valid.sum(1, dtype=jnp.int32)[:, None]
+            return jnp.where(valid, length, 0)
+        before = 0 if state is None else state.end[:, None]
+        count = jnp.arange(1, valid.shape[1] + 1, dtype=jnp.int32)[None] + before
+        return jnp.broadcast_to(count, valid.shape)
+
+    def _places(self, valid, seen, d: int) -> jax.Array:
+        """What says where a token stands [B,T,D]."""
+        if self.causal:
+            normal = nn.initializers.normal(1.0)
+            table = self.param("place", normal, (self.length, d), jnp.float32)
+            return table.at[seen - 1].get(mode="clip")
+        # position p of D, linearly between two channels
+        index = jnp.cumsum(valid.astype(jnp.float32), 1) - 1
+        most = valid.astype(jnp.float32).sum(1, keepdims=True) - 1
+        p = index / jnp.maximum(most, 1) * (d - 1)
+        low = jnp.floor(p)
+        one = functools.partial(jax.nn.one_hot, num_classes=d, dtype=jnp.float32)
+        part = (p - low)[..., None]
+        low = low.astype(jnp.int32)
+        return one(low) * (1 - part) + one(low + 1) * part
+
+    def _performer(self, q, k, v, w, state, counted):
+        """The Performer's sums and contexts [B,T,H,D+V] float32."""
+        one = jnp.ones_like(v[..., :1])
+        if self.causal:
+            q, k = favor.relu_features(q, w), favor.relu_features(k, w)
+            memory, o = recurrence(
+                q, k, jnp.concatenate([v, one], -1),
+                state=None if state is None else state.memory)
+            return memory, o[..., :-1] / (o[..., -1:] + 1e-6 * q.sum(-1, keepdims=True))
+        q = favor.softmax_features(q, w, (3,))
+        k = favor.softmax_features(k, w, (1, 3), counted)
+        sums = jnp.einsum("bshm,bshv->bhmv", k, jnp.concatenate([v, one], -1))
+        o = jnp.einsum("bthm,bhmv->bthv", q, sums)
+        return None, o[..., :-1] / o[..., -1:]
+
+    def shares(self, estimate: Estimate) -> jax.Array:
+        """The estimated rows of the matrix [B,T,H,K]; 0 at padding."""
+        rows = estimate.valid[..., None, None]
+        return jnp.where(rows, nn.softmax(estimate.scores), 0)
+
+    def selected(self, estimate: Estimate) -> jax.Array:
+        """The columns that are read [B,T,H,K] bool."""
+        p = jax.lax.stop_gradient(self.shares(estimate))
+        return estimated.selected(p, estimate.length, self.keep)
+
+    def _context(self, estimate: Estimate, q, k, v, before=None, new=None):
+        """The output [B,T,H,V] of rows q over all keys k, v; before [B,K',V]: the sum
+        of the values before the new ones, of a stream."""
+        h, scale = q.shape[2], q.shape[3] ** -0.5 if self.scale is None else self.scale
+        most = estimated.most_kept(
+            q.shape[1] if self.causal and before is None else k.shape[1], h,
+            self.columns, self.keep)
+        order = None
+        if not self.causal:
+            # valid keys first, in their order
+            order = jnp.argsort(~estimate.valid, axis=1, stable=True).astype(jnp.int32)
+        read = functools.partial(estimated.read, scale=scale, most=most)
+        axis = self.axis
+        if axis is not None and q.shape[1] == 1:
+            axis = None  # one token is read in the global view
+
+        def xla():
+            f = over_mesh(read, "BT B B BT BT B -> BT", axis)
+            return f(q, k, v, self.selected(estimate), estimate.length, order)
+
+        o = pick(self.implementation, xla=xla)
+        if not self.gated:
+            return o
+        g = estimate.gates
+        mean = jnp.repeat(self._mean(estimate, v if new is None else new, before),
+                          h // v.shape[2], 2) if self.causal else self._average(
+                              estimate, v, h)
+        return g[..., 1:] * g[..., :1] * o + (1 - g[..., 1:]) * mean
+
+    def _mean(self, estimate: Estimate, v, before) -> jax.Array:
+        """The mean of all values up to each token [B,T,K',V]."""
+        sums = jnp.cumsum(v.astype(jnp.float32), 1)
+        sums = sums if before is None else sums + before[:, None]
+        return sums / estimate.length[..., None, None].astype(jnp.float32)
+
+    def _average(self, estimate: Estimate, v, h: int) -> jax.Array:
+        """The values by how much all tokens look at each column, [B,1,H,V]; as the
+        authors have it the weights do not sum to one."""
+        rows = estimate.valid.sum(1, dtype=jnp.float32)[:, None, None]
+        rows = jnp.maximum(rows, v.shape[1] if self.count_padding else 1)
+        p = self.shares(estimate).sum(1) / rows  # [B,H,K]
+        length = estimate.valid.sum(1, dtype=jnp.int32)[:, None]
+        rank = jnp.cumsum(estimate.valid, 1, dtype=jnp.int32) - 1
+        w = estimated.stretched(p[:, None], length, rank)[:, :, 0]  # [B,H,S]
+        w = jnp.where(estimate.valid[:, None], w, 0)
+        v = jnp.repeat(v.astype(jnp.float32), h // v.shape[2], 2)
+        return jnp.einsum("bhs,bshv->bhv", w, v)[:, None]
+
+    def distil(self, q, k, v, scores, context, *, segments=None) -> jax.Array:
+        """The loss against a teacher's logits `scores` [B,H,T,T], scaled, and its
+        output `context` [B,T,H,V], a number; memory T^2, as the teacher's."""
+        valid, _ = self._valid(segments, q)
+        estimate, _ = self._estimate(q, k, v, valid, None)
+        return self._distil(estimate, q, k, v, scores, context)
+
+    def _distil(self, estimate: Estimate, q, k, v, scores, context):
+        valid = estimate.valid
+        scores, context = (
+            jax.lax.stop_gradient(a.astype(jnp.float32)) for a in (scores, context))
+        t = q.shape[1]
+        rank = jnp.cumsum(valid, 1, dtype=jnp.int32) - 1
+        length = estimate.length if self.causal else jnp.broadcast_to(
+            valid.sum(1, dtype=jnp.int32)[:, None], valid.shape)
+        own = estimated.stretched(estimate.scores, length, rank)
+        seen = jnp.broadcast_to(valid[:, None, None], (q.shape[0], 1, t, t))
+        if self.causal:
+            seen = seen & jnp.tril(jnp.ones((t, t), bool))[None, None]
+        scale = q.shape[3] ** -0.5 if self.scale is None else self.scale
+        keys = jnp.repeat(k, q.shape[2] // k.shape[2], 2)
+        dense = scale * jnp.einsum("bthd,bshd->bhts", q, keys)
+        every = valid | self.count_padding
+        both = sum(estimated.losses(s, scores, seen, valid, every, self.causal)
+                   for s in (own, dense))
+        o = self._context(estimate, q, k, v)
+        return both + ((o - context) ** 2).mean()

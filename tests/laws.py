@@ -36,11 +36,13 @@ from attn.lightning import Lightning
 from attn.lineartransformer import LinearTransformer
 from attn.linformer import Linformer
 from attn.masks import Causal, Sink, Window
+from attn.miras import Memora, Miras, Moneta, Yaad
 from attn.positions import ALiBi, RoPE
 from attn.rat import RAT
 from attn.retnet import RetNet
 from attn.snapkv import SnapKV
 from attn.softmax import Softmax
+from attn.titans import Titans
 from experiments.measure import cost
 from models import placement
 
@@ -236,6 +238,35 @@ ENTRIES = {
     "delta_gated": Entry(
         Delta(gated=True, negative=True, conv=2), flops=1, decode=0, packed=True,
         spread=False, wraps="delta",
+    ),
+    "titans": Entry(
+        Titans(depth=1, chunk=4),
+        flops=1, decode=0, kernel=False, spread=False, packed=True,
+    ),
+    "titans_mlp": Entry(
+        Titans(chunk=4, by_chunk=True, expansion=2), flops=1, decode=0, kernel=False,
+        spread=False, packed=True, wraps="titans",
+    ),
+    # a linear memory that is told values, whatever it answers
+    "miras": Entry(
+        Miras(memory="linear", bias="dot", retention="none", steps="one",
+              initial="zero", short=False, scale=D ** -0.5, chunk=4),
+        (Miras(memory="linear", bias="dot", retention="none", steps="one",
+               initial="zero", short=False, scale=D ** -0.5, chunk=4),
+         Lightning(slopes="none", scale=D ** -0.5)),
+        flops=1, decode=0, kernel=False, wraps="titans",
+    ),
+    "moneta": Entry(
+        Moneta(chunk=4, expansion=2), flops=1, decode=0, kernel=False, spread=False,
+        packed=True, wraps="titans",
+    ),
+    "yaad": Entry(
+        Yaad(chunk=4, expansion=2), flops=1, decode=0, kernel=False, spread=False,
+        packed=True, wraps="titans",
+    ),
+    "memora": Entry(
+        Memora(chunk=4, expansion=2), flops=1, decode=0, kernel=False, spread=False,
+        packed=True, wraps="titans",
     ),
     "lineartransformer": Entry(
         LinearTransformer(), same=(LinearTransformer(chunk=3), LinearTransformer()),

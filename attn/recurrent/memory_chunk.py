@@ -35,8 +35,8 @@ class Rule:
     """How a memory answers and learns.
 
     answer(dot, vec, x): the network, of x [B,H,c,D]; dot(name, x) is x times the matrix
-    of that name, vec(name) the vector. error(r, delta): what is passed back for r, the
-    answer to k less v [B,H,c,V]. link: the weights W of dual ones Z, a matrix at a time
+    of that name, vec(name) the vector. error(answer, v, delta): what is passed back to
+    it for the answer to k, [B,H,c,V]. link: the weights W of dual ones Z, a matrix at a time
     (None: W = Z); one of the form Z / n has n [...,1,1] as its `norm(Z)`. read: of W_t
     ("exact"), with the norm of the chunk's beginning ("norm"), or of the weights there
     ("start"). decayed: gradients at A_t Z, as far as the memory has decayed by then.
@@ -122,7 +122,7 @@ def written(rule: Rule, frozen: Weights, fixed: Weights, tokens: Tokens, pairs: 
     """
     weights, inputs = rule.weights(frozen), {}
     shape = tokens.step.shape
-    zeros = {n: jnp.zeros((*shape, a.shape[-1])) for n, a in weights.items()}
+    zeros = {n: jnp.zeros((*shape, a.shape[-1]), jnp.float32) for n, a in weights.items()}
     scale = pairs.enter[..., :-1, None] if rule.decayed else 1.0
 
     def predict(moves):
@@ -139,7 +139,7 @@ def written(rule: Rule, frozen: Weights, fixed: Weights, tokens: Tokens, pairs: 
         return answer, inputs
 
     answer, back, inputs = jax.vjp(predict, zeros, has_aux=True)
-    error = rule.error(answer - tokens.v, tokens.delta)
+    error = rule.error(answer, tokens.v, tokens.delta)
     deltas, = back(error)
     return {n: (inputs.get(n), d) for n, d in deltas.items()}
 

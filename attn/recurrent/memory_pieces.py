@@ -46,6 +46,7 @@ def passes_of(where: Where, t: int, c: int, chunk: int, lag: bool, plain: bool) 
         new = pieces(where.pos == 0) & real if packed else None
         return Passes(real[:, None], None if new is None else new[:, None, :, -1], None)
     pos = pieces(where.pos) % chunk
+    real = jnp.broadcast_to(real, pos.shape)
     begins = real & ((pos == 0) | lag & (pos == 1))
     new = real & (pieces(where.pos) == 0) if packed else jnp.zeros_like(begins)
     if c == 1:

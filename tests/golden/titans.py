@@ -13,9 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from attn.recurrent.memory import Gates, Where, learn
+from attn.recurrent.memory_axes import Bias
 from attn.recurrent.memory_chunk import Rule
 from attn.recurrent.memory_nets import MLP
 
+SQUARES = Bias(factor=2.0)
 # the spec's, section 8: outputs 1e-4, gradients 1e-3, relative to the array here
 TOLERANCE = {
     "out_token": 1e-5, "out_chunk_start_memory": 1e-5, "out": 1e-5, "W0": 2e-5,
@@ -38,18 +40,13 @@ def network(kind: str, hidden: int) -> MLP:
     )
 
 
-def doubled(r, delta):
-    """The gradient of a sum of squares."""
-    return 2 * r
-
-
 def paper(case) -> dict[str, Any]:
     """Equations 13 to 18."""
     config = case["config"]
     names = [n.removeprefix("M0/") for n in case.keys() if n.startswith("M0/")]
     initial = {n: jnp.asarray(case[f"M0/{n}"]) for n in names}
     net = network(config["memory"], initial["W0"].shape[-1])
-    rule = functools.partial(Rule, net, doubled)
+    rule = functools.partial(Rule, net, SQUARES)
     args = {n: jnp.asarray(case[n]) for n in ("q", "k", "v", "theta", "eta", "alpha")}
 
     def forward(args, initial, read="exact"):
@@ -107,8 +104,7 @@ def layer(config, net, w, initial, x):
     q = split(asked @ w["to_queries.weight"].T)
     k, v = (split(stored @ w[f"to_{n}.weight"].T) for n in ("keys", "values"))
     gain = lambda name: 1 + jnp.moveaxis(w[name], 0, 1)[None]  # [H,1,D] -> [1,1,H,D]
-    unit = lambda a: a / jnp.maximum(jnp.linalg.norm(a, axis=-1, keepdims=True), 1e-12)
-    scaled = lambda a, name: unit(a) * a.shape[-1] ** 0.5 * gain(name)
+    scaled = lambda a, name: rms(a, gain(name))
     if config.get("qk_rmsnorm"):
         q, k = scaled(q, "q_norm.gamma"), scaled(k, "k_norm.gamma")
     gate = lambda a, name: jax.nn.sigmoid(
@@ -127,7 +123,7 @@ def layer(config, net, w, initial, x):
         jnp.where(last, jnp.log1p(-alpha), 0), jnp.where(first, jnp.log(eta), 0),
         applied=jnp.broadcast_to(last, eta.shape).astype(jnp.float32))
     where = Where(jnp.arange(t, dtype=jnp.int32)[None], None)
-    memory, o = learn(Rule(net, doubled), q, k, v, gates, initial, where, chunk=t)
+    memory, o = learn(Rule(net, SQUARES), q, k, v, gates, initial, where, chunk=t)
     if config.get("post_rmsnorm"):
         o = scaled(o, "multihead_rmsnorm.gamma")
     if h == 1:

@@ -39,7 +39,7 @@ RETENTIONS = ("none", "decay", "lq", "kl", "elastic", "bregman")
 FORGETS = ("token", "channel", "retnet", "mamba2")
 ALGORITHMS = ("gd", "momentum", "implicit")
 RANK = 16  # of gates of channels, as GLA has them
-KEEP = 4.0  # alpha begins at sigmoid(4) = 0.982
+KEEP = 6.0  # alpha begins at sigmoid(6) = 0.9975
 
 
 class Miras(MemoryAttention):

@@ -30,7 +30,7 @@ from attn.recurrent.memory_chunk import Rule
 from attn.recurrent.memory_layer import MemoryAttention
 from attn.recurrent.memory_nets import ACTIVATIONS, MLP
 
-FORGET = -4.0  # alpha begins at sigmoid(-4) = 0.018
+FORGET = -6.0  # alpha begins at sigmoid(-6) = 0.0025
 
 
 class Titans(MemoryAttention):
@@ -42,7 +42,7 @@ class Titans(MemoryAttention):
     bias are learned by reading too. theta = theta_max sigmoid(x W + b); theta_max: 1
     for a matrix and 0.1 for more (proposed); b begins at -log(chunk) (proposed), so
     that the steps of a chunk, which are all taken from one place, do not overshoot.
-    eta = sigmoid(x W + b), alpha = sigmoid(x W + b), b of alpha from -4 (proposed).
+    eta = sigmoid(x W + b), alpha = sigmoid(x W + b), b of alpha from -6 (proposed).
     momentum, forget: False leaves eta, alpha out. by_chunk: gates are those of a
     chunk's first token, for all of it (the paper has gates of chunks; which token they
     are made of is proposed). read: of the memory after the token ("exact") or of that

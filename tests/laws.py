@@ -244,7 +244,7 @@ ENTRIES = {
         flops=1, decode=0, kernel=False, spread=False, packed=True,
     ),
     "titans_mlp": Entry(
-        Titans(chunk=4, by_chunk=True, expansion=2), flops=1, decode=0, kernel=False,
+        Titans(chunk=4, by_chunk=True, expansion=2, theta_max=0.03), flops=1, decode=0, kernel=False,
         spread=False, packed=True, wraps="titans",
     ),
     # a linear memory that is told values, whatever it answers
@@ -257,15 +257,15 @@ ENTRIES = {
         flops=1, decode=0, kernel=False, wraps="titans",
     ),
     "moneta": Entry(
-        Moneta(chunk=4, expansion=2), flops=1, decode=0, kernel=False, spread=False,
+        Moneta(chunk=4, expansion=2, eta_max=0.01), flops=1, decode=0, kernel=False, spread=False,
         packed=True, wraps="titans",
     ),
     "yaad": Entry(
-        Yaad(chunk=4, expansion=2), flops=1, decode=0, kernel=False, spread=False,
+        Yaad(chunk=4, expansion=2, eta_max=0.01), flops=1, decode=0, kernel=False, spread=False,
         packed=True, wraps="titans",
     ),
     "memora": Entry(
-        Memora(chunk=4, expansion=2), flops=1, decode=0, kernel=False, spread=False,
+        Memora(chunk=4, expansion=2, eta_max=0.01), flops=1, decode=0, kernel=False, spread=False,
         packed=True, wraps="titans",
     ),
     "lineartransformer": Entry(

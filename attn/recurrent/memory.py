@@ -127,6 +127,23 @@ def empty(initial: Any, batch: int, momentum: bool, chunk: int) -> Memory:
     return Memory(zeros(), zeros() if momentum else None, zeros() if chunk > 1 else None)
 
 
+def answers(
+    rule: Rule, memory: Memory, initial: Weights, fixed: Weights, q: jax.Array
+) -> jax.Array:
+    """What the memory as it is answers to q [B,T,H,D] -> [B,T,H,V], float32."""
+    weights = rule.weights(jax.tree.map(lambda a, b: a + b[None], memory.weights, initial))
+    vectors = {n: a[None] for n, a in fixed.items()} | {
+        n: a for n, a in weights.items() if a.ndim == 3}
+
+    def dot(name, x):
+        return x @ weights[name]  # [T,in] [in,out]
+
+    def vec(name):
+        return vectors[name][:, :, None]  # [B|1,H,1,n]
+
+    return rule.answer(dot, vec, q.swapaxes(1, 2)).swapaxes(1, 2)
+
+
 def _begin(state: Memory | None, initial: Weights, batch: int, momentum: bool) -> Memory:
     """Z, S and the frozen Z in full."""
     base = {n: jnp.broadcast_to(a[None], (batch, *a.shape)) for n, a in initial.items()}

@@ -14,10 +14,10 @@ import jax
 import jax.numpy as jnp
 
 from attn.contract.attention import RECURRENT, Attention, TemplateRow
-from attn.contract.segments import TokenPositions, locate
+from attn.contract.segments import locate
 from attn.contract.shapes import check
 from attn.parallel.sharding import Axis, over_mesh, splits, spread_heads
-from attn.recurrent.memory import Gates, Memory, Where, empty, learn
+from attn.recurrent.memory import Gates, Memory, Where, answers, empty, learn
 from attn.recurrent.memory_chunk import Rule
 from attn.recurrent.short_qkv import short_qkv, tail, unit
 
@@ -114,6 +114,11 @@ class MemoryAttention(nn.Module, Attention):
         axis = splits(self.axis, q.shape[1])
         return self._apply(state, now, q, k, v, x, segments is not None, axis)
 
+    def recall(self, state, q, width: int) -> jax.Array:
+        """What the memory as it is answers to q [B,T,H,D], without convolution, in
+        values of `width` channels; nothing is written."""
+        return self._apply(state, None, q, None, None, None, False, None, width)[1]
+
     @property
     def shared(self) -> tuple[str, ...]:
         """Names of the gates that tokens of a chunk share, if they do."""
@@ -145,9 +150,16 @@ class MemoryAttention(nn.Module, Attention):
 
     @nn.compact
     def _apply(
-        self, state, now: TokenPositions, q, k, v, x, packed: bool, axis: Axis | None
+        self, state, now: Any, q, k, v, x, packed: bool, axis: Axis | None,
+        recalled: int | None = None,
     ):
         """The state after the tokens, and o [B,T,H,V]."""
+        if recalled is not None:
+            rule, like = self.rule(q.shape[3], recalled), q.dtype
+            initial, fixed = self._parameters(*q.shape[2:], recalled)
+            o = answers(rule, state.memory, initial, fixed, unit(nn.silu(
+                q.astype(jnp.float32))))
+            return state, o.astype(like)
         if x is None or x.shape[:2] != q.shape[:2]:
             raise ValueError(
                 f"x {None if x is None else x.shape}: expected the tokens "
@@ -181,7 +193,7 @@ class MemoryAttention(nn.Module, Attention):
         return MemoryState(memory, *tails, begun, *clock), (
             o * getattr(self, "scale", 1.0)).astype(low)
 
-    def _of_chunks(self, gates: Gates, now: TokenPositions, state):
+    def _of_chunks(self, gates: Gates, now: Any, state):
         """Gates of each chunk's first token for all of it, and those of the chunk that
         has begun. (The mean of a chunk would tell its first tokens of later ones.)"""
         t = now.pos.shape[1]

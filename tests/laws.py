@@ -261,7 +261,7 @@ ENTRIES = {
         packed=True, wraps="titans",
     ),
     "yaad": Entry(
-        Yaad(chunk=4, expansion=2, eta_max=0.01), flops=1, decode=0, kernel=False, spread=False,
+        Yaad(chunk=4, expansion=2, eta_max=0.001), flops=1, decode=0, kernel=False, spread=False,
         packed=True, wraps="titans",
     ),
     "memora": Entry(

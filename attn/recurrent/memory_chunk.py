@@ -175,7 +175,7 @@ def read(rule: Rule, z: Weights, s: Weights | None, frozen: Weights, fixed: Weig
         if rule.link is None:
             return linear(name, x)
         if rule.read == "norm":
-            return linear(name, x) / rule.link.norm(frozen[name])[..., 0]
+            return linear(name, x) / rule.link.norm(frozen[name])
         return jnp.einsum("bhtd,bhtdf->bhtf", x, rule.link(whole(name)))
 
     def vec(name):

@@ -89,7 +89,8 @@ class Delta(nn.Module, Attention):
         b, _, h, d = q.shape
         return DeltaState(
             jnp.zeros((b, h, d, v.shape[3]), jnp.float32),
-            *(tail(a, self.conv) for a in (q, k, v)), jnp.zeros((b,), jnp.int32), jnp.full((b,), -1, jnp.int32),
+            tail(q, self.conv), tail(k, self.conv), tail(v, self.conv),
+            jnp.zeros((b,), jnp.int32), jnp.full((b,), -1, jnp.int32),
         )
 
     def step(self, state, q, k, v, *, x=None, segments=None):
@@ -112,9 +113,8 @@ class Delta(nn.Module, Attention):
                 f"{q.shape[:2]} that q, k and v were made from, [B,T,E]"
             )
         segment, low = now.segment if packed else None, v.dtype
-        memory, *tails = [None] * 4 if state is None else state[:4]
-        tails, (q, k, v) = short_qkv(
-            self, (q, k, v), None if state is None else tails, segment, axis)
+        memory, before = (None, None) if state is None else (state[0], state[1:4])
+        tails, (q, k, v) = short_qkv(self, (q, k, v), before, segment, axis)
         beta, log_decay = self._gates(x.astype(jnp.float32), q.shape[2])  # [B,T,H]
         k, v = (spread_heads(a, q.shape[2], axis) for a in (k, v))
         # unit keys: states grow if |k|^2 beta is above 2
@@ -130,9 +130,8 @@ class Delta(nn.Module, Attention):
         letters = "BHDV BTHD BTKD BTKV BTH BTH BT -> BHDV BTHV"
         memory, o = over_mesh(local, letters, axis)(
             memory, q, k, v, beta, log_decay, segment)
-        q_tail, k_tail, v_tail = tails
         clock = now.next_pos, now.last_segment
-        return DeltaState(memory, q_tail, k_tail, v_tail, *clock), o
+        return DeltaState(memory, tails[0], tails[1], tails[2], *clock), o
 
     def _gates(self, x, h: int) -> tuple[jax.Array, jax.Array | None]:
         """beta and the log decay [B,T,H], float32."""

@@ -18,6 +18,7 @@ equation numbers were read: what is proposed here says so.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -33,6 +34,7 @@ from attn.recurrent.memory_axes import (
 from attn.recurrent.memory_chunk import READS, Rule
 from attn.recurrent.memory_layer import MemoryAttention
 from attn.recurrent.memory_nets import MLP, Diagonal
+from attn.recurrent.short_qkv import unread
 
 MEMORIES = ("linear", "mlp2", "mlp2_plain", "vector")
 RETENTIONS = ("none", "decay", "lq", "kl", "elastic", "bregman")
@@ -54,8 +56,8 @@ class Miras(MemoryAttention):
 
     forget, what alpha is: a gate of each "token", sigmoid(x W + b), of each "channel"
     of the key (as in GLA), "retnet", 1 - 2^(-5-h), or "mamba2" (as in Gated DeltaNet).
-    eta = eta_max sigmoid(x W + b); eta_max: 1 for a linear memory or a vector and 0.1
-    else (proposed); steps="one": eta = 1. initial: Z before the first token, "learned"
+    eta = eta_max sigmoid(x W + b); eta_max: 1/chunk for a linear memory or a vector,
+    else 0.1, with b from -log(chunk) (proposed); steps="one": eta = 1. initial: Z before the first token, "learned"
     (Xavier, a head) or "zero". point: gradients at the memory "previous" to the chunk,
     or at that "decayed" by the alphas since. read: of W_t ("exact"), of Z_t with the
     norm that the chunk began with ("norm", of lq), or of W there ("start"). lag_token:
@@ -115,8 +117,8 @@ class Miras(MemoryAttention):
         }
         expected = {
             "read='norm'": "retention='lq', whose weights are Z over a norm",
-            "initial='zero'": "'learned': lq divides by a norm, and an MLP of zeros has "
-                              "no gradient",
+            "initial='zero'": "'learned': lq divides by a norm, and an MLP of zeros "
+                              "has no gradient",
             "point='decayed'": "retention='decay', and not forget='channel'",
             "forget='channel'": "memory='linear', retention='decay', no momentum",
             f"memory='vector' and retention={self.retention!r}": "'none' or 'decay'",
@@ -138,13 +140,15 @@ class Miras(MemoryAttention):
 
     def rule(self, d: int, v: int) -> Rule:
         """The bias, phi, and how it is read."""
-        link = {
-            "lq": lambda: Lq(self.q), "kl": KL, "bregman": lambda: sigmoid,
-            "elastic": lambda: Elastic(self.threshold),
-        }.get(self.retention, lambda: None)()
+        links: dict[str, Any] = {
+            "lq": Lq(self.q), "kl": KL(), "elastic": Elastic(self.threshold),
+            "bregman": sigmoid,
+        }
         bias = Bias(self.bias, self.p, self.l2_factor, self.smooth)
         return Rule(
-            self.network(d, v), bias, link, self.read, self.point == "decayed")
+            self.network(d, v), bias, links.get(self.retention), self.read,
+            self.point == "decayed",
+        )
 
     def learned_vectors(self, v: int) -> dict[str, tuple[int, ...]]:
         """The memory that is a vector; gain and bias of the norm are not learned."""
@@ -159,7 +163,7 @@ class Miras(MemoryAttention):
         """The next tails, and q, k, v float32."""
         if self.short:
             return super().short_arrays(arrays, tails, segment, axis)
-        return tails or [None] * 3, [a.astype(jnp.float32) for a in arrays]
+        return unread(tails), [a.astype(jnp.float32) for a in arrays]
 
     def begin(self, name: str):
         """What initialises a matrix or the memory's vector, None for zeros."""
@@ -175,16 +179,20 @@ class Miras(MemoryAttention):
 
         eta = jnp.ones((*x.shape[:2], h), jnp.float32)
         if self.steps == "gate":
-            small = 1.0 if self.memory in ("linear", "vector") else 0.1
-            most = small if self.eta_max is None else self.eta_max
-            eta = most * nn.sigmoid(logit("step", -math.log(self.chunk)))
+            flat, most = self.memory in ("linear", "vector"), self.eta_max
+            if most is None:
+                most = 1 / self.chunk if flat else 0.1
+            bias = 0.0 if flat else -math.log(self.chunk)
+            eta = most * nn.sigmoid(logit("step", bias))
         if self.algorithm == "implicit":
             length = (k * k).sum(-1)[..., None]  # |k|^2 [B,T,K,1], of K G heads
             each = eta.reshape(*length.shape[:3], -1)
             eta = (each / (1 + each * length)).reshape(eta.shape)
         run = nn.log_sigmoid(logit("momentum")) if self.sums_updates else None
         delta = nn.softplus(logit("delta")) if self.bias in NEEDS_DELTA else None
-        keep = None if self.retention == "none" else self._log_alpha(x, (h, k.shape[3]), logit)
+        keep = None
+        if self.retention != "none":
+            keep = self._log_alpha(x, (h, k.shape[3]), logit)
         return Gates(eta, keep, run, delta)
 
     def _log_alpha(self, x, shape: tuple[int, int], logit) -> jax.Array:

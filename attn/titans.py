@@ -39,9 +39,9 @@ class Titans(MemoryAttention):
     depth: layers of the memory, 1 (a matrix) to 4, with `expansion` times D channels
     between (4 is proposed), `activation`, and, of more than one layer, `residual`: the
     key is added to the answer, and `norm`: a layer norm before that, whose gain and
-    bias are learned by reading too. theta = theta_max sigmoid(x W + b); theta_max: 1
-    for a matrix and 0.1 for more (proposed); b begins at -log(chunk) (proposed), so
-    that the steps of a chunk, which are all taken from one place, do not overshoot.
+    bias are learned by reading too. theta = theta_max sigmoid(x W + b). The steps
+    of a chunk are all taken from one place and must not overshoot together; proposed:
+    theta_max is 1/chunk for a matrix, 0.1 and b from -log(chunk) for more layers.
     eta = sigmoid(x W + b), alpha = sigmoid(x W + b), b of alpha from -6 (proposed).
     momentum, forget: False leaves eta, alpha out. by_chunk: gates are those of a
     chunk's first token, for all of it (the paper has gates of chunks; which token they
@@ -106,10 +106,10 @@ class Titans(MemoryAttention):
                 bias_init=nn.initializers.constant(bias),
             )(x)  # [B,T,E] [E,H]
 
-        most = self.theta_max
+        flat, most = self.depth == 1, self.theta_max
         if most is None:
-            most = 1.0 if self.depth == 1 else 0.1
-        step = most * nn.sigmoid(logit("step", -math.log(self.chunk)))
+            most = 1 / self.chunk if flat else 0.1
+        step = most * nn.sigmoid(logit("step", 0.0 if flat else -math.log(self.chunk)))
         keep = run = None
         if self.forget:
             keep = nn.log_sigmoid(-logit("forget", FORGET))  # log(1 - alpha)

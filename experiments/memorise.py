@@ -47,7 +47,7 @@ from experiments.data import Needles, Recall, Text
 from experiments.measure import seeds
 from experiments.training.loop import TrainConfig, evaluate, fit
 from models.lm import LM
-from models.titans import MAC
+from models.titans_context import MAC
 
 ONLINE, TRAINED = ("outliers", "collisions", "redrawn"), (
     "recall", "needle", "lm", "chunks")

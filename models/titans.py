@@ -2,19 +2,17 @@
 
 The short memory is attention to a window or a segment, the long one a network that
 learns while it reads (`attn/titans.py`); persistent tokens, learned and the same for
-every text, stand before both. Four ways of putting them together are layers here:
+every text, stand before both. Four ways of putting them together are layers:
 
 - `LMM`: the memory alone.
 - `MAL`, as a layer: the memory's output is what a sliding window attends to.
 - `MAG`, as a gate: norm(window(x)) * sigmoid(norm(memory(x))).
-- `MAC`, as a context: each segment attends to what the memory of all segments before
-  it says to its tokens, and to itself; what it makes of that is written.
+- `MAC`, as a context, in `models/titans_context.py`.
 
     LM(attention=(MAG(Titans(), heads=4),) * 2)
 
 No code was published, and of the paper notes were read. Proposed here: sigmoid as the
-gate's non-linearity, residuals inside `MAL`, and how `MAC` keeps to the order of tokens
-(its docstring).
+gate's non-linearity, and the residuals inside `MAL`.
 """
 
 from __future__ import annotations
@@ -28,11 +26,10 @@ import jax.numpy as jnp
 from attn.contract.fields import check_fields
 from attn.contract.segments import locate
 from attn.layers import Layer, MultiHead
-from attn.masks import Causal, Full, Sink, Window
-from attn.positions import RoPE
+from attn.masks import Causal, Sink, Window
 from attn.recurrent.memory_layer import MemoryAttention
 from attn.softmax import Softmax
-from models.stack import INIT, unbound
+from models.stack import unbound
 
 
 class TitansState(NamedTuple):
@@ -45,7 +42,7 @@ class TitansState(NamedTuple):
     segment: jax.Array
 
 
-class _Layer(Layer):
+class TitansLayer(Layer):
     """Persistent tokens in front of `mix`, and a stream in which they come once."""
 
     memory: Any
@@ -59,8 +56,8 @@ class _Layer(Layer):
         check_fields(self, least={n: a for n, a in sizes.items() if hasattr(self, n)})
         if not isinstance(self.memory, MemoryAttention):
             raise ValueError(
-                f"{type(self).__name__}: memory={self.memory!r}: expected a memory that "
-                "learns, as Titans()"
+                f"{type(self).__name__}: memory={self.memory!r}: expected a memory "
+                "that learns, as Titans()"
             )
         super().__post_init__()
 
@@ -72,7 +69,7 @@ class _Layer(Layer):
         with them, what belongs to a second one is NaN; with persistent=0 rows may be
         packed.
         """
-        self._refuse(context, pos)
+        self.refuse(context, pos)
         clock = (None, None) if state is None else (state.end, state.segment)
         now = locate(segments, x.shape[0], x.shape[1], *clock)
         n = self.persistent
@@ -108,7 +105,8 @@ class _Layer(Layer):
         )
         return {"long": memory}
 
-    def _refuse(self, context, pos) -> None:
+    def refuse(self, context: Any, pos: Any) -> None:
+        """Raises NotImplementedError for what no layer here reads."""
         name = type(self).__name__
         if context is not None or pos is not None:
             raise NotImplementedError(
@@ -140,7 +138,7 @@ class _Layer(Layer):
         return part(x, states[list(parts).index(name)], segments=segments)
 
 
-class LMM(_Layer):
+class LMM(TitansLayer):
     """The memory alone. memory: an attention over a learned memory, as `Titans()`;
     heads H; persistent: how many tokens stand before every text."""
 
@@ -150,7 +148,7 @@ class LMM(_Layer):
         return (after,), y
 
 
-class _Windowed(_Layer):
+class _Windowed(TitansLayer):
     """With attention to the `window` tokens before each, and to persistent ones."""
 
     window: int = 64
@@ -186,91 +184,3 @@ class MAL(_Windowed):
         inner = nn.RMSNorm(dtype=self.dtype, name="short_norm")(x + m)
         second, y = self._part("short", inner, states, segments)
         return (first, second), m + y
-
-
-class MAC(_Layer):
-    """Memory as a context. Of each segment of `segment` tokens: h = M(q), what the
-    memory of the segments before answers; y, attention of the segment to [P | h |
-    segment]; M is written with y; o = norm(y) * sigmoid(norm(M(y))).
-
-    The paper lets all of h be seen by all of the segment, and reads M when all of y is
-    written: there a token sees later ones of its segment. Here (proposed) h_j is seen
-    from token j on, and each y_t is answered by M as it is after t. Attention is
-    rotated by the place within the segment. It reads whole texts of one sequence: a
-    stream would need the keys of a segment that has begun, which is not there yet.
-    """
-
-    segment: int = 32
-
-    @nn.compact
-    def __call__(self, x, state=None, *, context=None, pos=None, segments=None):
-        """x [B,T,E] -> [B,T,E]."""
-        self._refuse(context, pos)
-        if state is not None or segments is not None:
-            raise NotImplementedError(
-                "MAC: a state or segments: it reads whole texts, one a row, without "
-                "padding"
-            )
-        (b, t, e), c = x.shape, min(self.segment, x.shape[1])
-        real = jnp.broadcast_to(jnp.arange(t + -t % c)[None] < t, (b, t + -t % c))
-
-        def cut(a):
-            """[B,T,...] -> [N,B,C,...]"""
-            a = jnp.pad(a, [(0, 0), (0, -a.shape[1] % c)] + [(0, 0)] * (a.ndim - 2))
-            return a.reshape(b, -1, c, *a.shape[2:]).swapaxes(0, 1)
-
-        p = self.param("persistent_tokens", nn.initializers.normal(1.0),
-                       (self.persistent, e), jnp.float32)
-        over = nn.scan(
-            _Segment, variable_broadcast="params", split_rngs={"params": False})
-        step = over(unbound(self.memory), self.heads, self.dtype, name="segments")
-        width = jax.ShapeDtypeStruct((b, c, self.heads, e // self.heads), self.dtype)
-        begin = self.memory.init_state(t, width, width, width, x=x)
-        p = jnp.broadcast_to(p[None, None], (real.shape[1] // c, 1, *p.shape))
-        _, o = step(begin, (cut(x), cut(real.astype(jnp.int32)), p))
-        return o.swapaxes(0, 1).reshape(b, -1, e)[:, :t]
-
-    def init_state(self, size: int, x: Any) -> Any:
-        """Refused."""
-        raise NotImplementedError(
-            "MAC cannot be streamed: keys of a segment that has begun are not kept"
-        )
-
-
-class _Segment(Layer):
-    """One segment of `MAC`: (the memory's state, (x [B,C,E], ids [B,C], P [1,n,E])) ->
-    the next state, o [B,C,E]."""
-
-    attention: Any
-    heads: int
-    dtype: Any = jnp.float32
-    parameter_axes = {
-        "ask/kernel": "EHD", "key/kernel": "EHD", "value/kernel": "EHD",
-        "told/kernel": "HDE", "answer/kernel": "HDE",
-    }
-
-    @nn.compact
-    def __call__(self, state, inputs):  # type: ignore[override]
-        x, ids, p = inputs
-        (b, c, e), d = x.shape, x.shape[2] // self.heads
-        split = {n: nn.DenseGeneral(
-            (self.heads, d), use_bias=False, dtype=self.dtype, kernel_init=INIT, name=n
-        ) for n in ("q", "k", "v", "ask", "key", "value")}  # [B,.,E] [E,H,D]
-        join = {n: nn.DenseGeneral(
-            e, axis=(-2, -1), use_bias=False, dtype=self.dtype, kernel_init=INIT, name=n
-        ) for n in ("told", "out", "answer")}  # [B,.,H,D] [H,D,E]
-        told = join["told"](self.attention.recall(state, split["ask"](x), d))  # h
-        rows = jnp.concatenate([jnp.broadcast_to(p, (b, *p.shape[1:])), told, x], 1)
-        at, n = 1 + jnp.arange(c, dtype=jnp.int32), p.shape[1]
-        pos = jnp.concatenate([jnp.zeros((n,), jnp.int32), at, at])[None]
-        q, k, v = split["q"](x), split["k"](rows), split["v"](rows)
-        q, k = RoPE().rotate(q, at[None]), RoPE().rotate(k, pos)
-        past = jnp.tril(jnp.ones((c, c), bool))
-        seen = jnp.concatenate([jnp.ones((c, n), bool), past, past], 1)[None, None]
-        y = join["out"](Softmax(mask=Full())(q, k, v, mask=seen))
-        state, m = self.attention.step(
-            state, *(split[name](y) for name in ("ask", "key", "value")), x=y,
-            segments=ids)
-        m = nn.RMSNorm(dtype=self.dtype, name="long_norm")(join["answer"](m))
-        y = nn.RMSNorm(dtype=self.dtype, name="short_norm")(y)
-        return state, y * nn.sigmoid(m)

@@ -183,6 +183,10 @@ def stateless(name):
         pytest.skip("it has no causal order")
 
 
+LINEAR = Miras(
+    memory="linear", bias="dot", retention="none", steps="one", initial="zero",
+    short=False, scale=D ** -0.5, chunk=4,
+)
 SINKS = Causal() & (Window(5) | Sink(2))
 ENTRIES = {
     # a window that reaches the first token
@@ -240,33 +244,30 @@ ENTRIES = {
         spread=False, wraps="delta",
     ),
     "titans": Entry(
-        Titans(depth=1, chunk=4),
-        flops=1, decode=0, kernel=False, spread=False, packed=True,
+        Titans(depth=1, chunk=4), flops=1, decode=0, kernel=False, spread=False,
+        packed=True,
     ),
+    # small steps: of larger ones on random tokens, gradients grow with every chunk
     "titans_mlp": Entry(
-        Titans(chunk=4, by_chunk=True, expansion=2, theta_max=0.03), flops=1, decode=0, kernel=False,
-        spread=False, packed=True, wraps="titans",
+        Titans(chunk=4, by_chunk=True, expansion=2, theta_max=0.03), flops=1, decode=0,
+        kernel=False, spread=False, packed=True, wraps="titans",
     ),
     # a linear memory that is told values, whatever it answers
     "miras": Entry(
-        Miras(memory="linear", bias="dot", retention="none", steps="one",
-              initial="zero", short=False, scale=D ** -0.5, chunk=4),
-        (Miras(memory="linear", bias="dot", retention="none", steps="one",
-               initial="zero", short=False, scale=D ** -0.5, chunk=4),
-         Lightning(slopes="none", scale=D ** -0.5)),
-        flops=1, decode=0, kernel=False, wraps="titans",
+        LINEAR, (LINEAR, Lightning(slopes="none", scale=D ** -0.5)), flops=1, decode=0,
+        kernel=False, wraps="titans",
     ),
     "moneta": Entry(
-        Moneta(chunk=4, expansion=2, eta_max=0.01), flops=1, decode=0, kernel=False, spread=False,
-        packed=True, wraps="titans",
+        Moneta(chunk=4, expansion=2, eta_max=0.01), flops=1, decode=0, kernel=False,
+        spread=False, packed=True, wraps="titans",
     ),
     "yaad": Entry(
-        Yaad(chunk=4, expansion=2, eta_max=0.001), flops=1, decode=0, kernel=False, spread=False,
-        packed=True, wraps="titans",
+        Yaad(chunk=4, expansion=2, eta_max=0.001), flops=1, decode=0, kernel=False,
+        spread=False, packed=True, wraps="titans",
     ),
     "memora": Entry(
-        Memora(chunk=4, expansion=2, eta_max=0.01), flops=1, decode=0, kernel=False, spread=False,
-        packed=True, wraps="titans",
+        Memora(chunk=4, expansion=2, eta_max=0.01), flops=1, decode=0, kernel=False,
+        spread=False, packed=True, wraps="titans",
     ),
     "lineartransformer": Entry(
         LinearTransformer(), same=(LinearTransformer(chunk=3), LinearTransformer()),

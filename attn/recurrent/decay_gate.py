@@ -1,5 +1,5 @@
-"""What gates of decay begin with, as Mamba2 has them (Dao & Gu, 2024, arXiv:2405.21060):
-the log of a decay is -exp(A) softplus(x W + b).
+"""What gates of decay begin with, as Mamba2 has them (Dao & Gu, 2024,
+arXiv:2405.21060): the log of a decay is -exp(A) softplus(x W + b).
 """
 
 from __future__ import annotations

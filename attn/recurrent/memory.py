@@ -30,7 +30,7 @@ times as much of both. There is no kernel; this is XLA's form.
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any, Callable, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -46,7 +46,7 @@ from attn.recurrent.memory_pieces import Passes, Where, passes_of, seen_by
 
 
 class Memory(NamedTuple):
-    """What is remembered between tokens, all float32, {name: [B,H,...]}: `weights` Z and
+    """What is remembered between tokens, float32, {name: [B,H,...]}: `weights` Z and
     `frozen`, the Z that the present chunk begins with, both less what an empty memory
     has, so that zeros are an empty one; `momentum` S. None for what there is not."""
 
@@ -124,14 +124,16 @@ def empty(initial: Any, batch: int, momentum: bool, chunk: int) -> Memory:
         return {n: jnp.zeros((batch, *shape), jnp.float32)
                 for n, shape in initial.items()}
 
-    return Memory(zeros(), zeros() if momentum else None, zeros() if chunk > 1 else None)
+    return Memory(
+        zeros(), zeros() if momentum else None, zeros() if chunk > 1 else None)
 
 
 def answers(
     rule: Rule, memory: Memory, initial: Weights, fixed: Weights, q: jax.Array
 ) -> jax.Array:
     """What the memory as it is answers to q [B,T,H,D] -> [B,T,H,V], float32."""
-    weights = rule.weights(jax.tree.map(lambda a, b: a + b[None], memory.weights, initial))
+    dual = jax.tree.map(lambda a, b: a + b[None], memory.weights, initial)
+    weights = rule.weights(dual)
     vectors = {n: a[None] for n, a in fixed.items()} | {
         n: a for n, a in weights.items() if a.ndim == 3}
 
@@ -144,7 +146,9 @@ def answers(
     return rule.answer(dot, vec, q.swapaxes(1, 2)).swapaxes(1, 2)
 
 
-def _begin(state: Memory | None, initial: Weights, batch: int, momentum: bool) -> Memory:
+def _begin(
+    state: Memory | None, initial: Weights, batch: int, momentum: bool
+) -> Memory:
     """Z, S and the frozen Z in full."""
     base = {n: jnp.broadcast_to(a[None], (batch, *a.shape)) for n, a in initial.items()}
     if state is None:
@@ -221,16 +225,20 @@ def _only(member, a):
     return None if a is None else only(member if a.ndim == 3 else member[..., None], a)
 
 
-def _one_after_another(run, first: Memory, axis: Axis, shape) -> tuple[Memory, jax.Array]:
+def _one_after_another(
+    run: Callable, first: Memory, axis: Axis, shape: tuple
+) -> tuple[Memory, jax.Array]:
     """Each shard in its turn, inside `shard_map`: the memory goes from one to the next,
     and at last to all. The backward pass keeps what shards begin with."""
     me, count = jax.lax.axis_index(axis), jax.lax.axis_size(axis)
     forward = [(n, (n + 1) % count) for n in range(count)]
 
+    def wait(memory):
+        return memory, jnp.zeros(shape, jnp.float32)
+
     @jax.checkpoint
     def mine(memory, n):
-        return jax.lax.cond(
-            n == me, run, lambda memory: (memory, jnp.zeros(shape, jnp.float32)), memory)
+        return jax.lax.cond(n == me, run, wait, memory)
 
     def turn(carry, n):
         memory, o = carry

@@ -12,7 +12,6 @@ is tanh(slope r) and sqrt(r^2 + eps); slope 10 and eps 1e-6 are those of the not
 from __future__ import annotations
 
 import dataclasses
-from typing import Callable
 
 import jax
 import jax.numpy as jnp
@@ -50,7 +49,7 @@ class Bias:
         if self.kind == "lp":
             return self._lp(r)
         if delta is None:
-            raise ValueError(f"bias {self.kind!r} without delta: expected delta [B,T,H]")
+            raise ValueError(f"bias={self.kind!r} without delta: expected [B,T,H]")
         bound = delta[..., None]
         if self.kind == "huber_coord":
             return jnp.clip(r, -bound, bound)
@@ -78,8 +77,9 @@ class Bias:
 
 @dataclasses.dataclass(frozen=True)
 class Lq:
-    """W = Z / ||Z||_q^(q-2), the norm over a whole matrix (equation 24, as printed; that
-    granularity is proposed): of length 1 in the dual norm if Z is. q = 2: W = Z."""
+    """W = Z / ||Z||_q^(q-2), the norm of a whole matrix (equation 24, as printed; of
+    what is proposed). q = 2: W = Z. eps, in the norm, keeps Z = 0 from dividing by 0;
+    where ||Z||_q falls below eps^(1/q) by decay, W goes on as Z / eps^((q-2)/q)."""
 
     q: float = 4.0
     eps: float = 1e-6
@@ -120,9 +120,3 @@ class Elastic:
 def sigmoid(z: jax.Array) -> jax.Array:
     """W = sigmoid(Z): the Bregman divergence of the logistic function."""
     return jax.nn.sigmoid(z)
-
-
-RETENTIONS: dict[str, Callable | None] = {
-    "none": None, "decay": None, "lq": Lq, "kl": KL, "elastic": Elastic,
-    "bregman": sigmoid,
-}

@@ -36,9 +36,9 @@ class Rule:
 
     answer(dot, vec, x): the network, of x [B,H,c,D]; dot(name, x) is x times the matrix
     of that name, vec(name) the vector. error(answer, v, delta): what is passed back to
-    it for the answer to k, [B,H,c,V]. link: the weights W of dual ones Z, a matrix at a time
-    (None: W = Z); one of the form Z / n has n [...,1,1] as its `norm(Z)`. read: of W_t
-    ("exact"), with the norm of the chunk's beginning ("norm"), or of the weights there
+    it for the answer to k, [B,H,c,V]. link: the weights W of dual ones Z, a matrix at a
+    time (None: W = Z); one of the form Z / n has n [...,1,1] as its `norm(Z)`. read: of
+    W_t ("exact"), with the norm of the chunk's beginning ("norm"), or of the weights there
     ("start"). decayed: gradients at A_t Z, as far as the memory has decayed by then.
     """
 
@@ -72,15 +72,15 @@ class Tokens(NamedTuple):
 
 
 class Pairs(NamedTuple):
-    """Numbers of a chunk; of c+1 rows the last one is the chunk's end. enter A [B,H,c+1]
-    and, by channel, [B,H,c+1,D]; carry f [B,H,c+1]; pair G_ti s_i [B,H,c+1,c]; held and
+    """Numbers of a chunk; of c+1 rows the last one is its end. enter A [B,H,c+1] and,
+    by channel, [B,H,c+1,D]; carry f [B,H,c+1]; pair G_ti s_i [B,H,c+1,c]; held and
     moved: of S at the end, m [B,H] and those of its tokens [B,H,c]."""
 
     enter: jax.Array
-    carry: jax.Array | None
+    carry: Any
     pair: jax.Array
-    held: jax.Array | None
-    moved: jax.Array | None
+    held: Any
+    moved: Any
 
 
 def pair_weights(tokens: Tokens, seen: jax.Array) -> Pairs:
@@ -96,7 +96,8 @@ def pair_weights(tokens: Tokens, seen: jax.Array) -> Pairs:
     def between(g):
         """exp(sum over those behind i, up to t) [B,H,c+1,c], where i is seen."""
         g = jnp.pad(g, [(0, 0), (0, 0), (0, 1)])[..., None]
-        return only(seen, pair_decays(g)[..., :-1])
+        decays: Any = pair_decays(g)
+        return only(seen, decays[..., :-1])
 
     keep, step = tokens.log_keep, tokens.step[..., None, :]
     if keep is not None and keep.ndim == 3:
@@ -122,7 +123,8 @@ def written(rule: Rule, frozen: Weights, fixed: Weights, tokens: Tokens, pairs: 
     """
     weights, inputs = rule.weights(frozen), {}
     shape = tokens.step.shape
-    zeros = {n: jnp.zeros((*shape, a.shape[-1]), jnp.float32) for n, a in weights.items()}
+    zeros = {n: jnp.zeros((*shape, a.shape[-1]), jnp.float32)
+             for n, a in weights.items()}
     scale = pairs.enter[..., :-1, None] if rule.decayed else 1.0
 
     def predict(moves):
@@ -144,12 +146,12 @@ def written(rule: Rule, frozen: Weights, fixed: Weights, tokens: Tokens, pairs: 
     return {n: (inputs.get(n), d) for n, d in deltas.items()}
 
 
-def read(rule: Rule, z: Weights, s: Weights | None, frozen: Weights, fixed: Weights,
+def read(rule: Rule, z: Weights, s: Any, frozen: Weights, fixed: Weights,
          factors: dict, tokens: Tokens, pairs: Pairs) -> jax.Array:
     """The answers to q [B,H,c,V], of the memory after each token's own write."""
     at_start = rule.weights(frozen) if rule.read == "start" else None
     enter, pair = pairs.enter[:, :, :-1], pairs.pair[..., :-1, :]
-    carry = None if s is None else pairs.carry[..., :-1, None]
+    carry: Any = None if s is None else pairs.carry[..., :-1, None]
 
     def linear(name, x):
         """x Z_t."""
@@ -190,11 +192,10 @@ def read(rule: Rule, z: Weights, s: Weights | None, frozen: Weights, fixed: Weig
 
 
 def _by_channel(x, before, tokens: Tokens, pair) -> jax.Array:
-    """sum_d x_td before_id (a_t .. a_(i+1))_d s_i [B,H,c,c], for those that are seen."""
-    c = x.shape[2]
-    block = next(n for n in (16, 8, 4, 2, 1) if c % n == 0)
-    one = [a[None] for a in (x, before, tokens.log_keep)]
-    return pairs_by_channel(*one, block)[0] * pair
+    """sum_d x_td before_id (a_t .. a_(i+1))_d s_i [B,H,c,c], for what is seen."""
+    keep: Any = tokens.log_keep
+    block = next(n for n in (16, 8, 4, 2, 1) if x.shape[2] % n == 0)
+    return pairs_by_channel(x[None], before[None], keep[None], block)[0] * pair
 
 
 def left(z: Weights, s: Weights | None, factors: dict, tokens: Tokens, pairs: Pairs):

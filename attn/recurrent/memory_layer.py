@@ -103,7 +103,7 @@ class MemoryAttention(nn.Module, Attention):
             zero = jnp.zeros((b, h), jnp.float32)
             gates = {name: zero for name in self.shared}
         return MemoryState(
-            memory, *(tail(a, self.conv) for a in (q, k, v)), gates,
+            memory, tail(q, self.conv), tail(k, self.conv), tail(v, self.conv), gates,
             jnp.zeros((b,), jnp.int32), jnp.full((b,), -1, jnp.int32),
         )
 
@@ -140,8 +140,9 @@ class MemoryAttention(nn.Module, Attention):
                 return jnp.zeros(shape, jnp.float32)
             return self.param(name, kind, shape, jnp.float32)
 
-        return tuple({n: make(n, s) for n, s in shapes.items()}
-                     for shapes in self._shapes(h, d, v))
+        learned, rest = self._shapes(h, d, v)
+        return ({n: make(n, s) for n, s in learned.items()},
+                {n: make(n, s) for n, s in rest.items()})
 
     def short_arrays(self, arrays, tails, segment, axis):
         """The next tails, and q, k, v float32."""
@@ -156,7 +157,8 @@ class MemoryAttention(nn.Module, Attention):
         """The state after the tokens, and o [B,T,H,V]."""
         if recalled is not None:
             rule, like = self.rule(q.shape[3], recalled), q.dtype
-            initial, fixed = self._parameters(*q.shape[2:], recalled)
+            initial, fixed = self._parameters(
+                q.shape[2], q.shape[3], recalled)
             o = answers(rule, state.memory, initial, fixed, unit(nn.silu(
                 q.astype(jnp.float32))))
             return state, o.astype(like)
@@ -189,9 +191,9 @@ class MemoryAttention(nn.Module, Attention):
         letters = "BH BTH BTK BTK BTH H H BT -> BH BTH"
         memory, o = over_mesh(local, letters, axis)(
             memory, q, k, v, gates, initial, fixed, Where(now.pos, segment))
-        clock = now.next_pos, now.last_segment
-        return MemoryState(memory, *tails, begun, *clock), (
-            o * getattr(self, "scale", 1.0)).astype(low)
+        after = MemoryState(
+            memory, tails[0], tails[1], tails[2], begun, now.next_pos, now.last_segment)
+        return after, (o * getattr(self, "scale", 1.0)).astype(low)
 
     def _of_chunks(self, gates: Gates, now: Any, state):
         """Gates of each chunk's first token for all of it, and those of the chunk that

@@ -32,7 +32,10 @@ class Passes(NamedTuple):
     freeze: jax.Array | None
 
 
-def passes_of(where: Where, t: int, c: int, chunk: int, lag: bool, plain: bool) -> Passes:
+def passes_of(
+    where: Where, t: int, c: int, chunk: int, lag: bool, plain: bool
+) -> Passes:
+    """Of T tokens in pieces of c; plain: a chunk begins with each piece."""
     pad = [(0, 0), (0, -t % c)]
 
     def pieces(a):
@@ -51,18 +54,18 @@ def passes_of(where: Where, t: int, c: int, chunk: int, lag: bool, plain: bool) 
     new = real & (pieces(where.pos) == 0) if packed else jnp.zeros_like(begins)
     if c == 1:
         new, begins = (a[:, None, :, 0] for a in (new, begins))
-        return Passes(jnp.broadcast_to(real[:, None], (*new.shape, 1)),
-                       new if packed else None, begins)
+        member = jnp.broadcast_to(real[:, None], (*new.shape, 1))
+        return Passes(member, new if packed else None, begins)
     fresh = jax.lax.cummax(new.astype(jnp.int32), axis=2) > 0
     phase = jnp.cumsum(begins & ~fresh, 2)  # how often a chunk has begun in this piece
     old = [real & ~fresh & (phase == n) for n in range(3 if lag else 2)]
-    freeze = [jnp.zeros_like(real[..., 0]), *((begins & a).any(2) for a in old[1:])]
-    none = [jnp.zeros_like(a) for a in freeze]
+    frozen = [jnp.zeros_like(real[..., 0]), *((begins & a).any(2) for a in old[1:])]
+    anew = [jnp.zeros_like(a) for a in frozen]
     if packed:
-        old, freeze = [*old, real & fresh], [*freeze, new.any(2)]
-        none = [*none, new.any(2)]
-    member, freeze, anew = (jnp.stack(a, 1) for a in (old, freeze, none))
-    return Passes(member, anew if packed else None, freeze)
+        old, frozen = [*old, real & fresh], [*frozen, new.any(2)]
+        anew = [*anew, new.any(2)]
+    stack = [jnp.stack(a, 1) for a in (old, anew, frozen)]
+    return Passes(stack[0], stack[1] if packed else None, stack[2])
 
 
 def seen_by(member, segment) -> jax.Array:

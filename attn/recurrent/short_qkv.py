@@ -22,7 +22,7 @@ def short_qkv(
     tails: Sequence[jax.Array] | None,
     segment: jax.Array | None,
     axis: Axis | None,
-) -> tuple[Sequence[jax.Array | None], list[jax.Array]]:
+) -> tuple[Sequence[Any], list[jax.Array]]:
     """The next tails; and q, k, v after convolutions and silu, float32.
 
     module: the linen module that has the weights, and `conv`, their taps, 0 for none.
@@ -33,7 +33,7 @@ def short_qkv(
     # what follows is rounded once, at its end
     wide = [a.astype(jnp.float32) for a in arrays]
     if not module.conv:
-        return tails or [None] * 3, [nn.silu(a) for a in wide]
+        return unread(tails), [nn.silu(a) for a in wide]
     # [B,T,H D], [B,T,K D], [B,T,K V]: a filter of each channel
     flat = [a.reshape(*a.shape[:2], a.shape[2] * a.shape[3]) for a in wide]
     # uniform within 1/sqrt(conv): the filter of a channel sees `conv` numbers
@@ -57,14 +57,19 @@ def short_qkv(
             arrays[:3], arrays[3:6], states=arrays[6:9] if streams else None,
             segment=arrays[9], axis=axis,
         )
-        return *(after or (None, None, None)), *found
+        return *unread(after), *found
 
     found = over_mesh(local, letters, axis)(
-        *flat, *weights, *(wide_tails or [None] * 3), segment)
+        *flat, *weights, *unread(wide_tails), segment)
     # tails are remembered in the dtype of their tokens
     after = [b if b is None else b.astype(a.dtype) for a, b in zip(arrays, found)]
     # [B,T,H D] -> [B,T,H,D]
     return after, [nn.silu(b).reshape(a.shape) for a, b in zip(arrays, found[3:])]
+
+
+def unread(tails: Any) -> Sequence[Any]:
+    """Tails of three arrays, None where there are none."""
+    return [None] * 3 if tails is None else tails
 
 
 def tail(a: Any, conv: int) -> jax.Array:

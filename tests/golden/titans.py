@@ -113,7 +113,8 @@ def layer(config, net, w, initial, x):
     whole = t // c * c
     mean = stored[:, :whole].reshape(b, -1, c, stored.shape[-1]).mean(2)
     first = (jnp.arange(t) % c == 0)[None, :, None]
-    last = (jnp.arange(t) % c == c - 1)[None, :, None] & (jnp.arange(t) < whole)[:, None]
+    at = jnp.arange(t)[None, :, None]
+    last = (at % c == c - 1) & (at < whole)
     spread = lambda a: jnp.pad(
         jnp.repeat(a, c, 1), [(0, 0), (0, t - whole), (0, 0)], constant_values=0.5)
     eta, alpha = (spread(gate(mean, n)) for n in ("to_momentum", "to_decay_factor"))

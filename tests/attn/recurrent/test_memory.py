@@ -56,8 +56,9 @@ def drawn(net, names, t=T, seed=0):
     """q, k, v and gates {name: [T,H,...]}, matrices, and vectors that stay."""
     rng = np.random.default_rng(seed)
     unit = lambda a: a / np.linalg.norm(a, axis=-1, keepdims=True)
-    args = {"q": unit(rng.normal(size=(t, H, D))), "k": unit(rng.normal(size=(t, H, D))),
-            "v": rng.normal(size=(t, H, V)), "step": rng.uniform(0.05, 0.2, (t, H)),
+    q, k = unit(rng.normal(size=(2, t, H, D)))
+    args = {"q": q, "k": k, "v": rng.normal(size=(t, H, V)),
+            "step": rng.uniform(0.05, 0.2, (t, H)),
             "keep": rng.uniform(0.8, 1.0, (t, H))}
     args |= {n: rng.uniform(0.3, 0.9, (t, H)) for n in names}
     initial = {n: rng.normal(size=(H, *s)) * 0.5
@@ -146,8 +147,9 @@ def test_cheaper_reads():
     """The norm, or all, of the chunk's beginning; with chunks of one token and steps of
     0 there is nothing to be stale."""
     given = drawn(NORMED, (), t=5)
-    still = ({**given[0], "step": 0 * given[0]["step"], "keep": 1 + 0 * given[0]["keep"]},
-             *given[1:])
+    args = given[0]
+    still = args | {"step": 0 * args["step"], "keep": 1 + 0 * args["keep"]}
+    still = (still, *given[1:])
     exact, *cheap = (
         jax.jit(functools.partial(run, Rule(NORMED, Bias(), Lq(4.0), read), 1))
         for read in ("exact", "norm", "start"))
@@ -176,7 +178,8 @@ def test_memory_of_t_tokens_is_what_chunks_begin_with():
     def loss(initial, q, step, keep):
         gates = Gates(step, keep, keep)
         pos = jnp.arange(q.shape[1], dtype=jnp.int32)[None]
-        _, o = learn(rule, q, q, q, gates, {"W0": initial}, Where(pos, None), chunk=chunk)
+        _, o = learn(
+            rule, q, q, q, gates, {"W0": initial}, Where(pos, None), chunk=chunk)
         return (o ** 2).sum()
 
     def taken(t):

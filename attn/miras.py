@@ -57,11 +57,12 @@ class Miras(MemoryAttention):
     forget, what alpha is: a gate of each "token", sigmoid(x W + b), of each "channel"
     of the key (as in GLA), "retnet", 1 - 2^(-5-h), or "mamba2" (as in Gated DeltaNet).
     eta = eta_max sigmoid(x W + b); eta_max: 1/chunk for a linear memory or a vector,
-    else 0.1, with b from -log(chunk) (proposed); steps="one": eta = 1. initial: Z before the first token, "learned"
-    (Xavier, a head) or "zero". point: gradients at the memory "previous" to the chunk,
-    or at that "decayed" by the alphas since. read: of W_t ("exact"), of Z_t with the
-    norm that the chunk began with ("norm", of lq), or of W there ("start"). lag_token:
-    a chunk's first token makes a step of its own. chunk changes the result.
+    else 0.1, with b from -log(chunk) (proposed); steps="one": eta = 1. initial: Z
+    before the first token, "learned" (Xavier, a head) or "zero". point: gradients at
+    the memory "previous" to the chunk, or at that "decayed" by the alphas since. read:
+    of W_t ("exact"), of Z_t with the norm that the chunk began with ("norm", of lq), or
+    of W there ("start"). lag_token: a chunk's first token makes a step of its own.
+    chunk changes the result.
 
     short: queries, keys and values go through convolutions of `conv` taps and silu, and
     queries and keys get length 1; without, they are what they are. scale: of the

@@ -39,9 +39,11 @@ class Titans(MemoryAttention):
     depth: layers of the memory, 1 (a matrix) to 4, with `expansion` times D channels
     between (4 is proposed), `activation`, and, of more than one layer, `residual`: the
     key is added to the answer, and `norm`: a layer norm before that, whose gain and
-    bias are learned by reading too. theta = theta_max sigmoid(x W + b). The steps
-    of a chunk are all taken from one place and must not overshoot together; proposed:
-    theta_max is 1/chunk for a matrix, 0.1 and b from -log(chunk) for more layers.
+    bias are learned by reading too. (With it the first steps are large, for it divides
+    by how little an untrained network says, and gradients of long texts may overflow.)
+    theta = theta_max sigmoid(x W + b). The steps of a chunk are all taken from one
+    place and must not overshoot together; proposed: theta_max is 1/chunk for a matrix,
+    0.1 and b from -log(chunk) for more layers.
     eta = sigmoid(x W + b), alpha = sigmoid(x W + b), b of alpha from -6 (proposed).
     momentum, forget: False leaves eta, alpha out. by_chunk: gates are those of a
     chunk's first token, for all of it (the paper has gates of chunks; which token they
@@ -57,7 +59,7 @@ class Titans(MemoryAttention):
     expansion: int = 4
     activation: str = "gelu"
     residual: bool = True
-    norm: bool = True
+    norm: bool = False
     momentum: bool = True
     forget: bool = True
     theta_max: float | None = None

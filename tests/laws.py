@@ -249,8 +249,8 @@ ENTRIES = {
     ),
     # small steps: of larger ones on random tokens, gradients grow with every chunk
     "titans_mlp": Entry(
-        Titans(chunk=4, by_chunk=True, expansion=2, theta_max=0.03), flops=1, decode=0,
-        kernel=False, spread=False, packed=True, wraps="titans",
+        Titans(chunk=4, by_chunk=True, expansion=2, norm=True, theta_max=0.03), flops=1,
+        decode=0, kernel=False, spread=False, packed=True, wraps="titans",
     ),
     # a linear memory that is told values, whatever it answers
     "miras": Entry(

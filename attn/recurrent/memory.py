@@ -30,7 +30,7 @@ times as much of both. There is no kernel; this is XLA's form.
 from __future__ import annotations
 
 import functools
-from typing import Any, Callable, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -43,6 +43,7 @@ from attn.recurrent.memory_chunk import (
     Rule, Tokens, Weights, left, pair_weights, read, written,
 )
 from attn.recurrent.memory_pieces import Passes, Where, passes_of, seen_by
+from attn.recurrent.one_after_another import one_after_another
 
 
 class Memory(NamedTuple):
@@ -107,7 +108,7 @@ def learn(
             first = first._replace(frozen=None)
         if axis is None:
             return run(first)
-        return _one_after_another(run, first, axis, (*q.shape[:3], v.shape[3]))
+        return one_after_another(run, first, axis, (*q.shape[:3], v.shape[3]))
 
     after, o = pick(implementation, xla=xla)
     less = functools.partial(jax.tree.map, lambda a, b: a - b[None])
@@ -223,33 +224,3 @@ def _pass(rule: Rule, memory: Memory, tokens: Tokens, segment, masks: Passes,
 def _only(member, a):
     """a [B,H,c] or [B,H,c,X], 0 for those that are no members [B|1,1,c]."""
     return None if a is None else only(member if a.ndim == 3 else member[..., None], a)
-
-
-def _one_after_another(
-    run: Callable, first: Memory, axis: Axis, shape: tuple
-) -> tuple[Memory, jax.Array]:
-    """Each shard in its turn, inside `shard_map`: the memory goes from one to the next,
-    and at last to all. The backward pass keeps what shards begin with."""
-    me, count = jax.lax.axis_index(axis), jax.lax.axis_size(axis)
-    forward = [(n, (n + 1) % count) for n in range(count)]
-
-    def wait(memory):
-        return memory, jnp.zeros(shape, jnp.float32)
-
-    @jax.checkpoint
-    def mine(memory, n):
-        return jax.lax.cond(n == me, run, wait, memory)
-
-    def turn(carry, n):
-        memory, o = carry
-        after, found = mine(memory, n)
-        moved = jax.tree.map(lambda a: jax.lax.ppermute(a, axis, forward), after)
-        ours = me == (n + 1) % count
-        memory = jax.tree.map(lambda a, b: jnp.where(ours, a, b), moved, after)
-        return (memory, jnp.where(n == me, found, o)), None
-
-    begin = first, jnp.zeros(shape, jnp.float32)
-    (memory, o), _ = jax.lax.scan(turn, begin, jnp.arange(count))
-    # after the last turn it has come round to the first shard
-    last = jax.tree.map(lambda a: jax.lax.psum(jnp.where(me == 0, a, 0), axis), memory)
-    return last, o

@@ -38,8 +38,9 @@ class Rule:
     of that name, vec(name) the vector. error(answer, v, delta): what is passed back to
     it for the answer to k, [B,H,c,V]. link: the weights W of dual ones Z, a matrix at a
     time (None: W = Z); one of the form Z / n has n [...,1,1] as its `norm(Z)`. read: of
-    W_t ("exact"), with the norm of the chunk's beginning ("norm"), or of the weights there
-    ("start"). decayed: gradients at A_t Z, as far as the memory has decayed by then.
+    W_t ("exact"), with the norm of the chunk's beginning ("norm"), or of the weights
+    there ("start"). decayed: gradients at A_t Z, as far as the memory has decayed by
+    then.
     """
 
     answer: Callable

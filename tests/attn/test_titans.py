@@ -58,7 +58,7 @@ def test_a_stream_of_other_pieces_is_the_whole():
 
 def test_an_empty_memory_needs_no_parameters_and_is_small():
     qkv, x = tokens()
-    state = Titans(depth=2, expansion=4).init_state(1 << 20, *qkv, x=x)
+    state = Titans(depth=2, expansion=4, norm=True).init_state(1 << 20, *qkv, x=x)
     assert all((np.asarray(a) == 0).all() for a in jax.tree.leaves(state.memory))
     one = H * B * (2 * D * 4 * D + 2 * D)  # two matrices, gain and bias
     assert sum(a.size for a in jax.tree.leaves(state.memory)) == 3 * one

@@ -161,8 +161,9 @@ def lm(config_: Config) -> dict[str, float]:
 
 
 def chunks(config_: Config) -> dict[str, float]:
-    """Chunks of 16 tokens and of one."""
-    return text_losses(config_, {"of16": Yaad(chunk=16), "of1": Yaad(chunk=1)})
+    """Chunks of 16 tokens and of one, whose steps begin at the same size."""
+    one = Yaad(chunk=1, eta_max=0.2 / 17)
+    return text_losses(config_, {"of16": Yaad(chunk=16), "of1": one})
 
 
 PARTS: dict[str, Callable[[Config], dict[str, float]]] = {

@@ -42,8 +42,9 @@ class Titans(MemoryAttention):
     bias are learned by reading too. (With it the first steps are large, for it divides
     by how little an untrained network says, and gradients of long texts may overflow.)
     theta = theta_max sigmoid(x W + b). The steps of a chunk are all taken from one
-    place and must not overshoot together; proposed: theta_max is 1/chunk for a matrix,
-    0.1 and b from -log(chunk) for more layers.
+    place, momentum repeats them, and together they must not overshoot: without a
+    theta_max (proposed) it is (1 - eta)/chunk for a matrix, with which they cannot, and
+    for more layers 0.1 (1 - eta), with b from -log(chunk).
     eta = sigmoid(x W + b), alpha = sigmoid(x W + b), b of alpha from -6 (proposed).
     momentum, forget: False leaves eta, alpha out. by_chunk: gates are those of a
     chunk's first token, for all of it (the paper has gates of chunks; which token they
@@ -109,12 +110,15 @@ class Titans(MemoryAttention):
             )(x)  # [B,T,E] [E,H]
 
         flat, most = self.depth == 1, self.theta_max
-        if most is None:
-            most = 1 / self.chunk if flat else 0.1
-        step = most * nn.sigmoid(logit("step", 0.0 if flat else -math.log(self.chunk)))
+        step = nn.sigmoid(logit("step", 0.0 if flat else -math.log(self.chunk)))
         keep = run = None
         if self.forget:
             keep = nn.log_sigmoid(-logit("forget", FORGET))  # log(1 - alpha)
         if self.momentum:
-            run = nn.log_sigmoid(logit("momentum", 0.0))
-        return Gates(step, keep, run)
+            eta = logit("momentum", 0.0)
+            run = nn.log_sigmoid(eta)
+            if most is None:
+                step = step * nn.sigmoid(-eta)  # 1 - eta
+        if most is None:
+            most = 1 / self.chunk if flat else 0.1
+        return Gates(most * step, keep, run)

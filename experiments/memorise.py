@@ -122,7 +122,7 @@ def recall(config_: Config) -> dict[str, float]:
     data = Recall(vocab=2 * config_.length, length=config_.length, pairs=config_.pairs,
                   power=1.0, seed=config_.seed)
     layers = {
-        "lmm1": Titans(depth=1), "lmm2": Titans(),
+        "lmm1": Titans(depth=1, chunk=4), "lmm2": Titans(chunk=4),
         "linear": Lightning(slopes="none"),
         "window": Softmax(mask=Causal() & Window(config_.length // 8)),
     }

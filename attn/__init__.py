@@ -10,6 +10,7 @@ Linear attention      lightning, retnet, gla, lightnet, based, delta, flow, essa
                       lineartransformer
 Low rank              linformer
 Recurrent             aaren, rat
+Learned memories      titans, miras
 One form for all      dsf, template
 Fixed patterns        mixers
 Sparse, retrieval     landmark, s2, routing, combiner, sinklora, topk, hip,
@@ -27,11 +28,12 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-# what surrounds the attentions, by the file that has it
+# what surrounds the attentions, and their named settings, by the file that has it
 _AROUND = {
     "masks": ("BlockCausal", "Causal", "Full", "Mask", "Sink", "Window"),
     "positions": ("ALiBi", "HarmonicALiBi", "RoPE"),
     "layers": ("MultiHead",),
+    "miras": ("Memora", "Moneta", "Yaad"),
 }
 _HOME = {name: file for file, names in _AROUND.items() for name in names}
 

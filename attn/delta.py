@@ -12,7 +12,7 @@ state decay as well, so that it can be cleared at once (Gated DeltaNet, Yang et 
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -22,9 +22,10 @@ from attn.contract.attention import RECURRENT, Attention, TemplateRow
 from attn.contract.fields import check_fields
 from attn.contract.segments import TokenPositions, locate
 from attn.contract.shapes import check
-from attn.parallel.sharding import Axis, home, over_mesh, splits, spread_heads
+from attn.parallel.sharding import Axis, over_mesh, splits, spread_heads
+from attn.recurrent.decay_gate import log_rates, small_steps
 from attn.recurrent.delta_rule import recurrence
-from attn.recurrent.shortconv import shortconvs
+from attn.recurrent.short_qkv import short_qkv, tail, unit
 
 
 class DeltaState(NamedTuple):
@@ -86,13 +87,9 @@ class Delta(nn.Module, Attention):
         if size < 1:
             raise ValueError(f"size: a memory for {size} tokens, expected 1 or more")
         b, _, h, d = q.shape
-
-        def tail(a):
-            shape = b, max(self.conv - 1, 0), a.shape[2] * a.shape[3]
-            return jnp.zeros(shape, a.dtype)
-
         return DeltaState(
-            jnp.zeros((b, h, d, v.shape[3]), jnp.float32), tail(q), tail(k), tail(v),
+            jnp.zeros((b, h, d, v.shape[3]), jnp.float32),
+            tail(q, self.conv), tail(k, self.conv), tail(v, self.conv),
             jnp.zeros((b,), jnp.int32), jnp.full((b,), -1, jnp.int32),
         )
 
@@ -116,12 +113,12 @@ class Delta(nn.Module, Attention):
                 f"{q.shape[:2]} that q, k and v were made from, [B,T,E]"
             )
         segment, low = now.segment if packed else None, v.dtype
-        memory, *tails = [None] * 4 if state is None else state[:4]
-        tails, (q, k, v) = self._short((q, k, v), tails, segment, axis)
+        memory, before = (None, None) if state is None else (state[0], state[1:4])
+        tails, (q, k, v) = short_qkv(self, (q, k, v), before, segment, axis)
         beta, log_decay = self._gates(x.astype(jnp.float32), q.shape[2])  # [B,T,H]
         k, v = (spread_heads(a, q.shape[2], axis) for a in (k, v))
         # unit keys: states grow if |k|^2 beta is above 2
-        q, k, v = (a.astype(low) for a in (_unit(q), _unit(k), v))
+        q, k, v = (a.astype(low) for a in (unit(q), unit(k), v))
 
         def local(state, q, k, v, beta, log_decay, segment):
             return recurrence(  # o_t = q_t S_t / sqrt(D)
@@ -133,47 +130,8 @@ class Delta(nn.Module, Attention):
         letters = "BHDV BTHD BTKD BTKV BTH BTH BT -> BHDV BTHV"
         memory, o = over_mesh(local, letters, axis)(
             memory, q, k, v, beta, log_decay, segment)
-        q_tail, k_tail, v_tail = tails
         clock = now.next_pos, now.last_segment
-        return DeltaState(memory, q_tail, k_tail, v_tail, *clock), o
-
-    def _short(self, arrays, tails, segment, axis: Axis | None) -> tuple[Any, list]:
-        """The next tails; and q, k, v after their convolutions and silu, float32."""
-        # what follows is rounded once, at its end
-        wide = [a.astype(jnp.float32) for a in arrays]
-        if not self.conv:
-            return tails, [nn.silu(a) for a in wide]
-        # [B,T,H D], [B,T,K D], [B,T,K V]: a filter of each channel
-        flat = [a.reshape(*a.shape[:2], a.shape[2] * a.shape[3]) for a in wide]
-        # uniform within 1/sqrt(conv): the filter of a channel sees `conv` numbers
-        fans = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
-        weights = [
-            self.param(f"{name}_conv", fans, (self.conv, a.shape[2]), jnp.float32)
-            for name, a in zip("qkv", flat)
-        ]
-        streams = tails[0] is not None
-        tails = [a.astype(jnp.float32) for a in tails] if streams else None
-        # channels are split where their heads are, and if the mesh can split the heads
-        channels = [home("H", a.shape[2], axis) for a in arrays]
-
-        def of(axes: str) -> str:
-            return " ".join(axes + c for c in channels)
-
-        letters = f"{of('BT')} {of('.')} {of('B.')} BT -> {of('B.')} {of('BT')}"
-
-        def local(*arrays):
-            after, found = shortconvs(
-                arrays[:3], arrays[3:6], states=arrays[6:9] if streams else None,
-                segment=arrays[9], axis=axis,
-            )
-            return *(after or (None, None, None)), *found
-
-        found = over_mesh(local, letters, axis)(
-            *flat, *weights, *(tails or [None] * 3), segment)
-        # tails are remembered in the dtype of their tokens
-        after = [b if b is None else b.astype(a.dtype) for a, b in zip(arrays, found)]
-        # [B,T,H D] -> [B,T,H,D]
-        return after, [nn.silu(b).reshape(a.shape) for a, b in zip(arrays, found[3:])]
+        return DeltaState(memory, tails[0], tails[1], tails[2], *clock), o
 
     def _gates(self, x, h: int) -> tuple[jax.Array, jax.Array | None]:
         """beta and the log decay [B,T,H], float32."""
@@ -184,26 +142,7 @@ class Delta(nn.Module, Attention):
         beta = nn.sigmoid(dense("beta")) * (2.0 if self.negative else 1.0)
         if not self.gated:
             return beta, None
-        rate = jnp.exp(self.param("A_log", _rates, (h,))).reshape(1, 1, h)  # exp(A)
-        bias = self.param("dt_bias", _steps, (h,)).reshape(1, 1, h)
+        rate = jnp.exp(self.param("A_log", log_rates, (h,))).reshape(1, 1, h)  # exp(A)
+        bias = self.param("dt_bias", small_steps, (h,)).reshape(1, 1, h)
         # g = -exp(A) softplus(x W' + b)
         return beta, -rate * nn.softplus(dense("decay") + bias)
-
-
-def _unit(a):
-    """Vectors of length 1; one that is 0 stays 0."""
-    return a * jax.lax.rsqrt((a * a).sum(-1, keepdims=True) + 1e-6)
-
-
-def _rates(key, shape):
-    """log A, A uniform in (0,16)."""
-    # not from 0, whose log is -inf
-    return jnp.log(jax.random.uniform(key, shape, minval=1e-4, maxval=16.0))
-
-
-def _steps(key, shape):
-    """The inverse softplus of steps that are log uniform between 0.001 and 0.1."""
-    low, high = jnp.log(0.001), jnp.log(0.1)
-    step = jnp.exp(jax.random.uniform(key, shape) * (high - low) + low)
-    # log(e^y - 1) as y + log(1 - e^-y): exact for small y too
-    return step + jnp.log(-jnp.expm1(-step))

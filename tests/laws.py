@@ -39,6 +39,7 @@ from attn.lightning import Lightning
 from attn.lineartransformer import LinearTransformer
 from attn.linformer import Linformer
 from attn.masks import Causal, Full, Sink, Window
+from attn.miras import Memora, Miras, Moneta, Yaad
 from attn.positions import ALiBi, RoPE
 from attn.prflash import PrFlash
 from attn.rat import RAT
@@ -50,6 +51,7 @@ from attn.sea import SEA
 from attn.seer import Seer
 from attn.snapkv import SnapKV
 from attn.softmax import Softmax
+from attn.titans import Titans
 from attn.topk import TopK
 from experiments.measure import cost
 from models import placement
@@ -204,6 +206,10 @@ def refuses_segments(name):
     return True
 
 
+LINEAR = Miras(
+    memory="linear", bias="dot", retention="none", steps="one", initial="zero",
+    short=False, scale=D ** -0.5, chunk=4,
+)
 SINKS = Causal() & (Window(5) | Sink(2))
 ENTRIES = {
     # a window that reaches the first token
@@ -259,6 +265,32 @@ ENTRIES = {
     "delta_gated": Entry(
         Delta(gated=True, negative=True, conv=2), flops=1, decode=0, packed=True,
         spread=False, wraps="delta",
+    ),
+    "titans": Entry(
+        Titans(depth=1, chunk=4), flops=1, decode=0, kernel=False, spread=False,
+        packed=True,
+    ),
+    # small steps: of larger ones on random tokens, gradients grow with every chunk
+    "titans_mlp": Entry(
+        Titans(chunk=4, by_chunk=True, expansion=2, norm=True, theta_max=0.03), flops=1,
+        decode=0, kernel=False, spread=False, packed=True, wraps="titans",
+    ),
+    # a linear memory that is told values, whatever it answers
+    "miras": Entry(
+        LINEAR, (LINEAR, Lightning(slopes="none", scale=D ** -0.5)), flops=1, decode=0,
+        kernel=False, wraps="titans",
+    ),
+    "moneta": Entry(
+        Moneta(chunk=4, expansion=2, eta_max=0.01), flops=1, decode=0, kernel=False,
+        spread=False, packed=True, wraps="titans",
+    ),
+    "yaad": Entry(
+        Yaad(chunk=4, expansion=2, eta_max=0.001), flops=1, decode=0, kernel=False,
+        spread=False, packed=True, wraps="titans",
+    ),
+    "memora": Entry(
+        Memora(chunk=4, expansion=2, eta_max=0.01), flops=1, decode=0, kernel=False,
+        spread=False, packed=True, wraps="titans",
     ),
     "lineartransformer": Entry(
         LinearTransformer(), same=(LinearTransformer(chunk=3), LinearTransformer()),

@@ -29,6 +29,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 # every class of these files has a name; of the packages, one class a file
 FILES = (
     "attn/masks.py",
+    "attn/miras.py",
     "attn/mixers.py",
     "attn/positions.py",
     "experiments/data/text.py",

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from attn.exact.dense import weights
-from attn.sparse import grouped_softmax
+from attn.sparse import groups
 
 
 class Tokens(NamedTuple):
@@ -107,6 +107,6 @@ def complete(row: Tokens, block: int, scale: float, partly: bool = False) -> Reg
 
 def compact(row: Tokens) -> Tokens:
     """The row with padding behind."""
-    segment, q, k, v, pos = grouped_softmax.compact(
+    segment, q, k, v, pos = groups.compact(
         jnp.asarray(row.segment), row.q, row.k, row.v, row.pos)
     return Tokens(q, k, v, pos, segment)

@@ -45,7 +45,8 @@ def test_merges_are_the_most_frequent_pairs():
 
 def test_learned_pieces_are_likelier_than_merges():
     found = tokenise.run(tokenise.TINY)
-    ways = "merged", "best of merged", "settled", "learned"
-    merged, best, settled, learned = (found[f"40 {way}"] for way in ways)
+    merged, best, settled, learned = (
+        found[f"40 {way}"]
+        for way in ("merged", "best of merged", "settled", "learned"))
     assert merged <= best + 1e-12 <= settled + 1e-9
     assert learned > merged

@@ -65,7 +65,7 @@ def paper(case) -> dict[str, Any]:
     start, _ = jax.jit(functools.partial(forward, read="start"))(args, initial)
     found = {"out_token": out, "out_chunk_start_memory": start}
     for n in names:
-        found[f"M_final/{n}"] = memory.weights[n] + initial[n]
+        found[f"M_final/{n}"] = memory.weights[n] + initial[n][None]
         found[f"S_final/{n}"] = memory.momentum[n]
         found[f"grad/M0/{n}"] = first[n]
     return found | {f"grad/{n}": grads[n] for n in args}
@@ -89,7 +89,7 @@ def public(case) -> dict[str, Any]:
     found = {"out": out}
     for n in names:
         key = f"memory_after/{n.replace('.', '_')}"
-        found[key] = (memory.weights[ours[n]] + initial[ours[n]])
+        found[key] = memory.weights[ours[n]] + initial[ours[n]][None]
         found[key] = found[key].reshape(case[key].shape)
     return found
 

@@ -99,7 +99,7 @@ class Config:
 
 
 TINY = Config(
-    parts=(*ONLINE, "recall", "needle"), tokens=8, keys=4, streams=2, updates=2,
+    parts=(*ONLINE, "recall"), tokens=8, keys=4, streams=2, updates=2,
     pairs=2, length=16, segment=4, width=8, heads=1, steps=1, batch=2, quiet=True,
 )
 

@@ -17,6 +17,21 @@ outliers and colliding keys. Each claim in small is a part of this command:
 - chunks: the same Yaad with chunks of 16 tokens and of 1.
 
     python -m experiments.memorise
+
+runs the three parts that train no network, in 18 seconds of computing. With outliers
+the error is 0.29 with l2, 0.0098 with Huber's of the length and 0.042 with Yaad's, and
+without them 0.0070, 0.0071 and 0.0068: the claim shows. lp does not help where keys
+collide: 0.050 against 0.035 with l2. Forgetting hardly matters for a map that is drawn
+anew, 0.1136 learned (alpha 0.002) against 0.1154: writing the difference replaces what
+is old without it. The other parts, of one seed each, took minutes on a busy machine:
+
+- `--parts="('lm',)"`, 300 steps: 2.569 nats a byte for linear attention, 2.129 for
+  gated DeltaNet, 2.382 Moneta, 2.060 Yaad, 1.956 Memora: all MLPs below linear.
+- `--parts="('chunks',)" --steps=100`: 2.784 with chunks of 16, 2.745 of 1, 1.4% less.
+- `--parts="('recall',)" --length=64 --steps=200 --rate=2e-3` shows nothing: 6.8% for
+  linear attention, 2.3% and 1.6% for LMM of depth 1 and 2, 1.8% for the window, all
+  next to chance (1.6%); nobody has learned the task so early.
+- needle was not run to its end: no claim.
 """
 
 from __future__ import annotations
@@ -84,7 +99,7 @@ class Config:
 
 
 TINY = Config(
-    parts=(*ONLINE, "recall", "needle"), tokens=8, keys=4, streams=2, updates=2,
+    parts=(*ONLINE, "recall"), tokens=8, keys=4, streams=2, updates=2,
     pairs=2, length=16, segment=4, width=8, heads=1, steps=1, batch=2, quiet=True,
 )
 

@@ -95,7 +95,7 @@ def memory(case) -> dict[str, Any]:
         after, o = learn(
             rule, args["q"], args["k"], args["v"], gates, initial, where, fixed=fixed,
             chunk=config["chunk"])
-        return o, {n: a + initial[n] for n, a in after.weights.items()}
+        return o, {n: a + initial[n][None] for n, a in after.weights.items()}
 
     o, back, after = jax.jit(functools.partial(jax.vjp, forward, has_aux=True))(
         args, begin)

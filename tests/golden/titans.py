@@ -65,7 +65,7 @@ def paper(case) -> dict[str, Any]:
     start, _ = jax.jit(functools.partial(forward, read="start"))(args, initial)
     found = {"out_token": out, "out_chunk_start_memory": start}
     for n in names:
-        found[f"M_final/{n}"] = memory.weights[n] + initial[n]
+        found[f"M_final/{n}"] = memory.weights[n] + initial[n][None]
         found[f"S_final/{n}"] = memory.momentum[n]
         found[f"grad/M0/{n}"] = first[n]
     return found | {f"grad/{n}": grads[n] for n in args}
@@ -89,7 +89,7 @@ def public(case) -> dict[str, Any]:
     found = {"out": out}
     for n in names:
         key = f"memory_after/{n.replace('.', '_')}"
-        found[key] = (memory.weights[ours[n]] + initial[ours[n]])
+        found[key] = memory.weights[ours[n]] + initial[ours[n]][None]
         found[key] = found[key].reshape(case[key].shape)
     return found
 
@@ -99,7 +99,8 @@ def layer(config, net, w, initial, x):
     (b, t, _), h, c = x.shape, config["heads"], config["chunk"]
     eps = np.finfo(np.float64).eps
     rms = lambda a, g: a * jax.lax.rsqrt((a * a).mean(-1, keepdims=True) + eps) * g
-    stored, asked = (rms(x, w[f"{n}_norm.weight"]) for n in ("store", "retrieve"))
+    weight = lambda name: w[f"{name}_norm.weight"][None, None]
+    stored, asked = (rms(x, weight(n)) for n in ("store", "retrieve"))
     split = lambda a: a.reshape(b, t, h, -1)
     q = split(asked @ w["to_queries.weight"].T)
     k, v = (split(stored @ w[f"to_{n}.weight"].T) for n in ("keys", "values"))
@@ -108,7 +109,7 @@ def layer(config, net, w, initial, x):
     if config.get("qk_rmsnorm"):
         q, k = scaled(q, "q_norm.gamma"), scaled(k, "k_norm.gamma")
     gate = lambda a, name: jax.nn.sigmoid(
-        a @ w[f"{name}.0.weight"].T + w[f"{name}.0.bias"])
+        a @ w[f"{name}.0.weight"].T + w[f"{name}.0.bias"][None, None])
     # gates of a chunk are those of the mean of its tokens; a tail is not written
     whole = t // c * c
     mean = stored[:, :whole].reshape(b, -1, c, stored.shape[-1]).mean(2)

@@ -112,7 +112,7 @@ class SinkLoRA(Attention):
     axis: Axis | None = None
     exchange: str = "gather"
     implementation: str | None = None
-    row = TemplateRow(MASKED, "L (w + s) D", 2)
+    row = TemplateRow(MASKED, "L (w + s) D", 1)
 
     def __post_init__(self):
         check_fields(

@@ -147,8 +147,10 @@ class Entry:
     long: the settings whose cost is counted, at lengths of up to 2^17. packed: streams
     over a mesh are of packed segments; segmented: it takes segments, and if not refuses
     them with the reason. spread: K heads may be repeated to H without a
-    change of the result. wraps: the row whose mechanism it is a thin wrapper of: that
-    row is proved on all meshes, its wrappers take one each, in turn.
+    change of the result. in_v: its result is linear in v. default: the exponent of T
+    with default settings, if those are of another kind than the settings here. wraps:
+    the row whose mechanism it is a thin wrapper of: that row is proved on all meshes,
+    its wrappers take one each, in turn.
     """
 
     attention: Any
@@ -164,6 +166,8 @@ class Entry:
     packed: bool = False
     segmented: bool = True
     spread: bool = True
+    in_v: bool = True
+    default: float | None = None
     wraps: str | None = None
 
     def __post_init__(self):
@@ -260,20 +264,24 @@ ENTRIES = {
     "aaren_pool": Entry(Aaren(causal=False), flops=1, kernel=False),
     # the convolutions of the delta rule have weights for the channels of K heads
     "delta": Entry(
-        Delta(), same=(Delta(chunk=4), Delta()), flops=1, decode=0, spread=False
+        Delta(), same=(Delta(chunk=4), Delta()), flops=1, decode=0, spread=False,
+        in_v=False,
     ),
     "delta_gated": Entry(
         Delta(gated=True, negative=True, conv=2), flops=1, decode=0, packed=True,
         spread=False, wraps="delta",
+        in_v=False,
     ),
     "titans": Entry(
         Titans(depth=1, chunk=4), flops=1, decode=0, kernel=False, spread=False,
         packed=True,
+        in_v=False,
     ),
     # small steps: of larger ones on random tokens, gradients grow with every chunk
     "titans_mlp": Entry(
         Titans(chunk=4, by_chunk=True, expansion=2, norm=True, theta_max=0.03), flops=1,
         decode=0, kernel=False, spread=False, packed=True, wraps="titans",
+        in_v=False,
     ),
     # a linear memory that is told values, whatever it answers
     "miras": Entry(
@@ -283,14 +291,17 @@ ENTRIES = {
     "moneta": Entry(
         Moneta(chunk=4, expansion=2, eta_max=0.01), flops=1, decode=0, kernel=False,
         spread=False, packed=True, wraps="titans",
+        in_v=False,
     ),
     "yaad": Entry(
         Yaad(chunk=4, expansion=2, eta_max=0.001), flops=1, decode=0, kernel=False,
         spread=False, packed=True, wraps="titans",
+        in_v=False,
     ),
     "memora": Entry(
         Memora(chunk=4, expansion=2, eta_max=0.01), flops=1, decode=0, kernel=False,
         spread=False, packed=True, wraps="titans",
+        in_v=False,
     ),
     "lineartransformer": Entry(
         LinearTransformer(), same=(LinearTransformer(chunk=3), LinearTransformer()),
@@ -330,21 +341,21 @@ ENTRIES = {
     "routing": Entry(
         Routing(clusters=3, window=6, members="prefix", share_qk=False), (
             Routing(clusters=1, window=T, norm="unit", share_qk=False, eps=0.0),
-            Softmax()), flops=1, decode=0, kernel=False,
+            Softmax()), flops=1, decode=0, kernel=False, default=2,
     ),
     # windows that hold all tokens: no later one takes the place of an earlier one
     "routing_whole": Entry(
         Routing(clusters=2, window=512, share_qk=False, local=2, local_block=3), (
             Routing(clusters=2, window=T, norm="unit", share_qk=False, eps=0.0,
                     local=1, local_block=T), Softmax()),
-        flops=1, decode=0, kernel=False, wraps="routing",
+        flops=1, decode=0, kernel=False, wraps="routing", default=2,
     ),
     # one block is exact attention, and so are blocks of one token; spans never are
     "combiner": Entry(
         Combiner(block=4), (Combiner(block=T), Softmax()),
         same=(Combiner(block=1), Softmax()), slot=4,
     ),
-    "combiner_spans": Entry(Combiner("logsparse"), flops=1, kernel=False),
+    "combiner_spans": Entry(Combiner("logsparse"), flops=1, kernel=False, default=2),
     # shifted groups of twice the text: its first half is all of it
     "sinklora": Entry(
         SinkLoRA(group=4, sinks=2), (SinkLoRA(group=2 * T), Softmax()), flops=1,
@@ -377,12 +388,14 @@ ENTRIES = {
         SEA(columns=16, keep=2, length=2**11),
         (SEA(columns=8, keep=T, length=T, gated=False), Softmax()), flops=1,
         kernel=False, segmented=False, long=SEA(columns=512, keep=16, length=2**17),
+        in_v=False,
     ),
     "sea_normal": Entry(
         SEA(columns=16, keep=2, causal=False),
         (SEA(columns=8, keep=T, causal=False, gated=False), Softmax(mask=Full())),
         flops=1, kernel=False, segmented=False, wraps="sea",
         long=SEA(columns=512, keep=16, causal=False),
+        in_v=False,
     ),
     # all pairs of blocks are read
     "seer": Entry(

@@ -30,11 +30,14 @@ def few(q: Any) -> bool:
     that costs more than the product: one token of H 4, D 64 against 32,768 keys takes
     54 ms, and 9 ms with rows that are zero for the keys of other heads (2 cores, jax
     0.10.2), which is K times the flops of what the memory's bandwidth still hides.
-    Heads that a mesh splits outside of `shard_map` would be added up over devices.
+    Heads that a mesh splits outside of `shard_map` would be added up over devices, and
+    XLA has no such product of all shapes for 16 bits.
     """
     mesh = jax.sharding.get_abstract_mesh()
     split = not mesh.empty and not mesh.are_all_axes_manual
-    return q.shape[1] * q.shape[2] <= FEW and platform() == "cpu" and not split
+    rows = q.shape[1] * q.shape[2]
+    whole = q.dtype.itemsize >= 4 and platform() == "cpu" and not split
+    return rows <= FEW and whole
 
 
 def logits(q: jax.Array, k: jax.Array, scale: float | None = None) -> jax.Array:
@@ -93,7 +96,7 @@ def values(p: jax.Array, v: jax.Array) -> jax.Array:
     """Weights p [B,H,T,S] times v [B,S,K,V] -> [B,T,H,V] in v's dtype."""
     (b, h, t, s), (heads, width) = p.shape, v.shape[2:]
     grouped = p.astype(v.dtype).reshape(b, heads, -1, t, s)  # [B,K,G,T,S]
-    if few(p.swapaxes(1, 2)):
+    if few(p.astype(v.dtype).swapaxes(1, 2)):
         # [B,H T,S] x [B,S,K V] -> [B,H T,K V]
         o = jnp.einsum(
             "brs,bsf->brf", grouped.reshape(b, h * t, s),

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from attn.landmark import Landmark
+from attn.flow import Flow
 from attn.masks import Causal, Full, Window
 from attn.positions import ALiBi
 from attn.snapkv import SnapKV
@@ -51,9 +51,9 @@ def test_forward_mode():
             jax.jvp(attention, args, tangents)
 
 
-def test_only_exact_attention_has_it():
+def test_what_has_no_matrix_refuses_it():
     with pytest.raises(NotImplementedError, match="exact attention alone"):
-        Landmark(implementation="dense")(*inputs(t=4))
+        Flow(implementation="dense")(*inputs(t=4))
 
 
 def test_a_boolean_mask_is_a_bias():

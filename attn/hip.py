@@ -37,6 +37,7 @@ from attn.sparse.tree_search import Tree, search
 REPRESENTATIVES = ("first", "center")
 
 
+@caches.of_cache
 class HiPState(NamedTuple):
     """A cache of all tokens, and what the last search of each row found: chosen [B,H,M]
     key blocks, -1 for none; reach [B]: how many tokens it looked at; age [B]: tokens
@@ -46,21 +47,6 @@ class HiPState(NamedTuple):
     chosen: jax.Array
     reach: jax.Array
     age: jax.Array
-
-    @property
-    def k(self) -> jax.Array:
-        """The keys [B,C,K,D] of the cache."""
-        return self.cache.k
-
-    @property
-    def end(self) -> jax.Array:
-        """The next token's position [B]."""
-        return self.cache.end
-
-    @property
-    def segment(self) -> jax.Array:
-        """The last token's segment [B]."""
-        return self.cache.segment
 
 
 @dataclasses.dataclass(frozen=True)

@@ -25,12 +25,14 @@ from attn.contract.dispatch import pick
 from attn.contract.fields import check_fields
 from attn.contract.segments import locate
 from attn.contract.shapes import check, concrete
+from attn.contract.varying import gelu
 from attn.parallel.sharding import Axis, over_mesh
 from attn.recurrent.linear import recurrence
 from attn.sparse import estimated, favor
 from attn.sparse.column_decoder import Decoder, layer_norm
 
 
+@caches.of_cache
 class SEAState(NamedTuple):
     """A cache of all tokens; memory [B,H,m,D+V+1], the Performer's sums; tails, the
     last rows that the convolutions saw [B,2H,4,K/4]; total [B,K',V], the sum of values;
@@ -40,21 +42,6 @@ class SEAState(NamedTuple):
     memory: jax.Array
     tails: tuple[jax.Array, jax.Array]
     total: jax.Array
-
-    @property
-    def k(self) -> jax.Array:
-        """The keys [B,C,K',D] of the cache."""
-        return self.cache.k
-
-    @property
-    def end(self) -> jax.Array:
-        """The next token's position [B]."""
-        return self.cache.end
-
-    @property
-    def segment(self) -> jax.Array:
-        """The last token's segment [B]."""
-        return self.cache.segment
 
 
 class Estimate(NamedTuple):
@@ -146,9 +133,9 @@ class SEA(nn.Module, Attention):
         check(q, k, v, segments=segments, aligned=True, piece=True)
         caches.check_fits(state.cache, k, v)
         self._valid(segments, q)
-        slots = state.k.shape[1]
+        slots = state.cache.k.shape[1]
         b, t = q.shape[:2]
-        now = locate(None, b, t, state.end, state.segment)
+        now = locate(None, b, t, state.cache.end, state.cache.segment)
         caches.check_room(now.next_pos, slots)
         cache = caches.append(state.cache, k, v, now, now.pos)
         valid = jnp.ones(q.shape[:2], bool)
@@ -204,7 +191,7 @@ class SEA(nn.Module, Attention):
         memory, context = self._performer(q, k, beside, w, state, counted)
         u = jnp.concatenate([context, v], -1)
         z = nn.Dense(2 * d, name="enc")(u)
-        z = _gelu(layer_norm("enc_norm")(z))  # [B,T,H,2D]
+        z = gelu(layer_norm("enc_norm")(z))  # [B,T,H,2D]
         decoder = Decoder(self.columns, self.causal, name="decoder")
         tails = None if state is None else state.tails
         scores, tails = decoder(z, tails)
@@ -224,7 +211,7 @@ class SEA(nn.Module, Attention):
         if not self.causal:
             length = valid.sum(1, dtype=jnp.int32)[:, None]
             return jnp.where(valid, length, 0)
-        before = 0 if state is None else state.end[:, None]
+        before = 0 if state is None else state.cache.end[:, None]
         count = jnp.arange(1, valid.shape[1] + 1, dtype=jnp.int32)[None] + before
         return jnp.broadcast_to(count, valid.shape)
 
@@ -344,22 +331,3 @@ class SEA(nn.Module, Attention):
                    for s in (own, dense))
         o = self._context(estimate, q, k, v)
         return both + ((o - context) ** 2).mean()
-
-
-@jax.custom_jvp
-def _below(x: jax.Array) -> jax.Array:
-    """The normal distribution up to x."""
-    return (1 + jax.lax.erf(x * 0.5**0.5)) / 2
-
-
-@_below.defjvp
-def _density(primals, tangents):
-    # jax 0.12's own derivative of erf is refused in a `shard_map` that checks what
-    # varies
-    (x,), (dx,) = primals, tangents
-    return _below(x), dx * jnp.exp(-x * x / 2) * (2 * math.pi) ** -0.5
-
-
-def _gelu(x: jax.Array) -> jax.Array:
-    """x times the normal distribution up to x, exactly, as the authors have it."""
-    return x * _below(x)

@@ -39,27 +39,13 @@ PREFILLS = ("dense", "sparse")
 TILE = 64  # queries at once, in a sparse call
 
 
+@caches.of_cache
 class TopKState(NamedTuple):
     """A cache of all tokens, and the sums [B,N,K,D] float32 of the keys of each block
     behind the first `sink` tokens; None for blocks of one token."""
 
     cache: Cache
     sums: Any
-
-    @property
-    def k(self) -> jax.Array:
-        """The keys [B,C,K,D] of the cache."""
-        return self.cache.k
-
-    @property
-    def end(self) -> jax.Array:
-        """The next token's position [B]."""
-        return self.cache.end
-
-    @property
-    def segment(self) -> jax.Array:
-        """The last token's segment [B]."""
-        return self.cache.segment
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,7 +102,7 @@ class TopK(Attention):
         """The next T tokens -> state, [B,T,H,V]. Past the state's size: ValueError, and
         NaN inside a trace."""
         check(q, k, v, segments=segments, aligned=True, piece=True)
-        cache, slots = state.cache, state.k.shape[1]
+        cache, slots = state.cache, state.cache.k.shape[1]
         caches.check_fits(cache, k, v)
         b, t = q.shape[:2]
         now = locate(segments, b, t, cache.end, cache.segment)
@@ -164,9 +150,11 @@ class TopK(Attention):
         """The slots [B,N,K] that q [B,H,D] reads of `length` [B] tokens, -1 for none:
         N = sink + top_k block + local + block - 1."""
         b, h, d = q.shape
-        heads = state.k.shape[2]
+        heads = state.cache.k.shape[2]
         asked = q.astype(jnp.float32).reshape(b, heads, h // heads, d).mean(2)
-        keys, shift = (state.k, self.sink) if state.sums is None else (state.sums, 0)
+        keys, shift = state.sums, 0
+        if keys is None:
+            keys, shift = state.cache.k, self.sink
         # [B,K,D] x [B,N,K,D] -> [B,K,N]
         score = jnp.einsum("bkd,bnkd->bkn", asked, keys.astype(jnp.float32))
         score = jax.lax.stop_gradient(score)[:, :, min(shift, keys.shape[1] - 1):]

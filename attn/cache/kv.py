@@ -9,6 +9,7 @@ segment begins, what came before can no longer be seen and is dropped.
 from __future__ import annotations
 
 import functools
+import operator
 from typing import NamedTuple
 
 import jax
@@ -35,6 +36,15 @@ class Cache(NamedTuple):
     pos: jax.Array
     end: jax.Array
     segment: jax.Array
+
+
+def of_cache(cls: type) -> type:
+    """A state with a field `cache` shows what others ask of any state: the keys k
+    [B,C,K,D], the next token's position end [B] and the last one's segment [B]."""
+    for name in ("k", "end", "segment"):
+        get = property(operator.attrgetter(f"cache.{name}"))
+        setattr(cls, name, get)
+    return cls
 
 
 def empty(k, v, slots: int, *, per_head: bool = False) -> Cache:
@@ -184,7 +194,7 @@ def read(
         )
 
     tpu, gpu = (functools.partial(kernel, name) for name in ("tpu", "triton"))
-    form = dense if dense.few(q) else chunked
+    form = dense if dense.few(q.shape[1] * q.shape[2], q.dtype) else chunked
     xla = functools.partial(
         form.attend, q, cache.k, cache.v, spec, where, sink=sink, split_lse=split_lse
     )

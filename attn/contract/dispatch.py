@@ -49,7 +49,7 @@ def pick(
     if implementation == DENSE:
         if dense is None:
             raise NotImplementedError(
-                "implementation='dense': exact attention alone has this form, expected "
+                "implementation='dense': there is no such form of this, expected "
                 f"one of {IMPLEMENTATIONS}"
             )
         return dense()

@@ -22,29 +22,28 @@ from pallas_kernels.tile import NEVER, dropout_keep, lse_of, sink_logit
 FEW = 64  # rows of queries, T H, that are few
 
 
-def few(q: Any) -> bool:
-    """Whether q [B,T,H,.] are so few rows that all heads of a CPU share one product
+def few(rows: int, dtype: Any) -> bool:
+    """Whether T H = `rows` queries are so few that all heads of a CPU share one product
     with the keys as they lie, [S,K D].
 
     XLA takes a product for each head, before which it copies all keys to [K,S,D], and
-    that costs more than the product: one token of H 4, D 64 against 32,768 keys takes
-    54 ms, and 9 ms with rows that are zero for the keys of other heads (2 cores, jax
-    0.10.2), which is K times the flops of what the memory's bandwidth still hides.
+    that costs more than the product. With rows that are zero for the keys of other
+    heads, one product reads the keys where they are: K times the flops, in the time
+    that the bytes take anyway (`experiments.speed`, the pass "decode").
     Heads that a mesh splits outside of `shard_map` would be added up over devices, and
     XLA has no such product of all shapes for 16 bits.
     """
     mesh = jax.sharding.get_abstract_mesh()
     split = not mesh.empty and not mesh.are_all_axes_manual
-    rows = q.shape[1] * q.shape[2]
-    whole = q.dtype.itemsize >= 4 and platform() == "cpu" and not split
-    return rows <= FEW and whole
+    wide = jnp.dtype(dtype).itemsize >= 4
+    return rows <= FEW and wide and platform() == "cpu" and not split
 
 
 def logits(q: jax.Array, k: jax.Array, scale: float | None = None) -> jax.Array:
     """scale * q.k as float32 [B,H,T,S]; query head h reads key head h // (H/K)."""
     (b, t, h, d), (s, heads) = q.shape, k.shape[1:3]
     grouped = q.reshape(b, t, heads, -1, d)
-    if few(q):
+    if few(t * h, q.dtype):
         turned = grouped.transpose(0, 4, 2, 3, 1)[:, None]  # [B,1,D,K,G,T]
         own = np.eye(heads, dtype=bool)[None, :, None, :, None, None]
         wide = jnp.where(own, turned, 0)  # [B,K,D,K,G,T]: 0 for keys of other heads
@@ -96,7 +95,7 @@ def values(p: jax.Array, v: jax.Array) -> jax.Array:
     """Weights p [B,H,T,S] times v [B,S,K,V] -> [B,T,H,V] in v's dtype."""
     (b, h, t, s), (heads, width) = p.shape, v.shape[2:]
     grouped = p.astype(v.dtype).reshape(b, heads, -1, t, s)  # [B,K,G,T,S]
-    if few(p.astype(v.dtype).swapaxes(1, 2)):
+    if few(t * h, v.dtype):
         # [B,H T,S] x [B,S,K V] -> [B,H T,K V]
         o = jnp.einsum(
             "brs,bsf->brf", grouped.reshape(b, h * t, s),

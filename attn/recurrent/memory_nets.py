@@ -8,32 +8,14 @@ definition gives answers, gradients, and answers of weights that no one has writ
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import Any, Callable
 
 import jax
 import jax.numpy as jnp
 
+from attn.contract.varying import gelu
+
 EPS = 1e-5  # of the layer norm
-
-
-@jax.custom_jvp
-def _erf(x: jax.Array) -> jax.Array:
-    return jax.lax.erf(x)
-
-
-@_erf.defjvp
-def _(primals, tangents):
-    # jax 0.12's own rule is refused inside a shard_map that checks what varies
-    (x,), (dx,) = primals, tangents
-    return _erf(x), 2 / math.sqrt(math.pi) * jnp.exp(-x * x) * dx
-
-
-def gelu(x: jax.Array) -> jax.Array:
-    """x Phi(x), exact."""
-    return 0.5 * x * (1 + _erf(x / math.sqrt(2)))
-
-
 ACTIVATIONS: dict[str, Callable] = {"gelu": gelu, "silu": jax.nn.silu}
 
 

@@ -276,5 +276,5 @@ def _row_sum(e: jax.Array) -> jax.Array:
 
 
 def _dropped(gates, key, rate: float):
-    keep = jax.random.bernoulli(jax.random.fold_in(key, 0), 1 - rate, gates.shape)
+    keep = jax.random.bernoulli(key, 1 - rate, gates.shape)
     return jnp.where(keep, gates / (1 - rate), 0)

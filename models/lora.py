@@ -33,7 +33,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from models import safetensors
 from models.placement import letters_of
 
 Tree = Any
@@ -181,7 +180,9 @@ class LoRA:
             modules.add(_peft(_module(path), names).rpartition(".")[2])
             a = np.asarray(a)
             arrays[_weight(path, names)] = a.T if _leaf(path) == "kernel" else a
-        safetensors.save(folder / WEIGHTS, arrays, {"format": "pt"})
+        # the file has bytes, and knows nothing of transposes
+        arrays = {name: np.ascontiguousarray(a) for name, a in arrays.items()}
+        _files().save_file(arrays, folder / WEIGHTS, metadata={"format": "pt"})
         last = {_peft(path, names).rpartition(".")[2] for path in adapters}
         config = {
             "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": self.rank,
@@ -203,7 +204,7 @@ class LoRA:
         for name, own in (("r", self.rank), ("lora_alpha", self.alpha)):
             if config.get(name) != own:
                 raise ValueError(f"{folder}: {name}={config.get(name)}: expected {own}")
-        arrays, read = safetensors.load(folder / WEIGHTS), set()
+        arrays, read = _files().load_file(folder / WEIGHTS), set()
 
         def take(name: str, shape: tuple[int, ...]):
             a = arrays.get(name)
@@ -304,6 +305,17 @@ def _inputs(path: str, shape: tuple[int, ...]) -> int:
     width E of the model, else the first."""
     letters = letters_of(f"{path}/kernel", shape) or ""
     return len(shape) - 1 if letters.endswith("E") else 1
+
+
+def _files() -> Any:
+    """The library that reads and writes PEFT's files."""
+    try:
+        import safetensors.numpy
+    except ImportError:
+        raise ImportError(
+            "adapters in files need safetensors: pip install 'attn[checkpoints]'"
+        ) from None
+    return safetensors.numpy
 
 
 def _peft(path: str, names: tuple[tuple[str, str], ...]) -> str:

@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from safetensors.numpy import load_file
 
 from attn.gla import GLA
 from attn.sinklora import SinkLoRA
 from attn.softmax import Softmax
-from models import safetensors
 from models.lm import LM
 from models.lora import CONFIG, WEIGHTS, Adapted, LoRA
 from tests.compiled import apply
@@ -159,7 +159,7 @@ def test_adapters_go_out_and_in_as_those_of_peft(tmp_path):
     assert config["lora_alpha"] == 6.0
     assert config["target_modules"] == ["down_proj", "k_proj", "o_proj", "q_proj",
                                         "v_proj"]
-    arrays = safetensors.load(tmp_path / WEIGHTS)
+    arrays = load_file(tmp_path / WEIGHTS)
     name = "base_model.model.model.layers.1.self_attn.o_proj"
     assert arrays[f"{name}.lora_A.weight"].shape == (3, 16)
     assert arrays[f"{name}.lora_B.weight"].shape == (16, 3)

@@ -19,6 +19,7 @@ import numpy as np
 from attn.contract.dispatch import interpreted, pick
 from attn.contract.segments import TokenPositions
 from attn.contract.shapes import concrete
+from attn.contract.varying import varying
 from attn.exact import chunked, dense
 from attn.exact.attend import kernel_options
 from attn.exact.logits import LogitSpec, Where
@@ -104,13 +105,29 @@ def append(cache: Cache, k, v, place: TokenPositions, slot: jax.Array) -> Cache:
     row = jnp.arange(k.shape[0])[:, None]
     pos = jnp.where(began[:, None, None], -1, cache.pos)
     new_pos = jnp.broadcast_to(place.pos[..., None], (*slot.shape, pos.shape[2]))
+
+    def written(held):
+        return tuple(a.at[row, slot].set(new.astype(a.dtype), mode="drop")
+                     for a, new in zip(held, (k, v)))
+
+    held = varying((cache.k, cache.v), k, v, slot)
+    if interpreted():
+        # on a CPU XLA writes a copy of the cache for each that reads it, unless what
+        # writes is a branch: then one buffer is written in place
+        held = jax.lax.cond((slot < slots).any(), written, _as_it_is, held)
+    else:
+        held = written(held)
+    keys, vals = held
     return Cache(
-        cache.k.at[row, slot].set(k.astype(cache.k.dtype), mode="drop"),
-        cache.v.at[row, slot].set(v.astype(cache.v.dtype), mode="drop"),
+        keys, vals,
         pos.at[row, slot].set(new_pos, mode="drop"),
         place.next_pos,
         place.last_segment,
     )
+
+
+def _as_it_is(held):
+    return held
 
 
 def append_next(cache: Cache, k, v, place: TokenPositions) -> tuple[Cache, jax.Array]:

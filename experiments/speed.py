@@ -16,9 +16,9 @@ at the last, else on a line between two lengths.
     python -m experiments.speed --lengths='(2048, 4096)' --attentions='(Softmax(),)'
 
 takes half a minute on 2 cores (float32, B1 H4 D64). With torch 2.13 (its build for
-CPUs) installed, exact attention at T = 4096 took 147 ms where torch's SDPA took 137, and
-459 with backward where torch took 307 (176 and 129, 454 and 333 in another run; jax.nn
-496 and 1,530); one token against a memory of 32,768,
+CPUs) installed, exact attention at T = 4096 took 147 ms where torch's SDPA took 137,
+and 459 with backward where torch took 307 (176 and 129, 454 and 333 in another run;
+jax.nn 496 and 1,530); one token against a memory of 32,768,
 
     python -m experiments.speed --lengths='(32768,)' --passes='("decode",)' \\
         --attentions='(Softmax(),)'

@@ -59,15 +59,17 @@ class Based(Attention):
     """Based (Arora et al., 2024) arXiv:2402.18668: a Taylor expansion of softmax.
 
     sum_j w_tj v_j / (sum_j w_tj + eps), w = 1 + s + s^2/2, s = q.k / sqrt(D). It is
-    made for narrow q and k: `feature_dim` is the width D that `MultiHead` projects them
-    to (None: E/H); a call takes any D. compact: the state holds each product of two
-    channels once. normalize=False leaves the division out. causal=False drops the order
-    of tokens, for self and cross attention.
+    made for narrow q and k, as the D^2/2 features of a wide head are a large memory:
+    `feature_dim` names the width D that `MultiHead` projects them to, 16 in the paper;
+    None leaves the projections as they are for any other attention. A call takes any D.
+    compact: the state holds each product of two channels once. normalize=False leaves
+    the division out. causal=False drops the order of tokens, for self and cross
+    attention.
 
     chunk: tokens of a block; it changes the time, not the result.
     """
 
-    feature_dim: int | None = 16
+    feature_dim: int | None = None
     eps: float = 1e-12
     compact: bool = False
     normalize: bool = True

@@ -26,7 +26,6 @@ from attn.contract.dispatch import pick
 from attn.contract.fields import check_fields
 from attn.contract.segments import TokenPositions, locate
 from attn.contract.shapes import check
-from attn.exact.attend import forward_mode_refused
 from attn.exact.logits import Dropout
 from attn.parallel.sharding import Axis, gather, over_mesh, spread_heads
 from attn.positions import RoPE
@@ -128,12 +127,7 @@ class Landmark(Attention):
             grouped, q, k, v, queries, keys, size=size, scale=self._scale(q),
             ordered=self.axis is None, dropout=Dropout(self.dropout, key),
         )
-
-        def backward_only():
-            with forward_mode_refused():
-                return form()
-
-        return pick(self.implementation, xla=backward_only,
+        return pick(self.implementation, xla=form,
                     dense=functools.partial(form, by_hand=False))
 
     def init_state(self, size, q, k, v, *, x=None):

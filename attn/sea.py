@@ -22,9 +22,10 @@ from attn.cache import kv as caches
 from attn.cache.kv import Cache
 from attn.contract.attention import MASKED, Attention, TemplateRow
 from attn.contract.dispatch import pick
+from attn.contract.eager import refuse
 from attn.contract.fields import check_fields
 from attn.contract.segments import locate
-from attn.contract.shapes import check, concrete
+from attn.contract.shapes import check
 from attn.contract.varying import gelu
 from attn.parallel.sharding import Axis, over_mesh
 from attn.recurrent.linear import recurrence
@@ -160,9 +161,7 @@ class SEA(nn.Module, Attention):
         some = ids > 0
         least = jnp.where(some, ids, 2**31 - 1).min(1)
         mixed = (ids.max(1) > least) & some.any(1)
-        if concrete(mixed) and bool(mixed.any()):
-            raise NotImplementedError(
-                "segments: a row has one sequence, beside padding: expected one id")
+        refuse(mixed.any(), None, _one_sequence)
         return some, mixed[:, None, None, None]
 
     def _features(self, d: int) -> int:
@@ -331,3 +330,9 @@ class SEA(nn.Module, Attention):
                    for s in (own, dense))
         o = self._context(estimate, q, k, v)
         return both + ((o - context) ** 2).mean()
+
+
+def _one_sequence(_) -> NotImplementedError:
+    return NotImplementedError(
+        "segments: a row has one sequence, beside padding: expected one id"
+    )

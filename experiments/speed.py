@@ -36,7 +36,7 @@ From so many tokens on they were faster than exact attention, which was Softmax(
     a window of 257                     582                568
     Landmark()                       > 4096             > 4096
     Lightning()                       < 512              < 512
-    Based()                             556                851
+    Based(feature_dim=16)               556                851
     Flow()                            < 512              < 512
     GLA()                              3271             > 4096
     Delta(gated=True)                   547             > 4096
@@ -114,7 +114,7 @@ class Config:
 
     attentions: tuple = option(
         (Softmax(), Softmax(mask=Causal() & Window(256)), Landmark(), Lightning(),
-         Based(), Flow(), GLA(), Delta(gated=True), RAT()),
+         Based(feature_dim=16), Flow(), GLA(), Delta(gated=True), RAT()),
         "the candidates; jax.nn is always there, other peers where installed",
     )
     lengths: tuple[int, ...] = option((512, 1024, 2048, 4096), "sequence lengths T")

@@ -482,6 +482,22 @@ def repeat(q, k, v):
     return q, *(jnp.repeat(a, H // a.shape[2], 2) for a in (k, v))
 
 
+@functools.cache
+def _compilations():
+    count = [0]
+
+    def heard(event, seconds, **named):
+        count[0] += event.endswith("backend_compile_duration")
+
+    jax.monitoring.register_event_duration_secs_listener(heard)
+    return count
+
+
+def compilations():
+    """How many programs this process has compiled since it was first asked."""
+    return _compilations()[0]
+
+
 def gradients(f, *args):
     """Gradients of a fixed random projection of f(*args)."""
     def scalar(*args):
@@ -763,6 +779,25 @@ def test_packing_changes_nothing(name):
 
 
 @LAW
+def test_a_second_call_outside_of_jit_compiles_nothing(name):
+    q, k, v = inputs(t=7)
+
+    def calls():
+        # made anew each time, as a user does who writes Softmax()(q, k, v)
+        attention = given(ENTRIES[name].attention)
+        f = lambda q, k, v: attention(q, k, v).sum()
+        found = [attention(q, k, v), jax.grad(f, (0, 1, 2))(q, k, v)]
+        if ENTRIES[name].ordered:
+            state = attention.init_state(T, q, k, v)
+            found += [attention.step(state, *(a[:, :1] for a in (q, k, v)))]
+        return found
+
+    want, before = calls(), compilations()
+    chex.assert_trees_all_equal(calls(), want)
+    assert compilations() == before
+
+
+@LAW
 def test_one_trace(name):
     stateless(name)
     q, k, v = inputs()
@@ -894,7 +929,7 @@ def test_training_free_adds_no_parameters(name):
         pytest.skip("it learns")
     x = jnp.zeros((1, T, 16))
     tree = lambda a: jax.eval_shape(
-        MultiHead(a, heads=H, head_dim=D).init, jax.random.key(0), x
+        MultiHead(a, heads=H).init, jax.random.key(0), x
     )
     chex.assert_trees_all_equal_shapes(tree(ENTRIES[name].attention), tree(Softmax()))
 

@@ -18,7 +18,7 @@ import numpy as np
 
 from attn.contract.dispatch import interpreted, pick
 from attn.contract.segments import TokenPositions
-from attn.contract.shapes import concrete
+from attn.contract.eager import refuse
 from attn.contract.varying import varying
 from attn.exact import chunked, dense
 from attn.exact.attend import kernel_options
@@ -277,12 +277,16 @@ def check_fits(cache: Cache, k, v) -> None:
 
 def check_room(end: jax.Array, size: int) -> None:
     """Raises ValueError if a row has reached past `size` tokens, where values can be
-    read (not inside a trace)."""
-    if concrete(end) and int(end.max()) > size:
-        raise ValueError(
-            f"step: {int(end.max())} tokens for a memory of {size}: "
+    known (not inside a trace)."""
+    most = end.max()
+
+    def full(most) -> ValueError:
+        return ValueError(
+            f"step: {int(most)} tokens for a memory of {size}: "
             "expected init_state with a larger size"
         )
+
+    refuse(most > size, most, full)
 
 
 def poison(o: jax.Array, end: jax.Array, size: int) -> jax.Array:

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+from attn.contract.eager import compiled_outside
 from attn.contract.explicit import on_automatic_axes
 from attn.contract.padding import guard, padding_unread
 from attn.contract.states import sized, stateful
@@ -71,8 +72,9 @@ class Attention:
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
-        guard(cls, ("__call__",), on_automatic_axes, padding_unread)
-        guard(cls, ("step",), on_automatic_axes, padding_unread, stateful)
+        door = on_automatic_axes, padding_unread
+        guard(cls, ("__call__",), *door, compiled_outside)
+        guard(cls, ("step",), *door, stateful, compiled_outside)
         guard(cls, ("init_state",), sized)
 
     def interleave(self, tokens, segments, end, last, own: int) -> tuple:

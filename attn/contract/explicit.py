@@ -71,9 +71,15 @@ def _call(self: Any, method: Callable) -> tuple[Callable, Any]:
         return lambda _, *args, **named: method(self, *args, **named), {}
     if self.is_initializing():
         return lambda _, *args, **named: method(self, *args, **named), None
-    alone, name = self.clone(parent=None, name=None), method.__name__
+    module, variables = alone(self)
+    name = method.__name__
 
     def call(variables, *args, **named):
-        return alone.apply(variables, *args, **named, method=name)
+        return module.apply(variables, *args, **named, method=name)
 
-    return call, self.variables
+    return call, variables
+
+
+def alone(module: Any) -> tuple[Any, Any]:
+    """A linen module that is part of no other, and its variables."""
+    return module.clone(parent=None, name=None), module.variables

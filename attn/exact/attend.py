@@ -7,7 +7,6 @@ same in one matrix, for ideas that need it and for derivatives of every kind.
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any, Callable
 
 import jax
@@ -48,8 +47,7 @@ def attend(
     }
 
     def xla():
-        with forward_mode_refused():
-            return chunked.attend(q, k, v, spec, where, dropout=dropout, **options)
+        return chunked.attend(q, k, v, spec, where, dropout=dropout, **options)
 
     def plain():
         if given is not None:
@@ -80,21 +78,6 @@ def with_mask(q, k, bias, mask) -> jax.Array | None:
     form = "B|1 H|1 T|1 S|1"
     check_arrays({"B": b, "H": h, "T": t, "S": s}, mask=(mask, BOOL, form))
     return jnp.where(mask, 0.0 if bias is None else bias, NEVER)
-
-
-@contextlib.contextmanager
-def forward_mode_refused():
-    """Says in a sentence what jax says of functions that have a backward pass of their
-    own, where jax says it at once."""
-    try:
-        yield
-    except TypeError as error:
-        if "forward-mode" not in str(error):
-            raise
-        raise NotImplementedError(
-            "forward-mode derivatives (jvp, linearize, hessian): exact attention in "
-            "chunks has a backward pass only, expected implementation='dense'"
-        ) from error
 
 
 def kernel_options(spec: LogitSpec, where: Where) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from attn.contract.shapes import concrete
+from attn.contract.eager import refuse
 
 SEQUENCES = 8  # short ones for which there is room in any row
 
@@ -70,11 +70,15 @@ class Grid(NamedTuple):
         where that can be read."""
         if self.at is None:
             return o
-        if concrete(self.full) and bool(self.full.any()):
-            raise ValueError(
-                f"segments: a row holds more sequences than fit on {self.pos.shape[1]} "
-                f"blocks of {self.pos.shape[2]} tokens: expected fewer, longer ones"
+        blocks, size = self.pos.shape[1:3]
+
+        def crowded(_) -> ValueError:
+            return ValueError(
+                f"segments: a row holds more sequences than fit on {blocks} blocks of "
+                f"{size} tokens: expected fewer, longer ones"
             )
+
+        refuse(self.full.any(), None, crowded)
         full = self.full.reshape((-1,) + (1,) * (o.ndim - 1))
         return jnp.where(full, jnp.nan, o).astype(o.dtype)
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from attn.contract.dispatch import interpreted, pick
 from attn.contract.shapes import check
-from attn.exact.attend import forward_mode_refused, kernel_options
+from attn.exact.attend import kernel_options
 from attn.exact.chunked import check_given
 from attn.exact.logits import LogitSpec, Where
 from attn.sparse import chosen_tiles
@@ -86,8 +86,7 @@ def attend(
         )
 
     def xla():
-        with forward_mode_refused():
-            return chosen_tiles.attend(q, k, v, chosen, spec, where, block, bias)
+        return chosen_tiles.attend(q, k, v, chosen, spec, where, block, bias)
 
     if bias is not None:
         return pick(implementation, xla=xla)

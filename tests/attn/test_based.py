@@ -136,7 +136,7 @@ def test_for_small_scores_it_is_softmax():
 
 def test_the_layer_asks_for_narrow_queries():
     x = jnp.zeros((1, 4, 128))
-    layer = MultiHead(Based(), heads=2)
+    layer = MultiHead(Based(feature_dim=16), heads=2)
     shapes = jax.eval_shape(layer.init, jax.random.key(0), x)["params"]
     assert shapes["q"]["kernel"].shape == (128, 2, 16)
     assert shapes["v"]["kernel"].shape == (128, 2, 64)

@@ -64,9 +64,9 @@ def compiled_outside(method: Callable) -> Callable:
     def call(self, *args, **named):
         leaves, form = jax.tree.flatten((args, named))
         function = _function(self) if leaves and all(map(_known, leaves)) else None
-        if function is None:
-            return method(self, *args, **named)
         with _forward_mode_refused(type(self).__name__):
+            if function is None:
+                return method(self, *args, **named)
             result, asked = _program(function[0], method, form, function[1], *leaves)
         for question in asked:
             question.answer()

@@ -110,31 +110,31 @@ METHODS: dict[str, Callable[[Budget], Any]] = {
 }
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def matrices(model: nn.Module, params: Any, tokens: jax.Array) -> tuple:
+    """The matrix [H,T,S] of the attention of each layer with heads, for tokens [1,T]:
+    how much of each key's value a query gets."""
+    found = []
+
+    def looked_at(following, args, named, context):
+        layer, given = context.module, following(*args, **named)
+        if isinstance(layer, MultiHead) and context.method_name == "_project":
+            q, k, _ = given
+            s, heads = k.shape[1:3]
+            # values that are 1 at one key each: o [1,T,H,S] is the matrix
+            one = jnp.broadcast_to(jnp.eye(s)[None, :, None], (1, s, heads, s))
+            found.append(jnp.moveaxis(layer._bound()(q, k, one)[0], 1, 0))
+        return given
+
+    with nn.intercept_methods(looked_at):
+        model.apply(params, tokens)
+    return tuple(found)
+
+
 def share_read(model: nn.Module, params: Any, tokens: np.ndarray) -> float:
     """The share of the causal pairs that the attentions of a network read of tokens
-    [1,T], the mean over its layers with heads."""
-    return float(_share_read(model, params, jnp.asarray(tokens)))
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _share_read(model, params, tokens):
-    shares = []
-
-    def counted(following, args, named, context):
-        found = following(*args, **named)
-        if isinstance(context.module, MultiHead) and context.method_name == "_project":
-            shares.append(_share(context.module, *found))
-        return found
-
-    with nn.intercept_methods(counted):
-        model.apply(params, tokens)
-    return jnp.stack(shares).mean()
-
-
-def _share(layer: MultiHead, q, k, v) -> jax.Array:
-    """The same of one layer, by values that are 1 at one key each: o is the matrix."""
-    s, heads = k.shape[1:3]
-    one = jnp.broadcast_to(jnp.eye(s)[None, :, None], (1, s, heads, s))
-    read = layer._bound()(q, k, one) != 0  # [1,T,H,S]
-    seen = jnp.tril(jnp.ones((s, s), bool))[None, :, None]
-    return (read & seen).sum() / (seen.sum() * q.shape[2])
+    [1,T], the mean over its layers with heads: where their matrices are not 0."""
+    t = tokens.shape[1]
+    read = [np.asarray(a) != 0 for a in matrices(model, params, jnp.asarray(tokens))]
+    # of T^2 pairs, T (T + 1) / 2 are causal
+    return float(np.mean([np.tril(a).mean() for a in read])) * 2 * t / (t + 1)

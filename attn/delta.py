@@ -52,6 +52,10 @@ class Delta(nn.Module, Attention):
     channel over `conv` tokens (0 for none) and silu; queries and keys then get length
     1. Positions are not needed: `MultiHead(Delta(), position=None)`.
 
+    values: heads of values that a head of queries and keys serves, as Gated DeltaNet's
+    successors have them: v [B,T,K,values V] is then values K heads of V side by side,
+    and so many heads come out, each with a gate and a beta of its own.
+
     out_norm, out_gate: what `MultiHead` does to the output. chunk: tokens that XLA's
     form computes at once; it changes the time, not the result.
     """
@@ -59,6 +63,7 @@ class Delta(nn.Module, Attention):
     gated: bool = False
     negative: bool = False
     conv: int = 4
+    values: int = 1
     out_norm: str | None = "head"
     out_gate: str | None = "silu"
     chunk: int = 32
@@ -71,12 +76,13 @@ class Delta(nn.Module, Attention):
     }
 
     def __post_init__(self):
-        check_fields(self, least={"conv": 0})
+        check_fields(self, least={"conv": 0, "values": 1})
         super().__post_init__()
 
     def __call__(self, q, k, v, *, x=None, segments=None):
         """All tokens at once. q [B,T,H,D], k [B,T,K,D], v [B,T,K,V], and x [B,T,E] the
-        tokens that they were made from -> [B,T,H,V]."""
+        tokens that they were made from -> [B,T,H,V], of `values` > 1
+        [B,T,values H,V / values]."""
         check(q, k, v, segments=segments, aligned=True)
         now = locate(segments, q.shape[0], q.shape[1])
         return self._apply(None, now, q, k, v, x, segments is not None, self.axis)[1]
@@ -87,8 +93,9 @@ class Delta(nn.Module, Attention):
         if size < 1:
             raise ValueError(f"size: a memory for {size} tokens, expected 1 or more")
         b, _, h, d = q.shape
+        self._check_values(v)
         return DeltaState(
-            jnp.zeros((b, h, d, v.shape[3]), jnp.float32),
+            jnp.zeros((b, h * self.values, d, v.shape[3] // self.values), jnp.float32),
             tail(q, self.conv), tail(k, self.conv), tail(v, self.conv),
             jnp.zeros((b,), jnp.int32), jnp.full((b,), -1, jnp.int32),
         )
@@ -112,11 +119,15 @@ class Delta(nn.Module, Attention):
                 f"x {None if x is None else x.shape}: expected the tokens "
                 f"{q.shape[:2]} that q, k and v were made from, [B,T,E]"
             )
+        self._check_values(v)
         segment, low = now.segment if packed else None, v.dtype
         memory, before = (None, None) if state is None else (state[0], state[1:4])
         tails, (q, k, v) = short_qkv(self, (q, k, v), before, segment, axis)
-        beta, log_decay = self._gates(x.astype(jnp.float32), q.shape[2])  # [B,T,H]
-        k, v = (spread_heads(a, q.shape[2], axis) for a in (k, v))
+        heads = q.shape[2] * self.values
+        # [B,T,K,values V] -> [B,T,values K,V]
+        v = v.reshape(*v.shape[:2], v.shape[2] * self.values, -1)
+        beta, log_decay = self._gates(x.astype(jnp.float32), heads)  # [B,T,H]
+        k, v = spread_heads(k, q.shape[2], axis), spread_heads(v, heads, axis)
         # unit keys: states grow if |k|^2 beta is above 2
         q, k, v = (a.astype(low) for a in (unit(q), unit(k), v))
 
@@ -133,6 +144,12 @@ class Delta(nn.Module, Attention):
         clock = now.next_pos, now.last_segment
         return DeltaState(memory, tails[0], tails[1], tails[2], *clock), o
 
+    def _check_values(self, v) -> None:
+        if v.shape[3] % self.values:
+            raise ValueError(
+                f"v has width {v.shape[3]}: expected a multiple of values={self.values}"
+            )
+
     def _gates(self, x, h: int) -> tuple[jax.Array, jax.Array | None]:
         """beta and the log decay [B,T,H], float32."""
         def dense(name):
@@ -142,7 +159,10 @@ class Delta(nn.Module, Attention):
         beta = nn.sigmoid(dense("beta")) * (2.0 if self.negative else 1.0)
         if not self.gated:
             return beta, None
-        rate = jnp.exp(self.param("A_log", log_rates, (h,))).reshape(1, 1, h)  # exp(A)
-        bias = self.param("dt_bias", small_steps, (h,)).reshape(1, 1, h)
+        log_rate, bias = (  # in float32, whatever a checkpoint has
+            self.param(name, begin, (h,)).astype(jnp.float32).reshape(1, 1, h)
+            for name, begin in (("A_log", log_rates), ("dt_bias", small_steps))
+        )
+        rate = jnp.exp(log_rate)  # exp(A)
         # g = -exp(A) softplus(x W' + b)
         return beta, -rate * nn.softplus(dense("decay") + bias)

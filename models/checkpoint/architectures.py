@@ -7,9 +7,10 @@ from typing import Any
 from models.checkpoint.config import Config
 from models.checkpoint.decoder import Architecture
 from models.checkpoint.dense import DENSE
+from models.checkpoint.hybrid import HYBRID
 from models.lm import LM
 
-ARCHITECTURES: dict[str, Architecture] = {**DENSE}
+ARCHITECTURES: dict[str, Architecture] = {**DENSE, **HYBRID}
 # a text model inside a model of texts and images, and what it is called there
 WRAPPERS = {"gemma3": "gemma3_text", "qwen3_5": "qwen3_5_text"}
 

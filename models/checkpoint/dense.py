@@ -271,7 +271,10 @@ DENSE = {
     "olmo2": LLAMA._replace(model=olmo2),
     "phi3": Architecture(phi3, phi3_tensors, ignored=BUFFERS),
     "gemma2": LLAMA._replace(model=gemma2),
-    "gemma3_text": LLAMA._replace(model=gemma3),
+    "gemma3_text": LLAMA._replace(
+        model=gemma3, renamed=((r"^(model\.)?language_model\.(model\.)?", "model."),),
+        ignored=(*BUFFERS, r"^(model\.)?(vision_tower|multi_modal_projector)\."),
+    ),
     "gpt2": Architecture(
         gpt2, gpt2_tensors,
         # the first writer had no prefix, and kept the causal mask as a tensor

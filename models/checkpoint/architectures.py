@@ -8,9 +8,10 @@ from models.checkpoint.config import Config
 from models.checkpoint.decoder import Architecture
 from models.checkpoint.dense import DENSE
 from models.checkpoint.hybrid import HYBRID
+from models.checkpoint.sparse import SPARSE
 from models.lm import LM
 
-ARCHITECTURES: dict[str, Architecture] = {**DENSE, **HYBRID}
+ARCHITECTURES: dict[str, Architecture] = {**DENSE, **HYBRID, **SPARSE}
 # a text model inside a model of texts and images, and what it is called there
 WRAPPERS = {"gemma3": "gemma3_text", "qwen3_5": "qwen3_5_text"}
 

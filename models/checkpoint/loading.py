@@ -42,6 +42,8 @@ def load(folder: Any, mesh: Any = None, dtype: Any = None) -> tuple[LM, Tree]:
     _check(files, names, entries, shapes)
     params: dict[str, Any] = {}
     for entry in entries:
+        if entry.optional and not all(name in names for name in entry.names):
+            continue
         arrays = entry.read(_Lazy(files, [names[n] for n in entry.names]),
                             [shapes[path] for path in entry.paths])
         for path, a in zip(entry.paths, arrays):
@@ -123,7 +125,10 @@ def _named(
             names[ours] = name
         elif not any(re.search(pattern, name) for pattern in found.ignored):
             odd.append(name)
-    missing = sorted(wanted - names.keys())
+    # all that are needed, and all of an optional group of which some are there
+    needed = {name for entry in entries for name in entry.names
+              if not entry.optional or names.keys() & set(entry.names)}
+    missing = sorted(needed - names.keys())
     for text, these in (("has not", missing), ("has too many:", sorted(odd))):
         if these:
             raise ValueError(f"{files.folder} {text} {', '.join(these[:4])}"
@@ -144,6 +149,8 @@ def _check(files, names, entries: list[Entry], shapes) -> None:
     paths = {path for entry in entries for path in entry.paths}
     assert paths == shapes.keys(), sorted(paths ^ shapes.keys())
     for entry in entries:
+        if not all(name in names for name in entry.names):
+            continue  # optional
         like = [jax.ShapeDtypeStruct(shapes[p], jnp.float32) for p in entry.paths]
         wanted = [a.shape for a in jax.eval_shape(entry.write, like)]
         found = [files.headers[names[n]] for n in entry.names]

@@ -24,6 +24,7 @@ class Entry(NamedTuple):
     read(arrays, shapes): the parameters of these shapes; an array is read from the file
     when its index is asked for. write(arrays): the tensors, of jax arrays. fits: whether
     the shapes of a file's tensors will do where they are not those that `write` gives.
+    optional: a file that has none of them will do.
     """
 
     names: tuple[str, ...]
@@ -31,6 +32,7 @@ class Entry(NamedTuple):
     read: Callable[[Sequence[np.ndarray], Shapes], list[np.ndarray]]
     write: Callable[[Sequence[Any]], list[Any]]
     fits: Callable[[Shapes, Shapes], bool] | None = None
+    optional: bool = False
 
 
 def fused(
@@ -112,3 +114,36 @@ def norm(name: str, path: str, bias: bool = False) -> list[Entry]:
     """A norm's scale, over one axis or two, and its bias if it has one."""
     scale = flat(f"{name}.weight", f"{path}/scale")
     return [scale] + ([flat(f"{name}.bias", f"{path}/bias")] if bias else [])
+
+
+def stacked(names: Sequence[str], path: str) -> Entry:
+    """Matrices [out,in], one an expert, as one kernel [N,in,out]."""
+    return Entry(tuple(names), (path,), _stack, _unstack)
+
+
+def _stack(arrays, shapes) -> list[np.ndarray]:
+    first = arrays[0]
+    whole = np.empty(shapes[0], first.dtype)
+    for n in range(len(whole)):  # one expert at a time
+        whole[n] = (arrays[n] if n else first).T
+    return [whole]
+
+
+def _unstack(arrays) -> list[Any]:
+    return [arrays[0][n].T for n in range(arrays[0].shape[0])]
+
+
+def alternating(name: str, paths: Sequence[str]) -> Entry:
+    """One tensor [...,2F] whose last axis has the channels of two parameters [...,F] in
+    turns."""
+    return Entry((name,), tuple(paths), _unzip, _zip)
+
+
+def _unzip(arrays, shapes) -> list[np.ndarray]:
+    a = arrays[0]
+    return [a[..., 0::2], a[..., 1::2]]
+
+
+def _zip(arrays) -> list[Any]:
+    a = jnp.stack(list(arrays), -1)  # [...,F,2]
+    return [a.reshape(*a.shape[:-2], -1)]

@@ -98,7 +98,11 @@ def test_what_is_saved_is_what_was_loaded(folder, tmp_path):
     for name, header in before.headers.items():
         assert after.headers[name].shape == header.shape, name
         assert after.headers[name].dtype == header.dtype, name
-        np.testing.assert_array_equal(after[name], before[name], err_msg=name)
+        if name.endswith(("_decay", "slope_rate")):
+            # buffers that follow from the config, exponentials of another library
+            np.testing.assert_array_max_ulp(after[name], before[name], 1)
+        else:
+            np.testing.assert_array_equal(after[name], before[name], err_msg=name)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])

@@ -4,7 +4,8 @@ A linear attention adds every value to what its key already stands for, until th
 is a blur. Here the state is first asked what it holds for the key, and only a share
 beta of the difference is written: what is new replaces what is old. `gated` lets the
 state decay as well, so that it can be cleared at once (Gated DeltaNet, Yang et al.,
-2024, arXiv:2412.06464).
+2024, arXiv:2412.06464), and `channels` lets each channel of the key decay by itself
+(Kimi Delta Attention, Kimi team, 2025, arXiv:2510.26692).
 
     S' = exp(g_t) S_{t-1},   S_t = S' + beta_t k_t^T (v_t - k_t S'),
     o_t = q_t S_t / sqrt(D)
@@ -48,7 +49,9 @@ class Delta(nn.Module, Attention):
     beta = sigmoid(x W), a number a token and head, twice that if `negative`: past 1 the
     state's answer to a key changes its sign (negative eigenvalues, Grazzi et al., 2024,
     arXiv:2411.12537). gated: g = -exp(A) softplus(x W' + b), with A and b as Mamba2
-    begins with them. Queries, keys and values pass through a causal convolution of each
+    begins with them. channels: of each channel of the key, from x W_1 W_2 with `rank`
+    channels between (None: D), and A is one a head; `MultiHead` then takes out_gate=
+    "sigmoid" and a gate_rank, as Kimi Linear has them. Queries, keys and values pass through a causal convolution of each
     channel over `conv` tokens (0 for none) and silu; queries and keys then get length
     1. Positions are not needed: `MultiHead(Delta(), position=None)`.
 
@@ -62,6 +65,8 @@ class Delta(nn.Module, Attention):
 
     gated: bool = False
     negative: bool = False
+    channels: bool = False
+    rank: int | None = None
     conv: int = 4
     values: int = 1
     out_norm: str | None = "head"
@@ -72,11 +77,17 @@ class Delta(nn.Module, Attention):
     row = TemplateRow(RECURRENT, "L m D", 1)
     parameter_axes = {
         "[qkv]_conv": "WF", "beta/kernel": "EH", "decay/kernel": "EH", "A_log": "H",
-        "dt_bias": "H",
+        "dt_bias": "H", "decay_down/kernel": "ER", "decay_up/kernel": "RHD",
     }
 
     def __post_init__(self):
-        check_fields(self, least={"conv": 0, "values": 1})
+        check_fields(self, least={"conv": 0, "values": 1, "rank": 1})
+        if self.channels and not self.gated:
+            raise ValueError("Delta: channels=True without gated: expected gated=True")
+        if self.channels and self.values > 1:
+            raise NotImplementedError(
+                f"Delta: channels=True with values={self.values}: expected 1"
+            )
         super().__post_init__()
 
     def __call__(self, q, k, v, *, x=None, segments=None):
@@ -126,7 +137,8 @@ class Delta(nn.Module, Attention):
         heads = q.shape[2] * self.values
         # [B,T,K,values V] -> [B,T,values K,V]
         v = v.reshape(*v.shape[:2], v.shape[2] * self.values, -1)
-        beta, log_decay = self._gates(x.astype(jnp.float32), heads)  # [B,T,H]
+        beta, log_decay = self._gates(
+            x.astype(jnp.float32), heads, q.shape[3])
         k, v = spread_heads(k, q.shape[2], axis), spread_heads(v, heads, axis)
         # unit keys: states grow if |k|^2 beta is above 2
         q, k, v = (a.astype(low) for a in (unit(q), unit(k), v))
@@ -138,7 +150,8 @@ class Delta(nn.Module, Attention):
                 implementation=self.implementation,
             )
 
-        letters = "BHDV BTHD BTKD BTKV BTH BTH BT -> BHDV BTHV"
+        g = "BTHD" if self.channels else "BTH"
+        letters = f"BHDV BTHD BTKD BTKV BTH {g} BT -> BHDV BTHV"
         memory, o = over_mesh(local, letters, axis)(
             memory, q, k, v, beta, log_decay, segment)
         clock = now.next_pos, now.last_segment
@@ -150,19 +163,26 @@ class Delta(nn.Module, Attention):
                 f"v has width {v.shape[3]}: expected a multiple of values={self.values}"
             )
 
-    def _gates(self, x, h: int) -> tuple[jax.Array, jax.Array | None]:
-        """beta and the log decay [B,T,H], float32."""
-        def dense(name):
+    def _gates(self, x, h: int, d: int) -> tuple[jax.Array, jax.Array | None]:
+        """beta [B,T,H] and the log decay [B,T,H|H,D], float32."""
+        def dense(name, *width, of=x):
             # x W: [B,T,E] [E,H]
-            return nn.Dense(h, use_bias=False, dtype=jnp.float32, name=name)(x)
+            return nn.DenseGeneral(
+                width, use_bias=False, dtype=jnp.float32, name=name)(of)
 
-        beta = nn.sigmoid(dense("beta")) * (2.0 if self.negative else 1.0)
+        beta = nn.sigmoid(dense("beta", h)) * (2.0 if self.negative else 1.0)
         if not self.gated:
             return beta, None
+        steps = h * d if self.channels else h
         log_rate, bias = (  # in float32, whatever a checkpoint has
-            self.param(name, begin, (h,)).astype(jnp.float32).reshape(1, 1, h)
-            for name, begin in (("A_log", log_rates), ("dt_bias", small_steps))
+            self.param(name, begin, (n,)).astype(jnp.float32)
+            for name, begin, n in (
+                ("A_log", log_rates, h), ("dt_bias", small_steps, steps))
         )
-        rate = jnp.exp(log_rate)  # exp(A)
+        rate = jnp.exp(log_rate).reshape(1, 1, h)  # exp(A)
+        if self.channels:
+            low = dense("decay_down", self.rank or d)
+            step = dense("decay_up", h, d, of=low) + bias.reshape(1, 1, h, d)
+            return beta, -rate[..., None] * nn.softplus(step)
         # g = -exp(A) softplus(x W' + b)
-        return beta, -rate * nn.softplus(dense("decay") + bias)
+        return beta, -rate * nn.softplus(dense("decay", h) + bias.reshape(1, 1, h))

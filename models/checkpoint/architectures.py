@@ -8,12 +8,15 @@ from models.checkpoint.config import Config
 from models.checkpoint.decoder import Architecture
 from models.checkpoint.dense import DENSE
 from models.checkpoint.hybrid import HYBRID
+from models.checkpoint.kimi import KIMI
 from models.checkpoint.sparse import SPARSE
 from models.lm import LM
 
-ARCHITECTURES: dict[str, Architecture] = {**DENSE, **HYBRID, **SPARSE}
+ARCHITECTURES: dict[str, Architecture] = {**DENSE, **HYBRID, **SPARSE, **KIMI}
 # a text model inside a model of texts and images, and what it is called there
 WRAPPERS = {"gemma3": "gemma3_text", "qwen3_5": "qwen3_5_text"}
+# what code that came with weights called them
+OTHERS = {"minimax_text_01": "minimax", "MiniMaxText01": "minimax"}
 
 
 def architecture(source: Config) -> Architecture:
@@ -40,11 +43,18 @@ def normalised(source: Config) -> dict[str, Any]:
         outer = {k: data[k] for k in ("tie_word_embeddings", "dtype", "torch_dtype")
                  if data.get(k) is not None}
         data = outer | {"model_type": name} | inner
-    if "quantization_config" in data:
-        raise NotImplementedError(
-            f"quantization_config={data['quantization_config']!r}: not there yet")
+    data["model_type"] = OTHERS.get(str(data.get("model_type")), data.get("model_type"))
+    packed = data.get("quantization_config")
+    method = packed.get("quant_method") if isinstance(packed, dict) else packed
+    if method is not None and (method, data["model_type"]) != ("mxfp4", "gpt_oss"):
+        raise NotImplementedError(f"quant_method={method!r}: not there yet")
     found = ARCHITECTURES.get(str(data.get("model_type")))
     return found.older(data) if found is not None and found.older else data
+
+
+def unpacked(source: Config) -> Config:
+    """The config of the same parameters, stored as plain numbers."""
+    return Config({k: v for k, v in source.items() if k != "quantization_config"})
 
 
 def described(model: LM) -> Config:

@@ -12,7 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
-from models.checkpoint.architectures import architecture, described, normalised
+from models.checkpoint.architectures import (
+    architecture, described, normalised, unpacked,
+)
 from models.checkpoint.config import Config, Reader, read_config
 from models.checkpoint.decoder import Architecture
 from models.checkpoint.decoder import DTYPES as COMPUTED
@@ -55,7 +57,7 @@ def save(folder: Any, model: LM, params: Tree) -> None:
     """Writes `config.json` and the parameters as transformers names them; what was
     loaded comes out as it was, bit by bit. ValueError for a model that no architecture
     describes."""
-    source = described(model) if model.source is None else model.source
+    source = described(model) if model.source is None else unpacked(model.source)
     entries = entries_of(model.clone(source=source))
     leaves = _flat(params)
     known = {path for entry in entries for path in entry.paths}
@@ -152,17 +154,19 @@ def _check(files, names, entries: list[Entry], shapes) -> None:
         if not all(name in names for name in entry.names):
             continue  # optional
         like = [jax.ShapeDtypeStruct(shapes[p], jnp.float32) for p in entry.paths]
-        wanted = [a.shape for a in jax.eval_shape(entry.write, like)]
+        avals = jax.eval_shape(entry.write, like)
+        wanted = [a.shape for a in avals]
         found = [files.headers[names[n]] for n in entry.names]
         good = entry.fits and entry.fits([h.shape for h in found], wanted)
-        for name, header, shape in zip(entry.names, found, wanted):
+        for name, header, shape, aval in zip(entry.names, found, wanted, avals):
             if not good and header.shape != shape:
                 raise ValueError(f"{names[name]} in {header.path.name} has shape "
                                  f"{header.shape}: expected {shape} by config.json")
-            if header.dtype not in DTYPES and not good:
+            kinds = ("U8",) if aval.dtype == jnp.uint8 else tuple(DTYPES)
+            if header.dtype not in kinds:
                 raise NotImplementedError(
                     f"{names[name]} in {header.path.name} is {header.dtype}: not there "
-                    f"yet, expected one of {tuple(DTYPES)}")
+                    f"yet, expected one of {kinds}")
 
 
 def _placed(path: str, a: np.ndarray, mesh: Any) -> jax.Array:

@@ -18,6 +18,7 @@ from models.checkpoint.dense import BUFFERS, PRE
 from models.checkpoint.hybrid import (
     delta_tensors, gated, gated_softmax, is_delta, mixed,
 )
+from models.checkpoint.mxfp4 import quantised
 from models.checkpoint.rope import rope
 from models.checkpoint.tensors import (
     Entry, alternating, fused, kernel, linear, norm, same, stacked,
@@ -116,6 +117,29 @@ def minimax(r: Reader, options: dict[str, Any]) -> LM:
     )
 
 
+def older_minimax(data: dict[str, Any]) -> dict[str, Any]:
+    """The config of the code that came with the weights."""
+    data = dict(data)
+    types = data.pop("attn_type_list", None)
+    if types is not None:
+        data["layer_types"] = [FULL if kind else LINEAR for kind in types]
+    for theirs, ours in (("full_attention", "full_attn"), ("mlp", "mlp"),
+                         ("linear_attention", "linear_attn")):
+        for which in ("alpha", "beta"):
+            value = data.pop(f"layernorm_{theirs}_{which}", None)
+            if value is not None:
+                data[f"{ours}_{which}_factor"] = value
+    for key, value in (("postnorm", True), ("shared_intermediate_size", 0)):
+        if data.pop(key, value) != value:
+            raise NotImplementedError(f"{key} other than {value!r}: not there yet")
+    data.pop("shared_moe_mode", None)  # of no shared expert
+    turned = data.pop("rotary_dim", None)
+    if turned is not None:
+        d = data.get("head_dim") or data["hidden_size"] // data["num_attention_heads"]
+        data["partial_rotary_factor"] = turned / d
+    return data
+
+
 def minimax_tensors(r: Reader, model: LM) -> list[Entry]:
     """MiniMax's: the Lightning layers have q, k and v of each head in one matrix."""
     found = outside(model)
@@ -180,7 +204,7 @@ def gpt_oss(r: Reader, options: dict[str, Any]) -> LM:
     every = [FULL if n % 2 else SLIDING for n in range(layers(r))]
     kinds = r.kinds("layer_types", every, (FULL, SLIDING))
     r.only("hidden_act", "silu")
-    r.ignore("initial_context_length", "experts_per_token", "rope_ntk_alpha")
+    r.ignore("initial_context_length", "experts_per_token", "quantization_config")
     feed = Experts(
         r.size("intermediate_size", 2880), r.size("num_local_experts", 128),
         r.size("num_experts_per_tok", 4), "top", bias=True,
@@ -201,12 +225,16 @@ def gpt_oss_tensors(r: Reader, model: LM) -> list[Entry]:
         own, ours = f"{name}.mlp.experts", f"{path}/mlp/experts"
         found += attention(model, f"{name}.self_attn", f"{path}/mixer")
         found += linear(f"{name}.mlp.router", f"{path}/mlp/router", bias=True)
+        both, down = [f"{ours}/gate_kernel", f"{ours}/up_kernel"], f"{ours}/out_kernel"
+        if r.get("quantization_config"):
+            found += [quantised(f"{own}.gate_up_proj", both),
+                      quantised(f"{own}.down_proj", [down])]
+        else:
+            found += [alternating(f"{own}.gate_up_proj", both),
+                      same(f"{own}.down_proj", down)]
         found += [
-            alternating(f"{own}.gate_up_proj",
-                        [f"{ours}/gate_kernel", f"{ours}/up_kernel"]),
             alternating(f"{own}.gate_up_proj_bias",
                         [f"{ours}/gate_bias", f"{ours}/up_bias"]),
-            same(f"{own}.down_proj", f"{ours}/out_kernel"),
             same(f"{own}.down_proj_bias", f"{ours}/out_bias"),
             *norms(name, path),
         ]
@@ -271,7 +299,8 @@ def shared_experts(model: LM, n: int, name: str, path: str) -> list[Entry]:
 
 SPARSE = {
     "mixtral": Architecture(mixtral, mixtral_tensors, ignored=BUFFERS),
-    "minimax": Architecture(minimax, minimax_tensors, ignored=BUFFERS),
+    "minimax": Architecture(
+        minimax, minimax_tensors, ignored=BUFFERS, older=older_minimax),
     "gpt_oss": Architecture(gpt_oss, gpt_oss_tensors, ignored=BUFFERS),
     "qwen3_next": Architecture(
         qwen3_next, qwen3_next_tensors, ignored=(*BUFFERS, r"^mtp\.")),

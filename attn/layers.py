@@ -136,6 +136,8 @@ class MultiHead(Layer):
         d, v = self._widths(e)
         keys = self.kv_heads or self.heads
         self._check_stream()
+        if hasattr(self.position, "check_stream"):
+            self.position.check_stream(size)
 
         def like(heads, width):
             return jax.ShapeDtypeStruct((b, t, heads, width), self.dtype)
@@ -207,11 +209,6 @@ class MultiHead(Layer):
         if not streams(self.attention):
             raise NotImplementedError(
                 f"{type(self.attention).__name__} has no causal order: no stream"
-            )
-        if getattr(self.position, "moving", False):
-            raise NotImplementedError(
-                f"position={self.position}: its angles follow the length of the text, "
-                "which a stream does not know; expected another scaling"
             )
 
     def _bound(self):

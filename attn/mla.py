@@ -97,11 +97,8 @@ class MLA(Layer):
         b, t = x.shape[:2]
         k, v = (jax.ShapeDtypeStruct((b, t, 1, width), self.dtype)
                 for width in (self.rank + self.shared_dim, 0))
-        if getattr(self.position, "moving", False):
-            raise NotImplementedError(
-                f"position={self.position}: its angles follow the length of the text, "
-                "which a stream does not know; expected another scaling"
-            )
+        if hasattr(self.position, "check_stream"):
+            self.position.check_stream(size)
         return caches.empty(k, v, size)
 
     def _check(self, x) -> None:

@@ -119,6 +119,15 @@ class RoPE:
         """Whether angles follow the length of the text, beyond `original` tokens."""
         return self.scaling == "dynamic"
 
+    def check_stream(self, size: int) -> None:
+        """NotImplementedError if angles would move in a stream of `size` tokens."""
+        if self.moving and size > self.original:
+            raise NotImplementedError(
+                f"{self}: beyond {self.original} tokens its angles follow the length of "
+                f"the text, which a stream of {size} does not know; expected fewer "
+                "tokens, or another scaling"
+            )
+
     def _angles(self, pos: jax.Array, width: int) -> jax.Array:
         """The angles [...,width/2] at pos [...,1]."""
         if not self.moving or width < 4:

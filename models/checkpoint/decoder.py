@@ -95,6 +95,10 @@ def softmaxes(
         raise ValueError(
             "config.json: sliding_window is null and layer_types has sliding_attention"
         )
+    if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+        raise ValueError(
+            f"config.json: sliding_window={size!r}: expected a whole number of 1 or more"
+        )
     slides = Softmax(mask=window(size), **fields)
     return tuple(slides if kind == SLIDING else full for kind in kinds)
 

@@ -167,15 +167,15 @@ def phi3_tensors(r: Reader, model: LM) -> list[Entry]:
 def gemma(r: Reader, options: dict[str, Any], **fields: Any) -> LM:
     """What Gemma 2 and 3 share: norms around mixer and MLP with scales stored as what
     they differ from 1, a scaled embedding."""
+    act = "hidden_activation" if r.get("hidden_activation") else "hidden_act"
+    r.ignore("hidden_act")  # of the two keys the older one is not used
     return decoder(
         r, options, norms=rms(r, offset=1.0), tied=r.flag("tie_word_embeddings", True),
         residual=Residual(before=True, after=True),
         embed_scale=math.sqrt(r.size("hidden_size")),
-        softcap=r.get("final_logit_softcapping", fields.pop("final", None)),
+        softcap=r.get("final_logit_softcapping"),
         use_bias=r.flag("attention_bias"), head_dim=r.size("head_dim", 256),
-        feed=feed(r, key="hidden_activation" if r.get("hidden_activation") else (
-            "hidden_act"), **fields.pop("feed", {})),
-        **fields,
+        feed=feed(r, key=act), **fields,
     )
 
 

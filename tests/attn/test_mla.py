@@ -102,5 +102,5 @@ def test_a_token_costs_its_latent():
     assert sizes[1] - sizes[0] == 16 * ((6 + 4) * 4 + 4)
     with pytest.raises(ValueError, match="MLA: heads=0|heads=0"):
         MLA(heads=0).init(jax.random.key(0), X)
-    with pytest.raises(NotImplementedError, match="length of the text"):
-        MLA(heads=2, position=RoPE(scaling="dynamic")).init_state(4, X)
+    with pytest.raises(NotImplementedError, match="a stream of 9 does not know"):
+        MLA(heads=2, position=RoPE(scaling="dynamic", original=8)).init_state(9, X)

@@ -134,8 +134,8 @@ def recurrence(
 
     def kernel(backend):
         if log_decay is not None and log_decay.ndim == 4:
-            raise Refused("a decay of each key channel: the kernel has one a head, "
-                          "expected implementation='xla' or None")
+            raise Refused("there is no kernel for a decay of each key channel yet, "
+                          "expected one a head, or implementation='xla'")
         call = functools.partial(
             delta, q, k, beta=beta, log_decay=log_decay, segment=segment, scale=scale,
             backend=backend, interpret=interpreted())

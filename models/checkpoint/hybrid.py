@@ -114,8 +114,11 @@ def olmo_hybrid(r: Reader, options: dict[str, Any]) -> LM:
 
 
 def _turns(r: Reader) -> bool:
-    """Whether its softmax layers rotate: no rope_parameters mean that they do not."""
-    return r.get("rope_parameters", r.get("rope_theta")) is not None
+    """Whether its softmax layers rotate: a rope_theta of null says that they do not."""
+    given = r.get("rope_parameters", {})
+    where = given if "rope_theta" in given else r.data
+    r.ignore("rope_theta")
+    return where.get("rope_theta", 10000.0) is not None
 
 
 def olmo_hybrid_tensors(r: Reader, model: LM) -> list[Entry]:

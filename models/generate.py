@@ -43,7 +43,10 @@ def generate(
     how = Sampling(temperature, top_k, top_p).checked()
     length, chunk = _length("length", length), _length("chunk", chunk)
     rows = [ids_of(prompt, n, model.vocab) for n, prompt in enumerate(_rows(prompts))]
-    longest = max(len(row) for row in rows)
+    longest, most = max(len(row) for row in rows), getattr(model, "learned", None)
+    if most is not None and longest + length > most:
+        raise ValueError(f"length={length} after a prompt of {longest} tokens: expected "
+                         f"at most {most} together, the positions that the model has")
     padded = bucket(longest)
     chunk = min(chunk, padded)
     padded = -(-padded // chunk) * chunk  # whole chunks: one program reads them all

@@ -144,6 +144,9 @@ class LM(nn.Module):
         """
         if tokens.ndim != 2 or 0 in tokens.shape:
             raise ValueError(f"tokens have shape {tokens.shape}: expected [B,T], T > 0")
+        if self.learned and tokens.shape[1] > self.learned:
+            raise ValueError(f"tokens have shape {tokens.shape}: expected at most "
+                             f"learned={self.learned} of a row")
         index = None
         if self.interleaving:
             # all layers have read the same tokens: the first one's clock is theirs

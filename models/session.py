@@ -19,7 +19,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from models.generate import bucket, ids_of, key_of, new_tokens, read, stops, write
+from models.generate import Written, bucket, ids_of, key_of, new_tokens, read, stops
+from models.generate import write
 from models.sampling import Sampling
 
 PIECE = 8  # tokens that are drawn before they are shown
@@ -28,7 +29,8 @@ PIECE = 8  # tokens that are drawn before they are shown
 class Session:
     """A model, its parameters and what it has read and written.
 
-    ids: the tokens [T] that its state holds, of its first row. chunk: how many tokens
+    ids: the tokens [T] that its state holds, of its first row; logits [B,vocab]: of the
+    next one. chunk: how many tokens
     are read at once; limit: the longest text, None for any.
     """
 
@@ -39,7 +41,7 @@ class Session:
         self.ids: list[int] = []
         self.rows = 1
         self._state: Any = None
-        self._logits: Any = None
+        self.logits: Any = None
         self._size = 0
 
     def read(self, ids: Sequence[int], room: int = 0) -> None:
@@ -79,17 +81,13 @@ class Session:
         gives them a few at a time, a list a row."""
         if self._state is None:
             raise ValueError("nothing was read: expected a prompt before what follows")
-        how, key = how.checked(), key_of(seed)
-        ends = jnp.asarray(stops(stop), jnp.int32)
+        how, key, ends = how.checked(), key_of(seed), stops(stop)
         left = length if self.limit is None else min(
             length, self.limit - len(self.ids))
         ended = np.zeros(self.rows, bool)
         for n in range(-(-left // PIECE)):
-            found = write(
-                self.model, how, PIECE, self.params, self._state, self._logits,
-                jax.random.fold_in(key, n), ends, min(PIECE, left - n * PIECE),
-            )
-            self._state, self._logits = found.state, found.logits
+            found = self._drawn(min(PIECE, left - n * PIECE), how, ends,
+                                jax.random.fold_in(key, n))
             pieces = [[] if over else new
                       for over, new in zip(ended, new_tokens(found))]
             self.ids += pieces[0]
@@ -105,9 +103,23 @@ class Session:
             raise ValueError("fork: expected a session of one row that has read a text")
         other = Session(self.model, self.params, chunk=self.chunk, limit=self.limit)
         other.ids, other.rows, other._size = list(self.ids), rows, self._size
-        other._state, other._logits = jax.tree.map(
-            lambda a: jnp.repeat(a, rows, 0), (self._state, self._logits))
+        def repeated(a):
+            return jnp.repeat(a, rows, 0)
+
+        other._state, other.logits = jax.tree.map(
+            repeated, (self._state, self.logits))
         return other
+
+    def warm(self, length: int, room: int, how: Sampling = Sampling()) -> None:
+        """Compiles what a prompt of `length` tokens and writing behind it will run."""
+        other = Session(self.model, self.params, chunk=self.chunk, limit=self.limit)
+        other._begin([0] * length, bucket(length + room))
+        other._read([0] * min(length, self.chunk))
+        other.compiled(how)
+
+    def compiled(self, how: Sampling) -> None:
+        """Compiles writing, and writes nothing."""
+        self._drawn(0, how.checked())
 
     @property
     def state_bytes(self) -> int:
@@ -121,7 +133,21 @@ class Session:
         t = min(bucket(len(ids)), self.chunk)
         like = jax.ShapeDtypeStruct((1, -(-len(ids) // t) * t), jnp.int32)
         self._state, self._size = self.model.init_state(size, like), size
-        self._logits = jnp.zeros((1, self.model.vocab), jnp.float32)
+        self.logits = jnp.zeros((1, self.model.vocab), jnp.float32)
+
+    def _drawn(
+        self, length: int, how: Sampling, stop: Sequence[int] = (), key: Any = None
+    ) -> Written:
+        """The next `length` tokens, at most PIECE."""
+        # of stop tokens as many as a power of two, so that few programs are compiled
+        padded = np.full(bucket(max(len(stop), 1), 4), -1, np.int32)
+        padded[: len(stop)] = stop
+        found = write(
+            self.model, how, PIECE, self.params, self._state, self.logits,
+            key_of(0) if key is None else key, padded, length,
+        )
+        self._state, self.logits = found.state, found.logits
+        return found
 
     def _read(self, ids: Sequence[int]) -> None:
         t = min(bucket(len(ids)), self.chunk)
@@ -130,7 +156,7 @@ class Session:
             tokens = np.zeros((self.rows, t), np.int32)
             tokens[:, : len(piece)] = piece
             real = np.broadcast_to((np.arange(t) < len(piece)), tokens.shape)
-            self._state, self._logits = read(
-                self.model, self.params, self._state, self._logits, tokens,
+            self._state, self.logits = read(
+                self.model, self.params, self._state, self.logits, tokens,
                 real.astype(np.int32),
             )

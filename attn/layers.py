@@ -125,7 +125,8 @@ class MultiHead(Layer):
         o = self._gated(x, self._normed(o))
         # [B,T,H,V] x [H,V,E] -> [B,T,E]
         y = nn.DenseGeneral(
-            x.shape[-1], axis=(-2, -1), use_bias=self.use_bias is True, dtype=self.dtype,
+            x.shape[-1], axis=(-2, -1), use_bias=self.use_bias is True,
+            dtype=self.dtype,
             kernel_init=_INIT, name="out",
         )(o)
         return y if state is None else (state, y)

@@ -71,7 +71,8 @@ class MLA(Layer):
         latent, shared = self._latents(x)
         own, turned = q[..., : self.head_dim], q[..., self.head_dim:]
         if self.position is not None:
-            turned, shared = (self.position.rotate(a, now.pos) for a in (turned, shared))
+            turned, shared = (
+                self.position.rotate(a, now.pos) for a in (turned, shared))
         shape = self.rank, self.heads
         k_up = self.param("k_up", _UP, (*shape, self.head_dim), jnp.float32)
         v_up = self.param("v_up", _UP, (*shape, self.value_dim), jnp.float32)

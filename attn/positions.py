@@ -138,8 +138,9 @@ class RoPE:
             width / (width - 2)
         )
         share = jnp.asarray(-np.arange(0, width, 2) / width, jnp.float32)  # -2m/D
-        turned = jnp.exp(share * jnp.log(theta)).reshape((1,) * (pos.ndim - 1) + (-1,))
-        return pos.astype(jnp.float32) * turned
+        turned = jnp.exp(share * jnp.log(theta))
+        lead = (1,) * (pos.ndim - 1)
+        return pos.astype(jnp.float32) * turned.reshape(*lead, -1)
 
     def rotate(self, x: jax.Array, pos: jax.Array) -> jax.Array:
         """x [B,T,H,D] turned to its positions: pos [B|1,T], or [B,T,H] per head."""

@@ -18,23 +18,15 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
-import shlex
 import sys
 import time
-from typing import Any, Iterator, NamedTuple
+from typing import Any, Iterator
 
 import jax
 
-from attn.layers import Layer
-from attn.masks import Causal
-from attn.softmax import Softmax
 from experiments.cli import config
 from experiments.cli.config import FREE, option
-from experiments.training.loop import abstract
-from experiments.training.runs import RECORD, Checkpoints
-from experiments.training.step import TEXT
-from models.checkpoint import load
-from models.checkpoint.tokenizer import Defaults, Tokenizer, defaults, local, longest
+from experiments.sources import Loaded, loaded, swapped
 from models.generate import generate
 from models.sampling import Sampling
 from models.session import Session
@@ -57,8 +49,8 @@ class Config:
     attention: tuple | None = option(
         None, "instead of the exact ones: one, or one a layer", FREE)
     policy: Any = option(None, "instead of all exact ones that see everything", FREE)
-    temperature: float | None = option(None, "0 takes the likeliest (None: the model's)",
-                                       FREE, 0)
+    temperature: float | None = option(
+        None, "0 takes the likeliest (None: the model's)", FREE, 0)
     top_k: int | None = option(None, "of so many tokens (None: the model's)", FREE)
     top_p: float | None = option(None, "of so much chance (None: the model's)", FREE)
     seed: int = option(0, "of sampling", FREE)
@@ -75,21 +67,10 @@ class Config:
 TINY = Config(model=str(FOLDERS / "llama"), prompt="5 7 9", length=4)
 
 
-class Loaded(NamedTuple):
-    """A model, its parameters, its tokenizer (`encode`, `decode`), how it wants to be
-    sampled, and the longest text that it was made for."""
-
-    model: Any
-    params: Any
-    text: Any
-    defaults: Defaults
-    limit: int | None
-
-
 def run(config_: Config) -> dict[str, Any]:
     """Writes -> tokens a second of prompt and answer, bytes of the memory."""
     found = loaded(config_.model)
-    model = swapped(found.model, config_)
+    model = swapped(found.model, config_.attention, config_.policy)
     found = found._replace(model=model)
     how, words = sampling(config_, found.defaults.how), found.defaults.missing
     if words:
@@ -157,17 +138,22 @@ def converse(config_: Config, found: Loaded, how: Sampling) -> dict[str, Any]:
                          "expected --prompt")
     session = Session(found.model, found.params, limit=found.limit)
     history: list[dict[str, str]] = []
-    turns, fresh, drawn = 0, 0, 0
-    rate = 0.0
+    turns, fresh, drawn, rate = 0, 0, 0, 0.0
+    said = ""  # the text that the session holds
     for line in _lines():
         history.append({"role": "user", "content": line})
-        ids = found.text.chat(history)
-        _check_length(len(ids), found)
+        text = found.text.rendered(history)
+        goes_on = bool(said) and text.startswith(said)
+        ids = found.text.encode(text[len(said) if goes_on else 0:], special=False)
+        _check_length(len(session.ids) * goes_on + len(ids), found)
+        # a template may change what was said; then all is read again
+        ids = session.ids + ids if goes_on else ids
         fresh += session.follow(ids, config_.length)
         pieces = session.write(
             config_.length, how, found.defaults.stop, config_.seed + turns)
         new, rate = shown(pieces, found.text)
         history.append({"role": "assistant", "content": found.text.decode(new)})
+        said = text + history[-1]["content"]
         turns, drawn = turns + 1, drawn + len(new)
     return {"turns": turns, "tokens_read": fresh, "new_tokens": drawn,
             "tokens_per_second": rate,
@@ -192,7 +178,7 @@ def answers(config_: Config, found: Loaded, how: Sampling) -> dict[str, Any]:
     lines = config_.batch.read_text(encoding="utf-8").splitlines()
     prompts = [line for line in lines if line.strip()]
     if not prompts:
-        raise ValueError(f"batch={config_.batch} has no lines: expected a prompt a line")
+        raise ValueError(f"batch={config_.batch} is empty: expected a prompt a line")
     ids = [found.text.encode(prompt) for prompt in prompts]
     _check_length(max(map(len, ids)), found)
     clock = time.perf_counter()
@@ -219,102 +205,6 @@ def sampling(config_: Config, theirs: Sampling) -> Sampling:
     """The model's sampling, with what the command says."""
     own = {name: getattr(config_, name) for name in Sampling._fields}
     return theirs._replace(**{k: v for k, v in own.items() if v is not None}).checked()
-
-
-# ------------------------------------------------------------------------ what is run
-
-
-def loaded(name: str) -> Loaded:
-    """A model by its folder or its name."""
-    if (pathlib.Path(name).expanduser() / RECORD).exists():
-        return of_run(pathlib.Path(name).expanduser())
-    folder = local(name)
-    model, params = load(folder)
-    there = (folder / "tokenizer.json").exists()
-    text = Tokenizer(folder, model.vocab) if there else Ids()
-    return Loaded(model, params, text, defaults(folder), longest(model))
-
-
-class Ids:
-    """The tokenizer of a folder that has none: ids, with spaces between."""
-
-    def encode(self, text: str) -> list[int]:
-        """The ids that stand in the text."""
-        try:
-            return [int(word) for word in text.split()]
-        except ValueError:
-            raise ValueError(f"prompt={text!r}: the folder has no tokenizer.json, "
-                             "expected ids such as '5 7 9'") from None
-
-    def decode(self, ids: list[int]) -> str:
-        """The ids as text."""
-        return "".join(f" {n}" for n in ids)
-
-
-class OfCorpus:
-    """The tokenizer of a run's text."""
-
-    def __init__(self, corpus: Any):
-        self.corpus = corpus
-
-    def encode(self, text: str) -> list[int]:
-        """The ids of a text."""
-        return self.corpus.encode(text).tolist()
-
-    def decode(self, ids: list[int]) -> str:
-        """The text of ids."""
-        return self.corpus.decode(ids)
-
-
-def of_run(folder: pathlib.Path) -> Loaded:
-    """The newest parameters of a run of `experiments.lm`."""
-    from experiments import lm
-
-    words = shlex.split(json.loads((folder / RECORD).read_text())["command"])
-    if words[2] != "experiments.lm":
-        raise ValueError(f"{folder} is a run of {words[2]}: expected experiments.lm")
-    given = config.read(lm.Config, words[3:])
-    model, data = given.model(), given.data
-    like = abstract(model, given.plan(), data.batch(0, 1)[TEXT.inputs], None)
-    state = Checkpoints(folder).restore(like)
-    nothing = Defaults(Sampling(), [], [])
-    return Loaded(model, state.params, OfCorpus(data), nothing, None)
-
-
-def swapped(model: Any, config_: Config) -> Any:
-    """The model with other attentions, its parameters as they are."""
-    exact = [n for n, a in enumerate(model.attention) if isinstance(a, Softmax)]
-    if config_.policy is not None:
-        exact = [n for n in exact if model.attention[n].visible == Causal()]
-        entries = (config_.policy,) * len(exact)
-    elif config_.attention is not None:
-        entries = config_.attention
-        entries = entries * len(exact) if len(entries) == 1 else entries
-    else:
-        return model
-    if len(entries) != len(exact):
-        raise ValueError(f"attention has {len(entries)} entries: expected 1, or "
-                         f"{len(exact)}, one for each layer of exact attention")
-    layers = list(model.attention)
-    for n, entry in zip(exact, entries):
-        layers[n] = entry if isinstance(entry, Layer) else inherited(layers[n], entry)
-    return model.clone(attention=tuple(layers))
-
-
-def inherited(old: Softmax, new: Any) -> Any:
-    """The new attention with the scale, softcap and window that the model was trained
-    with, where it does not say its own."""
-    names = {f.name for f in dataclasses.fields(new)}
-    taken = {}
-    for name in ("scale", "softcap", "mask"):
-        value = getattr(old, name)
-        if value is None or (name in names and getattr(new, name) not in (None, Causal())):
-            continue
-        if name not in names:
-            raise ValueError(f"{type(new).__name__} has no {name}, and the model was "
-                             f"trained with {value}: expected an attention that has")
-        taken[name] = value
-    return dataclasses.replace(new, **taken) if taken else new
 
 
 if __name__ == "__main__":

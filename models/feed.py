@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, Callable
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 
 INIT = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, Callable] = {
     "silu": nn.silu, "relu": nn.relu,
     "gelu": functools.partial(nn.gelu, approximate=False),
     "gelu_tanh": functools.partial(nn.gelu, approximate=True),

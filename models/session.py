@@ -47,9 +47,9 @@ class Session:
     def read(self, ids: Sequence[int], room: int = 0) -> None:
         """Reads the next tokens, and keeps room for so many more. ValueError for no
         tokens, ids outside of the vocabulary and a text beyond the limit."""
-        new = ids_of(ids, 0, self.model.vocab).tolist()
-        if not new:
+        if len(ids) == 0:
             raise ValueError("the prompt is empty: expected one token or more")
+        new = ids_of(ids, 0, self.model.vocab).tolist()
         whole = self.ids + new
         if self.limit is not None and len(whole) > self.limit:
             raise ValueError(f"a text of {len(whole)} tokens: expected at most "
@@ -84,6 +84,10 @@ class Session:
         how, key, ends = how.checked(), key_of(seed), stops(stop)
         left = length if self.limit is None else min(
             length, self.limit - len(self.ids))
+        if len(self.ids) + left > self._size:
+            raise ValueError(f"length={length}: there is room for {self._size} tokens, "
+                             f"of which {len(self.ids)} are taken: expected a larger "
+                             "`room` when the prompt was read")
         ended = np.zeros(self.rows, bool)
         for n in range(-(-left // PIECE)):
             found = self._drawn(min(PIECE, left - n * PIECE), how, ends,
@@ -129,7 +133,7 @@ class Session:
     def _begin(self, ids: Sequence[int], size: int) -> None:
         """An empty state for `size` tokens, of which `ids` come first."""
         if self.limit is not None:
-            size = min(size, -(-self.limit // 16) * 16 + 16)
+            size = min(size, self.limit)
         t = min(bucket(len(ids)), self.chunk)
         like = jax.ShapeDtypeStruct((1, -(-len(ids) // t) * t), jnp.int32)
         self._state, self._size = self.model.init_state(size, like), size

@@ -106,9 +106,10 @@ def recurrence(
     each, or a number that divides it and serves H/. neighbours: grouped keys and
     values, or, as Gated DeltaNet has them, fewer queries and keys than values.
     log_decay None, [H], [B,T,H] or, of each channel of the key, [B,T,H,D], at most 0;
-    state [B,H,D,V] is seen by tokens of segment 1. segment [B,T] as in `attn.contract.segments`: padding writes nothing,
-    does not decay, and its output is 0. Keys need not be unit vectors, but |k|^2 beta >
-    2 makes memories grow. chunk: of XLA's form; it changes the time, not the result.
+    state [B,H,D,V] is seen by tokens of segment 1. segment [B,T] as in
+    `attn.contract.segments`: padding writes nothing, does not decay, and its output is
+    0. Keys need not be unit vectors, but |k|^2 beta > 2 makes memories grow. chunk: of
+    XLA's form; it changes the time, not the result.
 
     axis: the mesh axis that T is split over, inside `shard_map`, a form that is
     proposed here. A shard maps the state that comes in to A S + M: every shard gathers

@@ -7,12 +7,17 @@ from typing import Any
 from models.checkpoint.config import Config
 from models.checkpoint.decoder import Architecture
 from models.checkpoint.dense import DENSE
+from models.checkpoint.gemma import GEMMA
+from models.checkpoint.gpt2 import GPT2
 from models.checkpoint.hybrid import HYBRID
 from models.checkpoint.kimi import KIMI
+from models.checkpoint.minimax import MINIMAX
 from models.checkpoint.sparse import SPARSE
 from models.lm import LM
 
-ARCHITECTURES: dict[str, Architecture] = {**DENSE, **HYBRID, **SPARSE, **KIMI}
+ARCHITECTURES: dict[str, Architecture] = {
+    **DENSE, **GEMMA, **GPT2, **HYBRID, **SPARSE, **MINIMAX, **KIMI,
+}
 # a text model inside a model of texts and images, and what it is called there
 WRAPPERS = {"gemma3": "gemma3_text", "qwen3_5": "qwen3_5_text"}
 # what code that came with weights called them

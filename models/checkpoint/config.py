@@ -14,14 +14,14 @@ from models.checkpoint.files import read_json
 INERT = set("""
 architectures attention_dropout attn_pdrop auto_map bos_token_id cache_implementation
 chunk_size_feed_forward classifier_dropout dtype embd_pdrop eos_token_id
-finetuning_task id2label initializer_factor initializer_range keys_to_ignore_at_inference
-label2id max_position_embeddings model_max_length model_type n_ctx n_positions
+finetuning_task id2label initializer_factor initializer_range
+keys_to_ignore_at_inference label2id max_position_embeddings model_max_length model_type n_ctx n_positions
 output_attentions output_hidden_states output_router_logits pad_token_id
 pretraining_tp problem_type resid_pdrop return_dict router_aux_loss_coef
 router_jitter_noise scan_layers summary_activation summary_first_dropout
 summary_proj_to_labels summary_type summary_use_proj task_specific_params
-tokenizer_class torch_dtype torchscript transformers_version unsloth_fixed unsloth_version
-use_cache use_return_dict use_mem_eff_path
+tokenizer_class torch_dtype torchscript transformers_version unsloth_fixed
+unsloth_version use_cache use_return_dict use_mem_eff_path
 """.split())
 
 

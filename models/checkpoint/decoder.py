@@ -97,7 +97,7 @@ def softmaxes(
         )
     if isinstance(size, bool) or not isinstance(size, int) or size < 1:
         raise ValueError(
-            f"config.json: sliding_window={size!r}: expected a whole number of 1 or more"
+            f"config.json: sliding_window={size!r}: expected a whole number from 1 on"
         )
     slides = Softmax(mask=window(size), **fields)
     return tuple(slides if kind == SLIDING else full for kind in kinds)

@@ -145,7 +145,7 @@ def write(folder: pathlib.Path, tensors: Mapping[str, np.ndarray]) -> None:
         size += a.nbytes
     if len(shards) == 1:
         return save_file(shards[0], folder / WEIGHTS, metadata={"format": "pt"})
-    where = {}
+    where: dict[str, str] = {}
     for n, shard in enumerate(shards, 1):
         file = f"model-{n:05d}-of-{len(shards):05d}.safetensors"
         save_file(shard, folder / file, metadata={"format": "pt"})

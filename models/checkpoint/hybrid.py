@@ -11,14 +11,14 @@ import numpy as np
 
 from attn.delta import Delta
 from attn.layers import MultiHead
-from models.checkpoint.config import Config, Reader
+from models.checkpoint.config import Reader
 from models.checkpoint.decoder import (
     FULL, LINEAR, Architecture, attention, decoder, feed, heads, layers, mlp, outside,
     place, rms, softmaxes,
 )
 from models.checkpoint.dense import BUFFERS, PRE
 from models.checkpoint.rope import rope
-from models.checkpoint.tensors import Entry, Shapes, flat, fused, kernel, linear, norm
+from models.checkpoint.tensors import Entry, Shapes, flat, fused, kernel, norm
 from models.lm import LM
 from models.stack import Norm, Residual
 
@@ -59,7 +59,7 @@ def mixed(kinds: Sequence[str], full: Any, linear_layer: Any) -> tuple:
     return tuple(linear_layer if kind == LINEAR else full for kind in kinds)
 
 
-# ------------------------------------------------------------------------ convolutions
+# ----------------------------------------------------------------------- convolutions
 
 
 def convs(names: Sequence[str], path: str) -> Entry:

@@ -148,8 +148,9 @@ def older(data: dict[str, Any]) -> dict[str, Any]:
     if own is not None:
         full, kda = own.get("full_attn_layers"), own.get("kda_layers")
         if sorted([*(full or ()), *(kda or ())]) != list(range(1, count + 1)):
-            raise ValueError("config.json: linear_attn_config: expected full_attn_layers "
-                             f"and kda_layers to be the layers 1 to {count}")
+            raise ValueError("config.json: linear_attn_config: expected "
+                             "full_attn_layers and kda_layers to be the layers 1 to "
+                             f"{count}")
         data["layer_types"] = [FULL if n + 1 in full else LINEAR for n in range(count)]
         for theirs, ours in (("head_dim", "linear_head_dim"),
                              ("num_heads", "linear_num_heads"),

@@ -18,7 +18,7 @@ from models.checkpoint.architectures import (
 from models.checkpoint.config import Config, Reader, read_config
 from models.checkpoint.decoder import Architecture
 from models.checkpoint.decoder import DTYPES as COMPUTED
-from models.checkpoint.files import DTYPES, INDEX, WEIGHTS, Files, write
+from models.checkpoint.files import DTYPES, INDEX, Files, write
 from models.checkpoint.tensors import Entry
 from models.lm import LM
 from models.placement import spec
@@ -65,7 +65,7 @@ def save(folder: Any, model: LM, params: Tree) -> None:
         odd = sorted(leaves.keys() ^ known)
         raise ValueError(f"the parameters {odd[:3]} are of the model or of its "
                          f"config.json alone ({source!r}): expected the same of both")
-    tensors = {}
+    tensors: dict[str, np.ndarray] = {}
     for entry in entries:
         arrays = entry.write([jnp.asarray(leaves[path]) for path in entry.paths])
         tensors |= {n: np.asarray(a) for n, a in zip(entry.names, arrays)}

@@ -23,8 +23,8 @@ VALUES = np.concatenate([VALUES, -VALUES]).astype(ml_dtypes.bfloat16)
 
 
 def dequantised(blocks: np.ndarray, scales: np.ndarray) -> np.ndarray:
-    """blocks [...,n,16] and scales [...,n], bytes -> [...,32 n] bfloat16; ValueError for
-    a scale of 255, which stands for NaN."""
+    """blocks [...,n,16] and scales [...,n], bytes -> [...,32 n] bfloat16; ValueError
+    for a scale of 255, which stands for NaN."""
     if (scales == 255).any():
         raise ValueError("MXFP4: a scale of 255 is NaN: expected numbers")
     numbers = np.stack([VALUES[blocks & 15], VALUES[blocks >> 4]], -1)  # [...,16,2]

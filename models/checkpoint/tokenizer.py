@@ -73,6 +73,8 @@ class Tokenizer:
                               "'attn[checkpoints]'") from None
         world = sandbox.ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=[ext.loopcontrols])
+        # else what is forbidden would be printed as nothing
+        setattr(world, "unsafe_undefined", _forbidden)
         world.filters["tojson"] = _to_json
         world.globals |= {"raise_exception": _refuse, "strftime_now": _now}
         tokens = {name: self._special(name) for name in (
@@ -102,6 +104,13 @@ class Tokenizer:
     def _special(self, name: str) -> str | None:
         token = self.config.get(name)
         return token.get("content") if isinstance(token, dict) else token
+
+
+def _forbidden(thing: Any, name: str) -> None:
+    import jinja2
+
+    raise jinja2.exceptions.SecurityError(
+        f"{name!r} of a {type(thing).__name__} is not to be had")
 
 
 def _to_json(value: Any, indent: int | None = None) -> str:
@@ -144,7 +153,7 @@ def defaults(folder: Any) -> Defaults:
     said = read_json(path) if path.exists() else {}
     config = read_json(folder / "config.json")
     inner = config.get("text_config") or {}
-    ends = next((found for found in (said.get("eos_token_id"),
+    ends: Any = next((found for found in (said.get("eos_token_id"),
                                      config.get("eos_token_id"),
                                      inner.get("eos_token_id")) if found is not None), [])
     stop = [int(n) for n in (ends if isinstance(ends, list) else [ends])]

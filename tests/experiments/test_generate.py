@@ -1,5 +1,6 @@
 """The command that writes text, as a stranger meets it."""
 
+import dataclasses
 import io
 import json
 import shutil
@@ -9,7 +10,8 @@ import pytest
 from attn.snapkv import SnapKV
 from attn.softmax import Softmax
 from experiments import generate, lm
-from experiments.generate import Config, loaded, run, swapped
+from experiments.generate import Config, run
+from experiments.sources import loaded, swapped
 from models.checkpoint.loading import model_of
 from models.checkpoint.config import read_config
 from tests.models.test_checkpoint import NAMED
@@ -37,9 +39,9 @@ def test_a_conversation_reads_each_turn_once(folder, capsys, monkeypatch):
     monkeypatch.setattr("sys.stdin", io.StringIO("Hi\n\nAnd you?\n"))
     found = run(Config(model=folder, chat=True, length=4, temperature=0.0))
     assert found["turns"] == 2
-    # <user> H i </s> <bot>, then what follows the answer: </s> <user> 8 letters </s> <bot>
+    # <user> H i </s> <bot>; behind the answer </s> <user> 8 letters </s> <bot>
     assert found["tokens_read"] <= 5 + 1 + 1 + 8 + 2
-    assert len(capsys.readouterr().out.splitlines()) == 2
+    assert capsys.readouterr().out.endswith("\n")
 
 
 def test_a_file_of_prompts(folder, capsys, tmp_path):
@@ -51,8 +53,6 @@ def test_a_file_of_prompts(folder, capsys, tmp_path):
 
 
 def test_a_run_of_ours(tmp_path, monkeypatch, capsys):
-    import dataclasses
-
     monkeypatch.chdir(tmp_path)
     lm.run(dataclasses.replace(lm.TINY, folder="mine", sample=1))
     capsys.readouterr()
@@ -63,16 +63,16 @@ def test_a_run_of_ours(tmp_path, monkeypatch, capsys):
 
 def test_other_attentions_inherit_what_the_model_was_trained_with():
     model = model_of(read_config(NAMED["gemma2"]))
-    new = swapped(model, Config(model="m", prompt="a", policy=SnapKV(8, 4)))
+    new = swapped(model, None, SnapKV(capacity=8, window=4))
     assert [type(a) for a in new.attention] == [Softmax, SnapKV] * 2
     assert new.attention[1].softcap == 50.0
     assert new.attention[1].scale == pytest.approx(24**-0.5)
     assert new.attention[0] == model.attention[0]  # it has a window of its own
     hybrid = model_of(read_config(NAMED["qwen3_5"]))
-    new = swapped(hybrid, Config(model="m", prompt="a", attention=(Softmax(scale=1.0),)))
+    new = swapped(hybrid, (Softmax(scale=1.0),), None)
     assert new.attention[:3] == hybrid.attention[:3] and new.attention[3].scale == 1.0
     with pytest.raises(ValueError, match="expected 1, or 4"):
-        swapped(model, Config(model="m", prompt="a", attention=(Softmax(),) * 3))
+        swapped(model, (Softmax(),) * 3, None)
 
 
 @pytest.mark.parametrize("options, words", [

@@ -68,8 +68,10 @@ def test_one_reading_of_many_samples():
             row += more
     assert len({*map(tuple, rows)}) == 3
     assert written(session, 20) == WANT  # the first is as it was
-    assert written(session.fork(2), 5, row=1) == generate(
-        MODEL, PARAMS, [session.ids], length=5)[0]
+    assert written(session.fork(2), 3, row=1) == generate(
+        MODEL, PARAMS, [session.ids], length=3)[0]
+    with pytest.raises(ValueError, match="room for 32 tokens, of which 29 are taken"):
+        written(session, 4)
 
 
 def test_what_cannot_be_read():

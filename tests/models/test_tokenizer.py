@@ -20,7 +20,9 @@ TEMPLATE = ("{% for m in messages %}<|{{ 'bot' if m.role == 'assistant' else 'us
 
 def add_tokenizer(folder, template=TEMPLATE, size=199):
     """A tokenizer of printable bytes into a folder."""
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())[: size - len(SPECIAL)]
+    # a space and a new line first, then ASCII
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet(), key=lambda c: (
+        c not in "\u0120\u010a", c))[: size - len(SPECIAL)]
     vocab = {token: n for n, token in enumerate([*SPECIAL, *letters])}
     encoder = Encoder(models.BPE(vocab=vocab, merges=[]))
     encoder.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -45,11 +47,8 @@ def test_a_conversation_is_its_template(tmp_path):
     assert text.rendered(said) == "<|user|>Hi</s><|bot|>"
     assert text.chat(said) == [3, *text.encode("Hi"), 2, 4]
     (tmp_path / "chat_template.jinja").write_text(
-        "{{ messages[0]['content'] | tojson }}{{ eos_token }}{% break %}")
-    with pytest.raises(ValueError, match="chat_template"):
-        Tokenizer(tmp_path, 199).rendered(said)
-    (tmp_path / "chat_template.jinja").write_text(
-        "{{ messages[0]['content'] | tojson }}{{ eos_token }}")
+        "{% for m in messages %}{{ m.content | tojson }}{{ eos_token }}{% break %}"
+        "{% endfor %}")
     assert Tokenizer(tmp_path, 199).rendered(said) == '"Hi"</s>'
 
 

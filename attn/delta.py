@@ -49,12 +49,12 @@ class Delta(nn.Module, Attention):
     beta = sigmoid(x W), a number a token and head, twice that if `negative`: past 1 the
     state's answer to a key changes its sign (negative eigenvalues, Grazzi et al., 2024,
     arXiv:2411.12537). gated: g = -exp(A) softplus(x W' + b), with A and b as Mamba2
-    begins with them. channels: of each channel of the key, from x W_1 W_2 with `rank` channels between
-    (None: D), and A is one a head; `MultiHead` then takes out_gate= "sigmoid" and a
-    gate_rank, as Kimi Linear has them. Queries, keys and values pass through a causal
-    convolution of each channel over `conv` tokens (0 for none) and silu; queries and
-    keys then get length 1. Positions are not needed: `MultiHead(Delta(),
-    position=None)`.
+    begins with them. channels: of each channel of the key, from x W_1 W_2 with `rank`
+    channels between (None: D), and A is one a head; `MultiHead` then takes
+    out_gate="sigmoid" and a gate_rank, as Kimi Linear has them. Queries, keys and
+    values pass through a causal convolution of each channel over `conv` tokens (0 for
+    none) and silu; queries and keys then get length 1. Positions are not needed:
+    `MultiHead(Delta(), position=None)`.
 
     values: heads of values that a head of queries and keys serves, as Gated DeltaNet's
     successors have them: v [B,T,K,values V] is then values K heads of V side by side,

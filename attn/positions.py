@@ -123,8 +123,8 @@ class RoPE:
         """NotImplementedError if angles would move in a stream of `size` tokens."""
         if self.moving and size > self.original:
             raise NotImplementedError(
-                f"{self}: beyond {self.original} tokens its angles follow the length of "
-                f"the text, which a stream of {size} does not know; expected fewer "
+                f"{self}: beyond {self.original} tokens its angles follow the length "
+                f"of the text, which a stream of {size} does not know; expected fewer "
                 "tokens, or another scaling"
             )
 

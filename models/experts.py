@@ -2,8 +2,8 @@
 
     p = score(x W_r),   chosen = top-k of p,   y = sum_(n in chosen) w_n MLP_n(x)
 
-No token is dropped: tokens are sorted by expert, and each expert multiplies its own rows
-(`jax.lax.ragged_dot`), whatever their number. Sources: mixtures with a sparse gate
+No token is dropped: tokens are sorted by expert, and each expert multiplies its own
+rows (`jax.lax.ragged_dot`), whatever their number. Sources: mixtures with a sparse gate
 (Shazeer et al., 2017) arXiv:1701.06538; shared experts (Dai et al., 2024)
 arXiv:2401.06066; sigmoid scores whose bias chooses but does not weigh, and groups of
 experts (DeepSeek-AI, 2024) arXiv:2412.19437; clamped gates (OpenAI, 2025)

@@ -45,8 +45,9 @@ def generate(
     rows = [ids_of(prompt, n, model.vocab) for n, prompt in enumerate(_rows(prompts))]
     longest, most = max(len(row) for row in rows), getattr(model, "learned", None)
     if most is not None and longest + length > most:
-        raise ValueError(f"length={length} after a prompt of {longest} tokens: expected "
-                         f"at most {most} together, the positions that the model has")
+        raise ValueError(f"length={length} after a prompt of {longest} tokens: "
+                         f"expected at most {most} together, the positions that the "
+                         "model has")
     padded = bucket(longest)
     chunk = min(chunk, padded)
     padded = -(-padded // chunk) * chunk  # whole chunks: one program reads them all

@@ -26,8 +26,8 @@ from attn.layers import Layer
 from attn.parallel.sharding import Axis
 
 # letters of the axes of a parameter, by the end of its path: H heads, F channels within
-# a layer, N ids of the vocabulary or experts are split over `model`; E, D, R (a rank), T
-# (tokens) and W (taps) are not. These are the parameters of networks; those of
+# a layer, N ids of the vocabulary or experts are split over `model`; E, D, R (a rank),
+# T (tokens) and W (taps) are not. These are the parameters of networks; those of
 # attentions and layers stand in their classes, as `parameter_axes`
 RULES = {
     "embed/embedding": "NE", "head/kernel": "EN", "head/bias": "N",

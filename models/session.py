@@ -107,6 +107,7 @@ class Session:
             raise ValueError("fork: expected a session of one row that has read a text")
         other = Session(self.model, self.params, chunk=self.chunk, limit=self.limit)
         other.ids, other.rows, other._size = list(self.ids), rows, self._size
+
         def repeated(a):
             return jnp.repeat(a, rows, 0)
 

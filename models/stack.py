@@ -21,6 +21,7 @@ from models.placement import lay
 
 __all__ = ["INIT", "Block", "Feed", "Layers", "Norm", "Pattern", "Residual"]
 
+
 @dataclasses.dataclass(frozen=True)
 class Residual:
     """Where a block has its norms, and what it adds to.

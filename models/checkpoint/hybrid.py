@@ -67,7 +67,8 @@ def convs(names: Sequence[str], path: str) -> Entry:
     three.
 
     transformers cuts its one tensor into three of equal size when it writes, wherever q
-    ends and k begins; whoever wrote the filters of q, k and v by themselves is read too.
+    ends and k begins; filters of q, k and v that were written by themselves are read
+    too.
     """
     paths = tuple(f"{path}/{c}_conv" for c in "qkv")
     return Entry(tuple(names), paths, _filters,

@@ -22,9 +22,9 @@ class Entry(NamedTuple):
     """names: of the tensors; paths: of the parameters, with slashes.
 
     read(arrays, shapes): the parameters of these shapes; an array is read from the file
-    when its index is asked for. write(arrays): the tensors, of jax arrays. fits: whether
-    the shapes of a file's tensors will do where they are not those that `write` gives.
-    optional: a file that has none of them will do.
+    when its index is asked for. write(arrays): the tensors, of jax arrays. fits:
+    whether the shapes of a file's tensors will do where they are not those that `write`
+    gives. optional: a file that has none of them will do.
     """
 
     names: tuple[str, ...]

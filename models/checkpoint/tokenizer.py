@@ -38,8 +38,8 @@ class Tokenizer:
             raise ValueError(f"{path} is no tokenizer: {error}") from None
         most = max(self._encoder.get_vocab(with_added_tokens=True).values(), default=-1)
         if most >= vocab:
-            raise ValueError(f"{path} has the id {most}, and the embedding {vocab} rows:"
-                             " expected the tokenizer of this model")
+            raise ValueError(f"{path} has the id {most}, and the embedding {vocab} "
+                             "rows: expected the tokenizer of this model")
         found = self.folder / "tokenizer_config.json"
         self.config = read_json(found) if found.exists() else {}
         # a text to go on with begins as the tokenizer says, a conversation as its
@@ -153,9 +153,8 @@ def defaults(folder: Any) -> Defaults:
     said = read_json(path) if path.exists() else {}
     config = read_json(folder / "config.json")
     inner = config.get("text_config") or {}
-    ends: Any = next((found for found in (said.get("eos_token_id"),
-                                     config.get("eos_token_id"),
-                                     inner.get("eos_token_id")) if found is not None), [])
+    asked = [source.get("eos_token_id") for source in (said, config, inner)]
+    ends: Any = next((found for found in asked if found is not None), [])
     stop = [int(n) for n in (ends if isinstance(ends, list) else [ends])]
     missing = [f"{key}={said[key]!r}" for key, inert in OTHERS.items()
                if said.get(key, inert) not in (inert, None)]

@@ -18,8 +18,11 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
+from attn.contract.varying import varying
 from models.feed import ACTIVATIONS, INIT, Feed
+from models.vocabulary import splits_rows
 
 SCORES = ("softmax", "top", "sigmoid")
 
@@ -85,11 +88,10 @@ class ExpertLayer(nn.Module):
     @nn.compact
     def __call__(self, x):
         """x [B,T,E] -> [B,T,E]."""
-        how, flat = self.how, x.reshape(-1, x.shape[-1])  # [M,E]
-        weights, chosen = self._chosen(flat)  # [M,k]
-        y = Mlps(how, self.dtype, name="experts")(flat.astype(self.dtype), chosen)
-        # the weighted sum over the chosen, in the order of their weights: [M,k,E]
-        y = (y * weights[..., None].astype(self.dtype)).sum(1).reshape(x.shape)
+        how = self.how
+        weights, chosen = self._chosen(x)  # [B,T,k]
+        y = Mlps(how, self.dtype, name="experts")(
+            x.astype(self.dtype), weights.astype(self.dtype), chosen)
         if how.shared is None:
             return y
         more = how.shared.module(self.dtype, "shared")(x)
@@ -99,7 +101,8 @@ class ExpertLayer(nn.Module):
         return y + more
 
     def _chosen(self, x) -> tuple[jax.Array, jax.Array]:
-        """The weights [M,k] float32 and the numbers [M,k] of each token's experts."""
+        """The weights [B,T,k] float32 and the numbers [B,T,k] of each token's experts.
+        """
         how = self.how
         logits = nn.Dense(
             how.experts, use_bias=how.bias, dtype=jnp.float32, name="router"
@@ -113,63 +116,99 @@ class ExpertLayer(nn.Module):
             scores = nn.sigmoid(logits)
             zeros = nn.initializers.zeros_init()
             bias = self.param("correction", zeros, (how.experts,), jnp.float32)
-            worth = scores + bias.astype(jnp.float32)[None]
+            worth = scores + bias.astype(jnp.float32).reshape(1, 1, -1)
         _, chosen = jax.lax.top_k(self._of_groups(worth), how.top_k)
-        weights = jnp.take_along_axis(scores, chosen, 1)
+        weights = jnp.take_along_axis(scores, chosen, -1)
         if how.renormalise:
-            weights = weights / (weights.sum(1, keepdims=True) + 1e-20)
+            weights = weights / (weights.sum(-1, keepdims=True) + 1e-20)
         return weights * how.factor, chosen
 
     def _of_groups(self, worth) -> jax.Array:
-        """worth [M,N], -inf outside of the groups that a token may choose from."""
+        """worth [B,T,N], -inf outside of the groups that a token may choose from."""
         how = self.how
         if how.groups == 1:
             return worth
-        parts = worth.reshape(worth.shape[0], how.groups, -1)  # [M,groups,N/groups]
-        best = jax.lax.top_k(parts, min(2, parts.shape[2]))[0].sum(-1)  # [M,groups]
+        parts = worth.reshape(*worth.shape[:2], how.groups, -1)  # [B,T,groups,.]
+        best = jax.lax.top_k(parts, min(2, parts.shape[3]))[0].sum(-1)
         _, among = jax.lax.top_k(best, how.top_groups)
-        open_ = (among[:, :, None] == jnp.arange(how.groups)[None, None]).any(1)
-        return jnp.where(open_[..., None], parts, -jnp.inf).reshape(worth.shape)
+        number = jnp.arange(how.groups).reshape(1, 1, 1, -1)
+        among = (among[..., None] == number).any(2)  # [B,T,groups]
+        return jnp.where(among[..., None], parts, -jnp.inf).reshape(worth.shape)
 
 
 class Mlps(nn.Module):
-    """N gated MLPs, each for the rows that chose it."""
+    """N gated MLPs, each for the rows that chose it.
+
+    On a mesh whose axis `model` can split N, each device has some experts and gives
+    what these say of its tokens; the sum over the devices is the result, and neither
+    tokens nor kernels are gathered over `model`.
+    """
 
     how: Experts
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x, chosen):
-        """x [M,E], chosen [M,k] int -> what each token's experts say, [M,k,E]."""
-        n, (m, k) = self.how.experts, chosen.shape
-        expert = chosen.reshape(-1)  # [M k]
-        order = jnp.argsort(expert, stable=True)
-        rows = x[order // k]  # sorted by expert [M k,E]
-        sizes = jnp.bincount(expert, length=n).astype(jnp.int32)  # [N], sum M k
-        whose = expert[order]
-        gate = self._dense("gate", self.how.hidden, rows, sizes, whose)
-        up = self._dense("up", self.how.hidden, rows, sizes, whose)
-        y = self._dense("out", x.shape[-1], self._gated(gate, up), sizes, whose)
-        return y[jnp.argsort(order)].reshape(m, k, -1)  # back to the tokens' order
+    def __call__(self, x, weights, chosen):
+        """x [B,T,E], weights [B,T,k], chosen [B,T,k] int -> [B,T,E]."""
+        n, width, inner = self.how.experts, x.shape[-1], self.how.hidden
+        params = {}
+        for name, a, b in (("gate", width, inner), ("up", width, inner),
+                           ("out", inner, width)):
+            kernel = self.param(f"{name}_kernel", _per_expert, (n, a, b), jnp.float32)
+            params[f"{name}_kernel"] = kernel.astype(self.dtype)
+            if self.how.bias:
+                zeros = nn.initializers.zeros_init()
+                bias = self.param(f"{name}_bias", zeros, (n, b), jnp.float32)
+                params[f"{name}_bias"] = bias.astype(self.dtype)
+        mesh = jax.sharding.get_abstract_mesh()
+        split = splits_rows(mesh, x.shape[:2]) and n % mesh.shape.get("model", 1) == 0
+        numbers = jnp.arange(n, dtype=chosen.dtype)
+        if not split:
+            return said(self.how, params, numbers, x, weights, chosen)
+        own, rows = PartitionSpec("model"), PartitionSpec("data", "seq")
 
-    def _gated(self, gate, up) -> jax.Array:
-        how = self.how
-        if how.limit is None:
-            return ACTIVATIONS[how.activation](gate) * up
-        gate = jnp.minimum(gate, how.limit)
-        up = jnp.clip(up, -how.limit, how.limit)
-        return (up + 1) * (gate * nn.sigmoid(how.steep * gate))
+        def local(params, numbers, x, weights, chosen):
+            # said at the door: of a product of runs jax does not know that gradients
+            # are sums over the devices
+            params, x, weights = varying((params, x, weights), numbers)
+            y = said(self.how, params, numbers, x, weights, chosen)
+            return jax.lax.psum(y, "model")
 
-    def _dense(self, name: str, width: int, x, sizes, whose) -> jax.Array:
-        """x [R,E] in runs of `sizes` [N] rows, times the kernel of each run."""
-        n, e = self.how.experts, x.shape[-1]
-        kernel = self.param(f"{name}_kernel", _per_expert, (n, e, width), jnp.float32)
-        y = jax.lax.ragged_dot(x, kernel.astype(self.dtype), sizes)  # [R,E] [N,E,F]
-        if not self.how.bias:
-            return y
-        zeros = nn.initializers.zeros_init()
-        bias = self.param(f"{name}_bias", zeros, (n, width), jnp.float32)
-        return y + bias.astype(self.dtype)[whose]
+        return jax.shard_map(
+            local, in_specs=(own, own, rows, rows, rows), out_specs=rows
+        )(params, numbers, x, weights, chosen)
+
+
+def said(how: Experts, params: dict, numbers, x, weights, chosen) -> jax.Array:
+    """The weighted sum [B,T,E] of what the experts `numbers` [n], whose params these
+    are, say of x [B,T,E]; of a token's other experts nothing."""
+    n, k, width = numbers.shape[0], chosen.shape[-1], x.shape[-1]
+    expert = chosen.reshape(-1) - numbers[0]  # [M k]
+    here = (expert >= 0) & (expert < n)
+    expert = jnp.where(here, expert, n)  # others come last
+    order = jnp.argsort(expert, stable=True)
+    rows = x.reshape(-1, width)[order // k]  # sorted by expert [M k,E]
+    sizes = jnp.bincount(expert, length=n + 1)[:n].astype(jnp.int32)
+    whose = jnp.minimum(expert[order], n - 1)
+
+    def dense(name, a):
+        # each run of rows by its own kernel: [R,E] [n,E,F]
+        y = jax.lax.ragged_dot(a, params[f"{name}_kernel"], sizes)
+        return y + params[f"{name}_bias"][whose] if how.bias else y
+
+    y = dense("out", _gated(how, dense("gate", rows), dense("up", rows)))
+    y = jnp.where(here[order][:, None], y, 0)[jnp.argsort(order)]  # as tokens stand
+    # the weighted sum over the chosen, in the order of their weights
+    y = y.reshape(*chosen.shape, width) * weights[..., None]
+    return y.sum(2)
+
+
+def _gated(how: Experts, gate, up) -> jax.Array:
+    if how.limit is None:
+        return ACTIVATIONS[how.activation](gate) * up
+    gate = jnp.minimum(gate, how.limit)
+    up = jnp.clip(up, -how.limit, how.limit)
+    return (up + 1) * (gate * nn.sigmoid(how.steep * gate))
 
 
 def _per_expert(key, shape, dtype):

@@ -13,9 +13,10 @@ from models.sampling import Sampling
 from tests.models.test_checkpoint import NAMED
 
 SPECIAL = ["<pad>", "<s>", "</s>", "<|user|>", "<|bot|>"]
-TEMPLATE = ("{% for m in messages %}"
-            "<|{{ 'bot' if m.role == 'assistant' else 'user' }}|>{{ m.content }}</s>{% endfor %}"
-            "{% if add_generation_prompt %}<|bot|>{% endif %}")
+TEMPLATE = (
+    "{% for m in messages %}<|{{ 'bot' if m.role == 'assistant' else 'user' }}|>"
+    "{{ m.content }}</s>{% endfor %}{% if add_generation_prompt %}<|bot|>{% endif %}"
+)
 
 
 def add_tokenizer(folder, template=TEMPLATE, size=199):

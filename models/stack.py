@@ -70,11 +70,6 @@ class Block(nn.Module):
             _, x = self._added("mlp", x, lambda y: (None, mlp(y)))
         return after, x
 
-    def fields(self) -> dict[str, Any]:
-        """What it was made of, for another one."""
-        names = (f.name for f in dataclasses.fields(self))
-        return {n: getattr(self, n) for n in names if n not in ("parent", "name")}
-
     def _added(self, name: str, x, f: Callable) -> tuple[Any, Any]:
         """The state, and x with f's output, of its norms' places."""
         how = self.residual
@@ -126,7 +121,7 @@ class Layers(nn.Module):
         cls = nn.remat(Block) if self.remat and states is None else Block
         after = []
         for n, block in enumerate(blocks):
-            bound = cls(**block.fields(), name=f"layer_{n}")
+            bound = cls(**_fields(block), name=f"layer_{n}")
             state, x = bound(x, None if states is None else states[n], segments)
             after.append(state)
         return (None if states is None else tuple(after)), x
@@ -146,6 +141,12 @@ class Layers(nn.Module):
             return one.apply({"params": params}, x, None, segments, rngs=rngs)[1], None
 
         return jax.lax.scan(body, x, (params, keys))[0]
+
+
+def _fields(block: Block) -> dict[str, Any]:
+    """What a block was made of, for another one."""
+    names = (f.name for f in dataclasses.fields(block))
+    return {n: getattr(block, n) for n in names if n not in ("parent", "name")}
 
 
 def check_layers(title: str, entries: Any) -> None:

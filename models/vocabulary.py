@@ -71,6 +71,8 @@ def splits_rows(mesh: Any, shape: tuple[int, ...]) -> bool:
     """Whether the mesh, None for none, can split B and T of shape [B,T] over data and
     seq."""
     homes = "data", "seq"
-    if mesh is None or mesh.empty or not {*homes} <= {*mesh.axis_names} or math.prod(mesh.shape.values()) == 1:
+    if mesh is None or mesh.empty or math.prod(mesh.shape.values()) == 1:
+        return False
+    if not {*homes} <= {*mesh.axis_names}:
         return False
     return all(size % mesh.shape[home] == 0 for home, size in zip(homes, shape))

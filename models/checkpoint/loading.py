@@ -172,9 +172,13 @@ def _check(files, names, entries: list[Entry], shapes) -> None:
 def _placed(path: str, a: np.ndarray, mesh: Any) -> jax.Array:
     """One parameter on its devices."""
     if mesh is None:
-        return jnp.asarray(a)
-    where = NamedSharding(mesh, spec(path, a.shape, mesh))
-    return jax.make_array_from_callback(a.shape, where, lambda index: a[index])
+        # in order of its memory: a transpose would be copied twice
+        found = jnp.asarray(np.ascontiguousarray(a))
+    else:
+        where = NamedSharding(mesh, spec(path, a.shape, mesh))
+        found = jax.make_array_from_callback(a.shape, where, a.__getitem__)
+    # one after the other: what waits to be copied would be held by the host
+    return found.block_until_ready()
 
 
 def _flat(params: Tree) -> dict[str, Any]:

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 
 from attn.contract.attention import noisy, said, streams, takes_rope
 from attn.contract.fields import check_fields
+from attn.contract.norm import Norm
 from attn.contract.padding import guard, padding_unread
 from attn.contract.segments import TokenPositions, align_last, locate
 from attn.positions import RoPE
@@ -54,13 +55,15 @@ class MultiHead(Layer):
     else E/H), value_dim V (E/H).
     position: `RoPE()`, `MDLRPE(dims)` or None; an attention with a field `rope` keeps
     keys as they were before the rotation and gets the position handed over instead (a
-    learned one keeps its own). qk_norm: RMSNorm over D with a learned scale. sinks: a
-    learned logit without value a head, for `Softmax`.
+    learned one keeps its own). qk_norm: q and k are normed, over D (True or "head") or
+    over all channels of all heads ("all"). qkv_act: q, k and v go through this, "silu",
+    after their projections. sinks: a learned logit without value a head, for `Softmax`.
     out_norm: RMSNorm of what is attended to, over the channels of each head ("head") or
     of all ("all"). out_gate: times silu or sigmoid of a projection of x ("silu",
     "sigmoid"), through gate_rank channels if that is given. An attention may ask for
-    these three by fields of the same names. dtype: of the computation; parameters
-    are float32.
+    these three by fields of the same names. norm: what all these norms are. use_bias:
+    True for all projections, "qkv" for these three. dtype: of the computation;
+    parameters are float32.
 
     Cross attention (`context=`): a context is seen whole, unless the attention has been
     given a mask of its own; one that reads queries and keys in step is refused. There
@@ -76,16 +79,19 @@ class MultiHead(Layer):
     head_dim: int | None = None
     value_dim: int | None = None
     position: Any = RoPE()
-    qk_norm: bool = False
+    qk_norm: bool | str = False
+    qkv_act: str | None = None
     sinks: bool = False
     out_norm: str | None = None
     out_gate: str | None = None
     gate_rank: int | None = None
-    use_bias: bool = False
+    norm: Norm = Norm()
+    use_bias: bool | str = False
     dtype: Any = jnp.float32
     parameter_axes = {
         "[qkv]/kernel": "EHD", "[qkv]/bias": "HD", "out/kernel": "HDE", "sink": "H",
         "gate/kernel": "EHD", "gate_down/kernel": "ER", "out_norm/scale": "HD",
+        "[qk]_norm/scale": "HD",  # over all channels
         "theta": "HD",  # of a learned rotation
     }
 
@@ -119,7 +125,8 @@ class MultiHead(Layer):
         o = self._gated(x, self._normed(o))
         # [B,T,H,V] x [H,V,E] -> [B,T,E]
         y = nn.DenseGeneral(
-            x.shape[-1], axis=(-2, -1), use_bias=self.use_bias, dtype=self.dtype,
+            x.shape[-1], axis=(-2, -1), use_bias=self.use_bias is True,
+            dtype=self.dtype,
             kernel_init=_INIT, name="out",
         )(o)
         return y if state is None else (state, y)
@@ -130,6 +137,8 @@ class MultiHead(Layer):
         d, v = self._widths(e)
         keys = self.kv_heads or self.heads
         self._check_stream()
+        if hasattr(self.position, "check_stream"):
+            self.position.check_stream(size)
 
         def like(heads, width):
             return jax.ShapeDtypeStruct((b, t, heads, width), self.dtype)
@@ -164,6 +173,11 @@ class MultiHead(Layer):
             raise ValueError(
                 f"attention={self.attention!r}: expected an attention, as Softmax()"
             )
+        for name, choices in OPTIONS.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r}: expected one of {choices}"
+                )
         if self.heads % (self.kv_heads or self.heads):
             raise ValueError(
                 f"heads={self.heads}: expected a multiple of kv_heads={self.kv_heads}"
@@ -211,7 +225,7 @@ class MultiHead(Layer):
 
     def _widths(self, e: int) -> tuple[int, int]:
         asked = self.head_dim or said(self.attention, "feature_dim")
-        if e % self.heads and not (asked and self.value_dim):
+        if e % self.heads and not (asked and (self.value_dim or self.head_dim)):
             raise ValueError(f"E={e}: expected a multiple of heads={self.heads}")
         return asked or e // self.heads, self.value_dim or (
             self.head_dim or e // self.heads
@@ -226,14 +240,9 @@ class MultiHead(Layer):
         over = self._asked("out_norm")
         if over is None:
             return o
-        axes: dict[str, tuple[int, ...]] = {"head": (-1,), "all": (-2, -1)}
-        if over not in axes:
-            raise ValueError(f"out_norm={over!r}: expected one of {tuple(axes)}")
-        norm = nn.RMSNorm(
-            dtype=self.dtype, reduction_axes=axes[over], feature_axes=axes[over],
-            name="out_norm",
-        )
-        return norm(o)
+        if over not in OVER:
+            raise ValueError(f"out_norm={over!r}: expected one of {tuple(OVER)}")
+        return self.norm.module(self.dtype, "out_norm", OVER[over])(o)
 
     def _gated(self, x, o):
         name, rank = self._asked("out_gate"), self._asked("gate_rank")
@@ -274,7 +283,8 @@ class MultiHead(Layer):
         d, v_dim = self._widths(x.shape[-1])
         keys = self.kv_heads or self.heads
         dense = functools.partial(
-            nn.DenseGeneral, use_bias=self.use_bias, dtype=self.dtype, kernel_init=_INIT
+            nn.DenseGeneral, use_bias=bool(self.use_bias), dtype=self.dtype,
+            kernel_init=_INIT,
         )
         needs_query = said(self.attention, "needs_query")
         if needs_query:
@@ -284,15 +294,25 @@ class MultiHead(Layer):
             q = jax.ShapeDtypeStruct((*x.shape[:2], self.heads, d), self.dtype)
         k = dense((keys, d), name="k")(source)  # [B,S,K,D]
         v = dense((keys, v_dim), name="v")(source)  # [B,S,K,V]
+        if self.qkv_act:
+            q = nn.silu(q) if needs_query else q
+            k, v = nn.silu(k), nn.silu(v)
         if self.qk_norm:
-            q = nn.RMSNorm(dtype=self.dtype, name="q_norm")(q) if needs_query else q
-            k = nn.RMSNorm(dtype=self.dtype, name="k_norm")(k)
+            axes = OVER["all" if self.qk_norm == "all" else "head"]
+            q = self.norm.module(self.dtype, "q_norm", axes)(q) if needs_query else q
+            k = self.norm.module(self.dtype, "k_norm", axes)(k)
         if self.position is not None and not self._takes_rope():
             q = self.position.rotate(q, q_pos) if needs_query else q
             k = self.position.rotate(k, kv_pos)
         return q, k, v
 
 
+# the axes of [B,T,H,D] that a norm goes over
+OVER: dict[str, tuple[int, ...]] = {"head": (-1,), "all": (-2, -1)}
+OPTIONS: dict[str, tuple] = {
+    "qk_norm": (False, True, "head", "all"), "qkv_act": (None, "silu"),
+    "use_bias": (False, True, "qkv"),
+}
 # unit variance in, unit variance out, whatever the width
 _INIT = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
 

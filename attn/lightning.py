@@ -30,7 +30,7 @@ from attn.recurrent.causal import linear_attention, linear_attention_step
 from attn.recurrent.linear import LinearState, empty, recurrence
 from attn.recurrent.noncausal import noncausal
 
-RULES = ("code", "paper", "fla", "none")
+RULES = ("code", "paper", "fla", "minimax", "none")
 
 
 def slopes(
@@ -43,11 +43,15 @@ def slopes(
         return np.zeros(heads)
     if rule == "code":
         base = _geometric(heads)  # 2^(-8h/H)
+    elif rule == "minimax":
+        base = 2.0 ** (-8 * h / heads)
     else:
         # equation 10, h = 1..H; or h = 0..H-1
         base = 8 * (h if rule == "paper" else h - 1) / heads
     if layers is None:
         return base
+    if rule == "minimax":
+        return base * (1 - layer / (layers - 1 + 1e-5) + 1e-5)
     # 1 - l/(L-1) + 1e-5; equation 10: 1 - l/L
     factor = 1 - layer / (layers - 1) + 1e-5 if rule == "code" else 1 - layer / layers
     return base * factor
@@ -71,7 +75,8 @@ class Lightning(Attention):
     "code", what released models were trained with: the geometric slopes of ALiBi times
     1 - l/(L-1) + 1e-5; "paper", equation 10: 8h/H (1 - l/L), h = 1..H; "fla", of the
     library flash-linear-attention: the same with h = 0..H-1, so that head 0 does not
-    decay (there q is also multiplied by D^-0.5: set `scale`); "none". Without `layers`
+    decay (there q is also multiplied by D^-0.5: set `scale`); "minimax", of MiniMax-01:
+    2^(-8h/H) for every H, times 1 - l/(L-1+1e-5) + 1e-5; "none". Without `layers`
     the factor of the layer is left out.
 
     causal=False drops the order of tokens: without decay o = q (K^T V), for self and

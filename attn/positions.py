@@ -32,10 +32,14 @@ class RoPE:
     than `slow` times in `original` tokens, leaves those with more than `fast` turns,
     goes linearly between them, and multiplies q and k by 0.1 ln(factor) + 1; "llama3"
     (Dubey et al., 2024, arXiv:2407.21783) has the same three bands with `slow` and
-    `fast` turns and interpolates in the number of turns. fast: None for what each was
-    published with, 32 and, as `high_freq_factor` of Llama 3, 4.
+    `fast` turns and interpolates in the number of turns; "dynamic" (emozilla, 2023)
+    raises theta as "ntk" does, by as much as the longest text of the batch is longer
+    than `original`, so that angles move with its length and cannot be streamed. fast:
+    None for what each was published with, 32 and, as `high_freq_factor` of Llama 3, 4.
+    truncate: whether yarn's ramp begins and ends at whole channels; temperature: what q
+    and k are multiplied with, where it is not yarn's own.
 
-    Angles are as exact at position 2^31 as at 1.
+    Angles are as exact at position 2^31 as at 1 ("dynamic": as float32 is).
     """
 
     theta: float = 10000.0
@@ -46,9 +50,11 @@ class RoPE:
     fast: float | None = None
     interleaved: bool = False
     fraction: float = 1.0
+    truncate: bool = True
+    temperature: float | None = None
 
     def __post_init__(self):
-        known = (None, "linear", "ntk", "yarn", "llama3")
+        known = (None, "linear", "ntk", "dynamic", "yarn", "llama3")
         if self.scaling not in known:
             raise ValueError(f"RoPE: scaling={self.scaling!r}: expected one of {known}")
         if self.factor < 1:
@@ -73,7 +79,7 @@ class RoPE:
             # the slowest channel turns `factor` times slower, the fastest as before
             theta = theta * self.factor ** (width / (width - 2))
         plain = theta ** (-np.arange(0, width, 2) / width)  # theta^(-2m/D) [D/2]
-        if self.scaling in (None, "ntk"):
+        if self.scaling in (None, "ntk", "dynamic"):
             return plain
         if self.scaling == "linear":
             return plain / self.factor
@@ -82,8 +88,10 @@ class RoPE:
         fast = FAST[self.scaling] if self.fast is None else self.fast
         if self.scaling == "yarn":
             # the ramp runs over channel numbers, between those with `fast` and `slow`
-            low = max(math.floor(self._channel(fast, width)), 0)
-            high = min(math.ceil(self._channel(self.slow, width)), width - 1)
+            low, high = self._channel(fast, width), self._channel(self.slow, width)
+            if self.truncate:
+                low, high = math.floor(low), math.ceil(high)
+            low, high = max(low, 0), min(high, width - 1)
             own = (np.arange(width // 2) - low) / max(high - low, 1e-3)
             keep = 1 - np.clip(own, 0, 1)
         else:
@@ -102,7 +110,37 @@ class RoPE:
     @property
     def magnitude(self) -> float:
         """What q and k are multiplied with: yarn's attention temperature, else 1."""
+        if self.temperature is not None:
+            return self.temperature
         return 0.1 * math.log(self.factor) + 1 if self.scaling == "yarn" else 1.0
+
+    @property
+    def moving(self) -> bool:
+        """Whether angles follow the length of the text, beyond `original` tokens."""
+        return self.scaling == "dynamic"
+
+    def check_stream(self, size: int) -> None:
+        """NotImplementedError if angles would move in a stream of `size` tokens."""
+        if self.moving and size > self.original:
+            raise NotImplementedError(
+                f"{self}: beyond {self.original} tokens its angles follow the length "
+                f"of the text, which a stream of {size} does not know; expected fewer "
+                "tokens, or another scaling"
+            )
+
+    def _angles(self, pos: jax.Array, width: int) -> jax.Array:
+        """The angles [...,width/2] at pos [...,1]."""
+        if not self.moving or width < 4:
+            return angles(pos, self.frequencies(width))
+        # theta (factor L / original - (factor - 1))^(D/(D-2)), L the longest text
+        over = jnp.maximum(pos.max() + 1, self.original) / self.original
+        theta = self.theta * (self.factor * over - (self.factor - 1)) ** (
+            width / (width - 2)
+        )
+        share = jnp.asarray(-np.arange(0, width, 2) / width, jnp.float32)  # -2m/D
+        turned = jnp.exp(share * jnp.log(theta))
+        lead = (1,) * (pos.ndim - 1)
+        return pos.astype(jnp.float32) * turned.reshape(*lead, -1)
 
     def rotate(self, x: jax.Array, pos: jax.Array) -> jax.Array:
         """x [B,T,H,D] turned to its positions: pos [B|1,T], or [B,T,H] per head."""
@@ -110,7 +148,7 @@ class RoPE:
         turned, rest = x[..., :width], x[..., width:]
         # [B,T,1|H,1], then [B,T,1|H,D/2]
         angle = pos[..., None] if pos.ndim == 3 else pos[:, :, None, None]
-        angle = angles(angle, self.frequencies(width))
+        angle = self._angles(angle, width)
         cos, sin = jnp.cos(angle) * self.magnitude, jnp.sin(angle) * self.magnitude
         # (a, b) -> (a cos - b sin, a sin + b cos), in float32
         y = turned.astype(jnp.float32)

@@ -8,7 +8,7 @@ within the same bucket compiles nothing.
 from __future__ import annotations
 
 import functools
-from typing import Any, Sequence
+from typing import Any, NamedTuple, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ import numpy as np
 from models.sampling import BAD, Sampling, sample, whole
 
 __all__ = ["Sampling", "bucket", "check_stream", "generate", "sample",
-           "stream"]
+           "stream", "read", "write"]
 LARGEST = 2**30  # tokens of a prompt or of what is drawn: positions are int32
 
 
@@ -42,8 +42,12 @@ def generate(
     """
     how = Sampling(temperature, top_k, top_p).checked()
     length, chunk = _length("length", length), _length("chunk", chunk)
-    rows = [_ids(prompt, n, model.vocab) for n, prompt in enumerate(_rows(prompts))]
-    longest = max(len(row) for row in rows)
+    rows = [ids_of(prompt, n, model.vocab) for n, prompt in enumerate(_rows(prompts))]
+    longest, most = max(len(row) for row in rows), getattr(model, "learned", None)
+    if most is not None and longest + length > most:
+        raise ValueError(f"length={length} after a prompt of {longest} tokens: "
+                         f"expected at most {most} together, the positions that the "
+                         "model has")
     padded = bucket(longest)
     chunk = min(chunk, padded)
     padded = -(-padded // chunk) * chunk  # whole chunks: one program reads them all
@@ -60,12 +64,17 @@ def generate(
         piece = slice(at, at + chunk)
         if not segments[:, piece].any():
             break  # every prompt has ended
-        state, logits = _read(
+        state, logits = read(
             model, params, state, logits, tokens[:, piece], segments[:, piece]
         )
-    key, ends = _key(seed), jnp.asarray(_stops(stop), jnp.int32)
-    drawn, counts = _write(model, how, room, params, state, logits, key, ends, length)
-    drawn, counts = np.asarray(drawn), np.asarray(counts)
+    key, ends = key_of(seed), jnp.asarray(stops(stop), jnp.int32)
+    found = write(model, how, room, params, state, logits, key, ends, length)
+    return new_tokens(found)
+
+
+def new_tokens(found: Written) -> list[list[int]]:
+    """What was drawn, a list a row; ValueError for logits that were no numbers."""
+    drawn, counts = np.asarray(found.drawn), np.asarray(found.counts)
     for row, at in np.argwhere(drawn == BAD)[:1]:
         raise ValueError(f"the logits of prompt {row} have NaN or inf after {at} new "
                          "tokens: expected a model whose parameters are finite")
@@ -102,8 +111,9 @@ def bucket(n: int, least: int = 16) -> int:
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
-def _read(model, params, state, logits, tokens, segments):
-    """One chunk of the prompts: logits [B,vocab] after each row's last token so far."""
+def read(model, params, state, logits, tokens, segments):
+    """One chunk of the prompts [B,T] -> state, logits [B,vocab] after each row's last
+    token so far. The state is used up: it is the one that comes back."""
     real = (segments > 0).sum(1)
     at = jnp.maximum(real - 1, 0)  # of each row's last token here
     state, new = model.apply(params, tokens, state, segments=segments, at=at)
@@ -111,9 +121,22 @@ def _read(model, params, state, logits, tokens, segments):
     return state, jnp.where(real[:, None] > 0, new, logits)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _write(model, how, room, params, state, logits, key, stop, length):
-    """Draws up to `length` tokens into [B,room] -> tokens, number that counts."""
+class Written(NamedTuple):
+    """state and logits [B,vocab] after the new tokens; drawn [B,room] int32 and how
+    many of them count [B]; done [B]: a stop token came."""
+
+    state: Any
+    logits: jax.Array
+    drawn: jax.Array
+    counts: jax.Array
+    done: jax.Array
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=(4, 5))
+def write(model, how, room, params, state, logits, key, stop, length) -> Written:
+    """Draws up to `length` tokens, at most `room`, which is static. The state is used
+    up: it is the one that comes back. stop [stops] int32; a token that stops a row is
+    neither drawn nor read."""
     b = logits.shape[0]
 
     def going(carry):
@@ -134,7 +157,7 @@ def _write(model, how, room, params, state, logits, key, stop, length):
 
     drawn, counts = jnp.zeros((b, room), jnp.int32), jnp.zeros((b,), jnp.int32)
     start = jnp.int32(0), state, logits, drawn, counts, jnp.zeros((b,), bool)
-    return jax.lax.while_loop(going, draw, start)[3:5]
+    return Written(*jax.lax.while_loop(going, draw, start)[1:])
 
 
 def _rows(prompts: Any) -> list:
@@ -152,7 +175,7 @@ def _sized(value: Any) -> bool:
     return hasattr(value, "__len__") and getattr(value, "ndim", 1) > 0
 
 
-def _ids(prompt: Any, n: int, vocab: int) -> np.ndarray:
+def ids_of(prompt: Any, n: int, vocab: int) -> np.ndarray:
     """The ids [T] of prompt number n."""
     wanted = "expected a list of token ids (text is encoded by its tokenizer)"
     if isinstance(prompt, (str, bytes)) or not _sized(prompt):
@@ -178,12 +201,12 @@ def _length(name: str, value: Any) -> int:
     return size
 
 
-def _stops(stop: Any) -> list[int]:
+def stops(stop: Any) -> list[int]:
     ids = [stop] if isinstance(stop, str) or not hasattr(stop, "__iter__") else stop
     return [whole("stop", token) for token in ids]
 
 
-def _key(seed: Any) -> jax.Array:
+def key_of(seed: Any) -> jax.Array:
     value = whole("seed", seed)
     if not -(2**63) <= value < 2**63:
         raise ValueError(f"seed={value}: expected an integer of 64 bits")

@@ -16,12 +16,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from attn.contract.attention import said
+from attn.contract.segments import locate
 from attn.layers import Layer, MultiHead
 from attn.positions import RoPE
 from attn.softmax import Softmax
 from models.placement import lay
-from models.stack import INIT, Block, Layers, Pattern, check_layers, check_sizes
-from models.stack import unbound
+from models.stack import INIT, Block, Layers, Norm, Pattern, Residual, check_layers
+from models.stack import check_sizes, unbound
 from models.vocabulary import Embed
 
 
@@ -31,8 +32,15 @@ class LM(nn.Module):
     attention: one per layer; an entry may also be a `Layer` of its own, such as
     `BaseConv()`. width E, heads H, kv_heads K, head_dim D, hidden: width of the SwiGLU
     (by default 8/3 E up to a multiple of 16; 0 for none). position, qk_norm, out_norm,
-    out_gate: see `MultiHead`. tied: the head is the embedding. dtype: of the
-    computation, parameters are float32. With layers that read tokens of
+    out_gate, sinks, use_bias: see `MultiHead`. feed: the MLP, if it is no SwiGLU
+    without bias (`Feed`, `Experts`); norms, residual: of the blocks, which norms, and
+    where. Of position, feed and residual a tuple has one a layer.
+
+    learned: so many positions have a vector of their own, which is added to the
+    token's. embed_scale: what tokens' vectors are multiplied with; softcap: logits are
+    softcap tanh(logits / softcap). tied: the head is the embedding. source: the
+    `config.json` that `models.checkpoint` made it from. dtype: of the computation,
+    parameters are float32, or what a checkpoint has. With layers that read tokens of
     their own among the text (`Landmark`), these go in and their outputs are left out,
     so that the model stays a function of the text.
     """
@@ -45,10 +53,19 @@ class LM(nn.Module):
     head_dim: int | None = None
     hidden: int | None = None
     position: Any = RoPE()
-    qk_norm: bool = False
+    qk_norm: bool | str = False
     out_norm: str | None = None
     out_gate: str | None = None
+    sinks: bool = False
+    use_bias: bool | str = False
+    feed: Any = None
+    norms: Norm = Norm()
+    residual: Any = Residual()
+    learned: int | None = None
+    embed_scale: float | None = None
+    softcap: float | None = None
     tied: bool = True
+    source: Any = None
     scan: bool = False
     remat: bool = False
     dtype: Any = jnp.float32
@@ -57,14 +74,16 @@ class LM(nn.Module):
         if not self.attention:
             raise ValueError("LM: attention=(): expected one entry per layer")
         blocks = self.blocks()
-        if self.width % self.heads:
+        if self.head_dim is None and self.width % self.heads:
             raise ValueError(
                 f"LM: width={self.width}: expected a multiple of heads={self.heads}"
             )
         more = 1 if self.interleaving else 0  # an id for the attention's own token
         self.embed = Embed(self.vocab + more, self.width, self.dtype)
+        if self.learned:
+            self.positions = Embed(self.learned, self.width, self.dtype)
         self.layers = Layers(Pattern(blocks), self.scan, self.remat)
-        self.norm = nn.RMSNorm(dtype=self.dtype)
+        self.norm = self.norms.module(self.dtype)
         if not self.tied:
             self.head = nn.Dense(
                 self.vocab, use_bias=False, dtype=self.dtype, kernel_init=INIT
@@ -83,22 +102,39 @@ class LM(nn.Module):
 
     def blocks(self) -> tuple[Block, ...]:
         """The layers, unbound."""
-        check_sizes("LM", self, "vocab width heads kv_heads head_dim")
+        check_sizes("LM", self, "vocab width heads kv_heads head_dim learned")
         check_layers("LM: attention", self.attention)
         # 8/3 E, up to a multiple of 16
         hidden = -(-8 * self.width // 48) * 16 if self.hidden is None else self.hidden
+        parts = zip(
+            map(unbound, self.attention), self._each("position"), self._each("feed"),
+            self._each("residual"),
+        )
         return tuple(
             Block(
                 a if isinstance(a, Layer) else MultiHead(
                     a, self.heads, self.kv_heads, self.head_dim,
-                    position=unbound(self.position), qk_norm=self.qk_norm,
-                    out_norm=self.out_norm, out_gate=self.out_gate, dtype=self.dtype,
+                    position=unbound(position), qk_norm=self.qk_norm,
+                    sinks=self.sinks, out_norm=self.out_norm, out_gate=self.out_gate,
+                    norm=self.norms, use_bias=self.use_bias, dtype=self.dtype,
                     parent=None,
                 ),
-                hidden, self.dtype, parent=None,
+                hidden, self.dtype, feed, self.norms, residual, parent=None,
             )
-            for a in map(unbound, self.attention)
+            for a, position, feed, residual in parts
         )
+
+    def _each(self, name: str) -> tuple:
+        """A field that is one for all layers or a tuple of one a layer, as a tuple."""
+        value, layers = getattr(self, name), len(self.attention)
+        if not isinstance(value, tuple):
+            return (value,) * layers
+        if len(value) != layers:
+            raise ValueError(
+                f"LM: {name} has {len(value)} entries: expected one for each of the "
+                f"{layers} layers"
+            )
+        return value
 
     def __call__(self, tokens, state=None, *, segments=None, at=None):
         """tokens [B,T] int -> logits [B,T,vocab]; with a state: (state, logits).
@@ -108,6 +144,9 @@ class LM(nn.Module):
         """
         if tokens.ndim != 2 or 0 in tokens.shape:
             raise ValueError(f"tokens have shape {tokens.shape}: expected [B,T], T > 0")
+        if self.learned and tokens.shape[1] > self.learned:
+            raise ValueError(f"tokens have shape {tokens.shape}: expected at most "
+                             f"learned={self.learned} of a row")
         index = None
         if self.interleaving:
             # all layers have read the same tokens: the first one's clock is theirs
@@ -115,7 +154,7 @@ class LM(nn.Module):
             tokens, segments, index = self.interleaving.interleave(
                 tokens, segments, *clock, own=self.vocab
             )
-        x = lay(self.embed(tokens), "BTE")  # [B,T] -> [B,T,E]
+        x = lay(self._embedded(tokens, state, segments), "BTE")  # [B,T] -> [B,T,E]
         after, x = self.layers(x, state, segments)
         if index is not None:
             # the outputs of the text alone: [B,T',E] -> [B,T,E]
@@ -125,8 +164,23 @@ class LM(nn.Module):
         x = self.norm(x)
         # [B,T,E] [E,vocab]; the attention's own token is never predicted
         logits = self.embed.attend(x)[..., : self.vocab] if self.tied else self.head(x)
-        logits = lay(logits.astype(jnp.float32), "BTN" if at is None else "BN")
+        logits = logits.astype(jnp.float32)
+        if self.softcap is not None:
+            logits = self.softcap * jnp.tanh(logits / self.softcap)
+        logits = lay(logits, "BTN" if at is None else "BN")
         return logits if state is None else (after, logits)
+
+    def _embedded(self, tokens, state, segments):
+        """The vectors [B,T,E] of tokens [B,T], with those of their positions."""
+        x = self.embed(tokens)
+        if self.embed_scale is not None:
+            # in the dtype of the vectors, as the models were trained
+            x = x * jnp.asarray(self.embed_scale, x.dtype)
+        if not self.learned:
+            return x
+        clock = () if state is None else (state[0].end, state[0].segment)
+        now = locate(segments, *tokens.shape, *clock)
+        return x + self.positions(jnp.minimum(now.pos, self.learned - 1))
 
     def init_state(self, size: int, tokens: Any) -> tuple:
         """Empty memories for `size` tokens, one per layer. tokens [B,T]: the coming

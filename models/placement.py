@@ -26,12 +26,17 @@ from attn.layers import Layer
 from attn.parallel.sharding import Axis
 
 # letters of the axes of a parameter, by the end of its path: H heads, F channels within
-# a layer and N ids of the vocabulary are split over `model`; E, D, R (a rank), T
-# (tokens) and W (taps) are not. These are the parameters of networks; those of
+# a layer, N ids of the vocabulary or experts are split over `model`; E, D, R (a rank),
+# T (tokens) and W (taps) are not. These are the parameters of networks; those of
 # attentions and layers stand in their classes, as `parameter_axes`
 RULES = {
     "embed/embedding": "NE", "head/kernel": "EN", "head/bias": "N",
     "mlp/gate/kernel": "EF", "mlp/up/kernel": "EF", "mlp/out/kernel": "FE",
+    "mlp/shared/gate/kernel": "EF", "mlp/shared/up/kernel": "EF",
+    "mlp/shared/out/kernel": "FE",
+    # whole experts; what is left of them may be split over other devices
+    "mlp/experts/gate_kernel": "NEE", "mlp/experts/up_kernel": "NEE",
+    "mlp/experts/out_kernel": "NEE", "mlp/experts/*_bias": "NE",
     "channels_*/[vu]/kernel": "EF", "channels_*/out/kernel": "FE",
 }
 SPLIT = "HFN"

@@ -7,55 +7,81 @@ through them.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import inspect
-from typing import Any
+from typing import Any, Callable
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from attn.contract.norm import Norm
 from attn.layers import Layer
+from models.feed import INIT, Feed
 from models.placement import lay
 
-INIT = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
+__all__ = ["INIT", "Block", "Feed", "Layers", "Norm", "Pattern", "Residual"]
 
 
-class SwiGLU(nn.Module):
-    """SwiGLU (Shazeer, 2020) arXiv:2002.05202: (silu(x W) * x U) O, without bias."""
+@dataclasses.dataclass(frozen=True)
+class Residual:
+    """Where a block has its norms, and what it adds to.
 
-    hidden: int
-    dtype: Any = jnp.float32
+    before: norm(x) goes into mixer and MLP; after: what comes out of them is normed
+    before it is added. normed: it is added to norm(x) instead of x (DeepNorm's place of
+    the norm, as MiniMax has it). mixer, mlp: (a, b) of a x + b y.
+    """
 
-    @nn.compact
-    def __call__(self, x):
-        """x [B,T,E] -> [B,T,E]."""
-        dense = functools.partial(
-            nn.Dense, use_bias=False, dtype=self.dtype, kernel_init=INIT
-        )
-        gate = nn.silu(dense(self.hidden, name="gate")(x))  # [B,T,E] [E,F]
-        # (silu(x W) * x U) O: [B,T,F] [F,E]
-        return dense(x.shape[-1], name="out")(gate * dense(self.hidden, name="up")(x))
+    before: bool = True
+    after: bool = False
+    normed: bool = False
+    mixer: tuple[float, float] = (1.0, 1.0)
+    mlp: tuple[float, float] = (1.0, 1.0)
+
+    def __post_init__(self):
+        if self.normed and not self.before:
+            raise ValueError("Residual: normed=True adds to norm(x): expected before")
 
 
 class Block(nn.Module):
-    """x + mixer(norm(x)), then x + SwiGLU(norm(x)); RMSNorm in float32."""
+    """x + mixer(norm(x)), then x + MLP(norm(x)); norms in float32.
+
+    hidden: of a SwiGLU, 0 for none; feed: another description of the MLP, as `Feed`.
+    norm, residual: which norms there are, and where.
+    """
 
     mixer: Layer
     hidden: int
     dtype: Any = jnp.float32
+    feed: Any = None
+    norm: Norm = Norm()
+    residual: Residual = Residual()
 
     @nn.compact
     def __call__(self, x, state=None, segments=None):
         """x [B,T,E] -> (state, x); the state stays None if none was given."""
-        y = nn.RMSNorm(dtype=self.dtype, name="mixer_norm")(x)
-        y = self.mixer(y, state, segments=segments)
-        state, y = (None, y) if state is None else y
-        x = lay(x + y, "BTE")
-        if self.hidden:
-            y = nn.RMSNorm(dtype=self.dtype, name="mlp_norm")(x)
-            x = lay(x + SwiGLU(self.hidden, self.dtype, name="mlp")(y), "BTE")
-        return state, x
+        def mix(y):
+            y = self.mixer(y, state, segments=segments)
+            return (None, y) if state is None else y
+
+        after, x = self._added("mixer", x, mix)
+        feed = Feed(self.hidden) if self.feed is None else self.feed
+        if feed.hidden:
+            mlp = feed.module(self.dtype, "mlp")
+            _, x = self._added("mlp", x, lambda y: (None, mlp(y)))
+        return after, x
+
+    def _added(self, name: str, x, f: Callable) -> tuple[Any, Any]:
+        """The state, and x with f's output, of its norms' places."""
+        how = self.residual
+        y = self.norm.module(self.dtype, f"{name}_norm")(x) if how.before else x
+        base = y if how.normed else x
+        state, y = f(y)
+        if how.after:
+            y = self.norm.module(self.dtype, f"{name}_out_norm")(y)
+        a, b = getattr(how, name)
+        # no product where there is no factor
+        base, y = (m if w == 1 else m * w for m, w in ((base, a), (y, b)))
+        return state, lay(base + y, "BTE")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,7 +121,7 @@ class Layers(nn.Module):
         cls = nn.remat(Block) if self.remat and states is None else Block
         after = []
         for n, block in enumerate(blocks):
-            bound = cls(block.mixer, block.hidden, block.dtype, name=f"layer_{n}")
+            bound = cls(**_fields(block), name=f"layer_{n}")
             state, x = bound(x, None if states is None else states[n], segments)
             after.append(state)
         return (None if states is None else tuple(after)), x
@@ -115,6 +141,12 @@ class Layers(nn.Module):
             return one.apply({"params": params}, x, None, segments, rngs=rngs)[1], None
 
         return jax.lax.scan(body, x, (params, keys))[0]
+
+
+def _fields(block: Block) -> dict[str, Any]:
+    """What a block was made of, for another one."""
+    names = (f.name for f in dataclasses.fields(block))
+    return {n: getattr(block, n) for n in names if n not in ("parent", "name")}
 
 
 def check_layers(title: str, entries: Any) -> None:

@@ -47,7 +47,7 @@ def lookup(table: jax.Array, tokens: jax.Array) -> jax.Array:
     be split over data and seq; the compiler's way elsewhere."""
     mesh = jax.sharding.get_abstract_mesh()
     rows = PartitionSpec("data", "seq")
-    if mesh is None or mesh.empty or not _fits(mesh, tokens.shape):
+    if not splits_rows(mesh, tokens.shape):
         return jnp.take(table, tokens, axis=0)
     ids = tensor_spec("embed/embedding", table.shape, mesh)
     split = len(ids) > 0  # N is split over `model`
@@ -67,8 +67,12 @@ def lookup(table: jax.Array, tokens: jax.Array) -> jax.Array:
     )
 
 
-def _fits(mesh: Any, shape: tuple[int, ...]) -> bool:
+def splits_rows(mesh: Any, shape: tuple[int, ...]) -> bool:
+    """Whether the mesh, None for none, can split B and T of shape [B,T] over data and
+    seq."""
     homes = "data", "seq"
-    if not {*homes} <= {*mesh.axis_names} or math.prod(mesh.shape.values()) == 1:
+    if mesh is None or mesh.empty or math.prod(mesh.shape.values()) == 1:
+        return False
+    if not {*homes} <= {*mesh.axis_names}:
         return False
     return all(size % mesh.shape[home] == 0 for home, size in zip(homes, shape))

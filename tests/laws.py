@@ -272,6 +272,10 @@ ENTRIES = {
         spread=False, wraps="delta",
         in_v=False,
     ),
+    "delta_channels": Entry(
+        Delta(gated=True, channels=True, rank=4, conv=2, chunk=8), flops=1, decode=0,
+        spread=False, wraps="delta", kernel=False, in_v=False,
+    ),
     "titans": Entry(
         Titans(depth=1, chunk=4), flops=1, decode=0, kernel=False, spread=False,
         packed=True,

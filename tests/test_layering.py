@@ -32,7 +32,7 @@ ORDER = {
 }
 # files directly in attn/ that are no family: what surrounds the mechanisms
 AROUND = {"__init__", "__main__", "masks", "positions", "layers", "template", "grid",
-          "mixers", "baseconv"}
+          "mixers", "baseconv", "mla"}
 FOR_FAMILIES = {"softmax"}  # the family that others may build on
 ANALYSES = {"dsf"}  # papers that say what attention is, not another one
 FILES = [path for package in BELOW for path in sorted((ROOT / package).rglob("*.py"))]

@@ -6,6 +6,7 @@ state that it begins with; only the state is carried between them, by a scan.
 
 from __future__ import annotations
 
+import functools
 from typing import Any, Callable
 
 import jax
@@ -14,9 +15,9 @@ import jax.numpy as jnp
 from attn.contract.varying import varying
 from attn.recurrent.chunks import (
     ChunkSegments, exact_pairs, filled, from_chunks, only, pair_decays, pairs,
-    segments_of, to_chunks,
+    pairs_by_channel, segments_of, to_chunks,
 )
-from attn.recurrent.linear_chunked import decays
+from attn.recurrent.linear_chunked import BLOCK, decays
 from attn.recurrent.triangular import solve
 
 
@@ -62,7 +63,9 @@ def system(q, k, v, beta, log_decay, segment, chunk: int, scale: float):
     """`intra_chunk` of all chunks, and the factors of the states that they begin with.
     """
     t, h = beta.shape[1:]
-    c = min(chunk, t)
+    # decays by channel are paired within blocks, of which a chunk has a whole number
+    block = min(BLOCK, t) if log_decay is not None and log_decay.ndim == 4 else 1
+    c = -(-min(chunk, t) // block) * block
     row = filled(segment, t, c)
     q, k, v = (to_chunks(a, c, h) for a in (q, k, v))
     beta, g = to_chunks(beta[..., None], c), decays(log_decay, row, t, c)
@@ -70,7 +73,8 @@ def system(q, k, v, beta, log_decay, segment, chunk: int, scale: float):
         beta = only((row > 0).reshape(row.shape[0], -1, 1, c, 1).swapaxes(0, 1), beta)
     segments = segments_of(row, c)
     # the backward pass solves a chunk again, and keeps no more of it than the solution
-    q, p, k, u, w = jax.checkpoint(intra_chunk)(q * scale, k, v, beta, g, segments)
+    intra = jax.checkpoint(functools.partial(intra_chunk, block=block))
+    q, p, k, u, w = intra(q * scale, k, v, beta, g, segments)
     factor = jnp.ones((1,) * 5, jnp.float32)
     factor = factor if g is None else jnp.exp(g.sum(3))[..., None]
     factor = only(segments.keeps, factor)
@@ -89,14 +93,20 @@ def carry(state, factor, k, u, w):
     return jax.lax.scan(pass_on, varying(state, chunks), chunks)
 
 
-def intra_chunk(q, k, v, beta, g, segments: ChunkSegments):
+def intra_chunk(q, k, v, beta, g, segments: ChunkSegments, block: int):
     """What does not depend on the state: q as it meets the state the chunk begins with,
     the weights p [N,B,H,c,c] of what is written, k as it writes into the state the
-    chunk ends with, and u = u_0 - w S_0 as u_0 [N,B,H,c,V] and w [N,B,H,c,D]."""
+    chunk ends with, and u = u_0 - w S_0 as u_0 [N,B,H,c,V] and w [N,B,H,c,D]. block: of
+    tokens whose channels decay by themselves, 1 where a head decays as one."""
     before = jnp.tril(jnp.ones((1, 1, 1, q.shape[3], q.shape[3]), bool), -1)
-    decay = pair_decays(g)
-    a = tuple(only(before, only(segments.seen, s * decay)) for s in exact_pairs(k))
-    p = only(segments.seen, pairs(q, k, g))
+    if block == 1:
+        decay = pair_decays(g)
+        found, p = tuple(s * decay for s in exact_pairs(k)), pairs(q, k, g)
+    else:
+        own = pairs_by_channel(k, k, g, block)
+        found, p = (own, jnp.zeros_like(own)), pairs_by_channel(q, k, g, block)
+    a = tuple(only(before, only(segments.seen, s)) for s in found)
+    p = only(segments.seen, p)
     early, late = k, k
     if g is not None:
         entered = jnp.exp(jnp.cumsum(g, 3))  # exp(G_i), from the chunk's beginning

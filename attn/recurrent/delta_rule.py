@@ -16,7 +16,8 @@ or by a kernel. Only exponents <= 0 are computed, and the result does not depend
 chunk's size.
 
 Sources: DeltaNet (Yang et al., 2024, arXiv:2406.06484); with the decay, Gated DeltaNet
-(Yang et al., 2024, arXiv:2412.06464).
+(Yang et al., 2024, arXiv:2412.06464); with one of each key channel, exp(g_t) S then
+being diag(exp(g_t)) S, Kimi Delta Attention (Kimi team, 2025, arXiv:2510.26692).
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from attn.recurrent.chunks import only
 from attn.recurrent.delta_chunked import chunked, unknown_state
 from attn.recurrent.lasp import CarryIn, carry_in
 from attn.recurrent.linear import token_decays
+from pallas_kernels import Refused
 from pallas_kernels.delta.api import WIDEST, delta
 
 NONE = 2**30  # the first segment of a shard that has no tokens, behind all others
@@ -103,10 +105,11 @@ def recurrence(
     beta [B,T,H] says what H is; q [B,T,.,D], k [B,T,.,D] and v [B,T,.,V] have H heads
     each, or a number that divides it and serves H/. neighbours: grouped keys and
     values, or, as Gated DeltaNet has them, fewer queries and keys than values.
-    log_decay None, [H] or [B,T,H], at most 0; state [B,H,D,V] is seen by tokens of
-    segment 1. segment [B,T] as in `attn.contract.segments`: padding writes nothing,
-    does not decay, and its output is 0. Keys need not be unit vectors, but |k|^2 beta >
-    2 makes memories grow. chunk: of XLA's form; it changes the time, not the result.
+    log_decay None, [H], [B,T,H] or, of each channel of the key, [B,T,H,D], at most 0;
+    state [B,H,D,V] is seen by tokens of segment 1. segment [B,T] as in
+    `attn.contract.segments`: padding writes nothing, does not decay, and its output is
+    0. Keys need not be unit vectors, but |k|^2 beta > 2 makes memories grow. chunk: of
+    XLA's form; it changes the time, not the result.
 
     axis: the mesh axis that T is split over, inside `shard_map`, a form that is
     proposed here. A shard maps the state that comes in to A S + M: every shard gathers
@@ -131,6 +134,9 @@ def recurrence(
         return chunked(q, k, v, beta, log_decay, segment, chunk, scale, state, join)
 
     def kernel(backend):
+        if log_decay is not None and log_decay.ndim == 4:
+            raise Refused("there is no kernel for a decay of each key channel yet, "
+                          "expected one a head, or implementation='xla'")
         call = functools.partial(
             delta, q, k, beta=beta, log_decay=log_decay, segment=segment, scale=scale,
             backend=backend, interpret=interpreted())
@@ -197,9 +203,10 @@ def _check(q, k, v, beta, log_decay, state, segment, chunk: int) -> None:
             )
     if chunk < 1:
         raise ValueError(f"chunk={chunk}: expected 1 or more tokens")
-    if log_decay is not None and log_decay.shape not in ((h,), (b, t, h)):
+    shapes = (h,), (b, t, h), (b, t, h, d)
+    if log_decay is not None and log_decay.shape not in shapes:
         raise ValueError(
-            f"log_decay has shape {log_decay.shape}: expected {(h,)} or {(b, t, h)}"
+            f"log_decay has shape {log_decay.shape}: expected one of {shapes}"
         )
     if state is not None and state.shape != (b, h, d, width):
         raise ValueError(

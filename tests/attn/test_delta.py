@@ -12,6 +12,8 @@ from tests.oracles.delta_rule import B, H, close, recurrence
 LAYERS = {
     "plain": Delta(chunk=8), "no_conv": Delta(conv=0, negative=True),
     "gated": Delta(gated=True, chunk=8), "negative": Delta(gated=True, negative=True),
+    "channels": Delta(gated=True, channels=True, rank=4, chunk=8),
+    "values": Delta(gated=True, values=3, chunk=8),
 }
 SEGMENTS = np.array([[1] * 5 + [2] * 8 + [0] * 3, [0] * 2 + [1] * 6 + [3] * 8])
 
@@ -63,6 +65,27 @@ def test_the_layer_is_its_equation():
                          np.ones((B, 16), int), 8**-0.5, zeros, state)
     close(apply(layer, params, q, k, v, x=x), want[1], 1e-5)
     assert (0 < np.exp(own["A_log"])).all() and (np.exp(own["A_log"]) <= 16).all()
+
+
+def test_a_head_of_keys_may_serve_several_of_values():
+    """As many heads of keys, all alike, give the same."""
+    q, k, v, x = layer_inputs()
+    some, all_ = Delta(gated=True, conv=0, values=3), Delta(gated=True, conv=0)
+    q = q[:, :, :2]
+    params = init(some, jax.random.key(1), q, k, v, x=x)
+    found = apply(some, params, q, k, v, x=x)
+    q, k = (jnp.repeat(a, 3, 2) for a in (q, k))
+    want = apply(all_, params, q, k, v.reshape(B, 16, 6, 4), x=x)
+    close(found, want, 1e-6)
+
+
+def test_kernels_have_one_decay_a_head():
+    q, k, v, x = layer_inputs()
+    layer = Delta(gated=True, channels=True, implementation="pallas")
+    with pytest.raises(NotImplementedError, match="no kernel for a decay of each"):
+        jax.eval_shape(layer.init, jax.random.key(0), q, k, v, x=x)
+    with pytest.raises(ValueError, match="channels=True without gated"):
+        Delta(channels=True)
 
 
 def test_the_layer_says_what_was_expected():

@@ -210,3 +210,18 @@ def test_the_published_bands_are_the_defaults():
         RoPE(scaling=scaling, factor=8.0, original=64, fast=fast).frequencies(32))
     same("llama3", 4.0)
     same("yarn", 32.0)
+
+
+def test_dynamic_angles_are_those_of_the_formula():
+    """theta (factor L / original - (factor - 1))^(D/(D-2)), L the longest text."""
+    rope, d = RoPE(theta=100.0, scaling="dynamic", factor=2.0, original=8), 6
+    x = np.random.default_rng(0).normal(size=(1, 12, 1, d)).astype(np.float32)
+    for t in (5, 12):
+        theta = 100.0 * (2.0 * max(t, 8) / 8 - 1) ** (d / (d - 2))
+        pos = np.arange(t)
+        angle = pos[:, None] * theta ** (-np.arange(0, d, 2) / d)
+        a, b = np.split(x[0, :t, 0].astype(np.float64), 2, -1)
+        want = np.concatenate([a * np.cos(angle) - b * np.sin(angle),
+                               a * np.sin(angle) + b * np.cos(angle)], -1)
+        found = rope.rotate(jnp.asarray(x[:, :t]), jnp.asarray(pos)[None])
+        np.testing.assert_allclose(found[0, :, 0], want, atol=2e-6)

@@ -27,7 +27,8 @@ def both(f):
 
 @pytest.mark.parametrize("t", [1, 37])
 @pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("kind", ["none", "head", "token", "strong", "mixed"])
+@pytest.mark.parametrize("kind", [
+    "none", "head", "token", "channel", "strong", "mixed", "mixed_channel"])
 def test_it_is_the_recurrence(kind, packed, t):
     for top, heads, chunk in ((1.0, (H, 2, 2), 16), (2.0, (2, 2, H), 64)):
         *args, d_o, d_state = inputs(t, kind, top, heads)
@@ -42,7 +43,8 @@ def test_it_is_the_recurrence(kind, packed, t):
         held(*both(f)(args, (d_state, d_o)), want, grads, args[4])
 
 
-@pytest.mark.parametrize("kind, packed", [("none", True), ("token", False)])
+@pytest.mark.parametrize("kind, packed", [
+    ("none", True), ("token", False), ("channel", True)])
 def test_the_loop_is_the_recurrence(kind, packed):
     *args, d_o, d_state = inputs(37, kind)
     run = np.array(RUNS[37] if packed else np.ones((B, 37)), np.int32)

@@ -1,0 +1,130 @@
+"""Sources: where the model of a command comes from, and what it runs with.
+
+A folder with `config.json` and safetensors, a name on a hub, or the folder of a run of
+`experiments.lm`; its exact attentions may be others.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+import shlex
+from typing import Any, NamedTuple
+
+from attn.layers import Layer
+from attn.masks import Causal
+from attn.softmax import Softmax
+from experiments.cli import config
+from experiments.training.loop import abstract
+from experiments.training.runs import RECORD, Checkpoints
+from experiments.training.step import TEXT
+from models.checkpoint import load
+from models.checkpoint.tokenizer import Defaults, Tokenizer, defaults, local, longest
+from models.sampling import Sampling
+
+
+class Loaded(NamedTuple):
+    """A model, its parameters, its tokenizer (`encode`, `decode`), how it wants to be
+    sampled, and the longest text that it was made for."""
+
+    model: Any
+    params: Any
+    text: Any
+    defaults: Defaults
+    limit: int | None
+
+
+def loaded(name: str) -> Loaded:
+    """A model by its folder or its name."""
+    if (pathlib.Path(name).expanduser() / RECORD).exists():
+        return of_run(pathlib.Path(name).expanduser())
+    folder = local(name)
+    model, params = load(folder)
+    there = (folder / "tokenizer.json").exists()
+    text = Tokenizer(folder, model.vocab) if there else Ids()
+    return Loaded(model, params, text, defaults(folder), longest(model))
+
+
+class Ids:
+    """The tokenizer of a folder that has none: ids, with spaces between."""
+
+    def encode(self, text: str) -> list[int]:
+        """The ids that stand in the text."""
+        try:
+            return [int(word) for word in text.split()]
+        except ValueError:
+            raise ValueError(f"prompt={text!r}: the folder has no tokenizer.json, "
+                             "expected ids such as '5 7 9'") from None
+
+    def decode(self, ids: list[int]) -> str:
+        """The ids as text."""
+        return "".join(f" {n}" for n in ids)
+
+
+class OfCorpus:
+    """The tokenizer of a run's text."""
+
+    def __init__(self, corpus: Any):
+        self.corpus = corpus
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of a text."""
+        return self.corpus.encode(text).tolist()
+
+    def decode(self, ids: list[int]) -> str:
+        """The text of ids."""
+        return self.corpus.decode(ids)
+
+
+def of_run(folder: pathlib.Path) -> Loaded:
+    """The newest parameters of a run of `experiments.lm`."""
+    from experiments import lm
+
+    words = shlex.split(json.loads((folder / RECORD).read_text())["command"])
+    if words[2] != "experiments.lm":
+        raise ValueError(f"{folder} is a run of {words[2]}: expected experiments.lm")
+    given = config.read(lm.Config, words[3:])
+    model, data = given.model(), given.data
+    like = abstract(model, given.plan(), data.batch(0, 1)[TEXT.inputs], None)
+    state = Checkpoints(folder).restore(like)
+    nothing = Defaults(Sampling(), [], [])
+    return Loaded(model, state.params, OfCorpus(data), nothing, None)
+
+
+def swapped(model: Any, attention: tuple | None, policy: Any) -> Any:
+    """The model with other attentions, its parameters as they are: one, or one for each
+    layer of exact attention; or a policy for those of them that see everything."""
+    exact = [n for n, a in enumerate(model.attention) if isinstance(a, Softmax)]
+    if policy is not None:
+        exact = [n for n in exact if model.attention[n].visible == Causal()]
+        entries = (policy,) * len(exact)
+    elif attention is not None:
+        entries = attention
+        entries = entries * len(exact) if len(entries) == 1 else entries
+    else:
+        return model
+    if len(entries) != len(exact):
+        raise ValueError(f"attention has {len(entries)} entries: expected 1, or "
+                         f"{len(exact)}, one for each layer of exact attention")
+    layers = list(model.attention)
+    for n, entry in zip(exact, entries):
+        layers[n] = entry if isinstance(entry, Layer) else inherited(layers[n], entry)
+    return model.clone(attention=tuple(layers))
+
+
+def inherited(old: Softmax, new: Any) -> Any:
+    """The new attention with the scale, softcap and window that the model was trained
+    with, where it does not say its own."""
+    names = {f.name for f in dataclasses.fields(new)}
+    taken = {}
+    for name in ("scale", "softcap", "mask"):
+        value = getattr(old, name)
+        own = getattr(new, name, None)
+        if value is None or own not in (None, Causal()):
+            continue
+        if name not in names:
+            raise ValueError(f"{type(new).__name__} has no {name}, and the model was "
+                             f"trained with {value}: expected an attention that has")
+        taken[name] = value
+    return dataclasses.replace(new, **taken) if taken else new

@@ -196,4 +196,5 @@ def local(name: str) -> pathlib.Path:
             huggingface_hub.snapshot_download(name, allow_patterns=wanted))
     except Exception as error:  # of many libraries below it
         why = str(error).strip().partition("\n")[0]
-        raise ConnectionError(f"{name} cannot be downloaded ({why})") from None
+        raise ConnectionError(
+            f"{name} is no folder here, and cannot be downloaded ({why})") from None

@@ -31,6 +31,7 @@ from attn.essa import Essa
 from attn.flexprefill import FlexPrefill
 from attn.flow import Flow
 from attn.gla import GLA
+from attn.h2o import H2O
 from attn.hip import HiP
 from attn.landmark import Landmark
 from attn.layers import MultiHead
@@ -51,8 +52,10 @@ from attn.sea import SEA
 from attn.seer import Seer
 from attn.snapkv import SnapKV
 from attn.softmax import Softmax
+from attn.streaming import Streaming
 from attn.titans import Titans
 from attn.topk import TopK
+from attn.tova import TOVA
 from experiments.measure import cost
 from models import placement
 
@@ -331,6 +334,18 @@ ENTRIES = {
     "snapkv": Entry(
         SnapKV(capacity=2 * T, window=4), same=(SnapKV(), Softmax()), decode=0,
         ends=True, wraps="softmax",
+    ),
+    "streaming": Entry(
+        Streaming(sinks=2, window=2 * T), same=(Streaming(), Softmax()), decode=0,
+        ends=True, wraps="softmax",
+    ),
+    "h2o": Entry(
+        H2O(heavy=T, recent=T), same=(H2O(), Softmax()), decode=0, ends=True,
+        wraps="softmax",
+    ),
+    "tova": Entry(
+        TOVA(capacity=2 * T), same=(TOVA(), Softmax()), decode=0, ends=True,
+        wraps="softmax",
     ),
     # a window that reaches the first token
     "s2": Entry(

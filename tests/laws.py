@@ -22,6 +22,7 @@ import numpy as np
 import pytest
 
 from attn.aaren import Aaren
+from attn.adakv import AdaKV
 from attn.based import Based
 from attn.combiner import Combiner
 from attn.contract import dispatch
@@ -43,6 +44,7 @@ from attn.masks import Causal, Full, Sink, Window
 from attn.miras import Memora, Miras, Moneta, Yaad
 from attn.positions import ALiBi, RoPE
 from attn.prflash import PrFlash
+from attn.pyramidkv import PyramidKV
 from attn.rat import RAT
 from attn.retnet import RetNet
 from attn.routing import Routing
@@ -333,6 +335,14 @@ ENTRIES = {
     # a call is not compressed
     "snapkv": Entry(
         SnapKV(capacity=2 * T, window=4), same=(SnapKV(), Softmax()), decode=0,
+        ends=True, wraps="softmax",
+    ),
+    "pyramidkv": Entry(
+        PyramidKV(capacity=2 * T, window=4, layers=3, layer=2),
+        same=(PyramidKV(), Softmax()), decode=0, ends=True, wraps="softmax",
+    ),
+    "adakv": Entry(
+        AdaKV(capacity=2 * T, window=4), same=(AdaKV(), Softmax()), decode=0,
         ends=True, wraps="softmax",
     ),
     "streaming": Entry(

@@ -9,10 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attn.cache import evict
+from attn.adakv import AdaKV
+from attn.cache import evict, kv as caches
 from attn.cache.rolling import rerotated
+from attn.contract.segments import locate
 from attn.exact.dense import logits, weights
 from attn.h2o import H2O, simulated
+from attn.pyramidkv import budgets
 from attn.positions import RoPE
 from attn.streaming import Streaming
 from attn.tova import TOVA
@@ -23,6 +26,7 @@ def run(case: Mapping[str, Any]) -> dict[str, np.ndarray]:
     config = case["config"]
     kinds = {
         "sink": streaming, "heavy": h2o, "steps": tova, "new_positions": rerotate,
+        "beta": pyramid, "floor_alpha": ada,
     }
     name = next((word for word in kinds if word in config), None)
     if name is None: return {}
@@ -103,3 +107,38 @@ def rerotate(case, config):
     counted = jnp.arange(k.shape[1], dtype=jnp.int32)[None]
     return {"k_rope": rope.rotate(every, counted),
             "k_rerotated": rerotated(taken, at, rope)}
+
+
+def pyramid(case, config):
+    given = (config[name] for name in ("q_len", "capacity", "window", "beta", "layers"))
+    return {"pyramid_topk": np.array(budgets(*given))}
+
+
+def ada(case, config):
+    q, k, v = arrays(case)
+    s, heads = k.shape[1:3]
+    policy = AdaKV(
+        capacity=config["base_capacity"], window=config["window"],
+        kernel=config["kernel"], pool=config["pool"].removesuffix("pool"),
+        floor=config["floor_alpha"])
+    now = locate(None, 1, s)
+    pos = jnp.broadcast_to(now.pos[..., None], (1, s, heads))
+    cache, early = caches.Cache(k, v, pos, *now[2:]), pos < s - policy.window
+    score = policy.head_scores(q, cache, now, early)[0, :, :s - policy.window]
+    state, _ = jax.jit(policy.step)(policy.init_state(s + 1, q, k, v), q, k, v)
+    tokens, own = (np.asarray(a).ravel() for a in (state.tokens, state.heads))
+    mask = np.zeros((heads, s), bool)
+    mask[own[own >= 0], tokens[own >= 0]] = True
+    if "keep_mask" in case and _same_scores(mask, case["keep_mask"], score):
+        mask = case["keep_mask"]
+    return {"pooled_scores_kv": score, "head_lens": mask.sum(1), "keep_mask": mask}
+
+
+def _same_scores(ours, theirs, score):
+    """Max pooling makes exact ties at the cut: the stored choice stands if it has the
+    same scores as ours, head by head."""
+    cut = score.shape[1]
+    chosen = [[np.sort(np.asarray(row)[mask[:cut]]) for row, mask in zip(score, kept)]
+              for kept in (ours, theirs)]
+    return all(len(a) == len(b) and np.allclose(a, b, rtol=1e-5)
+               for a, b in zip(*chosen)) and (ours[:, cut:] == theirs[:, cut:]).all()

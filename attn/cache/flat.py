@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from attn.cache import kv as caches
 from attn.cache.kv import Cache
 from attn.contract.segments import TokenPositions
+from attn.contract.varying import varying
 from attn.exact.logits import LogitSpec
 from attn.masks import FOREVER, Mask
 
@@ -121,16 +122,25 @@ def keep(flat: Flat, kept: jax.Array, slots: int) -> Flat:
 def append(flat: Flat, k, v, now: TokenPositions) -> tuple[Flat, jax.Array]:
     """The cache with one token k [B,1,K,D], v [B,1,K,V] behind those that it holds, and
     how many slots are then used [B]."""
-    b, c, heads = flat.pos.shape
-    used = jnp.where(now.segment.max(1) > 1, 0, flat.used)
-    number = _numbers(heads)
-    # K slots of one token: heads stand where time does
-    segment = jnp.broadcast_to(now.segment, (b, heads))
-    place = now._replace(pos=now.pos * heads + number, segment=segment)
-    k, v = (jnp.swapaxes(a, 1, 2) for a in (k, v))
-    after = caches.append(_one_head(flat), k, v, place, used[:, None] + number)
-    k, v, pos = (a.reshape(was.shape) for a, was in zip(after[:3], flat[:3]))
-    return Flat(k, v, pos, *after[3:]), used + heads * (segment[:, 0] > 0)
+    c, heads = flat.pos.shape[1:]
+    began, real = now.segment.max(1) > 1, now.segment[:, 0] > 0
+    used = jnp.where(began, 0, flat.used)
+    # of one token K slots behind each other, in the axes in which they are stored
+    number = used[:, None] + _numbers(heads)
+    slot = jnp.where(real[:, None], number // heads, c), number % heads
+    row = jnp.arange(k.shape[0])[:, None]
+
+    def write(held):
+        return tuple(a.at[row, *slot].set(new[:, 0].astype(a.dtype), mode="drop")
+                     for a, new in zip(held, (k, v)))
+
+    held = varying((flat.k, flat.v), k, v, *slot)
+    keys, vals = caches.in_place(write, held, real.any())
+    code = now.pos * heads + _numbers(heads)
+    pos = jnp.where(began[:, None, None], -1, flat.pos)
+    pos = pos.at[row, *slot].set(code, mode="drop")
+    after = Flat(keys, vals, pos, now.next_pos, now.last_segment)
+    return after, used + heads * real
 
 
 def read(

@@ -34,6 +34,7 @@ from attn.flow import Flow
 from attn.gla import GLA
 from attn.h2o import H2O
 from attn.hip import HiP
+from attn.kivi import KIVI
 from attn.landmark import Landmark
 from attn.layers import MultiHead
 from attn.lightnet import LightNet
@@ -45,6 +46,7 @@ from attn.miras import Memora, Miras, Moneta, Yaad
 from attn.positions import ALiBi, RoPE
 from attn.prflash import PrFlash
 from attn.pyramidkv import PyramidKV
+from attn.quest import Quest
 from attn.rat import RAT
 from attn.retnet import RetNet
 from attn.routing import Routing
@@ -356,6 +358,15 @@ ENTRIES = {
     "tova": Entry(
         TOVA(capacity=2 * T), same=(TOVA(), Softmax()), decode=0, ends=True,
         wraps="softmax",
+    ),
+    # as many pages as there are
+    "quest": Entry(
+        Quest(page=4, budget=2 * T), same=(Quest(), Softmax()), wraps="softmax",
+    ),
+    # what has not filled a block stays as it is
+    "kivi": Entry(
+        KIVI(residual=64), same=(KIVI(), Softmax()), wraps="softmax",
+        long=KIVI(group=4, bits=8, residual=64),
     ),
     # a window that reaches the first token
     "s2": Entry(

@@ -13,9 +13,11 @@ from attn.adakv import AdaKV
 from attn.cache import evict, kv as caches
 from attn.cache.rolling import rerotated
 from attn.contract.segments import locate
-from attn.exact.dense import logits, weights
+from attn.exact.dense import logits, values, weights
 from attn.h2o import H2O, simulated
+from attn.kivi import KIVI
 from attn.pyramidkv import budgets
+from attn.quest import Quest
 from attn.positions import RoPE
 from attn.streaming import Streaming
 from attn.tova import TOVA
@@ -26,10 +28,9 @@ def run(case: Mapping[str, Any]) -> dict[str, np.ndarray]:
     config = case["config"]
     kinds = {
         "sink": streaming, "heavy": h2o, "steps": tova, "new_positions": rerotate,
-        "beta": pyramid, "floor_alpha": ada,
+        "beta": pyramid, "floor_alpha": ada, "page": quest, "bits": kivi,
     }
-    name = next((word for word in kinds if word in config), None)
-    if name is None: return {}
+    name = next(word for word in kinds if word in config)
     return {key: np.asarray(a) for key, a in kinds[name](case, config).items()}
 
 
@@ -142,3 +143,37 @@ def _same_scores(ours, theirs, score):
               for kept in (ours, theirs)]
     return all(len(a) == len(b) and np.allclose(a, b, rtol=1e-5)
                for a, b in zip(*chosen)) and (ours[:, cut:] == theirs[:, cut:]).all()
+
+
+def quest(case, config):
+    q, k, v = arrays(case)
+    s, h = k.shape[1], q.shape[2]
+    policy = Quest(page=config["page"], budget=config["token_budget"],
+                   least=config["min_pages"])
+    wide = jnp.broadcast_to(q, (1, s, *q.shape[2:]))
+    state, _ = jax.jit(policy.step)(policy.init_state(s, wide, k, v), wide, k, v)
+    slots = np.asarray(policy.chosen_slots(state, q[:, 0]))[0]  # [N,H]
+    mask = np.zeros((1, h, s), bool)
+    for head in range(h):
+        mask[0, head, slots[slots[:, head] >= 0, head]] = True
+    p = weights(logits(q, k), mask[:, :, None])
+    return {"page_upper_bound": policy.bounds(state, q[:, 0]), "token_mask": mask,
+            "out": values(p, v)}
+
+
+def kivi(case, config):
+    k, v = arrays(case, "kv")
+    policy = KIVI(bits=config["bits"], group=config["group"],
+                  residual=config["residual"])
+    state, _ = jax.jit(policy.step)(policy.init_state(k.shape[1], k, k, v), k, k, v)
+    cache, out = policy.cache(state), {}
+    for name, codes, n, per in (
+        ("k", state.keys, config["n_k_quant"], policy.group),
+        ("v", state.values, config["n_v_quant"], 1),
+    ):
+        words = n * policy.bits // 32 if name == "k" else n
+        out[f"{name}_code_packed"] = jnp.swapaxes(codes.code[:, :words], 1, 2)
+        out[f"{name}_scale"] = jnp.swapaxes(codes.scale[:, :n // per], 1, 2)
+        out[f"{name}_min"] = jnp.swapaxes(codes.least[:, :n // per], 1, 2)
+        out[f"{name}_deq"] = getattr(cache, name)[:, :n]
+    return out

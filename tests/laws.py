@@ -365,8 +365,8 @@ ENTRIES = {
     ),
     # what has not filled a block stays as it is
     "kivi": Entry(
-        KIVI(residual=64), same=(KIVI(), Softmax()), wraps="softmax",
-        long=KIVI(group=4, bits=8, residual=64),
+        KIVI(bits=8, group=4, residual=64), same=(KIVI(), Softmax()),
+        wraps="softmax",
     ),
     # a window that reaches the first token
     "s2": Entry(

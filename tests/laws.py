@@ -28,6 +28,7 @@ from attn.combiner import Combiner
 from attn.contract import dispatch
 from attn.contract.attention import said
 from attn.delta import Delta
+from attn.duo import Duo
 from attn.essa import Essa
 from attn.flexprefill import FlexPrefill
 from attn.flow import Flow
@@ -48,6 +49,7 @@ from attn.prflash import PrFlash
 from attn.pyramidkv import PyramidKV
 from attn.quest import Quest
 from attn.rat import RAT
+from attn.razor import Razor
 from attn.retnet import RetNet
 from attn.routing import Routing
 from attn.s2 import S2
@@ -366,6 +368,15 @@ ENTRIES = {
     # what has not filled a block stays as it is
     "kivi": Entry(
         KIVI(bits=8, group=4, residual=64), same=(KIVI(), Softmax()),
+        wraps="softmax",
+    ),
+    # buffers that hold all
+    "razor": Entry(
+        Razor(sinks=2, buffer=2 * T, share=0.0), same=(Razor(), Softmax()),
+        wraps="softmax",
+    ),
+    "duo": Entry(
+        Duo(sinks=2, recent=2 * T), same=(Duo(), Softmax()),
         wraps="softmax",
     ),
     # a window that reaches the first token

@@ -108,6 +108,29 @@ def _grouped(x: jax.Array, group: int, axis: int) -> jax.Array:
     return x.reshape(*x.shape[:axis], -1, group, *x.shape[axis + 1:])
 
 
+def int4(x: jax.Array, group: int) -> Codes:
+    """x [...,X] in 4 bits, over groups of the last axis, as DuoAttention stores a cache
+    (Xiao et al., 2024, arXiv:2410.10819): two codes a byte, the even one high, uint8
+    [...,X/2]; scale and least value [...,X/group] in float16; halves round up."""
+    wide = _grouped(x.astype(jnp.float32), group, x.ndim - 1)
+    low = wide.min(-1, keepdims=True)
+    scale = (wide.max(-1, keepdims=True) - low) / 15 + 1e-8
+    # x - low is never negative
+    code = jnp.clip(jnp.floor((wide - low) / scale + 0.5), 0, 15).astype(jnp.uint8)
+    code = code.reshape(x.shape)
+    both = jnp.left_shift(code[..., 0::2], 4) | code[..., 1::2]
+    return Codes(both, *(a[..., 0].astype(jnp.float16) for a in (scale, low)))
+
+
+def from_int4(codes: Codes, group: int) -> jax.Array:
+    """What codes of `int4` stand for [...,X], in float16 throughout."""
+    high, low = jnp.right_shift(codes.code, 4), codes.code & jnp.uint8(15)
+    code = jnp.stack([high, low], -1)
+    code = code.reshape(*codes.code.shape[:-1], -1, group).astype(jnp.float16)
+    x = code * codes.scale[..., None] + codes.least[..., None]
+    return x.reshape(*codes.code.shape[:-1], -1)
+
+
 class Blocks(NamedTuple):
     """Tokens in order from the beginning of a block: rows [B,N block,...], of which the
     first is at position first [B], a multiple of the block; done [B] blocks of them are

@@ -50,9 +50,11 @@ from attn.pyramidkv import PyramidKV
 from attn.quest import Quest
 from attn.rat import RAT
 from attn.razor import Razor
+from attn.recycled import Recycled
 from attn.retnet import RetNet
 from attn.routing import Routing
 from attn.s2 import S2
+from attn.saq import SAQ
 from attn.sinklora import SinkLoRA
 from attn.sea import SEA
 from attn.seer import Seer
@@ -368,6 +370,15 @@ ENTRIES = {
     # what has not filled a block stays as it is
     "kivi": Entry(
         KIVI(bits=8, group=4, residual=64), same=(KIVI(), Softmax()),
+        wraps="softmax",
+    ),
+    "recycled": Entry(
+        Recycled(capacity=2 * T, stride=3), same=(Recycled(), Softmax()),
+        wraps="softmax",
+    ),
+    # what has not filled a segment stays as it is
+    "saq": Entry(
+        SAQ(bits=(8, 4), group=4, tokens=64), same=(SAQ(), Softmax()),
         wraps="softmax",
     ),
     # buffers that hold all

@@ -6,7 +6,8 @@ group.
 
 over groups of tokens, for each channel of keys, or groups of channels, for each token of
 values (KIVI, Liu et al., 2024, arXiv:2402.02750): keys have channels that are large
-throughout, values have not. Codes lie side by side in 32 bits, the first one lowest.
+throughout, values have not. Codes lie side by side in words of 32 or 8 bits, the first
+one lowest.
 """
 
 from __future__ import annotations
@@ -18,30 +19,31 @@ import jax.numpy as jnp
 
 from attn.contract.segments import TokenPositions
 
-WORD = 32
+WORDS = {32: jnp.int32, 8: jnp.uint8}
 
 
 class Codes(NamedTuple):
-    """Of an array whose `axis` has N entries: code with N bits / 32 int32, scale and
-    least with N / group entries, in the array's dtype."""
+    """Of an array whose `axis` has N entries: code with N bits / 32 int32, or N bits /
+    8 uint8, scale and least with N / group entries, in the array's dtype."""
 
     code: jax.Array
     scale: jax.Array
     least: jax.Array
 
 
-def check_bits(name: str, bits: int, group: int) -> None:
+def check_bits(name: str, bits: int, group: int, word: int = 32) -> None:
     """Raises ValueError unless codes of a group fill whole words."""
-    if bits not in (1, 2, 4, 8, 16):
-        raise ValueError(f"{name}: bits={bits}: expected 1, 2, 4, 8 or 16")
-    if group < 1 or group * bits % WORD:
+    known = tuple(n for n in (1, 2, 4, 8, 16) if n <= word)
+    if bits not in known:
+        raise ValueError(f"{name}: bits={bits}: expected one of {known}")
+    if group < 1 or group * bits % word:
         raise ValueError(
             f"{name}: group={group} of {bits} bits: expected a multiple of "
-            f"{WORD // bits}, as codes fill words of 32 bits"
+            f"{word // bits}, as codes fill words of {word} bits"
         )
 
 
-def quantise(x: jax.Array, bits: int, group: int, axis: int) -> Codes:
+def quantise(x: jax.Array, bits: int, group: int, axis: int, word: int = 32) -> Codes:
     """x as codes, over groups of `group` entries of `axis`; rounds half to even."""
     axis = axis % x.ndim
     wide = _grouped(x.astype(jnp.float32), group, axis)
@@ -53,7 +55,7 @@ def quantise(x: jax.Array, bits: int, group: int, axis: int) -> Codes:
     low, scale = (a.astype(x.dtype) for a in (low, scale))
     code = (wide - low.astype(jnp.float32)) / scale.astype(jnp.float32)
     code = jnp.round(jnp.clip(code, 0, 2**bits - 1)).astype(jnp.uint32)
-    return Codes(pack(code.reshape(x.shape), bits, axis), scale.squeeze(axis + 1),
+    return Codes(pack(code.reshape(x.shape), bits, axis, word), scale.squeeze(axis + 1),
                  low.squeeze(axis + 1))
 
 
@@ -68,34 +70,41 @@ def dequantise(codes: Codes, bits: int, group: int, axis: int) -> jax.Array:
     return x.reshape(shape).astype(codes.scale.dtype)
 
 
-def empty(like: jax.ShapeDtypeStruct, bits: int, group: int, axis: int) -> Codes:
+def empty(
+    like: jax.ShapeDtypeStruct, bits: int, group: int, axis: int, word: int = 32
+) -> Codes:
     """Codes of zeros like an array of this shape and dtype."""
     def of(per: int, dtype):
         shape = list(like.shape)
         shape[axis] //= per
         return jnp.zeros(shape, dtype)
 
-    return Codes(of(WORD // bits, jnp.int32), of(group, like.dtype),
+    return Codes(of(word // bits, WORDS[word]), of(group, like.dtype),
                  of(group, like.dtype))
 
 
-def pack(code: jax.Array, bits: int, axis: int) -> jax.Array:
-    """uint32 codes, so many as fill words, as int32 words."""
-    per = WORD // bits
+def pack(code: jax.Array, bits: int, axis: int, word: int = 32) -> jax.Array:
+    """uint32 codes, so many as fill words, as words."""
+    per = word // bits
     wide = _grouped(code, per, axis)
     shape = [1] * wide.ndim
     shape[axis + 1] = per
     shift = (jnp.arange(per, dtype=jnp.uint32) * bits).reshape(shape)
     # the codes of a word share no bit
     words = jnp.left_shift(wide, shift).sum(axis + 1, dtype=jnp.uint32)
+    if word < 32:
+        return words.astype(WORDS[word])
     return jax.lax.bitcast_convert_type(words, jnp.int32)
 
 
 def unpack(words: jax.Array, bits: int, axis: int) -> jax.Array:
-    """uint32 codes of int32 words."""
-    per = WORD // bits
-    wide = jnp.expand_dims(
-        jax.lax.bitcast_convert_type(words, jnp.uint32), axis + 1)
+    """uint32 codes of words."""
+    per = words.dtype.itemsize * 8 // bits
+    if words.dtype == jnp.int32:
+        wide = jax.lax.bitcast_convert_type(words, jnp.uint32)
+    else:
+        wide = words.astype(jnp.uint32)
+    wide = jnp.expand_dims(wide, axis + 1)
     shape = [1] * wide.ndim
     shape[axis + 1] = per
     shift = (jnp.arange(per, dtype=jnp.uint32) * bits).reshape(shape)

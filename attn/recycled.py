@@ -187,13 +187,14 @@ class Recycled(Softmax):
         p = p[:, :, ends].reshape(b, heads, h // heads, len(ends), t)
         worth = p.max(2) if self.group == "max" else p.mean(2)
         best, at = jax.lax.top_k(worth, min(self.capacity, t))
-        set_ = ((at[..., None] == i) & (best > 0)[..., None]).any(-2)  # [B,K,N,T]
+        set_ = at[..., None] == i[None, None, None, None]  # [B,K,N,capacity,T]
+        set_ = (set_ & (best > 0)[..., None]).any(-2)  # [B,K,N,T]
         # of stride n what stride n - 1 chose; in the first one all that is causal
         first = jnp.zeros_like(set_[:, :, :1])
         set_ = jnp.concatenate([first, set_], 2)[:, :, i // self.stride]
         own = i[None] // self.stride == i[:, None] // self.stride
         whole = (i % self.stride == self.stride - 1)[:, None]
-        seen = causal & (set_ | (own | whole)[None, None])
+        seen = causal[None, None] & (set_ | (own | whole)[None, None])
         return values(weights(s, jnp.repeat(seen, h // heads, 1)), v)
 
 

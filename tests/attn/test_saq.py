@@ -92,8 +92,8 @@ def test_newer_keys_are_nearer_to_what_they_were():
         at = np.argsort(np.where(pos < 0, 999, pos))[:64]
         error.append(np.abs(cache.k[0, at] - k[0]).mean((1, 2)))
     ages = error[0].reshape(8, 8).mean(1)
-    assert ages[7] < ages[6] < ages[5] <= ages[0] and error[0][48:].mean() < (
-        error[1][32:48].mean())
+    assert ages[7] < ages[6] < ages[5] and ages[6] < 0.5 * ages[0]
+    assert error[0][48:].mean() < error[1][32:48].mean()
 
 
 @pytest.mark.parametrize("fields, message", [

@@ -52,6 +52,7 @@ from attn.rat import RAT
 from attn.razor import Razor
 from attn.recycled import Recycled
 from attn.retnet import RetNet
+from attn.retrieval import Retrieval
 from attn.routing import Routing
 from attn.s2 import S2
 from attn.saq import SAQ
@@ -380,6 +381,11 @@ ENTRIES = {
     "saq": Entry(
         SAQ(bits=(8, 4), group=4, tokens=64), same=(SAQ(), Softmax()),
         wraps="softmax",
+    ),
+    # as many keys are looked up as there are
+    "retrieval": Entry(
+        Retrieval(sinks=2, recent=3, top_k=T, index="flat"),
+        same=(Retrieval(), Softmax()), wraps="softmax", decode=0, held=1, ends=True,
     ),
     # buffers that hold all
     "razor": Entry(

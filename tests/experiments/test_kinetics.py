@@ -22,7 +22,7 @@ def test_few_keys_pay_at_every_budget():
     found = kinetics.run(kinetics.Config(points=6, quiet=True))
     for n in range(6):
         assert found[f"top-k_{n}"] >= found[f"dense_{n}"]
-    assert any(found[f"top-k_{n}"] > found[f"dense_{n}"] + 0.05 for n in range(6))
+    assert any(found[f"top-k_{n}"] > found[f"dense_{n}"] + 0.02 for n in range(6))
 
 
 def test_coverage():

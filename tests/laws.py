@@ -22,6 +22,7 @@ import numpy as np
 import pytest
 
 from attn.aaren import Aaren
+from attn.actqkv import ActQKV
 from attn.adakv import AdaKV
 from attn.based import Based
 from attn.combiner import Combiner
@@ -386,6 +387,11 @@ ENTRIES = {
     "retrieval": Entry(
         Retrieval(sinks=2, recent=3, top_k=T, index="flat"),
         same=(Retrieval(), Softmax()), wraps="softmax", decode=0, held=1, ends=True,
+    ),
+    # all is near
+    "actqkv": Entry(
+        ActQKV(sinks=2, local=2 * T, block=4, top_k=2),
+        same=(ActQKV(), Softmax()), wraps="softmax",
     ),
     # buffers that hold all
     "razor": Entry(

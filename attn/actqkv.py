@@ -1,32 +1,34 @@
 """ActQKV (Xiao et al., 2025) arXiv:2502.13542: a probe of unusual tokens finds blocks.
 
 A long text is read in windows. Of what came before, each window sees the first tokens,
-the last ones, and a few blocks of the rest. Which blocks, one probe query says: the mean
+the last ones, and a few blocks of the rest. Which blocks, a probe query says: the mean
 of the window's queries, in which a token counts by how far its query is from the usual,
 channel by channel, for a few tokens carry what the window is about. A block is spoken
 for by its keys that received most attention while they were near.
 
-    w_i = mean_d (h_id - mu_d)^2 / (s2_d + mean(s2) / 100), normalised; p = sum_i w_i h_i
+    w_i = mean_d (h_id - mu_d)^2 / (s2_d + mean(s2) / 100), normalised
+    p = sum_i w_i h_i
     s_B = cos(z_B, p),  z_B = mean of the block's `represent` best keys, by head
 
 Keys of the first tokens and of blocks are rotated as if all were `local` tokens away,
-those nearer at their true distance. Blocks for all layers come out of one pool, more for
-layers whose scores are flat (`entropy`, `shares`). Statistics are those of the window
-(our default; the authors' running ones, and the quirk with which they begin, are
-`running`). Nothing is learned. All keys stay in memory.
+those nearer at their true distance. Blocks of all layers come out of one pool, more for
+layers whose scores are flat (`entropy` and `shares` in `attn/cache/probes.py`; here a
+layer has `top_k`). Statistics are those of the window, our default; the authors' running
+ones, with the quirk with which they begin, are `running` there. Nothing is learned. All
+keys stay in memory.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from attn.cache import kv as caches
 from attn.cache.kv import Cache
+from attn.cache.probes import block_scores, probe, represented
 from attn.cache.rolling import turned
 from attn.contract.attention import MASKED, TemplateRow
 from attn.contract.calls import refuse_keywords
@@ -108,11 +110,12 @@ class ActQKV(Softmax):
         self._check_stream(bias)
         check_logits(q, k, sink=sink)
         caches.check_fits(state.cache, k, v)
-        slots, outs = state.k.shape[1], []
+        slots, outs = state.cache.k.shape[1], []
         for at in range(0, q.shape[1], self.window):
             q1, k1, v1 = (a[:, at:at + self.window] for a in (q, k, v))
             own = None if segments is None else segments[:, at:at + self.window]
-            now = locate(own, q1.shape[0], q1.shape[1], state.end, state.segment)
+            clock = state.cache.end, state.cache.segment
+            now = locate(own, q1.shape[0], q1.shape[1], *clock)
             caches.check_room(now.next_pos, slots)
             state, o = self._window(state, q1, k1, v1, now, sink)
             outs.append(caches.poison(o.astype(v.dtype), now.next_pos, slots))
@@ -120,9 +123,9 @@ class ActQKV(Softmax):
 
     def _window(self, state: ActState, q, k, v, now: TokenPositions, sink):
         """One window: what it sees is gathered, once for all of its tokens."""
-        slots = state.k.shape[1]
+        slots = state.cache.k.shape[1]
         both, segment = caches.concat(state.cache, k, v, now)
-        near, many = self.split(state.end)
+        near, many = self.split(state.cache.end)
         at = self._slots(state, q, now, near, many)  # [B,N]
         at = jnp.concatenate([at, jnp.broadcast_to(
             slots + jnp.arange(q.shape[1], dtype=jnp.int32), now.pos.shape)], 1)
@@ -157,12 +160,12 @@ class ActQKV(Softmax):
 
     def _slots(self, state: ActState, q, now: TokenPositions, near, many) -> jax.Array:
         """The slots [B,N] of old tokens that the window sees, -1 for none."""
-        size = state.k.shape[1]
+        size = state.cache.k.shape[1]
         first = jnp.arange(min(self.sinks, size), dtype=jnp.int32)[None]
         first = jnp.where(first < near[:, None], first, -1)
         back = min(self.local + self.block + self.sinks, size)
         late = near[:, None] + jnp.arange(back, dtype=jnp.int32)[None]
-        late = jnp.where(late < state.end[:, None], late, -1)
+        late = jnp.where(late < state.cache.end[:, None], late, -1)
         blocks = max(size - self.local - self.sinks, 0) // self.block
         if not blocks:
             return jnp.concatenate([first, late], 1)
@@ -188,7 +191,7 @@ class ActQKV(Softmax):
     def representatives(self, state: ActState, blocks: int, h: int) -> jax.Array:
         """z [B,N,H D] float32 of the first `blocks` blocks behind the first tokens."""
         part = slice(self.sinks, self.sinks + blocks * self.block)
-        k = state.k[:, part].astype(jnp.float32)
+        k = state.cache.k[:, part].astype(jnp.float32)
         b, _, heads, d = k.shape
         k = jnp.repeat(k, h // heads, 2).reshape(b, blocks, self.block, h, d)
         score = state.score[:, part].reshape(b, blocks, self.block, h)
@@ -200,88 +203,9 @@ class ActQKV(Softmax):
         if self.rope is None:
             return logits(q, k, self.scale)
         at = jnp.maximum(pos, 0)
-        close = logits(self.rope.rotate(q, now.pos), self.rope.rotate(k, at), self.scale)
+        close = logits(
+            self.rope.rotate(q, now.pos), self.rope.rotate(k, at), self.scale)
         far = jnp.full_like(now.pos, self.local)
         away = logits(self.rope.rotate(q, far),
                       self.rope.rotate(k, jnp.zeros_like(at)), self.scale)
         return jnp.where((pos >= near[:, None])[:, None, None], close, away)
-
-
-def probe(h: jax.Array, real: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
-    """(weights [B,T], probe [B,C]) of queries h [B,T,C] float32, of which `real` [B,T]
-    count. A single one is its own probe."""
-    real = jnp.ones(h.shape[:2], bool) if real is None else real
-    n = real.sum(1).astype(jnp.float32)[:, None]
-    own = jnp.where(real[..., None], h, 0)
-    mean = own.sum(1) / jnp.maximum(n, 1)
-    gap = jnp.where(real[..., None], (h - mean[:, None]) ** 2, 0)
-    s2 = gap.sum(1) / jnp.maximum(n - 1, 1)  # unbiased
-    total = s2 + s2.mean(1, keepdims=True) / 100
-    dev = (gap / jnp.where(total > 0, total, 1)[:, None]).mean(2)
-    # of one token, or of equal ones, the mean
-    even = real.astype(jnp.float32) / jnp.maximum(n, 1)
-    whole = dev.sum(1, keepdims=True)
-    w = jnp.where(whole > 0, dev / jnp.where(whole > 0, whole, 1), even)
-    return w, jnp.einsum("bt,btc->bc", w, own)
-
-
-def represented(k: jax.Array, score: jax.Array, many: int) -> jax.Array:
-    """z [...,N,H D]: the mean of the `many` keys with the greatest score, by head, of
-    blocks k [...,N,H,b,D] with scores [...,N,H,b]."""
-    _, best = jax.lax.top_k(score, many)
-    z = jnp.take_along_axis(k, best[..., None], -2).mean(-2)
-    return z.reshape(*z.shape[:-2], -1)
-
-
-def block_scores(z: jax.Array, p: jax.Array) -> jax.Array:
-    """cos(z_B, p) [B,N] of blocks z [B,N,C] and probes p [B,C]; 0 for one of zeros."""
-    size = jnp.linalg.norm(z, axis=2) * jnp.linalg.norm(p, axis=1)[:, None]
-    dot = jnp.einsum("bnc,bc->bn", z, p)
-    return jax.lax.stop_gradient(dot / jnp.where(size > 0, size, 1))
-
-
-def entropy(score: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """H = -sum pi log(pi + 1e-10) of pi = softmax(score [...,N]), and H / log N; of one
-    block 0."""
-    pi = jax.nn.softmax(score)
-    found = -(pi * jnp.log(pi + 1e-10)).sum(-1)
-    n = score.shape[-1]
-    return found, found / np.log(n) if n > 1 else jnp.zeros_like(found)
-
-
-def shares(
-    means: Any, layer: int, pool: float, least: int, most: int, warm: bool
-) -> int:
-    """How many blocks layer `layer` gets of what is left of the pool: by its mean
-    normalised entropy [L] against those of the layers that follow, or, while not `warm`
-    (too few samples, or in a prompt), as many as each of those. Rounds half to even."""
-    left = len(means) - layer
-    share = means[layer] / sum(means[layer:]) if warm else 1 / left
-    return int(np.clip(np.round(share * pool), least, most))
-
-
-class Running(NamedTuple):
-    """Running mean and variance [C] of windows, and how many there were: the authors'
-    statistics."""
-
-    mean: jax.Array
-    var: jax.Array
-    count: int
-
-
-def running(state: Running | None, h: jax.Array, most: int = 1000) -> tuple:
-    """(statistics, dev [n,C]) after a window h [n,C]. As in the authors' code dev is all
-    ones, which makes the probe the mean, until more than `most` windows came before."""
-    n = h.shape[0]
-    mean = h.mean(0)
-    if state is None:
-        state = Running(mean, h.var(0, ddof=1), 1)
-    else:
-        c = min(state.count, most)
-        var = state.var * (c - 1 / n) + h.var(0) + (mean - state.mean) ** 2 / (1 + 1 / c)
-        state = Running((state.mean * c + mean) / (c + 1), var / (c + 1 - 1 / n),
-                        state.count + 1)
-    if state.count - 1 <= most:  # windows before this one
-        return state, jnp.ones_like(h)
-    total = state.var + state.var.mean() / 100
-    return state, (h - state.mean[None]) ** 2 / total[None]

@@ -92,7 +92,8 @@ class AdaKV(Voting, Softmax):
 
     def _piece(self, state: Flat, q, k, v, now: TokenPositions, sink):
         """Exact attention of a piece: to what is held, and to its own tokens."""
-        spec, how = self._spec(), {"implementation": self.implementation}
+        spec = self._spec()
+        how: dict[str, Any] = {"implementation": self.implementation}
         cache, wide = caches.of_one_type(caches.Cache(*state), q)
         old = flat.read(Flat(*cache), wide, now, spec, split_lse=True, **how)
         own = caches.Cache(k, v, now.pos[..., None], *now[2:])

@@ -3,7 +3,7 @@
 While a long text is read segment by segment, hidden states of a few layers are captured
 in a buffer of `entries` a layer, the most relevant ones. Before one layer of a later
 segment every token reads these buffers, by a small cross attention a captured layer,
-weighs the layers against each other, and adds what it found through a gate. So a network
+weighs layers against each other, and adds what it found through a gate. So a network
 whose attention does not reach beyond a segment still knows what came before, with a
 memory that does not grow.
 
@@ -111,7 +111,7 @@ class CMR(nn.Module):
         one, zeros = nn.initializers.lecun_normal(), nn.initializers.zeros_init()
         many, constant = nn.initializers.lecun_normal(batch_axis=0), (
             nn.initializers.constant)
-        forms = {
+        forms: dict[str, tuple[Any, ...]] = {
             "Wq": (one, e, d), "Wk": (many, m, e, d), "Wv": (many, m, e, d),
             "Wl": (one, e, m), "Wo": (zeros, d, e), "Wg": (one, e + d, e),
             "bg": (constant(-2.0), e),

@@ -10,7 +10,7 @@ memory that is really gone, and cost a constant a token.
     loss = mean_(t in labels) mean_e (h_teacher - h_student)^2 + 0.05 mean |a|
 
 When a chunk comes, a streaming head sees what it holds and the chunk, in causal order,
-and then keeps the first `sinks` and the last `recent` of both; the first chunk is exact.
+then keeps the first `sinks` and the last `recent` of both; the first chunk is exact.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class _Stream(Rolling, Softmax):
 
 @dataclasses.dataclass(frozen=True)
 class Duo(HeadGroups, Softmax):
-    """DuoAttention (Xiao et al., 2024) arXiv:2410.10819: two kinds of heads, two caches.
+    """DuoAttention (Xiao et al., 2024) arXiv:2410.10819: two kinds of heads and caches.
 
     retrieval: the key heads of this layer that keep all tokens, as `selected(...)` says
     of trained gates; sinks, recent: what the others keep. The other fields are those of

@@ -1,9 +1,9 @@
-"""H2O (Zhang et al., 2023) arXiv:2306.14048: keep the heavy hitters and the last tokens.
+"""H2O (Zhang et al., 2023) arXiv:2306.14048: keep heavy hitters and the last tokens.
 
 A few tokens receive most of the attention, at every step and for as long as they are
 there. So each head adds up what each of its keys has received so far, and keeps the
 `heavy` keys with the greatest sums beside the `recent` last ones; whenever a token
-comes, the key with the least sum goes for good, and its sum with it. Nothing is learned.
+comes, the key with the least sum goes for good, with its sum. Nothing is learned.
 
     c_j = sum_(i <= t) softmax_j(q_i k_j / sqrt D)
     kept = top_heavy(c, j < t - recent)  and  the last `recent`
@@ -73,10 +73,12 @@ def simulated(p: jax.Array, heavy: int, recent: int = -1) -> jax.Array:
     def token(score, given):
         row, here = given  # [B,H,T], the token's index
         _, top = jax.lax.top_k(score, min(heavy - 1, t))
-        kept = (top[..., None] == at[None, None, None]).any(-2) | (at == here)[None, None]
+        kept = (top[..., None] == at[None, None, None]).any(-2)
+        kept = kept | (at == here)[None, None]
         return (score + row) * kept, kept
 
-    first = jnp.broadcast_to((at < heavy)[None, None, None], (*p.shape[:2], min(heavy, t), t))
+    first = jnp.broadcast_to(
+        (at < heavy)[None, None, None], (*p.shape[:2], min(heavy, t), t))
     rows = jnp.moveaxis(p[..., heavy:, :], 2, 0), at[heavy:]
     _, kept = jax.lax.scan(token, score, rows)
     kept = jnp.concatenate([first, jnp.moveaxis(kept, 0, 2)], 2)

@@ -160,7 +160,7 @@ class KIVI(Softmax):
         return KIVIState(keys, values, rest_k, rest_v, now.next_pos, now.last_segment)
 
     def cache(self, state: KIVIState) -> Cache:
-        """What is stored, as keys and values [B,C+R,K,.]; pos is -1 where nothing is."""
+        """What is stored, as keys and values [B,C+R,K,.]; pos -1 where nothing is."""
         b, size = state.rest_k.shape[:2]
         slots, end = state.values.code.shape[1], state.end[:, None]
         tail = jnp.arange(size, dtype=jnp.int32)[None]

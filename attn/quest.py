@@ -1,6 +1,6 @@
 """Quest (Tang et al., 2024) arXiv:2406.10774: a token reads the pages that may matter.
 
-What matters depends on the query, so nothing is dropped; but few keys are read. Keys lie
+What matters depends on the query: so nothing is dropped, but few keys are read. They are
 in pages, and of each page the least and the greatest value of every channel are kept:
 they bound what any key of the page can give to a query. A query head reads the pages
 with the greatest bounds, exactly. Prompts are read whole. Nothing is learned.
@@ -77,7 +77,7 @@ class Quest(Softmax):
         self._check_stream(bias)
         self._check_heads(q)
         check_logits(q, k, sink=sink)
-        cache, slots = state.cache, state.k.shape[1]
+        cache, slots = state.cache, state.cache.k.shape[1]
         caches.check_fits(cache, k, v)
         now = locate(segments, q.shape[0], q.shape[1], cache.end, cache.segment)
         caches.check_room(now.next_pos, slots)
@@ -100,7 +100,7 @@ class Quest(Softmax):
         page = jnp.where(caches.current(now), now.pos // self.page, pages)
         row = jnp.arange(k.shape[0])[:, None]
         # pages that no token had before hold zeros, which bound nothing
-        had = jnp.where((now.segment > 1).any(1), 0, state.end)
+        had = jnp.where((now.segment > 1).any(1), 0, state.cache.end)
         filled = jnp.arange(pages)[None] * self.page < had[:, None]
         filled, k = filled[..., None, None], k.astype(state.low.dtype)
         low = jnp.where(filled, state.low, jnp.inf)
@@ -112,16 +112,16 @@ class Quest(Softmax):
     def bounds(self, state: QuestState, q) -> jax.Array:
         """U [B,H,P] float32 of queries q [B,H,D]; -inf for a page without a token."""
         b, h, d = q.shape
-        heads = state.k.shape[2]
+        heads = state.cache.k.shape[2]
         q = q.astype(jnp.float32).reshape(b, heads, h // heads, d)
         low, high = (a.astype(jnp.float32) for a in (state.low, state.high))
         # max(q l, q h) = q h where q > 0, else q l: [B,K,G,D] x [B,P,K,D] -> [B,K,G,P]
         u = jnp.einsum("bkgd,bpkd->bkgp", jnp.maximum(q, 0), high)
         u = u + jnp.einsum("bkgd,bpkd->bkgp", jnp.minimum(q, 0), low)
         number = jnp.arange(u.shape[3], dtype=jnp.int32)[None] * self.page
-        there = number < state.end[:, None]  # [B,P]
+        there = number < state.cache.end[:, None]  # [B,P]
         if self.newest:
-            last = there & (number + self.page >= state.end[:, None])
+            last = there & (number + self.page >= state.cache.end[:, None])
             u = jnp.where(last[:, None, None], jnp.inf, u)
         return jnp.where(there[:, None, None], u, -jnp.inf).reshape(b, h, -1)
 
@@ -134,6 +134,6 @@ class Quest(Softmax):
         inside = jnp.arange(self.page, dtype=jnp.int32)
         slot = page * self.page + inside.reshape(1, 1, 1, -1)
         # the last page may reach past the memory
-        there = (page >= 0) & (slot < state.end[:, None, None, None])
+        there = (page >= 0) & (slot < state.cache.end[:, None, None, None])
         slot = jnp.where(there, slot, -1).reshape(*u.shape[:2], -1)
         return jnp.moveaxis(slot, 1, 2)

@@ -1,4 +1,4 @@
-"""RazorAttention (Tang et al., 2024) arXiv:2407.15891: few heads retrieve, they keep all.
+"""RazorAttention (Tang et al., 2024) arXiv:2407.15891: heads that retrieve keep all.
 
 Most heads look at the beginning and at what is near. The few that find an earlier place
 in the text are told by what they do on random tokens that repeat: echo heads look at
@@ -109,9 +109,12 @@ def head_scores(p: jax.Array, block: int) -> tuple[jax.Array, jax.Array]:
     i, j = np.ogrid[:a.shape[-1], :a.shape[-1]]
     echo = ((i - j) % block == 0) & (j < i)
     induction = ((i - j + 1) % block == 0) & (j - 1 < i) & (j >= 1)
-    return tuple(
-        jnp.where(seen, a, 0)[..., block:, :].sum(-1).mean(-1)
-        for seen in (np.broadcast_to(m, a.shape) for m in (induction, echo)))
+
+    def mean(seen):
+        seen = jnp.where(np.broadcast_to(seen, a.shape), a, 0)
+        return seen[..., block:, :].sum(-1).mean(-1)
+
+    return mean(induction), mean(echo)
 
 
 def by_key_head(score: jax.Array, heads: int) -> jax.Array:
@@ -128,10 +131,10 @@ def retrieval_heads(
     induction and `echo_share` by echo, of all layers together; equal ones go along."""
     found = np.zeros(induction.shape, bool)
     for score, share in ((induction, induction_share), (echo, echo_share)):
-        score = np.asarray(score)
-        many = round(share * score.size)
+        own = np.asarray(score)
+        many = round(share * own.size)
         if many:
-            found |= score >= np.sort(score, axis=None)[-many]
+            found |= own >= np.sort(own, axis=None)[-many]
     return found
 
 

@@ -158,10 +158,10 @@ class Recycled(Softmax):
     def _recycle(self, few: Scored, q, k, v, now: TokenPositions, sink):
         """(what is recycled, o) of a recycle step."""
         few = evict.put(few, k, v, now)
-        segment = jnp.broadcast_to(now.segment, few.k.shape[:2])
+        segment = jnp.broadcast_to(now.segment, few.cache.k.shape[:2])
         o, worth = self._found(few.cache, segment, q, now, sink)
         worth = jnp.where(few.cache.pos == now.pos[..., None], jnp.inf, worth)
-        return evict.drop_one(few, worth, few.k.shape[1] - 1), o
+        return evict.drop_one(few, worth, few.cache.k.shape[1] - 1), o
 
     def _found(self, cache: Cache, segment, q, now: TokenPositions, sink):
         """o [B,1,H,V], and the weight that each slot gets from a group [B,C,K]."""

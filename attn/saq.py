@@ -1,11 +1,11 @@
 """SAQ (Li, 2024) arXiv:2410.18441: a cache whose older tokens have fewer bits.
 
-Staircase adaptive quantisation: the last tokens stay as they are; when `segment` of them
-are there they become codes of the first of `bits`, and every segment before goes one
+Staircase adaptive quantisation: the last tokens stay as they are. When they fill a
+segment they become codes of the first of `bits`, and every segment before goes one
 step down the stairs, until it has the last and fewest bits, with which it stays. Old
 tokens, which receive little attention, cost little. Codes are KIVI's (`attn/kivi.py`):
-keys by channel over groups of tokens, values by token over groups of channels; a segment
-that goes down is quantised from what its codes stood for, so that errors add up.
+keys by channel over groups of tokens, values by token over groups of channels. A
+segment that goes down is quantised from what its codes stood for, so that errors add up.
 
     bits of a segment of age a (1 the newest) = bits[min(a, n) - 1]
 
@@ -156,7 +156,7 @@ class SAQ(Softmax):
         def push(carry, given):
             rows, number = given  # of one segment [B,n,K,.], its number here
             segment = blocks.first // n + number
-            new = self._pushed(*carry, rows, segment)
+            new = self._pushed(carry[0], carry[1], rows, segment)
             full = number < blocks.done
             return jax.tree.map(
                 lambda a, b: jnp.where(full.reshape(-1, *(1,) * (a.ndim - 1)), a, b),
@@ -165,8 +165,8 @@ class SAQ(Softmax):
         number = jnp.arange(whole[0].shape[0], dtype=jnp.int32)
         carry = varying((state.steps, state.old), whole, blocks.done)
         (steps, old), _ = jax.lax.scan(push, carry, (whole, number))
-        return SAQState(steps, old, *quantised.rest_of(blocks, n), now.next_pos,
-                        now.last_segment)
+        rest_k, rest_v = quantised.rest_of(blocks, n)
+        return SAQState(steps, old, rest_k, rest_v, now.next_pos, now.last_segment)
 
     def _pushed(self, steps, old: Pair, rows, segment) -> tuple:
         """Steps and old codes after a segment of rows [B,n,K,.], of the number

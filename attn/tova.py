@@ -1,6 +1,6 @@
-"""TOVA (Oren et al., 2024) arXiv:2401.06104: what the last token does not look at, goes.
+"""TOVA (Oren et al., 2024) arXiv:2401.06104: what the last token ignores, goes.
 
-A transformer with a bounded cache is a recurrent network whose state is a set of tokens.
+A transformer with a bounded cache is a recurrent network with a set of tokens as state.
 TOVA updates that state by one rule: when there are more than `capacity` tokens, the one
 with the least weight in the last query's attention, in the mean over all heads, goes.
 All heads of a layer hold the same tokens, and no token is protected, not even the last.

@@ -60,8 +60,11 @@ HARDWARE = {
     "H20": Hardware(148e12, 96e9, 4.0e12, 4.63),
     "TPU v6e": Hardware(918e12, 32e9, 1.64e12, 2.70),
 }
-MODELS = {"LLaMA-33B": Model(64.7e9, 60, 6656, 1), "LLaMA-65B": Model(130.1e9, 80, 8192, 1),
-          "LLaMA3-70B": Model(137.5e9, 80, 8192, 8)}
+MODELS = {
+    "LLaMA-33B": Model(64.7e9, 60, 6656, 1),
+    "LLaMA-65B": Model(130.1e9, 80, 8192, 1),
+    "LLaMA3-70B": Model(137.5e9, 80, 8192, 8),
+}
 # devices of the model and of attention, of equal cost to twice the first kind
 PAIRS = {"LLaMA-33B": (1, 2), "LLaMA-65B": (2, 4), "LLaMA3-70B": (2, 4)}
 
@@ -76,7 +79,7 @@ def model_time(m: Model, batch: int, on: Hardware, devices: int, *, mfu: float =
     """Seconds of everything but attention, one token each of `batch` requests."""
     work = m.size / BYTES * 2 * batch
     moved = m.size + 2 * BYTES * batch * m.width
-    return max(work / (devices * on.flops * mfu), moved / (devices * on.bandwidth * mbu))
+    return max(work / (on.flops * mfu), moved / (on.bandwidth * mbu)) / devices
 
 
 def attention_time(m: Model, batch: int, length: int, on: Hardware, devices: int, *,

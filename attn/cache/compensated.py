@@ -32,11 +32,11 @@ from pallas_kernels.arrays import check_logits
 
 class Rest(NamedTuple):
     """What stands for the tokens that left: mean key k [B,K,D], mean value v [B,K,V]
-    float32, and count [B] int32, how many they were."""
+    float32, and many [B] int32, how many they were."""
 
     k: jax.Array
     v: jax.Array
-    count: jax.Array
+    many: jax.Array
 
 
 @caches.of_cache
@@ -58,9 +58,11 @@ class Compensating:
         """An empty memory for `size` tokens, of at most sinks + window slots."""
         caches.check_size(size)
         b, _, heads, d = k.shape
-        rest = Rest(*(jnp.zeros((b, heads, n), jnp.float32) for n in (d, v.shape[3])),
-                    jnp.zeros((b,), jnp.int32))
-        return Compensated(caches.empty(k, v, min(size, self.sinks + self.window)), rest)
+        mean_k, mean_v = (
+            jnp.zeros((b, heads, n), jnp.float32) for n in (d, v.shape[3]))
+        slots = min(size, self.sinks + self.window)
+        rest = Rest(mean_k, mean_v, jnp.zeros((b,), jnp.int32))
+        return Compensated(caches.empty(k, v, slots), rest)
 
     def step(
         self: Any, state, q, k, v, *, x=None, segments=None, bias=None, sink=None,
@@ -72,7 +74,7 @@ class Compensating:
         check(q, k, v, segments=segments, aligned=True, piece=True)
         self._check_stream(bias)
         check_logits(q, k, sink=sink)
-        cache, slots = state.cache, state.k.shape[1]
+        cache, slots = state.cache, state.cache.k.shape[1]
         caches.check_fits(cache, k, v)
         now = locate(segments, q.shape[0], q.shape[1], cache.end, cache.segment)
         endless = slots >= self.sinks + self.window
@@ -99,7 +101,7 @@ class Compensating:
             o = self._found(Compensated(both, state.rest), segment, q, now, sink, 1)
         else:
             newest = now.segment.max(1, keepdims=True)
-            newest = jnp.broadcast_to(newest, after.k.shape[:2])
+            newest = jnp.broadcast_to(newest, after.cache.k.shape[:2])
             o = self._found(after, newest, q, now, sink, None)
         o = o.astype(v.dtype)
         return after, o if endless else caches.poison(o, now.next_pos, slots)
@@ -129,10 +131,10 @@ class Compensating:
         s = s * (d**-0.5 if self.scale is None else self.scale)
         if self.softcap is not None:
             s = self.softcap * jnp.tanh(s / self.softcap)
-        some = rest.count[:, None] > 0
+        some = rest.many[:, None] > 0
         mine = now.segment > 0 if only is None else now.segment == only
         some = (some & mine)[..., None]  # [B,T,1]
-        many = jnp.log(jnp.maximum(rest.count, 1).astype(jnp.float32))
+        many = jnp.log(jnp.maximum(rest.many, 1).astype(jnp.float32))
         s = s + many[:, None, None]
         v = jnp.repeat(rest.v, h // heads, 1)[:, None]  # [B,1,H,V]
         l = jnp.broadcast_to(some, s.shape).astype(jnp.float32)
@@ -143,7 +145,7 @@ class Compensating:
 def folded(rest: Rest, cache: Cache, gone: jax.Array) -> Rest:
     """The rest with the tokens of slots that are `gone` [B,C,1]."""
     more = gone[..., 0].sum(1, dtype=jnp.int32)
-    count = rest.count + more
+    count = rest.many + more
     total = jnp.maximum(count, 1).astype(jnp.float32)[:, None, None]
 
     def mean(old, a):

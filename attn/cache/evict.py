@@ -42,7 +42,7 @@ def empty(k, v, slots: int, *, one_set: bool = False) -> Scored:
 def put(state: Scored, k, v, now: TokenPositions) -> Scored:
     """The memory with one token k [B,1,K,D], v [B,1,K,V] in a free slot of each head. A
     sequence that begins empties all; without a free slot the token is dropped."""
-    cache, slots = state.cache, state.k.shape[1]
+    cache, slots = state.cache, state.cache.k.shape[1]
     began = (now.segment > 1).any(1)[:, None, None]
     pos = jnp.where(began, -1, cache.pos)
     score = jnp.where(began, 0, state.score)
@@ -165,7 +165,8 @@ class Evicting:
     def _one(self: Any, state: Scored, q, k, v, now, sink):
         """One token: written first, then all slots are read."""
         full = put(state, k, v, now)
-        newest = jnp.broadcast_to(now.segment.max(1, keepdims=True), full.k.shape[:2])
+        newest = now.segment.max(1, keepdims=True)
+        newest = jnp.broadcast_to(newest, full.cache.k.shape[:2])
         cache, wide = caches.of_one_type(full.cache, q)
         o, got = observed.read(
             cache, newest, wide, now, self._spec(), sink=sink,

@@ -3,9 +3,10 @@ will come.
 
 Queries of attention lie elsewhere than keys, so neighbours among keys lead nowhere. The
 graph is made of what queries find: the keys nearest to one query are linked to the one
-that is nearest of all (RoarGraph, Chen et al., 2024, arXiv:2408.08933, whose rules these
-are). Nearness is the inner product. All of this is numpy, on the host; where the
-authors' threads race for a key's links, these are merged in one order (our choice).
+that is nearest of all (the rules are those of RoarGraph, Chen et al., 2024,
+arXiv:2408.08933). Nearness is the inner product. All of this is numpy, on the host.
+Where the authors' threads race for a key's links, these are merged in one order (our
+choice).
 """
 
 from __future__ import annotations
@@ -79,9 +80,11 @@ def pruned(dots: np.ndarray, p: int, candidates: list[int], degree: int) -> list
     return kept
 
 
-def walk(keys, q, links, more, entry: int, beam: int, dots=None) -> tuple[list, list, int]:
-    """Best first from the entry: (the `beam` best keys, those whose links were followed,
-    how many were looked at)."""
+def walk(
+    keys, q, links, more, entry: int, beam: int, dots=None
+) -> tuple[list, list, int]:
+    """Best first from the entry: (the `beam` best keys, those whose links were
+    followed, how many were looked at)."""
     seen: set[int] = set()
     followed: list[int] = []
     best: list[tuple[float, int]] = []  # the worst first

@@ -149,8 +149,8 @@ class HeadGroups:
                 f"step: {type(self).__name__} over the mesh axis 'model': its heads "
                 "hold different numbers of tokens, expected one device of that axis"
             )
-        states, outs, order = [], [], []
-        groups = self.groups(q, k)
+        states: list[Any] = []
+        outs, order, groups = [], [], self.groups(q, k)
         if [own is None for own in state] != [made is None for made, *_ in groups]:
             raise ValueError(
                 f"the state holds heads for retrieval={self.retrieval} of another "

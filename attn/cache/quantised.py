@@ -4,8 +4,8 @@ group.
     scale = (max - min) / (2^bits - 1),  code = round((x - min) / scale),
     x~ = code scale + min
 
-over groups of tokens, for each channel of keys, or groups of channels, for each token of
-values (KIVI, Liu et al., 2024, arXiv:2402.02750): keys have channels that are large
+over groups of tokens, by channel, of keys, or groups of channels, by token, of values
+(KIVI, Liu et al., 2024, arXiv:2402.02750): keys have channels that are large
 throughout, values have not. Codes lie side by side in words of 32 or 8 bits, the first
 one lowest.
 """

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from attn import actqkv
 from attn.actqkv import ActQKV
+from attn.cache import probes
 from attn.positions import ALiBi, RoPE
 from attn.softmax import Softmax
 from tests.compiled import attend
@@ -99,9 +99,9 @@ def test_a_probe_finds_the_block_that_a_mean_query_loses():
         h[[3, 20]] = 1.2 * z[true] + 0.25 * rng.normal(size=(2, 64))
         h += 0.5 * rng.normal(size=64)  # what all queries have in common
         h = jnp.asarray(h, jnp.float32)[None]
-        p = actqkv.probe(h)[1]
+        p = probes.probe(h)[1]
         for n, query in enumerate((p, h.mean(1))):
-            score = actqkv.block_scores(jnp.asarray(z, jnp.float32)[None], query)
+            score = probes.block_scores(jnp.asarray(z, jnp.float32)[None], query)
             hit[n] += true in np.argsort(-np.asarray(score[0]))[:2]
     assert hit[0] >= hit[1] + 8 and hit[0] > 32, hit
 
@@ -109,12 +109,12 @@ def test_a_probe_finds_the_block_that_a_mean_query_loses():
 def test_padding_and_equal_queries_have_a_probe():
     h = jax.random.normal(jax.random.key(0), (2, 5, 8))
     real = jnp.asarray([[True] * 5, [False] * 2 + [True] * 3])
-    w, p = actqkv.probe(h, real)
-    close(p[1], actqkv.probe(h[1:, 2:])[1][0])
+    w, p = probes.probe(h, real)
+    close(p[1], probes.probe(h[1:, 2:])[1][0])
     assert w[1, :2].tolist() == [0, 0]
-    one = actqkv.probe(jnp.ones((1, 3, 4)))[1]
+    one = probes.probe(jnp.ones((1, 3, 4)))[1]
     close(one[0], jnp.ones(4))
-    assert (actqkv.probe(h, jnp.zeros((2, 5), bool))[1] == 0).all()
+    assert (probes.probe(h, jnp.zeros((2, 5), bool))[1] == 0).all()
 
 
 def test_ragged_rows():
@@ -128,14 +128,14 @@ def test_ragged_rows():
 
 
 def test_flat_layers_get_more():
-    flat, peaked = (actqkv.entropy(jnp.asarray(a))[1] for a in (
+    flat, peaked = (probes.entropy(jnp.asarray(a))[1] for a in (
         np.zeros(16), np.r_[1.0, -np.ones(15)]))
     assert flat == pytest.approx(1) and peaked < flat
-    assert actqkv.entropy(jnp.zeros(1))[1] == 0
+    assert probes.entropy(jnp.zeros(1))[1] == 0
     means = [0.9, 1.0, 0.5]
-    assert actqkv.shares(means, 1, 30, 1, 99, True) == 20
-    assert actqkv.shares(means, 1, 30, 1, 99, False) == 15
-    assert actqkv.shares(means, 2, -3, 4, 9, True) == 4
+    assert probes.shares(means, 1, 30, 1, 99, True) == 20
+    assert probes.shares(means, 1, 30, 1, 99, False) == 15
+    assert probes.shares(means, 2, -3, 4, 9, True) == 4
 
 
 @pytest.mark.parametrize("fields, message", [

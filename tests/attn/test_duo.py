@@ -18,7 +18,8 @@ DUO = Duo(retrieval=(1,), sinks=2, recent=5)
 
 def inputs(t=T, seed=0):
     keys = jax.random.split(jax.random.key(seed), 3)
-    return tuple(jax.random.normal(key, (B, t, n, D)) for key, n in zip(keys, (H, K, K)))
+    return tuple(jax.random.normal(key, (B, t, n, D))
+                 for key, n in zip(keys, (H, K, K)))
 
 
 def test_a_chunk_sees_what_is_held_and_itself():

@@ -48,6 +48,7 @@ def by_hand(k, v, n, r=16):
     """Keys and values [B,n,..] as stored after n tokens: of keys whole blocks are
     codes, of values all but the last r."""
     done, old = n // r * r, max(n - r, 0)
+
     def coded(x, m, axis):
         if not m:
             return x[:, :0]

@@ -52,7 +52,7 @@ def test_what_leaves_is_folded_into_one_token(prompt):
             close(o[:, 0, :2], by_hand(q, k, v, t))
             close(o[:, 0, 2:], attend(Softmax(), q[:, t:t + 1], k[:, :t + 1],
                                       v[:, :t + 1])[:, 0, 2:])
-    assert state.few.rest.count.tolist() == [T - 7] * B
+    assert state.few.rest.many.tolist() == [T - 7] * B
     close(state.few.rest.k[:, 0], k[:, 2:T - 5, 0].mean(1))
 
 
@@ -76,7 +76,7 @@ def test_ragged_rows_and_new_sequences():
     one = inputs(1, 1)
     state, o = step(RAZOR, state, *one, segments=jnp.asarray([[8], [2]]))
     close(o[0, 0], jnp.repeat(one[2][0, 0], 2, 0))
-    assert state.few.rest.count.tolist() == [0, 11]
+    assert state.few.rest.many.tolist() == [0, 11]
 
 
 def test_the_buffer_follows_the_prompt():
@@ -85,7 +85,7 @@ def test_the_buffer_follows_the_prompt():
     state = razor.init_state(40, q, k, v)
     assert state.few.k.shape[1] == 2 + 13 and state.whole.k.shape[1] == 40
     state, _ = step(razor, state, q, k, v)
-    assert state.few.rest.count.tolist() == [11, 11]
+    assert state.few.rest.many.tolist() == [11, 11]
 
 
 def test_compensation_is_nearer_to_full_attention_than_dropping():

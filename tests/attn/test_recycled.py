@@ -97,7 +97,8 @@ def test_training_that_goes_on_reads_the_same_pattern():
     o = jax.jit(policy.trained)(q, k, v)
     close(o[:, :4], attend(Softmax(), q, k, v)[:, :4])
     close(o[:, 7::4], attend(Softmax(), q, k, v)[:, 7::4])
-    p = weights(jnp.einsum("bhd,bshd->bhs", q[:, 3], jnp.repeat(k[:, :4], 2, 2)) / 8**.5)
+    p = weights(jnp.einsum(
+        "bhd,bshd->bhs", q[:, 3], jnp.repeat(k[:, :4], 2, 2)) / 8**.5)
     worth = np.asarray(p).reshape(B, K, 2, 4).max(2)
     at = np.sort(np.argsort(-worth, 2)[..., :3], 2)
     for b, c in np.ndindex(B, K):

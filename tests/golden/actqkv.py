@@ -7,7 +7,7 @@ from typing import Any, Mapping
 import jax.numpy as jnp
 import numpy as np
 
-from attn import actqkv
+from attn.cache import probes
 
 
 def run(case: Mapping[str, Any]) -> dict[str, np.ndarray]:
@@ -29,7 +29,7 @@ def budget(case, config):
             held[layer] = [*held[layer], float(x)][-config["history"]:]
             warm = all(len(own) >= config["history"] for own in held)
             means = [np.mean(own) if own else 0.0 for own in held]
-            given.append(actqkv.shares(
+            given.append(probes.shares(
                 means, layer, pool, config["tok_K_min"], config["tok_K_max"], warm))
             pool -= given[-1]
         out.append(given)
@@ -39,13 +39,13 @@ def budget(case, config):
 def probe(case, config):
     q = jnp.asarray(case["window_q"])
     flat = q.reshape(1, q.shape[0], -1)
-    w, p = actqkv.probe(flat)
+    w, p = probes.probe(flat)
     keys = jnp.repeat(jnp.asarray(case["keys"]), config["H"] // config["K"], 2)
-    z = actqkv.represented(
+    z = probes.represented(
         jnp.moveaxis(keys, 2, 1), jnp.asarray(case["local_score"]),
         config["repr_topk"])
-    scores = actqkv.block_scores(z[None], p)[0]
-    whole, share = actqkv.entropy(scores)
+    scores = probes.block_scores(z[None], p)[0]
+    whole, share = probes.entropy(scores)
     return {"weights": w[0], "probe": p[0], "mean_probe": flat[0].mean(0),
             "block_repr": z, "scores": scores, "entropy": whole, "entropy_norm": share}
 
@@ -53,7 +53,7 @@ def probe(case, config):
 def running(case, config):
     state, devs = None, []
     for h in jnp.asarray(case["h"]):
-        state, dev = actqkv.running(state, h, config["count_upper"])
+        state, dev = probes.running(state, h, config["count_upper"])
         devs.append(dev)
     return {"dev": np.stack(devs), "final_mean": state.mean[None],
             "final_var": state.var[None]}

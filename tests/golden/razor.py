@@ -50,7 +50,7 @@ def compensation(case, config):
         rest = state.few.rest
         for name, a in (("k_comp", rest.k), ("v_comp", rest.v)):
             means[name][:, few] = a
-        count[few] = int(rest.count[0])
+        count[few] = int(rest.many[0])
     return {**means, "n_dropped": count, "out": out}
 
 

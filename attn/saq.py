@@ -5,7 +5,7 @@ segment they become codes of the first of `bits`, and every segment before goes 
 step down the stairs, until it has the last and fewest bits, with which it stays. Old
 tokens, which receive little attention, cost little. Codes are KIVI's (`attn/kivi.py`):
 keys by channel over groups of tokens, values by token over groups of channels. A
-segment that goes down is quantised from what its codes stood for, so that errors add up.
+segment that goes down is quantised from what its codes stood for: errors add up.
 
     bits of a segment of age a (1 the newest) = bits[min(a, n) - 1]
 

@@ -14,8 +14,8 @@ Keys of the first tokens and of blocks are rotated as if all were `local` tokens
 those nearer at their true distance. Blocks of all layers come out of one pool, more for
 layers whose scores are flat (`entropy` and `shares` in `attn/cache/probes.py`; here a
 layer has `top_k`). Statistics are those of the window, our default; the authors'
-running ones, with the quirk with which they begin, are `running` there. Nothing is learned. All
-keys stay in memory.
+running ones, with the quirk with which they begin, are `running` there. Nothing is
+learned. All keys stay in memory.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Quest (Tang et al., 2024) arXiv:2406.10774: a token reads the pages that may matter.
 
 What matters depends on the query: so nothing is dropped, but few keys are read. They
-lie in pages, and of each page the least and the greatest value of every channel are kept:
+lie in pages, of each of which the least and greatest value of every channel are kept:
 they bound what any key of the page can give to a query. A query head reads the pages
 with the greatest bounds, exactly. Prompts are read whole. Nothing is learned.
 

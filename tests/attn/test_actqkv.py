@@ -24,20 +24,25 @@ def inputs(t=T, seed=0):
     return tuple(jax.random.normal(key, shape) for key, shape in zip(keys, shapes))
 
 
+def turned(act, a, at):
+    """a [T,.,D] at positions [T]."""
+    if act.rope is None:
+        return a
+    at = jnp.asarray(at, jnp.int32)[None]
+    return np.asarray(act.rope.rotate(jnp.asarray(a, jnp.float32)[None], at)[0], float)
+
+
 def by_hand(act, q, k, v):
     """All windows of one row, in float64 loops."""
     q, k, v = (np.asarray(a, np.float64) for a in (q, k, v))
-    rope = act.rope
-    turn = lambda a, at: a if rope is None else np.asarray(
-        rope.rotate(jnp.asarray(a, jnp.float32)[None, None, None],
-                    jnp.asarray([[at]], jnp.int32)))[0, 0, 0].astype(np.float64)
+    q_true, k_true = turned(act, q, np.arange(T)), turned(act, k, np.arange(T))
+    q_far = turned(act, q, np.full(T, act.local))
     score, outs = np.zeros((T, H)), np.zeros((T, H, V))
     for start in range(0, T, act.window):
         ts = range(start, min(start + act.window, T))
         many = max(start - act.local - act.sinks, 0) // act.block
         near = act.sinks + many * act.block if many else 0
-        flat = np.stack([np.concatenate([turn(q[t, h], act.local) for h in range(H)])
-                         for t in ts])
+        flat = q_far[list(ts)].reshape(len(ts), -1)
         gap = (flat - flat.mean(0)) ** 2
         s2 = gap.sum(0) / max(len(ts) - 1, 1)
         dev = (gap / (s2 + s2.mean() / 100)).mean(1)
@@ -56,8 +61,8 @@ def by_hand(act, q, k, v):
             for h in range(H):
                 at = [*far, *range(near, t + 1)]
                 s = np.array([
-                    turn(q[t, h], t) @ turn(k[j, h // 2], j) if j >= near else
-                    turn(q[t, h], act.local) @ turn(k[j, h // 2], 0) for j in at])
+                    q_true[t, h] @ k_true[j, h // 2] if j >= near else
+                    q_far[t, h] @ k[j, h // 2] for j in at])
                 e = np.exp((s - s.max()) / np.sqrt(D))
                 e /= e.sum()
                 outs[t, h] = e @ v[at, h // 2]

@@ -15,7 +15,8 @@ One form for all      dsf, template
 Fixed patterns        mixers
 Sparse, retrieval     landmark, s2, routing, combiner, sinklora, topk, hip,
                       flexprefill, seer, sea, prflash
-Cache compression     snapkv
+Cache policies        streaming, h2o, tova, snapkv, pyramidkv, adakv, razor, duo,
+                      quest, recycled, retrieval, actqkv, kivi, saq, cmr
 Around them           layers, masks, positions, grid, baseconv
 
 Mechanisms that they share lie in folders: contract (what every attention is), exact,

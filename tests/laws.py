@@ -22,16 +22,21 @@ import numpy as np
 import pytest
 
 from attn.aaren import Aaren
+from attn.actqkv import ActQKV
+from attn.adakv import AdaKV
 from attn.based import Based
 from attn.combiner import Combiner
 from attn.contract import dispatch
 from attn.contract.attention import said
 from attn.delta import Delta
+from attn.duo import Duo
 from attn.essa import Essa
 from attn.flexprefill import FlexPrefill
 from attn.flow import Flow
 from attn.gla import GLA
+from attn.h2o import H2O
 from attn.hip import HiP
+from attn.kivi import KIVI
 from attn.landmark import Landmark
 from attn.layers import MultiHead
 from attn.lightnet import LightNet
@@ -42,17 +47,25 @@ from attn.masks import Causal, Full, Sink, Window
 from attn.miras import Memora, Miras, Moneta, Yaad
 from attn.positions import ALiBi, RoPE
 from attn.prflash import PrFlash
+from attn.pyramidkv import PyramidKV
+from attn.quest import Quest
 from attn.rat import RAT
+from attn.razor import Razor
+from attn.recycled import Recycled
 from attn.retnet import RetNet
+from attn.retrieval import Retrieval
 from attn.routing import Routing
 from attn.s2 import S2
+from attn.saq import SAQ
 from attn.sinklora import SinkLoRA
 from attn.sea import SEA
 from attn.seer import Seer
 from attn.snapkv import SnapKV
 from attn.softmax import Softmax
+from attn.streaming import Streaming
 from attn.titans import Titans
 from attn.topk import TopK
+from attn.tova import TOVA
 from experiments.measure import cost
 from models import placement
 
@@ -335,6 +348,63 @@ ENTRIES = {
     "snapkv": Entry(
         SnapKV(capacity=2 * T, window=4), same=(SnapKV(), Softmax()), decode=0,
         ends=True, wraps="softmax",
+    ),
+    "pyramidkv": Entry(
+        PyramidKV(capacity=2 * T, window=4, layers=3, layer=2),
+        same=(PyramidKV(), Softmax()), decode=0, ends=True, wraps="softmax",
+    ),
+    "adakv": Entry(
+        AdaKV(capacity=2 * T, window=4), same=(AdaKV(), Softmax()), decode=0,
+        ends=True, wraps="softmax",
+    ),
+    "streaming": Entry(
+        Streaming(sinks=2, window=2 * T), same=(Streaming(), Softmax()), decode=0,
+        ends=True, wraps="softmax",
+    ),
+    "h2o": Entry(
+        H2O(heavy=T, recent=T), same=(H2O(), Softmax()), decode=0, ends=True,
+        wraps="softmax",
+    ),
+    "tova": Entry(
+        TOVA(capacity=2 * T), same=(TOVA(), Softmax()), decode=0, ends=True,
+        wraps="softmax",
+    ),
+    # as many pages as there are
+    "quest": Entry(
+        Quest(page=4, budget=2 * T), same=(Quest(), Softmax()), wraps="softmax",
+    ),
+    # what has not filled a block stays as it is
+    "kivi": Entry(
+        KIVI(bits=8, group=4, residual=64), same=(KIVI(), Softmax()),
+        wraps="softmax",
+    ),
+    "recycled": Entry(
+        Recycled(capacity=2 * T, stride=3), same=(Recycled(), Softmax()),
+        wraps="softmax",
+    ),
+    # what has not filled a segment stays as it is
+    "saq": Entry(
+        SAQ(bits=(8, 4), group=4, tokens=64), same=(SAQ(), Softmax()),
+        wraps="softmax",
+    ),
+    # as many keys are looked up as there are
+    "retrieval": Entry(
+        Retrieval(sinks=2, recent=3, top_k=T, index="flat"),
+        same=(Retrieval(), Softmax()), wraps="softmax", decode=0, held=1, ends=True,
+    ),
+    # all is near
+    "actqkv": Entry(
+        ActQKV(sinks=2, local=2 * T, block=4, top_k=2),
+        same=(ActQKV(), Softmax()), wraps="softmax",
+    ),
+    # buffers that hold all
+    "razor": Entry(
+        Razor(sinks=2, buffer=2 * T, share=0.0), same=(Razor(), Softmax()),
+        wraps="softmax",
+    ),
+    "duo": Entry(
+        Duo(sinks=2, recent=2 * T), same=(Duo(), Softmax()),
+        wraps="softmax",
     ),
     # a window that reaches the first token
     "s2": Entry(

@@ -111,12 +111,7 @@ def append(cache: Cache, k, v, place: TokenPositions, slot: jax.Array) -> Cache:
                      for a, new in zip(held, (k, v)))
 
     held = varying((cache.k, cache.v), k, v, slot)
-    if interpreted():
-        # on a CPU XLA writes a copy of the cache for each that reads it, unless what
-        # writes is a branch: then one buffer is written in place
-        held = jax.lax.cond((slot < slots).any(), written, _as_it_is, held)
-    else:
-        held = written(held)
+    held = in_place(written, held, (slot < slots).any())
     keys, vals = held
     return Cache(
         keys, vals,
@@ -124,6 +119,15 @@ def append(cache: Cache, k, v, place: TokenPositions, slot: jax.Array) -> Cache:
         place.next_pos,
         place.last_segment,
     )
+
+
+def in_place(write, held, some: jax.Array):
+    """write(held) if there is something to write, in the buffers of `held`."""
+    if not interpreted():
+        return write(held)
+    # on a CPU XLA writes a copy of the cache for each that reads it, unless what
+    # writes is a branch: then one buffer is written in place
+    return jax.lax.cond(some, write, _as_it_is, held)
 
 
 def _as_it_is(held):

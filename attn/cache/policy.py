@@ -48,12 +48,16 @@ class Policy:
         """
         raise NotImplementedError(f"{type(self).__name__} says no importance")
 
+    def kept_of(self: Any, prompt: int) -> int:
+        """How many tokens of a prompt, or of a piece of one, each head keeps."""
+        return self.capacity
+
     def init_state(self: Any, size, q, k, v, *, x=None):
         """An empty memory for a prompt as long as q and the rest of `size` tokens."""
         caches.check_size(size)
         prompt = min(q.shape[1], size)
         # what is kept of a prompt, and one slot for each later token
-        slots = min(prompt, self.capacity) + size - prompt
+        slots = min(prompt, self.kept_of(prompt)) + size - prompt
         k, v = (jax.eval_shape(self._stored, q, a) for a in (k, v))
         return caches.empty(k, v, slots, per_head=True)
 
@@ -72,16 +76,19 @@ class Policy:
         caches.check_fits(state, k, v)
         slots = state.k.shape[1]
         now = locate(segments, q.shape[0], q.shape[1], state.end, state.segment)
-        # all keys are read before some of them are dropped
-        both, slot_segments = caches.concat(state, k, v, now)
-        o = self.read(both, slot_segments, q, now, sink=sink).astype(v.dtype)
         if q.shape[1] == 1:
             after, used = caches.append_next(state, k, v, now)
             caches.check_room(used, slots)
+            newest = now.segment.max(1, keepdims=True)
+            newest = jnp.broadcast_to(newest, after.k.shape[:2])
+            o = self.read(after, newest, q, now, sink=sink).astype(v.dtype)
             return after, caches.poison(o, used, slots)
+        # all keys are read before some of them are dropped
+        both, slot_segments = caches.concat(state, k, v, now)
+        o = self.read(both, slot_segments, q, now, sink=sink).astype(v.dtype)
         # only what goes on afterwards can be kept
         mine = caches.in_order(caches.only_current(both, slot_segments))
-        size = min(self.capacity, slots, mine.k.shape[1])
+        size = min(self.kept_of(q.shape[1]), slots, mine.k.shape[1])
         given = (q, mine, now) if sink is None else (q, mine, now, sink)
         after = caches.keep(mine, self.importance(*given), size)
         return caches.pad_slots(after, slots), o

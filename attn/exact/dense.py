@@ -149,7 +149,7 @@ def attend(
     """Exact attention by the matrix; arguments and results of
     `attn.exact.chunked.attend`."""
     check_given(q, k, where, bias, sink, dropout)
-    here = _everywhere(where, q, k)
+    here = everywhere(where, q, k)
     x = formed(logits(q, k, spec.scale), spec, here)  # [B,H,T,S]
     x = x if bias is None else x + bias.astype(jnp.float32)
     p, m, l = _sums(x, allowed(spec.mask, here), sink)
@@ -158,7 +158,7 @@ def attend(
     return values(p, v), *((m, l) if split_lse else (lse_of(m, l),))
 
 
-def _everywhere(where: Where, q, k) -> Where:
+def everywhere(where: Where, q, k) -> Where:
     """`where` with what it leaves open: positions [B|1,T] and [B|1,S], or [B,S,H] of
     slots that differ by head, and the heads' numbers [H]."""
     (t, h), s = q.shape[1:3], k.shape[1]
@@ -201,7 +201,7 @@ def partial(
     q [B,T,H,D], k [B,S,K,D], v [B,S,K,V]. Of `spec` mask and scale count.
     """
     check(q, k, v)
-    seen = allowed(spec.mask, _everywhere(where, q, k))
+    seen = allowed(spec.mask, everywhere(where, q, k))
     x = jnp.where(seen, logits(q, k, spec.scale), EMPTY)  # [B,H,T,S]
     m = jax.lax.stop_gradient(x.max(-1))  # o does not depend on it
     # where nothing is seen exp(EMPTY - EMPTY) is 1: the mask acts again

@@ -15,7 +15,7 @@ from attn.softmax import Softmax
 from tests.compiled import attend
 from tests.laws import close, gradients, inputs
 
-VECTORS = pathlib.Path(__file__).parent / "vectors" / "prflash.npz"
+VECTORS = pathlib.Path(__file__).parents[1] / "golden" / "prflash.npz"
 
 
 def vectors(name):

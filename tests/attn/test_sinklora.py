@@ -16,7 +16,7 @@ from tests.laws import close, run
 from tests.oracles.softmax import attention, oracle
 
 B, T, H, K, D, V = 2, 24, 4, 2, 8, 12
-GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "cases" / "sinklora.npz"
+GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "sinklora.npz"
 FORMS = SinkLoRA(8), SinkLoRA(8, form="flash"), SinkLoRA(8, form="roll")
 
 

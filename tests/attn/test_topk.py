@@ -16,7 +16,7 @@ from experiments.measure import cost
 from tests.compiled import attend, step
 from tests.laws import close, inputs
 
-VECTORS = pathlib.Path(__file__).parent / "vectors" / "kinetics.npz"
+VECTORS = pathlib.Path(__file__).parents[1] / "golden" / "kinetics.npz"
 
 
 @functools.cache

@@ -9,7 +9,7 @@ import pytest
 
 from experiments import tokenise
 
-VECTORS = pathlib.Path(__file__).parents[1] / "attn" / "vectors" / "prflash.npz"
+VECTORS = pathlib.Path(__file__).parents[1] / "golden" / "prflash.npz"
 
 
 def test_given_words_have_the_given_pieces():

@@ -1,0 +1,105 @@
+"""Observed: how much attention each key receives, which many policies go by.
+
+A decoding kernel gives the sums of weights beside its output; XLA has the few rows of
+weights as a matrix anyway. Of a prompt the sums of all its rows are taken tile by tile,
+so that the T x S matrix never exists.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from attn.cache.kv import Cache, of_one_type
+from attn.contract.dispatch import interpreted, pick
+from attn.contract.segments import TokenPositions
+from attn.contract.varying import varying
+from attn.exact import dense
+from attn.exact.attend import kernel_options
+from attn.exact.logits import LogitSpec, Where
+from pallas_kernels.decode.api import decode
+
+TILE = 64  # queries whose rows of weights exist at once
+
+
+def row_weights(
+    q, cache: Cache, kv_segment, now: TokenPositions, spec: LogitSpec, sink=None
+) -> jax.Array:
+    """The weights [B,H,T,C] float32 of queries q [B,T,H,D] at `now`, of slots with
+    segment indices kv_segment [B,C]; rows that see nothing are 0."""
+    where = Where(now.pos, cache.pos, now.segment, kv_segment)
+    here = dense.everywhere(where, q, cache.k)
+    s = dense.formed(dense.logits(q, cache.k, spec.scale), spec, here)
+    return dense.weights(s, dense.allowed(spec.mask, here), sink)
+
+
+def by_group(p: jax.Array, heads: int) -> jax.Array:
+    """Weights [B,H,T,C] as [B,C,K,G]: added up over queries, by the K groups of H."""
+    b, h, _, c = p.shape
+    p = p.sum(2).reshape(b, heads, h // heads, c)
+    return jnp.moveaxis(p, 3, 1)
+
+
+def read(
+    cache: Cache, kv_segment, q, now: TokenPositions, spec: LogitSpec, *,
+    sink: Any = None, implementation: str | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """What a few queries find, as `attn.cache.kv.read`: o [B,T,H,V], and what each slot
+    receives of them [B,C,K] float32, added up over queries and the heads of a group."""
+    heads = cache.k.shape[2]
+
+    def kernel(backend):
+        where = Where(now.pos, cache.pos, now.segment, kv_segment)
+        o, _, got = decode(
+            q, cache.k, cache.v, sink=sink, backend=backend, interpret=interpreted(),
+            statistics=True, **kernel_options(spec, where))
+        return o, got
+
+    def xla():
+        p = row_weights(q, cache, kv_segment, now, spec, sink)
+        return dense.values(p, cache.v), by_group(p, heads).sum(3)
+
+    tpu, gpu = (functools.partial(kernel, name) for name in ("tpu", "triton"))
+    return pick(implementation, xla=xla, tpu=tpu, gpu=gpu)
+
+
+def received(
+    cache: Cache, kv_segment, q, now: TokenPositions, spec: LogitSpec, sink: Any = None
+) -> jax.Array:
+    """What each slot receives of all queries of a piece q [B,T,H,D]: [B,C,K] float32,
+    the columns of the attention map, added up over the heads of a group."""
+    cache, q = of_one_type(cache, q)
+    b, t, _, _ = q.shape
+    heads, n = cache.k.shape[2], -(-t // TILE)
+    more = n * TILE - t if n > 1 else 0
+    size = TILE if n > 1 else t
+
+    def tiles(a):  # [B,T,...] -> [N,B,tile,...]; rows of padding have segment 0
+        a = jnp.pad(a, [(0, 0), (0, more)] + [(0, 0)] * (a.ndim - 2))
+        return jnp.moveaxis(a.reshape(b, n, size, *a.shape[2:]), 1, 0)
+
+    def add(total, tile):
+        q, pos, segment = tile
+        here = now._replace(pos=pos, segment=segment)
+        p = row_weights(q, cache, kv_segment, here, spec, sink)
+        return total + by_group(p, heads).sum(3), None
+
+    start = jnp.zeros((b, cache.k.shape[1], heads), jnp.float32)
+    given = tuple(map(tiles, (q, now.pos, now.segment)))
+    return jax.lax.scan(add, *varying((start, given)))[0]
+
+
+def last_queries(q, now: TokenPositions, many: int = 1) -> tuple:
+    """The last `many` real queries of the sequence that goes on: q [B,many,H,D] and
+    where they stand, with segment 0 for what is not there."""
+    mine = (now.segment == now.segment.max(1, keepdims=True)) & (now.segment > 0)
+    index = jnp.where(mine, jnp.arange(q.shape[1]), -1)
+    last, _ = jax.lax.top_k(index, min(many, q.shape[1]))
+    last = last[:, ::-1]  # in order
+    at = jnp.maximum(last, 0)
+    pos, segment = (jnp.take_along_axis(a, at, 1) for a in (now.pos, now.segment))
+    there = now._replace(pos=pos, segment=jnp.where(last >= 0, segment, 0))
+    return jnp.take_along_axis(q, at[..., None, None], 1), there

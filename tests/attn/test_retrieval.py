@@ -1,0 +1,124 @@
+"""RetrievalAttention: what is near and what is looked up, the graph, its merge."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from attn.cache import graph_index
+from attn.positions import ALiBi
+from attn.retrieval import Retrieval
+from attn.softmax import Softmax
+from tests.compiled import attend, step
+from tests.laws import close, stream
+
+B, T, H, K, D, V = 2, 40, 4, 2, 8, 12
+FLAT = Retrieval(sinks=2, recent=6, top_k=5, index="flat")
+
+
+def inputs(t=T, seed=0):
+    keys = jax.random.split(jax.random.key(seed), 3)
+    shapes = (B, t, H, D), (B, t, K, D), (B, t, K, V)
+    return tuple(jax.random.normal(key, shape) for key, shape in zip(keys, shapes))
+
+
+def by_hand(q, k, v, cut):
+    """One token over the first two keys, those from `cut` on and its 5 best others."""
+    q, k, v = (np.asarray(a, np.float64) for a in (q, k, v))
+    o = np.zeros((B, H, V))
+    for b, h in np.ndindex(B, H):
+        s = k[b, :, h // 2] @ q[b, 0, h] / np.sqrt(D)
+        far = np.arange(2, cut)
+        at = [0, 1, *far[np.argsort(-s[far])[:5]], *range(cut, len(s))]
+        e = np.exp(s[at] - s[at].max())
+        o[b, h] = e @ v[b, at, h // 2] / e.sum()
+    return o
+
+
+@pytest.mark.parametrize("piece", [20, T])
+def test_near_keys_and_the_best_far_ones_are_read(piece):
+    q, k, v = inputs()
+    o, state = stream(FLAT, q, k, v, T + 4, piece)
+    close(o[:, :T], attend(Softmax(), q, k, v)[:, :T])
+    for n in range(3):
+        one = inputs(1, n + 1)
+        state, o = step(FLAT, state, *one)
+        k, v = (jnp.concatenate([a, b], 1) for a, b in zip((k, v), one[1:]))
+        close(o[:, 0], by_hand(one[0], k, v, T - 6))
+    assert (state.near.pos[0, :, 0] >= 0).sum() == 8 + 3
+
+
+def test_the_graph_finds_what_the_exact_search_finds():
+    q, k, v = inputs(80)
+    graph = Retrieval(sinks=2, recent=6, top_k=5, neighbours=10, degree=6, beam=16)
+    args = tuple(a[:, :-1] for a in (q, k, v))
+    outs = []
+    for policy in (graph, FLAT):
+        state, _ = step(policy, policy.init_state(80, *args), *args)
+        outs.append(step(policy, state, *(a[:, -1:] for a in (q, k, v)))[1])
+    gap = np.linalg.norm(outs[0] - outs[1]) / np.linalg.norm(outs[1])
+    assert gap < 0.3, gap  # a walk misses few of the best
+
+
+def test_a_graph_for_queries_looks_at_less_than_one_for_keys():
+    """Queries that lie elsewhere than keys: the paper's reason for the index."""
+    rng = np.random.default_rng(0)
+    a, c = rng.normal(size=(16, 16)), rng.normal(size=(16, 16))
+    z = rng.normal(size=(300, 16))
+    keys = (z @ a + 1).astype(np.float32)
+    asks = lambda n: ((z[rng.integers(0, 300, n)] + 0.3 * rng.normal(
+        size=(n, 16))) @ c - 1).astype(np.float32)
+    train, test = asks(300), asks(30)
+    found = {}
+    for name, queries in (("queries", train), ("keys", keys)):
+        made = graph_index.build(keys, queries, neighbours=20, degree=10, beam=30)
+        recall, seen = [], []
+        for q in test:
+            best = set(np.argsort(-(keys @ q))[:10].tolist())
+            own, many = graph_index.search(made, keys, q, 10, 20)
+            recall.append(len(best & set(own)) / 10)
+            seen.append(many / 300)
+        found[name] = np.mean(recall), np.mean(seen)
+    assert found["queries"][0] > 0.9, found
+    assert found["queries"][0] >= found["keys"][0] - 0.02, found
+
+
+def test_every_key_can_be_reached():
+    keys = np.random.default_rng(1).normal(size=(60, 4)).astype(np.float32)
+    made = graph_index.build(keys, keys[:20], neighbours=5, degree=4, beam=60)
+    seen, ahead = {made.entry}, [made.entry]
+    while ahead:
+        for x in made.links[ahead.pop()]:
+            if x >= 0 and int(x) not in seen:
+                seen.add(int(x))
+                ahead.append(int(x))
+    assert len(seen) > 50 and (made.links < 60).all()
+    alone = graph_index.build(keys, keys[:20], neighbours=5, degree=4, connect=False)
+    assert (alone.links >= 0).sum() < (made.links >= 0).sum()
+
+
+def test_ragged_rows_and_new_sequences():
+    q, k, v = inputs()
+    segments = jnp.asarray([[0] * 5 + [1] * 35, [1] * 9 + [2] * 31])
+    state, o = step(FLAT, FLAT.init_state(T + 4, q, k, v), q, k, v, segments=segments)
+    one = inputs(1, 1)
+    _, o = step(FLAT, state, *one)
+    for b, cut in ((0, 5), (1, 9)):
+        args = tuple(a[b:b + 1, cut:] for a in (q, k, v))
+        alone, _ = step(FLAT, FLAT.init_state(T + 4, *args), *args)
+        assert (state.far.pos[b] == alone.far.pos[0]).all()
+        close(o[b], step(FLAT, alone, *(a[b:b + 1] for a in one))[1][0])
+    _, o = step(FLAT, state, *one, segments=jnp.asarray([[7], [0]]))
+    close(o[0, 0], jnp.repeat(one[2][0, 0], 2, 0))
+    assert (o[1] == 0).all()
+
+
+@pytest.mark.parametrize("fields, message", [
+    ({"index": "tree"}, "index"), ({"top_k": 0}, "top_k"),
+    ({"score": ALiBi(4)}, "score"), ({"softcap": 3.0}, "softcap"),
+])
+def test_wrong_fields(fields, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(FLAT, **fields)

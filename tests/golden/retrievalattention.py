@@ -76,6 +76,14 @@ def shape_only(ours: np.ndarray, stored: np.ndarray) -> float:
     return 0.0 if ours.shape == stored.shape else float("nan")
 
 
+def a_row_a_key(ours: np.ndarray, stored: np.ndarray) -> float:
+    """0 for links from each key to other keys, however many (-1 is none)."""
+    n = len(stored)
+    valid = len(ours) == n and (ours >= -1).all() and (ours < n).all()
+    loops = valid and (ours == np.arange(n)[:, None]).any()
+    return 0.0 if valid and not loops else float("nan")
+
+
 TOLERANCE = {"recall": 0.05}
 RULES = {"recall": mean_not_lower, "visited_frac": shape_only, "found": shape_only,
-         "adjacency": shape_only}
+         "adjacency": a_row_a_key}

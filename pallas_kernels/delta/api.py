@@ -82,6 +82,9 @@ def delta(
         if n > WIDEST:
             raise Refused(f"{name}={n}: at most {WIDEST}")
     check_device(backend, (q, k, v), interpret)
+    if t == 1:
+        return _alone(q, k, v, beta, log_decay, segment, state=state, scale=scale,
+                      tile=tile, backend=backend, interpret=interpret)
     q, k, v = blank(segment, q, k, v)  # `sides` does the same to the rest
     if interpret and backend == "triton" and jax.config.read("jax_enable_x64"):
         raise Refused("interpreted under jax_enable_x64: jax's interpreter mixes its "
@@ -94,6 +97,21 @@ def delta(
     )
     side = sides(beta, log_decay, segment, static.pieces * CHUNK)
     return _delta(static, side, q, k, v, state.astype(F32))
+
+
+def _alone(q, k, v, beta, log_decay, segment, **options):
+    """`delta` of one token, with padding behind it: of what `sides` makes of a single
+    token, XLA's GPU compiler makes a fusion that it fails to translate (jax 0.10.2,
+    0.11.2 and 0.12.0)."""
+    def padded(a):
+        return jnp.pad(a, [(0, 0), (0, 1)] + [(0, 0)] * (a.ndim - 2))
+
+    segment = jnp.ones((1, 1), jnp.int32) if segment is None else segment
+    if log_decay is not None and log_decay.ndim == 3:
+        log_decay = padded(log_decay)
+    q, k, v, beta, segment = map(padded, (q, k, v, beta, segment))
+    state, o = delta(q, k, v, beta, log_decay, segment=segment, **options)
+    return state, o[:, :1]
 
 
 def _tiles(q, v, heads: int, tile, backend: str) -> tuple[tuple[DeltaTriton, ...], int]:

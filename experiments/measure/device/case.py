@@ -42,16 +42,21 @@ class Bench:
     """What a case runs on. Programs compile beside those of other processes; what runs
     on the device runs alone, under a lock that all processes of a run share."""
 
-    def __init__(self, place: Place, folder: pathlib.Path):
+    def __init__(self, place: Place, folder: pathlib.Path,
+                 tell: Callable[[str], None] = lambda word: None):
         self.place = place
-        self._lock = folder / ".device"
+        self._lock, self._tell = folder / ".device", tell
 
     @contextlib.contextmanager
     def alone(self) -> Iterator[None]:
-        """While it lasts, no other process of this run uses the device."""
+        """While it lasts, no other process of this run uses the device. Whoever watches
+        this process is told, as a wait for others is nobody's fault."""
         with self._lock.open("a") as file:
+            self._tell("waits")
             fcntl.flock(file, fcntl.LOCK_EX)
+            self._tell("holds")
             yield
+        self._tell("works")
 
     def compiled(self, f: Callable, *args: Any, reference: bool = False,
                  **options: Any) -> tuple[Callable, float]:

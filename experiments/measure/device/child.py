@@ -53,15 +53,18 @@ def main(arguments: list[str]) -> int:
     from experiments.measure.device import place as places
     from experiments.measure.device.case import Bench
     from experiments.measure.device.cases import cases
+    from experiments.measure.device.interpreter import keep_programs
 
     place = places.here(given.tiny)
+    if place.interpret:
+        keep_programs()
     known = cases(place, given.extra)
     if given.list:
         _say(out, {"place": places.described(place), "cases": [
             {"name": c.name, "tier": c.tier, "seconds": c.seconds, "group": c.group}
             for c in known.values()]})
         return 0
-    bench = Bench(place, given.folder)
+    bench = Bench(place, given.folder, lambda word: _say(out, {"now": word}))
     for line in sys.stdin:
         row = run(known[line.strip()], bench)
         _say(out, row)

@@ -51,7 +51,7 @@ def race(bench: Bench, contenders: Iterable[Contender], args: Any, *,
             continue
         calls[one.name] = lambda program=program: program(*args)
         row["contenders"][one.name] = {"compile_s": round(seconds, 2)}
-    product, copy = bench.ceilings
+    row["ceilings"] = product, copy = bench.ceilings
     with bench.alone():
         spent = timed(calls)
     for name, own in row["contenders"].items():

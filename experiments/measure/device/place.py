@@ -41,7 +41,7 @@ class Place:
         if self.platform == "tpu":
             return "tpu",
         if self.platform == "cpu":
-            return "mosaic", "triton", "tpu"
+            return "triton", "tpu", "mosaic"
         first = {"9": ("mosaic",), "10": ("blackwell",)}
         return *first.get(self.capability.partition(".")[0], ()), "triton"
 

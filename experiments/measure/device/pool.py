@@ -72,8 +72,17 @@ class Child:
         self.process.stdin.write(f"{name}\n".encode())
         self.process.stdin.flush()
 
-    def answer(self, until: float) -> Row | None:
-        """The next row; None if the process ends. TimeoutError at `until`."""
+    def answer(self, seconds: float, deadline: float) -> Row | None:
+        """The next row; None if the process ends. TimeoutError at the deadline, or if
+        it computes, or holds the device, for so many seconds; waiting for the device is
+        free."""
+        until = min(time.monotonic() + seconds, deadline)
+        while (row := self._line(until)) is not None and "now" in row:
+            waits = row["now"] == "waits"
+            until = deadline if waits else min(time.monotonic() + seconds, deadline)
+        return row
+
+    def _line(self, until: float) -> Row | None:
         assert self.process.stdout is not None
         with selectors.DefaultSelector() as waiting:
             waiting.register(self.process.stdout, selectors.EVENT_READ)
@@ -113,7 +122,7 @@ def listed(folder: pathlib.Path, words: list[str], platform: str) -> Row:
     """The place and the names of its cases, as a child finds them."""
     child = Child(folder, [*words, "--list"], environment(platform, 1), 0)
     try:
-        found = child.answer(time.monotonic() + START)
+        found = child.answer(START, time.monotonic() + START)
     except TimeoutError:
         found = None
     child.end()
@@ -162,11 +171,10 @@ def serve(folder: pathlib.Path, todo: list[Row], words: list[str], platform: str
 def attempt(child: Child, case: Row, deadline: float) -> Row | None:
     """A case's row, or that it crashed or hung; None if the time was up."""
     limit = case["seconds"] + (START if child.fresh else 0)
-    until = min(time.monotonic() + limit, deadline)
     name, clock = case["name"], time.monotonic()
     try:
         child.ask(name)
-        row = child.answer(until)
+        row = child.answer(limit, deadline)
     except TimeoutError:
         if time.monotonic() >= deadline:
             return None

@@ -1,7 +1,7 @@
 """Recurrences on a device: linear attention, the delta rule, and softmax over prefixes.
 
 The reference of the first two is the loop as it is written, token by token, in float32;
-plain jnp in a low type is XLA's form by chunks in that type.
+plain jnp in a low type is the same loop in that type, the state as well.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from attn.recurrent import delta_rule, linear as linear_attention, scan as prefix
+from attn.recurrent.linear import token_decays
 from experiments.measure.device.case import BF16, F32, Bench, Case, Row, normal
 from experiments.measure.device.exact import segments
 from experiments.measure.device.fast import OURS, Contender, race, with_gradients
@@ -158,6 +159,43 @@ def loop(kernel: str, segment=None) -> Callable:
     return f
 
 
+def rough(kernel: str, segment=None) -> Callable:
+    """The loop in the type of v; of a scan XLA's form."""
+    if kernel == "scan":
+        return xla(kernel, segment)
+
+    def f(*args):
+        kind, h = args[2].dtype, args[3 if kernel == "delta" else 0].shape[2]
+        q, k, v = (jnp.repeat(a, h // a.shape[2], 2) for a in args[:3])
+        beta = args[3].astype(kind) if kernel == "delta" else None
+        b, t, _, d = q.shape
+        g = token_decays(args[-1], t) if len(args) > 3 + (beta is not None) else None
+        fade = jnp.ones((1, t, h, 1), kind) if g is None else jnp.exp(g).astype(kind)
+        row = jnp.ones((1, t), jnp.int32) if segment is None else segment
+
+        def step(carry, token):
+            state, present = carry
+            q, k, v, beta, fade, now = token
+            old = jnp.where((now == present)[:, None, None, None], state, 0)
+            old = old * fade[..., None]
+            if beta is not None:
+                v = beta[..., None] * (v - jnp.einsum("bhd,bhdv->bhv", k, old))
+            new = old + k[..., None] * v[:, :, None]
+            real = (now > 0)[:, None, None]
+            o = jnp.where(real, jnp.einsum("bhd,bhdv->bhv", q, new), 0)
+            return (jnp.where(real[..., None], new, state),
+                    jnp.where(now > 0, now, present)), o
+
+        tokens = jax.tree.map(lambda a: jnp.moveaxis(a, 1, 0),
+                              (q, k, v, beta, jnp.broadcast_to(
+                                  fade, (fade.shape[0], t, *fade.shape[2:])), row))
+        first = jnp.zeros((b, h, d, v.shape[3]), kind), jnp.ones((1,), jnp.int32)
+        (state, _), o = jax.lax.scan(step, first, tokens)
+        return state.astype(F32), jnp.moveaxis(o, 0, 1)
+
+    return f
+
+
 def subject(place: Place, backend: str, kernel: str, packed=False, **options: Any
             ) -> Subject:
     """A call of a kernel, beside the loop and XLA's form."""
@@ -169,7 +207,7 @@ def subject(place: Place, backend: str, kernel: str, packed=False, **options: An
     kind = options.get("dtype", BF16)
     results = ("l", "acc", "o") if kernel == "scan" else ("state", "o")
     return Subject(
-        ours(place, kernel, backend, kind, segment), xla(kernel, segment), args,
+        ours(place, kernel, backend, kind, segment), rough(kernel, segment), args,
         len(args), (*results, *(f"d{n}" for n in names(kernel, len(args)))),
         exact=loop(kernel, segment), low=kind)
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from attn.exact.chunked import attend
-from attn.exact.logits import LogitSpec
+from attn.exact.logits import LogitSpec, Where
 from attn.masks import Causal, Full, Window
 from attn.positions import ALiBi
 from experiments.measure.device.case import BF16, F32, Case, normal

@@ -42,7 +42,8 @@ class Line(NamedTuple):
 
 class Call(NamedTuple):
     """What is static: the form, the tiles, query heads of a key head, warpgroups that
-    compute, stages of the rings, and how a tile lies over a warpgroup's registers."""
+    compute, stages of the rings, how a tile lies over a warpgroup's registers, and
+    candidates (`pallas_kernels/candidates.py`)."""
 
     form: LogitSpec
     tiling: Tiling
@@ -51,6 +52,7 @@ class Call(NamedTuple):
     stages: tuple[int, ...]
     interpret: bool
     layout: Any = TILE
+    variant: tuple[str, ...] = ()
 
     def slot(self, n, ring: int = 0):
         """The place of the n-th tile that a ring takes."""

@@ -28,6 +28,20 @@ CANDIDATES = (
               "the order of programs before sections: all heads inside"),
     Candidate("half_sections", "mosaic", "flash",
               "sections of 16 MB: the cache of an H100 is two halves"),
+    Candidate("early_dv", "mosaic", "flash",
+              "dv begins with dP, so that the matrix units work while ds is made"),
+    Candidate("one_loop", "mosaic", "flash",
+              "early_dv, and tiles with and without a mask in one loop: less to "
+              "compile"),
+    Candidate("shared_keys", "triton", "delta",
+              "dq and dk added up over the heads of a key head by one program: no "
+              "float32 of each head is written"),
+    Candidate("four_programs", "triton", "decode",
+              "4 programs a multiprocessor for 2: quantised caches wait for latency"),
+    Candidate("six_programs", "triton", "decode", "6 programs a multiprocessor"),
+    Candidate("two_stages", "triton", "decode",
+              "the next tile is on its way while one is computed, at 4 bits, too"),
+    Candidate("three_stages", "triton", "decode", "two tiles are"),
 )
 
 

@@ -33,6 +33,9 @@ CANDIDATES = (
     Candidate("one_loop", "mosaic", "flash",
               "early_dv, and tiles with and without a mask in one loop: less to "
               "compile"),
+    Candidate("pairs", "triton", "linear",
+              "under decays of channels the pairs of a chunk are made once, by a "
+              "kernel of their own, blocks of 16 by one product"),
     Candidate("shared_keys", "triton", "delta",
               "dq and dk added up over the heads of a key head by one program: no "
               "float32 of each head is written"),

@@ -50,13 +50,13 @@ QUICK = 2.0
 class Config:
     """What is run, and for how long."""
 
-    minutes: float = option(8.0, "time for all of it, compiling and starting included")
+    minutes: float = option(8.0, "time for all of it, starting and compiling too")
     quick: bool = option(False, f"at most {QUICK:.0f} minutes, in shapes that are tiny")
     cases: str = option("", "only those with one of these words, parted by commas")
     again: bool = option(False, "run again what has failed")
     write: bool = option(False, "make pallas_kernels/MEASURED.md of what is known", FREE)
     folder: str = option("results/device", "where what is known stands", FREE)
-    extra: str | None = option(None, "a module with cases of its own, instead", FREE)
+    extra: str | None = option(None, "a module whose cases are run instead", FREE)
 
     def __post_init__(self):
         if not 0 < self.minutes <= 24 * 60:

@@ -100,15 +100,23 @@ def whole(found: dict[str, Any], bits: int) -> tuple:
     return found["q"], read("k"), read("v")
 
 
-def _call(place: Place, backend: str, bits: int, names: list[str]) -> Callable:
+def call(place: Place, backend: str, bits: int, names: list[str],
+         variant: tuple[str, ...] = ()) -> Callable:
+    """(o, lse) of decode as a function of the arrays of these names."""
     def f(*args):
-        return decode(**dict(zip(names, args)), bits=bits, backend=backend,
-                      interpret=place.interpret)
+        return decode(**dict(zip(names, args)), bits=bits, variant=variant,
+                      backend=backend, interpret=place.interpret)
 
     return f
 
 
 def _check(place: Place, backend: str, options: dict, bench: Bench) -> Row:
+    return check(bench, subject(place, backend, options))
+
+
+def subject(place: Place, backend: str, options: dict, variant: tuple[str, ...] = ()
+            ) -> Subject:
+    """A step of decode, beside the whole row of logits."""
     shape = {"b": 2, "s": 4096, "h": 8, "k": 2} | options
     if place.tiny:
         shape |= {"s": min(shape["s"], 100), "h": 4, "d": 16}
@@ -120,19 +128,16 @@ def _check(place: Place, backend: str, options: dict, bench: Bench) -> Row:
         return plain(*whole(dict(zip(names, args)) | {"s": s}, bits), mask=Causal())
 
     args = tuple(found.values())
-    if found["q"].dtype == F32 or bits == 16:
-        inputs = 3 if bits == 16 else 1
-    else:
-        inputs = 1
+    inputs = 3 if bits == 16 else 1
     wanted = ("o", "lse", *(f"d{n}" for n in names[:inputs]))
-    return check(bench, Subject(_call(place, backend, bits, names), dense, args, inputs,
-                                wanted))
+    return Subject(call(place, backend, bits, names, variant), dense, args, inputs,
+                   wanted)
 
 
 def _race(place: Place, shape: dict, bench: Bench) -> Row:
     found, bits = cache(**shape), shape.get("bits", 16)
     names, backend = list(found), place.others[0]
-    f = _call(place, backend, bits, names)
+    f = call(place, backend, bits, names)
     peers = []
     if bits == 16 and "page" not in shape:
         kinds = ("cudnn", "xla") if place.platform == "gpu" else ("xla",)

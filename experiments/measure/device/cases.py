@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import importlib
 
-from experiments.measure.device import cached, exact, exact_fast, recurrent
+from experiments.measure.device import (
+    cached, candidates, exact, exact_fast, recurrent
+)
 from experiments.measure.device.case import Case
 from experiments.measure.device.place import Place
 
-SOURCES = exact.right_cases, recurrent.cases, cached.cases, exact_fast.cases
+SOURCES = (exact.right_cases, recurrent.cases, cached.cases, exact_fast.cases,
+           candidates.cases)
 
 
 def cases(place: Place, extra: str | None = None) -> dict[str, Case]:

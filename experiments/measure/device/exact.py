@@ -83,7 +83,7 @@ def plain(q, k, v, sink=None, bias=None, *, mask, softcap=None, score=None,
 
 def subject(place: Place, backend: str, t=None, d=128, h=4, k=None, v=None, s=None,
             mask=Causal(), softcap=None, score=None, sink=False, packed=False,
-            bias=False, dtype=BF16) -> Subject:
+            bias=False, dtype=BF16, variant=()) -> Subject:
     """A call of flash, beside the whole matrix."""
     t = t or 4096
     if place.tiny:
@@ -104,7 +104,7 @@ def subject(place: Place, backend: str, t=None, d=128, h=4, k=None, v=None, s=No
 
     def kernel(*args):
         return flash(**dict(zip(names, args)), **options, **runs, backend=backend,
-                     interpret=place.interpret)
+                     variant=variant, interpret=place.interpret)
 
     def dense(*args):
         return plain(**dict(zip(names, args)), **options, segment=segment)

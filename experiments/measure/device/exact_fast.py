@@ -62,12 +62,14 @@ def flops(back: bool, b=1, t=4096, h=16, k=None, d=128, v=None, causal=True,
     return 2 * b * h * pairs * (d + (v or d)) * (3.5 if back else 1)
 
 
-def call(place: Place, backend: str, causal=True, window=None, **_) -> Callable:
+def call(place: Place, backend: str, causal=True, window=None, variant=(), **_
+         ) -> Callable:
     """o of flash as a function of q, k and v."""
     mask = Causal() & Window(window) if window else Causal() if causal else None
 
     def f(q, k, v):
-        return flash(q, k, v, mask=mask, backend=backend, interpret=place.interpret)[0]
+        return flash(q, k, v, mask=mask, backend=backend, variant=variant,
+                     interpret=place.interpret)[0]
 
     return f
 

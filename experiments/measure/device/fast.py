@@ -33,8 +33,9 @@ class Contender(NamedTuple):
 
 
 def race(bench: Bench, contenders: Iterable[Contender], args: Any, *,
-         flops: float = 0.0, moved: float = 0.0) -> Row:
-    """The row of contenders that all take `args`."""
+         flops: float = 0.0, moved: float = 0.0, against: str | None = None) -> Row:
+    """The row of contenders that all take `args`; against: which of them ours is
+    compared with, None for the fastest peer."""
     calls: dict[str, Callable] = {}
     row: Row = {"contenders": {}, "absent": {}}
     for one in contenders:
@@ -56,6 +57,9 @@ def race(bench: Bench, contenders: Iterable[Contender], args: Any, *,
         spent = timed(calls)
     for name, own in row["contenders"].items():
         own |= figures(spent[name], flops, moved, product, copy)
+    if against is not None:
+        ours = next(name for name in spent if name.startswith(OURS))
+        return row | compared({ours: spent[ours], against: spent[against]})
     return row | compared(spent)
 
 

@@ -1,4 +1,5 @@
-"""The record of a run: one JSON file, whole at any moment, that the next run goes on."""
+"""The record of a run: one JSON file, whole at any moment, that the next one goes on.
+"""
 
 from __future__ import annotations
 

@@ -112,9 +112,13 @@ def names(kernel: str, many: int) -> tuple[str, ...]:
     return known[kernel][:many]
 
 
-def ours(place: Place, kernel: str, backend: str, dtype: Any, segment=None) -> Callable:
+def ours(place: Place, kernel: str, backend: str, dtype: Any, segment=None,
+         variant: tuple[str, ...] = ()) -> Callable:
     """(final state, o) of a kernel as a function of its arrays."""
-    told = {"segment": segment, "backend": backend, "interpret": place.interpret}
+    told: dict[str, Any] = {"segment": segment, "backend": backend,
+                            "interpret": place.interpret}
+    if kernel != "scan":
+        told["variant"] = variant
 
     def f(*args):
         if kernel == "scan":
@@ -196,8 +200,8 @@ def rough(kernel: str, segment=None) -> Callable:
     return f
 
 
-def subject(place: Place, backend: str, kernel: str, packed=False, **options: Any
-            ) -> Subject:
+def subject(place: Place, backend: str, kernel: str, packed=False, variant=(),
+            **options: Any) -> Subject:
     """A call of a kernel, beside the loop and XLA's form."""
     if place.tiny:
         options |= {"t": min(options.get("t", 150), 150), "h": 2, "d": 16}
@@ -207,8 +211,8 @@ def subject(place: Place, backend: str, kernel: str, packed=False, **options: An
     kind = options.get("dtype", BF16)
     results = ("l", "acc", "o") if kernel == "scan" else ("state", "o")
     return Subject(
-        ours(place, kernel, backend, kind, segment), rough(kernel, segment), args,
-        len(args), (*results, *(f"d{n}" for n in names(kernel, len(args)))),
+        ours(place, kernel, backend, kind, segment, variant), rough(kernel, segment),
+        args, len(args), (*results, *(f"d{n}" for n in names(kernel, len(args)))),
         exact=loop(kernel, segment), low=kind)
 
 

@@ -61,10 +61,10 @@ def check(bench: Bench, subject: Subject) -> Row:
         wanted = jax.device_get(reference(*high))
         rough = None if low is None else jax.device_get(low(*args))
     sizes = subject.sizes(*high) if subject.sizes else {}
-    row: Row = {"compile_s": round(seconds, 2), "errors": {}, "bits": _same(once, again)}
+    row: Row = {"compile_s": round(seconds, 2), "errors": {},
+                "bits": _same(once, again)}
     wrong = [] if row["bits"] else ["two runs differ"]
     for n, name in enumerate(subject.names):
-        # a reference that another release rounds is no closer than float32
         shown, bad = _judged(name, once[n], wanted[n],
                              None if rough is None else rough[n],
                              ROUNDING * float(sizes.get(name, 0.0)))

@@ -54,7 +54,7 @@ class Config:
     quick: bool = option(False, f"at most {QUICK:.0f} minutes, in shapes that are tiny")
     cases: str = option("", "only those with one of these words, parted by commas")
     again: bool = option(False, "run again what has failed")
-    write: bool = option(False, "make pallas_kernels/MEASURED.md of what is known", FREE)
+    write: bool = option(False, "make pallas_kernels/MEASURED.md of it", FREE)
     folder: str = option("results/device", "where what is known stands", FREE)
     extra: str | None = option(None, "a module whose cases are run instead", FREE)
 

@@ -32,26 +32,18 @@ class BlockDecay(ChannelDecay):
     def pairs(self, q, k):
         if q.dtype == F32:
             return super().pairs(q, k)
-        found = self.own(q, k)
-        for s in levels(self.c):
-            if s >= BLOCK:
-                found = self.more_pairs(s, found, q, k)
         clock = self.clock()
+        near_by = jnp.max(jnp.abs(clock)) <= LIMIT
+        near = (q.astype(F32) * jnp.exp(clock)).astype(q.dtype)
+        far = (k.astype(F32) * jnp.exp(-clock)).astype(k.dtype)
+        same = ((self.i ^ self.j) < BLOCK) & (self.i > self.j) & near_by
+        found = jnp.where(same, self.scale * dot(near, far, NT), self.own(q, k))
 
-        def fine(found):
-            def step(n, found):
-                return self.more_pairs(
-                    jax.lax.shift_left(jnp.int32(1), n), found, q, k)
+        def step(n, found):
+            return self.more_pairs(jax.lax.shift_left(jnp.int32(1), n), found, q, k)
 
-            return jax.lax.fori_loop(0, len(levels(BLOCK)), step, found)
-
-        def whole(found):
-            near = (q.astype(F32) * jnp.exp(clock)).astype(q.dtype)
-            far = (k.astype(F32) * jnp.exp(-clock)).astype(k.dtype)
-            same = ((self.i ^ self.j) < BLOCK) & (self.i > self.j)
-            return jnp.where(same, self.scale * dot(near, far, NT), found)
-
-        return jax.lax.cond(jnp.max(jnp.abs(clock)) <= LIMIT, whole, fine, found)
+        first = jnp.where(near_by, jnp.int32(len(levels(BLOCK))), jnp.int32(0))
+        return jax.lax.fori_loop(first, jnp.int32(len(levels(self.c))), step, found)
 
     def clock(self):
         """The log decay [c,D] from the middle of each token's block to it: what lies

@@ -55,8 +55,8 @@ def _counts(rows: dict[str, Row], left: list[str]) -> str:
         own = [r for n, r in rows.items() if n.split()[0] == kind]
         done = sum(r["state"] == "done" for r in own)
         parts.append(f"{kind} {done} of {many}")
-    more = [f"{n} refused" for n in [sum(r["state"] == "refused" for r in rows.values())]
-            if n]
+    refused = sum(r["state"] == "refused" for r in rows.values())
+    more = [f"{refused} refused"] if refused else []
     more += [f"{len(left)} not reached"] if left else []
     return "done: " + ", ".join(parts + more)
 
@@ -115,6 +115,7 @@ def _result(row: Row) -> str:
                      f"compiled in {own['compile_s']} s")
     parts += [f"{name} absent: {why}" for name, why in row.get("absent", {}).items()]
     if "ratio" in row:
-        parts.append(f"{row['ratio']:.3f} of {row['peer']}, at least {row['least']:.3f}")
+        parts.append(f"{row['ratio']:.3f} of {row['peer']}, at least "
+                     f"{row['least']:.3f}")
     parts += [str(row["said"])] if "said" in row else []
     return "; ".join(parts).replace("|", "/")

@@ -16,7 +16,12 @@ written), of iid normal numbers. Then, the cases that say most first:
 - fast: a kernel beside its peers where they are installed (cuDNN, XLA, tokamax; torch
   and flash-linear-attention in a process of their own), interleaved in one process:
   milliseconds, TFLOP/s or GB/s, the share of the ceiling, and the ratio to the best
-  peer, 2 is twice as fast.
+  peer, 2 is twice as fast; and from how many tokens on a recurrence is faster than
+  exact attention.
+- candidate: a form that no device has judged, beside the one that it would replace.
+- layer: attentions as users call them, and a hybrid that takes a step and writes 32
+  tokens, against XLA's on this machine's CPU.
+- suite: the tests of the kernels, laws and golden files, compiled for the device.
 
 Each case runs in a process that may crash or hang and then costs that case alone. Its
 row is written to `device.json` in the folder at once, and a run that was stopped, or

@@ -72,6 +72,9 @@ def _ratios(rows: dict[str, Row]) -> Iterator[str]:
             first += (f"; {row['ratio']:.2f} of {row['peer']} (at least "
                       f"{row['least']:.2f}; {own[row['peer']]['ms']:.3g} ms)")
         yield first
+    for row in rows.values():
+        if row["state"] == "done" and "said" in row:
+            yield f"{row['name']}: {row['said']}"
 
 
 def _figures(own: dict[str, float]) -> str:

@@ -36,6 +36,7 @@ lint: .venv/.test  ## style and types
 matrix: .venv-aot/.done  ## kernels that changed compiled for every target, held against the record
 	.venv-aot/bin/python -m pallas_kernels.matrix --check --quick
 	.venv-aot/bin/python -m pallas_kernels.matrix --targets v5e --function jax.numpy:tanh --shapes 'f32[64,128]'
+	.venv-aot/bin/python -m experiments.measure.sharded_step
 
 matrix-all: .venv-aot/.done  ## all compiled, with peers and those that another one is very near to
 	.venv-aot/bin/python -m pallas_kernels.matrix --check --all

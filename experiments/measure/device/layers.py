@@ -105,7 +105,8 @@ def _compared(bench: Bench, ours: Callable, reference: Callable) -> Row:
         with jax.default_device(jax.devices("cpu")[0]):
             want = jax.device_get(reference())
     worst = {}
-    for name, bound, a, b in zip(("result", "gradients"), (CLOSE, GRADIENT), have, want):
+    bounds = {"result": CLOSE, "gradients": GRADIENT}
+    for (name, bound), a, b in zip(bounds.items(), have, want):
         pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b))
         worst[name] = max(_apart(*pair) for pair in pairs)
         if not worst[name] <= bound:

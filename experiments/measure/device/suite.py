@@ -32,8 +32,8 @@ def cases(place: Place) -> Iterator[Case]:
 
 def _file(path: pathlib.Path, bench: Bench) -> Row:
     """How many of its tests passed; raises Wrong with the first that did not."""
-    words = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=line",
-             "--durations=0", "--durations-min=60", str(path)]
+    words = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider",
+             "--tb=line", "--durations=0", "--durations-min=60", str(path)]
     done = subprocess.run(words, cwd=ROOT, env=os.environ | {"ATTN_DEVICE": "1"},
                           capture_output=True, text=True, timeout=SECONDS - 10)
     lines = [line for line in done.stdout.splitlines() if line.strip()]

@@ -33,7 +33,7 @@ def makes_parameters() -> bool:
     them their shapes and is thrown away. No kernel runs for that; where arrays are
     known while a program is traced (`jax.ensure_compile_time_eval`), none could."""
     stack = nn.module._context.module_stack  # no public way
-    module = stack[-1] if stack else None
+    module: Any = stack[-1] if stack else None
     return getattr(module, "scope", None) is not None and module.is_initializing()
 
 

@@ -148,7 +148,7 @@ def _race(place: Place, shape: dict, bench: Bench) -> Row:
     return race(bench, found_, tuple(found.values()), moved=moved)
 
 
-def _peer(kind: str, q, k, v, lengths):
+def _peer(kind: Any, q, k, v, lengths):
     return jax.nn.dot_product_attention(
         q, k, v, implementation=kind, key_value_seq_lengths=lengths)
 

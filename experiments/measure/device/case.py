@@ -65,7 +65,8 @@ class Bench:
         clock = time.perf_counter()
         lowered = jax.jit(f, **options).lower(*args)
         quick = reference and self.place.platform == "gpu"
-        done = lowered.compile({"xla_gpu_autotune_level": 0} if quick else None)
+        told: dict[str, Any] | None = {"xla_gpu_autotune_level": 0} if quick else None
+        done = lowered.compile(told)
         return done, time.perf_counter() - clock
 
     @functools.cached_property

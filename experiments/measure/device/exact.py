@@ -103,8 +103,9 @@ def subject(place: Place, backend: str, t=None, d=128, h=4, k=None, v=None, s=No
     runs = {} if segment is None else {"q_segment": segment, "kv_segment": segment}
 
     def kernel(*args):
-        return flash(**dict(zip(names, args)), **options, **runs, backend=backend,
-                     variant=variant, interpret=place.interpret)
+        given: dict[str, Any] = dict(zip(names, args)) | options | runs
+        return flash(**given, backend=backend, variant=variant,
+                     interpret=place.interpret)
 
     def dense(*args):
         return plain(**dict(zip(names, args)), **options, segment=segment)

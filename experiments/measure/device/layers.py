@@ -86,7 +86,8 @@ def _hybrid(bench: Bench) -> Row:
         params = jax.jit(model.init)(jax.random.key(0), ids)
 
         def loss(params):
-            logits = jax.nn.log_softmax(model.apply(params, ids)[:, :-1])
+            found: Any = model.apply(params, ids)
+            logits = jax.nn.log_softmax(found[:, :-1])
             return -jnp.take_along_axis(logits, ids[:, 1:, None], 2).mean()
 
         value, grads = jax.jit(jax.value_and_grad(loss))(params)
@@ -116,4 +117,4 @@ def _compared(bench: Bench, ours: Callable, reference: Callable) -> Row:
 
 def _apart(a: Any, b: Any) -> float:
     a, b = (np.asarray(x, np.float64) for x in (a, b))
-    return float(np.linalg.norm(a - b) / max(np.linalg.norm(b), 1e-6))
+    return float(np.linalg.norm(a - b)) / max(float(np.linalg.norm(b)), 1e-6)

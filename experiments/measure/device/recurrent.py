@@ -140,6 +140,7 @@ def xla(kernel: str, segment=None) -> Callable:
         told: dict[str, Any] = {"segment": segment, "implementation": "xla"}
         if kernel == "scan":
             state, o = prefix.prefix_softmax(*args, dtype=args[1].dtype, **told)
+            assert state is not None  # it is None over a mesh axis alone
             return state.l, state.acc, o
         rule = linear_attention.recurrence if kernel == "linear" else \
             delta_rule.recurrence

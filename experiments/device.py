@@ -56,7 +56,7 @@ class Config:
     """What is run, and for how long."""
 
     minutes: float = option(8.0, "time for all of it, starting and compiling too")
-    quick: bool = option(False, f"at most {QUICK:.0f} minutes, in shapes that are tiny")
+    quick: bool = option(False, "at most two minutes, in shapes that are tiny")
     cases: str = option("", "only those with one of these words, parted by commas")
     again: bool = option(False, "run again what has failed")
     write: bool = option(False, "make pallas_kernels/MEASURED.md of it", FREE)

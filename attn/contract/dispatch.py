@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any, Callable, Sequence
 
-import flax.linen as nn
 import jax
 
 from pallas_kernels import Refused
@@ -32,7 +32,8 @@ def makes_parameters() -> bool:
     """Whether a linen module is making its parameters: what it computes meanwhile gives
     them their shapes and is thrown away. No kernel runs for that; where arrays are
     known while a program is traced (`jax.ensure_compile_time_eval`), none could."""
-    stack = nn.module._context.module_stack  # no public way
+    linen = sys.modules.get("flax.linen.module")  # not imported: no module is made
+    stack = linen._context.module_stack if linen is not None else ()  # no public way
     module: Any = stack[-1] if stack else None
     return getattr(module, "scope", None) is not None and module.is_initializing()
 

@@ -7,7 +7,7 @@ JAX ?= 0.11.2 0.12.0
 PYTHON_JAX ?= python3.12
 RUN := -m pytest -n $(JOBS)
 
-.PHONY: compare test quick test-jax test-peers lint matrix matrix-all clean
+.PHONY: compare test quick test-device test-jax test-peers lint matrix matrix-all clean
 
 compare: .venv/.run  ## train and compare attentions: the main job
 	$(BIN)/python -m experiments.compare
@@ -23,6 +23,12 @@ test-jax: $(JAX:%=.venv-jax%/.done)  ## laws and kernels on the other releases o
 	    .venv-jax$$version/bin/python $(RUN) tests/laws.py tests/pallas_kernels || exit 1; \
 	done
 
+# installs nothing: DEVICE_PYTHON is one that has jax for the device, and pytest
+DEVICE_PYTHON ?= $(PYTHON)
+test-device:  ## kernels, laws and golden files on this machine's accelerator
+	ATTN_DEVICE=1 XLA_PYTHON_CLIENT_PREALLOCATE=false $(DEVICE_PYTHON) -m pytest \
+	    tests/pallas_kernels tests/laws.py tests/test_golden.py
+
 lint: .venv/.test  ## style and types
 	$(BIN)/python -m flake8
 	$(BIN)/python -m mypy
@@ -30,6 +36,7 @@ lint: .venv/.test  ## style and types
 matrix: .venv-aot/.done  ## kernels that changed compiled for every target, held against the record
 	.venv-aot/bin/python -m pallas_kernels.matrix --check --quick
 	.venv-aot/bin/python -m pallas_kernels.matrix --targets v5e --function jax.numpy:tanh --shapes 'f32[64,128]'
+	.venv-aot/bin/python -m experiments.measure.sharded_step
 
 matrix-all: .venv-aot/.done  ## all compiled, with peers and those that another one is very near to
 	.venv-aot/bin/python -m pallas_kernels.matrix --check --all

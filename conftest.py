@@ -5,15 +5,17 @@ import os
 import pytest
 
 from experiments.cli import compile_cache
+from tests import on_device
 
 # bytes of a process from which on compiled programs are let go: behind a file, inside
 LARGE, FULL = 3 * 2**29, 5 * 2**29
 
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
+if not on_device.ASKED:
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
 _FLAGS = os.environ.get("XLA_FLAGS", "")
 if "host_platform_device_count" not in _FLAGS:
     _FLAGS = f"{_FLAGS} --xla_force_host_platform_device_count=8"
-if "backend_optimization" not in _FLAGS:
+if "backend_optimization" not in _FLAGS and not on_device.ASKED:
     # compiling is most of the time of small tests
     _FLAGS = f"{_FLAGS} --xla_backend_optimization_level=0"
 os.environ["XLA_FLAGS"] = _FLAGS
@@ -35,8 +37,13 @@ def _group(item):
     return item.path, item.callspec.params["name"] if law else None
 
 
-def pytest_collection_modifyitems(items):
-    """Laws of one row follow each other."""
+def pytest_collection_modifyitems(config, items):
+    """Laws of one row follow each other. On an accelerator, what is another's kernel,
+    or needs more devices than there are, is left out and counted."""
+    if on_device.ASKED:
+        out = [item for item in items if on_device.why_not(item)]
+        items[:] = [item for item in items if not on_device.why_not(item)]
+        config.hook.pytest_deselected(items=out)
     laws = [n for n, item in enumerate(items) if item.path.name == "laws.py"]
     rows = list(dict.fromkeys(_group(items[n])[1] for n in laws))
     ordered = sorted((items[n] for n in laws), key=lambda i: rows.index(_group(i)[1]))

@@ -42,7 +42,7 @@ class Static(NamedTuple):
 
     tiling, backward: the tiles of the two passes; tiles: what the tile table says of
     each, one of `pallas_kernels.tiles`; vmem: bytes of fast memory for a kernel,
-    on TPU.
+    on TPU; variant: candidates that the call asks for.
     """
 
     form: LogitSpec
@@ -52,6 +52,7 @@ class Static(NamedTuple):
     vmem: int
     backend: str
     interpret: Any
+    variant: tuple[str, ...] = ()
 
     def block_masks(self, tiling: Tiling, side: Side):
         """What is asked of each tile: a table [N,M], and a traced [B,N,M] or None."""

@@ -19,7 +19,7 @@ BELOW = {
 # each other; what is not named comes last
 ORDER = {
     "pallas_kernels": (
-        ("__init__", "tile", "tiles", "arrays", "padding"), ("tables",),
+        ("__init__", "tile", "tiles", "arrays", "padding"), ("tables", "candidates"),
         ("schedule", "refusals", "machine"),
         ("flash", "decode", "linear", "delta", "scan"), ("blocks",), ("matrix",),
         ("tune",),

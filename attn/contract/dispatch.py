@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any, Callable, Sequence
 
 import jax
@@ -25,6 +26,16 @@ def platform() -> str:
 def interpreted() -> bool:
     """Whether kernels have to be interpreted: what is compiled for is a CPU."""
     return platform() == "cpu"
+
+
+def makes_parameters() -> bool:
+    """Whether a linen module is making its parameters: what it computes meanwhile gives
+    them their shapes and is thrown away. No kernel runs for that; where arrays are
+    known while a program is traced (`jax.ensure_compile_time_eval`), none could."""
+    linen = sys.modules.get("flax.linen.module")  # not imported: no module is made
+    stack = linen._context.module_stack if linen is not None else ()  # no public way
+    module: Any = stack[-1] if stack else None
+    return getattr(module, "scope", None) is not None and module.is_initializing()
 
 
 Kernels = Callable[[], Any] | Sequence[Callable[[], Any]] | None
@@ -66,6 +77,8 @@ def pick(
         raise NotImplementedError(
             f"implementation='pallas': there is no kernel for this on {where} yet"
         )
+    if xla is not None and makes_parameters():
+        return xla()
     reasons = []
     # on a CPU by name only: interpreted kernels are slow
     if implementation == "pallas" or (implementation is None and where != "cpu"):

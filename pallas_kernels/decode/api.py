@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import Refused
+from pallas_kernels import Refused, candidates
 from pallas_kernels.arrays import FLOAT, INT, check_arrays, check_pairs
 from pallas_kernels.machine.bits import in_32_bits
 from pallas_kernels.refusals import DTYPES, WIDEST, check_device, check_elementwise
@@ -38,7 +38,8 @@ F32 = jnp.float32
 class Static(NamedTuple):
     """What is known of one call: H and K heads, T queries, S slots a row of the batch;
     keys lie in pages of `page` slots, `pages` of them a step; bits of k and v. On a
-    GPU: a tile, `splits` asked for or 0, and how many multiprocessors there are."""
+    GPU: a tile, `splits` asked for or 0, how many multiprocessors there are, and
+    candidates that the call asks for."""
 
     form: LogitSpec
     heads: int
@@ -55,6 +56,7 @@ class Static(NamedTuple):
     tile: Any = None
     splits: int = 0
     cores: int = 0
+    variant: tuple[str, ...] = ()
 
 
 class Keys(NamedTuple):
@@ -102,6 +104,7 @@ def decode(
     split_lse: bool = False,
     tile: int | None = None,
     splits: int | None = None,
+    variant: tuple[str, ...] = (),
     backend: str = "tpu",
     interpret: Any = False,
 ) -> tuple[jax.Array, ...]:
@@ -117,7 +120,8 @@ def decode(
     returns the sum over a key head's queries of each slot's weight, [B,S,K] float32.
     split_lse: m and l [B,H,T] instead of lse = m + log l, as in `pallas_kernels.flash`.
     Arrays beside slots are [P,page,K] with a table. tile: slots a step. backend: "tpu"
-    or "triton"; with that, splits: how many programs share the slots of a row.
+    or "triton"; with that, splits: how many programs share the slots of a row, and
+    variant: names of candidates (`pallas_kernels/candidates.py`).
     interpret: run on a CPU, slowly.
 
     Raises Refused for what the kernel does not do.
@@ -159,7 +163,8 @@ def decode(
     lengths = lengths[:, None] if lengths.ndim == 1 else lengths  # [B,K|1]
     form = LogitSpec(mask, scale, softcap, score, unit=unit)
     static = Static(form, h, heads, t, slots, page, 1, bits, sink is not None, 0,
-                    interpret, backend)
+                    interpret, backend,
+                    variant=candidates.checked(backend, "decode", variant))
     static = _kernels(static).sized(static, table is not None, tile, splits, q, k, v)
     o, m, l = _decode(static, lengths.astype(jnp.int32), table, rows, beside, q, k, v)
     m = jax.lax.stop_gradient(m)

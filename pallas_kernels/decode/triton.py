@@ -37,6 +37,8 @@ from pallas_kernels.tile import LOW, NEVER, sink_logit
 
 PARTS = 16  # how many parts the second kernel takes at once
 AN_SM = 2  # programs
+MORE = {"four_programs": 4, "six_programs": 6}  # candidates, and what they set
+STAGES = {"two_stages": 2, "three_stages": 3}
 LEAST = 16  # slots of a tile: what the matrix units contract
 LARGE = 64  # slots of a page that a tile may be cut down to
 MOST_ROWS = 512
@@ -62,6 +64,9 @@ def sized(static, paged: bool, tile: int | None, splits: int | None, q, k, v):
     even = static.page >= LARGE and static.page & (static.page - 1) == 0
     most = static.page if paged and even else power(static.slots)
     found = dataclasses.replace(found, block_kv=min(columns, most))
+    for word, stages in STAGES.items():
+        if word in static.variant:
+            found = dataclasses.replace(found, num_stages=stages)
     return static._replace(tile=found, splits=splits or 0, cores=tables.cores())
 
 
@@ -101,10 +106,10 @@ def weights(static, lengths, table, rows, beside, q, k, base, factor) -> jax.Arr
         call.warps, call.stages)
 
 
-def splits(programs: int, tiles: int, cores: int) -> int:
-    """How many splits each of `programs` gets: the fewest that leave 5% of the device
-    idle or less, else those that leave the least."""
-    places = AN_SM * cores
+def splits(programs: int, tiles: int, cores: int, each: int = AN_SM) -> int:
+    """How many splits each of `programs` gets, `each` of them to a multiprocessor: the
+    fewest that leave 5% of the device idle or less, else those that leave the least."""
+    places = each * cores
     most = max(min(tiles, max(places // programs, 8)), 1)
 
     def busy(n: int) -> float:
@@ -129,7 +134,9 @@ def _prepared(static, lengths, table, rows, beside, q, k, v):
     tile, columns = static.tile, static.tile.block_kv
     own = min(tile.block_q, power(count))
     programs = b * heads * (-(-count // own))
-    split = static.splits or splits(programs, -(-static.slots // columns), static.cores)
+    each = next((n for word, n in MORE.items() if word in static.variant), AN_SM)
+    split = static.splits or splits(
+        programs, -(-static.slots // columns), static.cores, each)
     inner = table is not None and static.page % columns == 0
     call = Call(static.form, count, own, columns, split, static.slots, static.page,
                 inner, static.bits, tile.num_warps, tile.num_stages,

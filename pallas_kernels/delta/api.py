@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import Refused, tables
+from pallas_kernels import Refused, candidates, tables
 from pallas_kernels.delta.chunk import CHUNK, ROWS, Side
 from pallas_kernels.machine.bits import in_32_bits
 from pallas_kernels.padding import blank
@@ -40,7 +40,7 @@ class Static(NamedTuple):
     """What is known of one call: T tokens; whether they decay; tiles: on GPU, of the
     two kernels of the forward pass and the three of the backward pass, rows and columns
     of the state; pieces: chunks of a grid step, and vmem: bytes of fast memory that a
-    kernel may use, on TPU."""
+    kernel may use, on TPU; variant: candidates that the call asks for."""
 
     t: int
     scale: float
@@ -50,6 +50,7 @@ class Static(NamedTuple):
     vmem: int
     backend: str
     interpret: Any
+    variant: tuple[str, ...] = ()
 
 
 def delta(
@@ -63,6 +64,7 @@ def delta(
     segment: jax.Array | None = None,
     scale: float = 1.0,
     tile: tuple[int, ...] | None = None,
+    variant: tuple[str, ...] = (),
     backend: str = "tpu",
     interpret: Any = False,
 ) -> tuple[jax.Array, jax.Array]:
@@ -72,7 +74,8 @@ def delta(
     log_decay None, [H] or [B,T,H], at most 0; state [B,H,D,V]: None for zeros; segment
     [B,T]: 0 is padding, a new number begins with an empty state, 1 sees `state`.
     backend: "tpu" or "triton"; tile: chunks of a grid step on TPU; columns of the
-    state, warps and stages on GPU. Raises Refused for what the kernel does not do.
+    state, warps and stages on GPU; variant: names of candidates
+    (`pallas_kernels/candidates.py`). Raises Refused for what the kernel does not do.
     """
     (b, t, h), (d, width) = beta.shape, (q.shape[3], v.shape[3])
     if not q.dtype == k.dtype == v.dtype or q.dtype not in DTYPES:
@@ -82,6 +85,10 @@ def delta(
         if n > WIDEST:
             raise Refused(f"{name}={n}: at most {WIDEST}")
     check_device(backend, (q, k, v), interpret)
+    if t == 1:
+        return _alone(q, k, v, beta, log_decay, segment, state=state, scale=scale,
+                      tile=tile, variant=variant, backend=backend,
+                      interpret=interpret)
     q, k, v = blank(segment, q, k, v)  # `sides` does the same to the rest
     if interpret and backend == "triton" and jax.config.read("jax_enable_x64"):
         raise Refused("interpreted under jax_enable_x64: jax's interpreter mixes its "
@@ -91,9 +98,25 @@ def delta(
     static = Static(
         t, scale, log_decay is not None, *_tiles(q, v, b * h, tile, backend),
         tables.vmem(tables.device_kind(), backend), backend, interpret,
+        candidates.checked(backend, "delta", variant),
     )
     side = sides(beta, log_decay, segment, static.pieces * CHUNK)
     return _delta(static, side, q, k, v, state.astype(F32))
+
+
+def _alone(q, k, v, beta, log_decay, segment, **options):
+    """`delta` of one token, with padding behind it: of what `sides` makes of a single
+    token, XLA's GPU compiler makes a fusion that it fails to translate (jax 0.10.2,
+    0.11.2 and 0.12.0)."""
+    def padded(a):
+        return jnp.pad(a, [(0, 0), (0, 1)] + [(0, 0)] * (a.ndim - 2))
+
+    segment = jnp.ones((1, 1), jnp.int32) if segment is None else segment
+    if log_decay is not None and log_decay.ndim == 3:
+        log_decay = padded(log_decay)
+    q, k, v, beta, segment = map(padded, (q, k, v, beta, segment))
+    state, o = delta(q, k, v, beta, log_decay, segment=segment, **options)
+    return state, o[:, :1]
 
 
 def _tiles(q, v, heads: int, tile, backend: str) -> tuple[tuple[DeltaTriton, ...], int]:

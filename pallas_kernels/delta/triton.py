@@ -204,11 +204,17 @@ def backward(static, side, q, k, v, kept, d_final, do):
         static, values, functools.partial(gradients.values, static, h, values),
         (many, h, b), (side, q, k, v, do, y, x, states, grads), outs,
         "delta_backward_values")
-    parts = -(-d // keys.block_d)
+    parts, grid_heads, each = -(-d // keys.block_d), h, gradients.keys
+    wide_q, wide_k = own(q), own(k)
+    if "shared_keys" in static.variant and q.shape[2] == k.shape[2] < h:
+        # a program adds up the heads that share its keys, and nothing is left to XLA
+        grid_heads, each = k.shape[2], gradients.shared_keys
+        wide_q, wide_k = out(q.shape, q.dtype), out(k.shape, k.dtype)
     dq, dk, denter = _launch(
-        static, keys, functools.partial(gradients.keys, static, h, keys),
-        (many * parts, h, b), (side, q, k, do, y, left, states, grads, dp, dkk),
-        [own(q), own(k), out((b, h, parts, many, CHUNK), F32)], "delta_backward_keys")
+        static, keys, functools.partial(each, static, h, keys),
+        (many * parts, grid_heads, b),
+        (side, q, k, do, y, left, states, grads, dp, dkk),
+        [wide_q, wide_k, out((b, h, parts, many, CHUNK), F32)], "delta_backward_keys")
     # what queries ask of the state is known by parts of the key channels
     row = jax.lax.broadcasted_iota(jnp.int32, side.shape, 3)
     enter = row == Side._fields.index("enter")

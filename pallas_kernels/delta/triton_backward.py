@@ -96,15 +96,47 @@ def _by_state(ctx, n, tile: DeltaTriton, first, k_ref, states_ref, grads_ref, ke
     return for_each_part(k_ref.shape[3], rows, step, (zeros, zeros, kept))
 
 
-def keys(static, heads: int, tile: DeltaTriton, side, q_ref, k_ref, do_ref, y_ref,
-         left_ref, states_ref, grads_ref, dp_ref, dkk_ref, dq_ref, dk_ref, denter_ref):
-    """dq and dk of one chunk for some key channels, and what they add to the gradient
-    of `enter`."""
+def keys(static, heads: int, tile: DeltaTriton, side, q_ref, *refs):
+    """dq and dk of one chunk and head for some key channels, and what they add to the
+    gradient of `enter`."""
     place, h, b = (pl.program_id(a) for a in range(3))
+    ctx, n, at = _place(static, heads, refs[-1], place, h, b)
+    dq, dk = _of_a_head(ctx, n, at, tile, side, q_ref, *refs)
+    ctx.write(refs[-3], dq, n, at * tile.block_d)
+    ctx.write(refs[-2], dk, n, at * tile.block_d)
+
+
+def shared_keys(static, heads: int, tile: DeltaTriton, side, q_ref, *refs):
+    """The same of all heads that share a query and key head, added up in their order:
+    dq [B,T,K,D] and dk are written once, in the type of k."""
+    place, kv, b = (pl.program_id(a) for a in range(3))
+    serves = heads // q_ref.shape[2]
+
+    def head(g, sums):
+        ctx, n, at = _place(static, heads, refs[-1], place, kv * serves + g, b)
+        found = _of_a_head(ctx, n, at, tile, side, q_ref, *refs)
+        return tuple(a + b for a, b in zip(sums, found))
+
+    zeros = jnp.zeros((CHUNK, tile.block_d), F32)
+    dq, dk = jax.lax.fori_loop(0, serves, head, (zeros, zeros))
+    ctx, n, at = _place(static, heads, refs[-1], place, kv * serves, b)
+    ctx.write(refs[-3], dq, n, at * tile.block_d)
+    ctx.write(refs[-2], dk, n, at * tile.block_d)
+
+
+def _place(static, heads: int, denter_ref, place, h, b):
+    """A head's chunk, its number, and the part of the key channels."""
     # a chunk's programs are neighbours: they read the same of v's channels
     parts = denter_ref.shape[2]
     n, at = jax.lax.div(place, parts), jax.lax.rem(place, parts)
-    ctx = ChunkContext(static, b, h, heads)
+    return ChunkContext(static, b, h, heads), n, at
+
+
+def _of_a_head(ctx: ChunkContext, n, at, tile: DeltaTriton, side, q_ref, k_ref, do_ref,
+               y_ref, left_ref, states_ref, grads_ref, dp_ref, dkk_ref, dq_ref, dk_ref,
+               denter_ref):
+    """dq and dk [CHUNK,rows] of a head; the gradient of `enter` is written."""
+    b, h, static = ctx.b, ctx.h, ctx.static
     rows, columns = tile.block_d, tile.block_v
     top = at * rows
     beta, enter = ctx.columns(side, n, "beta", "enter")
@@ -129,5 +161,5 @@ def keys(static, heads: int, tile: DeltaTriton, side, q_ref, k_ref, do_ref, y_re
     triton.store(denter_ref.at[b, h, at, n], (q.astype(F32) * from_state).sum(1))
     dp, dkk = (load(ref.at[b, h, n], None, 0) for ref in (dp_ref, dkk_ref))
     # dq = scale enter do S^T + d(q k^T) k; dk has d(q k^T)^T q and d(k k^T) k, too
-    ctx.write(dq_ref, enter * from_state + dot(dp, k, NN), n, top)
-    ctx.write(dk_ref, dk + dot(dp, q, TN) + dot(dkk, k, NN), n, top)
+    return (enter * from_state + dot(dp, k, NN),
+            dk + dot(dp, q, TN) + dot(dkk, k, NN))

@@ -19,7 +19,7 @@ from typing import Any, Callable
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import Refused, tables
+from pallas_kernels import Refused, candidates, tables
 from pallas_kernels.arrays import check_logits, check_pairs
 from pallas_kernels.machine.bits import in_32_bits
 from pallas_kernels.padding import blank
@@ -58,6 +58,7 @@ def flash(
     given: jax.Array | None = None,
     split_lse: bool = False,
     tile: tuple[int, ...] | None = None,
+    variant: tuple[str, ...] = (),
     backend: str = "tpu",
     interpret: Any = False,
 ) -> tuple[jax.Array, ...]:
@@ -79,8 +80,9 @@ def flash(
     gradient flows through m, on which nothing depends. tile: queries and keys of a
     tile. Rows that see nothing give o = 0, lse = -inf and no gradient. backend: "tpu",
     "triton", "mosaic" (Hopper), or "blackwell" (there `tile` is of the forward pass):
-    only compiled and interpreted, never run, so nobody gets it unasked. interpret: run
-    on a CPU, slowly.
+    only compiled and interpreted, never run, so nobody gets it unasked. variant: names
+    of candidates that no device has judged (`pallas_kernels/candidates.py`). interpret:
+    run on a CPU, slowly.
 
     Raises Refused for what the kernel does not do. Sources: see the module.
     """
@@ -130,6 +132,7 @@ def flash(
     static = Static(
         form, tilings[0], tilings[1], (ahead, back),
         tables.vmem(device, backend), backend, interpret,
+        candidates.checked(backend, "flash", variant),
     )
     if max(*static.tiling.grid, *static.backward.grid) > 2**15:
         raise Refused(f"T={t}, S={s}: the list of tiles is too long")

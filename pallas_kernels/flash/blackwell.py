@@ -60,7 +60,7 @@ def forward(static: Static, side: Side, q, k, v, bias, sink):
             f"queries, {COLUMNS} columns of tensor memory (not {needed}) and 2 stages")
     call = Call(static.form, t, q.shape[2] // k.shape[2], t.rows // ROWS,
                 (stages,) * 2,
-                bool(static.interpret), ROW)
+                bool(static.interpret), ROW, static.variant)
     more = _scratch(call, width, v.dtype)
     return over_keys(
         call, static.block_masks(t, side), side, q, k, v, sink, more, _attend)

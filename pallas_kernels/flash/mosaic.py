@@ -27,6 +27,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.flash import mosaic_backward
+from pallas_kernels.flash.mosaic_order import Order, of_a_head, order
 from pallas_kernels.flash.mosaic_scratch import ForwardScratch, split
 from pallas_kernels.flash.mosaic_tile import (
     Arrays, Call, Line, TileContext, arrays, fetch_keys, first_logit, line, online, run
@@ -42,7 +43,8 @@ def forward(static: Static, side: Side, q, k, v, bias, sink):
     """o [B,T,H,V] in v's dtype, m and l [B,H,T] float32, m times log2(e)."""
     t = static.tiling
     call = Call(static.form, t, q.shape[2] // k.shape[2], t.rows // ROWS,
-                (static.tiles[0].num_stages,) * 2, bool(static.interpret))
+                (static.tiles[0].num_stages,) * 2, bool(static.interpret),
+                variant=static.variant)
     turns = plgpu.Barrier(num_barriers=call.warpgroups),
     return over_keys(
         call, static.block_masks(t, side), side, q, k, v, sink, turns, _attend)
@@ -57,10 +59,11 @@ def over_keys(call: Call, block_masks, side: Side, q, k, v, sink, more, attend):
     tall = t.grid[0] * t.rows  # whole tiles
     o = jax.ShapeDtypeStruct((b, x.q.shape[1], h, x.v.shape[3]), v.dtype)
     sums = [jax.ShapeDtypeStruct((b, h, tall), F32)] * 2  # m, l [B,H,T']
+    passed = of_a_head(x.k) + of_a_head(x.v)
+    order_ = order(t.grid[0], b, h, call.groups, passed, call.variant)
     o, *sums = run(
-        call, functools.partial(_forward, attend),
-        {"tile": t.grid[0], "batch": b, "head": h}, x, line(*block_masks), [o, *sums],
-        (*_scratch(call, x), *more), "flash_forward",
+        call, functools.partial(_forward, attend, order_), order_.grid, x,
+        line(*block_masks), [o, *sums], (*_scratch(call, x), *more), "flash_forward",
     )
     return o[:, :t.t, :, :width], *(a[:, :, :t.t] for a in sums)
 
@@ -90,11 +93,11 @@ def _scratch(call: Call, x: Arrays) -> ForwardScratch:
     )
 
 
-def _forward(attend, call: Call, x: Arrays, seen: Line, outs, scratch):
+def _forward(attend, order_: Order, call: Call, x: Arrays, seen: Line, outs, scratch):
     group = jax.lax.axis_index("group")
+    tile, b, h = order_.here()
     # later query tiles have the longer lines under a causal mask: they start first
-    tile = call.tiling.grid[0] - 1 - jax.lax.axis_index("tile")
-    b, h = jax.lax.axis_index("batch"), jax.lax.axis_index("head")
+    tile = call.tiling.grid[0] - 1 - tile
     ctx = TileContext(call, x, b, h)
     at, steps = seen.of(b, tile)
     own, more = split(ForwardScratch, scratch)

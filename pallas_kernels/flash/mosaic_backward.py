@@ -97,8 +97,47 @@ def _key_sums(call: Call, x: Arrays, at, steps, outs, own: KeyScratch, more, pla
             plgpu.barrier_arrive(free.at[slot])  # q and do were read
             return carry
 
-        carry = jax.lax.fori_loop(0, whole, lambda n, c: step(n, c, False), carry)
-        return jax.lax.fori_loop(whole, count, lambda n, c: step(n, c, True), carry)
+        def early(n, carry, masked):
+            """`step` with k q^T alone at first, and dv begun with v do^T: p is ready
+            by then, so that dv runs while ds is made."""
+            dk, dv = carry
+            slot = call.slot(g * count + n)
+            q, do = q_ring.at[slot], do_ring.at[slot]
+            asked = masked is not False or call.form.score is not None
+            row = at(n) * call.tiling.rows if asked else None
+            plgpu.barrier_wait(q_there.at[slot])
+
+            def weigh(begin):
+                s = begin(0, k, Tile(q))  # k q^T: [64,D] by [rows,D] is [64,rows]
+                lse = vector(lse_ring.at[slot], True, interpret)
+                s, unit, slope = ctx.logits(s(), row, first, masked)
+                return weights(s, unit, lse, True), slope  # P = 2^(s - L)
+
+            p, slope = products(interpret, [tall], weigh)
+            low = p.astype(kind)
+            plgpu.barrier_wait(do_there.at[slot])
+
+            def sums(begin):
+                dp = begin(0, v, Tile(do))  # v do^T
+                new_dv = begin(1, low, do)  # [64,rows] [rows,V]
+                delta = vector(delta_ring.at[slot], True, interpret)
+                ds = p * (dp(1) - spread(delta, tall, True))  # dS = P (dP - D)
+                ds = ds if slope is None else ds * slope  # of a softcap
+                return new_dv(), ds.astype(kind)
+
+            dv, ds = products(interpret, [tall, dv], sums)
+            dk = products(interpret, [dk], lambda begin: begin(0, ds, q)())
+            plgpu.barrier_arrive(free.at[slot])  # q and do were read
+            return dk, dv
+
+        one_loop = "one_loop" in call.variant
+        turn = early if one_loop or "early_dv" in call.variant else step
+
+        if one_loop:
+            return jax.lax.fori_loop(
+                0, count, lambda n, c: turn(n, c, n >= whole), carry)
+        carry = jax.lax.fori_loop(0, whole, lambda n, c: turn(n, c, False), carry)
+        return jax.lax.fori_loop(whole, count, lambda n, c: turn(n, c, True), carry)
 
     carry = tuple(zeros((ROWS, a.shape[3]), interpret) for a in (x.q, x.v))
     if call.groups == 1:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.flash.mosaic_order import Order, of_a_head, order
 from pallas_kernels.flash.mosaic_scratch import KeyScratch, QueryScratch, split
 from pallas_kernels.flash.mosaic_tile import (
     Arrays, Call, Line, TileContext, arrays, fetch_keys, line, run, tokens
@@ -25,7 +26,7 @@ def calls(static: Static, groups: int, layout=TILE) -> tuple[Call, Call]:
     """The calls of the kernel for dk and dv and of that for dq."""
     tile = static.tiles[1]
     by_key = Call(static.form, static.backward, groups, 2, (tile.num_stages,),
-                  bool(static.interpret), layout)
+                  bool(static.interpret), layout, static.variant)
     # the kernel for dq has a tile and rings of its own
     tiling = by_key.tiling._replace(rows=2 * ROWS, columns=tile.dq_block_kv)
     rings = tile.dq_k_stages, tile.dq_v_stages
@@ -64,16 +65,20 @@ def key_gradients(call: Call, static: Static, own: int, more, sums, side: Side, 
     def like(a):
         return jax.ShapeDtypeStruct(a.shape, a.dtype)
 
-    grid = {"tile": call.tiling.grid[1], "batch": k.shape[0], "head": k.shape[2]}
-    dk, dv = run(call, functools.partial(_by_key, sums), grid, x, seen,
-                 [like(x.k), like(x.v)], (*scratch, *more), "flash_backward_keys")
+    # what passes by a key head are q and do of all its query heads
+    passed = of_a_head(x.q) + of_a_head(x.do)
+    order_ = order(call.tiling.grid[1], k.shape[0], k.shape[2], 1, passed * call.groups,
+                   call.variant)
+    dk, dv = run(
+        call, functools.partial(_by_key, sums, order_), order_.grid, x, seen,
+        [like(x.k), like(x.v)], (*scratch, *more), "flash_backward_keys")
     return (dk[:, :k.shape[1], :, :k.shape[3]], dv[:, :k.shape[1], :, :v.shape[3]])
 
 
-def _by_key(sums, call: Call, x: Arrays, seen: Line, outs, scratch):
+def _by_key(sums, order_: Order, call: Call, x: Arrays, seen: Line, outs, scratch):
     """dk and dv of a tile of keys."""
-    group, tile = jax.lax.axis_index("group"), jax.lax.axis_index("tile")
-    b, kv = jax.lax.axis_index("batch"), jax.lax.axis_index("head")
+    group = jax.lax.axis_index("group")
+    tile, b, kv = order_.here()
     at, steps = seen.of(b, tile)
 
     def head(g):
@@ -131,9 +136,11 @@ def query_gradients(call: Call, static: Static, own: int, more, sums, side: Side
         barrier(num_barriers=k_stages, num_arrivals=groups),
         barrier(num_barriers=v_stages, num_arrivals=groups),
     )
-    grid = {"tile": call.tiling.grid[0], "batch": q.shape[0], "head": q.shape[2]}
+    passed = of_a_head(x.k) + of_a_head(x.v)
+    order_ = order(call.tiling.grid[0], q.shape[0], q.shape[2], call.groups, passed,
+                   call.variant)
     dq, = run(
-        call, functools.partial(_by_query, sums), grid, x,
+        call, functools.partial(_by_query, sums, order_), order_.grid, x,
         line(*static.block_masks(call.tiling, side)),
         [jax.ShapeDtypeStruct(x.q.shape, x.q.dtype)], (*scratch, *more),
         "flash_backward_queries",
@@ -141,12 +148,12 @@ def query_gradients(call: Call, static: Static, own: int, more, sums, side: Side
     return dq[:, :q.shape[1], :, :q.shape[3]]
 
 
-def _by_query(sums, call: Call, x: Arrays, seen: Line, outs, scratch):
+def _by_query(sums, order_: Order, call: Call, x: Arrays, seen: Line, outs, scratch):
     """dq of a tile of queries."""
     group = jax.lax.axis_index("group")
+    tile, b, h = order_.here()
     # later query tiles have the longer lines under a causal mask: they start first
-    tile = call.tiling.grid[0] - 1 - jax.lax.axis_index("tile")
-    b, h = jax.lax.axis_index("batch"), jax.lax.axis_index("head")
+    tile = call.tiling.grid[0] - 1 - tile
     ctx = TileContext(call, x, b, h)
     at, steps = seen.of(b, tile)
 

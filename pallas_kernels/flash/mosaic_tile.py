@@ -42,7 +42,8 @@ class Line(NamedTuple):
 
 class Call(NamedTuple):
     """What is static: the form, the tiles, query heads of a key head, warpgroups that
-    compute, stages of the rings, and how a tile lies over a warpgroup's registers."""
+    compute, stages of the rings, how a tile lies over a warpgroup's registers, and
+    candidates (`pallas_kernels/candidates.py`)."""
 
     form: LogitSpec
     tiling: Tiling
@@ -51,6 +52,7 @@ class Call(NamedTuple):
     stages: tuple[int, ...]
     interpret: bool
     layout: Any = TILE
+    variant: tuple[str, ...] = ()
 
     def slot(self, n, ring: int = 0):
         """The place of the n-th tile that a ring takes."""
@@ -168,7 +170,10 @@ class TileContext:
     def logits(self, raw, first_row, first_key, masked: bool):
         """Logits of a tile, NEVER where hidden, their unit, and their slope.
 
-        A logit times log2(e) is the first times the unit, which is 1 unless `plain`."""
+        A logit times log2(e) is the first times the unit, which is 1 unless `plain`.
+        masked may be traced, where no product is under way: a branch."""
+        if not isinstance(masked, bool):
+            return self._branched(raw, first_row, first_key, masked)
         call = self.call
         i = j = slope = None
         # places take registers: only where somebody asks for them
@@ -183,6 +188,14 @@ class TileContext:
             seen = self.seen(i, j, first_row, first_key, raw.shape)
             raw = raw if seen is None else jnp.where(seen, raw, NEVER)
         return raw, unit, slope
+
+    def _branched(self, raw, first_row, first_key, masked):
+        def way(masked):
+            s, _, slope = self.logits(raw, first_row, first_key, masked)
+            return s, slope
+
+        s, slope = jax.lax.cond(masked, lambda: way(True), lambda: way(False))
+        return s, self.call.form.scale * LOG2E if self.call.plain else 1.0, slope
 
     def seen(self, i, j, first_row, first_key, shape):
         """Who sees whom in a tile, None for everyone."""

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import Refused, tables
+from pallas_kernels import Refused, candidates, tables
 from pallas_kernels.linear.chunk import FLOOR
 from pallas_kernels.machine.bits import in_32_bits
 from pallas_kernels.machine.product import F32
@@ -36,7 +36,8 @@ DTYPES = (jnp.bfloat16, jnp.float32)
 
 class Static(NamedTuple):
     """What is known of one call. ahead, back: numbers of the tile table, of the forward
-    and of the backward pass; vmem: bytes of fast memory, on TPU."""
+    and of the backward pass; vmem: bytes of fast memory, on TPU; variant: candidates
+    that the call asks for."""
 
     scale: float
     dtype: Any
@@ -45,6 +46,7 @@ class Static(NamedTuple):
     vmem: int
     backend: str
     interpret: Any
+    variant: tuple[str, ...] = ()
 
 
 @in_32_bits
@@ -59,6 +61,7 @@ def linear(
     scale: float = 1.0,
     dtype: Any = F32,
     tile: tuple[int, ...] | None = None,
+    variant: tuple[str, ...] = (),
     backend: str = "tpu",
     interpret: Any = False,
 ) -> tuple[jax.Array, jax.Array]:
@@ -69,8 +72,9 @@ def linear(
     is seen by tokens of segment 1. segment [B,T] int: 0 is padding, which writes
     nothing, does not decay, and whose output is 0; a new segment, they rise along the
     row, begins with an empty state. tile: the numbers of the tile table, or the first
-    of them. backend: "tpu" or "triton"; interpret: run on a CPU, slowly. Raises Refused
-    for what the kernel does not do.
+    of them; variant: names of candidates (`pallas_kernels/candidates.py`). backend:
+    "tpu" or "triton"; interpret: run on a CPU, slowly. Raises Refused for what the
+    kernel does not do.
     """
     check(q, k, v, log_decay)
     check_device(backend, (q, k, v), interpret)
@@ -88,6 +92,7 @@ def linear(
     static = Static(
         float(scale), jnp.dtype(dtype), numbers("linear_forward"),
         numbers("linear_backward"), tables.vmem(device, backend), backend, interpret,
+        candidates.checked(backend, "linear", variant),
     )
     if log_decay is not None and not channels:
         log_decay = jnp.maximum(log_decay.astype(F32), FLOOR)

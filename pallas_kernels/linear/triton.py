@@ -18,128 +18,20 @@ of the states, 20 D in all, for 4 D (64 + D) flops: 38 flops a byte, where an H2
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
-from pallas_kernels.linear.chunk import (
-    FLOOR, ChannelDecay, HeadDecay, NoDecay, TokenDecay
-)
+from pallas_kernels.linear import triton_pairs
+from pallas_kernels.linear.triton_chunk import Arrays, Call, ChunkContext, Launch
 from pallas_kernels.machine.product import F32, NN, NT, TN, dot
-from pallas_kernels.machine.triton import load, power
-from pallas_kernels.tile import both
+from pallas_kernels.machine.triton import power
 from pallas_kernels.tiles import LinearTriton
 
 MOST = 128  # key channels in registers at a time
-
-
-class Launch(NamedTuple):
-    """How a program of one kernel runs."""
-
-    num_warps: int
-    num_stages: int
-
-
-class Call(NamedTuple):
-    """What is static: T tokens in chunks of c, `groups` query heads a key head; lanes
-    of q and k; value channels of a program; widths of a tile of the state; key channels
-    of a program that makes their gradients; and each program's warps and stages."""
-
-    t: int
-    c: int
-    groups: int
-    scale: float
-    lanes: int
-    values: int
-    state: tuple[int, int]
-    keys: int
-    launch: Launch
-    state_launch: Launch
-    keys_launch: Launch
-    interpret: Any
-
-    @property
-    def chunks(self) -> int:
-        """How many chunks there are."""
-        return -(-self.t // self.c)
-
-
-class Arrays(NamedTuple):
-    """What a kernel reads where it lies; None for what there is not.
-
-    q, do [B,T,H,D|V], k, v [B,T,K,D|V]; g [H], [B,T,H] or [B,T,H,D]; flags [B,T];
-    state: one [B,H,V,D], or those of chunks [B,H,N,V,D], and d_state the same of their
-    gradients; V and D are multiples of their tiles there.
-    """
-
-    q: Any
-    k: Any
-    v: Any
-    g: Any
-    flags: Any
-    do: Any = None
-    state: Any = None
-    d_state: Any = None
-
-
-class ChunkContext:
-    """A chunk of one head of one row of the batch."""
-
-    def __init__(self, call: Call, x: Arrays, b, h, n):
-        self.call, self.x, self.b, self.h = call, x, b, h
-        self.kv = h // call.groups
-        self.start, c = n * call.c, call.c
-        number = self.start + jax.lax.broadcasted_iota(jnp.int32, (c,), 0)
-        self.inside = number < call.t if call.t % c else None
-        self.real, self.flag = self.inside, None
-        if x.flags is not None:
-            self.flag = load(x.flags.at[b, pl.ds(self.start, c)], self.inside, 0)
-            self.real = both(self.inside, self.flag > 0)
-
-    def cut(self, ref, head, first, width: int, where):
-        """Tokens and lanes of an array [B,T,H,X], and which of them are there."""
-        zero = self.start * 0  # a traced 0, as in `machine/triton.py`
-        at = ref.at[self.b, pl.ds(self.start, self.call.c), head,
-                    pl.ds(zero + first, width)]
-        found = None if where is None else where[:, None]  # [c,1]
-        if ref.shape[3] != power(ref.shape[3]):  # tiles cover that many lanes
-            lane = first + jax.lax.broadcasted_iota(
-                jnp.int32, (self.call.c, width), 1)
-            found = both(found, lane < ref.shape[3])
-        size = (self.call.c, width)
-        return at, None if found is None else jnp.broadcast_to(found, size)
-
-    def rows(self, ref, head, first=0, width: int | None = None):
-        """A tile of q, k, v or do [c,width], 0 at padding and beyond the end."""
-        width = width or self.call.lanes
-        at, inside = self.cut(ref, head, first, width, self.real)
-        return load(at, inside, 0)
-
-    def write(self, ref, value, head, first=0) -> None:
-        """The reverse of `rows`; at padding too, where the value is 0."""
-        at, inside = self.cut(ref, head, first, value.shape[1], self.inside)
-        triton.store(at, value.astype(ref.dtype), mask=inside)
-
-    def decay(self, first=0, width: int | None = None) -> NoDecay:
-        """The decay inside the chunk, of some of the key channels."""
-        call, g = self.call, self.x.g
-        if g is None:
-            return NoDecay(call.c, call.scale)
-        if len(g.shape) == 1:
-            count = jnp.minimum(call.t - self.start, call.c)
-            return HeadDecay(call.c, call.scale, g[self.h], count)
-        if len(g.shape) == 3:
-            at = g.at[self.b, pl.ds(self.start, call.c), self.h]
-            return TokenDecay(call.c, call.scale, load(at, self.inside, 0)[None, :])
-        own = self.rows(g, self.h, first, width).astype(F32)  # [c,width]
-        own = jnp.maximum(own, FLOOR)
-        if self.flag is not None:
-            # a segment begins: all that was is forgotten
-            own = jnp.where(self.flag[:, None] > 1, FLOOR, own)
-        return ChannelDecay(call.c, call.scale, own, rolled=True)
 
 
 def _states(call: Call, reverse: bool, x: Arrays, each_ref, last_ref):
@@ -194,13 +86,17 @@ def _add_up(call: Call, x: Arrays, ctx: ChunkContext, n, first, state, key: bool
         decay = ctx.decay(d0, width)
         a = (decay.leave(k) if key else decay.enter(q)).astype(q.dtype)
         # pairs [c,c], and enter(q) s^T or leave(k) ds^T: [c,values]
-        return carry[0] + decay.pairs(q, k), carry[1] + dot(a, s, NT)
+        pairs = carry[0] if x.pairs is not None else carry[0] + decay.pairs(q, k)
+        return pairs, carry[1] + dot(a, s, NT)
 
     def zeros(width):
         return jnp.zeros((call.c, width), F32)
 
-    carry = zeros(call.c), zeros(call.values)
-    return jax.lax.fori_loop(0, call.lanes // width, step, carry)
+    pairs = zeros(call.c)
+    if x.pairs is not None:
+        pairs = triton.load(x.pairs.at[ctx.b, ctx.h, n])
+    return jax.lax.fori_loop(
+        0, call.lanes // width, step, (pairs, zeros(call.values)))
 
 
 def _outputs(call: Call, x: Arrays, o_ref):
@@ -275,7 +171,8 @@ def _call(static, tile: LinearTriton, q, k, v) -> Call:
                 min(tile.block_v, wide), (min(side, wide), min(side, lanes)),
                 min(tile.block_d, lanes), Launch(tile.num_warps, tile.num_stages),
                 Launch(tile.state_num_warps, tile.state_num_stages),
-                Launch(tile.dk_num_warps, tile.dk_num_stages), static.interpret)
+                Launch(tile.dk_num_warps, tile.dk_num_stages), static.interpret,
+                "pairs" in static.variant)
 
 
 def _pass(call: Call, x: Arrays, state, reverse: bool):
@@ -294,12 +191,25 @@ def _pass(call: Call, x: Arrays, state, reverse: bool):
     return each, last[:, :, :width, :d]
 
 
+def _pairs(call: Call, x: Arrays):
+    """The pairs of all chunks [B,H,N,c,c], where they are made apart; None where each
+    kernel makes its own."""
+    if not call.blocks or x.g is None or x.g.ndim < 4:
+        return None
+    b, h = x.q.shape[0], x.q.shape[2]
+    out = jax.ShapeDtypeStruct((b, h, call.chunks, call.c, call.c), x.q.dtype)
+    x = x._replace(do=None, state=None, d_state=None)
+    return _launch(call, triton_pairs.kernel, (call.chunks, h, b), x, out,
+                   Launch(4, 1), "linear_pairs")
+
+
 def forward(static, flags, q, k, v, g, state, save: bool):
     """The turned state [B,H,V,D] after the last token, o [B,T,H,V]; nothing to save."""
     b, t, h, _ = q.shape
     call = _call(static, static.ahead, q, k, v)
     x = Arrays(q, k, v, g, flags)
     each, last = _pass(call, x, state, False)
+    x = x._replace(pairs=_pairs(call, x))
     out = jax.ShapeDtypeStruct((b, t, h, v.shape[3]), static.dtype)
     grid = call.chunks * (each.shape[3] // call.values), h, b
     o = _launch(call, _outputs, grid, x._replace(state=each), out, call.launch,
@@ -320,7 +230,7 @@ def backward(static, flags, q, k, v, g, state, begun, d_state, do):
     def own(a):
         return jax.ShapeDtypeStruct((b, t, h, a.shape[3]), kind)
 
-    x = x._replace(state=states, d_state=gradients)
+    x = x._replace(state=states, d_state=gradients, pairs=_pairs(call, x))
     grid = call.chunks * (states.shape[3] // call.values), h, b
     dv = _launch(call, _values, grid, x, own(v), call.launch, "linear_backward_values")
     outs = [jax.ShapeDtypeStruct(q.shape, q.dtype), own(k)]
@@ -328,8 +238,8 @@ def backward(static, flags, q, k, v, g, state, begun, d_state, do):
         parts = (b, h, call.lanes // call.keys, t)
         outs.append(jax.ShapeDtypeStruct(g.shape if g.ndim == 4 else parts, F32))
     grid = call.chunks * (call.lanes // call.keys), h, b
-    dq, dk, *dg = _launch(call, _keys, grid, x, outs, call.keys_launch,
-                          "linear_backward_keys")
+    dq, dk, *dg = _launch(call, _keys, grid, x._replace(pairs=None), outs,
+                          call.keys_launch, "linear_backward_keys")
     if h > heads:
         # over the query heads of a key head
         def share(a):

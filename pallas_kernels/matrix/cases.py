@@ -68,7 +68,7 @@ DECODE: dict[str, dict[str, Any]] = {
     " statistics": {"statistics": True},
 }
 
-DISTINCT_DELTA = "gated T8192 D128 H16", "odd", "packed"
+DISTINCT_DELTA = "gated T8192 D128 H16", "odd", "packed", "one token"
 
 
 def cases(target) -> dict[str, Case]:

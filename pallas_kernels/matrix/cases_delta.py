@@ -22,6 +22,7 @@ DELTA: dict[str, dict[str, Any]] = {
     "packed gated T4096 D128 H4": {"t": 4096, "d": 128, "h": 4, "packed": True},
     "odd gated T1000 D24 V40 H4 float32": {
         "t": 1000, "d": 24, "v": 40, "h": 4, "dtype": F32},
+    "one token gated T1 D128 H16": {"t": 1, "d": 128},
 }
 
 

@@ -11,6 +11,7 @@ from attn.softmax import Softmax
 from pallas_kernels.blocks.api import blocks
 from pallas_kernels.decode.api import decode
 from pallas_kernels.flash.api import flash
+from tests.on_device import INTERPRET
 from tests.oracles.softmax import by_keywords, chunks
 
 B, T, H, K, D = 2, 3, 4, 2, 8
@@ -27,10 +28,12 @@ def floats(*shape):
 
 
 BACKENDS = ("tpu", "triton", "mosaic")
-FLASH = [functools.partial(flash, backend=name, interpret=True) for name in BACKENDS]
-DECODE = [functools.partial(decode, backend=name, interpret=True)
+FLASH = [functools.partial(flash, backend=name, interpret=INTERPRET)
+         for name in BACKENDS]
+DECODE = [functools.partial(decode, backend=name, interpret=INTERPRET)
           for name in ("tpu", "triton")]
-BLOCKS = functools.partial(blocks, chosen=ones(B, K, 1, 1), block=2, interpret=True)
+BLOCKS = functools.partial(
+    blocks, chosen=ones(B, K, 1, 1), block=2, interpret=INTERPRET)
 POSITIONS = [
     ("q_pos", {"q_pos": ones(B, T + 1), "kv_pos": ones(B, T)}),
     ("kv_pos", {"q_pos": ones(B, T), "kv_pos": ones(B, T + 1)}),

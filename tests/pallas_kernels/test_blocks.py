@@ -13,6 +13,7 @@ from pallas_kernels import Refused, tiles
 from pallas_kernels.blocks import triton as blocks_triton
 from pallas_kernels.blocks.api import Static, blocks as attention, inverse
 from experiments.measure import cost
+from tests.on_device import INTERPRET
 from tests.oracles.softmax import blocks
 from tests.pallas_kernels.test_flash import (
     BACKENDS, close, normal, once, results, twice
@@ -83,7 +84,8 @@ def gathered(**given):
 def kernel(backend):
     """The kernel interpreted; on GPU with the least tiles, so that there are several.
     """
-    return functools.partial(attention, backend=backend, tile=(16, 16), interpret=True)
+    return functools.partial(
+        attention, backend=backend, tile=(16, 16), interpret=INTERPRET)
 
 
 def given(name):
@@ -141,7 +143,7 @@ def test_no_program_on_gpu_depends_on_another(name, monkeypatch):
     rows or keys."""
     options = {"block": BLOCK} | CASES[name]()
     given = arrays(**options.pop("sizes", {}))
-    run = functools.partial(attention, backend="triton", interpret=True)
+    run = functools.partial(attention, backend="triton", interpret=INTERPRET)
     found = results(run, given, options)
     own = pl.program_id
     monkeypatch.setattr(pl, "program_id", lambda n: pl.num_programs(n) - 1 - own(n))

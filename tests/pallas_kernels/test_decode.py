@@ -16,6 +16,7 @@ from pallas_kernels.decode import (
 )
 from pallas_kernels.decode.api import decode, packed, unpacked
 from pallas_kernels.decode.triton import splits
+from tests.on_device import INTERPRET
 from tests.oracles.softmax import chunks as attend
 from tests.pallas_kernels.test_flash import (
     BACKENDS, close, normal, once, results, twice
@@ -66,12 +67,12 @@ wanted = once(attend, given)
 @pytest.mark.parametrize("tile", (None, 16))
 @pytest.mark.parametrize("name", CASES)
 def test_the_kernel_is_the_function(name, tile, backend):
-    kernel = functools.partial(decode, tile=tile, backend=backend, interpret=True)
+    kernel = functools.partial(decode, tile=tile, backend=backend, interpret=INTERPRET)
     close(twice(kernel, *given(name)), wanted(name))
 
 
 def run(a, **options):
-    return jax.jit(functools.partial(decode, interpret=True, **options))(**a)
+    return jax.jit(functools.partial(decode, interpret=INTERPRET, **options))(**a)
 
 
 def same(found, expected, bound=1e-5):
@@ -169,7 +170,7 @@ def test_statistics_are_the_sums_of_weights(backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_the_bias_of_a_key_has_a_gradient(backend):
     a, bias = arrays(), normal(6, B, S, K)
-    kernel = results(functools.partial(decode, backend=backend, interpret=True),
+    kernel = results(functools.partial(decode, backend=backend, interpret=INTERPRET),
                      a | {"bias": bias}, {})
     full = lambda q, k, v, bias: attend(
         q, k, v, bias=jnp.repeat(bias, H // K, 2).transpose(0, 2, 1)[:, :, None])
@@ -177,7 +178,7 @@ def test_the_bias_of_a_key_has_a_gradient(backend):
 
 
 def split(f=decode, **options):
-    return functools.partial(f, backend="triton", interpret=True, **options)
+    return functools.partial(f, backend="triton", interpret=INTERPRET, **options)
 
 
 @pytest.mark.parametrize("splits", (2, 20))
@@ -249,8 +250,8 @@ def test_low_precision_is_as_good_as_plain_jnp(dtype, backend):
         return jnp.einsum("bhts,bshv->bthv", p, v), jax.nn.logsumexp(s, -1, where=seen)
 
     expected = results(attend, exact, {"mask": Causal()})
-    found = results(functools.partial(decode, backend=backend, interpret=True, tile=16),
-                    low, {"mask": Causal()})
+    found = results(functools.partial(
+        decode, backend=backend, interpret=INTERPRET, tile=16), low, {"mask": Causal()})
     plain = results(rough, low, {})
     for n in ("o", "q", "k", "v"):
         norm = lambda x: np.linalg.norm(np.asarray(x[n], np.float64)
@@ -338,7 +339,7 @@ def test_refusals_name_their_reason(change, error, reason):
     if "q" in change:
         a["q"] = normal(0, *change.pop("q"))
     with pytest.raises(error, match=reason):
-        decode(**a, interpret=True, **change)
+        decode(**a, interpret=INTERPRET, **change)
 
 
 def test_a_stream_runs_the_kernel_by_name():

@@ -11,6 +11,7 @@ from attn.contract import dispatch
 from attn.recurrent.delta_rule import recurrence as delta_rule
 from pallas_kernels import Refused
 from pallas_kernels.delta.api import delta
+from tests.on_device import INTERPRET
 from tests.oracles.delta_rule import B, H, NAMES, close, held, inputs, recurrence
 
 BACKENDS = pytest.mark.parametrize("backend", ["tpu", "triton"])
@@ -31,7 +32,7 @@ def runs(t):
 def results(options, args, segment, cotangents):
     """(state, o), and the gradients of all inputs."""
     f = lambda *a: delta(*a[:5], state=a[5], segment=segment, scale=SCALE,
-                         interpret=True, **dict(options))
+                         interpret=INTERPRET, **dict(options))
     out, back = jax.vjp(f, *args)
     return out, back(cotangents)
 
@@ -143,7 +144,7 @@ def test_it_is_picked_by_name(platform, monkeypatch):
 @BACKENDS
 def test_what_it_does_not_do_is_refused(backend):
     q, k, v, beta, g, *_ = inputs(5)
-    call = functools.partial(delta, backend=backend, interpret=True)
+    call = functools.partial(delta, backend=backend, interpret=INTERPRET)
     with pytest.raises(Refused, match="q, k, v are .*one of"):
         call(q, k, v.astype(np.float16), beta, g)
     with pytest.raises(Refused, match="V=300: at most 256"):

@@ -20,6 +20,7 @@ from pallas_kernels.flash import (
 )
 from pallas_kernels.flash.api import flash
 from experiments.measure import cost
+from tests.on_device import INTERPRET
 from tests.oracles.softmax import chunks as attend
 
 B, T, S, H, K, D, V = 2, 37, 37, 4, 2, 8, 12
@@ -142,7 +143,7 @@ wanted = once(attend, given)
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", CASES)
 def test_the_kernel_is_the_function(name, backend):
-    kernel = functools.partial(flash, tile=TILE, backend=backend, interpret=True)
+    kernel = functools.partial(flash, tile=TILE, backend=backend, interpret=INTERPRET)
     close(twice(kernel, *given(name)), wanted(name))
 
 
@@ -150,7 +151,7 @@ def test_the_kernel_is_the_function(name, backend):
                                   "keep", "bias_2x4x37x37"))
 def test_what_a_mask_cuts_off_a_tile_is_not_missed(name, monkeypatch):
     monkeypatch.setattr(schedule, "LANES", 8)
-    kernel = functools.partial(flash, tile=(16, 16, 8), interpret=True)
+    kernel = functools.partial(flash, tile=(16, 16, 8), interpret=INTERPRET)
     close(results(kernel, *given(name)), wanted(name))
 
 
@@ -205,7 +206,7 @@ def wanted_low(t, dtype):
 def test_low_precision_is_as_good_as_plain_jnp(t, dtype, backend):
     """Against float32 of the same numbers: at most twice the error of plain jnp."""
     low, expected, rough = wanted_low(t, dtype)
-    kernel = functools.partial(flash, backend=backend, interpret=True)
+    kernel = functools.partial(flash, backend=backend, interpret=INTERPRET)
     found = results(kernel, low, {"mask": Causal()})
     for n in ("o", "q", "k", "v"):
         norm = lambda x: np.linalg.norm(np.asarray(x[n], np.float64)
@@ -218,14 +219,14 @@ def test_queries_that_do_not_fit_on_the_chip_have_a_kernel_of_their_own(monkeypa
     monkeypatch.setattr(tables, "holds_queries", lambda *a: False)
     arrays = inputs()
     options = {"mask": Causal(), "softcap": 3.0}
-    kernel = functools.partial(flash, tile=TILE, interpret=True)
+    kernel = functools.partial(flash, tile=TILE, interpret=INTERPRET)
     close(results(kernel, arrays, options), results(attend, arrays, options))
 
 
 @pytest.mark.parametrize("case", ("causal", "runs", "sinks", "empty_rows"))
 def test_a_list_of_tiles_that_is_too_long_is_shared_out(case, monkeypatch):
     monkeypatch.setattr(tables, "holds_queries", lambda *a: False)
-    kernel = functools.partial(flash, tile=(8, 16), interpret=True)
+    kernel = functools.partial(flash, tile=(8, 16), interpret=INTERPRET)
     want = results(kernel, *given(case))
     # room for four tiles: some lines have so many, or more with their query heads
     monkeypatch.setattr(portions_tpu, "ROOM", 4 * 16)
@@ -252,7 +253,7 @@ def test_a_long_odd_length_and_logits_in_the_thousands():
     q, k, v = (normal(n, 1, 4097, 1, 8) for n in range(3))
     run = lambda f, **kw: jax.jit(lambda q: f(q, k, v, mask=Causal() & Window(300),
                                               **kw)[0])(q * 1000)
-    found = run(flash, interpret=True)
+    found = run(flash, interpret=INTERPRET)
     expected = run(attend)
     assert np.linalg.norm(found - expected) <= 1e-5 * np.linalg.norm(expected)
 
@@ -271,7 +272,7 @@ def test_causal_work_is_half_and_a_window_is_linear():
 def test_memory_holds_no_matrix():
     def both(q):
         return jax.grad(lambda q: flash(q, q, q, mask=Causal(), tile=(64, 64),
-                                        interpret=True)[0].sum())(q)
+                                        interpret=INTERPRET)[0].sum())(q)
 
     sizes = [cost.memory(both, jax.ShapeDtypeStruct((1, t, 1, 8), jnp.float32))
              for t in (512, 1024, 2048)]
@@ -295,7 +296,7 @@ def test_refusals_name_their_reason(change, reason):
     if "dtype" in change:
         arrays["v"] = arrays["v"].astype(jnp.bfloat16)
     with pytest.raises(Refused, match=reason):
-        flash(**arrays, mask=mask, interpret=True)
+        flash(**arrays, mask=mask, interpret=INTERPRET)
 
 
 def test_float16_is_refused_where_it_would_not_compile():

@@ -21,6 +21,7 @@ from pallas_kernels.machine import hopper
 from pallas_kernels.machine.blackwell import COLUMNS, ROWS
 from pallas_kernels.machine.hopper import LATER
 from pallas_kernels.matrix.targets import TARGETS
+from tests.on_device import INTERPRET
 from tests.oracles.softmax import chunks as attend
 from tests.pallas_kernels.test_flash import results, twice
 from tests.pallas_kernels.test_flash_mosaic import (
@@ -67,7 +68,8 @@ def test_the_kernel_is_the_function(name):
     tile = options.pop("tile", None)
     exact = {n: a.astype(jnp.float32) for n, a in low.items()} | more
     low = low | more
-    kernel = functools.partial(flash, backend="blackwell", tile=tile, interpret=True)
+    kernel = functools.partial(
+        flash, backend="blackwell", tile=tile, interpret=INTERPRET)
     run = twice if name == "wide" else results if LATER or name in GRADIENTS else ahead
     found = run(kernel, low, options)
     expected, rough = results(attend, exact, options), results(attend, low, options)
@@ -93,7 +95,7 @@ def test_warpgroups_do_not_race(monkeypatch):
     monkeypatch.setattr(hopper, "_interpreter",
                         lambda: InterpretGPUParams(detect_races=True))
     f = functools.partial(flash, mask=Causal(), tile=(256, 64, 2), backend="blackwell",
-                          interpret=True)
+                          interpret=INTERPRET)
     f(**inputs(t=300, s=300, h=2))
     results(f, inputs(t=260, s=260, d=128, v=128, h=2), {})
 

@@ -18,6 +18,7 @@ from attn.positions import ALiBi
 from attn.softmax import Softmax
 from pallas_kernels import Refused
 from pallas_kernels.flash.api import flash
+from tests.on_device import INTERPRET
 from tests.oracles.softmax import chunks as attend
 from tests.pallas_kernels.test_flash import normal, results, twice
 
@@ -82,7 +83,7 @@ def test_the_kernel_is_the_function(name):
     tile = options.pop("tile", None)
     exact = {n: a.astype(jnp.float32) for n, a in low.items()} | more
     low = low | more
-    kernel = functools.partial(flash, backend="mosaic", tile=tile, interpret=True)
+    kernel = functools.partial(flash, backend="mosaic", tile=tile, interpret=INTERPRET)
     # the same bits twice: how a kernel is interpreted costs seconds, so one case
     found = (twice if name == "causal" else results)(kernel, low, options)
     expected, rough = results(attend, exact, options), results(attend, low, options)
@@ -92,7 +93,20 @@ def test_the_kernel_is_the_function(name):
             assert error <= 1e-5 * max(scale, 1), n
         else:
             allowed, _ = apart(rough, expected, n)
-            assert error <= 2 * allowed + 1e-4 * scale, (n, error / scale)
+            allowed = 2 * allowed + 1e-4 * scale
+            assert error <= max(allowed, left_of_nothing(low, n)), (n, error, allowed)
+
+
+def left_of_nothing(low, name):
+    """How much of a gradient that is 0, as over one key, rounding may leave: dP and its
+    mean are the same sum of V products in float32, taken in two orders, each at most V
+    roundings off; what they differ by is multiplied by k or q."""
+    q, k, v = (np.asarray(low[n], np.float64) for n in "qkv")
+    if k.shape[1] > 1 or name not in ("q", "k"):
+        return 0.0
+    do = np.asarray(normal(8, *q.shape[:3], v.shape[3]), np.float64)
+    apart = 2 * v.shape[3] * 2.0**-24 * np.abs(v * do).sum()
+    return apart * np.linalg.norm(k if name == "q" else q) * q.shape[3] ** -0.5
 
 
 def table(h, i, j):

@@ -13,6 +13,7 @@ from attn.recurrent.linear import recurrence as linear_recurrence
 from pallas_kernels import Refused
 from pallas_kernels.linear import tpu as linear_tpu
 from pallas_kernels.linear.api import linear
+from tests.on_device import INTERPRET
 from tests.oracles.linear import (
     GRADIENT, H, K, RUNS, close, inputs, like, per_channel, recurrence
 )
@@ -27,7 +28,7 @@ CASES = [("none", False, 37), ("head", False, 37), ("strong", False, 37)] + [
 def kernel(backend, **options):
     """The kernel interpreted, with several chunks, blocks and tiles."""
     return functools.partial(
-        linear, backend=backend, tile=TILES[backend], interpret=True, **options)
+        linear, backend=backend, tile=TILES[backend], interpret=INTERPRET, **options)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -88,7 +89,8 @@ def test_widths_and_heads(h, k, d, v, kind, backend):
 def test_query_heads_whose_states_do_not_fit_together(monkeypatch):
     monkeypatch.setattr(linear_tpu, "_together", lambda groups, *_: groups // 2)
     *args, d_o, d_state = inputs(37, "token")
-    f = functools.partial(linear, tile=(32, 16), interpret=True)  # two chunks a block
+    # two chunks a block
+    f = functools.partial(linear, tile=(32, 16), interpret=INTERPRET)
     check(f, args, None, d_o, d_state)
 
 
@@ -144,7 +146,7 @@ def test_a_long_row(backend, kind, t):
     (q, k, v, g, _), _ = drawn(1, 1, 8, 8, t, kind)
     g = np.minimum(g, -0.1)  # what came `tail` tokens before is e^-40 of it
     tile = (1024, 128) if backend == "tpu" else (128, 16, 4, 1, 16)
-    f = lambda *a: linear(*a, tile=tile, backend=backend, interpret=True)
+    f = lambda *a: linear(*a, tile=tile, backend=backend, interpret=INTERPRET)
     (state, o), back = jax.jit(lambda *a: jax.vjp(f, *a))(q, k, v, g)
     cut = lambda a: a if a.ndim == 1 else a[:, -tail:]
     args = [cut(a) for a in (q, k, v)]
@@ -210,4 +212,4 @@ def test_refusals_say_why(backend):
                          ((q, k, wide), "V=257: at most 256"),
                          (half, "float16"), ((q, k, half[2]), "float32, float16")):
         with pytest.raises(Refused, match=reason):
-            linear(*map(jnp.asarray, args), backend=backend, interpret=True)
+            linear(*map(jnp.asarray, args), backend=backend, interpret=INTERPRET)

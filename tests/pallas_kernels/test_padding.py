@@ -12,6 +12,7 @@ from pallas_kernels.delta.api import delta
 from pallas_kernels.flash.api import flash
 from pallas_kernels.linear.api import linear
 from pallas_kernels.scan.api import scan
+from tests.on_device import INTERPRET
 
 RUN = jnp.asarray([[0, 0, 1, 1, 1, 0, 4, 4, 0, 0, 4, 4, 4, 4, 13, 0]])
 T, H, K, D, V = RUN.shape[1], 2, 1, 8, 12
@@ -47,7 +48,7 @@ def test_padding_may_hold_anything(kernel, backend):
     rng = np.random.default_rng(0)
     normal = lambda *shape: rng.normal(size=(1, T, *shape)).astype(np.float32)
     args = normal(H, D), normal(K, D), normal(K, V), -normal(H) ** 2, normal(H) ** 2
-    f = functools.partial(kernel, backend=backend, interpret=True)
+    f = functools.partial(kernel, backend=backend, interpret=INTERPRET)
 
     @jax.jit
     def both(*args):

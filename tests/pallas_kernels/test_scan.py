@@ -12,6 +12,7 @@ from attn.recurrent.scan import SoftmaxState, empty, prefix_softmax
 from pallas_kernels import Refused
 from pallas_kernels.scan.api import scan
 from experiments.measure import cost
+from tests.on_device import INTERPRET
 from tests.oracles.linear import close
 from tests.attn.recurrent.test_scan import B, H, K, RUNS, V, check, inputs
 
@@ -23,7 +24,7 @@ def kernel(backend, segment=None, chunk=16, dtype=jnp.float32):
     """f(scores, v, state) -> (state, o)."""
     def f(s, v, state):
         last, o = scan(s, v, tuple(state), segment=segment, chunk=chunk, dtype=dtype,
-                       backend=backend, interpret=True)
+                       backend=backend, interpret=INTERPRET)
         return SoftmaxState(*last), o
 
     return f
@@ -135,8 +136,8 @@ def test_it_is_picked(platform, monkeypatch):
 
 @KERNEL
 def test_the_cost_is_linear(backend):
-    f = lambda s, v: (scan(
-        s, v, tuple(empty(1, H, V)), backend=backend, interpret=True)[1] ** 2).sum()
+    f = lambda s, v: (scan(s, v, tuple(empty(1, H, V)), backend=backend,
+                           interpret=INTERPRET)[1] ** 2).sum()
     both = jax.grad(f, (0, 1))
     one = lambda t: (jnp.zeros((1, t, H)), jnp.zeros((1, t, K, V)))
     shapes = [jax.eval_shape(functools.partial(one, t)) for t in (2048, 4096, 8192)]

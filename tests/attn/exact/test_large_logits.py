@@ -11,6 +11,7 @@ import pytest
 from attn.exact.online import join, output, state_of
 from pallas_kernels.decode.api import decode
 from pallas_kernels.flash.api import flash
+from tests.on_device import INTERPRET
 from tests.oracles.softmax import best, chunks
 
 B, T, S, H, K, D, V = 1, 5, 21, 2, 1, 8, 4
@@ -20,8 +21,9 @@ LOWEST = LEAST, float(jnp.finfo("bfloat16").min)
 CONSTANTS = (-1e4, -1e7, 3e8, -1e10, -1e30, 1e30, *LOWEST)
 FORMS = {
     "xla": functools.partial(chunks, tile=TILE),
-    "tpu": functools.partial(flash, tile=TILE, interpret=True),
-    "triton": functools.partial(flash, tile=(16, 16), backend="triton", interpret=True),
+    "tpu": functools.partial(flash, tile=TILE, interpret=INTERPRET),
+    "triton": functools.partial(
+        flash, tile=(16, 16), backend="triton", interpret=INTERPRET),
 }
 
 
@@ -155,7 +157,7 @@ def test_a_constant_bias_of_a_cache_changes_nothing(backend, how):
     @jax.jit
     def run(bias, sink, lengths):
         return decode(q, k, v, bias=bias, sink=sink, lengths=lengths, statistics=True,
-                      backend=backend, interpret=True, **how)
+                      backend=backend, interpret=INTERPRET, **how)
 
     for c, one in ((-1e10, -np.inf), (-1e10, -1e10), (LEAST, -np.inf), (0.0, 1.0)):
         sink = np.array([-np.inf, one], np.float32)

@@ -15,7 +15,12 @@ import platform
 import sys
 import time
 
-import platformdirs
+try:
+    from platformdirs import user_cache_dir
+except ImportError:  # a checkout on the path of a machine that has jax alone
+    def user_cache_dir(appname: str) -> str:  # type: ignore[misc]
+        home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+        return os.path.join(home, appname)
 
 LIMIT = 6 * 2**30  # bytes of all compiled programs, of every version together
 SETTINGS = {
@@ -27,7 +32,7 @@ SETTINGS = {
 
 def root() -> pathlib.Path:
     """The folder of all compiled programs of this user."""
-    return pathlib.Path(platformdirs.user_cache_dir("attn")) / "compiled"
+    return pathlib.Path(user_cache_dir("attn")) / "compiled"
 
 
 def folder() -> pathlib.Path:

@@ -134,15 +134,16 @@ class ActQKV(Softmax):
         pos = jnp.where(there, few.pos[..., 0], -1)
         own = jnp.take_along_axis(segment, at, 1)
         few, wide = caches.of_one_type(few, q)
-        s = self._logits(wide, few.k, now, pos, near)
+        # a sequence that begins in the window stands at its true distances
+        close = (pos >= near[:, None]) | (own > 1)
+        s = self._logits(wide, few.k, now, pos, close)
         seen = (pos[:, None] >= 0) & (pos[:, None] <= now.pos[..., None])
         seen = seen & (own[:, None] == now.segment[..., None])
         seen = seen & (now.segment > 0)[..., None]
         p = weights(s, seen[:, None], sink)
         # what is near receives; slots of the tokens that are stored
         got = jnp.moveaxis(jax.lax.stop_gradient(p).sum(2), 1, 2)  # [B,N,H]
-        mine = there & (own == now.segment.max(1, keepdims=True)) & (
-            pos >= near[:, None])
+        mine = there & (own == now.segment.max(1, keepdims=True)) & close
         slot = jnp.where(mine, pos, slots)
         began = (now.segment > 1).any(1)[:, None, None]
         score = jnp.where(began, 0, state.score)
@@ -198,14 +199,15 @@ class ActQKV(Softmax):
         return represented(jnp.moveaxis(k, 3, 2), jnp.moveaxis(score, 3, 2),
                            self.represent)
 
-    def _logits(self, q, k, now: TokenPositions, pos, near) -> jax.Array:
-        """[B,H,T,N]: at true distances behind `near` [B], else at `local`."""
+    def _logits(self, q, k, now: TokenPositions, pos, close_by) -> jax.Array:
+        """[B,H,T,N]: at true distances for keys that are `close_by` [B,N], else at
+        `local`."""
         if self.rope is None:
             return logits(q, k, self.scale)
         at = jnp.maximum(pos, 0)
-        close = logits(
+        true = logits(
             self.rope.rotate(q, now.pos), self.rope.rotate(k, at), self.scale)
         far = jnp.full_like(now.pos, self.local)
         away = logits(self.rope.rotate(q, far),
                       self.rope.rotate(k, jnp.zeros_like(at)), self.scale)
-        return jnp.where((pos >= near[:, None])[:, None, None], close, away)
+        return jnp.where(close_by[:, None, None], true, away)

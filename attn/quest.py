@@ -27,6 +27,7 @@ from attn.contract.calls import refuse_keywords
 from attn.contract.fields import check_fields
 from attn.contract.segments import TokenPositions, locate
 from attn.contract.shapes import check
+from attn.masks import Causal
 from attn.softmax import Softmax
 from pallas_kernels.arrays import check_logits
 
@@ -60,6 +61,11 @@ class Quest(Softmax):
     def __post_init__(self):
         super().__post_init__()
         check_fields(self, least={"page": 1, "budget": 1, "least": 1})
+        if self.mask is not None and self.mask != Causal():
+            raise ValueError(
+                f"Quest: mask={self.mask}: pages are chosen among all earlier ones, "
+                "expected None"
+            )
 
     def init_state(self, size, q, k, v, *, x=None):
         """An empty memory for `size` tokens: keys, values, and bounds of pages."""

@@ -178,6 +178,10 @@ class Recycled(Softmax):
         all; the others those of their own stride, and what the last token of the stride
         before chose, without a gradient of the choice. In plain jnp, memory T^2.
         """
+        for name in ("mask", "score", "softcap"):
+            if getattr(self, name) is not None:
+                raise NotImplementedError(
+                    f"trained: {name}={getattr(self, name)} is not there yet")
         b, t, h, _ = q.shape
         heads, i = k.shape[2], jnp.arange(t)
         causal = i[None] <= i[:, None]
@@ -190,7 +194,7 @@ class Recycled(Softmax):
         set_ = at[..., None] == i[None, None, None, None]  # [B,K,N,capacity,T]
         set_ = (set_ & (best > 0)[..., None]).any(-2)  # [B,K,N,T]
         # of stride n what stride n - 1 chose; in the first one all that is causal
-        first = jnp.zeros_like(set_[:, :, :1])
+        first = jnp.zeros((b, heads, 1, t), bool)
         set_ = jnp.concatenate([first, set_], 2)[:, :, i // self.stride]
         own = i[None] // self.stride == i[:, None] // self.stride
         whole = (i % self.stride == self.stride - 1)[:, None]

@@ -167,7 +167,8 @@ class Retrieval(Softmax):
                               jax.ShapeDtypeStruct((b, h, 1), jnp.float32)),
             q, far.k, far.v, far.pos[..., 0], state.links, entry,
             vmap_method="sequential")
-        near, _ = caches.append_next(state.near, k, v, now)
+        near, used = caches.append_next(state.near, k, v, now)
+        caches.check_room(used, near.k.shape[1])
         newest = jnp.broadcast_to(now.segment, near.k.shape[:2])
         cache, wide = caches.of_one_type(near, q)
         own = caches.read(cache, newest, wide, now, self._spec(), split_lse=True,
@@ -176,8 +177,8 @@ class Retrieval(Softmax):
         if sink is not None:
             both = join(both, without_value(sink, both))
         real = (now.segment > 0)[..., None, None]
-        return RetrievalState(near, far, state.links, entry), jnp.where(
-            real, output(both), 0.0)
+        o = caches.poison(output(both), used, near.k.shape[1])
+        return RetrievalState(near, far, state.links, entry), jnp.where(real, o, 0.0)
 
     def _host_build(self, q, k, pos, real):
         """Graphs of far keys k [B,C,K,D] for queries q [B,N,K,G,D] that are `real`

@@ -7,7 +7,7 @@ exact attention.
     python -m experiments.generate --model=FOLDER --prompt='The cat'
     python -m experiments.generate --model=Qwen/Qwen3-0.6B --chat      # needs '.[hf]'
     python -m experiments.generate --model=FOLDER --batch=prompts.txt  # JSON lines
-    python -m experiments.generate --model=results/mine --policy='SnapKV(256)'
+    python -m experiments.generate --model=results/mine --policy='SnapKV(capacity=256)'
 
 `--tiny` takes a second on 2 cores: a model of three layers with random weights that the
 tests have. A folder without a tokenizer takes and gives ids: `--prompt='5 7 9'`.
@@ -132,7 +132,8 @@ def shown(pieces: Iterator[list[list[int]]], text: Any) -> tuple[list[int], floa
 
 
 def converse(config_: Config, found: Loaded, how: Sampling) -> dict[str, Any]:
-    """A conversation: each turn reads what is new, and nothing again."""
+    """A conversation: each turn reads what is new, and all only when
+    there is no more room."""
     if not hasattr(found.text, "chat"):
         raise ValueError(f"{config_.model} has no tokenizer with a chat_template: "
                          "expected --prompt")
@@ -182,8 +183,11 @@ def answers(config_: Config, found: Loaded, how: Sampling) -> dict[str, Any]:
     ids = [found.text.encode(prompt) for prompt in prompts]
     _check_length(max(map(len, ids)), found)
     clock = time.perf_counter()
+    length, longest = config_.length, max(map(len, ids))
+    if found.limit is not None:
+        length = min(length, found.limit - longest)
     rows = generate(
-        found.model, found.params, ids, length=config_.length, seed=config_.seed,
+        found.model, found.params, ids, length=length, seed=config_.seed,
         stop=found.defaults.stop, **how._asdict(),
     )
     spent = time.perf_counter() - clock

@@ -1,4 +1,4 @@
-"""Session: a text that goes on, of which nothing is read twice.
+"""Session: a text that goes on; it is read again only when its room is used up.
 
     session = Session(model, params)
     session.read(prompt, room=200)                 # token ids
@@ -29,9 +29,9 @@ PIECE = 8  # tokens that are drawn before they are shown
 class Session:
     """A model, its parameters and what it has read and written.
 
-    ids: the tokens [T] that its state holds, of its first row; logits [B,vocab]: of the
-    next one. chunk: how many tokens
-    are read at once; limit: the longest text, None for any.
+    ids: the tokens [T] that its state holds, of its first row; taken: how many the
+    longest row has; logits [B,vocab]: of the next one. chunk: how many tokens are read
+    at once; limit: the longest text, None for any.
     """
 
     def __init__(
@@ -39,40 +39,40 @@ class Session:
     ):
         self.model, self.params, self.chunk, self.limit = model, params, chunk, limit
         self.ids: list[int] = []
-        self.rows = 1
+        self.rows, self.taken = 1, 0
         self._state: Any = None
         self.logits: Any = None
         self._size = 0
 
-    def read(self, ids: Sequence[int], room: int = 0) -> None:
-        """Reads the next tokens, and keeps room for so many more. ValueError for no
-        tokens, ids outside of the vocabulary and a text beyond the limit."""
+    def read(self, ids: Sequence[int], room: int = 0) -> int:
+        """Reads the next tokens, and keeps room for so many more -> how many were read,
+        which is the whole text if the room was used up. ValueError for no tokens, ids
+        outside of the vocabulary and a text beyond the limit."""
         if len(ids) == 0:
             raise ValueError("the prompt is empty: expected one token or more")
         new = ids_of(ids, 0, self.model.vocab).tolist()
-        whole = self.ids + new
-        if self.limit is not None and len(whole) > self.limit:
-            raise ValueError(f"a text of {len(whole)} tokens: expected at most "
+        whole, taken = self.ids + new, self.taken + len(new)
+        if self.limit is not None and taken > self.limit:
+            raise ValueError(f"a text of {taken} tokens: expected at most "
                              f"{self.limit}, the length of the model")
-        need = len(whole) + max(room, 1)
+        need = taken + max(room, 1)
         if self._state is None or need > self._size:
             if self.rows > 1 and self.ids:
                 raise ValueError("forked texts cannot grow beyond the room that was "
                                  "kept: expected a larger room before the fork")
-            self._begin(whole, bucket(need))
+            self._begin(whole, max(room, 1))
             new = whole
         self._read(new)
-        self.ids = whole
+        self.ids, self.taken = whole, taken
+        return len(new)
 
     def follow(self, ids: Sequence[int], room: int = 0) -> int:
         """Reads what `ids`, a whole text, have behind what the state holds, or all of
         it if the state holds something else -> how many tokens were read."""
         text = list(ids)
         if text[: len(self.ids)] != self.ids or len(text) == len(self.ids):
-            self.ids, self._state = [], None
-        new = text[len(self.ids):]
-        self.read(new, room)
-        return len(new)
+            self.ids, self.taken, self._state = [], 0, None
+        return self.read(text[len(self.ids):], room)
 
     def write(
         self, length: int, how: Sampling = Sampling(), stop: Any = (), seed: int = 0
@@ -83,10 +83,10 @@ class Session:
             raise ValueError("nothing was read: expected a prompt before what follows")
         how, key, ends = how.checked(), key_of(seed), stops(stop)
         left = length if self.limit is None else min(
-            length, self.limit - len(self.ids))
-        if len(self.ids) + left > self._size:
+            length, self.limit - self.taken)
+        if self.taken + left > self._size:
             raise ValueError(f"length={length}: there is room for {self._size} tokens, "
-                             f"of which {len(self.ids)} are taken: expected a larger "
+                             f"of which {self.taken} are taken: expected a larger "
                              "`room` when the prompt was read")
         ended = np.zeros(self.rows, bool)
         for n in range(-(-left // PIECE)):
@@ -95,6 +95,7 @@ class Session:
             pieces = [[] if over else new
                       for over, new in zip(ended, new_tokens(found))]
             self.ids += pieces[0]
+            self.taken += max(map(len, pieces))
             ended |= np.asarray(found.done)
             yield pieces
             if ended.all():
@@ -106,7 +107,8 @@ class Session:
         if self.rows != 1 or self._state is None:
             raise ValueError("fork: expected a session of one row that has read a text")
         other = Session(self.model, self.params, chunk=self.chunk, limit=self.limit)
-        other.ids, other.rows, other._size = list(self.ids), rows, self._size
+        other.ids, other.taken = list(self.ids), self.taken
+        other.rows, other._size = rows, self._size
 
         def repeated(a):
             return jnp.repeat(a, rows, 0)
@@ -118,7 +120,7 @@ class Session:
     def warm(self, length: int, room: int, how: Sampling = Sampling()) -> None:
         """Compiles what a prompt of `length` tokens and writing behind it will run."""
         other = Session(self.model, self.params, chunk=self.chunk, limit=self.limit)
-        other._begin([0] * length, bucket(length + room))
+        other._begin([0] * length, max(room, 1))
         other._read([0] * min(length, self.chunk))
         other.compiled(how)
 
@@ -131,12 +133,17 @@ class Session:
         """Bytes of the state, of all rows."""
         return sum(a.nbytes for a in jax.tree.leaves(self._state))
 
-    def _begin(self, ids: Sequence[int], size: int) -> None:
-        """An empty state for `size` tokens, of which `ids` come first."""
+    def _begin(self, ids: Sequence[int], room: int) -> None:
+        """An empty state for `ids` and `room` tokens behind them, or more."""
+        size = bucket(len(ids) + room)
         if self.limit is not None:
             size = min(size, self.limit)
         t = min(bucket(len(ids)), self.chunk)
-        like = jax.ShapeDtypeStruct((1, -(-len(ids) // t) * t), jnp.int32)
+        prompt = -(-len(ids) // t) * t
+        # a cache that drops tokens has room for those behind the prompt alone: few
+        # lengths, so that few programs are compiled, unless that takes from the room
+        prompt = prompt if prompt + room <= size else len(ids)
+        like = jax.ShapeDtypeStruct((1, prompt), jnp.int32)
         self._state, self._size = self.model.init_state(size, like), size
         self.logits = jnp.zeros((1, self.model.vocab), jnp.float32)
 

@@ -29,3 +29,12 @@ def test_what_it_holds_is_of_the_code_that_stands_there(path):
     again = f"expected `python notebooks/store.py {path.stem}` after a change"
     assert notebook.metadata.get("outputs_of") == store.digest(notebook), again
     assert any(cell.get("outputs") for cell in notebook.cells), again
+
+
+@pytest.mark.parametrize("path", sorted(store.FOLDER.glob("*.ipynb")),
+                         ids=lambda p: p.stem)
+def test_what_it_holds_names_nobodys_folders(path):
+    assert "site-packages" not in path.read_text() and "/home" not in path.read_text()
+    outputs = [o for cell in nbformat.read(path, as_version=4).cells
+               for o in cell.get("outputs", ())]
+    assert not [o for o in outputs if o.get("name") == "stderr"]

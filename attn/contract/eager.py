@@ -23,6 +23,8 @@ import numpy as np
 from attn.contract.explicit import alone
 from attn.contract.shapes import concrete
 
+PLAIN = (bool, int, float, complex, str, bytes, type, np.dtype)
+
 
 @functools.partial(
     jax.tree_util.register_dataclass, data_fields=["wrong", "value"],
@@ -132,13 +134,17 @@ def _known(a: Any) -> bool:
 
 
 def _lasting(attention: Any) -> bool:
-    """Whether equal fields mean an equal function: no field holds an array, nor a
-    function that may find another value of a variable outside of it."""
-    for field in dataclasses.fields(attention):
-        if getattr(getattr(attention, field.name), "__closure__", None):
-            return False
-    try:
-        hash(attention)
-    except TypeError:
-        return False
-    return True
+    """Whether equal fields mean an equal function: they are numbers, names, types and
+    frozen dataclasses of these. An array is no key, and a function may find another
+    value of a variable outside of it at the next call."""
+    values = [getattr(attention, field.name) for field in dataclasses.fields(attention)
+              if field.name not in ("parent", "name")]
+    return all(map(_constant, values))
+
+
+def _constant(value: Any) -> bool:
+    if isinstance(value, tuple):
+        return all(map(_constant, value))
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return type(value).__hash__ is not None and _lasting(value)
+    return value is None or isinstance(value, PLAIN)

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import json
 import pathlib
+import re
 from typing import Any, Iterator, Mapping, NamedTuple
 
 import numpy as np
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+OWN = re.compile(  # the names of the files that are written here
+    r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
 PICKLES = "*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl"
 DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 BYTES = {"U8": "uint8", "I32": "int32", "I64": "int64", "BOOL": "bool"}

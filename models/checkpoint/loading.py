@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pathlib
 import re
+import tempfile
 from typing import Any, Sequence
 
 import jax
@@ -18,7 +19,7 @@ from models.checkpoint.architectures import (
 from models.checkpoint.config import Config, Reader, read_config
 from models.checkpoint.decoder import Architecture
 from models.checkpoint.decoder import DTYPES as COMPUTED
-from models.checkpoint.files import DTYPES, INDEX, Files, write
+from models.checkpoint.files import DTYPES, OWN, Files, write
 from models.checkpoint.tensors import Entry
 from models.lm import LM
 from models.placement import spec
@@ -54,9 +55,10 @@ def load(folder: Any, mesh: Any = None, dtype: Any = None) -> tuple[LM, Tree]:
 
 
 def save(folder: Any, model: LM, params: Tree) -> None:
-    """Writes `config.json` and the parameters as transformers names them; what was
-    loaded comes out as it was, bit by bit. ValueError for a model that no architecture
-    describes."""
+    """Writes `config.json` and the parameters as transformers 5 names them, bit by bit
+    (what was loaded from MXFP4 as what it was read as); other files of a folder are not
+    its own. Old weights go when the new ones are there. ValueError for a model that no
+    architecture describes."""
     source = described(model) if model.source is None else unpacked(model.source)
     entries = entries_of(model.clone(source=source))
     leaves = _flat(params)
@@ -71,10 +73,17 @@ def save(folder: Any, model: LM, params: Tree) -> None:
         tensors |= {n: np.asarray(a) for n, a in zip(entry.names, arrays)}
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    for old in (*folder.glob("model*.safetensors"), folder / INDEX):
-        old.unlink(missing_ok=True)
-    write(folder, tensors)
-    (folder / "config.json").write_text(json.dumps(dict(source), indent=2) + "\n")
+    old = {path.name for path in folder.iterdir() if OWN.fullmatch(path.name)}
+    with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as beside:
+        new = pathlib.Path(beside)
+        write(new, tensors)
+        text = json.dumps(dict(source), indent=2) + "\n"
+        (new / "config.json").write_text(text)
+        names = {path.name for path in new.iterdir()}
+        for name in sorted(names):
+            (new / name).replace(folder / name)
+    for name in old - names:
+        (folder / name).unlink()
 
 
 def model_of(source: Config, dtype: Any = None) -> LM:

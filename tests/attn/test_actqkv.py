@@ -150,3 +150,12 @@ def test_flat_layers_get_more():
 def test_wrong_fields(fields, message):
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(ACT, **fields)
+
+
+def test_a_sequence_that_begins_stands_at_its_true_distances():
+    act = dataclasses.replace(ACT, rope=RoPE(50.0))
+    old, new = inputs(30), inputs(5, 1)
+    state = act.init_state(40, *old)
+    state, _ = jax.jit(act.step)(state, *old, segments=jnp.full((B, 30), 1))
+    _, o = jax.jit(act.step)(state, *new, segments=jnp.full((B, 5), 2))
+    close(o, attend(act, *new))

@@ -111,6 +111,14 @@ def test_training_that_goes_on_reads_the_same_pattern():
     assert all(np.isfinite(a).all() and np.abs(a).max() > 0 for a in grads)
 
 
+def test_training_on_less_than_a_stride_is_exact_and_a_softcap_is_refused():
+    q, k, v = inputs(5)
+    close(jax.jit(Recycled(capacity=3, stride=8).trained)(q, k, v),
+          attend(Softmax(), q, k, v))
+    with pytest.raises(NotImplementedError, match="softcap=1.0 is not there"):
+        Recycled(softcap=1.0).trained(q, k, v)
+
+
 def test_what_is_recycled_recovers_more_than_what_is_recent():
     """Of queries that stay alike, the recycled keys hold most of the weight."""
     q, k, v = inputs(60)

@@ -122,3 +122,16 @@ def test_ragged_rows_and_new_sequences():
 def test_wrong_fields(fields, message):
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(FLAT, **fields)
+
+
+def test_near_slots_that_are_full_are_never_silent():
+    q, k, v = inputs(8)
+    small = dataclasses.replace(FLAT, sinks=1, recent=2)
+    state = small.init_state(8, q, k, v)
+    first = [a[:, :1] for a in (q, k, v)]
+    for _ in range(3):
+        state, o = step(small, state, *first)
+        assert np.isfinite(o).all()
+    assert np.isnan(step(small, state, *first)[1]).all()
+    with pytest.raises(ValueError, match="memory of 3"):
+        small.step(state, *first)

@@ -7,7 +7,8 @@ expected ones. One line an array: its relative error ||a - b|| / ||b||. The exit
 is 1 if one is past its tolerance (1e-5, gradients 1e-4, or what the adapter's
 `TOLERANCE` says with the spec as its source), or an array was neither read nor
 returned. Where a spec asks for another comparison than equality, the adapter's `RULES`
-has it, a function (array, expected) -> error, and the line names it.
+has it, a function (array, expected, all arrays of the adapter) -> error, and the line
+names it.
 """
 
 from __future__ import annotations
@@ -94,9 +95,10 @@ def check(path: pathlib.Path) -> Iterator[tuple[str, float, float]]:
         for array, value in results.items():
             if array not in case.keys():
                 raise ValueError(f"{name}: the adapter returned unknown {array!r}")
-            rule = getattr(adapter, "RULES", {}).get(array, relative)
-            error = rule(value, dict.__getitem__(case, array))
-            named = "" if rule is relative else f" ({rule.__name__})"
+            rule = getattr(adapter, "RULES", {}).get(array)
+            stored = dict.__getitem__(case, array)
+            named = f" ({rule.__name__})" if rule else ""
+            error = rule(value, stored, results) if rule else relative(value, stored)
             yield f"{name}/{array}{named}", error, tolerance(adapter, array, case)
         for array in sorted(set(case) - case.read - set(results) - {"config"}):
             yield f"{name}/{array} (neither read nor returned)", float("nan"), 0.0

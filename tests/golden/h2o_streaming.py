@@ -129,19 +129,22 @@ def ada(case, config):
     tokens, own = (np.asarray(a).ravel() for a in (state.tokens, state.heads))
     mask = np.zeros((heads, s), bool)
     mask[own[own >= 0], tokens[own >= 0]] = True
-    if "keep_mask" in case and _same_scores(mask, case["keep_mask"], score):
-        mask = case["keep_mask"]
     return {"pooled_scores_kv": score, "head_lens": mask.sum(1), "keep_mask": mask}
 
 
-def _same_scores(ours, theirs, score):
-    """Max pooling makes exact ties at the cut: the stored choice stands if it has the
-    same scores as ours, head by head."""
+def same_scores(ours, theirs, results) -> float:
+    """Max pooling makes exact ties at the cut: 0 for a choice whose scores are those of
+    the stored one, head by head."""
+    score = np.asarray(results["pooled_scores_kv"])
     cut = score.shape[1]
     chosen = [[np.sort(np.asarray(row)[mask[:cut]]) for row, mask in zip(score, kept)]
               for kept in (ours, theirs)]
-    return all(len(a) == len(b) and np.allclose(a, b, rtol=1e-5)
+    same = all(len(a) == len(b) and np.allclose(a, b, rtol=1e-5)
                for a, b in zip(*chosen)) and (ours[:, cut:] == theirs[:, cut:]).all()
+    return 0.0 if same else float("nan")
+
+
+RULES = {"keep_mask": same_scores}
 
 
 def quest(case, config):

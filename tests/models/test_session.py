@@ -1,11 +1,14 @@
-"""Session: what it writes is what `generate` writes, and nothing is read twice."""
+"""Session: what it writes is what `generate` writes, and a turn reads what is new."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from attn.adakv import AdaKV
 from attn.lightning import Lightning
+from attn.retrieval import Retrieval
+from attn.snapkv import SnapKV
 from attn.softmax import Softmax
 from models import session as sessions
 from models.generate import generate
@@ -38,6 +41,30 @@ def test_it_writes_what_generate_writes():
     assert written(again, 20, stop=[stop]) == WANT[: WANT.index(stop)]
 
 
+@pytest.mark.parametrize("policy", [
+    SnapKV(capacity=6, window=2), AdaKV(capacity=6, window=2),
+    Retrieval(sinks=1, recent=3, top_k=2, index="flat"),
+], ids=lambda policy: type(policy).__name__)
+def test_a_cache_that_drops_tokens_has_room_for_what_follows(policy):
+    """13 tokens are read as 16, and 3 more fill the 16 that are then asked for."""
+    model = MODEL.clone(attention=(Lightning(), policy))
+    for many in (13, 17):
+        session = Session(model, PARAMS)
+        text = [1 + n % 12 for n in range(many)]
+        session.read(text, room=3)
+        assert len(written(session, 3)) == 3
+
+
+def test_rows_that_go_on_alone_keep_their_lengths():
+    session = Session(MODEL, PARAMS)
+    session.read(TEXT, room=20)
+    both = session.fork(2)
+    both.ids = both.ids[:-2]  # as if the first row had ended earlier
+    written(both, 10)
+    with pytest.raises(ValueError, match="of which 19 are taken"):
+        written(both, 20)
+
+
 def test_a_turn_reads_what_is_new(monkeypatch):
     read, counts = sessions.read, []
 
@@ -54,7 +81,7 @@ def test_a_turn_reads_what_is_new(monkeypatch):
     assert written(session, 4) == generate(MODEL, PARAMS, [turn], length=4)[0]
     # another text is read from its beginning, and so is one that needs more room
     assert session.follow([5, 5], room=4) == 2 and session.ids == [5, 5]
-    assert session.follow([5, 5, 1], room=200) == 1 and counts[-1] == 3
+    assert session.follow([5, 5, 1], room=200) == 3 and counts[-1] == 3
     assert written(session, 3) == generate(MODEL, PARAMS, [[5, 5, 1]], length=3)[0]
 
 

@@ -26,12 +26,16 @@ CHILD = "experiments.measure.device.child"
 MOST = 10  # processes that share a GPU's memory
 START = 90.0  # seconds until a child has to have loaded
 Row = dict[str, Any]
+ROOT = pathlib.Path(__file__).resolve().parents[3]
 
 
 def environment(platform: str, many: int) -> dict[str, str]:
     """What a child's libraries read: shares of a GPU's memory, or devices of a CPU for
     the warpgroups that are interpreted."""
     own = dict(os.environ)
+    # a child is a module of this checkout, wherever the command was called
+    own["PYTHONPATH"] = os.pathsep.join(
+        filter(None, (str(ROOT), own.get("PYTHONPATH"))))
     if platform == "gpu":
         own.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
         own.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", f"{0.92 / many:.3f}")

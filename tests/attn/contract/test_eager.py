@@ -1,6 +1,7 @@
 """Calls outside of `jit`: one program each, which is kept; the laws count programs."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +28,16 @@ def test_a_function_that_may_change_is_asked_again():
     attention = Softmax(mask=Full(), score=score)
     first = attention(Q, K, V)
     slope = -1.0
+    assert np.abs(attention(Q, K, V) - first).max() > 0.1
+
+
+@pytest.mark.parametrize("wrap", [lambda f: f, lambda f: functools.partial(f)])
+def test_a_function_of_a_global_is_asked_again(wrap):
+    values = {"slope": 1.0}
+    score = eval("lambda h, i, j: slope * j", values)
+    attention = Softmax(mask=Full(), score=wrap(score))
+    first = attention(Q, K, V)
+    values["slope"] = -1.0
     assert np.abs(attention(Q, K, V) - first).max() > 0.1
 
 

@@ -34,6 +34,9 @@ from models.session import Session
 FOLDERS = pathlib.Path(__file__).parents[1] / "tests" / "checkpoints"
 
 
+SPARE = 1024  # tokens that a conversation grows by before all of it is read again
+
+
 @dataclasses.dataclass(frozen=True)
 class Config:
     """One model and what it goes on from."""
@@ -132,8 +135,8 @@ def shown(pieces: Iterator[list[list[int]]], text: Any) -> tuple[list[int], floa
 
 
 def converse(config_: Config, found: Loaded, how: Sampling) -> dict[str, Any]:
-    """A conversation: each turn reads what is new, and all only when
-    there is no more room."""
+    """A conversation: each turn reads what is new; all of it is read again only when
+    more than SPARE tokens have come, or a template changes what was said."""
     if not hasattr(found.text, "chat"):
         raise ValueError(f"{config_.model} has no tokenizer with a chat_template: "
                          "expected --prompt")
@@ -147,9 +150,8 @@ def converse(config_: Config, found: Loaded, how: Sampling) -> dict[str, Any]:
         goes_on = bool(said) and text.startswith(said)
         ids = found.text.encode(text[len(said) if goes_on else 0:], special=False)
         _check_length(len(session.ids) * goes_on + len(ids), found)
-        # a template may change what was said; then all is read again
         ids = session.ids + ids if goes_on else ids
-        fresh += session.follow(ids, config_.length)
+        fresh += session.follow(ids, config_.length, SPARE)
         pieces = session.write(
             config_.length, how, found.defaults.stop, config_.seed + turns)
         new, rate = shown(pieces, found.text)

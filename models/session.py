@@ -44,10 +44,11 @@ class Session:
         self.logits: Any = None
         self._size = 0
 
-    def read(self, ids: Sequence[int], room: int = 0) -> int:
+    def read(self, ids: Sequence[int], room: int = 0, spare: int = 0) -> int:
         """Reads the next tokens, and keeps room for so many more -> how many were read,
-        which is the whole text if the room was used up. ValueError for no tokens, ids
-        outside of the vocabulary and a text beyond the limit."""
+        which is the whole text if the room was used up. spare: what room is then made
+        beyond the one that is asked for. ValueError for no tokens, ids outside of the
+        vocabulary and a text beyond the limit."""
         if len(ids) == 0:
             raise ValueError("the prompt is empty: expected one token or more")
         new = ids_of(ids, 0, self.model.vocab).tolist()
@@ -60,19 +61,19 @@ class Session:
             if self.rows > 1 and self.ids:
                 raise ValueError("forked texts cannot grow beyond the room that was "
                                  "kept: expected a larger room before the fork")
-            self._begin(whole, max(room, 1))
+            self._begin(whole, max(room, 1) + spare)
             new = whole
         self._read(new)
         self.ids, self.taken = whole, taken
         return len(new)
 
-    def follow(self, ids: Sequence[int], room: int = 0) -> int:
+    def follow(self, ids: Sequence[int], room: int = 0, spare: int = 0) -> int:
         """Reads what `ids`, a whole text, have behind what the state holds, or all of
         it if the state holds something else -> how many tokens were read."""
         text = list(ids)
         if text[: len(self.ids)] != self.ids or len(text) == len(self.ids):
             self.ids, self.taken, self._state = [], 0, None
-        return self.read(text[len(self.ids):], room)
+        return self.read(text[len(self.ids):], room, spare)
 
     def write(
         self, length: int, how: Sampling = Sampling(), stop: Any = (), seed: int = 0

@@ -186,7 +186,7 @@ class ActQKV(Softmax):
         flat = q.astype(jnp.float32)
         if self.rope is not None:  # all at one angle: no phase inside the window
             flat = self.rope.rotate(flat, jnp.full((1, t), self.local, jnp.int32))
-        mine = (now.segment > 0) & (now.segment == now.segment.max(1, keepdims=True))
+        mine = caches.current(now)
         return probe(flat.reshape(b, t, -1), mine)[1]
 
     def representatives(self, state: ActState, blocks: int, h: int) -> jax.Array:

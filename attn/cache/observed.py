@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from attn.cache.kv import Cache, of_one_type
+from attn.cache.kv import Cache, current, of_one_type
 from attn.contract.dispatch import interpreted, pick
 from attn.contract.segments import TokenPositions
 from attn.contract.varying import varying
@@ -95,7 +95,7 @@ def received(
 def last_queries(q, now: TokenPositions, many: int = 1) -> tuple:
     """The last `many` real queries of the sequence that goes on: q [B,many,H,D] and
     where they stand, with segment 0 for what is not there."""
-    mine = (now.segment == now.segment.max(1, keepdims=True)) & (now.segment > 0)
+    mine = current(now)
     index = jnp.where(mine, jnp.arange(q.shape[1]), -1)
     last, _ = jax.lax.top_k(index, min(many, q.shape[1]))
     last = last[:, ::-1]  # in order

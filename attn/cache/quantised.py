@@ -17,6 +17,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from attn.cache.kv import current
 from attn.contract.segments import TokenPositions
 
 WORDS = {32: jnp.int32, 8: jnp.uint8}
@@ -159,7 +160,7 @@ def blocks_of(
     [B]; new: arrays [B,T,...] at `now`. Only the sequence that goes on is there.
     """
     b, t = now.pos.shape
-    mine = (now.segment == now.segment.max(1, keepdims=True)) & (now.segment > 0)
+    mine = current(now)
     count = mine.sum(1, dtype=jnp.int32)
     began = now.segment.max(1) > 1
     start = now.next_pos - count  # position of the first new token

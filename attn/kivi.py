@@ -21,15 +21,13 @@ import jax
 import jax.numpy as jnp
 
 from attn.cache import kv as caches, quantised
+from attn.cache.coded import Coded
 from attn.cache.kv import Cache
 from attn.cache.quantised import Codes
 from attn.contract.attention import MASKED, TemplateRow
-from attn.contract.calls import refuse_keywords
 from attn.contract.fields import check_fields
-from attn.contract.segments import TokenPositions, locate
-from attn.contract.shapes import check
+from attn.contract.segments import TokenPositions
 from attn.softmax import Softmax
-from pallas_kernels.arrays import check_logits
 
 
 class KIVIState(NamedTuple):
@@ -56,7 +54,7 @@ class KIVIState(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class KIVI(Softmax):
+class KIVI(Coded, Softmax):
     """KIVI (Liu et al., 2024) arXiv:2402.02750: a cache of codes of a few bits.
 
     bits: of a code, 1, 2, 4, 8 or 16; group: tokens of a channel of keys, or channels
@@ -101,28 +99,6 @@ class KIVI(Softmax):
     def _axes(self) -> tuple:
         """Group and axis of keys, of values."""
         return (self.group, 1), (self.group, 3)
-
-    def step(
-        self, state, q, k, v, *, x=None, segments=None, bias=None, sink=None, **unknown
-    ):
-        """The next T tokens -> state, [B,T,H,V]: one reads what is stored, a piece its
-        own keys and values as they are."""
-        refuse_keywords(self, unknown)
-        check(q, k, v, segments=segments, aligned=True, piece=True)
-        self._check_stream(bias)
-        self._check_heads(q)
-        check_logits(q, k, sink=sink)
-        now = locate(segments, q.shape[0], q.shape[1], state.end, state.segment)
-        caches.check_room(now.next_pos, state.room)
-        after = self._stored(state, k, v, now)
-        if q.shape[1] == 1:
-            cache = self.cache(after)
-            newest = now.segment.max(1, keepdims=True)
-            read = cache, jnp.broadcast_to(newest, cache.k.shape[:2])
-        else:
-            read = caches.concat(self.cache(state), k, v, now)
-        o = self.read(*read, q, now, sink=sink).astype(v.dtype)
-        return after, caches.poison(o, now.next_pos, state.room)
 
     def _stored(self, state: KIVIState, k, v, now: TokenPositions) -> KIVIState:
         """The state with tokens k [B,T,K,D], v [B,T,K,V]."""

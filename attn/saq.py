@@ -22,16 +22,14 @@ import jax
 import jax.numpy as jnp
 
 from attn.cache import kv as caches, quantised
+from attn.cache.coded import Coded
 from attn.cache.kv import Cache
 from attn.cache.quantised import Codes
 from attn.contract.attention import MASKED, TemplateRow
-from attn.contract.calls import refuse_keywords
 from attn.contract.fields import check_fields
-from attn.contract.segments import TokenPositions, locate
-from attn.contract.shapes import check
+from attn.contract.segments import TokenPositions
 from attn.contract.varying import varying
 from attn.softmax import Softmax
-from pallas_kernels.arrays import check_logits
 
 Pair = tuple[Codes, Codes]
 WORD = 8  # bits, which codes of a group fill
@@ -71,7 +69,7 @@ class SAQState(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class SAQ(Softmax):
+class SAQ(Coded, Softmax):
     """SAQ (Li, 2024) arXiv:2410.18441: staircase adaptive quantisation of the cache.
 
     bits: of a code, for the newest segment first, the last for all that are older;
@@ -118,28 +116,6 @@ class SAQ(Softmax):
         old = 0 if short else max(size // n - len(self.bits) + 1, 1) * n
         steps = tuple(of(0 if short else n, bits) for bits in self.bits[:-1])
         return SAQState(steps, of(old, self.bits[-1]), *cache[:2], *cache[3:])
-
-    def step(
-        self, state, q, k, v, *, x=None, segments=None, bias=None, sink=None, **unknown
-    ):
-        """The next T tokens -> state, [B,T,H,V]: one reads what is stored, a piece its
-        own keys and values as they are."""
-        refuse_keywords(self, unknown)
-        check(q, k, v, segments=segments, aligned=True, piece=True)
-        self._check_stream(bias)
-        self._check_heads(q)
-        check_logits(q, k, sink=sink)
-        now = locate(segments, q.shape[0], q.shape[1], state.end, state.segment)
-        caches.check_room(now.next_pos, state.room)
-        after = self._stored(state, k, v, now)
-        if q.shape[1] == 1:
-            cache = self.cache(after)
-            newest = now.segment.max(1, keepdims=True)
-            read = cache, jnp.broadcast_to(newest, cache.k.shape[:2])
-        else:
-            read = caches.concat(self.cache(state), k, v, now)
-        o = self.read(*read, q, now, sink=sink).astype(v.dtype)
-        return after, caches.poison(o, now.next_pos, state.room)
 
     def _stored(self, state: SAQState, k, v, now: TokenPositions) -> SAQState:
         """The state with tokens k [B,T,K,D], v [B,T,K,V]."""

@@ -55,7 +55,7 @@ def mask(case, config):
     q, k, v = arrays(case)
     p = map_of(q, k)
     heavy, recent = config["heavy_budget"], config["recent_budget"]
-    seen = simulated(p, heavy, recent) & np.tri(q.shape[1], dtype=bool)
+    seen = simulated(p, heavy, recent) & np.tri(q.shape[1], dtype=bool)[None, None]
     logit = jnp.einsum("bthd,bshd->bhts", q, k) * config["scale"]
     return {"heavy_mask": simulated(p, heavy), "mask": seen,
             "out": values(weights(logit, seen), v)}

@@ -65,7 +65,8 @@ def compiled_outside(method: Callable) -> Callable:
     @functools.wraps(method)
     def call(self, *args, **named):
         leaves, form = jax.tree.flatten((args, named))
-        function = _function(self) if leaves and all(map(_known, leaves)) else None
+        known = leaves and all(map(_known, leaves)) and _ids(named.get("segments"))
+        function = _function(self) if known else None
         with _forward_mode_refused(type(self).__name__):
             if function is None:
                 return method(self, *args, **named)
@@ -128,9 +129,14 @@ def _known(a: Any) -> bool:
         return False
     if jax.dtypes.issubdtype(a.dtype, jax.dtypes.prng_key):
         return True
-    # ids of other integers are looked at, whether int32 holds them
-    wide = a.dtype.kind in "iu" and a.dtype != np.int32
-    return not wide and jax.dtypes.canonicalize_dtype(a.dtype) == a.dtype
+    return jax.dtypes.canonicalize_dtype(a.dtype) == a.dtype
+
+
+def _ids(segments: Any) -> bool:
+    """Whether all that their type can say is held by int32; if not, they are looked at.
+    """
+    wide = ("uint32", "int64", "uint64")
+    return not any(a.dtype in wide for a in jax.tree.leaves(segments))
 
 
 def _lasting(attention: Any) -> bool:

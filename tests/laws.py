@@ -163,7 +163,8 @@ class Entry:
     change of the result. in_v: its result is linear in v. default: the exponent of T
     with default settings, if those are of another kind than the settings here. wraps:
     the row whose mechanism it is a thin wrapper of: that row is proved on all meshes,
-    its wrappers take one each, in turn.
+    its wrappers take one each, in turn. split: over how many devices its heads can be
+    split.
     """
 
     attention: Any
@@ -182,6 +183,7 @@ class Entry:
     in_v: bool = True
     default: float | None = None
     wraps: str | None = None
+    split: int = H
 
     def __post_init__(self):
         ready = lambda a: Learned(a) if isinstance(a, nn.Module) else a
@@ -422,7 +424,7 @@ ENTRIES = {
         Routing(clusters=2, window=512, share_qk=False, local=2, local_block=3), (
             Routing(clusters=2, window=T, norm="unit", share_qk=False, eps=0.0,
                     local=1, local_block=T), Softmax()),
-        flops=1, decode=0, kernel=False, wraps="routing", default=2,
+        flops=1, decode=0, kernel=False, wraps="routing", default=2, split=2,
     ),
     # one block is exact attention, and so are blocks of one token; spans never are
     "combiner": Entry(
@@ -483,8 +485,11 @@ LAW = pytest.mark.parametrize("name", ENTRIES)
 
 def on_meshes():
     """(mesh, row): all meshes for a mechanism, one in turn for what wraps it."""
-    wrappers = [name for name, entry in ENTRIES.items() if entry.wraps]
-    turn = {name: MESHES[n % len(MESHES)] for n, name in enumerate(wrappers)}
+    turn = {}
+    for name, entry in ENTRIES.items():
+        if entry.wraps:
+            fits = [sizes for sizes in MESHES if sizes[2] <= entry.split]
+            turn[name] = fits[len(turn) % len(fits)]
     return [(sizes, name) for name in ENTRIES for sizes in MESHES
             if turn.get(name, sizes) == sizes]
 

@@ -71,6 +71,12 @@ def test_every_end_of_a_case_is_told(tmp_path, capsys, monkeypatch):
     assert (tmp_path / "device.json").read_text() == before
 
 
+def _children(folder):
+    """Processes that were started for a folder."""
+    found = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True)
+    return [line for line in found.stdout.splitlines() if f"child {folder}" in line]
+
+
 def test_a_killed_run_goes_on(tmp_path):
     words = [sys.executable, "-m", "experiments.device", f"--folder={tmp_path}",
              f"--extra={HERE}", "--cases=good,slow,last", "--minutes=5"]
@@ -84,6 +90,11 @@ def test_a_killed_run_goes_on(tmp_path):
         time.sleep(0.1)
     process.kill()
     process.wait()
+    for _ in range(100):  # the child in the slow case goes with it
+        if not _children(tmp_path):
+            break
+        time.sleep(0.1)
+    assert not _children(tmp_path)
     rows = json.loads(record.read_text())["rows"]
     assert rows.keys() == {"right good", "right last"}
     # what is left has no time: it is not reached, and what was done is kept

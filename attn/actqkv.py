@@ -29,12 +29,13 @@ import jax.numpy as jnp
 from attn.cache import kv as caches
 from attn.cache.kv import Cache
 from attn.cache.probes import block_scores, probe, represented
-from attn.cache.rolling import turned
+from attn.cache.rolling import Turned
 from attn.contract.attention import MASKED, TemplateRow
 from attn.contract.calls import refuse_keywords
 from attn.contract.fields import check_fields
 from attn.contract.segments import TokenPositions, locate
 from attn.contract.shapes import check
+from attn.contract.varying import varying
 from attn.exact.dense import logits, values, weights
 from attn.positions import RoPE
 from attn.softmax import Softmax
@@ -51,7 +52,7 @@ class ActState(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class ActQKV(Softmax):
+class ActQKV(Turned, Softmax):
     """ActQKV (Xiao et al., 2025) arXiv:2502.13542: blocks by an activation-aware probe.
 
     window: tokens that share a probe; sinks, local: first and last tokens that are
@@ -83,18 +84,6 @@ class ActQKV(Softmax):
             if getattr(self, name) is not None:
                 raise ValueError(f"ActQKV: {name}={getattr(self, name)}: expected None")
 
-    def __call__(
-        self, q, k, v, *, x=None, segments=None, bias=None, sink=None, key=None,
-        mask=None, **unknown,
-    ):
-        """All tokens at once, exactly, at their true positions; see `Softmax`."""
-        if self.rope is not None:
-            check(q, k, v, segments=segments)
-            q, k = turned(self.rope, q, k, self._where(q, k, segments))
-        return super().__call__(
-            q, k, v, segments=segments, bias=bias, sink=sink, key=key, mask=mask,
-            **unknown)
-
     def init_state(self, size, q, k, v, *, x=None):
         """An empty memory for `size` tokens."""
         caches.check_size(size)
@@ -110,16 +99,30 @@ class ActQKV(Softmax):
         self._check_stream(bias)
         check_logits(q, k, sink=sink)
         caches.check_fits(state.cache, k, v)
-        slots, outs = state.cache.k.shape[1], []
-        for at in range(0, q.shape[1], self.window):
-            q1, k1, v1 = (a[:, at:at + self.window] for a in (q, k, v))
-            own = None if segments is None else segments[:, at:at + self.window]
+        slots, size = state.cache.k.shape[1], self.window
+
+        def window(state, piece):
+            q1, k1, v1, own = piece
             clock = state.cache.end, state.cache.segment
             now = locate(own, q1.shape[0], q1.shape[1], *clock)
-            caches.check_room(now.next_pos, slots)
             state, o = self._window(state, q1, k1, v1, now, sink)
-            outs.append(caches.poison(o.astype(v.dtype), now.next_pos, slots))
-        return state, jnp.concatenate(outs, 1)
+            o = caches.poison(o.astype(v1.dtype), now.next_pos, slots)
+            return state, (o, now.next_pos)
+
+        # whole windows in a loop, and what is left behind them
+        parts, found = (q, k, v, segments), []
+        whole = q.shape[1] // size * size
+        if whole > size:
+            cut = jax.tree.map(lambda a: _windows(a[:, :whole], size), parts)
+            state, (o, ends) = jax.lax.scan(window, *varying((state, cut)))
+            o = jnp.moveaxis(o, 0, 1)  # [N,B,W,H,V] -> [B,N,W,H,V]
+            found.append((o.reshape(o.shape[0], whole, *o.shape[3:]), ends.max(0)))
+            parts = jax.tree.map(lambda a: a[:, whole:], parts)
+        if parts[0].shape[1]:
+            state, last = window(state, parts)
+            found.append(last)
+        caches.check_room(jnp.stack([end for _, end in found]), slots)
+        return state, jnp.concatenate([o for o, _ in found], 1)
 
     def _window(self, state: ActState, q, k, v, now: TokenPositions, sink):
         """One window: what it sees is gathered, once for all of its tokens."""
@@ -211,3 +214,8 @@ class ActQKV(Softmax):
         away = logits(self.rope.rotate(q, far),
                       self.rope.rotate(k, jnp.zeros_like(at)), self.scale)
         return jnp.where(close_by[:, None, None], true, away)
+
+
+def _windows(a: jax.Array, size: int) -> jax.Array:
+    """[B,N W,...] -> [N,B,W,...]"""
+    return jnp.moveaxis(a.reshape(a.shape[0], -1, size, *a.shape[2:]), 1, 0)

@@ -17,16 +17,15 @@ from __future__ import annotations
 
 import dataclasses
 
-from attn.cache.rolling import Rolling, turned
+from attn.cache.rolling import Rolling, Turned
 from attn.contract.attention import MASKED, TemplateRow
 from attn.contract.fields import check_fields
-from attn.contract.shapes import check
 from attn.positions import RoPE
 from attn.softmax import Softmax
 
 
 @dataclasses.dataclass(frozen=True)
-class Streaming(Rolling, Softmax):
+class Streaming(Rolling, Turned, Softmax):
     """StreamingLLM (Xiao et al., 2023) arXiv:2309.17453: attention sinks and a window.
 
     sinks: first tokens that stay; window: last ones, the token itself included. rope:
@@ -44,15 +43,3 @@ class Streaming(Rolling, Softmax):
     def __post_init__(self):
         super().__post_init__()
         check_fields(self, least={"sinks": 0, "window": 1})
-
-    def __call__(
-        self, q, k, v, *, x=None, segments=None, bias=None, sink=None, key=None,
-        mask=None, **unknown,
-    ):
-        """All tokens at once, exactly, at their true positions; see `Softmax`."""
-        if self.rope is not None:
-            check(q, k, v, segments=segments)
-            q, k = turned(self.rope, q, k, self._where(q, k, segments))
-        return super().__call__(
-            q, k, v, segments=segments, bias=bias, sink=sink, key=key, mask=mask,
-            **unknown)

@@ -105,6 +105,25 @@ def rerotated(k: jax.Array, pos: jax.Array, rope: Any) -> jax.Array:
     return rope.rotate(k, jnp.where(pos < 0, 0, slot - pos))
 
 
+class Turned:
+    """What stands before `Softmax` among the bases of a policy that caches keys before
+    their rotation `rope`, which a call on all tokens makes itself."""
+
+    rope: Any = None
+
+    def __call__(
+        self: Any, q, k, v, *, x=None, segments=None, bias=None, sink=None, key=None,
+        mask=None, **unknown,
+    ):
+        """All tokens at once, exactly, at their true positions; see `Softmax`."""
+        if self.rope is not None:
+            check(q, k, v, segments=segments)
+            q, k = turned(self.rope, q, k, self._where(q, k, segments))
+        return super().__call__(  # type: ignore[misc]
+            q, k, v, segments=segments, bias=bias, sink=sink, key=key, mask=mask,
+            **unknown)
+
+
 def turned(rope: Any, q, k, where: Where) -> tuple[jax.Array, jax.Array]:
     """q [B,T,H,D] and k [B,S,K,D] rotated to their positions; where these count, the
     last tokens are aligned."""

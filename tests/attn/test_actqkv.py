@@ -159,3 +159,21 @@ def test_a_sequence_that_begins_stands_at_its_true_distances():
     state, _ = jax.jit(act.step)(state, *old, segments=jnp.full((B, 30), 1))
     _, o = jax.jit(act.step)(state, *new, segments=jnp.full((B, 5), 2))
     close(o, attend(act, *new))
+
+
+def test_a_longer_prompt_is_no_longer_program():
+    def size(t):
+        args = inputs(t)
+        state = ACT.init_state(96, *args)
+        return len(jax.make_jaxpr(ACT.step)(state, *args).eqns)
+
+    assert size(96) == size(24) < size(27)  # 4 windows, and a half
+
+
+def test_a_prompt_past_the_memory_is_never_silent():
+    q, k, v = inputs(24)
+    state = ACT.init_state(20, q, k, v)
+    with pytest.raises(ValueError, match="24 tokens for a memory of 20"):
+        ACT.step(state, q, k, v)
+    _, o = jax.jit(ACT.step)(state, q, k, v)
+    assert np.isnan(o[:, 18:]).all() and np.isfinite(o[:, :18]).all()

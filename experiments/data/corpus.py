@@ -71,14 +71,19 @@ class Corpus(Dataset):
         """The ids [n] int32 of a text."""
         if self.tokenizer == "bytes":
             return np.frombuffer(text.encode(), np.uint8).astype(np.int32)
-        encoder = bpe.tokenizer(_tokenizer(self._content_key()))
+        encoder = bpe.tokenizer(self.tokenizer_json)
         return np.asarray(encoder.encode(text).ids, np.int32)
 
     def decode(self, ids: np.ndarray) -> str:
         """The text of ids [n]; bytes that are no UTF-8 become U+FFFD."""
         if self.tokenizer == "bytes":
             return bytes(np.asarray(ids, np.uint8)).decode(errors="replace")
-        return bpe.tokenizer(_tokenizer(self._content_key())).decode(list(ids))
+        return bpe.tokenizer(self.tokenizer_json).decode(list(ids))
+
+    @property
+    def tokenizer_json(self) -> str:
+        """The byte-pair encoding, in the form of the tokenizers library."""
+        return _tokenizer(dataclasses.replace(self._content_key(), split="train"))
 
     def anywhere(self) -> Corpus:
         """Itself, but for where the text lies: what with `digest` says all of it."""
@@ -145,6 +150,7 @@ def _hash(name: str) -> str:
     return hashlib.sha256(name.encode("utf-8", "surrogateescape")).hexdigest()
 
 
+@functools.lru_cache(maxsize=4)
 def _tokenizer(corpus: Corpus) -> str:
     return bpe.train(_splits(dataclasses.replace(corpus, split="train"))["train"],
                      corpus.vocab)

@@ -71,12 +71,14 @@ class Config:
 
     def rows(self) -> Cycle:
         """What it reads, batch by batch."""
-        text, asked = self._rows(Opened), self._rows
-        return Cycle((text, asked(Repeated), text, asked(Facts), text, asked(Pairs),
-                      asked(Names)))
+        def rows(kind: type[Opened], **more: Any) -> Opened:
+            return kind(text=self.text, length=self.length, seed=self.seed, **more)
 
-    def _rows(self, kind: type[Opened]) -> Opened:
-        return kind(text=self.text, length=self.length, seed=self.seed)
+        text = rows(Opened)
+        return Cycle((
+            text, rows(Repeated), text, rows(Facts, facts=min(8, self.length // 64)),
+            text, rows(Pairs), rows(Names),
+        ))
 
     def plan(self) -> TrainConfig:
         """The training."""

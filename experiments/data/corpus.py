@@ -58,6 +58,11 @@ class Corpus(Dataset):
         raise NotImplementedError(f"{type(self).__name__} has no documents")
 
     @property
+    def parts(self) -> dict[str, list[str]]:
+        """The documents of "train" and of "valid"."""
+        return _splits(dataclasses.replace(self._content_key(), split="train"))
+
+    @property
     def content(self) -> Tokens:
         """All tokens of the split."""
         return _tokens(self._content_key())

@@ -12,7 +12,7 @@ import collections
 import dataclasses
 import functools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,7 @@ import numpy as np
 from experiments.data.corpus import Corpus
 from experiments.data.dataset import Batch, Dataset, row
 
-Encode = Callable[[str], Sequence[int]]
+Encode = Callable[[str], Iterable[int]]
 Piece = tuple[str, bool]  # text, and whether it has to be predicted
 
 FACT = "\n# The secret number of {} is", " {}.\n"
@@ -125,7 +125,9 @@ class Repeated(Opened):
     period: int | None = None
 
     def one(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        p = self.period or round(np.exp(rng.uniform(np.log(4), np.log(self.length / 2))))
+        p = self.period
+        if p is None:
+            p = round(np.exp(rng.uniform(np.log(4), np.log(self.length / 2))))
         ids = np.resize(rng.integers(self.text.vocab, size=p), self.length)
         return ids, np.arange(self.length) >= p
 

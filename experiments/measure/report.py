@@ -150,6 +150,29 @@ def shares_picture(rows: list[dict[str, Any]], tasks: dict[str, str],
     plt.close(figure)
 
 
+def needle_picture(cells: list[dict[str, Any]], path: pathlib.Path) -> None:
+    """Where a fact is found again: a cell a length and depth, with the share."""
+    lengths = sorted({cell["length"] for cell in cells})
+    depths = sorted({cell["depth"] for cell in cells})
+    share = np.full((len(depths), len(lengths)), np.nan)
+    for cell in cells:
+        at = depths.index(cell["depth"]), lengths.index(cell["length"])
+        share[at] = cell["found"]
+    figure, axes = plt.subplots(layout="constrained",
+                                figsize=(2.5 + len(lengths), 1.5 + 0.6 * len(depths)))
+    shown = axes.imshow(share, vmin=0, vmax=1, cmap="viridis", aspect="auto")
+    for (row, column), value in np.ndenumerate(share):
+        axes.text(column, row, f"{value:.0%}", ha="center", va="center",
+                  color="black" if value > 0.6 else "white")
+    axes.set_xticks(range(len(lengths)), [f"{n:,}" for n in lengths])
+    axes.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths])
+    axes.set(xlabel="tokens of the text", ylabel="depth of the fact",
+             title="Facts found again")
+    figure.colorbar(shown, label="share of answers that are right")
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
 def _plain(value: float, _: Any = None) -> str:
     return f"{value:,.0f}"
 

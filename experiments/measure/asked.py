@@ -1,0 +1,158 @@
+"""Asked: rows in which a model has to find something again, and how often it does."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments.data.retrieval import NOUNS, fact, hidden
+from models.generate import stream
+
+DIGITS = 5
+
+
+class Row(NamedTuple):
+    """A text [T] and which of its tokens are answers; parts of the same length in a
+    group are read at once."""
+
+    ids: np.ndarray
+    asked: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Reader:
+    """A model that is asked: what it is, its tokenizer `text`, the hay [n] of its ids,
+    the ids that a text begins with, and the tokens of the longest row."""
+
+    model: Any
+    params: Any
+    text: Any
+    hay: np.ndarray
+    start: list[int]
+    length: int
+    seed: int
+
+    def encode(self, text: str) -> list[int]:
+        """Ids without a beginning of the text."""
+        return plain(self.text, text)
+
+    def rng(self, *at: int) -> np.random.Generator:
+        """The draws of a trial."""
+        return np.random.default_rng((self.seed, *at))
+
+    def told(
+        self, rng: np.random.Generator, many: int
+    ) -> list[tuple[list[int], list[int]]]:
+        """`many` facts, all numbers of which have as many ids."""
+        words = rng.choice(NOUNS, many, replace=False)
+        return [fact(self.encode, w, self.number(rng)) for w in words]
+
+    def number(self, rng: np.random.Generator) -> int:
+        """Of five digits, of the commonest count of ids."""
+        draws = rng.integers(10 ** (DIGITS - 1), 10**DIGITS, 32)
+        sizes = [len(self.encode(f" {n}.")) for n in draws]
+        return int(draws[sizes.index(max(set(sizes), key=sizes.count))])
+
+    def row(self, rng: np.random.Generator, body: Sequence, tail: Sequence,
+            length: int, depths: Sequence[float] | None) -> Row:
+        """A row of `length`: the pieces of `body` in hay, then (ids, whether asked)."""
+        end = np.concatenate([ids for ids, _ in tail])
+        asked = np.concatenate([np.full(len(ids), flag) for ids, flag in tail])
+        room = length - len(self.start) - len(end) - sum(map(len, body))
+        if room < 0:
+            raise ValueError(f"length={length}: expected {length - room} or more for "
+                             "what is hidden and asked")
+        at = rng.integers(max(1, len(self.hay) - room))
+        hay = np.resize(self.hay[at : at + room], room) if room else self.hay[:0]
+        ids = np.concatenate([self.start, hidden(rng, hay, body, depths), end])
+        return Row(ids.astype(np.int32),
+                   np.concatenate([np.zeros(length - len(end), bool), asked]))
+
+
+def plain(text: Any, words: str) -> list[int]:
+    """The ids of words, without what a text begins with."""
+    try:
+        return list(text.encode(words, special=False))
+    except TypeError:  # of a run: it puts nothing before a text
+        return list(text.encode(words))
+
+
+def needle(reader: Reader, length: int, depth: float, trial: int) -> Row:
+    """One fact at one depth."""
+    rng = reader.rng(0, length, round(1000 * depth), trial)
+    ((left, right),) = reader.told(rng, 1)
+    return reader.row(rng, [left + right], _question(left, right), length,
+                      [depth])
+
+
+def needles(reader: Reader, many: int, trial: int) -> Row:
+    """`many` facts anywhere, all asked for in another order."""
+    rng = reader.rng(1, trial)
+    told = reader.told(rng, many)
+    asked = [part for n in rng.permutation(many) for part in _question(*told[n])]
+    return reader.row(rng, [a + b for a, b in told], asked, reader.length, None)
+
+
+def _question(left: list[int], right: list[int]) -> list[tuple[list[int], bool]]:
+    """What is asked, the number with its dot, and the end of the line."""
+    return [(left, False), (right[:-1], True), (right[-1:], False)]
+
+
+def recall(reader: Reader, many: int, trial: int) -> Row:
+    """A dictionary, then each of its keys once more."""
+    rng = reader.rng(2, trial)
+    keys = rng.choice(NOUNS, many, replace=False)
+    entries = [(reader.encode(f"\n'{k}':"), reader.encode(f" {reader.number(rng)},"))
+               for k in keys]
+    again = [part for n in rng.permutation(many)
+             for part in ((entries[n][0], False), (entries[n][1], True))]
+    told = [(ids, False) for entry in entries for ids in entry]
+    length = len(reader.start) + sum(len(ids) for ids, _ in (*told, *again))
+    return reader.row(rng, [], told + again, length, None)
+
+
+def repeats(reader: Reader, vocab: int, trial: int) -> Row:
+    """Random ids, twice."""
+    rng = reader.rng(3, trial)
+    half = rng.integers(vocab, size=(reader.length - len(reader.start)) // 2)
+    ids = np.concatenate([reader.start, half, half]).astype(np.int32)
+    # the first of the second time cannot be known
+    return Row(ids, np.arange(len(ids)) > len(reader.start) + len(half))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 3))
+def hits(model: Any, params: Any, tokens: jax.Array, prompt: int) -> jax.Array:
+    """Whether the likeliest token is the next one, [B,T-1], of tokens [B,T] of which
+    `prompt` come in one piece and the others one by one."""
+    logits = stream(model, params, tokens[:, :-1], prompt)
+    return logits.argmax(-1) == tokens[:, 1:]
+
+
+def score(reader: Reader, rows: Sequence[Row], batch: int) -> tuple[float, float]:
+    """(share of answers of which each token is the likeliest, share of their tokens):
+    an answer is a run of tokens that are asked for."""
+    whole = right = tokens = answers = 0.0
+    groups: dict[tuple[int, int], list[Row]] = {}
+    for row in rows:
+        first = int(row.asked.argmax())
+        groups.setdefault((len(row.ids), first), []).append(row)
+    for (_, first), group in groups.items():
+        for at in range(0, len(group), batch):
+            part = group[at : at + batch]
+            # a last batch that is not full is filled up, so that nothing is compiled
+            ids = np.stack([row.ids for row in (part * batch)[:batch]])
+            good = hits(reader.model, reader.params, jnp.asarray(ids), first)
+            for row, mine in zip(part, np.asarray(good)):
+                asked = row.asked[1:]
+                runs = np.split(mine, np.flatnonzero(np.diff(asked)) + 1)
+                kinds = np.split(asked, np.flatnonzero(np.diff(asked)) + 1)
+                each = [run.all() for run, kind in zip(runs, kinds) if kind[0]]
+                whole, answers = whole + sum(each), answers + len(each)
+                right, tokens = right + mine[asked].sum(), tokens + asked.sum()
+    return float(whole / answers), float(right / tokens)

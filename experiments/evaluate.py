@@ -60,7 +60,8 @@ class Config:
     attention: tuple | None = option(
         None, "instead of the exact ones: one, or one a layer")
     policy: Any = option(None, "instead of all exact ones that see everything")
-    parts: tuple[str, ...] = option(PARTS, f"of {', '.join(PARTS)}")
+    parts: tuple[str, ...] = option(
+        PARTS, "of text, needle, needles, recall and repeats")
     text: Corpus = option(
         HELD_OUT, "text to read, and the hay: the valid split, as words, not as ids")
     tokens: int = option(32768, "of the text at most")
@@ -87,8 +88,8 @@ class Config:
 
 
 TINY = Config(
-    model=str(pathlib.Path(__file__).parents[1] / "models" / "small"), tokens=64,
-    length=128, lengths=1, depths=2, trials=1, facts=2, batch=1, quiet=True,
+    model=str(pathlib.Path(__file__).parents[1] / "tests" / "checkpoints" / "llama"),
+    parts=("repeats",), length=16, trials=1, batch=1, quiet=True,
 )
 
 
@@ -184,12 +185,14 @@ def run(config_: Config) -> dict[str, Any]:
         model=swapped(found.model, config_.attention, config_.policy))
     folder = open_folder("evaluate", config_.folder, config.command(config_),
                          config.settings(config_))
-    documents = config_.text.parts["valid"]
     length = config_.length or min(found.limit or 4096, 4096)
-    hay = np.asarray(plain(found.text, "\n".join(documents)[: 16 * length]), np.int32)
-    start = [int(n) for n in found.text.encode("")]
-    reader = Reader(found.model, found.params, found.text, hay, start, length,
-                    config_.seed)
+    documents, hay = [], np.zeros(0, np.int32)
+    if {*config_.parts} - {"repeats"}:  # which reads ids alone
+        documents = config_.text.parts["valid"]
+        words = "\n".join(documents)[: 16 * length]
+        hay = np.asarray(plain(found.text, words), np.int32)
+    reader = Reader(found.model, found.params, found.text, hay,
+                    list(found.text.encode("")), length, config_.seed)
     scores = {part: PART[part](config_, reader, documents) for part in config_.parts}
     numbers = {f"{part}_{name}" if name else part: value
                for part, each in scores.items() for name, value in each.items()

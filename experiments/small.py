@@ -13,18 +13,29 @@ goes on, so that `timeout 50m python -m experiments.small --folder=small_run` is
 from __future__ import annotations
 
 import dataclasses
+import json
+import pathlib
 import sys
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+
 from experiments.cli import config
 from experiments.cli.config import FREE, option
-from experiments.data import Corpus, Cycle, Text
+from experiments.data import Corpus, Cycle, Grown, Text, bpe
 from experiments.data.retrieval import Facts, Names, Opened, Pairs, Repeated
-from experiments.training.loop import TrainConfig, TrainResult, fit
-from experiments.training.runs import open_folder
+from experiments.training.loop import TrainConfig, fit
+from experiments.training.mesh import whole
+from experiments.training.runs import open_folder, write_whole
+from models.checkpoint import save
 from models.checkpoint.config import Config as Source
 from models.checkpoint.loading import model_of
 from models.lm import LM
+
+START = "<|endoftext|>"
+# of the standard library of this Python and the tokenizer that is trained on it
+PYTHON_3_11_7 = "sha256:84afbcfc31a71b39c922ff1f7ae4caef"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +53,9 @@ class Config:
     rate: float = option(2e-3, "peak learning rate")
     seed: int = option(0, "of data and parameters")
     save_every: float | None = option(10, "minutes between checkpoints", FREE)
+    digest: str | None = option(
+        PYTHON_3_11_7, "of the text and its tokens, which is refused if it is another "
+        "one (None: any)", FREE)
     quiet: bool = option(False, "no progress bar", FREE)
     folder: str | None = option(
         None, "folder of the run; an old one goes on (None: new)", FREE
@@ -69,16 +83,21 @@ class Config:
         """The network."""
         return model_of(self.source)
 
-    def rows(self) -> Cycle:
-        """What it reads, batch by batch."""
-        def rows(kind: type[Opened], **more: Any) -> Opened:
-            return kind(text=self.text, length=self.length, seed=self.seed, **more)
+    def rows(self) -> Grown:
+        """What it reads, batch by batch: copying is learned in rows of an eighth and a
+        quarter of the length, where a query has few keys to choose from."""
+        early = [(self.lesson(self.length // part), round(share * self.steps))
+                 for part, share in ((8, 0.2), (4, 0.15))]
+        return Grown(tuple(early), self.lesson(self.length))
 
-        text = rows(Opened)
-        return Cycle((
-            text, rows(Repeated), text, rows(Facts, facts=min(8, self.length // 64)),
-            text, rows(Pairs), rows(Names),
-        ))
+    def lesson(self, length: int) -> Cycle:
+        """All kinds of rows, of one length."""
+        def rows(kind: type[Opened], **more: Any) -> Opened:
+            return kind(text=self.text, length=length, seed=self.seed, **more)
+
+        text, facts = rows(Opened), max(1, min(8, length // 64))
+        return Cycle((text, rows(Repeated), text, rows(Facts, facts=facts), text,
+                      rows(Pairs), rows(Names)))
 
     def plan(self) -> TrainConfig:
         """The training."""
@@ -89,18 +108,71 @@ class Config:
         )
 
 
-def trained(config_: Config) -> TrainResult:
-    """The training, or what is left of it."""
-    folder = open_folder("small", config_.folder, config.command(config_),
-                         config.settings(config_))
-    return fit(config_.model(), config_.rows(), config_.plan(), folder,
-               label="small", quiet=config_.quiet)
+def written(folder: pathlib.Path, config_: Config, params: Any) -> None:
+    """The model as a folder of a hub: parameters in bfloat16, config, tokenizer."""
+    small = jax.tree.map(lambda a: a.astype(jnp.bfloat16), params)
+    save(folder, config_.model(), small)
+    encoder = tokenizer(config_.text)
+    encoder.save(str(folder / "tokenizer.json"))
+    at = config_.text.vocab
+    for name, content in (
+        ("tokenizer_config.json", {
+            "bos_token": START, "eos_token": START, "model_max_length": config_.length,
+            "tokenizer_class": "PreTrainedTokenizerFast",
+        }),
+        ("files.json", {
+            "digest": config_.text.digest(), **config_.text.names,
+        }),
+        ("generation_config.json", {"bos_token_id": at, "eos_token_id": at}),
+    ):
+        write_whole(folder / name, json.dumps(content, indent=2) + "\n")
+
+
+def check_text(config_: Config) -> None:
+    """ValueError if the text is not the one that is expected."""
+    found = config_.text.digest()
+    if config_.digest not in (None, found):
+        raise ValueError(
+            f"the text and its tokens have the digest {found}: expected "
+            f"{config_.digest}, the standard library of Python 3.11.7, or --digest=None"
+        )
+
+
+def tokenizer(text: Corpus) -> Any:
+    """The encoding of a corpus, with the token that a text begins with: it has the id
+    after all others, and is put before what is encoded."""
+    library = bpe.tokenizers()
+    encoder = library.Tokenizer.from_str(text.tokenizer_json)
+    encoder.add_special_tokens([START])
+    encoder.post_processor = library.processors.TemplateProcessing(
+        single=f"{START} $A", special_tokens=[(START, encoder.token_to_id(START))])
+    if encoder.token_to_id(START) != text.vocab:
+        raise ValueError(f"vocab={text.vocab}: the text has only "
+                         f"{encoder.token_to_id(START)} tokens, expected fewer or more "
+                         "text")
+    return encoder
 
 
 def run(config_: Config) -> dict[str, Any]:
-    """Trains."""
-    found = trained(config_)
-    return {"tokens_per_second": found.tokens_per_second}
+    """Trains, and writes the model into the folder `model` of the run."""
+    check_text(config_)
+    tokenizer(config_.text)
+    folder = open_folder("small", config_.folder, config.command(config_),
+                         config.settings(config_))
+    found = fit(config_.model(), config_.rows(), config_.plan(), folder,
+                label="small", quiet=config_.quiet)
+    written(folder / "model", config_, whole(found.params))
+    parameters = sum(a.size for a in jax.tree.leaves(found.params))
+    return {"loss": found.rows[-1]["loss"], "parameters": parameters,
+            "tokens_per_second": found.tokens_per_second,
+            "model": str(folder / "model")}
+
+
+TINY = Config(
+    text=Text(tokenizer="bpe", vocab=300, path=__file__, held_out=0.2), length=128,
+    digest=None,
+    width=16, hidden=16, layers=1, heads=2, steps=3, batch=1, quiet=True,
+)
 
 
 if __name__ == "__main__":

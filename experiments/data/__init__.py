@@ -6,11 +6,11 @@ the dataset's fields, the step and the size alone.
 """
 
 from experiments.data.corpus import Corpus
-from experiments.data.dataset import Batch, Cycle, Dataset
+from experiments.data.dataset import Batch, Cycle, Dataset, Grown
 from experiments.data.synthetic import Copy, Needles, Recall, mqar
 from experiments.data.text import HuggingFace, Text
 
 __all__ = [
-    "Batch", "Copy", "Corpus", "Cycle", "HuggingFace", "Needles", "Recall", "Dataset",
-    "Text", "mqar",
+    "Batch", "Copy", "Corpus", "Cycle", "Dataset", "Grown", "HuggingFace", "Needles",
+    "Recall", "Text", "mqar",
 ]

@@ -60,7 +60,12 @@ class Corpus(Dataset):
     @property
     def parts(self) -> dict[str, list[str]]:
         """The documents of "train" and of "valid"."""
-        return _splits(dataclasses.replace(self._content_key(), split="train"))
+        return {split: list(part.values()) for split, part in _parts(self).items()}
+
+    @property
+    def names(self) -> dict[str, list[str]]:
+        """The names of the documents of "train" and of "valid"."""
+        return {split: list(part) for split, part in _parts(self).items()}
 
     @property
     def content(self) -> Tokens:
@@ -135,19 +140,24 @@ class Corpus(Dataset):
         return dataclasses.replace(self, length=1, seed=0, pack=False)
 
 
+def _parts(corpus: Corpus) -> dict[str, dict[str, str]]:
+    """Name -> text of the documents of "train" and of "valid"; a single document is in
+    both, in parts."""
+    return _splits(dataclasses.replace(corpus._content_key(), split="train"))
+
+
 @functools.lru_cache(maxsize=4)
-def _splits(corpus: Corpus) -> dict[str, list[str]]:
-    """The documents of "train" and of "valid"."""
+def _splits(corpus: Corpus) -> dict[str, dict[str, str]]:
     found = {name: text for name, text in corpus.documents().items() if text}
     if len(found) == 1:
-        (text,) = found.values()
+        ((name, text),) = found.items()
         cut = len(text) - max(1, round(len(text) * corpus.held_out))
-        return dict(zip(SPLITS, ([text[:cut]] * (cut > 0), [text[cut:]])))
+        return {"train": {name: text[:cut]} if cut else {}, "valid": {name: text[cut:]}}
     order = sorted(found, key=_hash)
     cut = min(max(1, round(len(found) * corpus.held_out)), len(found) - 1)
     held_out = {*order[:cut]}
-    train = [text for name, text in found.items() if name not in held_out]
-    return dict(zip(SPLITS, (train, [found[name] for name in sorted(held_out)])))
+    train = {name: text for name, text in found.items() if name not in held_out}
+    return {"train": train, "valid": {name: found[name] for name in sorted(held_out)}}
 
 
 def _hash(name: str) -> str:
@@ -157,14 +167,13 @@ def _hash(name: str) -> str:
 
 @functools.lru_cache(maxsize=4)
 def _tokenizer(corpus: Corpus) -> str:
-    return bpe.train(_splits(dataclasses.replace(corpus, split="train"))["train"],
-                     corpus.vocab)
+    return bpe.train(corpus.parts["train"], corpus.vocab)
 
 
 @functools.lru_cache(maxsize=4)
 def _digest(corpus: Corpus) -> str:
     found = hashlib.sha256()
-    splits = _splits(corpus)
+    splits = corpus.parts
     for name in SPLITS:
         found.update(f"{name} {len(splits[name])}".encode())
         for text in splits[name]:
@@ -177,7 +186,7 @@ def _digest(corpus: Corpus) -> str:
 
 @functools.lru_cache(maxsize=4)
 def _tokens(corpus: Corpus) -> Tokens:
-    texts = _splits(dataclasses.replace(corpus, split="train"))[corpus.split]
+    texts = corpus.parts[corpus.split]
     if not texts:
         raise ValueError(f"{corpus}: the {corpus.split} split is empty: expected more")
     raw = [text.encode() for text in texts]

@@ -73,6 +73,29 @@ class Cycle:
         return self.datasets[step % len(self.datasets)].batch(step, size)
 
 
+@dataclasses.dataclass(frozen=True)
+class Grown:
+    """Datasets one after the other: each of `first`, (dataset, steps), for so many
+    steps, then `last`. A batch has as many tokens in all of them: rows are longer, and
+    fewer, from one to the next."""
+
+    first: tuple[tuple[Any, int], ...]
+    last: Any
+
+    @property
+    def length(self) -> int:
+        """Tokens of a row in the end."""
+        return self.last.length
+
+    def batch(self, step: int, size: int) -> Batch:
+        """The batch of the dataset that the step falls into; `size`: rows of `last`."""
+        for dataset, steps in self.first:
+            if step < steps:
+                return dataset.batch(step, size * (self.length // dataset.length))
+            step -= steps
+        return self.last.batch(step, size)
+
+
 def row(sequence: np.ndarray, answers: np.ndarray) -> Batch:
     """tokens and targets [B,T] of sequences [B,T+1], where `answers` [B,T+1] marks the
     tokens that have to be predicted."""

@@ -160,12 +160,15 @@ class Facts(Opened):
 class Pairs(Opened):
     """A list of keys with values, as a dictionary is written down, then the same
     entries in other orders until the row is full: values are numbers in half of the
-    rows and words in the others. entries: the most there are."""
+    rows and words in the others. entries: the most there are, fewer where they would
+    fill more than half of a row."""
 
     entries: int = 32
 
     def one(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        many = int(rng.integers(2, self.entries + 1))
+        # an entry has some twelve ids
+        most = max(2, min(self.entries, self.length // 24))
+        many = int(rng.integers(2, most + 1))
         known = words_of(self.text)
         keys = rng.choice(known, many, replace=False)
         numbers = rng.integers(100, 100_000, many)

@@ -6,7 +6,9 @@ import sys
 import numpy as np
 import pytest
 
-from experiments.data import Copy, Cycle, HuggingFace, Needles, Recall, Text, mqar
+from experiments.data import (
+    Copy, Cycle, Grown, HuggingFace, Needles, Recall, Text, mqar,
+)
 from experiments.data import corpus as corpus_module
 
 TASKS = [
@@ -152,6 +154,16 @@ def test_sources_take_turns():
     assert counts == [6, 12, 6, 12] and cycle.length == 64
     with pytest.raises(ValueError, match="one length"):
         Cycle((tasks[0], Recall(vocab=256, length=32, pairs=2)))
+
+
+def test_rows_grow_and_batches_keep_their_tokens():
+    short, long = (Recall(vocab=256, length=n, pairs=2) for n in (16, 64))
+    grown = Grown(((short, 3),), long)
+    for step, dataset, at, rows in ((2, short, 2, 8), (3, long, 0, 2), (5, long, 2, 2)):
+        got = grown.batch(step, 2)
+        assert got["tokens"].size == 128
+        np.testing.assert_array_equal(got["tokens"], dataset.batch(at, rows)["tokens"])
+    assert grown.length == 64
 
 
 @pytest.mark.parametrize("make, message", [

@@ -56,6 +56,8 @@ class Config:
         None, "0 takes the likeliest (None: the model's)", FREE, 0)
     top_k: int | None = option(None, "of so many tokens (None: the model's)", FREE)
     top_p: float | None = option(None, "of so much chance (None: the model's)", FREE)
+    min_p: float | None = option(
+        None, "of those so likely beside the likeliest (None: the model's)", FREE)
     seed: int = option(0, "of sampling", FREE)
 
     def __post_init__(self):
@@ -64,7 +66,8 @@ class Config:
             raise ValueError("expected one of --prompt, --chat and --batch")
         if self.attention and self.policy:
             raise ValueError("expected one of --attention and --policy")
-        Sampling(self.temperature or 0.0, self.top_k, self.top_p).checked()
+        Sampling(
+            self.temperature or 0.0, self.top_k, self.top_p, self.min_p).checked()
 
 
 TINY = Config(model=str(FOLDERS / "llama"), prompt="5 7 9", length=4)

@@ -30,6 +30,7 @@ def generate(
     temperature: float = 0.0,
     top_k: int | None = None,
     top_p: float | None = None,
+    min_p: float | None = None,
     stop: Sequence[int] = (),
     seed: int = 0,
     chunk: int = 512,
@@ -40,7 +41,7 @@ def generate(
     chunk: how many prompt tokens are read at once. ValueError for an empty prompt, an
     id outside the vocabulary, or logits that are not numbers.
     """
-    how = Sampling(temperature, top_k, top_p).checked()
+    how = Sampling(temperature, top_k, top_p, min_p).checked()
     length, chunk = _length("length", length), _length("chunk", chunk)
     rows = [ids_of(prompt, n, model.vocab) for n, prompt in enumerate(_rows(prompts))]
     longest, most = max(len(row) for row in rows), getattr(model, "learned", None)

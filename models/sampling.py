@@ -16,12 +16,15 @@ STEEPEST = 3e38  # of 1 / temperature, just below what float32 holds
 
 class Sampling(NamedTuple):
     """How a token is drawn. temperature 0 takes the most likely one; top_k keeps the k
-    most likely, top_p the fewest whose probabilities add up to p, after top_k. Of equal
-    tokens at either border those with the lower ids are kept."""
+    most likely, top_p the fewest whose probabilities add up to p, after top_k, and
+    min_p those at least so many times as likely as the likeliest, after both (Nguyen et
+    al., 2024, arXiv:2407.01082). Of equal tokens at the border of top_k or top_p those
+    with the lower ids are kept."""
 
     temperature: float = 0.0
     top_k: int | None = None
     top_p: float | None = None
+    min_p: float | None = None
 
     def checked(self) -> Sampling:
         """Itself, as plain numbers. ValueError for numbers that say nothing."""
@@ -36,7 +39,10 @@ class Sampling(NamedTuple):
         top_p = None if self.top_p is None else number("top_p", self.top_p)
         if top_p is not None and not 0 < top_p <= 1:
             raise ValueError(f"top_p={top_p}: expected above 0 and at most 1")
-        return Sampling(temperature, top_k, top_p)
+        min_p = None if self.min_p is None else number("min_p", self.min_p)
+        if min_p is not None and not 0 <= min_p <= 1:
+            raise ValueError(f"min_p={min_p}: expected 0 to 1")
+        return Sampling(temperature, top_k, top_p, min_p)
 
 
 def number(name: str, value: Any) -> float:
@@ -85,6 +91,10 @@ def _drawn(logits, best, key, how: Sampling) -> jax.Array:
         scaled = _kept(scaled, jax.lax.top_k(scaled, how.top_k)[1])
     if how.top_p is not None and how.top_p < 1:
         scaled = _nucleus(scaled, how.top_p)
+    if how.min_p:
+        # the likeliest is at 0: log(p / p of the likeliest) is what stands there
+        least = np.log(np.float32(how.min_p))
+        scaled = jnp.where(scaled >= least, scaled, -jnp.inf)
     return jax.random.categorical(key, scaled)
 
 

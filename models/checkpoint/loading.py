@@ -59,8 +59,9 @@ def save(folder: Any, model: LM, params: Tree) -> None:
     (what was loaded from MXFP4 as what it was read as); other files of a folder are not
     its own. Old weights go when the new ones are there. ValueError for a model that no
     architecture describes."""
-    source = described(model) if model.source is None else unpacked(model.source)
-    entries = entries_of(model.clone(source=source))
+    made = model.source is None
+    source = described(model) if made else unpacked(model.source)
+    entries = entries_of(model_of(source) if made else model.clone(source=source))
     leaves = _flat(params)
     known = {path for entry in entries for path in entry.paths}
     if leaves.keys() != known:

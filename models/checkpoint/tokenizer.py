@@ -138,7 +138,7 @@ class Defaults(NamedTuple):
 
 # what changes what is drawn, and the value that changes nothing
 OTHERS = {
-    "repetition_penalty": 1.0, "min_p": 0.0, "typical_p": 1.0, "num_beams": 1,
+    "repetition_penalty": 1.0, "typical_p": 1.0, "num_beams": 1,
     "no_repeat_ngram_size": 0, "penalty_alpha": None, "epsilon_cutoff": 0.0,
     "eta_cutoff": 0.0, "bad_words_ids": None, "suppress_tokens": None,
     "forced_bos_token_id": None, "forced_eos_token_id": None, "guidance_scale": None,
@@ -161,7 +161,7 @@ def defaults(folder: Any) -> Defaults:
     if not said.get("do_sample", False):
         return Defaults(Sampling(), stop, missing)
     how = Sampling(said.get("temperature", 1.0), said.get("top_k", 50) or None,
-                   said.get("top_p"))
+                   said.get("top_p"), said.get("min_p"))
     return Defaults(how.checked(), stop, missing)
 
 

@@ -4,14 +4,21 @@ token, and come out as they went in."""
 import functools
 import pathlib
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from attn.lightning import Lightning
+from attn.softmax import Softmax
 from models.checkpoint import load, save
 from models.checkpoint.files import Files
+from models.feed import Feed
 from models.generate import generate, stream
+from models.lm import LM
+from models.stack import Residual
+from tests import compiled
 
 FOLDERS = sorted(path.parent for path in (
     pathlib.Path(__file__).parents[1] / "checkpoints").glob("*/config.json"))
@@ -111,3 +118,33 @@ def test_generating_gives_the_greedy_tokens(name):
     prompts = [row[:n].tolist() for row, n in
                zip(expected["tokens"], expected["prompt_lengths"])]
     assert generate(model, params, prompts, length=16) == expected["greedy"].tolist()
+
+
+@pytest.mark.parametrize("fields, name", [
+    ({}, "llama"), ({"kv_heads": 2, "tied": False, "hidden": 24}, "llama"),
+    ({"use_bias": True, "head_dim": 6}, "llama"), ({"qk_norm": "head"}, "qwen3"),
+    ({"qk_norm": "all", "residual": Residual(before=False, after=True)}, "olmo2"),
+])
+def test_a_model_made_here_is_saved_and_comes_back(fields, name, tmp_path):
+    model = LM(vocab=40, width=16, attention=(Softmax(),), **fields)
+    if fields.get("use_bias"):
+        model = model.clone(feed=Feed(24, bias=True))
+    tokens = np.random.default_rng(0).integers(0, 40, (2, 9))
+    params = compiled.init(model, jax.random.key(0), tokens)
+    save(tmp_path, model, params)
+    again, found = load(tmp_path)
+    assert again.source["model_type"] == name
+    chex.assert_trees_all_equal(params, found)
+    chex.assert_trees_all_close(
+        compiled.apply(model, params, tokens), compiled.apply(again, found, tokens))
+
+
+@pytest.mark.parametrize("fields, field", [
+    ({"attention": (Lightning(),)}, "attention"), ({"position": None}, "position"),
+    ({"softcap": 3.0}, "softcap"), ({"hidden": 0}, "hidden"),
+    ({"sinks": True}, "sinks"),
+    ({"qk_norm": "all"}, "residual"), ({"out_gate": "full"}, "out_gate"),
+])
+def test_a_model_that_no_config_describes(fields, field, tmp_path):
+    with pytest.raises(ValueError, match=f"{field}=.* stands in no config.json of"):
+        save(tmp_path, LM(**fields), {"params": {}})

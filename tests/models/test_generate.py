@@ -90,6 +90,12 @@ def test_sampling():
         count(Sampling(1.0, top_p=0.7)), [0.625, 0.375, 0, 0], atol=0.03
     )
     assert (count(Sampling(1.0, top_p=0.4)) == [1, 0, 0, 0]).all()
+    # at least 0.4 times as likely as the first: 0.2; of the square at 1/2: 0.1
+    np.testing.assert_allclose(
+        count(Sampling(1.0, min_p=0.4)), [0.625, 0.375, 0, 0], atol=0.03
+    )
+    assert (count(Sampling(0.5, min_p=0.4)) == [1, 0, 0, 0]).all()
+    assert (count(Sampling(1.0, min_p=0.0)) > 0).all()
     assert count(Sampling(0.2))[0] > 0.9
     drawn = lambda seed: generate(MODEL, PARAMS, PROMPTS, length=9, temperature=2.0,
                                   seed=seed)
@@ -160,6 +166,7 @@ def test_a_stream_gives_the_logits_of_the_text():
     ([[1]], {"length": 0}, "length=0"), ([[1]], {"chunk": 0}, "chunk=0"),
     ([[1]], {"temperature": -1}, "temperature=-1"), ([[1]], {"top_k": 0}, "top_k=0"),
     ([[1]], {"top_p": 0.0}, "top_p=0.0"), ([[1]], {"top_p": np.nan}, "top_p=nan"),
+    ([[1]], {"min_p": 1.5}, "min_p=1.5"),
     ([[1]], {"temperature": np.nan}, "temperature=nan"),
     ([[1]], {"temperature": np.inf}, "temperature=inf"),
     ([[1]], {"temperature": "hot"}, "temperature='hot'"),

@@ -84,10 +84,10 @@ def test_how_a_folder_wants_to_be_sampled(tmp_path):
     (tmp_path / "config.json").write_text('{"eos_token_id": 7}')
     assert defaults(tmp_path) == (Sampling(), [7], [])
     said = {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "top_k": 0,
-            "eos_token_id": [2, 4], "repetition_penalty": 1.1}
+            "min_p": 0.1, "eos_token_id": [2, 4], "repetition_penalty": 1.1}
     (tmp_path / "generation_config.json").write_text(json.dumps(said))
     assert defaults(tmp_path) == (
-        Sampling(0.6, None, 0.9), [2, 4], ["repetition_penalty=1.1"])
+        Sampling(0.6, None, 0.9, 0.1), [2, 4], ["repetition_penalty=1.1"])
     for name, most in (("llama", 256), ("gpt2", 128), ("kimi_linear", 256)):
         assert longest(model_of(read_config(NAMED[name]))) == most
 

@@ -1,7 +1,8 @@
 """Files: the tensors of a folder, in one safetensors file or in many with an index.
 
-The files are mapped into memory by the `safetensors` library (extra `checkpoints`) and
-read tensor by tensor. Pickles are never opened.
+The `safetensors` library (extra `checkpoints`) checks a file and says what is in it;
+the numbers are mapped into memory, so that none are held but those of what is made of
+them. Pickles are never opened.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import pathlib
 import re
 from typing import Any, Iterator, Mapping, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -23,12 +25,13 @@ SHARD = 5 * 10**9  # bytes of a file
 
 
 class Header(NamedTuple):
-    """What a file says of a tensor: the file, its shape, and its dtype as safetensors
-    name it ("BF16")."""
+    """What a file says of a tensor: the file, its shape, its dtype as safetensors name
+    it ("BF16"), and from which byte of the file to which it stands."""
 
     path: pathlib.Path
     shape: tuple[int, ...]
     dtype: str
+    bytes: tuple[int, int]
 
 
 def library() -> Any:
@@ -50,7 +53,7 @@ class Files(Mapping[str, np.ndarray]):
     """
 
     def __init__(self, folder: Any):
-        self._open: dict[pathlib.Path, Any] = {}
+        self._mapped: dict[pathlib.Path, np.ndarray] = {}
         self.folder = pathlib.Path(folder)
         if not self.folder.is_dir():
             raise FileNotFoundError(f"{folder} is no folder: expected one with "
@@ -98,29 +101,46 @@ class Files(Mapping[str, np.ndarray]):
         safetensors = library()
         try:
             opened = safetensors.safe_open(str(path), "numpy")
+            places = _places(path)
             for name in opened.keys():
                 part = opened.get_slice(name)
-                header = Header(path, tuple(part.get_shape()), part.get_dtype())
+                header = Header(path, tuple(part.get_shape()), part.get_dtype(),
+                                places[name])
                 if name in self.headers:
                     raise ValueError(f"{path} has the tensor {name}, which "
                                      f"{self.headers[name].path.name} has too")
                 self.headers[name] = header
         except safetensors.SafetensorError as error:
             raise ValueError(f"{path} is no whole safetensors file: {error}") from None
-        self._open[path] = opened
+        self._mapped[path] = np.memmap(path, np.uint8, "r")
 
     def __getitem__(self, name: str) -> np.ndarray:
         header = self.headers[name]
         if header.dtype not in {**DTYPES, **BYTES}:
             raise NotImplementedError(f"{name} in {header.path} is {header.dtype}: not "
                                       f"there yet, expected one of {tuple(DTYPES)}")
-        return self._open[header.path].get_tensor(name)
+        first, last = header.bytes
+        a = self._mapped[header.path][first:last]
+        dtype = {**DTYPES, **BYTES}[header.dtype]
+        return np.asarray(a).view(jnp.dtype(dtype)).reshape(header.shape)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.headers)
 
     def __len__(self) -> int:
         return len(self.headers)
+
+
+def _places(path: pathlib.Path) -> dict[str, tuple[int, int]]:
+    """From which byte to which each tensor of a file stands: behind 8 bytes that hold
+    the length of a JSON header comes the header, then the numbers."""
+    with open(path, "rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+    header.pop("__metadata__", None)
+    begin = 8 + size
+    return {name: (begin + said["data_offsets"][0], begin + said["data_offsets"][1])
+            for name, said in header.items()}
 
 
 def read_json(path: pathlib.Path) -> Any:

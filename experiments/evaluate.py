@@ -1,19 +1,19 @@
 """What a language model knows and finds again: perplexity, needles, recall, induction.
 
 For any folder, name on the hub or run (as `experiments.generate` takes them), with any
-attention or cache policy in the place of its exact attention. Without `--model` it is
-the model that ships, `models/small`.
+attention or cache policy in the place of its exact attention.
 
 - text: nats a token and bits per byte of a text, in windows of the model's length that
   move by `stride` tokens; only tokens that no window before had count, so that each is
   judged with much before it. Beside them, what `gzip -9` makes of the same text.
 - needle: "The secret number of WORD is N." hidden in text, at every length and depth;
   the share of questions whose whole answer is the likeliest.
-- needles: `facts` of them in a row of the greatest length, all asked for.
+- needles: so many in a row of the greatest length, all asked for.
+- variables: "a = N", then "b = a", asked for b: what one look does not find.
 - recall: keys with values as a dictionary, each key asked for once.
 - repeats: random tokens twice; the share of the second time that is predicted.
 
-    python -m experiments.evaluate --policy='SnapKV(capacity=256)'
+    python -m experiments.evaluate --model=FOLDER --policy='SnapKV(capacity=256)'
 
 All answers are read as a stream: the prompt in one piece, as a policy takes it, then
 what is answered token by token.
@@ -40,15 +40,16 @@ from experiments.cli import config
 from experiments.cli.config import FREE, option
 from experiments.data import Corpus, Text
 from experiments.data.retrieval import NOUNS
-from experiments.measure import report
+from experiments.measure import charts
 from experiments.measure.asked import (
     Reader, Row, needle, needles, plain, recall, repeats, score,
+    variables,
 )
-from experiments.sources import loaded, swapped
+from experiments.sources import Loaded, loaded, swapped
 from experiments.training.runs import open_folder, write_whole
 from models.lm import loss, state_bytes
 
-PARTS = ("text", "needle", "needles", "recall", "repeats")
+PARTS = ("text", "needle", "needles", "variables", "recall", "repeats")
 HELD_OUT = Text(held_out=0.1)  # the split of `experiments.small`
 
 
@@ -56,12 +57,12 @@ HELD_OUT = Text(held_out=0.1)  # the split of `experiments.small`
 class Config:
     """Which model, with what in it, and how it is asked."""
 
-    model: str = option("models/small", "folder, name on the hub, or folder of a run")
+    model: str = option(doc="folder, name on the hub, or folder of a run")
     attention: tuple | None = option(
         None, "instead of the exact ones: one, or one a layer")
     policy: Any = option(None, "instead of all exact ones that see everything")
     parts: tuple[str, ...] = option(
-        PARTS, "of text, needle, needles, recall and repeats")
+        PARTS, "of text, needle, needles, variables, recall, repeats")
     text: Corpus = option(
         HELD_OUT, "text to read, and the hay: the valid split, as words, not as ids")
     tokens: int = option(32768, "of the text at most")
@@ -72,6 +73,7 @@ class Config:
     depths: int = option(5, "depths of the needle, from the beginning to the end")
     trials: int = option(8, "rows a length and depth, and of each other part")
     facts: int = option(8, "needles in a row of `needles`, keys of `recall`")
+    hops: int = option(1, "names that `variables` goes through")
     batch: int = option(4, "rows at once", FREE)
     seed: int = option(0, "of what is hidden where")
     quiet: bool = option(False, "no progress bars", FREE)
@@ -163,7 +165,8 @@ def of_needle(config_: Config, reader: Reader, documents: Sequence[str]) -> dict
 def of_rows(name: str, make: Callable[[Reader, int, int], Row], config_: Config,
             reader: Reader, documents: Sequence[str]) -> dict:
     """The parts `needles`, `recall` and `repeats`."""
-    many = reader.model.vocab if name == "repeats" else config_.facts
+    many = {"repeats": reader.model.vocab, "variables": config_.hops}.get(
+        name, config_.facts)
     trials = track(range(config_.trials), name, disable=config_.quiet)
     rows = [make(reader, many, n) for n in trials]
     whole, right = score(reader, rows, config_.batch)
@@ -173,34 +176,44 @@ def of_rows(name: str, make: Callable[[Reader, int, int], Row], config_: Config,
 PART: dict[str, Callable[[Config, Reader, Sequence[str]], dict]] = {
     "text": of_text, "needle": of_needle,
     "needles": functools.partial(of_rows, "needles", needles),
+    "variables": functools.partial(of_rows, "variables", variables),
     "recall": functools.partial(of_rows, "recall", recall),
     "repeats": functools.partial(of_rows, "repeats", repeats),
 }
 
 
+def reader_of(found: Loaded, parts: Sequence[str], text: Corpus, length: int | None,
+              seed: int) -> tuple[Reader, list[str]]:
+    """A model that can be asked, and the documents that it is asked about: none where
+    parts read ids alone, for models without a tokenizer."""
+    length = length or min(found.limit or 4096, 4096)
+    documents, hay = [], np.zeros(0, np.int32)
+    if {*parts} - {"repeats"}:
+        documents = text.parts["valid"]
+        words = "\n".join(documents)[: 64 * length]
+        hay = np.asarray(plain(found.text, words), np.int32)
+    reader = Reader(found.model, found.params, found.text, hay,
+                    list(found.text.encode("")), length, seed)
+    return reader, documents
+
+
 def run(config_: Config) -> dict[str, Any]:
-    """Evaluates -> plain numbers; numbers, heat map and page in a folder."""
+    """Evaluates -> plain numbers; numbers and heat map in a folder."""
     found = loaded(config_.model)
     found = found._replace(
         model=swapped(found.model, config_.attention, config_.policy))
     folder = open_folder("evaluate", config_.folder, config.command(config_),
                          config.settings(config_))
-    length = config_.length or min(found.limit or 4096, 4096)
-    documents, hay = [], np.zeros(0, np.int32)
-    if {*config_.parts} - {"repeats"}:  # which reads ids alone
-        documents = config_.text.parts["valid"]
-        words = "\n".join(documents)[: 16 * length]
-        hay = np.asarray(plain(found.text, words), np.int32)
-    reader = Reader(found.model, found.params, found.text, hay,
-                    list(found.text.encode("")), length, config_.seed)
+    reader, documents = reader_of(
+        found, config_.parts, config_.text, config_.length, config_.seed)
     scores = {part: PART[part](config_, reader, documents) for part in config_.parts}
     numbers = {f"{part}_{name}" if name else part: value
                for part, each in scores.items() for name, value in each.items()
                if isinstance(value, float)}
-    numbers["state_bytes"] = state_bytes(found.model, length)
+    numbers["state_bytes"] = state_bytes(found.model, reader.length)
     write_whole(folder / "evaluation.json", json.dumps(scores, indent=1) + "\n")
     if "needle" in scores:
-        report.needle_picture(scores["needle"]["cells"], folder / "needle.png")
+        charts.needle_picture(scores["needle"]["cells"], folder / "needle.png")
     return numbers | {"folder": str(folder)}
 
 

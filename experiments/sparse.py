@@ -65,7 +65,7 @@ from experiments import lm, recall
 from experiments.cli import config
 from experiments.cli.config import FREE, option
 from experiments.data import Corpus, Text
-from experiments.measure import budgets, report, seeds
+from experiments.measure import budgets, charts, report, seeds
 from experiments.measure.budgets import METHODS, Budget
 from experiments.measure.provenance import provenance
 from experiments.training.loop import check, evaluate
@@ -175,7 +175,7 @@ def run(config_: Config) -> dict[str, Any]:
         which = [one.seed for one in seeds.each(config_)]
         result = provenance(command, which) | {"rows": rows}
         write_whole(folder / "sparse.json", json.dumps(result, indent=1) + "\n")
-        report.shares_picture(rows, TASKS, folder / "sparse.png")
+        charts.shares_picture(rows, TASKS, folder / "sparse.png")
     if not config_.quiet:
         Console().print(table(rows))
     numbers = {f"{row['method']} {row['asked']:.3g} {name}": row[name]

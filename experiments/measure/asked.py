@@ -13,6 +13,7 @@ import numpy as np
 
 from experiments.data.retrieval import NOUNS, fact, hidden
 from models.generate import stream
+from models.lm import loss
 
 DIGITS = 5
 
@@ -59,6 +60,11 @@ class Reader:
         sizes = [len(self.encode(f" {n}.")) for n in draws]
         return int(draws[sizes.index(max(set(sizes), key=sizes.count))])
 
+    def piece(self, rng: np.random.Generator, room: int) -> np.ndarray:
+        """`room` ids of hay from a random place."""
+        at = rng.integers(max(1, len(self.hay) - room))
+        return np.resize(self.hay[at : at + room], room) if room else self.hay[:0]
+
     def row(self, rng: np.random.Generator, body: Sequence, tail: Sequence,
             length: int, depths: Sequence[float] | None) -> Row:
         """A row of `length`: the pieces of `body` in hay, then (ids, whether asked)."""
@@ -68,8 +74,7 @@ class Reader:
         if room < 0:
             raise ValueError(f"length={length}: expected {length - room} or more for "
                              "what is hidden and asked")
-        at = rng.integers(max(1, len(self.hay) - room))
-        hay = np.resize(self.hay[at : at + room], room) if room else self.hay[:0]
+        hay = self.piece(rng, room)
         ids = np.concatenate([self.start, hidden(rng, hay, body, depths), end])
         return Row(ids.astype(np.int32),
                    np.concatenate([np.zeros(length - len(end), bool), asked]))
@@ -102,6 +107,19 @@ def needles(reader: Reader, many: int, trial: int) -> Row:
 def _question(left: list[int], right: list[int]) -> list[tuple[list[int], bool]]:
     """What is asked, the number with its dot, and the end of the line."""
     return [(left, False), (right[:-1], True), (right[-1:], False)]
+
+
+def variables(reader: Reader, hops: int, trial: int) -> Row:
+    """A number under a name, then `hops` times that another name is the last one, in
+    hay, in this order; asked is the number of the last name (variable tracking of Hsieh
+    et al., 2024, arXiv:2404.06654, with one chain)."""
+    rng = reader.rng(4, trial)
+    names = rng.choice(NOUNS, hops + 1, replace=False)
+    value = reader.encode(f" {reader.number(rng)}")
+    first = reader.encode(f"\n{names[0]} =") + value
+    chain = [reader.encode(f"\n{b} = {a}") for a, b in zip(names, names[1:])]
+    tail = [(reader.encode(f"\n{names[-1]} =="), False), (value, True)]
+    return reader.row(rng, [first, *chain], tail, reader.length, None)
 
 
 def recall(reader: Reader, many: int, trial: int) -> Row:
@@ -156,3 +174,25 @@ def score(reader: Reader, rows: Sequence[Row], batch: int) -> tuple[float, float
                 whole, answers = whole + sum(each), answers + len(each)
                 right, tokens = right + mine[asked].sum(), tokens + asked.sum()
     return float(whole / answers), float(right / tokens)
+
+
+def streamed_nats(reader: Reader, rows: int, batch: int) -> tuple[float, float]:
+    """(nats, tokens) of the second half of `rows` rows of hay, which comes token by
+    token after the first half was read in one piece: what a small memory really costs.
+    """
+    half = reader.length // 2
+    nats = count = 0.0
+    room = reader.length - len(reader.start)
+    for at in range(0, rows, batch):
+        ids = [np.concatenate([reader.start, reader.piece(reader.rng(5, n), room)])
+               for n in range(at, min(at + batch, rows))]
+        found = np.asarray(_nats(reader.model, reader.params,
+                                 jnp.asarray(np.stack(ids), jnp.int32), half))
+        nats, count = nats + float(found[0]), count + float(found[1])
+    return nats, count
+
+
+@functools.partial(jax.jit, static_argnums=(0, 3))
+def _nats(model: Any, params: Any, tokens: jax.Array, half: int) -> jax.Array:
+    logits = stream(model, params, tokens[:, :-1], half)
+    return jnp.stack(loss(logits[:, half - 1:], tokens[:, half:]))

@@ -4,17 +4,20 @@ import dataclasses
 import gzip
 import json
 import math
-import shutil
 
 import jax
 import numpy as np
 import pytest
 
+from attn.softmax import Softmax
 from experiments import evaluate
 from experiments.data import Text
 from experiments.data.retrieval import FACT, Facts, Names, Pairs, Repeated
 from experiments.measure import asked
 from experiments.sources import loaded
+from models.checkpoint import save
+from models.lm import LM
+from tests import compiled
 from tests.models.test_tokenizer import add_tokenizer
 
 TEXT = Text(tokenizer="bpe", vocab=300, path="models", pattern="*.py")
@@ -24,7 +27,9 @@ TEXT = Text(tokenizer="bpe", vocab=300, path="models", pattern="*.py")
 def folder(tmp_path_factory):
     """A model with random weights whose tokens are letters."""
     made = tmp_path_factory.mktemp("evaluate") / "letters"
-    shutil.copytree(evaluate.TINY.model, made)
+    model = LM(vocab=199, width=16, heads=2, attention=(Softmax(),))
+    tokens = np.zeros((1, 4), np.int32)
+    save(made, model, compiled.init(model, jax.random.key(0), tokens))
     return add_tokenizer(made)
 
 

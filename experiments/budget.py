@@ -1,0 +1,209 @@
+"""What a cache forgets: quality against the memory that a policy keeps.
+
+One model, with exact attention replaced by each policy at each budget, nothing trained
+again. A prompt is read in one piece, and what is asked comes token by token: from then
+on only what was kept is there. Asked are a needle at any depth, several needles, a
+variable that was named twice, keys of a dictionary, random tokens that repeat, and text
+(`experiments.evaluate` says how); beside them the bytes of the memory and the time of a
+token.
+
+    python -m experiments.budget --model=FOLDER
+
+Policies that free memory keep a share of the prompt's tokens: StreamingLLM
+(arXiv:2309.17453), H2O (2306.14048), TOVA (2401.06104), SnapKV (2404.14469), PyramidKV
+(2406.02069) and AdaKV (2407.11550). Quest (2406.10774), Recycled Attention (2411.05787)
+and the best tokens (2506.05333) keep all and read a share. KIVI (2402.02750) and SAQ
+keep all, in codes. Razor and Duo need to know the heads of the model and are not here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import pathlib
+import statistics
+import sys
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from rich import box
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from experiments.cli import config
+from experiments.cli.config import FREE, option
+from experiments.data import Corpus, Text
+from experiments.evaluate import reader_of
+from experiments.measure import asked, cache_budgets, charts
+from experiments.measure.cache_budgets import NAMES
+from experiments.measure.provenance import provenance
+from experiments.sources import loaded, swapped
+from experiments.training.runs import open_folder, write_whole
+from models.lm import state_bytes
+
+TASKS = {
+    "needle": "a needle", "needles": "needles", "variables": "variables",
+    "recall": "keys of a dictionary", "repeats": "repeated tokens",
+    "bits": "text, bits per byte",
+}
+POINTS = ("needle", "needles", "recall", "bits")  # of the picture
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """The model, the policies and what is asked."""
+
+    model: str = option(doc="folder, name on the hub, or folder of a run")
+    policies: tuple[str, ...] = option(NAMES, "what replaces exact attention, by name")
+    shares: tuple[float, ...] = option(
+        (1 / 16, 1 / 8, 1 / 4, 1 / 2), "of the tokens of a row")
+    tasks: tuple[str, ...] = option(tuple(TASKS), "what is asked")
+    text: Corpus = option(Text(), "hay and text: the valid split, as words")
+    length: int | None = option(
+        None, "tokens of a row (None: the model's, at most 4096)")
+    trials: int = option(16, "rows a task")
+    facts: int = option(4, "needles in a row of `needles`, keys of `recall`")
+    batch: int = option(4, "rows at once", FREE)
+    seed: int = option(0, "of what is hidden where")
+    quiet: bool = option(False, "no progress bar and no table", FREE)
+    folder: str | None = option(
+        None, "where results go; None makes a new folder", FREE)
+
+    def __post_init__(self):
+        if unknown := set(self.tasks) - {*TASKS}:
+            raise ValueError(f"tasks={sorted(unknown)}: expected of {tuple(TASKS)}")
+        if unknown := set(self.policies) - {*NAMES}:
+            raise ValueError(f"policies={sorted(unknown)}: expected of {NAMES}")
+        if not self.policies or not self.tasks or not self.shares:
+            raise ValueError("policies, tasks or shares: expected one or more, not ()")
+        for share in self.shares:
+            if not 0 < share <= 1:
+                raise ValueError(f"shares: {share!r}: expected in (0, 1]")
+
+
+TINY = Config(
+    model=str(pathlib.Path(__file__).parents[1] / "tests" / "checkpoints" / "llama"),
+    policies=("TOVA",), shares=(1 / 2,), tasks=("repeats",), length=16, trials=1,
+    batch=1, quiet=True,
+)
+
+
+def run(config_: Config) -> dict[str, Any]:
+    """Asks -> plain numbers of the smallest budget of each policy; all rows and the
+    picture in a folder."""
+    found = loaded(config_.model)
+    folder = open_folder("budget", config_.folder, config.command(config_),
+                         config.settings(config_))
+    reader, _ = reader_of(
+        found, config_.tasks, config_.text, config_.length, config_.seed)
+    layers = len(found.model.attention)
+    cases = [(name, share, attention) for name in ("exact", *config_.policies)
+             for share, attention in cache_budgets.settings(
+                 name, config_.shares, reader.length, layers)]
+    rows: list[dict[str, Any]] = []
+    for name, share, attention in track(cases, "budget", disable=config_.quiet):
+        model = found.model
+        if name != "exact":
+            model = swapped(model, attention, None)
+        rows.append({"policy": name, "asked": share}
+                    | row(config_, dataclasses.replace(reader, model=model)))
+    exact = rows[0]["state_bytes"]
+    rows = [one | {"memory": one["state_bytes"] / exact} for one in rows]
+    result = {"rows": rows, "provenance": provenance(
+        config.command(config_), [config_.seed])}
+    write_whole(folder / "budget.json", json.dumps(result, indent=1) + "\n")
+    points = {task: TASKS[task] for task in POINTS if task in config_.tasks}
+    if points:
+        charts.memory_picture(rows, points, folder / "budget.png")
+    if not config_.quiet:
+        Console().print(table(rows, config_.tasks))
+    return numbers(rows, config_.tasks) | {"folder": str(folder)}
+
+
+def row(config_: Config, reader: asked.Reader) -> dict[str, float]:
+    """Every task, bytes of the memory of a row and milliseconds a token."""
+    made = {
+        "needle": lambda n: asked.needle(reader, reader.length, n / config_.trials, n),
+        "needles": lambda n: asked.needles(reader, config_.facts, n),
+        "variables": lambda n: asked.variables(reader, 1, n),
+        "recall": lambda n: asked.recall(reader, config_.facts, n),
+        "repeats": lambda n: asked.repeats(reader, reader.model.vocab, n),
+    }
+    found: dict[str, float] = {}
+    for task in config_.tasks:
+        if task == "bits":
+            nats, tokens = asked.streamed_nats(reader, config_.trials, config_.batch)
+            found[task] = nats / math.log(2) / tokens / bytes_per_token(reader)
+            continue
+        rows = [made[task](n) for n in range(config_.trials)]
+        whole, right = asked.score(reader, rows, config_.batch)
+        found[task] = right if task == "repeats" else whole
+    return found | {
+        "state_bytes": float(state_bytes(reader.model, reader.length,
+                                         reader.length * 3 // 4)),
+        "ms_per_token": milliseconds(reader),
+    }
+
+
+def bytes_per_token(reader: asked.Reader) -> float:
+    """Of the hay, in UTF-8."""
+    return len(reader.text.decode(reader.hay.tolist()).encode()) / len(reader.hay)
+
+
+def milliseconds(reader: asked.Reader, tokens: int = 16) -> float:
+    """Of one token after a prompt of three quarters of a row: the median of five runs
+    of `tokens`, without compilation."""
+    prompt = reader.length * 3 // 4
+    rng = reader.rng(6)
+    text = jnp.asarray(rng.integers(reader.model.vocab, size=(1, prompt)), jnp.int32)
+    state = reader.model.init_state(reader.length, text)
+    state, _ = jax.jit(reader.model.apply)(reader.params, text, state)
+
+    @jax.jit
+    def decode(params, state, token):
+        def one(carry, _):
+            state, token = carry
+            state, logits = reader.model.apply(params, token, state)
+            return (state, logits.argmax(-1)), None
+
+        return jax.lax.scan(one, (state, token), None, min(tokens, prompt // 4))[0][1]
+
+    spent = []
+    for _ in range(6):
+        clock = time.perf_counter()
+        decode(reader.params, state, text[:, :1]).block_until_ready()
+        spent.append((time.perf_counter() - clock) * 1e3 / min(tokens, prompt // 4))
+    return statistics.median(spent[1:])
+
+
+def numbers(rows: list[dict[str, Any]], tasks: tuple[str, ...]) -> dict[str, float]:
+    """Of exact attention, and of each policy what it has at its smallest budget."""
+    least: dict[str, dict[str, Any]] = {}
+    for one in rows:
+        name = one["policy"]
+        if name not in least or one["asked"] < least[name]["asked"]:
+            least[name] = one
+    return {f"{name} {what}": one[what] for name, one in least.items()
+            for what in (*tasks, "memory")}
+
+
+def table(rows: list[dict[str, Any]], tasks: tuple[str, ...]) -> Table:
+    """The rows for the terminal."""
+    found = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    found.add_column("policy")
+    for title in ("asked", "memory", *tasks, "ms/token"):
+        found.add_column(title, justify="right")
+    for one in rows:
+        shown = [f"{one[task]:.3f}" if task == "bits" else f"{one[task]:.0%}"
+                 for task in tasks]
+        found.add_row(one["policy"], f"{one['asked']:.1%}", f"{one['memory']:.1%}",
+                      *shown, f"{one['ms_per_token']:.2f}")
+    return found
+
+
+if __name__ == "__main__":
+    config.main(run, Config, __doc__, sys.argv[1:])

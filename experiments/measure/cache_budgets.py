@@ -1,0 +1,98 @@
+"""Cache budgets: each policy set so that it keeps, or reads, a share of a prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from attn.adakv import AdaKV
+from attn.h2o import H2O
+from attn.kivi import KIVI
+from attn.pyramidkv import PyramidKV
+from attn.quest import Quest
+from attn.recycled import Recycled
+from attn.saq import SAQ
+from attn.snapkv import SnapKV
+from attn.softmax import Softmax
+from attn.streaming import Streaming
+from attn.topk import TopK
+from attn.tova import TOVA
+
+SINKS = 4
+
+
+def _window(tokens: int) -> int:
+    """The last tokens that vote: a quarter of the budget, at most 32."""
+    return max(1, min(32, tokens // 4))
+
+
+def _streaming(tokens: int, layers: int) -> tuple:
+    # true positions: what is kept is not moved together
+    one = Streaming(sinks=SINKS, window=max(1, tokens - SINKS), rebase=False)
+    return (one,) * layers
+
+
+def _h2o(tokens: int, layers: int) -> tuple:
+    heavy = max(1, tokens // 2)
+    return (H2O(heavy=heavy, recent=max(1, tokens - heavy)),) * layers
+
+
+def _tova(tokens: int, layers: int) -> tuple:
+    return (TOVA(capacity=tokens),) * layers
+
+
+def _snapkv(tokens: int, layers: int) -> tuple:
+    return (SnapKV(capacity=tokens, window=_window(tokens)),) * layers
+
+
+def _pyramidkv(tokens: int, layers: int) -> tuple:
+    return PyramidKV(capacity=tokens, window=_window(tokens), layers=layers).stack()
+
+
+def _adakv(tokens: int, layers: int) -> tuple:
+    return (AdaKV(capacity=tokens, window=_window(tokens)),) * layers
+
+
+def _quest(tokens: int, layers: int) -> tuple:
+    return (Quest(page=8, budget=max(8, tokens), least=1),) * layers
+
+
+def _recycled(tokens: int, layers: int) -> tuple:
+    return (Recycled(capacity=tokens),) * layers
+
+
+def _topk(tokens: int, layers: int) -> tuple:
+    local = max(1, tokens // 8)
+    return (TopK(top_k=max(1, tokens - local), block=1, sink=0, local=local),) * layers
+
+
+# what is not read is not kept, but for the second group, which keeps everything
+FREEING: dict[str, Callable[[int, int], tuple]] = {
+    "StreamingLLM": _streaming, "H2O": _h2o, "TOVA": _tova, "SnapKV": _snapkv,
+    "PyramidKV": _pyramidkv, "AdaKV": _adakv,
+}
+READING: dict[str, Callable[[int, int], tuple]] = {
+    "Quest": _quest, "Recycled": _recycled, "top tokens": _topk,
+}
+# all tokens in few bits: their budget is the width of a code
+CODED: dict[str, Any] = {
+    "KIVI, 4 bits": KIVI(bits=4), "KIVI, 2 bits": KIVI(bits=2), "SAQ": SAQ(),
+}
+NAMES = (*FREEING, *READING, *CODED)
+
+
+def settings(name: str, shares: tuple[float, ...], length: int, layers: int
+             ) -> list[tuple[float, tuple]]:
+    """(share asked for, one attention for each layer) of a policy at each share of a
+    text of `length` tokens; of codes one, whose share is their bits over 16. ValueError
+    for a name that is none of NAMES."""
+    if name == "exact":
+        return [(1.0, (Softmax(),) * layers)]
+    if name in CODED:
+        bits = CODED[name].bits
+        bits = bits if isinstance(bits, int) else bits[-1]
+        return [(bits / 16, (CODED[name],) * layers)]
+    if name not in NAMES:
+        raise ValueError(f"policies: {name!r}: expected of {NAMES}")
+    make = {**FREEING, **READING}[name]
+    return [(share, make(max(8, round(share * length)), layers)) for share in shares]

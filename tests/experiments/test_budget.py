@@ -1,0 +1,59 @@
+"""Budget: a share is what a policy keeps, and rows, table and picture say it."""
+
+import dataclasses
+import json
+
+import pytest
+
+from attn.softmax import Softmax
+from experiments import budget
+from experiments.data import Text
+from experiments.measure import cache_budgets
+from experiments.sources import swapped
+from models.lm import LM, state_bytes
+from tests.experiments.test_evaluate import folder  # noqa: F401
+
+T = 256
+MODEL = LM(vocab=16, width=64, heads=2, attention=(Softmax(),) * 2)
+
+
+def memory(name, share):
+    """Of a row of T tokens, beside exact attention's."""
+    ((_, attention),) = cache_budgets.settings(name, (share,), T, 2)
+    model = swapped(MODEL, attention, None)
+    return state_bytes(model, T, T - 1) / state_bytes(MODEL, T, T - 1)
+
+
+@pytest.mark.parametrize("name", cache_budgets.FREEING)
+def test_what_is_not_kept_takes_no_room(name):
+    # positions, scores and the tokens that come after the prompt are beside them
+    assert 0.24 < memory(name, 1 / 4) < 0.35
+    assert memory(name, 1 / 2) > 1.7 * memory(name, 1 / 4)
+
+
+@pytest.mark.parametrize("name", cache_budgets.READING)
+def test_what_reads_less_keeps_everything(name):
+    assert 0.99 < memory(name, 1 / 4) < 1.6
+
+
+def test_codes_have_one_budget():
+    found = cache_budgets.settings("KIVI, 2 bits", (1 / 4, 1 / 2), T, 2)
+    assert [share for share, _ in found] == [2 / 16]
+    with pytest.raises(ValueError, match="policies: 'SnapKv': expected of"):
+        cache_budgets.settings("SnapKv", (1.0,), T, 2)
+
+
+def test_the_command_leaves_rows_and_a_picture(folder, tmp_path):  # noqa: F811
+    settings = dataclasses.replace(
+        budget.TINY, model=str(folder), tasks=("bits",), length=128,
+        policies=("TOVA",), shares=(1 / 4, 1.0), folder=str(tmp_path / "run"),
+        text=Text(path="models", pattern="*.py"))
+    found = budget.run(settings)
+    rows = json.loads((tmp_path / "run" / "budget.json").read_text())["rows"]
+    exact, quarter, whole = rows
+    # a budget of everything is exact attention
+    assert whole["bits"] == pytest.approx(exact["bits"], rel=1e-5)
+    assert whole["memory"] > 0.95
+    assert quarter["memory"] < 0.4 and quarter["bits"] != exact["bits"]
+    assert found["TOVA bits"] == quarter["bits"]
+    assert (tmp_path / "run" / "budget.png").stat().st_size > 1000

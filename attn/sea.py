@@ -91,6 +91,7 @@ class SEA(nn.Module, Attention):
     scale: float | None = None
     axis: Axis | None = None
     implementation: str | None = None
+    crosses = False
     row = TemplateRow(MASKED, "L m D + L K H^2 + r L D", 1)
     parameter_axes = {
         "enc/kernel": "FR", "enc/bias": "R", "enc_norm/*": "R", "gate/kernel": "FR",

@@ -28,6 +28,7 @@ from attn.based import Based
 from attn.combiner import Combiner
 from attn.contract import dispatch
 from attn.contract.attention import said
+from attn.contract.patterns import of_context, patterns
 from attn.delta import Delta
 from attn.duo import Duo
 from attn.essa import Essa
@@ -43,6 +44,7 @@ from attn.lightnet import LightNet
 from attn.lightning import Lightning
 from attn.lineartransformer import LinearTransformer
 from attn.linformer import Linformer
+from attn.local import Local
 from attn.masks import Causal, Full, Sink, Window
 from attn.miras import Memora, Miras, Moneta, Yaad
 from attn.positions import ALiBi, RoPE
@@ -237,6 +239,16 @@ ENTRIES = {
     ),
     "window": Entry(
         Softmax(SINKS, softcap=5.0, score=ALiBi(4), exchange="ring"), flops=1, decode=0
+    ),
+    # windows that reach every token
+    "local": Entry(
+        Local(window=5), (Local(window=T), Softmax()), flops=1, decode=0,
+        wraps="softmax",
+    ),
+    "local_normal": Entry(
+        Local(window=3, causal=False),
+        (Local(window=T, causal=False), Softmax(mask=Full())), flops=1,
+        wraps="softmax",
     ),
     "lightning": Entry(
         Lightning(), same=(Lightning(), Lightning(chunk=4)), flops=1, decode=0
@@ -843,6 +855,51 @@ def test_stepping_through_packed_segments(name, piece):
     o, state = stream(ENTRIES[name].attention, q, k, v, 2 * T, piece, segments)
     close(o, whole(name, packed=True)[0])
     assert state.end.tolist() == [8, 8]
+
+
+@LAW
+def test_the_patterns_are_those_it_says(name):
+    """Of the four of `attn/contract/patterns.py` it has those and no other: prefixes
+    end as the whole does, a context is seen whole, its queries are read one by one."""
+    attention = ENTRIES[name].attention
+    module = getattr(attention, "module", attention)
+    found, (q, k, v) = patterns(module), inputs()
+    assert ("CS" in found) != ("NS" in found)
+    o, whole_grads = whole(name)
+    if "CS" in found and said(module, "ahead") is not None:
+        for n in (1, 7):  # of lengths that are no multiple of a chunk
+            prefix, _ = run(attention, *(a[:, :n] for a in (q, k, v)))
+            close(prefix[:, -1], o[:, n - 1])
+        if ENTRIES[name].segmented:  # and longer ones, with padding behind
+            ends = np.array([9, 15])
+            only = jnp.asarray(np.arange(T) < ends[:, None], jnp.int32)
+            prefix, _ = run(attention, q, k, v, only)
+            rows = np.arange(B)
+            close(prefix[rows, ends - 1], o[rows, ends - 1])
+    elif "NS" in found:
+        first = (jnp.arange(T) == 0)[None, :, None, None]
+        do = jnp.broadcast_to(first, o.shape).astype(jnp.float32)
+        _, grads = run(attention, q, k, v, do=do)
+        assert np.abs(grads[2][:, 1:]).max() > 0  # a later one is seen by the first
+    reads = of_context(module)
+    if reads is None or ENTRIES[name].ordered and not hasattr(module, "of_context"):
+        assert not {"NC", "CC"} & set(found)
+        x, context = jnp.zeros((1, T, 16)), jnp.zeros((1, 5, 16))
+        if getattr(module, "mask", None) is None:  # a mask of its own reads a part
+            with pytest.raises(ValueError, match="context: |expected|mask="):
+                jax.eval_shape(
+                    functools.partial(MultiHead(module, heads=H).init, context=context),
+                    jax.random.key(0), x)
+        return
+    crossing = Learned(reads) if isinstance(attention, Learned) else reads
+    # a few queries of another sequence, of which the last is then another one
+    few, other = inputs(seed=3, t=5)[0], inputs(seed=4, t=5)[0]
+    last = (jnp.arange(5) == 4)[None, :, None, None]
+    do = jnp.ones((B, 5, H, V))
+    o, grads = run(crossing, few, k, v, do=do)
+    assert (np.abs(grads[2]).max((2, 3)) > 0).all()  # every key is seen
+    moved, _ = run(crossing, jnp.where(last, other, few), k, v, do=do)
+    assert ("CC" in found) == bool((moved[:, :-1] == o[:, :-1]).all())
 
 
 @LAW

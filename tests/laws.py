@@ -29,6 +29,7 @@ from attn.combiner import Combiner
 from attn.contract import dispatch
 from attn.contract.attention import said
 from attn.contract.patterns import of_context, patterns
+from attn.cosformer import CosFormer
 from attn.delta import Delta
 from attn.duo import Duo
 from attn.essa import Essa
@@ -333,6 +334,15 @@ ENTRIES = {
         Memora(chunk=4, expansion=2, eta_max=0.01), flops=1, decode=0, kernel=False,
         spread=False, packed=True, wraps="titans",
         in_v=False,
+    ),
+    "cosformer": Entry(
+        CosFormer(length=512), same=(CosFormer(chunk=3), CosFormer()), flops=1,
+        decode=0, wraps="lightning", long=CosFormer(length=2**17),
+    ),
+    "cosformer_normal": Entry(
+        CosFormer(causal=False, length=None),
+        same=(CosFormer(causal=False, length=T), CosFormer(causal=False, length=None)),
+        flops=1, kernel=False, wraps="flow_normal",
     ),
     "lineartransformer": Entry(
         LinearTransformer(), same=(LinearTransformer(chunk=3), LinearTransformer()),

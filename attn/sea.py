@@ -56,7 +56,7 @@ class Estimate(NamedTuple):
     length: jax.Array
 
 
-class SEA(nn.Module, Attention):
+class SEA(favor.Directions, nn.Module, Attention):
     """SEA (Lee et al., 2023) arXiv:2310.01777: sparse attention by an estimated mask.
 
     columns K of the estimate; keep k: keys that a head reads in the mean over heads (a
@@ -168,11 +168,6 @@ class SEA(nn.Module, Attention):
     def _features(self, d: int) -> int:
         return max(int(d * math.log(d) / self.nb_factor), 1)
 
-    def redrawn(self, time: int, d: int) -> jax.Array:
-        """The random directions [m,D] after `time` redraws, for `fixed/directions`."""
-        key = jax.random.fold_in(jax.random.key(self.seed), time)
-        return favor.projection(key, self._features(d), d)
-
     @nn.compact
     def _estimate(self, q, k, v, valid, state: SEAState | None):
         """The estimate of T tokens; and memory, tails and total of the state."""
@@ -199,12 +194,6 @@ class SEA(nn.Module, Attention):
         total = (0 if state is None else state.total) + jnp.where(
             valid[..., None, None], wide[2], 0).sum(1)
         return Estimate(scores, context, gates, valid, seen), (memory, tails, total)
-
-    def _directions(self, d: int) -> jax.Array:
-        draw = functools.partial(self.redrawn, 0, d)
-        if self.is_initializing() or self.has_variable("fixed", "directions"):
-            return self.variable("fixed", "directions", draw).value
-        return draw()
 
     def _lengths(self, valid, state) -> jax.Array:
         """How many keys each token sees [B,T]."""

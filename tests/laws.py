@@ -22,6 +22,7 @@ import numpy as np
 import pytest
 
 from attn.aaren import Aaren
+from attn.abc import ABC
 from attn.actqkv import ActQKV
 from attn.adakv import AdaKV
 from attn.based import Based
@@ -48,6 +49,7 @@ from attn.linformer import Linformer
 from attn.local import Local
 from attn.masks import Causal, Full, Sink, Window
 from attn.miras import Memora, Miras, Moneta, Yaad
+from attn.performer import Performer
 from attn.positions import ALiBi, RoPE
 from attn.prflash import PrFlash
 from attn.pyramidkv import PyramidKV
@@ -290,6 +292,14 @@ ENTRIES = {
         Aaren(), same=(Aaren(chunk=4), Aaren()), flops=1, decode=0, packed=True
     ),
     "aaren_pool": Entry(Aaren(causal=False), flops=1, kernel=False),
+    "abc": Entry(
+        ABC(landmarks=3), same=(ABC(landmarks=3, chunk=4), ABC(landmarks=3)), flops=1,
+        decode=0, packed=True, in_v=False,
+    ),
+    "abc_normal": Entry(
+        ABC(landmarks=3, causal=False), flops=1, kernel=False, wraps="aaren_pool",
+        in_v=False,
+    ),
     # the convolutions of the delta rule have weights for the channels of K heads
     "delta": Entry(
         Delta(), same=(Delta(chunk=4), Delta()), flops=1, decode=0, spread=False,
@@ -334,6 +344,22 @@ ENTRIES = {
         Memora(chunk=4, expansion=2, eta_max=0.01), flops=1, decode=0, kernel=False,
         spread=False, packed=True, wraps="titans",
         in_v=False,
+    ),
+    # directions are of K heads
+    "performer": Entry(
+        Performer(features=6), same=(Performer(features=6, chunk=4),
+                                     Performer(features=6)),
+        flops=1, decode=0, spread=False, packed=True, wraps="lightnet",
+    ),
+    "performer_normal": Entry(
+        Performer(features=6, causal=False), flops=1, kernel=False, spread=False,
+        wraps="lightnet_normal",
+    ),
+    "performer_code": Entry(
+        Performer(features=6, causal=False, eps=1e-4, least=0.1),
+        same=(Performer(features=6, causal=False, eps=1e-12),
+              Performer(features=6, causal=False)),
+        flops=1, kernel=False, spread=False, wraps="lightnet_normal",
     ),
     "cosformer": Entry(
         CosFormer(length=512), same=(CosFormer(chunk=3), CosFormer()), flops=1,

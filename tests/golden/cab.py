@@ -6,16 +6,20 @@ the library 0, so what is compared there is the output projection of 0.
 
 from __future__ import annotations
 
+import functools
 from typing import Any, Callable, Mapping
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from attn.abc import ABC
 from attn.cosformer import CosFormer
 from attn.local import Local
 from attn.masks import Full
+from attn.performer import Performer
 from attn.softmax import Softmax
+from attn.sparse import favor
 from experiments.measure.compositional import compositional_index
 
 # specs/cab.md: gradients 1e-4
@@ -43,12 +47,74 @@ def _index(case) -> dict[str, np.ndarray]:
 def _heads(case) -> dict[str, np.ndarray]:
     """q, k, v [B,T,H,D] as they are."""
     q, k, v = (jnp.asarray(case[name], jnp.float32) for name in "qkv")
-    return {"out": np.asarray(jax.jit(_causal(case))(q, k, v))}
+    found = {"out": jax.jit(_causal(case))(q, k, v)}
+    if "proj" in case.keys():
+        for name, a in (("phi_q", q), ("phi_k", k)):
+            s, half = favor.projected(a, jnp.asarray(case["proj"], jnp.float32))
+            found[name] = s.shape[-1] ** -0.5 * jnp.exp(s - half)
+    return {name: np.asarray(a) for name, a in found.items()}
 
 
 def _causal(case) -> Callable:
     config = case["config"]
+    if config["mechanism"] == "abc_causal_paper":
+        return _abc(case, case["compress_k"], case["compress_v"], causal=True)
+    if "proj" in case.keys():
+        return _performer(case)
     return CosFormer(length=config["M"], eps=config["eps"])
+
+
+def _abc(case, *matrices, causal: bool) -> Callable:
+    params = dict(zip(("compress_k", "compress_v"),
+                      (jnp.asarray(a, jnp.float32) for a in matrices)))
+    module = ABC(landmarks=matrices[0].shape[1], causal=causal)
+    return functools.partial(module.apply, {"params": params})
+
+
+def _performer(case) -> Callable:
+    w = jnp.asarray(case["proj"], jnp.float32)
+    module = Performer(features=w.shape[1])
+    return functools.partial(module.apply, {"fixed": {"directions": w}})
+
+
+def _performer_code(case) -> Callable:
+    """In the authors' code the greatest feature is of all keys, those at padding too,
+    which are not read from the door on: it is asked behind it."""
+    w = jnp.asarray(case["proj"], jnp.float32)
+    module = Performer(features=w.shape[1], causal=False, eps=1e-4, least=0.1)
+
+    def attend(q, k, v, segments):
+        where = (None, None) if segments is None else segments
+        return module.apply(
+            {}, q, k, v, w, None, where, method=Performer._as_code)
+
+    return attend
+
+
+def _normal_abc(case) -> Callable:
+    return _abc(case, case["w/compress_k"], case["w/compress_v"], causal=False)
+
+
+def _abc_variant(case) -> Callable:
+    """What the authors' code does in causal order: of each slot the share of the token
+    itself, exp(a_t - log sum_(s<=t) exp(a_s)) k_t, is not added up over tokens. The
+    library has the sums of the paper, from which this is far away."""
+    matrices = [jnp.asarray(case[f"w/compress_{n}"]) for n in "kv"]
+    paper = _abc(case, *matrices, causal=True)
+
+    def attend(q, k, v, segments):
+        slots = []
+        for a, w in zip((k, v), matrices):
+            s = a @ w  # [B,T,H,c]
+            share = jnp.exp(s - jax.lax.cumlogsumexp(s, axis=1))
+            slots.append(share[..., None] * a[..., None, :])
+        p = jax.nn.softmax(
+            jnp.einsum("bthd,bthcd->bthc", q, slots[0]) * q.shape[-1] ** -0.5)
+        o = jnp.einsum("bthc,bthcv->bthv", p, slots[1])
+        apart = jnp.linalg.norm(o - paper(q, k, v)) / jnp.linalg.norm(o)
+        return jnp.where(apart > 0.1, o, jnp.nan)
+
+    return attend
 
 
 def _layer(case) -> dict[str, np.ndarray]:
@@ -116,5 +182,8 @@ def _local(case) -> Callable:
 LAYERS: dict[str, Callable] = {
     "vanilla": _multihead(lambda case: Softmax(mask=Full())),
     "local": _multihead(_local),
+    "performer": _multihead(_performer_code),
+    "abc": _multihead(_normal_abc),
+    "abc_causal_repo_variant": _multihead(_abc_variant),
     "cosformer": _multihead(lambda case: CosFormer(causal=False, length=None)),
 }

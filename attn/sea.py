@@ -22,8 +22,8 @@ from attn.cache import kv as caches
 from attn.cache.kv import Cache
 from attn.contract.attention import MASKED, Attention, TemplateRow
 from attn.contract.dispatch import pick
-from attn.contract.eager import refuse
 from attn.contract.fields import check_fields
+from attn.contract.one_sequence import one_sequence
 from attn.contract.segments import locate
 from attn.contract.shapes import check
 from attn.contract.varying import gelu
@@ -150,20 +150,12 @@ class SEA(favor.Directions, nn.Module, Attention):
 
     def _valid(self, segments, q) -> tuple[jax.Array, jax.Array]:
         """Which tokens are no padding [B,T], and rows of more sequences [B,1,1,1]."""
-        b, t = q.shape[:2]
-        if segments is None:
-            return jnp.ones((b, t), bool), jnp.zeros((b, 1, 1, 1), bool)
-        if self.causal:
+        if self.causal and segments is not None:
             raise NotImplementedError(
                 "segments: convolutions and the mean of all values run over a row, "
                 "which has one sequence without padding in causal order"
             )
-        ids = segments.astype(jnp.int32)
-        some = ids > 0
-        least = jnp.where(some, ids, 2**31 - 1).min(1)
-        mixed = (ids.max(1) > least) & some.any(1)
-        refuse(mixed.any(), None, _one_sequence)
-        return some, mixed[:, None, None, None]
+        return one_sequence(segments, q)
 
     def _features(self, d: int) -> int:
         return max(int(d * math.log(d) / self.nb_factor), 1)
@@ -320,9 +312,3 @@ class SEA(favor.Directions, nn.Module, Attention):
                    for s in (own, dense))
         o = self._context(estimate, q, k, v)
         return both + ((o - context) ** 2).mean()
-
-
-def _one_sequence(_) -> NotImplementedError:
-    return NotImplementedError(
-        "segments: a row has one sequence, beside padding: expected one id"
-    )

@@ -41,6 +41,7 @@ from attn.h2o import H2O
 from attn.hip import HiP
 from attn.kivi import KIVI
 from attn.landmark import Landmark
+from attn.lara import LARA
 from attn.layers import MultiHead
 from attn.lightnet import LightNet
 from attn.lightning import Lightning
@@ -49,9 +50,11 @@ from attn.linformer import Linformer
 from attn.local import Local
 from attn.masks import Causal, Full, Sink, Window
 from attn.miras import Memora, Miras, Moneta, Yaad
+from attn.nystrom import Nystrom
 from attn.performer import Performer
 from attn.positions import ALiBi, RoPE
 from attn.prflash import PrFlash
+from attn.probsparse import ProbSparse
 from attn.pyramidkv import PyramidKV
 from attn.quest import Quest
 from attn.rat import RAT
@@ -344,6 +347,19 @@ ENTRIES = {
         Memora(chunk=4, expansion=2, eta_max=0.01), flops=1, decode=0, kernel=False,
         spread=False, packed=True, wraps="titans",
         in_v=False,
+    ),
+    # as many landmarks as tokens are exact attention
+    "nystrom": Entry(
+        Nystrom(landmarks=3), (Nystrom(landmarks=T), Softmax(mask=Full())), flops=1,
+        kernel=False, segmented=False, wraps="linformer",
+    ),
+    "lara": Entry(
+        LARA(landmarks=3), flops=1, kernel=False, segmented=False, wraps="linformer",
+    ),
+    # as many queries as there are
+    "probsparse": Entry(
+        ProbSparse(), (ProbSparse(factor=T), Softmax(mask=Full())), flops=1,
+        kernel=False, segmented=False, wraps="linformer",
     ),
     # directions are of K heads
     "performer": Entry(

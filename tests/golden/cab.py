@@ -15,9 +15,12 @@ import numpy as np
 
 from attn.abc import ABC
 from attn.cosformer import CosFormer
+from attn.lara import LARA
 from attn.local import Local
 from attn.masks import Full
+from attn.nystrom import Nystrom
 from attn.performer import Performer
+from attn.probsparse import ProbSparse
 from attn.softmax import Softmax
 from attn.sparse import favor
 from experiments.measure.compositional import compositional_index
@@ -89,6 +92,40 @@ def _performer_code(case) -> Callable:
             {}, q, k, v, w, None, where, method=Performer._as_code)
 
     return attend
+
+
+def _nystrom(case) -> Callable:
+    """The authors' code has zeros for keys and values at padding, and means over it."""
+    config, taps = case["config"], case["w/conv.weight"][:, 0, :, 0]
+    module = Nystrom(
+        landmarks=config["num_landmarks"], conv=taps.shape[1], shared_start=True,
+        scale=config["H"] / config["E"])
+
+    def attend(q, k, v, segments):
+        real = segments[1] > 0
+        k, v = (jnp.where(real[..., None, None], a, 0) for a in (k, v))
+        return module.apply(
+            {"params": {"conv": jnp.asarray(taps)}}, q, k, v, real,
+            jnp.ones_like(real), method="_attend")
+
+    return attend
+
+
+def _lara(case) -> Callable:
+    """In the authors' code means and lse are over padding too."""
+    attention = LARA(landmarks=case["config"]["num_landmarks"])
+
+    def attend(q, k, v, segments):
+        real = segments[1] > 0
+        return attention._attend(q, k, v, real, jnp.ones_like(real))
+
+    return attend
+
+
+def _probsparse(case) -> Callable:
+    attention = ProbSparse(factor=case["config"]["factor"])
+    return functools.partial(
+        attention, samples=jnp.asarray(case["index_sample"], jnp.int32))
 
 
 def _normal_abc(case) -> Callable:
@@ -182,6 +219,8 @@ def _local(case) -> Callable:
 LAYERS: dict[str, Callable] = {
     "vanilla": _multihead(lambda case: Softmax(mask=Full())),
     "local": _multihead(_local),
+    "lara": _multihead(_lara), "nystrom": _multihead(_nystrom),
+    "probsparse": _multihead(_probsparse, "{}_projection"),
     "performer": _multihead(_performer_code),
     "abc": _multihead(_normal_abc),
     "abc_causal_repo_variant": _multihead(_abc_variant),

@@ -48,6 +48,7 @@ from attn.lightning import Lightning
 from attn.lineartransformer import LinearTransformer
 from attn.linformer import Linformer
 from attn.local import Local
+from attn.longshort import LongShort
 from attn.masks import Causal, Full, Sink, Window
 from attn.miras import Memora, Miras, Moneta, Yaad
 from attn.nystrom import Nystrom
@@ -64,6 +65,7 @@ from attn.retnet import RetNet
 from attn.retrieval import Retrieval
 from attn.routing import Routing
 from attn.s2 import S2
+from attn.s4d import S4D
 from attn.saq import SAQ
 from attn.sinklora import SinkLoRA
 from attn.sea import SEA
@@ -360,6 +362,23 @@ ENTRIES = {
     "probsparse": Entry(
         ProbSparse(), (ProbSparse(factor=T), Softmax(mask=Full())), flops=1,
         kernel=False, segmented=False, wraps="linformer",
+    ),
+    # norms are over the channels of K heads
+    "longshort": Entry(
+        LongShort(window=3, chunk=4, memory=4), slot=4, kernel=False, segmented=False,
+        spread=False, in_v=False, long=LongShort(window=8, chunk=64, memory=64),
+    ),
+    "longshort_normal": Entry(
+        LongShort(window=3, rank=2, causal=False), flops=1, kernel=False,
+        segmented=False, spread=False, in_v=False, wraps="linformer",
+    ),
+    # it reads neither q nor k
+    "s4d": Entry(
+        S4D(state=4), same=(S4D(state=4, fft=True), S4D(state=4)), flops=1, decode=0,
+        kernel=False, packed=True, in_v=False,
+    ),
+    "s4d_normal": Entry(
+        S4D(state=4, causal=False), flops=1, kernel=False, in_v=False, wraps="s4d",
     ),
     # directions are of K heads
     "performer": Entry(
@@ -714,7 +733,8 @@ def test_padding_may_hold_anything(name):
         chex.assert_trees_all_equal(have, want)
     reads = said(getattr(attention, "module", attention), "needs_query")
     token = np.arange(T)[None] == np.array([[5], [5]])
-    for which in (0, 1, 2) if reads else (1, 2):
+    own = said(getattr(attention, "module", attention), "needs_key")
+    for which in (0,) * reads + (1,) * own + (2,):
         o, _ = run(attention, *spoilt(np.nan, token, (which,)), segments)
         assert np.isnan(o[:, 5]).any((1, 2)).all(), which
 

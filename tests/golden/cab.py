@@ -18,9 +18,11 @@ from attn.cosformer import CosFormer
 from attn.lara import LARA
 from attn.local import Local
 from attn.masks import Full
+from attn.longshort import LongShort
 from attn.nystrom import Nystrom
 from attn.performer import Performer
 from attn.probsparse import ProbSparse
+from attn.s4d import S4D
 from attn.softmax import Softmax
 from attn.sparse import favor
 from experiments.measure.compositional import compositional_index
@@ -216,10 +218,79 @@ def _local(case) -> Callable:
     return Local(window=config["wsize"], causal=config.get("causal", False))
 
 
+def _s4d(case) -> Callable:
+    """x is v of one head, whose outputs of H heads go through one projection."""
+    name = "w/kernel.kernel."
+    params = {n: jnp.asarray(case[name + n]).squeeze(0) if "w_" in n
+              else jnp.asarray(case[name + n])
+              for n in ("C", "log_dt", "log_w_real", "w_imag")}
+    params["D"] = jnp.asarray(case["w/D"])
+    config = case["config"]
+    module = S4D(
+        state=config["d_state"], causal=not config.get("bidirectional", False))
+    out, heads = _dense(case, "output_linear"), config["H"]
+
+    def layer(x, ctx):
+        q = jax.ShapeDtypeStruct((*x.shape[:2], heads, 1), x.dtype)
+        k = jax.ShapeDtypeStruct((*x.shape[:2], 1, 1), x.dtype)
+        o = module.apply({"params": params}, q, k, x[:, :, None])
+        return out(o.reshape(*x.shape[:2], -1))
+
+    return layer
+
+
+def _longshort(case) -> Callable:
+    """Its own projections; a layer norm of E channels is one of heads and channels."""
+    config, heads = case["config"], case["config"]["H"]
+    causal = config["mechanism"] == "ls_causal"
+    of = dict(zip("qkvo", ("proj_query", "proj_key", "proj_val", "proj_out") if causal
+                  else ("W_q", "W_k", "W_v", "W_o")))
+    q, k, v, out = (_dense(case, of[n]) for n in "qkvo")
+    by_head = lambda a: jnp.asarray(a).reshape(heads, -1)
+
+    def norm(name):
+        return {"scale": by_head(case[f"w/{name}.weight"]),
+                "bias": by_head(case[f"w/{name}.bias"])}
+
+    def dense(name):
+        weight = jnp.asarray(case[f"w/{name}.weight"]).T
+        return {"kernel": weight.reshape(weight.shape[0], heads, -1),
+                "bias": by_head(case[f"w/{name}.bias"])}
+
+    if causal:
+        assert np.allclose(case["w/pos_emb.inv_freq"], 1e4 ** (-np.arange(6) / 6))
+        module = LongShort(
+            rank=config["chunk_rank"], window=config["window_size"],
+            chunk=config["chunk_size"], memory=config["mem_len"])
+        place = jnp.asarray(case["w/r_net.weight"]).T
+        params = {
+            "compress": dense("dconv_1"), "norm_near": norm("dual_ln_win"),
+            "norm_far": norm("dual_ln_dproj"), "place_far": dense("r_net_chunk"),
+            "place": place.reshape(place.shape[0], heads, -1),
+            "asks": by_head(case["w/r_w_bias"]), "turns": by_head(case["w/r_r_bias"]),
+        }
+    else:
+        module = LongShort(
+            rank=config["num_landmarks"], window=config["window_size"], causal=False)
+        params = {"compress": dense("dconv_fc"), "norm_near": norm("dual_ln_l"),
+                  "norm_far": norm("dual_ln_s")}
+    pad = case.get("key_padding_mask")
+    ids = None if pad is None else jnp.asarray(1 - pad).astype(jnp.int32)
+
+    def layer(x, ctx):
+        split = lambda a: a.reshape(*a.shape[:2], heads, -1)
+        o = module.apply({"params": params}, split(q(x)), split(k(x)), split(v(x)),
+                         x=x, segments=ids)
+        return out(o.reshape(x.shape))
+
+    return layer
+
+
 LAYERS: dict[str, Callable] = {
     "vanilla": _multihead(lambda case: Softmax(mask=Full())),
     "local": _multihead(_local),
     "lara": _multihead(_lara), "nystrom": _multihead(_nystrom),
+    "s4d": _s4d, "ls_noncausal": _longshort, "ls_causal": _longshort,
     "probsparse": _multihead(_probsparse, "{}_projection"),
     "performer": _multihead(_performer_code),
     "abc": _multihead(_normal_abc),

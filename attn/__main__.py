@@ -1,5 +1,5 @@
-"""python -m attn: every attention with its paper, the patterns that it supports (noncausal
-and causal, self and cross attention), its cost and what a stream keeps."""
+"""python -m attn: every attention with its paper, its patterns (noncausal and causal,
+self and cross attention), its cost and what a stream keeps."""
 
 from __future__ import annotations
 

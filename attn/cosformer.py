@@ -8,8 +8,8 @@ of factors itself, lets far tokens fade.
     w_ts = relu(q_t).relu(k_s) cos(pi/2 (t - s)/M)
          = q'_t.k'_s,    x'_t = [relu(x_t) sin(pi t/2M), relu(x_t) cos(pi t/2M)]
 
-with positions from 1 and M the longer of the two lengths, so that no weight is negative.
-In causal order the sums end at t, one state of 2D x V and 2D numbers a head.
+with positions from 1 and M the longer of the two lengths, so that no weight is
+negative. In causal order the sums end at t, one state of 2D x (V + 1) numbers a head.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """LongShort (Zhu et al., 2021) arXiv:2107.02192: a window, and few rows for the rest.
 
-Far tokens are compressed by a projection that the tokens themselves decide: r rows, each
-a softmax over tokens of what a matrix says of them. A query has one softmax over both,
-the r rows and its window; two layer norms make their scales alike.
+Far tokens are compressed by a projection that the tokens themselves decide: r rows,
+each a softmax over tokens of what a matrix says of them. A query has one softmax over
+both, the r rows and its window; two layer norms make their scales alike.
 
     P = softmax_s(x W_p),    K~ = LN(P^T k),    V~ = LN(P^T v)
     o_t = softmax([q.K~ | q.k_near]) [V~ | v_near]
@@ -168,7 +168,8 @@ class LongShort(nn.Module, Attention):
         p, k, v = (long_short.blocks(a, self.chunk).swapaxes(0, 1) for a in (p, k, v))
         rows = long_short.compress(jax.nn.softmax(p, 2), Keys(k, v))  # [B,N,r,K,.]
         rows = [a.reshape(a.shape[0], -1, *a.shape[3:]) for a in rows]
-        return self._ordered(0, scaled, near, self._normed("far", self._behind(rows)), x)
+        far = self._normed("far", self._behind(rows))
+        return self._ordered(0, scaled, near, far, x)
 
     def _streamed(self, state, q, k, v, p, x):
         t, end = q.shape[1], state.end

@@ -4,7 +4,8 @@ Means of c spans of the sequence stand for all queries and all keys. The softmax
 against those, of those against those and of those against all make the whole matrix, as
 Nystrom's method has it, in time and memory linear in T:
 
-    o = F pinv(A) B v,    F = softmax(q k~^T),  A = softmax(q~ k~^T),  B = softmax(q~ k^T)
+    o = F pinv(A) B v,
+    F = softmax(q k~^T),    A = softmax(q~ k~^T),    B = softmax(q~ k^T)
 
 The inverse is a few steps of an iteration, float32, in products of matrices alone:
 

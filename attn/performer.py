@@ -56,11 +56,11 @@ class Performer(favor.Directions, nn.Module, Attention):
     features: m. The directions w [K,m,D], of each key head its own, orthogonal in
     groups of D, are a variable of the layer, `fixed/directions`, made of `seed`;
     `redrawn` gives those of a later time. A call with a `key` draws independent normal
-    ones instead, as the benchmark does in training. causal=False drops the order, for
-    self and cross attention. Two fields are of the form of its authors' code without an
-    order, whose result depends on the length of the row: eps (1e-4 there) is added to
-    features after these were divided by the greatest of all keys, and least (0.1) bounds
-    the denominator from below; with 0 the quotient is exact. Such a form in causal
+    ones instead, as the benchmark CAB does in training. causal=False drops the order,
+    for self and cross attention. Two fields are of the form of that benchmark's code
+    without an order, whose result depends on the length of the row: eps (1e-4) is added
+    to features after these were divided by the greatest of all keys, and least (0.1)
+    bounds the denominator from below; with 0 the quotient is exact. Such a form in causal
     order would depend on later tokens, and is refused. chunk: tokens of a block; it
     changes the time, not the result.
     """

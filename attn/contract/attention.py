@@ -44,10 +44,12 @@ class Attention:
 
     causal: no token sees a later one; where it is False there is no stream.
     crosses: without an order, keys may be of another sequence than queries are. mixes:
-    without an order, queries have a part in what others get (`attn/contract/patterns.py`
-    has what follows). needs_query, needs_key: it reads q, and k; if not, `MultiHead`
-    makes no projection and hands over the shape only. feature_dim: the width D that q and k are projected to, None for
-    E/H. out_norm, out_gate, gate_rank: what it asks `MultiHead` to do to its output.
+    without an order, queries have a part in what others get; what follows from both
+    stands in `attn/contract/patterns.py`.
+    needs_query, needs_key: it reads q, and k; if not, `MultiHead` makes no projection
+    and hands over the shape only. feature_dim: the width D that q and k are projected
+    to, None for E/H. out_norm, out_gate, gate_rank: what it asks `MultiHead` to do to
+    its output.
     noise: fields that make a call with a `key` random, if they are not 0.
     row: its row of the template.
     parameter_axes: the axes of each parameter, {end of its path: letters}: H heads and

@@ -100,11 +100,11 @@ class ABC(nn.Module, Attention):
         now = locate(segments, q.shape[0], q.shape[1], state.end, state.segment)
         segment = None if segments is None else now.segment
         axis = splits(self.axis, q.shape[1])
-        held, slots = zip(*(
+        (keys, read_k), (values, read_v) = (
             self._prefixes(*a, segment, axis)
-            for a in zip(state[:2], self._scores(k, v), (k, v))))
-        o = self._read(q, *slots).astype(v.dtype)
-        return ABCState(*held, now.next_pos, now.last_segment), o
+            for a in zip(state[:2], self._scores(k, v), (k, v)))
+        o = self._read(q, read_k, read_v).astype(v.dtype)
+        return ABCState(keys, values, now.next_pos, now.last_segment), o
 
     @nn.compact
     def _scores(self, k, v) -> list[jax.Array]:

@@ -123,11 +123,13 @@ class LongShort(nn.Module, Attention):
         b, _, heads, _ = k.shape
         rows = -(-size // self.chunk) * self.rank
         like = [(a.shape[-1], a.dtype) for a in (k, v)]
-        far = (jnp.zeros((b, rows, heads, n), jnp.float32) for n, _ in like)
-        near = (jnp.zeros((b, self.window - 1, heads, n), t) for n, t in like)
-        begun = (scan.empty(b, heads * self.rank, n) for n, _ in like)
+        far_k, far_v = (jnp.zeros((b, rows, heads, n), jnp.float32) for n, _ in like)
+        near_k, near_v = (
+            jnp.zeros((b, self.window - 1, heads, n), t) for n, t in like)
+        keys, values = (scan.empty(b, heads * self.rank, n) for n, _ in like)
         clock = jnp.zeros((b,), jnp.int32)
-        return LongShortState(*far, *near, *begun, clock, clock - 1)
+        return LongShortState(
+            far_k, far_v, near_k, near_v, keys, values, clock, clock - 1)
 
     def step(self, state, q, k, v, *, x=None, segments=None):
         """The next T tokens -> state, [B,T,H,V]. Past the state's size: ValueError, and
@@ -166,8 +168,8 @@ class LongShort(nn.Module, Attention):
         )))
         # by chunks [B,N,l,...], of which only whole ones are seen by later queries
         p, k, v = (long_short.blocks(a, self.chunk).swapaxes(0, 1) for a in (p, k, v))
-        rows = long_short.compress(jax.nn.softmax(p, 2), Keys(k, v))  # [B,N,r,K,.]
-        rows = [a.reshape(a.shape[0], -1, *a.shape[3:]) for a in rows]
+        made = long_short.compress(jax.nn.softmax(p, 2), Keys(k, v))  # [B,N,r,K,.]
+        rows = [a.reshape(a.shape[0], -1, *a.shape[3:]) for a in made]
         far = self._normed("far", self._behind(rows))
         return self._ordered(0, scaled, near, far, x)
 
@@ -181,7 +183,9 @@ class LongShort(nn.Module, Attention):
         slot = pos // self.chunk * self.rank  # of its first row
         slot = jnp.where(done, slot, state.k.shape[1])[..., None]
         slot = slot + jnp.arange(self.rank, dtype=jnp.int32)[None, None]  # [B,T,r]
-        scores, held, made = p.reshape(*p.shape[:2], -1), [], []
+        scores = p.reshape(*p.shape[:2], -1)
+        held: list = []
+        made: list = []
         for part, a in zip((state.keys, state.values), (k, v)):
             # what the chunk holds at each token: that of its last one is its rows
             after, rows = scan.prefix_softmax(
@@ -196,9 +200,10 @@ class LongShort(nn.Module, Attention):
                  for pair in zip((state.near_k, state.near_v), (k, v))]
         near = self._normed("near", Keys(*(a.astype(jnp.float32) for a in front)))
         o = self._ordered(end[0], q, near, self._normed("far", self._behind(far)), x)
-        after = LongShortState(
-            *far, *(a[:, t:] for a in front), *held, end + t, jnp.ones_like(end))
-        return after, o
+        last = [a[:, t:] for a in front]
+        return LongShortState(
+            far[0], far[1], last[0], last[1], held[0], held[1], end + t,
+            jnp.ones_like(end)), o
 
     def _behind(self, rows) -> Keys:
         """Rows behind those of the memory, which are zeros."""

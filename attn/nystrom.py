@@ -116,4 +116,5 @@ class Nystrom(nn.Module, Attention):
         init = nn.initializers.normal(taps**-0.5)
         w = self.param("conv", init, (v.shape[2], taps), jnp.float32)
         wide = jnp.pad(v, ((0, 0), (taps // 2, taps // 2), (0, 0), (0, 0)))
-        return sum(w[None, None, :, i, None] * wide[:, i:i + t] for i in range(taps))
+        taken = [w[None, None, :, i, None] * wide[:, i:i + t] for i in range(taps)]
+        return functools.reduce(jnp.add, taken)

@@ -60,9 +60,9 @@ class Performer(favor.Directions, nn.Module, Attention):
     for self and cross attention. Two fields are of the form of that benchmark's code
     without an order, whose result depends on the length of the row: eps (1e-4) is added
     to features after these were divided by the greatest of all keys, and least (0.1)
-    bounds the denominator from below; with 0 the quotient is exact. Such a form in causal
-    order would depend on later tokens, and is refused. chunk: tokens of a block; it
-    changes the time, not the result.
+    bounds the denominator from below; with 0 the quotient is exact. In causal order
+    such a form would depend on later tokens, and is refused. chunk: tokens of a block;
+    it changes the time, not the result.
     """
 
     features: int = 16

@@ -130,9 +130,9 @@ class S4D(nn.Module, Attention):
         f = functools.partial(
             self._over, x, filt, segment, (state.real, state.imag),
             splits(self.axis, t))
-        held, y = pick(self.implementation, xla=f)
+        (real, imag), y = pick(self.implementation, xla=f)
         o = gelu(y + direct * x).astype(v.dtype)
-        return S4DState(*held, now.next_pos, now.last_segment), o
+        return S4DState(real, imag, now.next_pos, now.last_segment), o
 
     @nn.compact
     def _made(self, q, v) -> tuple[jax.Array, list[Filter], jax.Array]:
@@ -154,7 +154,7 @@ class S4D(nn.Module, Attention):
         square = real * real + imag * imag
         hold = _times(top, (real / square, -imag / square))
         out = _times((2 * c[..., 0], 2 * c[..., 1]), tuple(a[None] for a in hold))
-        filters = [Filter(step, tuple(a[at:at + h] for a in out))
+        filters = [Filter(step, (out[0][at:at + h], out[1][at:at + h]))
                    for at in range(0, sides * h, h)]
         x = jnp.repeat(v.astype(jnp.float32), h // v.shape[2], 2)
         return x, filters, direct[None, None]

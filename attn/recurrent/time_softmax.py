@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -43,8 +43,8 @@ class Shares(NamedTuple):
     share: jax.Array
     log_decay: jax.Array
     z: jax.Array
-    top: jax.Array | None
-    total: jax.Array | None
+    top: Any
+    total: Any
 
 
 def shares(

@@ -1,4 +1,4 @@
-"""Performer: its features in float64, exponentials of any size, and what they estimate."""
+"""Performer: its features in float64, exponents of any size, what they estimate."""
 
 import jax
 import jax.numpy as jnp
@@ -71,7 +71,8 @@ def test_of_many_features_it_is_near_softmax():
 def test_a_key_draws_directions_of_its_own():
     module, args, variables = made(False, 7)
     fixed = apply(module, variables, *args)
-    a, b, c = (apply(module, variables, *args, key=jax.random.key(n)) for n in (1, 2, 1))
+    a, b, c = (
+        apply(module, variables, *args, key=jax.random.key(n)) for n in (1, 2, 1))
     close(a, c)
     assert np.abs(a - b).max() > 1e-3 < np.abs(a - fixed).max()
     again = module.redrawn(1, 8, K)

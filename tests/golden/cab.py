@@ -1,7 +1,8 @@
 """Adapter for cab.npz: layers of the benchmark's authors, and its index.
 
-Padded rows are checked as the authors' modules give them: they write a bias at padding,
-the library 0, so what is compared there is the output projection of 0.
+In their layers queries at padding ask, too, and in some means and maxima are over
+padding. The library reads nothing there, so those are asked behind the door at which
+padding becomes 0, and what they are told to count is said in each.
 """
 
 from __future__ import annotations

@@ -370,7 +370,7 @@ ENTRIES = {
     ),
     "longshort_normal": Entry(
         LongShort(window=3, rank=2, causal=False), flops=1, kernel=False,
-        segmented=False, spread=False, in_v=False, wraps="linformer",
+        segmented=False, spread=False, in_v=False, wraps="linformer", default=2,
     ),
     # it reads neither q nor k
     "s4d": Entry(

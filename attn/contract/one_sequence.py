@@ -31,6 +31,6 @@ def one_sequence(segments: Any, q: Any) -> tuple[jax.Array, jax.Array]:
 
 def _refusal(value: Any) -> Exception:
     return NotImplementedError(
-        "segments: several sequences in a row, expected one, with padding or without: "
-        "what is read is of the whole row"
+        "segments: several sequences in a row, expected one sequence, with padding or "
+        "without: what is read is of the whole row"
     )

@@ -7,14 +7,14 @@ import Landmark`, and imports no other; `python -m attn` lists them all.
 
 Exact attention       softmax
 Linear attention      lightning, retnet, gla, lightnet, based, delta, flow, essa,
-                      lineartransformer
-Low rank              linformer
-Recurrent             aaren, rat
+                      lineartransformer, performer, cosformer, lara
+Low rank              linformer, abc, nystrom, longshort
+Recurrent             aaren, rat, s4d
 Learned memories      titans, miras
 One form for all      dsf, template
 Fixed patterns        mixers
 Sparse, retrieval     landmark, s2, routing, combiner, sinklora, topk, hip,
-                      flexprefill, seer, sea, prflash
+                      flexprefill, seer, sea, prflash, local, probsparse
 Cache policies        streaming, h2o, tova, snapkv, pyramidkv, adakv, razor, duo,
                       quest, recycled, retrieval, actqkv, kivi, saq, cmr
 Around them           layers, masks, positions, grid, baseconv

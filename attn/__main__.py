@@ -1,8 +1,10 @@
-"""python -m attn: every attention with its paper, its cost and what a stream keeps."""
+"""python -m attn: every attention with its paper, its patterns (noncausal and causal,
+self and cross attention), its cost and what a stream keeps."""
 
 from __future__ import annotations
 
 import ast
+import contextlib
 import importlib
 import inspect
 import pathlib
@@ -14,6 +16,9 @@ import jax.numpy as jnp
 from rich import box
 from rich.console import Console
 from rich.table import Table
+
+from attn.contract.patterns import PATTERNS, patterns
+from attn.masks import Full
 
 SIZES = 4096, 16384
 # q, k, v [B,T,H,D] and the tokens x [B,T,E] of the streams that are measured
@@ -40,16 +45,29 @@ def kept(attention: Any, size: int) -> int | None:
     return sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(state))
 
 
+def supported(cls: Any) -> tuple[str, ...]:
+    """The patterns of a class: of its default, and of those of its settings that change
+    the order of tokens."""
+    found: set[str] = set()
+    for fields in ({}, {"causal": True}, {"causal": False}, {"mask": Full()}):
+        if fields.keys() <= cls.__dataclass_fields__.keys():
+            with contextlib.suppress(ValueError):  # it is not made so
+                found |= set(patterns(cls(**fields)))
+    return tuple(name for name in PATTERNS if name in found)
+
+
 def main() -> None:
     """Prints the table."""
     *_, heads, width = SHAPES[0]
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True, caption=(
         f"kept: MB of a stream, {heads} heads of width {width}, bfloat16, default "
-        "settings; -: no stream. Cost: of L tokens, D channels, m features, rank r, "
+        "settings; -: no stream. Patterns: N noncausal, C causal; S self, C cross. "
+        "Cost: of L tokens, D channels, m features, rank r, "
         "blocks of b."))
     table.add_column("attention", no_wrap=True)
     table.add_column("paper")
     table.add_column("arXiv", no_wrap=True)
+    table.add_column("patterns", no_wrap=True)
     for size in SIZES:
         table.add_column(f"kept of\n{size:,}", justify="right", no_wrap=True)
     table.add_column("cost")
@@ -59,7 +77,9 @@ def main() -> None:
             continue  # a mixer of tokens, an analysis of others
         sizes = (kept(made(), size) for size in SIZES)
         cells = ("-" if n is None else f"{n / 1e6:,.2f}" for n in sizes)
-        table.add_row(name, *paper, *cells, made.row.cost)
+        own = supported(made)
+        marks = " ".join(p if p in own else "  " for p in PATTERNS)
+        table.add_row(name, *paper, marks, *cells, made.row.cost)
     Console().print(table)
 
 

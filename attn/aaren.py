@@ -25,10 +25,8 @@ from attn.contract.dispatch import pick
 from attn.contract.fields import check_fields
 from attn.contract.segments import locate, segment_indices
 from attn.contract.shapes import check
-from attn.parallel.sharding import (
-    Axis, gather, over_mesh, splits, spread_heads, stacked
-)
-from attn.recurrent.noncausal import by_segment
+from attn.parallel.sharding import Axis, over_mesh, splits, spread_heads, stacked
+from attn.recurrent.pooled_softmax import pooled_softmax
 from attn.recurrent.scan import SoftmaxState, empty, merge, prefix_softmax, total
 
 
@@ -151,17 +149,6 @@ class Aaren(nn.Module, Attention):
 
     def _pool_segments(self, scores, v, q_segment, kv_segment) -> jax.Array:
         """The answer over all keys of each token's segment [B,T,H,V]."""
-        scores, v, kv_segment = (gather(a, self.axis) for a in (scores, v, kv_segment))
-        # a query stands behind the keys of its segment, as a token that weighs nothing
-        keys = jnp.stack([scores, jnp.ones_like(scores)], -1)  # [B,S,H,2], 0 at queries
-
-        def read(q, keys, v, segment):
-            s = jnp.where(keys[..., 1] > 0, keys[..., 0], -jnp.inf)
-            return prefix_softmax(
-                s, v, segment=segment, chunk=self.chunk, dtype=v.dtype,
-                implementation=self.implementation)[1]
-
-        nobody = jnp.zeros(
-            (*q_segment.shape, 1, 1), v.dtype
-        )  # queries bring no numbers
-        return by_segment(read, nobody, keys, v, q_segment, kv_segment)
+        return pooled_softmax(
+            scores, v, q_segment, kv_segment, chunk=self.chunk, axis=self.axis,
+            implementation=self.implementation)

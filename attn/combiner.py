@@ -72,6 +72,7 @@ class Combiner(Attention):
     scale: float | None = None
     axis: Axis | None = None
     implementation: str | None = None
+    crosses = False
     row = TemplateRow(MASKED, "L b D + L^2 D / b, or L log L D", 2)
 
     def __post_init__(self):

@@ -46,6 +46,7 @@ class Essa(Attention):
     axis: Axis | None = None
     implementation: str | None = None
     causal = False
+    crosses = property(lambda self: not self.residual)
     row = TemplateRow(FACTORS, "L m D", 1)
 
     def __post_init__(self):

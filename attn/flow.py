@@ -79,6 +79,7 @@ class Flow(Attention):
     chunk: int = 64
     axis: Axis | None = None
     implementation: str | None = None
+    mixes = True  # in both forms sums over queries are what keys compete by
     row = TemplateRow(FACTORS, "L m D", 1)
 
     def __post_init__(self):

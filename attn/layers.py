@@ -196,11 +196,13 @@ class MultiHead(Layer):
     def _check_context(self) -> None:
         """An attention that reads queries and keys in step has no use for a context."""
         name = type(self.attention).__name__
+        # what is no attention of this library may take one
         in_step = getattr(self.attention, "causal", False)
-        if hasattr(self.attention, "of_context") or not in_step:
+        crosses = said(self.attention, "crosses")
+        if crosses and (hasattr(self.attention, "of_context") or not in_step):
             return
         fields = {f.name for f in dataclasses.fields(self.attention)}
-        expected = f"{name}(causal=False)" if "causal" in fields else (
+        expected = f"{name}(causal=False)" if "causal" in fields and crosses else (
             "one without a causal order, as Softmax()")
         raise ValueError(
             f"context: {name} reads queries and keys in step, expected {expected}"
@@ -292,18 +294,22 @@ class MultiHead(Layer):
         else:
             # of a query that nobody reads, the shape alone
             q = jax.ShapeDtypeStruct((*x.shape[:2], self.heads, d), self.dtype)
-        k = dense((keys, d), name="k")(source)  # [B,S,K,D]
+        needs_key = said(self.attention, "needs_key")
+        if needs_key:
+            k = dense((keys, d), name="k")(source)  # [B,S,K,D]
+        else:
+            k = jax.ShapeDtypeStruct((*source.shape[:2], keys, d), self.dtype)
         v = dense((keys, v_dim), name="v")(source)  # [B,S,K,V]
         if self.qkv_act:
             q = nn.silu(q) if needs_query else q
-            k, v = nn.silu(k), nn.silu(v)
+            k, v = nn.silu(k) if needs_key else k, nn.silu(v)
         if self.qk_norm:
             axes = OVER["all" if self.qk_norm == "all" else "head"]
             q = self.norm.module(self.dtype, "q_norm", axes)(q) if needs_query else q
-            k = self.norm.module(self.dtype, "k_norm", axes)(k)
+            k = self.norm.module(self.dtype, "k_norm", axes)(k) if needs_key else k
         if self.position is not None and not self._takes_rope():
             q = self.position.rotate(q, q_pos) if needs_query else q
-            k = self.position.rotate(k, kv_pos)
+            k = self.position.rotate(k, kv_pos) if needs_key else k
         return q, k, v
 
 

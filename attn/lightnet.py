@@ -33,9 +33,8 @@ from attn.recurrent.causal import linear_attention, linear_attention_step
 from attn.recurrent.chunks import only
 from attn.recurrent.linear import LinearState
 from attn.recurrent.noncausal import noncausal
-from attn.recurrent.scan import prefix_scan
+from attn.recurrent.time_softmax import largest, nothing, shares
 
-LOW = -1e30  # the largest of no keys; finite, as differences of two have to be
 ACTIVATIONS = ("silu", None)
 
 
@@ -55,15 +54,6 @@ class LightNetState(NamedTuple):
     def z(self) -> jax.Array:
         """log of the sum of exp(keys) [B,H,D], -inf before the first."""
         return self.top + jnp.log(self.total)
-
-
-class Mass(NamedTuple):
-    """The sum of exp(keys) = exp(top) total, [...,D] float32: the largest key, and a
-    sum that is measured from it. Keys of any size are safe then, and differences of two
-    masses, or of a key and one, keep the precision that a small number has."""
-
-    top: jax.Array
-    total: jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,38 +165,11 @@ class LightNet(Attention):
 
     def _shares(self, k, segment, before: tuple, axis: Axis | None, ends: bool = True):
         """exp(k_t - z_t), z_{t-1} - z_t [B,T,H,D], and the sums after all tokens, or
-        None and None. Over a mesh these sums [B,H,D] are gathered before the states,
-        whose decays depend on them."""
-        f = functools.partial(self._running, axis, ends)
-        letters = "BTHD BT BHD BHD -> BTHD BTHD BHD BHD"
-        return over_mesh(f, letters, axis)(k, segment, *before)
-
-    def _running(self, axis: Axis | None, ends: bool, k, segment, *before) -> tuple:
-        # a constant: top + log(total) does not depend on where it is measured from
-        top, held = jax.lax.stop_gradient(k), Mass(*before)
-        # the mass in front of a token, and its own: exp(k - top) = 1, with k's gradient
-        token = Mass(*nothing(k.shape)), Mass(top, jnp.exp(k - top))
-        after, (last, now) = prefix_scan(
-            _shifted, token, state=(held, held), segment=segment, chunk=self.chunk,
-            axis=axis, ends=ends,
-        )
-        (old_top, old), (new_top, new) = (self._begun(a) for a in (last, now))
-        real = None if segment is None else (segment > 0)[..., None, None]
-        # exp(k_t - z_t), z = top + log(total)
-        share = only(real, jnp.exp(only(real, k - new_top)) / new)
-        log_decay = old_top - new_top + jnp.log(old) - jnp.log(new)  # z_{t-1} - z_t
-        # rounding may make it positive, but no decay is
-        log_decay = jnp.where(log_decay > 0, 0, log_decay)
-        return share, log_decay, *(after[1] if ends else (None, None))
-
-    def _begun(self, mass: Mass) -> tuple[jax.Array, jax.Array]:
-        """top and total > 0 with what stands in front of the first token."""
-        top, total = mass.top, mass.total
-        if self.init_lse > -math.inf:
-            top = jnp.maximum(top, self.init_lse)
-            # exp(init_lse), below the same top
-            total = total * jnp.exp(mass.top - top) + jnp.exp(self.init_lse - top)
-        return top, jnp.where(total > 0, total, 1)
+        None and None."""
+        found = shares(
+            k, segment, before, chunk=self.chunk, axis=axis, init_lse=self.init_lse,
+            ends=ends)
+        return found.share, found.log_decay, found.top, found.total
 
     def _noncausal(self, q, k, v, segments) -> jax.Array:
         """Every query sees every key of its segment, or simply every key."""
@@ -228,7 +191,7 @@ class LightNet(Attention):
     def _softmax(self, k, segment) -> jax.Array:
         """exp(k_s - z) [B,S,H,D], z over all keys of the segment."""
         top = jax.lax.stop_gradient(k)  # it cancels: no gradient
-        top = top.max(1, keepdims=True) if segment is None else _largest(top, segment)
+        top = top.max(1, keepdims=True) if segment is None else largest(top, segment)
         top = jnp.maximum(top, self.init_lse)
         each = jnp.exp(k - top)  # [B,S,H,D]
         if segment is None:
@@ -244,27 +207,3 @@ class LightNet(Attention):
         return noncausal(
             one, one, each, q_segment=segment, kv_segment=segment, axis=self.axis
         )
-
-
-def nothing(shape: tuple[int, ...]) -> Mass:
-    """The mass of no keys."""
-    return Mass(jnp.full(shape, LOW, jnp.float32), jnp.zeros(shape, jnp.float32))
-
-
-def _joined(a: Mass, b: Mass) -> Mass:
-    """The mass of the keys of both."""
-    top = jnp.maximum(a.top, b.top)
-    return Mass(top, a.total * jnp.exp(a.top - top) + b.total * jnp.exp(b.top - top))
-
-
-def _shifted(a: tuple[Mass, Mass], b: tuple[Mass, Mass]) -> tuple[Mass, Mass]:
-    """`_joined` of stretches of tokens, first without the last token of them."""
-    return _joined(a[1], b[0]), _joined(a[1], b[1])
-
-
-def _largest(k: jax.Array, segment: jax.Array) -> jax.Array:
-    """The largest of k [B,S,H,D] in each token's segment [B,S], numbered up to S."""
-    many = k.shape[1] + 1
-    # by row: [S,H,D] -> [S+1,H,D]
-    best = jax.vmap(lambda a, r: jax.ops.segment_max(a, r, many))(k, segment)
-    return jnp.take_along_axis(best, segment[..., None, None], 1)

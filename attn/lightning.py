@@ -94,6 +94,8 @@ class Lightning(Attention):
     chunk: int = 64
     axis: Axis | None = None
     implementation: str | None = None
+    # a decay is of distances in one sequence
+    crosses = property(lambda self: self.slopes == "none")
     row = TemplateRow(RECURRENT, "L m D", 1)
 
     def __post_init__(self):

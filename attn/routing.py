@@ -93,6 +93,8 @@ class Routing(nn.Module, Attention):
     scale: float | None = None
     axis: Axis | None = None
     implementation: str | None = None
+    crosses = property(lambda self: not self.share_qk)
+    mixes = True  # members of a cluster are chosen among all queries
     row = TemplateRow(MASKED, "L C D + C w^2 D", 2)
     parameter_axes = {
         "kmeans/mean": "HRD", "kmeans/total": "HRD", "kmeans/number": "HR",

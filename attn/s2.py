@@ -69,6 +69,7 @@ class S2(Attention):
     axis: Axis | None = None
     exchange: str = "gather"
     implementation: str | None = None
+    crosses = False
     row = TemplateRow(MASKED, "L w D + L^2 D / stride", 2)
 
     def __post_init__(self):

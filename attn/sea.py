@@ -22,8 +22,8 @@ from attn.cache import kv as caches
 from attn.cache.kv import Cache
 from attn.contract.attention import MASKED, Attention, TemplateRow
 from attn.contract.dispatch import pick
-from attn.contract.eager import refuse
 from attn.contract.fields import check_fields
+from attn.contract.one_sequence import one_sequence
 from attn.contract.segments import locate
 from attn.contract.shapes import check
 from attn.contract.varying import gelu
@@ -56,7 +56,7 @@ class Estimate(NamedTuple):
     length: jax.Array
 
 
-class SEA(nn.Module, Attention):
+class SEA(favor.Directions, nn.Module, Attention):
     """SEA (Lee et al., 2023) arXiv:2310.01777: sparse attention by an estimated mask.
 
     columns K of the estimate; keep k: keys that a head reads in the mean over heads (a
@@ -91,6 +91,7 @@ class SEA(nn.Module, Attention):
     scale: float | None = None
     axis: Axis | None = None
     implementation: str | None = None
+    crosses = False
     row = TemplateRow(MASKED, "L m D + L K H^2 + r L D", 1)
     parameter_axes = {
         "enc/kernel": "FR", "enc/bias": "R", "enc_norm/*": "R", "gate/kernel": "FR",
@@ -149,28 +150,15 @@ class SEA(nn.Module, Attention):
 
     def _valid(self, segments, q) -> tuple[jax.Array, jax.Array]:
         """Which tokens are no padding [B,T], and rows of more sequences [B,1,1,1]."""
-        b, t = q.shape[:2]
-        if segments is None:
-            return jnp.ones((b, t), bool), jnp.zeros((b, 1, 1, 1), bool)
-        if self.causal:
+        if self.causal and segments is not None:
             raise NotImplementedError(
                 "segments: convolutions and the mean of all values run over a row, "
                 "which has one sequence without padding in causal order"
             )
-        ids = segments.astype(jnp.int32)
-        some = ids > 0
-        least = jnp.where(some, ids, 2**31 - 1).min(1)
-        mixed = (ids.max(1) > least) & some.any(1)
-        refuse(mixed.any(), None, _one_sequence)
-        return some, mixed[:, None, None, None]
+        return one_sequence(segments, q)
 
     def _features(self, d: int) -> int:
         return max(int(d * math.log(d) / self.nb_factor), 1)
-
-    def redrawn(self, time: int, d: int) -> jax.Array:
-        """The random directions [m,D] after `time` redraws, for `fixed/directions`."""
-        key = jax.random.fold_in(jax.random.key(self.seed), time)
-        return favor.projection(key, self._features(d), d)
 
     @nn.compact
     def _estimate(self, q, k, v, valid, state: SEAState | None):
@@ -198,12 +186,6 @@ class SEA(nn.Module, Attention):
         total = (0 if state is None else state.total) + jnp.where(
             valid[..., None, None], wide[2], 0).sum(1)
         return Estimate(scores, context, gates, valid, seen), (memory, tails, total)
-
-    def _directions(self, d: int) -> jax.Array:
-        draw = functools.partial(self.redrawn, 0, d)
-        if self.is_initializing() or self.has_variable("fixed", "directions"):
-            return self.variable("fixed", "directions", draw).value
-        return draw()
 
     def _lengths(self, valid, state) -> jax.Array:
         """How many keys each token sees [B,T]."""
@@ -330,9 +312,3 @@ class SEA(nn.Module, Attention):
                    for s in (own, dense))
         o = self._context(estimate, q, k, v)
         return both + ((o - context) ** 2).mean()
-
-
-def _one_sequence(_) -> NotImplementedError:
-    return NotImplementedError(
-        "segments: a row has one sequence, beside padding: expected one id"
-    )

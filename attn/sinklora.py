@@ -112,6 +112,7 @@ class SinkLoRA(Attention):
     axis: Axis | None = None
     exchange: str = "gather"
     implementation: str | None = None
+    crosses = False
     row = TemplateRow(MASKED, "L (w + s) D", 1)
 
     def __post_init__(self):

@@ -95,7 +95,7 @@ class Softmax(Attention):
         T > S queries in causal order the first T - S see nothing, and give 0.
         """
         refuse_keywords(self, unknown)
-        check(q, k, v, segments=segments)
+        check(q, k, v, segments=segments, aligned=not self.crosses)
         if self.axis is None and self.exchange not in GATHER:
             warnings.warn(
                 f"exchange={self.exchange!r} without an axis exchanges nothing: "

@@ -22,12 +22,15 @@ import numpy as np
 import pytest
 
 from attn.aaren import Aaren
+from attn.abc import ABC
 from attn.actqkv import ActQKV
 from attn.adakv import AdaKV
 from attn.based import Based
 from attn.combiner import Combiner
 from attn.contract import dispatch
 from attn.contract.attention import said
+from attn.contract.patterns import of_context, patterns
+from attn.cosformer import CosFormer
 from attn.delta import Delta
 from attn.duo import Duo
 from attn.essa import Essa
@@ -38,15 +41,21 @@ from attn.h2o import H2O
 from attn.hip import HiP
 from attn.kivi import KIVI
 from attn.landmark import Landmark
+from attn.lara import LARA
 from attn.layers import MultiHead
 from attn.lightnet import LightNet
 from attn.lightning import Lightning
 from attn.lineartransformer import LinearTransformer
 from attn.linformer import Linformer
+from attn.local import Local
+from attn.longshort import LongShort
 from attn.masks import Causal, Full, Sink, Window
 from attn.miras import Memora, Miras, Moneta, Yaad
+from attn.nystrom import Nystrom
+from attn.performer import Performer
 from attn.positions import ALiBi, RoPE
 from attn.prflash import PrFlash
+from attn.probsparse import ProbSparse
 from attn.pyramidkv import PyramidKV
 from attn.quest import Quest
 from attn.rat import RAT
@@ -56,6 +65,7 @@ from attn.retnet import RetNet
 from attn.retrieval import Retrieval
 from attn.routing import Routing
 from attn.s2 import S2
+from attn.s4d import S4D
 from attn.saq import SAQ
 from attn.sinklora import SinkLoRA
 from attn.sea import SEA
@@ -238,6 +248,16 @@ ENTRIES = {
     "window": Entry(
         Softmax(SINKS, softcap=5.0, score=ALiBi(4), exchange="ring"), flops=1, decode=0
     ),
+    # windows that reach every token
+    "local": Entry(
+        Local(window=5), (Local(window=T), Softmax()), flops=1, decode=0,
+        wraps="softmax",
+    ),
+    "local_normal": Entry(
+        Local(window=3, causal=False),
+        (Local(window=T, causal=False), Softmax(mask=Full())), flops=1,
+        wraps="softmax",
+    ),
     "lightning": Entry(
         Lightning(), same=(Lightning(), Lightning(chunk=4)), flops=1, decode=0
     ),
@@ -277,6 +297,14 @@ ENTRIES = {
         Aaren(), same=(Aaren(chunk=4), Aaren()), flops=1, decode=0, packed=True
     ),
     "aaren_pool": Entry(Aaren(causal=False), flops=1, kernel=False),
+    "abc": Entry(
+        ABC(landmarks=3), same=(ABC(landmarks=3, chunk=4), ABC(landmarks=3)), flops=1,
+        decode=0, packed=True, in_v=False,
+    ),
+    "abc_normal": Entry(
+        ABC(landmarks=3, causal=False), flops=1, kernel=False, wraps="aaren_pool",
+        in_v=False,
+    ),
     # the convolutions of the delta rule have weights for the channels of K heads
     "delta": Entry(
         Delta(), same=(Delta(chunk=4), Delta()), flops=1, decode=0, spread=False,
@@ -321,6 +349,61 @@ ENTRIES = {
         Memora(chunk=4, expansion=2, eta_max=0.01), flops=1, decode=0, kernel=False,
         spread=False, packed=True, wraps="titans",
         in_v=False,
+    ),
+    # as many landmarks as tokens are exact attention
+    "nystrom": Entry(
+        Nystrom(landmarks=3), (Nystrom(landmarks=T), Softmax(mask=Full())), flops=1,
+        kernel=False, segmented=False, wraps="linformer",
+    ),
+    "lara": Entry(
+        LARA(landmarks=3), flops=1, kernel=False, segmented=False, wraps="linformer",
+    ),
+    # as many queries as there are
+    "probsparse": Entry(
+        ProbSparse(), (ProbSparse(factor=T), Softmax(mask=Full())), flops=1,
+        kernel=False, segmented=False, wraps="linformer",
+    ),
+    # norms are over the channels of K heads
+    "longshort": Entry(
+        LongShort(window=3, chunk=4, memory=4), slot=4, kernel=False, segmented=False,
+        spread=False, in_v=False, long=LongShort(window=8, chunk=64, memory=64),
+    ),
+    "longshort_normal": Entry(
+        LongShort(window=3, rank=2, causal=False), flops=1, kernel=False,
+        segmented=False, spread=False, in_v=False, wraps="linformer", default=2,
+    ),
+    # it reads neither q nor k
+    "s4d": Entry(
+        S4D(state=4), same=(S4D(state=4, fft=True), S4D(state=4)), flops=1, decode=0,
+        kernel=False, packed=True, in_v=False,
+    ),
+    "s4d_normal": Entry(
+        S4D(state=4, causal=False), flops=1, kernel=False, in_v=False, wraps="s4d",
+    ),
+    # directions are of K heads
+    "performer": Entry(
+        Performer(features=6), same=(Performer(features=6, chunk=4),
+                                     Performer(features=6)),
+        flops=1, decode=0, spread=False, packed=True, wraps="lightnet",
+    ),
+    "performer_normal": Entry(
+        Performer(features=6, causal=False), flops=1, kernel=False, spread=False,
+        wraps="lightnet_normal",
+    ),
+    "performer_code": Entry(
+        Performer(features=6, causal=False, eps=1e-4, least=0.1),
+        same=(Performer(features=6, causal=False, eps=1e-12),
+              Performer(features=6, causal=False)),
+        flops=1, kernel=False, spread=False, wraps="lightnet_normal",
+    ),
+    "cosformer": Entry(
+        CosFormer(length=512), same=(CosFormer(chunk=3), CosFormer()), flops=1,
+        decode=0, wraps="lightning", long=CosFormer(length=2**17),
+    ),
+    "cosformer_normal": Entry(
+        CosFormer(causal=False, length=None),
+        same=(CosFormer(causal=False, length=T), CosFormer(causal=False, length=None)),
+        flops=1, kernel=False, wraps="flow_normal",
     ),
     "lineartransformer": Entry(
         LinearTransformer(), same=(LinearTransformer(chunk=3), LinearTransformer()),
@@ -650,7 +733,8 @@ def test_padding_may_hold_anything(name):
         chex.assert_trees_all_equal(have, want)
     reads = said(getattr(attention, "module", attention), "needs_query")
     token = np.arange(T)[None] == np.array([[5], [5]])
-    for which in (0, 1, 2) if reads else (1, 2):
+    own = said(getattr(attention, "module", attention), "needs_key")
+    for which in (0,) * reads + (1,) * own + (2,):
         o, _ = run(attention, *spoilt(np.nan, token, (which,)), segments)
         assert np.isnan(o[:, 5]).any((1, 2)).all(), which
 
@@ -843,6 +927,51 @@ def test_stepping_through_packed_segments(name, piece):
     o, state = stream(ENTRIES[name].attention, q, k, v, 2 * T, piece, segments)
     close(o, whole(name, packed=True)[0])
     assert state.end.tolist() == [8, 8]
+
+
+@LAW
+def test_the_patterns_are_those_it_says(name):
+    """Of the four of `attn/contract/patterns.py` it has those and no other: prefixes
+    end as the whole does, a context is seen whole, its queries are read one by one."""
+    attention = ENTRIES[name].attention
+    module = getattr(attention, "module", attention)
+    found, (q, k, v) = patterns(module), inputs()
+    assert ("CS" in found) != ("NS" in found)
+    o, whole_grads = whole(name)
+    if "CS" in found and said(module, "ahead") is not None:
+        for n in (1, 7):  # of lengths that are no multiple of a chunk
+            prefix, _ = run(attention, *(a[:, :n] for a in (q, k, v)))
+            close(prefix[:, -1], o[:, n - 1])
+        if ENTRIES[name].segmented:  # and longer ones, with padding behind
+            ends = np.array([9, 15])
+            only = jnp.asarray(np.arange(T) < ends[:, None], jnp.int32)
+            prefix, _ = run(attention, q, k, v, only)
+            rows = np.arange(B)
+            close(prefix[rows, ends - 1], o[rows, ends - 1])
+    elif "NS" in found:
+        first = (jnp.arange(T) == 0)[None, :, None, None]
+        do = jnp.broadcast_to(first, o.shape).astype(jnp.float32)
+        _, grads = run(attention, q, k, v, do=do)
+        assert np.abs(grads[2][:, 1:]).max() > 0  # a later one is seen by the first
+    reads = of_context(module)
+    if reads is None or ENTRIES[name].ordered and not hasattr(module, "of_context"):
+        assert not {"NC", "CC"} & set(found)
+        x, context = jnp.zeros((1, T, 16)), jnp.zeros((1, 5, 16))
+        if getattr(module, "mask", None) is None:  # a mask of its own reads a part
+            with pytest.raises(ValueError, match="context: |expected|mask="):
+                jax.eval_shape(
+                    functools.partial(MultiHead(module, heads=H).init, context=context),
+                    jax.random.key(0), x)
+        return
+    crossing = Learned(reads) if isinstance(attention, Learned) else reads
+    # a few queries of another sequence, of which the last is then another one
+    few, other = inputs(seed=3, t=5)[0], inputs(seed=4, t=5)[0]
+    last = (jnp.arange(5) == 4)[None, :, None, None]
+    do = jnp.ones((B, 5, H, V))
+    o, grads = run(crossing, few, k, v, do=do)
+    assert (np.abs(grads[2]).max((2, 3)) > 0).all()  # every key is seen
+    moved, _ = run(crossing, jnp.where(last, other, few), k, v, do=do)
+    assert ("CC" in found) == bool((moved[:, :-1] == o[:, :-1]).all())
 
 
 @LAW

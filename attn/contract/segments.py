@@ -99,11 +99,11 @@ def _located(segments, batch, length, next_pos, last_segment) -> TokenPositions:
 def align_last(q_segment, kv_segment) -> jax.Array:
     """How much further on the queries of a pair of segments [B,T], [B,S] stand, [B,T],
     so that the last query of a sequence stands at its last key."""
-    mine = _count(kv_segment, q_segment)
-    return jnp.where(q_segment > 0, mine - _count(q_segment, q_segment), 0)
+    mine = count(kv_segment, q_segment)
+    return jnp.where(q_segment > 0, mine - count(q_segment, q_segment), 0)
 
 
-def _count(keys: jax.Array, ids: jax.Array) -> jax.Array:
+def count(keys: jax.Array, ids: jax.Array) -> jax.Array:
     """How often each of ids [B,T] stands in keys [B,S], in memory linear in T and S."""
     ordered = jnp.sort(keys, axis=1)
 

@@ -20,9 +20,11 @@ from attn.cache import kv as caches
 from attn.cache import sharded as shardcache
 from attn.contract.attention import EXACT, Attention, TemplateRow
 from attn.contract.calls import refuse_keywords
+from attn.contract.effective import by_derivative
 from attn.contract.fields import check_fields
 from attn.contract.segments import TokenPositions, align_last, locate
 from attn.contract.shapes import check
+from attn.exact import dense
 from attn.exact.attend import attend, with_mask
 from attn.exact.logits import Dropout, LogitSpec, Where
 from attn.masks import Causal, Full, Mask
@@ -108,6 +110,33 @@ class Softmax(Attention):
         counted = segments is None and q.shape[1] == k.shape[1]
         where = self._where(q, k, segments)
         return self._attend(q, k, v, where, bias, sink, key, counted)
+
+    def weights(
+        self, q, k, v, heads, rows, *, x=None, segments=None, bias=None, sink=None,
+        **options,
+    ):
+        """What a call gives each key, [B,n,m,S] float32, of n query heads [n] and m
+        rows [m] alone: made again from q and k, whatever implementation attends.
+        Arguments are those of a call."""
+        if type(self).__call__ is not Softmax.__call__:
+            more = {"segments": segments, "x": x}
+            more |= {} if sink is None else {"sink": sink}
+            return by_derivative(self, q, k, v, heads, rows, **more, **options)
+        here = dense.everywhere(self._where(q, k, segments), q, k)
+        own = here.q_segment
+        few = Where(
+            here.q_pos[:, rows], here.kv_pos, own if own is None else own[:, rows],
+            here.kv_segment, here.head[heads],
+        )
+        keys = k[:, :, heads // (q.shape[2] // k.shape[2])]
+        # of [B,m,n,D] and [B,S,n,D]
+        s = dense.logits(q[:, rows][:, :, heads], keys, self.scale)
+        s = dense.formed(s, self._spec(), few)
+        if bias is not None:
+            wide = (*bias.shape[:1], q.shape[2], q.shape[1], bias.shape[3])
+            s = s + jnp.broadcast_to(bias, wide)[:, heads][:, :, rows]
+        seen = dense.allowed(self.visible, few)
+        return dense.weights(s, seen, None if sink is None else sink[heads])
 
     def init_state(self, size, q, k, v, *, x=None):
         """An empty memory for `size` tokens; q, k, v give shapes and dtypes."""

@@ -120,12 +120,20 @@ class Softmax(Attention):
         Arguments are those of a call."""
         if type(self).__call__ is not Softmax.__call__:
             more = {"segments": segments, "x": x}
-            more |= {} if sink is None else {"sink": sink}
+            more |= {name: a for name, a in (("bias", bias), ("sink", sink))
+                     if a is not None}
             return by_derivative(self, q, k, v, heads, rows, **more, **options)
-        here = dense.everywhere(self._where(q, k, segments), q, k)
+        return self._rows(q, k, self._where(q, k, segments), heads, rows, bias, sink)[0]
+
+    def _rows(self, q, k, where: Where, heads, rows, bias=None, sink=None):
+        """Weights [B,n,m,S] of n heads and m rows, and which keys are seen, booleans
+        that broadcast to them."""
+        here = dense.everywhere(where, q, k)
         own = here.q_segment
+        kv_pos = here.kv_pos
         few = Where(
-            here.q_pos[:, rows], here.kv_pos, own if own is None else own[:, rows],
+            here.q_pos[:, rows], kv_pos if kv_pos.ndim == 2 or kv_pos.shape[2] == 1
+            else kv_pos[:, :, heads], own if own is None else own[:, rows],
             here.kv_segment, here.head[heads],
         )
         keys = k[:, :, heads // (q.shape[2] // k.shape[2])]
@@ -136,7 +144,7 @@ class Softmax(Attention):
             wide = (*bias.shape[:1], q.shape[2], q.shape[1], bias.shape[3])
             s = s + jnp.broadcast_to(bias, wide)[:, heads][:, :, rows]
         seen = dense.allowed(self.visible, few)
-        return dense.weights(s, seen, None if sink is None else sink[heads])
+        return dense.weights(s, seen, None if sink is None else sink[heads]), seen
 
     def init_state(self, size, q, k, v, *, x=None):
         """An empty memory for `size` tokens; q, k, v give shapes and dtypes."""
@@ -146,11 +154,18 @@ class Softmax(Attention):
         return caches.empty(k, v, need)
 
     def step(
-        self, state, q, k, v, *, x=None, segments=None, bias=None, sink=None, **unknown
+        self, state, q, k, v, *, x=None, segments=None, bias=None, sink=None,
+        key_bias=None, **unknown,
     ):
         """The next T tokens -> state, [B,T,H,V]. Past the state's size: ValueError, and
-        NaN inside a trace, unless the mask is a window."""
+        NaN inside a trace, unless the mask is a window. key_bias [B|1,H|1,P]: added to
+        the logits of the key at each position of the sequence, 0 behind the last."""
         refuse_keywords(self, unknown)
+        return self._step(state, q, k, v, segments=segments, bias=bias, sink=sink,
+                          key_bias=key_bias)
+
+    def _step(self, state, q, k, v, *, segments, bias, sink, key_bias):
+        """`step`, for an attention whose state holds the state of another."""
         check(q, k, v, segments=segments, aligned=True, piece=True)
         self._check_stream(bias)
         self._check_heads(q)
@@ -170,7 +185,8 @@ class Softmax(Attention):
         else:
             # early tokens of the piece see what its late ones take the slots of
             read = caches.concat(state, k, v, now)
-        o = self.read(*read, q, now, sink=sink).astype(v.dtype)
+        more = {} if key_bias is None else {"key_bias": key_bias}
+        o = self.read(*read, q, now, sink=sink, **more).astype(v.dtype)
         return after, o if ring.endless else caches.poison(o, now.next_pos, slots)
 
     def _check_stream(self, bias) -> None:
@@ -188,10 +204,14 @@ class Softmax(Attention):
                 f"score={self.score}: q has H={q.shape[2]} heads, expected as many"
             )
 
-    def read(self, cache, kv_segment, q, now: TokenPositions, *, sink=None):
+    def read(
+        self, cache, kv_segment, q, now: TokenPositions, *, sink=None, key_bias=None
+    ):
         """q [B,T,H,D] at `now` over a cache whose slots have segment indices [B,C] ->
         [B,T,H,V] in the wider of their types."""
         cache, q = caches.of_one_type(cache, q)
+        if key_bias is not None:
+            return self._read_biased(cache, kv_segment, q, now, key_bias, sink)[0]
         if q.shape[1] <= FEW:
             # decoding: every device answers from the slots that it holds
             how: dict[str, Any] = {"sink": sink, "implementation": self.implementation}
@@ -203,6 +223,15 @@ class Softmax(Attention):
         streamed = dataclasses.replace(self, axis=self._split(q, cache.k))
         where = Where(now.pos, cache.pos, now.segment, kv_segment)
         return streamed._attend(q, cache.k, cache.v, where, None, sink, None)
+
+    def _read_biased(self, cache, kv_segment, q, now, key_bias, sink=None):
+        """o [B,T,H,V] and lse [B,H,T], with a bias of each key position."""
+        where = Where(now.pos, cache.pos, now.segment, kv_segment)
+        bias = caches.of_slots(key_bias, cache, q.shape[2])
+        # a bias does not travel with its keys: over a mesh XLA says what moves
+        implementation = self.implementation if self.axis is None else "xla"
+        return attend(q, cache.k, cache.v, self._spec(), where, bias=bias, sink=sink,
+                      implementation=implementation)
 
     def _append(self, cache, k, v, now, slot):
         if shardcache.splits(cache, self.axis):

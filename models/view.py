@@ -34,7 +34,6 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, Iterable, Mapping
 
-import jax
 import jax.numpy as jnp
 
 from attn.contract.view import SEEN, VIEW, Rows, Site, variable

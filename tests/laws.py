@@ -22,6 +22,7 @@ import numpy as np
 import pytest
 
 from attn.aaren import Aaren
+from attn.act import ACT
 from attn.actqkv import ActQKV
 from attn.adakv import AdaKV
 from attn.based import Based
@@ -45,6 +46,7 @@ from attn.lineartransformer import LinearTransformer
 from attn.linformer import Linformer
 from attn.masks import Causal, Full, Sink, Window
 from attn.miras import Memora, Miras, Moneta, Yaad
+from attn.pasta import Pasta
 from attn.positions import ALiBi, RoPE
 from attn.prflash import PrFlash
 from attn.pyramidkv import PyramidKV
@@ -345,6 +347,14 @@ ENTRIES = {
     "landmark_top": Entry(
         Landmark(block=3, top_k=9), decode=1.0, kernel=False, long=Landmark(block=63),
         wraps="landmark",
+    ),
+    # nothing is marked
+    "pasta": Entry(
+        Pasta(heads=(0, 2)), same=(Pasta(), Softmax()), wraps="softmax"
+    ),
+    # all of a sink's share stays: which tokens are sinks depends on how a text comes
+    "act": Entry(
+        ACT(beta=1.0, factor=1.0), (ACT(beta=1.0), Softmax()), wraps="softmax"
     ),
     # a call is not compressed
     "snapkv": Entry(

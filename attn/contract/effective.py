@@ -32,14 +32,7 @@ def weights_of(attention: Any, q, k, v, heads, rows, **options) -> jax.Array:
 def by_derivative(attention: Any, q, k, v, heads, rows, **options) -> jax.Array:
     """`weights_of` for any attention that is linear in v, channel by channel and alike
     for all: one backward pass a row and head."""
-    call = attention
-    if hasattr(attention, "scope"):  # of linen, and bound: derivatives want it free
-        variables = {"params": attention.variables.get("params", {})}
-        free = attention.clone(parent=None)
-
-        def call(*args, **named):
-            return free.apply(variables, *args, **named)
-
+    call = attention if not hasattr(attention, "scope") else _free(attention)
     shared = q.shape[2] // v.shape[2]
     o, back = jax.vjp(lambda v: call(q, k, v, **options), v.astype(jnp.float32))
 
@@ -52,3 +45,15 @@ def by_derivative(attention: Any, q, k, v, heads, rows, **options) -> jax.Array:
     found = jax.lax.map(
         lambda row: jax.vmap(entry, (None, 0))(row, heads), rows)  # [m,n,B,S]
     return jnp.moveaxis(found, (0, 1, 2), (2, 1, 0))
+
+
+def _free(attention: Any) -> Any:
+    """A bound module of linen as a function: derivatives cannot go through its scope.
+    """
+    variables = {"params": attention.variables.get("params", {})}
+    free = attention.clone(parent=None)
+
+    def call(*args, **named):
+        return free.apply(variables, *args, **named)
+
+    return call

@@ -1,8 +1,8 @@
 """View: what a network computes inside, read and replaced by name.
 
 A network is a pure function of its variables, so a look inside is one more collection
-of them, beside "params": at `view/<path of the module>/view_<name>` stands what is wanted of
-the array that the module calls so. Where nothing stands, which is known before anything
+of them, beside "params": at `view/<path of the module>/view_<name>` stands what is
+wanted of the array that the module calls so. Where nothing stands, which is known before anything
 is traced, nothing is computed: without the collection the program is the same. What is
 read comes back in the collection "seen". Replacements are arrays, so that they go
 through jit, grad and vmap; whatever takes parameters (generation, a session, training)

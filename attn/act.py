@@ -49,7 +49,7 @@ from attn.softmax import Softmax
 from pallas_kernels.arrays import check_logits
 from pallas_kernels.tile import NEVER
 
-FIRST = ("first_detected", "token0")
+FIRST = ("first_detected", "token0", "none")
 
 
 class ACTState(NamedTuple):
@@ -95,7 +95,7 @@ class ACT(Softmax):
     that stays; factor: a sink receives more than factor / N (alpha in the paper, of 3, 5
     and 7); threshold: a number instead (the authors' code has 0.1). first: "first_detected", the first sink that was found
     is left alone, as in the code; "token0", the first token is, whether it was found or
-    not. min_rows: a key that fewer rows see is no sink (the code has no such bound: the
+    not; "none" is left alone, which the paper finds to harm. min_rows: a key that fewer rows see is no sink (the code has no such bound: the
     last tokens are seen by few). tile: rows of weights that are made at a time.
 
     Over a mesh axis XLA shards the passes as it can. Not for windows in a stream.
@@ -239,6 +239,8 @@ class ACT(Softmax):
             bound = self.factor / jnp.maximum(size, 1).astype(jnp.float32)[:, None]
         detected = (sums > bound * rows.astype(jnp.float32)) & (rows >= self.min_rows)
         detected = detected & (keys.segment > 0)[:, None]
+        if self.first == "none":
+            return detected
         if self.first == "token0":
             return detected & (keys.pos > 0)[:, None]
         late = jnp.iinfo(jnp.int32).max

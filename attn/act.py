@@ -40,7 +40,6 @@ from attn.contract.calls import refuse_keywords
 from attn.contract.segments import locate
 from attn.contract.shapes import check
 from attn.contract.varying import varying
-from attn.exact import dense
 from attn.exact.attend import attend, with_mask
 from attn.exact.logits import Where
 from attn.exact.online import EMPTY
@@ -92,11 +91,12 @@ class ACT(Softmax):
     """ACT (Yu et al., 2024) arXiv:2406.15765: exact attention with sinks turned down.
 
     heads: which are calibrated, None for all. beta: the share of a sink's attention
-    that stays; factor: a sink receives more than factor / N (alpha in the paper, of 3, 5
-    and 7); threshold: a number instead (the authors' code has 0.1). first: "first_detected", the first sink that was found
-    is left alone, as in the code; "token0", the first token is, whether it was found or
-    not; "none" is left alone, which the paper finds to harm. min_rows: a key that fewer rows see is no sink (the code has no such bound: the
-    last tokens are seen by few). tile: rows of weights that are made at a time.
+    that stays; factor: a sink receives more than factor / N (alpha in the paper, of 3,
+    5 and 7); threshold: a number instead (the authors' code has 0.1). first:
+    "first_detected", the first sink that was found is left alone, as in the code;
+    "token0", the first token is, found or not; "none" is, which the paper finds to
+    harm. min_rows: a key that fewer rows see is no sink (the code has no such bound:
+    the last tokens are seen by few). tile: rows of weights that are made at a time.
 
     Over a mesh axis XLA shards the passes as it can. Not for windows in a stream.
     """
@@ -220,7 +220,8 @@ class ACT(Softmax):
         rows = jnp.pad(jnp.arange(t), (0, count * tile - t), constant_values=-1)
 
         def one(carry, own):
-            p, seen = self._rows(q, k, where, heads, jnp.maximum(own, 0), bias, sink)
+            at = jnp.maximum(own, 0)
+            p, seen = self._few_rows(q, k, where, heads, at, bias, sink)
             real = (own >= 0)[None, None, :, None]
             seen = jnp.broadcast_to(seen & real, p.shape)
             p = jnp.where(seen, p, 0)
@@ -233,7 +234,7 @@ class ACT(Softmax):
 
     def _sinks(self, sums, rows, keys: Keys):
         """Which keys are turned down [B,H,S], from what they have received."""
-        bound = self.threshold
+        bound: Any = self.threshold
         if bound is None:
             size = _per_run(jax.ops.segment_max, keys.pos + 1, keys)  # N of each key's
             bound = self.factor / jnp.maximum(size, 1).astype(jnp.float32)[:, None]

@@ -123,9 +123,10 @@ class Softmax(Attention):
             more |= {name: a for name, a in (("bias", bias), ("sink", sink))
                      if a is not None}
             return by_derivative(self, q, k, v, heads, rows, **more, **options)
-        return self._rows(q, k, self._where(q, k, segments), heads, rows, bias, sink)[0]
+        where = self._where(q, k, segments)
+        return self._few_rows(q, k, where, heads, rows, bias, sink)[0]
 
-    def _rows(self, q, k, where: Where, heads, rows, bias=None, sink=None):
+    def _few_rows(self, q, k, where: Where, heads, rows, bias=None, sink=None):
         """Weights [B,n,m,S] of n heads and m rows, and which keys are seen, booleans
         that broadcast to them."""
         here = dense.everywhere(where, q, k)

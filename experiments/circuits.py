@@ -134,11 +134,11 @@ def retrieval(config_: Config, model: LM, params: Any) -> tuple[dict, np.ndarray
         rng, config_.trials, config_.haystack, model.vocab, min(6, model.vocab // 2))
     more, size = NEEDLE - CUE, prompts.shape[1]
     tokens = np.concatenate([prompts, needle[:, CUE:]], 1)
-    said = drawn(model, params, jnp.asarray(prompts), more)
+    written = drawn(model, params, jnp.asarray(prompts), more)
     rows = jnp.arange(size - 1, size - 1 + more)
-    text = jnp.concatenate([prompts, said], 1)
+    text = jnp.concatenate([prompts, written], 1)
     top = np.asarray(jax.jit(lambda p: measured.top_keys(model, p, text, rows))(params))
-    said = np.asarray(said)
+    said = np.asarray(written)
     right = (said == needle[:, CUE:]).mean(1)
     each = np.stack([
         measured.retrieval_score(top[n], prompts[n], said[n],
@@ -157,7 +157,8 @@ def retrieval(config_: Config, model: LM, params: Any) -> tuple[dict, np.ndarray
         out = {}
         for mode in ("zero", "uniform"):
             changed = edited(model, params, masked_heads(model, mask, mode))
-            answers = model.apply(changed, tokens)[:, at].argmax(-1)
+            logits: Any = model.apply(changed, tokens)
+            answers = logits[:, at].argmax(-1)
             out[mode] = (answers == tokens[:, at + 1]).mean()
         return out
 
@@ -181,7 +182,7 @@ def drawn(model: LM, params: Any, prompts: jax.Array, length: int) -> jax.Array:
     """The tokens [B,length] that are most likely behind the prompts [B,T]."""
     @jax.jit
     def next_token(params, tokens, at):
-        logits = model.apply(params, tokens)
+        logits: Any = model.apply(params, tokens)
         return jnp.take_along_axis(logits, at[None, None, None], 1)[:, 0].argmax(-1)
 
     b, t = prompts.shape
@@ -195,7 +196,8 @@ def drawn(model: LM, params: Any, prompts: jax.Array, length: int) -> jax.Array:
 def circuits(config_: Config, model: LM, params: Any) -> tuple[dict, dict]:
     """Numbers of both tasks, and scores of all stages by name."""
     found: dict[str, float] = {}
-    stages, sets = {}, {}
+    stages: dict[str, Any] = {}
+    sets: dict[str, dict[str, np.ndarray]] = {}
     rng = np.random.default_rng((config_.seed, 2))
     pairs = {"ioi": inside.ioi(rng, config_.texts),
              "colours": inside.colours(rng, config_.texts)}
@@ -215,16 +217,17 @@ def circuits(config_: Config, model: LM, params: Any) -> tuple[dict, dict]:
 def stages_of(config_: Config, model: LM, params: Any, pair: Pair) -> dict[str, Any]:
     """Effects [L,H] on the last stream, "movers", and on the movers' queries,
     "inhibition"."""
-    arrays = tuple(map(jnp.asarray, pair[:3]))
+    clean, corrupt, answers = map(jnp.asarray, pair[:3])
     last = Receivers(layer=config_.layers - 1)
-    movers = patching.scores(model, params, *arrays, last)
-    told = np.argwhere(best(movers, config_.top))
-    told = tuple((int(n), int(h)) for n, h in told if n > 0)
+    movers = patching.scores(model, params, clean, corrupt, answers, last)
+    told = tuple((int(n), int(h)) for n, h in np.argwhere(best(movers, config_.top))
+                 if n > 0)
     found = {"movers": movers, "inhibition": movers | {
         "score": np.full_like(movers["score"], np.nan)}}
     if told:
         queries = Receivers(told, "q")
-        found["inhibition"] = patching.scores(model, params, *arrays, queries)
+        found["inhibition"] = patching.scores(
+            model, params, clean, corrupt, answers, queries)
     return found
 
 

@@ -2,11 +2,12 @@
 
 A network is a pure function of its variables, so a look inside is one more collection
 of them, beside "params": at `view/<path of the module>/view_<name>` stands what is
-wanted of the array that the module calls so. Where nothing stands, which is known before anything
-is traced, nothing is computed: without the collection the program is the same. What is
-read comes back in the collection "seen". Replacements are arrays, so that they go
-through jit, grad and vmap; whatever takes parameters (generation, a session, training)
-takes a changed network too. `models/view.py` writes the collection by layer and name.
+wanted of the array that the module calls so. Where nothing stands, which is known
+before anything is traced, nothing is computed: without the collection the program is
+the same. What is read comes back in the collection "seen". Replacements are arrays, so
+that they go through jit, grad and vmap; whatever takes parameters (generation, a
+session, training) takes a changed network too. `models/view.py` writes the collection
+by layer and name.
 
 Weights of attention are a special case, as nobody has them at hand: they are made for
 the heads and rows that are asked for, tile by tile.
@@ -104,7 +105,10 @@ def with_pattern(
     heads = jnp.arange(h) if site.heads is None else jnp.asarray(site.heads)
     rows = jnp.arange(t) if site.rows is None else jnp.asarray(site.rows)
     rows = jnp.where(rows < 0, rows + t, rows)  # -1: the last one
-    made = functools.partial(weights_of, attention, q, k, v, heads, **options)
+
+    def made(rows):
+        return weights_of(attention, q, k, v, heads, rows, **options)
+
     if site.value is None:
         found = by_tiles(made, rows, site.tile, site.of)
     else:

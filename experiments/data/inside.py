@@ -82,7 +82,8 @@ class Inside(Dataset):
     def __post_init__(self):
         super().__post_init__()
         self.require("length", self.length >= 20, "20 or more")
-        self.require("shares", len(self.shares) == len(TASKS), f"one of each of {TASKS}")
+        one = len(self.shares) == len(TASKS)
+        self.require("shares", one, f"one of each of {TASKS}")
 
     def draw(self, rng: np.random.Generator, size: int) -> Batch:
         shares = np.array(self.shares) / sum(self.shares)
@@ -98,7 +99,8 @@ class Inside(Dataset):
 def _drawn(task: str, rng: np.random.Generator, length: int):
     """One text and its targets."""
     if task in ("ioi", "colours"):
-        pair = ioi(rng, 1, rng.integers(2, 7)) if task == "ioi" else colours(rng, 1)
+        many = int(rng.integers(2, 7))
+        pair = ioi(rng, 1, many) if task == "ioi" else colours(rng, 1)
         text = pair.clean[0]
         target = np.full(len(text), -1)
         target[-1] = pair.answers[0, 0]

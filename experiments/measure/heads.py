@@ -87,7 +87,7 @@ def split_half(scores: np.ndarray) -> float:
     ranks = [_ranks(half) for half in halves]
     if any(rank.std() == 0 for rank in ranks):
         return float("nan")
-    return float(np.corrcoef(*ranks)[0, 1])
+    return float(np.corrcoef(ranks[0], ranks[1])[0, 1])
 
 
 def _ranks(a: np.ndarray) -> np.ndarray:

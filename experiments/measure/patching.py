@@ -50,7 +50,9 @@ class Receivers:
     @property
     def before(self) -> int:
         """Senders stand in layers below this one."""
-        return min(n for n, _ in self.heads) if self.heads else self.layer + 1
+        if self.layer is not None:
+            return self.layer + 1
+        return min(n for n, _ in self.heads)
 
     def mask(self, name: str, shape: tuple[int, ...], at: jax.Array) -> jax.Array:
         """What of the array is told, at the positions `at` [T]."""

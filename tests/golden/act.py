@@ -30,7 +30,7 @@ def run(case: Mapping[str, Any]) -> dict[str, np.ndarray]:
     detected = jnp.concatenate([first, detected[..., 1:]], -1)
     found = {
         "out": jax.jit(act)(q, k, v, bias=bias),
-        "attn": act._rows(q, k, act._where(q, k, None), heads, rows, bias)[0],
+        "attn": act._few_rows(q, k, act._where(q, k, None), heads, rows, bias)[0],
         "attn_calibrated": act.weights(q, k, v, heads, rows, bias=bias),
         "avg_received": received, "detected": detected,
     }

@@ -167,7 +167,8 @@ class ACT(Softmax):
         read, segment = caches.concat(state.cache, k, v, now)
         read, q = caches.of_one_type(read, q)
         pos = read.pos[..., 0]
-        keys = Keys(pos, jnp.where(pos >= 0, segment, 0), t + 2)
+        keys = Keys(pos, jnp.where(pos >= 0, segment, 0),
+                    1 if segments is None else t + 2)
         # what the sequence that the cache held has received so far
         held = (keys.segment == 1)[:, None]
         sums, rows = (jnp.where(held, caches.of_slots(a, read, h)[:, :, 0], 0)
@@ -236,7 +237,7 @@ class ACT(Softmax):
         """Which keys are turned down [B,H,S], from what they have received."""
         bound: Any = self.threshold
         if bound is None:
-            size = _per_run(jax.ops.segment_max, keys.pos + 1, keys)  # N of each key's
+            size = _per_run("max", keys.pos + 1, keys)  # N of each key's
             bound = self.factor / jnp.maximum(size, 1).astype(jnp.float32)[:, None]
         detected = (sums > bound * rows.astype(jnp.float32)) & (rows >= self.min_rows)
         detected = detected & (keys.segment > 0)[:, None]
@@ -246,7 +247,7 @@ class ACT(Softmax):
             return detected & (keys.pos > 0)[:, None]
         late = jnp.iinfo(jnp.int32).max
         pos = jnp.where(detected, keys.pos[:, None], late)
-        first = jax.vmap(lambda a: _per_run(jax.ops.segment_min, a, keys), 1, 1)(pos)
+        first = jax.vmap(lambda a: _per_run("min", a, keys), 1, 1)(pos)
         return detected & (pos != first)
 
     def _chosen(self, q) -> jax.Array:
@@ -283,13 +284,21 @@ def _keys(k, segments) -> Keys:
     now = locate(own, b, s)
     shape = b, s
     return Keys(jnp.broadcast_to(now.pos, shape), jnp.broadcast_to(now.segment, shape),
-                s + 1)
+                1 if segments is None else s + 1)
 
 
-def _per_run(of, a: jax.Array, keys: Keys) -> jax.Array:
-    """of(a [B,S]) over each segment, at each of its keys [B,S]."""
+def _per_run(of: str, a: jax.Array, keys: Keys) -> jax.Array:
+    """The "max" or "min" of a [B,S] int32 over each segment, at each of its keys."""
+    if keys.runs == 1:  # nothing to sort out
+        bound = jnp.iinfo(jnp.int32)
+        none = bound.min if of == "max" else bound.max
+        real = jnp.where(keys.segment > 0, a, none)
+        return jnp.broadcast_to(getattr(real, of)(-1, keepdims=True), a.shape)
+
     def one(a, segment):
-        return of(a, segment, num_segments=keys.runs + 1)[segment]
+        reduced = getattr(jax.ops, f"segment_{of}")(
+            a, segment, num_segments=keys.runs + 1)
+        return reduced[segment]
 
     return jax.vmap(one)(a, jnp.maximum(keys.segment, 0))
 

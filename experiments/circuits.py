@@ -13,7 +13,7 @@ a network that has learned colours badly is repaired by them.
     python -m experiments.circuits                       # trains a network of 4 layers
     python -m experiments.circuits --model=FOLDER        # retrieval heads of any model
 
-CLAIMS
+Figures of three seeds are not shipped yet: no claim is made of what is found.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ that the network names, one at random, and with all heads steered.
 
     python -m experiments.steer
 
-CLAIMS
+Figures of three seeds are not shipped yet: no claim is made of what is found.
 """
 
 from __future__ import annotations

@@ -76,6 +76,7 @@ class Delta(nn.Module, Attention):
     axis: Axis | None = None
     implementation: str | None = None
     row = TemplateRow(RECURRENT, "L m D", 1)
+    weightless = "its values are silu(conv(v)) and not v"
     parameter_axes = {
         "[qkv]_conv": "WF", "beta/kernel": "EH", "decay/kernel": "EH", "A_log": "H",
         "dt_bias": "H", "decay_down/kernel": "ER", "decay_up/kernel": "RHD",

@@ -22,6 +22,7 @@ from attn.contract.fields import check_fields
 from attn.contract.norm import Norm
 from attn.contract.padding import guard, padding_unread
 from attn.contract.segments import TokenPositions, align_last, locate
+from attn.contract.view import opened, refuse_pattern, with_pattern
 from attn.positions import RoPE
 
 
@@ -30,10 +31,12 @@ class Layer(nn.Module):
     y) if a state is given; `init_state(size, x)`, the state of an empty stream.
 
     row: of the template (`attn/template.py`), if it has one. parameter_axes: the axes
-    of its parameters, as `attn.contract.attention.Attention` has them.
+    of its parameters, as `attn.contract.attention.Attention` has them. sites: what a
+    view may read and replace in it, by name (`attn/contract/view.py`).
     """
 
     row: ClassVar[Any] = None
+    sites: ClassVar[tuple[str, ...]] = ()
     parameter_axes: ClassVar[dict[str, str]] = {}
 
     def __init_subclass__(cls, **options: Any) -> None:
@@ -88,6 +91,8 @@ class MultiHead(Layer):
     norm: Norm = Norm()
     use_bias: bool | str = False
     dtype: Any = jnp.float32
+    # as they go into the attention, its weights, and what the projection gets
+    sites = ("q", "k", "v", "pattern", "z")
     parameter_axes = {
         "[qkv]/kernel": "EHD", "[qkv]/bias": "HD", "out/kernel": "HDE", "sink": "H",
         "gate/kernel": "EHD", "gate_down/kernel": "ER", "out_norm/scale": "HD",
@@ -112,17 +117,22 @@ class MultiHead(Layer):
             attention = attention.of_context()
         q_pos, kv_pos = self._positions(x, source, state, pos, segments)
         q, k, v = self._project(x, source, q_pos, kv_pos)
+        if said(attention, "needs_query"):
+            q = opened(self, "q", q)
+        k, v = opened(self, "k", k), opened(self, "v", v)
         options: dict[str, Any] = {"x": x, "segments": segments}
         if self.sinks:
             zeros = nn.initializers.zeros_init()
             options["sink"] = self.param("sink", zeros, (self.heads,), jnp.float32)
         if state is not None:
+            refuse_pattern(self)
             state, o = attention.step(state, q, k, v, **options)
         else:
             if noisy(attention) and self.has_rng("dropout"):
                 options["key"] = self.make_rng("dropout")
             o = attention(q, k, v, **options)
-        o = self._gated(x, self._normed(o))
+            o = with_pattern(self, attention, q, k, v, o, options)
+        o = opened(self, "z", self._gated(x, self._normed(o)))
         # [B,T,H,V] x [H,V,E] -> [B,T,E]
         y = nn.DenseGeneral(
             x.shape[-1], axis=(-2, -1), use_bias=self.use_bias is True,

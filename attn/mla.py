@@ -21,6 +21,7 @@ from attn.cache import kv as caches
 from attn.contract.fields import check_fields
 from attn.contract.norm import Norm
 from attn.contract.segments import TokenPositions, locate
+from attn.contract.view import opened
 from attn.exact.attend import attend
 from attn.exact.logits import LogitSpec, Where
 from attn.layers import Layer
@@ -54,6 +55,7 @@ class MLA(Layer):
     norm: Norm = Norm()
     dtype: Any = jnp.float32
     implementation: str | None = None
+    sites = ("z",)  # what each head has found; a view may ask for it
     parameter_axes = {
         "q/kernel": "EHD", "q_down/kernel": "ER", "q_up/kernel": "RHD",
         "kv_down/kernel": "ER", "k_up": "RHD", "v_up": "RHD", "out/kernel": "HDE",
@@ -90,7 +92,7 @@ class MLA(Layer):
         y = nn.DenseGeneral(
             x.shape[-1], axis=(-2, -1), use_bias=False, dtype=self.dtype,
             kernel_init=_INIT, name="out",
-        )(o)
+        )(opened(self, "z", o))
         return y if state is None else (state, y)
 
     def init_state(self, size: int, x: Any) -> caches.Cache:

@@ -71,6 +71,7 @@ class RAT(nn.Module, Attention):
     axis: Axis | None = None
     implementation: str | None = None
     row = TemplateRow(LOW, "L^2 D / b", 2)
+    weightless = "its gates give each channel weights of its own"
     parameter_axes = {"gate/kernel": "EHD", "gate_bias": "HD"}
 
     def __post_init__(self):

@@ -93,6 +93,7 @@ class SEA(favor.Directions, nn.Module, Attention):
     implementation: str | None = None
     crosses = False
     row = TemplateRow(MASKED, "L m D + L K H^2 + r L D", 1)
+    weightless = "what it gives a key is estimated from v too"
     parameter_axes = {
         "enc/kernel": "FR", "enc/bias": "R", "enc_norm/*": "R", "gate/kernel": "FR",
         "gate/bias": "R", "place": "TF", "directions": "FR",

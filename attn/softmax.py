@@ -20,9 +20,11 @@ from attn.cache import kv as caches
 from attn.cache import sharded as shardcache
 from attn.contract.attention import EXACT, Attention, TemplateRow
 from attn.contract.calls import refuse_keywords
+from attn.contract.effective import by_derivative
 from attn.contract.fields import check_fields
 from attn.contract.segments import TokenPositions, align_last, locate
 from attn.contract.shapes import check
+from attn.exact import dense
 from attn.exact.attend import attend, with_mask
 from attn.exact.logits import Dropout, LogitSpec, Where
 from attn.masks import Causal, Full, Mask
@@ -109,6 +111,42 @@ class Softmax(Attention):
         where = self._where(q, k, segments)
         return self._attend(q, k, v, where, bias, sink, key, counted)
 
+    def weights(
+        self, q, k, v, heads, rows, *, x=None, segments=None, bias=None, sink=None,
+        **options,
+    ):
+        """What a call gives each key, [B,n,m,S] float32, of n query heads [n] and m
+        rows [m] alone: made again from q and k, whatever implementation attends.
+        Arguments are those of a call."""
+        if type(self).__call__ is not Softmax.__call__:
+            more = {"segments": segments, "x": x}
+            more |= {name: a for name, a in (("bias", bias), ("sink", sink))
+                     if a is not None}
+            return by_derivative(self, q, k, v, heads, rows, **more, **options)
+        where = self._where(q, k, segments)
+        return self._few_rows(q, k, where, heads, rows, bias, sink)[0]
+
+    def _few_rows(self, q, k, where: Where, heads, rows, bias=None, sink=None):
+        """Weights [B,n,m,S] of n heads and m rows, and which keys are seen, booleans
+        that broadcast to them."""
+        here = dense.everywhere(where, q, k)
+        own = here.q_segment
+        kv_pos = here.kv_pos
+        few = Where(
+            here.q_pos[:, rows], kv_pos if kv_pos.ndim == 2 or kv_pos.shape[2] == 1
+            else kv_pos[:, :, heads], own if own is None else own[:, rows],
+            here.kv_segment, here.head[heads],
+        )
+        keys = k[:, :, heads // (q.shape[2] // k.shape[2])]
+        # of [B,m,n,D] and [B,S,n,D]
+        s = dense.logits(q[:, rows][:, :, heads], keys, self.scale)
+        s = dense.formed(s, self._spec(), few)
+        if bias is not None:
+            wide = (*bias.shape[:1], q.shape[2], q.shape[1], bias.shape[3])
+            s = s + jnp.broadcast_to(bias, wide)[:, heads][:, :, rows]
+        seen = dense.allowed(self.visible, few)
+        return dense.weights(s, seen, None if sink is None else sink[heads]), seen
+
     def init_state(self, size, q, k, v, *, x=None):
         """An empty memory for `size` tokens; q, k, v give shapes and dtypes."""
         caches.check_size(size)
@@ -117,11 +155,18 @@ class Softmax(Attention):
         return caches.empty(k, v, need)
 
     def step(
-        self, state, q, k, v, *, x=None, segments=None, bias=None, sink=None, **unknown
+        self, state, q, k, v, *, x=None, segments=None, bias=None, sink=None,
+        key_bias=None, **unknown,
     ):
         """The next T tokens -> state, [B,T,H,V]. Past the state's size: ValueError, and
-        NaN inside a trace, unless the mask is a window."""
+        NaN inside a trace, unless the mask is a window. key_bias [B|1,H|1,P]: added to
+        the logits of the key at each position of the sequence, 0 behind the last."""
         refuse_keywords(self, unknown)
+        return self._step(state, q, k, v, segments=segments, bias=bias, sink=sink,
+                          key_bias=key_bias)
+
+    def _step(self, state, q, k, v, *, segments, bias, sink, key_bias):
+        """`step`, for an attention whose state holds the state of another."""
         check(q, k, v, segments=segments, aligned=True, piece=True)
         self._check_stream(bias)
         self._check_heads(q)
@@ -141,7 +186,8 @@ class Softmax(Attention):
         else:
             # early tokens of the piece see what its late ones take the slots of
             read = caches.concat(state, k, v, now)
-        o = self.read(*read, q, now, sink=sink).astype(v.dtype)
+        more = {} if key_bias is None else {"key_bias": key_bias}
+        o = self.read(*read, q, now, sink=sink, **more).astype(v.dtype)
         return after, o if ring.endless else caches.poison(o, now.next_pos, slots)
 
     def _check_stream(self, bias) -> None:
@@ -159,10 +205,14 @@ class Softmax(Attention):
                 f"score={self.score}: q has H={q.shape[2]} heads, expected as many"
             )
 
-    def read(self, cache, kv_segment, q, now: TokenPositions, *, sink=None):
+    def read(
+        self, cache, kv_segment, q, now: TokenPositions, *, sink=None, key_bias=None
+    ):
         """q [B,T,H,D] at `now` over a cache whose slots have segment indices [B,C] ->
         [B,T,H,V] in the wider of their types."""
         cache, q = caches.of_one_type(cache, q)
+        if key_bias is not None:
+            return self._read_biased(cache, kv_segment, q, now, key_bias, sink)[0]
         if q.shape[1] <= FEW:
             # decoding: every device answers from the slots that it holds
             how: dict[str, Any] = {"sink": sink, "implementation": self.implementation}
@@ -174,6 +224,15 @@ class Softmax(Attention):
         streamed = dataclasses.replace(self, axis=self._split(q, cache.k))
         where = Where(now.pos, cache.pos, now.segment, kv_segment)
         return streamed._attend(q, cache.k, cache.v, where, None, sink, None)
+
+    def _read_biased(self, cache, kv_segment, q, now, key_bias, sink=None):
+        """o [B,T,H,V] and lse [B,H,T], with a bias of each key position."""
+        where = Where(now.pos, cache.pos, now.segment, kv_segment)
+        bias = caches.of_slots(key_bias, cache, q.shape[2])
+        # a bias does not travel with its keys: over a mesh XLA says what moves
+        implementation = self.implementation if self.axis is None else "xla"
+        return attend(q, cache.k, cache.v, self._spec(), where, bias=bias, sink=sink,
+                      implementation=implementation)
 
     def _append(self, cache, k, v, now, slot):
         if shardcache.splits(cache, self.axis):

@@ -17,6 +17,7 @@ import numpy as np
 
 from attn.contract.attention import said
 from attn.contract.segments import locate
+from attn.contract.view import opened
 from attn.layers import Layer, MultiHead
 from attn.positions import RoPE
 from attn.softmax import Softmax
@@ -69,6 +70,7 @@ class LM(nn.Module):
     scan: bool = False
     remat: bool = False
     dtype: Any = jnp.float32
+    sites = ("embed", "final", "logits")  # that a view may ask for
 
     def setup(self):
         if not self.attention:
@@ -155,7 +157,8 @@ class LM(nn.Module):
                 tokens, segments, *clock, own=self.vocab
             )
         x = lay(self._embedded(tokens, state, segments), "BTE")  # [B,T] -> [B,T,E]
-        after, x = self.layers(x, state, segments)
+        after, x = self.layers(opened(self, "embed", x), state, segments)
+        x = opened(self, "final", x)
         if index is not None:
             # the outputs of the text alone: [B,T',E] -> [B,T,E]
             x = jnp.take_along_axis(x, index[..., None], 1)
@@ -167,6 +170,7 @@ class LM(nn.Module):
         logits = logits.astype(jnp.float32)
         if self.softcap is not None:
             logits = self.softcap * jnp.tanh(logits / self.softcap)
+        logits = opened(self, "logits", logits)
         logits = lay(logits, "BTN" if at is None else "BN")
         return logits if state is None else (after, logits)
 

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from attn.contract.norm import Norm
+from attn.contract.view import VIEW, opened
 from attn.layers import Layer
 from models.feed import INIT, Feed
 from models.placement import lay
@@ -42,6 +43,10 @@ class Residual:
             raise ValueError("Residual: normed=True adds to norm(x): expected before")
 
 
+# what a view calls the parts that a block adds, and the stream around them
+SITES = {"mixer": "attn_out", "mlp": "mlp_out"}
+
+
 class Block(nn.Module):
     """x + mixer(norm(x)), then x + MLP(norm(x)); norms in float32.
 
@@ -55,20 +60,24 @@ class Block(nn.Module):
     feed: Any = None
     norm: Norm = Norm()
     residual: Residual = Residual()
+    sites = ("resid_pre", *SITES.values(), "resid_mid", "resid_post")
 
     @nn.compact
     def __call__(self, x, state=None, segments=None):
         """x [B,T,E] -> (state, x); the state stays None if none was given."""
+        x = opened(self, "resid_pre", x)
+
         def mix(y):
             y = self.mixer(y, state, segments=segments)
             return (None, y) if state is None else y
 
         after, x = self._added("mixer", x, mix)
+        x = opened(self, "resid_mid", x)
         feed = Feed(self.hidden) if self.feed is None else self.feed
         if feed.hidden:
             mlp = feed.module(self.dtype, "mlp")
             _, x = self._added("mlp", x, lambda y: (None, mlp(y)))
-        return after, x
+        return after, opened(self, "resid_post", x)
 
     def _added(self, name: str, x, f: Callable) -> tuple[Any, Any]:
         """The state, and x with f's output, of its norms' places."""
@@ -81,7 +90,7 @@ class Block(nn.Module):
         a, b = getattr(how, name)
         # no product where there is no factor
         base, y = (m if w == 1 else m * w for m, w in ((base, a), (y, b)))
-        return state, lay(base + y, "BTE")
+        return state, lay(base + opened(self, SITES[name], y), "BTE")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,7 +125,9 @@ class Layers(nn.Module):
         """x [B,T,E] -> (states, x)."""
         blocks, period = self.pattern.blocks, self.pattern.period
         repeats = len(blocks) // period
-        if self.scan and repeats > 1 and states is None and not self.is_initializing():
+        # a view speaks of single layers, which a loop does not have
+        loops = self.scan and repeats > 1 and VIEW not in self.variables
+        if loops and states is None and not self.is_initializing():
             return None, self._scanned(x, segments, period)
         cls = nn.remat(Block) if self.remat and states is None else Block
         after = []

@@ -23,6 +23,7 @@ import pytest
 
 from attn.aaren import Aaren
 from attn.abc import ABC
+from attn.act import ACT
 from attn.actqkv import ActQKV
 from attn.adakv import AdaKV
 from attn.based import Based
@@ -52,6 +53,7 @@ from attn.longshort import LongShort
 from attn.masks import Causal, Full, Sink, Window
 from attn.miras import Memora, Miras, Moneta, Yaad
 from attn.nystrom import Nystrom
+from attn.pasta import Pasta
 from attn.performer import Performer
 from attn.positions import ALiBi, RoPE
 from attn.prflash import PrFlash
@@ -428,6 +430,14 @@ ENTRIES = {
     "landmark_top": Entry(
         Landmark(block=3, top_k=9), decode=1.0, kernel=False, long=Landmark(block=63),
         wraps="landmark",
+    ),
+    # nothing is marked
+    "pasta": Entry(
+        Pasta(heads=(0, 2)), same=(Pasta(), Softmax()), wraps="softmax"
+    ),
+    # all of a sink's share stays: which tokens are sinks depends on how a text comes
+    "act": Entry(
+        ACT(beta=1.0, factor=1.0), (ACT(beta=1.0), Softmax()), wraps="softmax"
     ),
     # a call is not compressed
     "snapkv": Entry(

@@ -222,6 +222,17 @@ def read(
     return pick(implementation, xla=xla, tpu=tpu, gpu=gpu)
 
 
+def of_slots(by_position: jax.Array, cache: Cache, heads: int) -> jax.Array:
+    """Numbers of positions [B|1,H|1,P] at the slots of a cache, [B,H,1,C] as a bias of
+    H = `heads` query heads; 0 for empty slots and positions behind the last."""
+    b, c, own = cache.pos.shape
+    size = by_position.shape[2]
+    pos = jnp.repeat(cache.pos, heads // own, 2).swapaxes(1, 2)  # [B,H,C]
+    wide = jnp.broadcast_to(by_position, (b, heads, size))
+    found = jnp.take_along_axis(wide, jnp.clip(pos, 0, size - 1), 2)
+    return jnp.where((pos >= 0) & (pos < size), found, 0)[:, :, None]
+
+
 def in_order(cache: Cache) -> Cache:
     """The same tokens in order of position, empty slots behind them."""
     # empty slots go behind, as if they were of the latest tokens

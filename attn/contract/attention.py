@@ -58,6 +58,7 @@ class Attention:
     ahead: what it reads is chosen by data, and the choice, which has no gradient, may
     follow tokens behind the query: so many, up to the end of its own block; 0 for none,
     None for all tokens of the row.
+    weightless: why there is no matrix A with o = A v, for a view; None if there is one.
     text_block: it reads a token of its own behind every so many tokens of a text, which
     `interleave` puts there; None for none.
     """
@@ -75,6 +76,7 @@ class Attention:
     row: TemplateRow | None = None
     parameter_axes: dict[str, str] = {}
     ahead: Any = 0
+    weightless: str | None = None
     text_block: Any = None
 
     def __init_subclass__(cls, **options: Any) -> None:

@@ -48,6 +48,7 @@ class MemoryAttention(nn.Module, Attention):
     axis: Axis | None = None
     implementation: str | None = None
     row = TemplateRow(RECURRENT, "L m D", 1)
+    weightless = "what its memory learns is not linear in v"
     parameter_axes = {
         "[qkv]_conv": "WF", "*_gate/kernel": "EH", "*_gate/bias": "H", "W?": "HDR",
         "gamma": "HD", "beta": "HD", "w": "HD",

@@ -1,0 +1,300 @@
+"""Which heads do what: retrieval heads, and the circuits of two tasks.
+
+Retrieval heads (Wu et al., 2024, arXiv:2404.15574) copy from the context: while a head
+looks at the token that the network is about to say, it scores. Here a needle of 6
+random tokens lies among others, and its first 2 come again at the end. The heads with
+the greatest scores are masked, and as many others, drawn at random. Then path patching
+finds the heads of two tasks, the indirect object and coloured objects (Merullo et al.,
+2023, arXiv:2310.08744): movers, which write the answer, and from them back those that
+tell the movers where to look; they say how many are shared, whether without them the
+tasks fail, whether weights put elsewhere change the answer as they should, and whether
+a network that has learned colours badly is repaired by them.
+
+    python -m experiments.circuits                       # trains a network of 4 layers
+    python -m experiments.circuits --model=FOLDER        # retrieval heads of any model
+
+Figures of three seeds are not shipped yet: no claim is made of what is found.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from attn.softmax import Softmax
+from experiments.cli import config
+from experiments.cli.config import FREE, option
+from experiments.data import inside
+from experiments.data.inside import CUE, NEEDLE, VOCAB, Inside, Pair
+from experiments.measure import head_pictures, heads as measured, patching, seeds
+from experiments.measure.patching import Receivers
+from experiments.measure.provenance import provenance
+from experiments.training.loop import fit
+from experiments.training.mesh import whole
+from experiments.training.plan import TrainConfig
+from experiments.training.runs import open_folder, write_whole
+from models.checkpoint import load
+from models.lm import LM
+from models.view import Rows, edited, look, masked_heads
+
+RETRIEVAL = 0.1  # the least mean score of a retrieval head
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """The network, and how long it is looked at."""
+
+    model: str | None = option(None, "a checkpoint's folder, for retrieval heads alone")
+    layers: int = option(4, "layers L of the network that is trained")
+    heads: int = option(4, "heads H")
+    width: int = option(64, "model width E")
+    steps: int = option(2500, "training steps")
+    batch: int = option(64, "sequences a step")
+    rate: float = option(3e-3, "peak learning rate")
+    scarce: int = option(10, "how many times rarer colours are, to be repaired")
+    trials: int = option(200, "needles")
+    haystack: int = option(26, "tokens of a prompt, its needle among them")
+    texts: int = option(200, "texts of each task")
+    top: int = option(3, "heads of a stage of a circuit, and heads masked at most")
+    seed: int = option(0, "of data and parameters; the first of several")
+    seeds: int = option(3, "networks trained, with seeds one after the other")
+    quiet: bool = option(False, "no progress bars", FREE)
+    folder: str | None = option(
+        None, "where results go; None makes a new folder", FREE
+    )
+
+    def __post_init__(self):
+        seeds.check(self)
+        if self.model is None and self.top > self.layers * self.heads // 2:
+            raise ValueError(f"top={self.top}: expected at most half of the "
+                             f"{self.layers * self.heads} heads")
+
+    def network(self) -> LM:
+        """What is trained."""
+        return LM(vocab=VOCAB, width=self.width, heads=self.heads,
+                  attention=(Softmax(),) * self.layers)
+
+    def plan(self) -> TrainConfig:
+        """The training."""
+        return TrainConfig(steps=self.steps, batch=self.batch, seed=self.seed,
+                           learning_rate=self.rate, warmup=self.steps // 10)
+
+
+TINY = Config(layers=2, heads=2, width=16, steps=2, batch=4, trials=4, texts=4, top=1,
+              seeds=1, quiet=True)
+
+
+def run(config_: Config) -> dict[str, Any]:
+    """Numbers by name, medians over seeds with the least and the greatest."""
+    return seeds.repeated(config_, once, "circuits")
+
+
+def once(config_: Config) -> dict[str, Any]:
+    """The same with one seed, and pictures in its folder."""
+    command = config.command(config_)
+    folder = open_folder("circuits", config_.folder, command, config.settings(config_))
+    if config_.model is None:
+        model = config_.network()
+        params = trained(config_, (1.0,) * 4)
+    else:
+        model, params = load(config_.model)
+    found, scores = retrieval(config_, model, params)
+    pictures: dict[str, np.ndarray] = {"retrieval": scores}
+    if config_.model is None:
+        pictures |= measured.of_repeats(model, params, 12, seed=config_.seed, low=6)
+        more, stages = circuits(config_, model, params)
+        found |= more
+        pictures |= {name: a["score"] for name, a in stages.items()}
+        head_pictures.graphs(stages, config_.top, folder / "circuits.png")
+    head_pictures.maps(pictures, folder / "heads.png")
+    kept = {name: np.nan_to_num(a).tolist() for name, a in pictures.items()}
+    text = provenance(command, [config_.seed]) | found | {"heads": kept}
+    write_whole(folder / "circuits.json", json.dumps(text, indent=1) + "\n")
+    return found | {"folder": str(folder)}
+
+
+def trained(config_: Config, shares: tuple[float, ...]) -> Any:
+    """Parameters of a network trained on the tasks in these shares."""
+    data = Inside(seed=config_.seed, shares=shares)
+    fitted = fit(config_.network(), data, config_.plan(), label="circuits",
+                 quiet=config_.quiet)
+    return whole(fitted.params)
+
+
+def retrieval(config_: Config, model: LM, params: Any) -> tuple[dict, np.ndarray]:
+    """Scores [L,H] of heads over needles, and what masking does to the answers."""
+    rng = np.random.default_rng((config_.seed, 1))
+    prompts, needle, start = inside.needles(
+        rng, config_.trials, config_.haystack, model.vocab, min(6, model.vocab // 2))
+    more, size = NEEDLE - CUE, prompts.shape[1]
+    tokens = np.concatenate([prompts, needle[:, CUE:]], 1)
+    written = drawn(model, params, jnp.asarray(prompts), more)
+    rows = jnp.arange(size - 1, size - 1 + more)
+    text = jnp.concatenate([prompts, written], 1)
+    top = np.asarray(jax.jit(lambda p: measured.top_keys(model, p, text, rows))(params))
+    said = np.asarray(written)
+    right = (said == needle[:, CUE:]).mean(1)
+    each = np.stack([
+        measured.retrieval_score(top[n], prompts[n], said[n],
+                                 (start[n], start[n] + NEEDLE)) * NEEDLE / more
+        for n in range(len(said))])  # of the tokens that are asked for
+    counted = each[right > 0.5]  # others say nothing of who copies
+    scores = counted.mean(0) if len(counted) else np.zeros(each.shape[1:])
+    found = {"needles found": float(right.mean()), "trials counted": len(counted),
+             "retrieval heads": float((scores >= RETRIEVAL).mean()),
+             "split-half correlation": measured.split_half(counted)
+             if len(counted) > 3 else float("nan")}
+    at = np.arange(size - 1, size - 1 + more)
+
+    @jax.jit
+    def accuracy(params, mask, tokens):
+        out = {}
+        for mode in ("zero", "uniform"):
+            changed = edited(model, params, masked_heads(model, mask, mode))
+            logits: Any = model.apply(changed, tokens)
+            answers = logits[:, at].argmax(-1)
+            out[mode] = (answers == tokens[:, at + 1]).mean()
+        return out
+
+    for count in range(1, config_.top + 1):
+        best = measured.chosen(scores, count)
+        other = at_random(rng, measured.chosen(scores, config_.top), count)
+        for name, mask in (("top", best), ("random", other)):
+            for mode, a in accuracy(params, jnp.asarray(mask), tokens).items():
+                found[f"needles, {name} {count} masked ({mode})"] = float(a)
+    return found, scores
+
+
+def at_random(rng, but: np.ndarray, count: int) -> np.ndarray:
+    """`count` heads that are not among `but`."""
+    mask = np.zeros(but.size, bool)
+    mask[rng.choice(np.flatnonzero(~but.ravel()), count, replace=False)] = True
+    return mask.reshape(but.shape)
+
+
+def drawn(model: LM, params: Any, prompts: jax.Array, length: int) -> jax.Array:
+    """The tokens [B,length] that are most likely behind the prompts [B,T]."""
+    @jax.jit
+    def next_token(params, tokens, at):
+        logits: Any = model.apply(params, tokens)
+        return jnp.take_along_axis(logits, at[None, None, None], 1)[:, 0].argmax(-1)
+
+    b, t = prompts.shape
+    tokens = jnp.pad(prompts, ((0, 0), (0, length)))
+    for n in range(length):
+        new = next_token(params, tokens, jnp.int32(t + n - 1))
+        tokens = tokens.at[:, t + n].set(new.astype(tokens.dtype))
+    return tokens[:, t:]
+
+
+def circuits(config_: Config, model: LM, params: Any) -> tuple[dict, dict]:
+    """Numbers of both tasks, and scores of all stages by name."""
+    found: dict[str, float] = {}
+    stages: dict[str, Any] = {}
+    sets: dict[str, dict[str, np.ndarray]] = {}
+    rng = np.random.default_rng((config_.seed, 2))
+    pairs = {"ioi": inside.ioi(rng, config_.texts),
+             "colours": inside.colours(rng, config_.texts)}
+    for task, pair in pairs.items():
+        own = stages_of(config_, model, params, pair)
+        stages |= {f"{task} {name}": a for name, a in own.items()}
+        sets[task] = {name: best(a, config_.top) for name, a in own.items()}
+        found |= {f"{task}: {name}": a for name, a in effects(
+            config_, model, params, pair, sets[task], rng).items()}
+    both = {task: a["movers"] | a["inhibition"] for task, a in sets.items()}
+    shared, chance = measured.overlap(both["ioi"], both["colours"])
+    found |= {"heads shared": shared, "heads shared by chance": chance}
+    scarce = trained(config_, (1.0, 1 / config_.scarce, 1.0, 1.0))
+    return found | repair(config_, model, scarce, pairs), stages
+
+
+def stages_of(config_: Config, model: LM, params: Any, pair: Pair) -> dict[str, Any]:
+    """Effects [L,H] on the last stream, "movers", and on the movers' queries,
+    "inhibition"."""
+    clean, corrupt, answers = map(jnp.asarray, pair[:3])
+    last = Receivers(layer=config_.layers - 1)
+    movers = patching.scores(model, params, clean, corrupt, answers, last)
+    told = tuple((int(n), int(h)) for n, h in np.argwhere(best(movers, config_.top))
+                 if n > 0)
+    found = {"movers": movers, "inhibition": movers | {
+        "score": np.full_like(movers["score"], np.nan)}}
+    if told:
+        queries = Receivers(told, "q")
+        found["inhibition"] = patching.scores(
+            model, params, clean, corrupt, answers, queries)
+    return found
+
+
+def best(stage: dict[str, np.ndarray], count: int) -> np.ndarray:
+    """The heads with the greatest effects, of either sign."""
+    size = np.nan_to_num(np.abs(stage["score"]), nan=-1.0)
+    return measured.chosen(size, count) & (size >= 0)
+
+
+def accuracy_of(model: LM, params: Any, pair: Pair, **more: Any) -> float:
+    """The share of texts whose right answer is more likely than all others."""
+    @jax.jit
+    def call(params):
+        logits, _ = look(model, params, jnp.asarray(pair.clean), **more)
+        return (logits[:, -1].argmax(-1) == pair.answers[:, 0]).mean()
+
+    return float(call(params))
+
+
+def effects(config_: Config, model, params, pair: Pair, sets, rng) -> dict[str, float]:
+    """Accuracy; without movers (the mean over texts in their place), without as many
+    others; and how often the answer follows weights that are put on the wrong one."""
+    names = [f"{n}/z" for n in range(config_.layers)]
+    _, seen = jax.jit(lambda p: look(model, p, jnp.asarray(pair.clean), read=names))(
+        params)
+    means = {n: seen[name].mean((0, 1)) for n, name in enumerate(names)}
+    found = {"accuracy": accuracy_of(model, params, pair)}
+    others = at_random(rng, sets["movers"] | sets["inhibition"], min(
+        config_.top, int((~(sets["movers"] | sets["inhibition"])).sum())))
+    for name, mask in (("movers", sets["movers"]), ("others", others)):
+        edit = masked_heads(model, mask, "mean", means)
+        found[f"accuracy without {name}"] = accuracy_of(model, params, pair, edit=edit)
+    away = pair._replace(answers=pair.answers[:, ::-1])
+    patterns = pointed(sets["movers"], pair, pair.spots[:, 1:2])
+    found["answers that follow"] = accuracy_of(model, params, away, patterns=patterns)
+    found["that follow unasked"] = accuracy_of(model, params, away)
+    return found
+
+
+def pointed(heads: np.ndarray, pair: Pair, spots: np.ndarray) -> dict[int, Rows]:
+    """Weights of these heads [L,H] in the last row, alike on the spots [B,n]."""
+    t = pair.clean.shape[1]
+    p = np.zeros((len(spots), t), np.float32)
+    np.put_along_axis(p, spots, 1 / spots.shape[1], 1)
+    value = jnp.asarray(p)[:, None, None]  # [B,1,1,T]
+    every = jnp.ones((1, 1, 1, 1), bool)
+    return {n: Rows(heads=np.flatnonzero(own), rows=[t - 1], mask=every, value=value,
+                    read=False)
+            for n, own in enumerate(heads) if own.any()}
+
+
+def repair(config_: Config, model: LM, params: Any, pairs) -> dict[str, float]:
+    """Colours of a network that has seen few: as it is, with the inhibition heads of
+    the other task looking at the wrong colours (as in the paper), and with its movers
+    looking at the right one."""
+    own = stages_of(config_, model, params, pairs["ioi"])
+    pair = pairs["colours"]
+    inhibition, movers = (best(own[name], config_.top) for name in
+                          ("inhibition", "movers"))
+    found = {"as it is": accuracy_of(model, params, pair)}
+    for name, heads, spots in (("inhibition on the wrong", inhibition,
+                                pair.spots[:, 1:]),
+                               ("movers on the right", movers, pair.spots[:, :1])):
+        patterns = pointed(heads, pair, spots)
+        found[name] = accuracy_of(model, params, pair, patterns=patterns)
+    return {f"scarce colours, {name}": a for name, a in found.items()}
+
+
+if __name__ == "__main__":
+    config.main(run, Config, __doc__, sys.argv[1:])

@@ -9,6 +9,7 @@ Exact attention       softmax
 Linear attention      lightning, retnet, gla, lightnet, based, delta, flow, essa,
                       lineartransformer
 Low rank              linformer
+Weights of positions  positional
 Recurrent             aaren, rat
 Learned memories      titans, miras
 One form for all      dsf, template

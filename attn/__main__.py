@@ -15,6 +15,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from attn.contract.attention import said
+
 SIZES = 4096, 16384
 # q, k, v [B,T,H,D] and the tokens x [B,T,E] of the streams that are measured
 SHAPES = (1, 1, 8, 64), (1, 1, 8, 64), (1, 1, 8, 64), (1, 1, 512)
@@ -33,7 +35,7 @@ def papers() -> Iterator[tuple[str, str, str]]:
 def kept(attention: Any, size: int) -> int | None:
     """Bytes that a stream keeps of `size` tokens, in bfloat16; None without a stream.
     """
-    if not hasattr(attention, "init_state"):
+    if not hasattr(attention, "init_state") or not said(attention, "causal"):
         return None
     q, k, v, x = (jax.ShapeDtypeStruct(a, jnp.bfloat16) for a in SHAPES)
     state = jax.eval_shape(lambda: attention.init_state(size, q, k, v, x=x))

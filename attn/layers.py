@@ -49,8 +49,8 @@ class MultiHead(Layer):
     """An attention with its projections (Vaswani et al., 2017) arXiv:1706.03762.
 
     attention: any attention of this library; if it learns something, its parameters are
-    under `attention`. One that asks a question of its own (`needs_query = False`) gets
-    the shape of q only, and there is no projection for it. heads H, kv_heads K (H
+    under `attention`. One that reads no q, or no k (`needs_query`, `needs_key`),
+    gets its shape only, and there is no projection for it. heads H, kv_heads K (H
     is a multiple), head_dim D (by default what the attention asks for as `feature_dim`,
     else E/H), value_dim V (E/H).
     position: `RoPE()`, `MDLRPE(dims)` or None; an attention with a field `rope` keeps
@@ -292,18 +292,22 @@ class MultiHead(Layer):
         else:
             # of a query that nobody reads, the shape alone
             q = jax.ShapeDtypeStruct((*x.shape[:2], self.heads, d), self.dtype)
-        k = dense((keys, d), name="k")(source)  # [B,S,K,D]
+        needs_key = said(self.attention, "needs_key")
+        if needs_key:
+            k = dense((keys, d), name="k")(source)  # [B,S,K,D]
+        else:
+            k = jax.ShapeDtypeStruct((*source.shape[:2], keys, d), self.dtype)
         v = dense((keys, v_dim), name="v")(source)  # [B,S,K,V]
         if self.qkv_act:
             q = nn.silu(q) if needs_query else q
-            k, v = nn.silu(k), nn.silu(v)
+            k, v = nn.silu(k) if needs_key else k, nn.silu(v)
         if self.qk_norm:
             axes = OVER["all" if self.qk_norm == "all" else "head"]
             q = self.norm.module(self.dtype, "q_norm", axes)(q) if needs_query else q
-            k = self.norm.module(self.dtype, "k_norm", axes)(k)
+            k = self.norm.module(self.dtype, "k_norm", axes)(k) if needs_key else k
         if self.position is not None and not self._takes_rope():
             q = self.position.rotate(q, q_pos) if needs_query else q
-            k = self.position.rotate(k, kv_pos)
+            k = self.position.rotate(k, kv_pos) if needs_key else k
         return q, k, v
 
 

@@ -45,6 +45,7 @@ from attn.lineartransformer import LinearTransformer
 from attn.linformer import Linformer
 from attn.masks import Causal, Full, Sink, Window
 from attn.miras import Memora, Miras, Moneta, Yaad
+from attn.positional import Positional
 from attn.positions import ALiBi, RoPE
 from attn.prflash import PrFlash
 from attn.pyramidkv import PyramidKV
@@ -473,6 +474,16 @@ ENTRIES = {
         long=SEA(columns=512, keep=16, causal=False),
         in_v=False,
     ),
+    # of P alone: neither q nor k is read
+    "positional": Entry(
+        Positional(encoding="sinusoid", width=8, length=2**12), wraps="softmax",
+        long=Positional(encoding="sinusoid", width=8, length=2**17),
+    ),
+    "positional_causal": Entry(
+        Positional(encoding="sinusoid", width=8, length=2**12, causal=True),
+        wraps="softmax",
+        long=Positional(encoding="sinusoid", width=8, length=2**17, causal=True),
+    ),
     # all pairs of blocks are read
     "seer": Entry(
         Seer(block=2, gate_dim=D, ratio=1.0, last_dense=False, diagonal=True),
@@ -648,9 +659,11 @@ def test_padding_may_hold_anything(name):
         have, want = (stream(attention, *args, 2 * T, 4, segments)
                       for args in (spoilt(np.nan), inputs()))
         chex.assert_trees_all_equal(have, want)
-    reads = said(getattr(attention, "module", attention), "needs_query")
+    own = getattr(attention, "module", attention)
+    reads = [n for n, name in enumerate(("needs_query", "needs_key"))
+             if said(own, name)]
     token = np.arange(T)[None] == np.array([[5], [5]])
-    for which in (0, 1, 2) if reads else (1, 2):
+    for which in (*reads, 2):
         o, _ = run(attention, *spoilt(np.nan, token, (which,)), segments)
         assert np.isnan(o[:, 5]).any((1, 2)).all(), which
 

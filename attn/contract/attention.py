@@ -43,8 +43,8 @@ class Attention:
     """What an attention says of itself, unless its class says otherwise.
 
     causal: no token sees a later one; where it is False there is no stream.
-    needs_query: it reads q; if not, `MultiHead` makes no projection and hands over the
-    shape of q only. feature_dim: the width D that q and k are projected to, None for
+    needs_query, needs_key: it reads q, k; if not, `MultiHead` makes no projection and
+    hands over the shape only. feature_dim: the width D that q and k are projected to, None for
     E/H. out_norm, out_gate, gate_rank: what it asks `MultiHead` to do to its output.
     noise: fields that make a call with a `key` random, if they are not 0.
     row: its row of the template.
@@ -60,6 +60,7 @@ class Attention:
 
     causal: Any = True
     needs_query: bool = True
+    needs_key: bool = True
     feature_dim: Any = None
     out_norm: Any = None
     out_gate: Any = None

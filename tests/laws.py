@@ -53,6 +53,7 @@ from attn.quest import Quest
 from attn.rat import RAT
 from attn.razor import Razor
 from attn.recycled import Recycled
+from attn.relative import Relative
 from attn.retnet import RetNet
 from attn.retrieval import Retrieval
 from attn.routing import Routing
@@ -473,6 +474,17 @@ ENTRIES = {
         flops=1, kernel=False, segmented=False, wraps="sea",
         long=SEA(columns=512, keep=16, causal=False),
         in_v=False,
+    ),
+    "relative": Entry(
+        Relative(32), kernel=False, long=Relative(2048),
+    ),
+    "relative_local": Entry(
+        Relative(8, block=3, by_value=True, shared=True), flops=1, decode=0,
+        kernel=False, wraps="relative", long=Relative(512, block=256),
+    ),
+    "relative_normal": Entry(
+        Relative(12, causal=False), kernel=False, wraps="relative",
+        long=Relative(2048, causal=False),
     ),
     # of P alone: neither q nor k is read
     "positional": Entry(

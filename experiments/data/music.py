@@ -101,9 +101,9 @@ class Chorales(Dataset):
     """Made-up chorales: phrases of `phrase` chords, AABA, in a random major key; B is
     another phrase, and the last A stands where it stood or a fourth or fifth away.
 
-    tokens [B,T], targets [B,T]: T = `length` tokens, 4 a step; a row begins at the
-    beginning of a piece, and goes on with further rounds of its AABA, each moved by a
-    fourth or a fifth. Chords follow a Markov chain over seven triads; each voice takes
+    tokens [B,T], targets [B,T]: T = `length` tokens, 4 a step; a row begins anywhere in
+    the first AABA of a piece, and goes on with further rounds of it, each moved by a
+    fourth down or a tone up. Chords follow a Markov chain over seven triads; each voice takes
     the chord tone next to its last one, in its range, and holds a chord for one step.
     """
 
@@ -122,14 +122,15 @@ class Chorales(Dataset):
         return row(sequence, np.ones_like(sequence, bool))
 
     def piece(self, rng: np.random.Generator) -> np.ndarray:
-        """A grid [T/4,4]."""
+        """A grid [T/4,4] from somewhere in a piece."""
         key = int(rng.integers(12))
         a, b = (self.voiced(rng, key) for _ in range(2))
         steps, parts, moved = self.length // VOICES, [], 0
-        while sum(map(len, parts)) < steps:
+        first = int(rng.integers(4 * self.phrase))
+        while sum(map(len, parts)) < first + steps:
             parts += [part + moved for part in (a, a, b, self.shifted(rng, a))]
             moved = int(rng.choice([-5, 0, 2]))
-        return np.concatenate(parts)[:steps]
+        return np.concatenate(parts)[first:first + steps]
 
     @staticmethod
     def shifted(rng: np.random.Generator, part: np.ndarray) -> np.ndarray:
@@ -157,8 +158,7 @@ class Chorales(Dataset):
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Bach(Dataset):
     """Bach's chorales in sixteenths, from the corpus of music21: pieces of four parts.
-    70% of the pieces are "train" and the last 15% "valid"; those between are "test" to
-    none here. A row begins anywhere in a piece; train moves each by -3 to 3 semitones.
+    70% of the pieces are "train" and the last 15% "valid"; nobody here reads the others. A row begins anywhere in a piece; train moves each by -3 to 3 semitones.
     """
 
     length: int = 256

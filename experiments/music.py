@@ -88,6 +88,7 @@ class Config:
         return MusicTransformer(
             vocab=VOCAB, width=self.width, heads=self.heads,
             attention=(layer,) * self.layers, sinusoids=None if relative else "add",
+            embed_scale=self.width**0.5,  # as large as the sinusoids beside them
             feed=Feed(4 * self.width, "relu", gated=False, bias=True))
 
     def plan(self) -> TrainConfig:

@@ -79,7 +79,7 @@ class LSTM(nn.Module):
             return new, new.h
 
         # what x says to all gates needs no order: [B,T,F] [F,4h], then time first
-        ahead = (x @ w + b).swapaxes(0, 1), there.T
+        ahead = (x @ w + b[None, None]).swapaxes(0, 1), there.T
         carry, h = jax.lax.scan(step, carry, ahead)
         return carry, h.swapaxes(0, 1)
 
@@ -121,7 +121,8 @@ class PointerNet(nn.Module):
             targets = jnp.zeros((points.shape[0], 1), jnp.int32)
         before = jnp.maximum(targets[:, :-1], 0)
         x = jnp.take_along_axis(encoded.points, before[..., None], 1)
-        first = jnp.broadcast_to(self.start, (x.shape[0], 1, self.features))
+        first = jnp.broadcast_to(
+            self.start[None, None], (x.shape[0], 1, self.features))
         _, d = self.decoder(jnp.concatenate([first, x], 1), encoded.carry)
         return self._logits(d, encoded)
 
@@ -135,7 +136,7 @@ class PointerNet(nn.Module):
             raise ValueError(f"{n} points: expected at most dictionary="
                              f"{self.dictionary}")
         there = jnp.ones((b, n), bool) if there is None else there
-        h, c = (jnp.broadcast_to(a, (b, self.hidden)) for a in (self.end, self.cell))
+        h, c = (jnp.broadcast_to(a[None], (b, self.hidden)) for a in (self.end, self.cell))
         carry, e = self.encoder(points, Carry(h, c), there)
         memory = jnp.concatenate([h[:, None], e], 1)
         ends = jnp.ones((b, 1), bool)
@@ -148,7 +149,7 @@ class PointerNet(nn.Module):
         log probabilities [B,n+1] of the next one."""
         x = jnp.take_along_axis(
             encoded.points, jnp.maximum(index, 0)[:, None, None], 1)
-        x = jnp.where((index < 0)[:, None, None], self.start, x)
+        x = jnp.where((index < 0)[:, None, None], self.start[None, None], x)
         carry, d = self.decoder(x, carry)
         n = encoded.points.shape[1]
         return carry, nn.log_softmax(self._logits(d, encoded)[:, 0, :n])

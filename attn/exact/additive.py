@@ -1,10 +1,12 @@
 """Additive scores (Bahdanau et al., 2014, arXiv:1409.0473): v.tanh(q_i + k_j).
 
-q and k are projected already. The sum over channels runs while tanh is computed, and
-the backward pass computes tanh again, so that no array has tokens, keys and channels.
+q and k are projected already. Queries come one after the other, and the backward pass
+computes tanh again, so that no array has tokens, keys and channels.
 """
 
 from __future__ import annotations
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -12,12 +14,15 @@ import jax.numpy as jnp
 from attn.exact import dense
 
 
-@jax.checkpoint
 def additive_scores(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    """q [B,T,D], k [B,S,D], v [D] -> v.tanh(q_i + k_j) [B,T,S], in q's type or
-    better."""
-    # a product and a sum, not a matrix product, whose operand would be written out
-    return (v * jnp.tanh(q[:, :, None] + k[:, None])).sum(-1)
+    """q [B,T,D], k [B,S,D], v [D] -> v.tanh(q_i + k_j) [B,T,S]."""
+    one = jax.checkpoint(functools.partial(_of_one, k, v))
+    return jax.lax.map(one, q.swapaxes(0, 1)).swapaxes(0, 1)
+
+
+def _of_one(k, v, q) -> jax.Array:
+    """One query [B,D] -> [B,S]."""
+    return jnp.tanh(q[:, None] + k) @ v  # [B,S,D] [D]
 
 
 def additive(q, k, v, values, seen=None) -> jax.Array:

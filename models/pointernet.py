@@ -136,7 +136,8 @@ class PointerNet(nn.Module):
             raise ValueError(f"{n} points: expected at most dictionary="
                              f"{self.dictionary}")
         there = jnp.ones((b, n), bool) if there is None else there
-        h, c = (jnp.broadcast_to(a[None], (b, self.hidden)) for a in (self.end, self.cell))
+        h, c = (jnp.broadcast_to(a[None], (b, self.hidden))
+                for a in (self.end, self.cell))
         carry, e = self.encoder(points, Carry(h, c), there)
         memory = jnp.concatenate([h[:, None], e], 1)
         ends = jnp.ones((b, 1), bool)

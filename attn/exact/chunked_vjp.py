@@ -238,13 +238,14 @@ def _gradients(plan, arrays, base, delta, do):
 
 
 def _backward_tile(plan: Plan, const: Constants, arrays, rows, carry, i, j):
-    """(dq, dk, dv, dbias, dtables) with what tile (i, j) adds, as FlashAttention goes back:
+    """(dq, dk, dv, dbias, dtables) with what tile (i, j) adds, as FlashAttention goes
+    back:
 
         p = exp(s - base);  dv += p^T do;  dp = do v^T;  ds = p (dp - delta)
         dq += scale ds k;  dk += scale ds^T q
 
-    arrays: q, k, v, bias, tables; rows: do, delta and base of the queries. Base is lse, or near
-    it; do and delta are multiplied by exp(base - lse).
+    arrays: q, k, v, bias, tables; rows: do, delta and base of the queries. Base is lse,
+    or near it; do and delta are multiplied by exp(base - lse).
     """
     (q, k, v, bias, tables), (bq, bk) = arrays, plan.tile
     dq, dk, dv, dbias, dtables = carry

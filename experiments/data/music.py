@@ -103,8 +103,9 @@ class Chorales(Dataset):
 
     tokens [B,T], targets [B,T]: T = `length` tokens, 4 a step; a row begins anywhere in
     the first AABA of a piece, and goes on with further rounds of it, each moved by a
-    fourth down or a tone up. Chords follow a Markov chain over seven triads; each voice takes
-    the chord tone next to its last one, in its range, and holds a chord for one step.
+    fourth down or a tone up. Chords follow a Markov chain over seven triads; each voice
+    takes the chord tone next to its last one, in its range and not above the voice
+    before it, and holds a chord for one step.
     """
 
     length: int = 256
@@ -148,6 +149,9 @@ class Chorales(Dataset):
                 # the bass has the root, the others any tone
                 own = tones[:1] if voice == VOICES - 1 else tones
                 pitches = pitches[np.isin(pitches % 12, own)]
+                # of a bass whose range has no such root, the lowest one
+                under = pitches[pitches <= last[voice - 1]] if voice else pitches
+                pitches = under if under.size else pitches[:1]
                 last[voice] = int(pitches[np.abs(pitches - last[voice]).argmin()])
             rows.append(list(last))
             weights = NEXT[degree] / NEXT[degree].sum()
@@ -158,7 +162,8 @@ class Chorales(Dataset):
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Bach(Dataset):
     """Bach's chorales in sixteenths, from the corpus of music21: pieces of four parts.
-    70% of the pieces are "train" and the last 15% "valid"; nobody here reads the others. A row begins anywhere in a piece; train moves each by -3 to 3 semitones.
+    70% of the pieces are "train" and the last 15% "valid"; nobody reads the others. A
+    row begins anywhere in a piece; train moves each by -3 to 3 semitones.
     """
 
     length: int = 256

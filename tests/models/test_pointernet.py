@@ -1,4 +1,4 @@
-"""PointerNet: gradients, padding, and beams that find the most probable valid answer."""
+"""PointerNet: padding, additive scores, and beams that find the best valid answer."""
 
 import itertools
 
@@ -45,7 +45,8 @@ def test_a_wide_beam_finds_the_most_probable_answer(rule):
     found = np.asarray(search(NET, own, POINTS, ALL, steps=6, rule=rule, width=60))
     for row in range(2):
         best = max(valid(rule), key=lambda a: log_probability(own, row, a))
-        assert found[row, :len(best)].tolist() == best and not found[row, len(best):].any()
+        assert found[row, :len(best)].tolist() == best
+        assert not found[row, len(best):].any()
 
 
 @pytest.mark.parametrize("width", [1, 3])
@@ -118,7 +119,7 @@ def test_additive_scores_in_float64_and_without_an_array_of_all():
     shapes = [jax.ShapeDtypeStruct((1, t, h), jnp.float32)] * 2
     one = jax.ShapeDtypeStruct((h,), jnp.float32)
     spent = cost.memory(jax.jit(jax.grad(
-        lambda q, k, v: (additive_scores(q, k, v) ** 2).sum(), (0, 1, 2))), *shapes, one)
+        lambda *a: (additive_scores(*a) ** 2).sum(), (0, 1, 2))), *shapes, one)
     assert spent < t * t * h  # a quarter of one array of float32
 
 

@@ -1,4 +1,4 @@
-"""Networks of positional and of standard attention: their sizes, and lists of others."""
+"""Networks of positional and of standard attention: depth, shorter lists, places."""
 
 import jax
 import jax.numpy as jnp

@@ -136,13 +136,12 @@ class Positional(nn.Module, Attention):
         """The next T tokens -> state, [B,T,H,V]."""
         self.check_stream()
         check(q, k, v, segments=segments, aligned=True, piece=True)
-        none = k_like(v)
-        caches.check_fits(state, none, v)
-        b, t, slots = *q.shape[:2], state.k.shape[1]
+        caches.check_fits(state, k_like(v), v)
+        (b, t), slots = q.shape[:2], state.k.shape[1]
         now = locate(segments, b, t, state.end, state.segment)
         caches.check_room(now.next_pos, slots)
         query, key = self._tables(q.shape[2], v.dtype)
-        none = jnp.zeros(none.shape, v.dtype)
+        none = jnp.zeros(k_like(v).shape, v.dtype)
         after = caches.append(state, none, v, now, now.pos)
         both, segment = caches.concat(state, none, v, now)
         pos = both.pos[..., 0]

@@ -158,7 +158,8 @@ def written(config_: Config, model: MusicTransformer, params: Any) -> np.ndarray
 def loss(attention: Relative) -> Callable:
     """(params, q, k, v) -> sum of squares of the output."""
     def squares(params, q, k, v):
-        return (attention.apply(params, q, k, v) ** 2).sum()
+        o: Any = attention.apply(params, q, k, v)
+        return (o**2).sum()
 
     return squares
 

@@ -170,14 +170,14 @@ class PointerNet(nn.Module):
 
 class Beam(NamedTuple):
     """W partial answers a row. carry [B W,h]; score [B,W]: log probability; last, first
-    [B,W]: indices, -1 for none; count [B,W]: points so far; used [B,W,n+1]; closed
+    [B,W]: indices, -1 for none; points [B,W]: how many so far; used [B,W,n+1]; closed
     [B,W]: nothing but the end may follow."""
 
     carry: Carry
     score: jax.Array
     last: jax.Array
     first: jax.Array
-    count: jax.Array
+    points: jax.Array
     used: jax.Array
     closed: jax.Array
 
@@ -198,7 +198,7 @@ def search(model: PointerNet, params: Any, points: jax.Array, there: jax.Array, 
     (b, n), needs = points.shape[:2], points.shape[1] + 2
     if rule == "tour" and steps < needs:
         raise ValueError(f"steps={steps}: expected {needs} for a tour of {n} points")
-    encoded = model.apply(params, points, there, method="encode")
+    encoded: Any = model.apply(params, points, there, method="encode")
     wide = jax.tree.map(lambda a: jnp.repeat(a, width, 0), encoded)  # [B W,...]
     none = jnp.full((b, width), -1, jnp.int32)
     beam = Beam(
@@ -206,8 +206,9 @@ def search(model: PointerNet, params: Any, points: jax.Array, there: jax.Array, 
         none, none, none + 1, jnp.zeros((b, width, n + 1), bool), none > 0)
 
     def step(beam: Beam, _):
-        carry, logp = model.apply(
+        stepped: Any = model.apply(
             params, wide, beam.carry, beam.last.reshape(-1), method="step")
+        carry, logp = stepped
         allowed = _allowed(beam, encoded.there, rule)
         # an answer that is closed ends, and costs no more
         ended = (beam.last == 0)[..., None]
@@ -222,7 +223,7 @@ def search(model: PointerNet, params: Any, points: jax.Array, there: jax.Array, 
 
         carry = jax.tree.map(
             lambda a: of_parent(a.reshape(b, width, -1)).reshape(b * width, -1), carry)
-        first, count, used = map(of_parent, (beam.first, beam.count, beam.used))
+        first, count, used = map(of_parent, (beam.first, beam.points, beam.used))
         closes = (index == 0) | ((index == first) & (rule != "free"))
         beam = Beam(
             carry, score, index, jnp.where(first < 0, index, first),
@@ -247,7 +248,7 @@ def _allowed(beam: Beam, there, rule: str) -> jax.Array:
             # the first one when there is no other
             following = jnp.where(free.any(-1, keepdims=True), free, returns)
         else:
-            following = free | (returns & (beam.count >= 3)[..., None])
+            following = free | (returns & (beam.points >= 3)[..., None])
     return jnp.where(beam.closed[..., None], index == 0, following)
 
 

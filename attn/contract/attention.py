@@ -44,8 +44,9 @@ class Attention:
 
     causal: no token sees a later one; where it is False there is no stream.
     needs_query, needs_key: it reads q, k; if not, `MultiHead` makes no projection and
-    hands over the shape only. feature_dim: the width D that q and k are projected to, None for
-    E/H. out_norm, out_gate, gate_rank: what it asks `MultiHead` to do to its output.
+    hands over the shape only. feature_dim: the width D that q and k are projected to,
+    None for E/H. out_norm, out_gate, gate_rank: what it asks `MultiHead` to do to its
+    output.
     noise: fields that make a call with a `key` random, if they are not 0.
     row: its row of the template.
     parameter_axes: the axes of each parameter, {end of its path: letters}: H heads and

@@ -68,7 +68,8 @@ def performance(notes: Iterable[Note]) -> list[int]:
 def notes_of(tokens: Iterable[int]) -> list[Note]:
     """The notes that the tokens say, velocities at the first of their level. A note
     that is begun again ends; one without an end is left out."""
-    now, loud, held, found = 0, 1, {}, []
+    now, loud, found = 0, 1, []
+    held: dict[int, tuple[int, int]] = {}
     for token in tokens:
         if token >= VELOCITY:
             loud = 4 * (token - VELOCITY) + 1
@@ -126,9 +127,10 @@ class Chorales(Dataset):
         """A grid [T/4,4] from somewhere in a piece."""
         key = int(rng.integers(12))
         a, b = (self.voiced(rng, key) for _ in range(2))
-        steps, parts, moved = self.length // VOICES, [], 0
+        steps, moved = self.length // VOICES, 0
+        parts: list[np.ndarray] = []
         first = int(rng.integers(4 * self.phrase))
-        while sum(map(len, parts)) < first + steps:
+        while sum(len(part) for part in parts) < first + steps:
             parts += [part + moved for part in (a, a, b, self.shifted(rng, a))]
             moved = int(rng.choice([-5, 0, 2]))
         return np.concatenate(parts)[first:first + steps]

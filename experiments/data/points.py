@@ -85,13 +85,13 @@ def held_karp(points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
             came[:, many, j] = total.argmin(1)
             best[:, many, j] = total.min(1)
     total = best[:, -1] + far[:, 1:, 0]
-    last, rows = total.argmin(1), np.arange(b)
-    many, order = np.full(b, (1 << m) - 1), [last]
+    rows, backwards = np.arange(b), [total.argmin(1)]
+    left = np.full(b, (1 << m) - 1)
     for _ in range(m - 1):
-        before = came[rows, many, order[-1]]
-        many = many ^ (1 << order[-1])
-        order.append(before)
-    tour = np.stack([np.zeros(b, int), *(a + 1 for a in reversed(order))], 1) + 1
+        before = came[rows, left, backwards[-1]]
+        left = left ^ (1 << backwards[-1])
+        backwards.append(before)
+    tour = np.stack([np.zeros(b, int), *(a + 1 for a in reversed(backwards))], 1) + 1
     return length(points, one_way(tour)), one_way(tour)
 
 

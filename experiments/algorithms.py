@@ -9,6 +9,21 @@ scale either. `experiments/data/lists.py` has the tasks and the draw of the auth
 code; a network is `models/positional.py`, trained by Adam with cosine decay.
 
     python -m experiments.algorithms
+
+trains twelve networks, of three seeds, in 9 minutes on 2 cores beside many other jobs
+(3 of computing). Mean squared errors, medians:
+
+    lists so many times as large     1      2      3      5     10
+    min   standard              0.0024  0.093   0.87    7.6     39
+          positional            0.0060  0.036  0.095   0.33    1.6
+    sum   standard              0.0055   0.64    5.9     36    330
+          positional             0.019   0.12   0.38    1.9     11
+
+The claim shows: lists three times as large cost 0.063 of the standard network's error
+in sums (0.049 to 0.17 by seed) and 0.11 in least ones (0.052 to 0.34), ten times as
+large 0.045 and 0.036. That is a factor of 10 to 30, not the 1,000 that the authors'
+files have after 60,000 steps of 1,000 lists: here it is 600 of 250, and on known lists
+the positional network has learned less (3.5 and 2.7 times the error).
 """
 
 from __future__ import annotations

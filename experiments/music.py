@@ -11,6 +11,22 @@ piece: piece.mid and piece.png. The table of bytes compares the compiled backwar
 of one head of width 64 with the form that has a vector for every pair.
 
     python -m experiments.music
+
+trains six networks, of three seeds, for 400 steps of 8 rows, in 6 minutes on 2 cores
+beside many other jobs (3 of computing). Nats a token, medians, and bytes:
+
+    tokens of a row     absolute    relative      gain
+    128                    2.039       1.169     0.870 (0.863 to 0.909)
+    256, not trained on    2.287       1.166     1.122 (1.066 to 1.196)
+
+    tokens                               650     2,048     3,500
+    MB, skewed by tiles                 4.48      4.23     10.75
+    MB, a vector a pair                223.1   2,214.6   6,468.0
+
+Both claims show, on rows that repeat phrases and begin anywhere in a piece: relative
+attention reads twice the length as well, the sinusoids do not. So short a training is
+not the end of either network; Bach's chorales have not been tried. (2,048 tokens are
+whole tiles; other lengths are filled up in copies, hence 4.48 for 650.)
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
 Beside q_i.k_j a logit has q_i.e_(i-j), and beside v_j a value has w_(i-j). Rows of e
 are ordered from the farthest key to the nearest, so a tile of queries and keys next to
 each other needs a run of bq + bk rows: the product of its queries with these is skewed
-into place (Huang et al., 2018, arXiv:1809.04281), and nothing of size T x T or T x T x D is
-ever there.
+into place (Huang et al., 2018, arXiv:1809.04281), and nothing of size T x T or
+T x T x D is ever there.
 
     R = q E^T [bq,bq+bk],   S_ab = R_(a, bq - 1 - a + b):   each row one further left
 

@@ -5,10 +5,11 @@ methods: `__call__(q, k, v)` for all tokens at once, `init_state` for an empty m
 and `step` for the next tokens. `from attn import Landmark` is `from attn.landmark
 import Landmark`, and imports no other; `python -m attn` lists them all.
 
-Exact attention       softmax
+Exact attention       softmax, relative
 Linear attention      lightning, retnet, gla, lightnet, based, delta, flow, essa,
                       lineartransformer, performer, cosformer, lara
 Low rank              linformer, abc, nystrom, longshort
+Weights of positions  positional
 Recurrent             aaren, rat, s4d
 Learned memories      titans, miras
 One form for all      dsf, template

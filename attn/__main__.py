@@ -17,6 +17,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from attn.contract.attention import said
 from attn.contract.patterns import PATTERNS, patterns
 from attn.masks import Full
 
@@ -38,7 +39,7 @@ def papers() -> Iterator[tuple[str, str, str]]:
 def kept(attention: Any, size: int) -> int | None:
     """Bytes that a stream keeps of `size` tokens, in bfloat16; None without a stream.
     """
-    if not hasattr(attention, "init_state"):
+    if not hasattr(attention, "init_state") or not said(attention, "causal"):
         return None
     q, k, v, x = (jax.ShapeDtypeStruct(a, jnp.bfloat16) for a in SHAPES)
     state = jax.eval_shape(lambda: attention.init_state(size, q, k, v, x=x))

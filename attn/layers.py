@@ -52,8 +52,8 @@ class MultiHead(Layer):
     """An attention with its projections (Vaswani et al., 2017) arXiv:1706.03762.
 
     attention: any attention of this library; if it learns something, its parameters are
-    under `attention`. One that asks a question of its own (`needs_query = False`) gets
-    the shape of q only, and there is no projection for it. heads H, kv_heads K (H
+    under `attention`. One that reads no q, or no k (`needs_query`, `needs_key`),
+    gets its shape only, and there is no projection for it. heads H, kv_heads K (H
     is a multiple), head_dim D (by default what the attention asks for as `feature_dim`,
     else E/H), value_dim V (E/H).
     position: `RoPE()`, `MDLRPE(dims)` or None; an attention with a field `rope` keeps
@@ -119,7 +119,9 @@ class MultiHead(Layer):
         q, k, v = self._project(x, source, q_pos, kv_pos)
         if said(attention, "needs_query"):
             q = opened(self, "q", q)
-        k, v = opened(self, "k", k), opened(self, "v", v)
+        if said(attention, "needs_key"):
+            k = opened(self, "k", k)
+        v = opened(self, "v", v)
         options: dict[str, Any] = {"x": x, "segments": segments}
         if self.sinks:
             zeros = nn.initializers.zeros_init()

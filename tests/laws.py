@@ -55,6 +55,7 @@ from attn.miras import Memora, Miras, Moneta, Yaad
 from attn.nystrom import Nystrom
 from attn.pasta import Pasta
 from attn.performer import Performer
+from attn.positional import Positional
 from attn.positions import ALiBi, RoPE
 from attn.prflash import PrFlash
 from attn.probsparse import ProbSparse
@@ -63,6 +64,7 @@ from attn.quest import Quest
 from attn.rat import RAT
 from attn.razor import Razor
 from attn.recycled import Recycled
+from attn.relative import Relative
 from attn.retnet import RetNet
 from attn.retrieval import Retrieval
 from attn.routing import Routing
@@ -566,6 +568,27 @@ ENTRIES = {
         long=SEA(columns=512, keep=16, causal=False),
         in_v=False,
     ),
+    "relative": Entry(
+        Relative(32), kernel=False, long=Relative(2048),
+    ),
+    "relative_local": Entry(
+        Relative(8, block=3, by_value=True, shared=True), flops=1, decode=0,
+        kernel=False, wraps="relative", long=Relative(512, block=256),
+    ),
+    "relative_normal": Entry(
+        Relative(12, causal=False), kernel=False, wraps="relative",
+        long=Relative(2048, causal=False),
+    ),
+    # of P alone: neither q nor k is read
+    "positional": Entry(
+        Positional(encoding="sinusoid", width=8, length=2**12), wraps="softmax",
+        long=Positional(encoding="sinusoid", width=8, length=2**17),
+    ),
+    "positional_causal": Entry(
+        Positional(encoding="sinusoid", width=8, length=2**12, causal=True),
+        wraps="softmax",
+        long=Positional(encoding="sinusoid", width=8, length=2**17, causal=True),
+    ),
     # all pairs of blocks are read
     "seer": Entry(
         Seer(block=2, gate_dim=D, ratio=1.0, last_dense=False, diagonal=True),
@@ -741,10 +764,11 @@ def test_padding_may_hold_anything(name):
         have, want = (stream(attention, *args, 2 * T, 4, segments)
                       for args in (spoilt(np.nan), inputs()))
         chex.assert_trees_all_equal(have, want)
-    reads = said(getattr(attention, "module", attention), "needs_query")
+    own = getattr(attention, "module", attention)
+    reads = [n for n, name in enumerate(("needs_query", "needs_key"))
+             if said(own, name)]
     token = np.arange(T)[None] == np.array([[5], [5]])
-    own = said(getattr(attention, "module", attention), "needs_key")
-    for which in (0,) * reads + (1,) * own + (2,):
+    for which in (*reads, 2):
         o, _ = run(attention, *spoilt(np.nan, token, (which,)), segments)
         assert np.isnan(o[:, 5]).any((1, 2)).all(), which
 

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from attn.contract.dispatch import interpreted, pick
 from attn.exact import chunked, dense
+from attn.exact.distances import Distances
 from attn.exact.logits import Dropout, LogitSpec, Where
 from pallas_kernels.arrays import BOOL, check_arrays
 from pallas_kernels.flash.api import flash
@@ -33,13 +34,14 @@ def attend(
     given: jax.Array | None = None,
     split_lse: bool = False,
     tile: tuple[int, int] | None = None,
+    distances: Distances | None = None,
     implementation: str | None = None,
 ) -> tuple[jax.Array, ...]:
     """Exact attention: o [B,T,H,V] and lse [B,H,T], by the best implementation here.
 
     Arguments are those of `chunked.attend`. implementation: "xla", "pallas" or None for
     the best, see `attn.contract.dispatch.pick`; or "dense", the matrix in plain jnp,
-    the only one with forward-mode derivatives.
+    the only one with forward-mode derivatives. No kernel, and no matrix, has distances.
     """
     options: dict[str, Any] = {
         "bias": bias, "sink": sink, "given": given, "tile": tile,
@@ -47,7 +49,8 @@ def attend(
     }
 
     def xla():
-        return chunked.attend(q, k, v, spec, where, dropout=dropout, **options)
+        return chunked.attend(
+            q, k, v, spec, where, dropout=dropout, distances=distances, **options)
 
     def plain():
         if given is not None:
@@ -63,6 +66,8 @@ def attend(
             **kernel_options(spec, where), **_dropout_options(dropout), **options,
         )
 
+    if distances is not None:
+        return pick(implementation, xla=xla)
     # of a GPU's two, Hopper's first; what it refuses (a bias, another card) is Triton's
     return pick(
         implementation, xla=xla, dense=plain,

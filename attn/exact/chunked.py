@@ -28,6 +28,7 @@ import numpy as np
 
 from attn.contract.varying import varying
 from attn.exact.chunked_vjp import Constants, Plan, chunked, chunked_part
+from attn.exact.distances import Distances, check_distances, grouped as by_group
 from attn.exact.logits import Dropout, LogitSpec, Where
 from attn.masks import Full
 from pallas_kernels.arrays import check_logits
@@ -50,6 +51,7 @@ def attend(
     given: jax.Array | None = None,
     split_lse: bool = False,
     tile: tuple[int, int] | None = None,
+    distances: Distances | None = None,
 ) -> tuple[jax.Array, ...]:
     """Exact attention in memory linear in T: o [B,T,H,V] and lse [B,H,T] float32.
 
@@ -64,15 +66,19 @@ def attend(
     a number near the lse will do, if both cotangents are multiplied by
     exp(given - lse). split_lse: m and l [B,H,T] instead of lse = m + log l, which a
     large m leaves nothing of l; no gradient flows through m, on which nothing depends.
-    tile: queries and keys of a chunk. Source: see the module.
+    tile: queries and keys of a chunk. distances: learned vectors of them, beside k and
+    v; not of a part. Source: see the module.
     """
     check_given(q, k, where, bias, sink, dropout, given)
     (b, t, h, _), heads = q.shape, k.shape[2]
     if where.kv_pos is not None and where.kv_pos.ndim == 2:
         where = dataclasses.replace(where, kv_pos=where.kv_pos[..., None])
-    plan, table = _plan(q, k, spec, where, dropout, tile)
+    if distances is not None:
+        check_distances(distances, q, k, v)
+    plan, table = _plan(q, k, spec, where, dropout, tile, distances)
     const = _constants(plan, where, dropout, (b, h, heads))
-    const = const._replace(busy=_busy(plan, table, where))
+    first = None if distances is None else distances.first
+    const = const._replace(busy=_busy(plan, table, where), first=first)
     rows, columns = plan.padded
     # a key head's G = H/K query heads lie side by side and share its chunks
     grouped = q.reshape(b, t, heads, h // heads, -1).transpose(0, 2, 3, 1, 4)
@@ -85,9 +91,11 @@ def attend(
         bias = bias if bias.shape[4] == 1 else _pad(bias, 4, columns)
     if sink is not None:
         sink = sink.astype(jnp.float32).reshape(heads, h // heads)  # [H] -> [K,G]
-    const, arrays = varying((const, (grouped, keys, vals, bias, sink)))
+    tables = by_group(distances, heads)
+    const, (*arrays, tables) = varying(
+        (const, (grouped, keys, vals, bias, sink, tables)))
     if given is None:
-        o, m, l = chunked(plan, const, *arrays)
+        o, m, l = chunked(plan, const, *arrays, tables)
         m = jax.lax.stop_gradient(m)
         sums = (m, l) if split_lse else (lse_of(m, l),)
     else:
@@ -110,7 +118,8 @@ def check_given(q, k, where: Where, bias, sink, dropout, given=None) -> None:
 
 
 def _plan(
-    q, k, spec: LogitSpec, where: Where, dropout: Dropout | None, tile
+    q, k, spec: LogitSpec, where: Where, dropout: Dropout | None, tile,
+    distances: Distances | None = None,
 ) -> tuple[Plan, np.ndarray]:
     """What is known before the call runs, and what the mask leaves of each tile."""
     t, s = q.shape[1], k.shape[1]
@@ -127,7 +136,8 @@ def _plan(
         table = block_mask(spec.mask, tiling)
         # tiles to visit, row by row
         pairs = tuple((int(i), int(j)) for i, j in np.argwhere(table != SKIP))
-        return Plan(form, tiling, pairs), table
+        zero = 0 if distances is None else distances.zero
+        return Plan(form, tiling, pairs, zero=zero), table
 
     plan, table = planned(bk)
     if tile is None and bk == KEYS:

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from attn.contract.varying import varying
+from attn.exact.distances import Tables, pulled, term, weighted
 from attn.exact.online import (
     EMPTY, OnlineSoftmax, empty, output, rescale
 )
@@ -27,12 +28,14 @@ from pallas_kernels.tile import (
 @dataclasses.dataclass(frozen=True)
 class Plan:
     """What is known of one call before it runs: the tiles and the form of a logit.
-    backward: the same in the tiles of the backward pass, if those are others."""
+    backward: the same in the tiles of the backward pass, if those are others. zero: the
+    row of distance 0 in tables of distances."""
 
     form: LogitSpec
     tiling: Tiling
     pairs: tuple[tuple[int, int], ...]
     backward: Plan | None = None
+    zero: int = 0
 
     @property
     def tile(self) -> tuple[int, int]:
@@ -51,7 +54,8 @@ class Constants(NamedTuple):
 
     q_pos [B,T], kv_pos [B,S,K|1], q_segment [B,T], kv_segment [B,S], head [K,G], keep
     [B,K,G,T,S] bool, seed [2] uint32 and batch [B] number the rows for dropout; busy
-    [pairs] bool: which tiles hold a visible pair, where that depends on the data.
+    [pairs] bool: which tiles hold a visible pair, where that depends on the data; first
+    int32: how far query 0 stands from key 0, for tables of distances.
     """
 
     q_pos: Any = None
@@ -63,6 +67,7 @@ class Constants(NamedTuple):
     seed: Any = None
     batch: Any = None
     busy: Any = None
+    first: Any = None
 
 
 def _cut(a, axis: int, n, size: int):
@@ -102,17 +107,25 @@ def _seen(plan: Plan, const: Constants, i, j):
     return seen, h, q_pos, kv_pos
 
 
-def _tile_logits(plan: Plan, const: Constants, q, k, bias, i, j):
+def _tile_logits(plan: Plan, const: Constants, q, k, bias, tables, i, j):
     """Logits of tile (i, j) [B,K,G,bq,bk], -inf where hidden; and
     d(capped)/d(scale raw)."""
     bq, bk = plan.tile
     # [B,K,G,bq,D] x [B,K,bk,D] -> [B,K,G,bq,bk]
     raw = jnp.einsum("bkgid,bkjd->bkgij", q, k, preferred_element_type=jnp.float32)
     seen, h, q_pos, kv_pos = _seen(plan, const, i, j)
+    if tables is not None:
+        raw = raw + _term(plan, const, i, j)(q, tables.keys)
     bias = _cut(_cut(bias, 3, i, bq), 4, j, bk)
     s, slope = plan.form.logits(raw, h, q_pos, kv_pos, bias)
     # -inf before exp: a hidden key has weight 0, and so no gradient
     return (s if seen is None else jnp.where(seen, s, NEVER)), slope
+
+
+def _term(plan: Plan, const: Constants, i, j) -> Callable:
+    """x_i.e_(i-j) of tile (i, j): see `attn/exact/distances.py`."""
+    places = _seen(plan, const, i, j)[2:]
+    return term(plan.zero, const.first, plan.tile, (i, j), places)
 
 
 def _tile_keep(plan: Plan, const: Constants, i, j):
@@ -151,31 +164,33 @@ def _over_tiles(plan: Plan, const: Constants, body: Callable, carry):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def chunked(plan: Plan, const: Constants, q, k, v, bias, sink):
+def chunked(plan: Plan, const: Constants, q, k, v, bias, sink, tables=None):
     """q [B,K,G,T,D], k [B,K,S,D], v [B,K,S,V], all multiples of a tile; bias
-    [B|1,K|1,G|1,T|1,S|1], sink [K,G] -> o [B,K,G,T,V] float32, m, l [B,K,G,T]."""
-    return _forward(plan, const, q, k, v, bias, sink)[0]
+    [B|1,K|1,G|1,T|1,S|1], sink [K,G], tables of distances -> o [B,K,G,T,V] float32, m,
+    l [B,K,G,T]."""
+    return _forward(plan, const, q, k, v, bias, sink, tables)[0]
 
 
-def _forward(plan, const, q, k, v, bias, sink):
+def _forward(plan, const, q, k, v, bias, sink, tables=None):
     state = empty(q.shape[:4], v.shape[-1])
     if sink is not None:
         # a logit without value: m = sink, l = 1, acc = 0; -inf is none
         m = jnp.broadcast_to(sink_logit(sink)[None, :, :, None], state.m.shape)
         some = (m > NEVER).astype(jnp.float32)
         state = state._replace(m=jnp.maximum(m, EMPTY), l=some)
-    body = functools.partial(_forward_tile, plan, const, (q, k, v, bias))
-    state = _over_tiles(plan, const, body, varying(state, const, q, k, v, bias, sink))
+    body = functools.partial(_forward_tile, plan, const, (q, k, v, bias, tables))
+    state = varying(state, const, q, k, v, bias, sink, tables)
+    state = _over_tiles(plan, const, body, state)
     o, m, l = output(state), state.m, state.l
-    return (o, m, l), (const, q, k, v, bias, sink, o, m, l)
+    return (o, m, l), (const, q, k, v, bias, sink, tables, o, m, l)
 
 
 def _forward_tile(plan: Plan, const: Constants, arrays, state, i, j) -> OnlineSoftmax:
     """The state of all queries with what tile (i, j) says of its own: the inner
     loop of FlashAttention's Algorithm 1 (arXiv:2205.14135), divided only at last."""
-    (q, k, v, bias), (bq, bk) = arrays, plan.tile
+    (q, k, v, bias, tables), (bq, bk) = arrays, plan.tile
     q_i, k_j, v_j = _cut(q, 3, i, bq), _cut(k, 2, j, bk), _cut(v, 2, j, bk)
-    s, _ = _tile_logits(plan, const, q_i, k_j, bias, i, j)
+    s, _ = _tile_logits(plan, const, q_i, k_j, bias, tables, i, j)
     old = OnlineSoftmax(*(_cut(a, 3, i, bq) for a in state))
     m = jnp.maximum(old.m, s.max(-1))  # [B,K,G,bq]
     # exp(s_j - m'): m' is finite, so a row that sees nothing is no NaN
@@ -183,10 +198,12 @@ def _forward_tile(plan: Plan, const: Constants, arrays, state, i, j) -> OnlineSo
     _, l, acc = rescale(old, m)  # l and acc times exp(m - m')
     l = l + p.sum(-1)  # dropout leaves the sum as it is
     keep = _tile_keep(plan, const, i, j)
-    p = (p if keep is None else p * keep).astype(v.dtype)
+    p = p if keep is None else p * keep
     # [B,K,G,bq,bk] x [B,K,bk,V] -> [B,K,G,bq,V]
-    acc = acc + jnp.einsum("bkgij,bkjv->bkgiv", p, v_j,
+    acc = acc + jnp.einsum("bkgij,bkjv->bkgiv", p.astype(v.dtype), v_j,
                            preferred_element_type=jnp.float32)
+    if tables is not None and tables.values is not None:
+        acc = acc + weighted(_term(plan, const, i, j), p, tables.values)
     new = OnlineSoftmax(m, l, acc)
     return OnlineSoftmax(*(_put(a, b, 3, i, bq) for a, b in zip(state, new)))
 
@@ -202,45 +219,46 @@ def _backward(plan, saved, cotangents):
 
 def _gradients(plan, arrays, base, delta, do):
     """The gradients, with weights exp(s - base): base, delta [B,K,G,T]; do."""
-    const, q, k, v, bias, sink = arrays
+    const, q, k, v, bias, sink, tables = arrays
     # which tiles are busy was found for those of the forward pass
     plan = plan if const.busy is not None else plan.backward or plan
     rows = do.astype(v.dtype), delta, base
-    body = functools.partial(_backward_tile, plan, const, (q, k, v, bias), rows)
-    start = tuple(
-        None if a is None else jnp.zeros(a.shape, jnp.float32) for a in (q, k, v, bias)
-    )
-    start = varying(start, const, q, k, v, bias, rows)
+    given = q, k, v, bias, tables
+    body = functools.partial(_backward_tile, plan, const, given, rows)
+    start = jax.tree.map(lambda a: jnp.zeros(a.shape, jnp.float32), given)
+    start = varying(start, const, *given, rows)
     grads = _over_tiles(plan, const, body, start)
     dsink = None
     if sink is not None:
         # the sink's share of each row is a weight whose value is 0
         share = jnp.exp(sink_logit(sink)[None, :, :, None] - base)
         dsink = -(share * delta).sum((0, 3)).astype(sink.dtype)
-    low = (
-        None if a is None else d.astype(a.dtype) for d, a in zip(grads, (q, k, v, bias))
-    )
-    return None, *low, dsink
+    *low, dtables = jax.tree.map(lambda d, a: d.astype(a.dtype), grads, given)
+    return None, *low, dsink, dtables
 
 
 def _backward_tile(plan: Plan, const: Constants, arrays, rows, carry, i, j):
-    """(dq, dk, dv, dbias) with what tile (i, j) adds, as FlashAttention goes back:
+    """(dq, dk, dv, dbias, dtables) with what tile (i, j) adds, as FlashAttention goes
+    back:
 
         p = exp(s - base);  dv += p^T do;  dp = do v^T;  ds = p (dp - delta)
         dq += scale ds k;  dk += scale ds^T q
 
-    arrays: q, k, v, bias; rows: do, delta and base of the queries. Base is lse, or near
-    it; do and delta are multiplied by exp(base - lse).
+    arrays: q, k, v, bias, tables; rows: do, delta and base of the queries. Base is lse,
+    or near it; do and delta are multiplied by exp(base - lse).
     """
-    (q, k, v, bias), (bq, bk) = arrays, plan.tile
-    dq, dk, dv, dbias = carry
+    (q, k, v, bias, tables), (bq, bk) = arrays, plan.tile
+    dq, dk, dv, dbias, dtables = carry
     q_i, k_j, v_j = _cut(q, 3, i, bq), _cut(k, 2, j, bk), _cut(v, 2, j, bk)
     do, delta, base = (_cut(a, 3, i, bq) for a in rows)
-    s, slope = _tile_logits(plan, const, q_i, k_j, bias, i, j)
+    s, slope = _tile_logits(plan, const, q_i, k_j, bias, tables, i, j)
     # no logit is above base; of large ones, one that was rounded otherwise here may be
     p = jnp.exp(jnp.minimum(s - base[..., None], 0))  # [B,K,G,bq,bk]
     # [B,K,G,bq,V] x [B,K,bk,V] -> [B,K,G,bq,bk]
     dp = jnp.einsum("bkgiv,bkjv->bkgij", do, v_j, preferred_element_type=jnp.float32)
+    by_value = tables is not None and tables.values is not None
+    if by_value:  # values are v_j + w_(i-j)
+        dp = dp + _term(plan, const, i, j)(do, tables.values)
     keep = _tile_keep(plan, const, i, j)
     # dropout acts behind the softmax: on p for dv, on dp for ds
     dropped = p if keep is None else p * keep
@@ -257,10 +275,21 @@ def _backward_tile(plan: Plan, const: Constants, arrays, rows, carry, i, j):
     # [B,K,G,bq,bk] x [B,K,bk,D] -> [B,K,G,bq,D], and the other way for dk
     dq_i = jnp.einsum("bkgij,bkjd->bkgid", ds, k_j, preferred_element_type=jnp.float32)
     dk_j = jnp.einsum("bkgij,bkgid->bkjd", ds, q_i, preferred_element_type=jnp.float32)
+    if tables is not None:
+        # q stands in q.e too; of w, what p and do say of it
+        of_q, dkeys = pulled(
+            _term(plan, const, i, j), q_i.astype(jnp.float32),
+            tables.keys.astype(jnp.float32), ds.astype(jnp.float32))
+        dq_i, dvalues = dq_i + of_q, dtables.values
+        if by_value:
+            dvalues = dvalues + pulled(
+                _term(plan, const, i, j), do.astype(jnp.float32),
+                tables.values.astype(jnp.float32), dropped)[1]
+        dtables = Tables(dtables.keys + dkeys, dvalues)
     dq = _put(dq, _cut(dq, 3, i, bq) + dq_i, 3, i, bq)
     dk = _put(dk, _cut(dk, 2, j, bk) + dk_j, 2, j, bk)
     dv = _put(dv, _cut(dv, 2, j, bk) + dv_j, 2, j, bk)
-    return dq, dk, dv, dbias
+    return dq, dk, dv, dbias, dtables
 
 
 def _add_bias(dbias, ds, tile, i, j):
@@ -287,7 +316,8 @@ def _backward_part(plan, saved, cotangents):
     # a row that sees nothing: exp(-inf - 0) is 0, where -inf - -inf were no number
     base = jnp.where(jnp.isfinite(lse), lse, 0)
     # what d(o) says of delta is in lse's cotangent already
-    return *_gradients(plan, arrays, base, -dlse, do), None
+    *grads, _ = _gradients(plan, (*arrays, None), base, -dlse, do)
+    return *grads, None
 
 
 def _forward_part(plan, *arrays):

@@ -1,0 +1,256 @@
+"""Pointers: a network that answers with positions of its input, and longer inputs.
+
+Pointer networks (Vinyals et al., 2015, arXiv:1506.03134) learn convex hulls, Delaunay
+triangles and short tours from examples alone, and answer for more points than they have
+seen, which a network with a dictionary of indices cannot. Here a small one learns from
+lists of `least` to `most` points, with hulls of `scipy.spatial` or exact tours as its
+targets, and is asked about lists of other lengths. A beam keeps answers valid: of a
+tour every point once, of a hull no point twice.
+
+Accuracy is the share of answers with the right polygon, whichever corner it begins at,
+of a hull; the same triangles; the mean length of a tour, of an exact or 2-opt one, and
+of the points as they come. Area is the mean share of the hull's, of the answers that
+are simple polygons; `failed` the share that are not. `covered` is the share of the
+right triangles.
+
+    python -m experiments.hull
+    python -m experiments.hull --task=tsp --least=5 --most=5 --asked='(5,)'
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+import sys
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from experiments.cli import config
+from experiments.cli.config import FREE, option
+from experiments.data import points as data
+from experiments.data.points import Points
+from experiments.measure import seeds
+from experiments.measure.provenance import provenance
+from experiments.training.loop import Objective, TrainConfig, fit
+from experiments.training.mesh import whole
+from experiments.training.runs import open_folder, write_whole
+from models.pointernet import PointerNet, search
+
+RULES = {"hull": "hull", "tsp": "tour", "delaunay": "free"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """The task, and the network."""
+
+    task: str = option("hull", "hull, tsp or delaunay")
+    least: int = option(5, "points of the shortest lists of the training")
+    most: int = option(10, "points of the longest")
+    asked: tuple[int, ...] = option((5, 10, 15, 20, 25), "points of the lists asked")
+    hidden: int = option(64, "width h of both LSTMs")
+    dictionary: int = option(20, "indices of the baseline, which does not point; 0 for "
+                             "no baseline")
+    steps: int = option(2500, "training steps")
+    batch: int = option(128, "lists a step")
+    rate: float = option(2e-3, "peak learning rate")
+    tests: int = option(500, "lists of a length that are asked about")
+    beam: int = option(3, "answers that are kept while one is written")
+    seed: int = option(0, "of data and parameters; the first of several")
+    seeds: int = option(1, "networks trained, with seeds one after the other")
+    quiet: bool = option(False, "no progress bars and no table", FREE)
+    folder: str | None = option(None, "where results go; None makes a new folder", FREE)
+
+    def __post_init__(self):
+        seeds.check(self)
+        if self.task not in data.TASKS:
+            raise ValueError(f"task={self.task!r}: expected one of {data.TASKS}")
+        if not 3 <= self.least <= self.most:
+            raise ValueError(f"least={self.least}, most={self.most}: expected 3 or "
+                             "more, and least of at most most")
+        if not self.asked or min(self.asked) < 3 or self.beam < 1:
+            raise ValueError(f"asked={self.asked}, beam={self.beam}: expected lists of "
+                             "3 points or more, and 1 answer or more")
+        if 0 < self.dictionary < self.most or self.dictionary < 0:
+            raise ValueError(f"dictionary={self.dictionary}: expected 0, or as many as "
+                             f"most={self.most}")
+
+    def lists(self, n: int | None = None) -> Points:
+        """The lists of the training, or those of n points that are asked."""
+        least, most = (self.least, self.most) if n is None else (n, n)
+        return Points(length=most, least=least, task=self.task, seed=self.seed,
+                      split="train" if n is None else "valid")
+
+    def plan(self) -> TrainConfig:
+        """The training; the paper's is 1,000,000 lists by SGD of rate 1."""
+        return TrainConfig(
+            steps=self.steps, batch=self.batch, learning_rate=self.rate, seed=self.seed,
+            weight_decay=0.0, warmup=self.steps // 20, clip=2.0)
+
+
+TINY = Config(least=3, most=4, asked=(5,), hidden=4, dictionary=4, steps=2, batch=2,
+              tests=3, beam=2, quiet=True)
+
+
+def next_index(model, params, batch: dict, key) -> tuple[jax.Array, jax.Array]:
+    """Cross entropy in nats of the indices, given those before: (sum, count)."""
+    logits = model.apply(params, batch["points"], batch["targets"], batch["there"])
+    targets = batch["targets"]
+    nats = optax.softmax_cross_entropy_with_integer_labels(
+        logits, jnp.maximum(targets, 0))
+    return jnp.where(targets >= 0, nats, 0).sum(), (targets >= 0).sum()
+
+
+def run(config_: Config) -> dict[str, Any]:
+    """Trains and asks -> what is right, by network and number of points: medians over
+    seeds, with the least and the greatest."""
+    command = config.command(config_)
+    folder = open_folder("hull", config_.folder, command, config.settings(config_))
+    each = [once(one, folder) for one in seeds.each(config_)]
+    found = seeds.merged(each)
+    which = [one.seed for one in seeds.each(config_)]
+    result = provenance(command, which) | {"rows": each, "found": found}
+    write_whole(folder / "hull.json", json.dumps(result, indent=1) + "\n")
+    if not config_.quiet:
+        Console().print(table(config_, found))
+    return found | {"folder": str(folder)}
+
+
+def once(config_: Config, folder: pathlib.Path) -> dict[str, Any]:
+    """The numbers with one seed, named NETWORK_POINTS_WHAT; the first one's answers are
+    drawn."""
+    found: dict[str, Any] = {}
+    networks = {"pointer": PointerNet(config_.hidden)}
+    if config_.dictionary:
+        networks["dictionary"] = PointerNet(
+            config_.hidden, dictionary=config_.dictionary)
+    for name, model in networks.items():
+        fitted = fit(
+            model, config_.lists(), config_.plan(),
+            objective=Objective(next_index, "points"), label=name,
+            quiet=config_.quiet)
+        params = whole(fitted.params)
+        for n in config_.asked:
+            if name == "dictionary" and n > config_.dictionary:
+                continue  # there is no index for the last points
+            lists = config_.lists(n).batch(0, config_.tests)
+            steps = data.steps_of(config_.task, n)
+            answers = np.asarray(search(
+                model, params, lists["points"], lists["there"], steps=steps,
+                rule=RULES[config_.task], width=config_.beam))
+            scores = SCORES[config_.task](lists, answers)
+            found |= {f"{name}_{n}_{what}": a for what, a in scores.items()}
+            if name == "pointer" and not (folder / f"answers_{n}.png").exists():
+                picture(config_, lists, answers, folder / f"answers_{n}.png")
+    return found
+
+
+def of_hull(lists: dict, answers: np.ndarray) -> dict[str, float]:
+    """accuracy, area and failed of hulls [B,steps]."""
+    right, areas, failed = [], [], 0
+    for points, targets, answer in zip(lists["points"], lists["targets"], answers):
+        want, have = (_polygon(a) for a in (targets, answer))
+        right.append(_same(want, have))
+        if not data.simple(points[have - 1]):
+            failed += 1
+            continue
+        areas.append(data.area(points[have - 1]) / data.area(points[want - 1]))
+    area = float(np.mean(areas)) if areas else 0.0
+    return {"accuracy": float(np.mean(right)), "area": area,
+            "failed": failed / len(answers)}
+
+
+def _polygon(indices: np.ndarray) -> np.ndarray:
+    """The corners of an answer, without the end and the first one's return."""
+    found = indices[indices > 0]
+    return found[:-1] if len(found) > 1 and found[-1] == found[0] else found
+
+
+def _same(a: np.ndarray, b: np.ndarray) -> bool:
+    """Whether two polygons are one, begun anywhere and in either direction."""
+    if len(a) != len(b):
+        return False
+    return any((np.roll(way, n) == a).all() for way in (b, b[::-1])
+               for n in range(len(b)))
+
+
+def of_tsp(lists: dict, answers: np.ndarray) -> dict[str, float]:
+    """length of tours [B,steps], optimal (of 2-opt beyond 10 points), random: of the
+    points as they come."""
+    points = lists["points"].astype(np.float64)
+    n = points.shape[1]
+    own, best = answers[:, :n], lists["targets"][:, :n]
+    straight = np.tile(np.arange(1, n + 1), (len(points), 1))
+    return {name: float(data.length(points, tour).mean()) for name, tour in (
+        ("length", own), ("optimal", best), ("random", straight))}
+
+
+def of_delaunay(lists: dict, answers: np.ndarray) -> dict[str, float]:
+    """accuracy and covered of triangles [B,steps]."""
+    right, covered = [], []
+    for targets, answer in zip(lists["targets"], answers):
+        want, have = (_triples(a) for a in (targets, answer))
+        right.append(want == have)
+        covered.append(len(want & have) / len(want))
+    return {"accuracy": float(np.mean(right)), "covered": float(np.mean(covered))}
+
+
+def _triples(indices: np.ndarray) -> set[tuple[int, ...]]:
+    found = indices[indices > 0]
+    return {tuple(sorted(map(int, one)))
+            for one in found[:len(found) // 3 * 3].reshape(-1, 3)}
+
+
+SCORES = {"hull": of_hull, "tsp": of_tsp, "delaunay": of_delaunay}
+
+
+def table(config_: Config, found: dict[str, Any]) -> Table:
+    """What is right, for the terminal."""
+    columns = {"hull": ("accuracy", "area", "failed"), "delaunay": ("accuracy",
+               "covered"), "tsp": ("length", "optimal", "random")}[config_.task]
+    text = "{:.3f}" if config_.task == "tsp" else "{:.1%}"
+    made = Table(title=f"{config_.task}, trained on {config_.least} to {config_.most} "
+                 "points", box=box.SIMPLE_HEAD)
+    for name in ("network", "points", *columns):
+        made.add_column(name, justify="right")
+    for name in ("pointer", "dictionary"):
+        for n in config_.asked:
+            keys = [f"{name}_{n}_{column}" for column in columns]
+            if keys[0] in found:
+                made.add_row(name, str(n), *(text.format(found[k]) for k in keys))
+    return made
+
+
+def picture(config_: Config, lists: dict, answers: np.ndarray,
+            path: pathlib.Path) -> None:
+    """A few answers (lines) over the right ones (grey)."""
+    from experiments.measure.report import plt
+
+    many = min(4, len(answers))
+    figure, panels = plt.subplots(1, many, figsize=(2.4 * many, 2.4), squeeze=False,
+                                  layout="constrained")
+    for axes, points, targets, answer in zip(
+            panels[0], lists["points"], lists["targets"], answers):
+        for indices, look in ((targets, {"color": "0.75", "lw": 5}),
+                              (answer, {"color": "C0", "lw": 1.5})):
+            at = indices[indices > 0] - 1
+            if config_.task != "delaunay":
+                axes.plot(*points[at].T, **look)
+                continue
+            for one in at[:len(at) // 3 * 3].reshape(-1, 3):
+                axes.plot(*points[np.append(one, one[0])].T, **look)
+        axes.plot(*points.T, "o", color="0.2", ms=3)
+        axes.set(xticks=(), yticks=(), aspect="equal")
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    config.main(run, Config, __doc__, sys.argv[1:])

@@ -54,8 +54,9 @@ def matrix(attention: Any, q: jax.Array, k: jax.Array, *, width: int = 1,
     q [B,T,H,D], k [B,S,H,D]. A key's column is what the attention gives for values of 1
     at that key and 0 elsewhere. All attentions here are linear in v but `Delta`, whose
     V(X) is silu(conv(v)), learned memories (`Titans`, `Miras`), `SEA` and `ABC`, whose
-    A is made of v too, `LongShort`, which norms v, and `S4D`, with a gelu; channels of
-    v share A in all but `RAT`, whose gates are of channels.
+    A is made of v too, `LongShort`, which norms v, `S4D`, with a gelu, and
+    `Relative(by_value=True)`, which adds to v; channels of v share A in all but `RAT`,
+    whose gates are of channels.
     """
     b, s, heads = k.shape[:3]
     if heads != q.shape[2]:

@@ -55,12 +55,13 @@ class Config:
     least: int = option(5, "points of the shortest lists of the training")
     most: int = option(10, "points of the longest")
     asked: tuple[int, ...] = option((5, 10, 15, 20, 25), "points of the lists asked")
-    hidden: int = option(64, "width h of both LSTMs")
-    dictionary: int = option(20, "indices of the baseline, which does not point; 0 for "
-                             "no baseline")
-    steps: int = option(2500, "training steps")
+    hidden: int = option(128, "width h of both LSTMs")
+    spread: float = option(0.2, "parameters begin within it; the paper has 0.08")
+    dictionary: int | None = option(
+        20, "indices of the baseline, which does not point; None for no baseline")
+    steps: int = option(1500, "training steps")
     batch: int = option(128, "lists a step")
-    rate: float = option(2e-3, "peak learning rate")
+    rate: float = option(5e-3, "peak learning rate")
     tests: int = option(500, "lists of a length that are asked about")
     beam: int = option(3, "answers that are kept while one is written")
     seed: int = option(0, "of data and parameters; the first of several")
@@ -78,9 +79,9 @@ class Config:
         if not self.asked or min(self.asked) < 3 or self.beam < 1:
             raise ValueError(f"asked={self.asked}, beam={self.beam}: expected lists of "
                              "3 points or more, and 1 answer or more")
-        if 0 < self.dictionary < self.most or self.dictionary < 0:
-            raise ValueError(f"dictionary={self.dictionary}: expected 0, or as many as "
-                             f"most={self.most}")
+        if self.dictionary is not None and self.dictionary < self.most:
+            raise ValueError(f"dictionary={self.dictionary}: expected None, or as many "
+                             f"as most={self.most}")
 
     def lists(self, n: int | None = None) -> Points:
         """The lists of the training, or those of n points that are asked."""
@@ -127,10 +128,10 @@ def once(config_: Config, folder: pathlib.Path) -> dict[str, Any]:
     """The numbers with one seed, named NETWORK_POINTS_WHAT; the first one's answers are
     drawn."""
     found: dict[str, Any] = {}
-    networks = {"pointer": PointerNet(config_.hidden)}
+    networks = {"pointer": PointerNet(config_.hidden, spread=config_.spread)}
     if config_.dictionary:
         networks["dictionary"] = PointerNet(
-            config_.hidden, dictionary=config_.dictionary)
+            config_.hidden, dictionary=config_.dictionary, spread=config_.spread)
     for name, model in networks.items():
         fitted = fit(
             model, config_.lists(), config_.plan(),
@@ -138,7 +139,7 @@ def once(config_: Config, folder: pathlib.Path) -> dict[str, Any]:
             quiet=config_.quiet)
         params = whole(fitted.params)
         for n in config_.asked:
-            if name == "dictionary" and n > config_.dictionary:
+            if name == "dictionary" and n > (config_.dictionary or 0):
                 continue  # there is no index for the last points
             lists = config_.lists(n).batch(0, config_.tests)
             steps = data.steps_of(config_.task, n)

@@ -27,9 +27,9 @@ RULES = "free", "hull", "tour"
 NEVER = -1e30
 
 
-def _init(key, shape, dtype=jnp.float32):
-    """Uniform in [-0.08, 0.08], as all of the paper's parameters."""
-    return jax.random.uniform(key, shape, dtype, -0.08, 0.08)
+def _uniform(spread: float, key, shape, dtype=jnp.float32) -> jax.Array:
+    """Uniform in [-spread, spread], as all parameters here."""
+    return jax.random.uniform(key, shape, dtype, -spread, spread)
 
 
 class Carry(NamedTuple):
@@ -57,15 +57,16 @@ class LSTM(nn.Module):
     """
 
     width: int
+    spread: float = 0.08
 
     @nn.compact
     def __call__(self, x, carry: Carry, there=None):
         """x [B,T,F] -> the last carry, h of all steps [B,T,h]. there [B,T]: at other
         steps the carry stays."""
-        many = 4 * self.width
-        w = self.param("inputs", _init, (x.shape[-1], many))
-        u = self.param("hidden", _init, (self.width, many))
-        b = self.param("bias", _init, (many,))
+        many, init = 4 * self.width, functools.partial(_uniform, self.spread)
+        w = self.param("inputs", init, (x.shape[-1], many))
+        u = self.param("hidden", init, (self.width, many))
+        b = self.param("bias", init, (many,))
         if there is None:
             there = jnp.ones(x.shape[:2], bool)
 
@@ -90,27 +91,29 @@ class PointerNet(nn.Module):
     hidden h: of both LSTMs. features F: of a point. dictionary: None to point; n for
     the paper's baseline, which reads the same memory by attention and chooses one of n
     indices from [d_i ; sum_j a_j e_j]: points beyond the n-th have no index. (The
-    paper's feeds the second half to the next step too; this one does not.)
+    paper's feeds the second half to the next step too; this one does not.) spread: all
+    parameters begin uniform within it.
     """
 
     hidden: int = 256
     features: int = 2
     dictionary: int | None = None
+    spread: float = 0.08
 
     def setup(self):
-        h = self.hidden
+        h, init = self.hidden, functools.partial(_uniform, self.spread)
         if h < 1 or self.features < 1:
             raise ValueError(f"PointerNet: hidden={h}, features={self.features}: "
                              "expected 1 or more")
-        self.encoder, self.decoder = LSTM(h), LSTM(h)
-        self.start = self.param("start", _init, (self.features,))
-        self.end = self.param("end", _init, (h,))
-        self.cell = self.param("cell", _init, (h,))  # the encoder's first c
-        self.w1, self.w2 = (self.param(n, _init, (h, h)) for n in ("w1", "w2"))
-        self.v = self.param("v", _init, (h,))
+        self.encoder, self.decoder = (LSTM(h, self.spread) for _ in range(2))
+        self.start = self.param("start", init, (self.features,))
+        self.end = self.param("end", init, (h,))
+        self.cell = self.param("cell", init, (h,))  # the encoder's first c
+        self.w1, self.w2 = (self.param(n, init, (h, h)) for n in ("w1", "w2"))
+        self.v = self.param("v", init, (h,))
         if self.dictionary is not None:
             self.choose = nn.Dense(
-                self.dictionary + 1, kernel_init=_init, bias_init=_init)
+                self.dictionary + 1, kernel_init=init, bias_init=init)
 
     def __call__(self, points, targets=None, there=None):
         """points [B,n,F], targets [B,steps] int, 0 the end, k the k-th point, -1 for

@@ -573,7 +573,7 @@ ENTRIES = {
     ),
     "relative_local": Entry(
         Relative(8, block=3, by_value=True, shared=True), flops=1, decode=0,
-        kernel=False, wraps="relative", long=Relative(512, block=256),
+        kernel=False, wraps="relative", long=Relative(512, block=256), in_v=False,
     ),
     "relative_normal": Entry(
         Relative(12, causal=False), kernel=False, wraps="relative",

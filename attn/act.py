@@ -36,6 +36,7 @@ import jax
 import jax.numpy as jnp
 
 from attn.cache import kv as caches
+from attn.contract.attention import EXACT, TemplateRow
 from attn.contract.calls import refuse_keywords
 from attn.contract.segments import locate
 from attn.contract.shapes import check
@@ -109,6 +110,7 @@ class ACT(Softmax):
     min_rows: int = 1
     tile: int = 128
     ahead = None
+    row = TemplateRow(EXACT, "3 L^2 D", 2)
 
     def __post_init__(self):
         super().__post_init__()

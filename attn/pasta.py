@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from attn.contract.attention import EXACT, TemplateRow
 from attn.softmax import Softmax
 
 POSITIONS = ("exclude", "include", "generation")
@@ -75,6 +76,7 @@ class Pasta(Softmax):
     heads: tuple[int, ...] | None = None
     position: str = "exclude"
     spans: str = "union"
+    row = TemplateRow(EXACT, "L^2 D", 2)
 
     def __post_init__(self):
         super().__post_init__()

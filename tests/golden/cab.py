@@ -181,7 +181,14 @@ def _dense(case, name: str) -> Callable:
     """x -> x W^T + b, b if there is one."""
     weight = jnp.asarray(case[f"w/{name}.weight"])
     bias = case.get(f"w/{name}.bias")
-    return lambda x: x @ weight.T + (0 if bias is None else jnp.asarray(bias)[None])
+
+    def affine(x):
+        y = x @ weight.T
+        if bias is None:
+            return y
+        return y + jnp.asarray(bias).reshape((1,) * (y.ndim - 1) + (-1,))
+
+    return affine
 
 
 def _multihead(attend: Callable, form: str = "{}_proj") -> Callable:

@@ -30,7 +30,7 @@ paper's spread (`--spread=0.08 --hidden=64 --rate=2e-3 --steps=2500`) it stayed 
 plateau, with 3.6% at 5 points, and so did the dictionary (4.2%), which has not been
 trained with the settings here: nothing is said of it. Tours are not learned:
 
-    python -m experiments.hull --task=tsp --least=5 --most=5 --asked='(5,)' \
+    python -m experiments.hull --task=tsp --least=5 --most=5 --asked='(5,)' \\
         --dictionary=None
 
 gives a mean length of 2.658, as long as the points in the order in which they come

@@ -6,6 +6,34 @@ numbers, KQ = diag(w I, 0) and OV = (0, mu); two heads or more make pairs of opp
 signs that together do one step of gradient descent with centred x (debiased), and do
 better than one head can; the longer the prompt, the better, while linear attention,
 whose step is fixed, gets worse beyond the length that it was trained at.
+
+    python -m experiments.regression
+
+takes 5 minutes on 2 busy cores. Excess risk (error less noise; d = 5, trained at L =
+40, noise 0.1), medians of three seeds; the numbers of the authors' class in brackets:
+
+    L               20             40             80             160
+    1 head          0.469 [0.469]  0.303 [0.299]  0.201 [0.199]  0.138 [0.138]
+    2 heads         0.263 [0.263]  0.144 [0.142]  0.080 [0.080]  0.047 [0.047]
+    4 heads         0.263          0.144          0.080          0.047
+    linear          0.380          0.141          0.766          6.475
+    Bayes           0.034          0.014 [0.015]  0.007          0.003
+    descent         0.255          0.141 [0.142]  0.080          0.049
+    debiased        0.263          0.144 [0.145]  0.080          0.047
+
+(descent and debiased with the best step at L = 40, 0.860 and 0.879.) So a pair does
+what one debiased step does and as well at every length, twice as well as one head, and
+ten times worse than Bayes: the paper's optimum is one of scaling. At L = 40 seeds
+differ by at most 0.013. Reduced to w and -w with the best mu, pairs have 0.144 for w =
+0.05 and 0.1, 0.145 for 0.2 and 0.165 for 0.5; one head at best 0.303, at 0.5.
+
+Heads: one has w = 0.518 (0.518 to 0.520; [0.519]) and |mu| 1.49 [1.50]; two have |w|
+0.159 (0.159 to 0.163; [0.159]) that differ by 0.5% at most, |mu| 2.76 each [2.77], a
+sum of mu of at most 0.1% of their sizes, and signs that agree; entries of KQ beside the
+diagonal are below 3% of w. Of four heads 2, 3 or 4 were live; mu adds up to 0.1% at
+most, but in one seed of three |w| differs by 23% (0.1% in the others), and entries
+beside w go up to 41% of it. So "all live heads share one |w|" holds for two heads, and
+for four in two seeds of three; more steps were not tried.
 """
 
 from __future__ import annotations

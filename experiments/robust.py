@@ -15,6 +15,7 @@ import dataclasses
 import functools
 import json
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -134,7 +135,7 @@ def fit(config_: Config, vocab: int, rate: float, train: Labelled, order, seed):
     amsgrad = optax.amsgrad(rate)
 
     def loss(params, part, again, words, own, key):
-        bound = functools.partial(model.apply, params)
+        bound: Callable[..., Any] = functools.partial(model.apply, params)
         h = bound(bound(words, method="embed"), words, method="encode")
         scores = bound(h, method="scores")
 
@@ -172,7 +173,7 @@ def judge(config_: Config, vocab: int, params, tokens):
     model = TextClassifier(vocab, config_.width)
 
     def one(params):
-        bound = functools.partial(model.apply, params)
+        bound: Callable[..., Any] = functools.partial(model.apply, params)
 
         def logit(embedded):
             h = bound(embedded, tokens, method="encode")

@@ -5,7 +5,34 @@ texts whose tokens say what comes next, common ones and distinct ones. Claims: a
 leaves the common tokens for the distinct ones, for the more frequent of them first
 (rich get richer); the faster the decoder learns beside attention (the ratio lr_Y /
 lr_Z), the earlier this snaps, so that more tokens keep a share; and it freezes before
-one token has everything.
+one token has everything. That the flow is the paper's, and what it says of every token
+of the population, is tested exactly; this is what texts do.
+
+    python -m experiments.scansnap
+
+takes a minute on 2 busy cores. Medians of three seeds, entropy of the mixture c_n in
+nats and the common tokens' share of it, with those that the authors' code gave to two
+other seeds in brackets; P itself has 2.89 and 0.645:
+
+    queries lr_Z  ratio 1      2            5            10
+    1       0.5   2.76 [2.74]  2.82 [2.79]  2.87 [2.86]  2.89 [2.88]
+    1       1     2.63 [2.57]  2.74 [2.69]  2.84 [2.82]  2.87 [2.85]
+    1       2     2.38 [2.24]  2.58 [2.47]  2.74 [2.68]  2.72 [2.74]
+    3       2     2.33 [2.31]  2.34 [2.31]  2.54 [2.56]  2.70 [2.71]
+    share   2     .20 [.20]    .28 [.28]    .41 [.36]    .42 [.40]     of 1 query
+    share   2     .16 [.15]    .18 [.17]    .26 [.26]    .34 [.35]     of 3
+
+More entropy with the ratio, from 1 to 10, at every rate of Z: by 0.12 (0.118 to 0.168)
+or more with 1 query, 0.108 (0.105 to 0.114) with 3, but 0.078 (-0.005 to 0.089) with 5
+and 0.042 (0.037 to 0.057) with 10, where a decoder of ratio 1 has not learned enough in
+100 steps to push attention anywhere: 2 has less entropy than 1. Less entropy with the
+rate of Z, at every ratio: by 0.28 to 0.38 (least of all seeds 0.097). Frozen, of two
+queries from zero: (c_10 / c_1)^2 - 1 goes from 99 to 1196 (887 to 1225; 1022 of the
+authors' code), the last 30 steps change it by 0.25% (at most 0.62%), past its peak it
+falls by at most 0.62%, and common tokens keep 0.389 (0.385 to 0.393; 0.379). Distinct
+tokens stand in the order of their frequency and above all common ones in every seed;
+logits of the rarest, which a text holds less than once, may end just below 0 (-0.02),
+so that 85% (80% to 90%) of the distinct ones are above it, and in the population all.
 """
 
 from __future__ import annotations
@@ -117,12 +144,13 @@ def swept(data: Cooccurrence, batch: int, steps: int, seed, start: Weights,
           rates: Rates) -> jax.Array:
     """Trains with every pair of rates [R] on the same texts -> [R,2]: the entropy of
     c_n in the population, and the common tokens' share of it, means over n."""
-    many = len(rates.z)
+    many = jnp.size(rates.z)
 
     def one(carry, n):
         now = texts(data, batch, seed, n)
         step = lambda w, v, r: one_layer.step(w, v, now, r)
-        return jax.vmap(step)(*carry, rates), None
+        weights, velocity = carry
+        return jax.vmap(step)(weights, velocity, rates), None
 
     weights = jax.tree.map(lambda a: jnp.broadcast_to(a, (many, *a.shape)), start)
     zeros = jax.tree.map(jnp.zeros_like, weights)
@@ -161,8 +189,9 @@ def followed(data: Cooccurrence, batch: int, steps: int, momentum: float, seed):
     zeros = one_layer.zero_weights(data.vocab)
 
     def one(carry, n):
+        weights, velocity = carry
         after = one_layer.step(
-            *carry, texts(data, batch, seed, n), Rates(1.0, 1.0, momentum))
+            weights, velocity, texts(data, batch, seed, n), Rates(1.0, 1.0, momentum))
         return after, one_layer.mix(after[0].z, whole)
 
     (last, _), c = jax.lax.scan(one, (zeros, zeros), jnp.arange(steps))

@@ -89,8 +89,8 @@ def moments(predict: Callable[[Prompts], jax.Array], data: Regression, key: jax.
     predictors f [...,B], a row [...,3] each."""
     def one(total, n):
         prompts = data.draw(jax.random.fold_in(key, n), batch)
-        f, y = predict(prompts), prompts.clean
-        y = jnp.broadcast_to(y, f.shape)
+        f = predict(prompts)
+        y = jnp.broadcast_to(jnp.asarray(prompts.clean), f.shape)
         each = jnp.stack([f * f, f * y, y * y], -1)
         return total + each.mean(-2), None
 

@@ -7,6 +7,31 @@ F1 is no worse, attention agrees better with gradients (Pearson's correlation of
 and |d logit / d embedding| over the words of a text), and the size of the perturbation
 matters little. The texts are made, since reviews would have to be fetched: easy ones,
 and hard ones with more filler and negations.
+
+    python -m experiments.robust
+
+takes 6 minutes on 2 busy cores. Medians of three seeds; what each network has more than
+vanilla of the same seed, F1 in points and correlation, least to greatest behind it:
+
+                 easy: F1             correlation          hard: F1   correlation
+    vanilla      86.1 (79.7 to 87.5)  .32 (.31 to .56)     72.4       .15 (.04 to .21)
+    at 0.1       -0.5 (-2.5 to 3.1)   -.01 (-.12 to .01)   -1.1       +.02 (.01 to .07)
+    at 0.5       -1.2 (-3.0 to 0.8)   -.08 (-.12 to -.03)  -0.8       +.00 (-.10 to .06)
+    at 2         -1.0 (-4.9 to -0.6)  -.07 (-.32 to .04)   +0.3      -.14 (-.21 to -.02)
+    repo 0.5     +0.3 (-1.9 to 2.2)   +.12 (-.05 to .20)   +0.6       +.18 (.09 to .18)
+    repo 2       -1.6 (-4.1 to -1.5)  +.16 (-.05 to .23)   +1.7       +.40 (.37 to .46)
+    word 0.5     -0.5                 -.11                 +0.9       +.02
+    difference 0.5  -0.2              -.13                 +0.5       -.01
+    random 0.5   -0.4                 +.00                 +0.5       +.01
+
+So iAT in the form of the code raises the correlation, clearly where texts are hard, and
+where they are easy in two seeds of three: in the third vanilla had .56 already. AT does
+so at 0.1 alone, a little, and on hard texts only; at 2 it costs most of the correlation
+there (.15 to .01). Of the other forms a random one of size 2 helps on hard texts (+.06,
+.04 to .07), and those of iAT in words do not. F1: seeds of vanilla alone differ by 8
+points, so that nothing below is sure; by medians `at 0.5`, `repo 2`, `difference 2` (-3.5) and `random 2` (-2.3) on easy texts and `at 0.1` on hard ones lose
+more than the one point that was to be allowed. That the size matters little holds for
+F1, not for the correlation. Three seeds are few for it.
 """
 
 from __future__ import annotations
@@ -97,7 +122,8 @@ def run(config_: Config) -> dict[str, Any]:
 
 
 def once(config_: Config) -> dict[str, float]:
-    """One seed: `TASK NETWORK f1` and `... correlation`."""
+    """One seed: `TASK NETWORK f1` and `... correlation`, and what each has more than
+    vanilla of this seed, which had the same texts and parameters."""
     same = dataclasses.replace(config_, seed=0, seeds=1, folder=None)  # one program
     found = {}
     for task in config_.tasks:
@@ -116,7 +142,10 @@ def once(config_: Config) -> dict[str, float]:
             both = correlation(a[n], importance[n], test.tokens > 0)
             found[f"{task} {name} f1"] = f1(logits[n] > 0, test.label)
             found[f"{task} {name} correlation"] = float(both.mean())
-    return found
+    beyond = {f"{name}, more than {VANILLA}":
+              value - found[f"{name.split()[0]} {VANILLA} {name.split()[-1]}"]
+              for name, value in found.items() if VANILLA not in name}
+    return found | beyond
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))

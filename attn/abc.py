@@ -62,6 +62,7 @@ class ABC(nn.Module, Attention):
     axis: Axis | None = None
     implementation: str | None = None
     row = TemplateRow(LOW, "L c D", 1)
+    weightless = "what is written into its slots depends on v too"
     parameter_axes = {"compress_[kv]": "DR"}
 
     def __post_init__(self):

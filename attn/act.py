@@ -38,6 +38,7 @@ import jax.numpy as jnp
 from attn.cache import kv as caches
 from attn.contract.attention import EXACT, TemplateRow
 from attn.contract.calls import refuse_keywords
+from attn.contract.heads import check_rows, chosen as chosen_heads
 from attn.contract.segments import locate
 from attn.contract.shapes import check
 from attn.contract.varying import varying
@@ -118,6 +119,12 @@ class ACT(Softmax):
             raise ValueError(f"beta={self.beta}: expected in [0, 1]")
         if self.first not in FIRST:
             raise ValueError(f"first={self.first!r}: expected one of {FIRST}")
+        if self.dropout:
+            raise NotImplementedError("dropout: calibrated weights have none")
+        for name in ("factor", "threshold"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name}={value}: expected above 0")
         for name in ("min_rows", "tile"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: expected 1 or more")
@@ -127,7 +134,7 @@ class ACT(Softmax):
         **unknown,
     ):
         """All tokens at once, as `Softmax`."""
-        unknown.pop("key", None)  # of dropout, which is left out here
+        unknown.pop("key", None)  # of dropout, which there is none of
         refuse_keywords(self, unknown)
         check(q, k, v, segments=segments)
         check_logits(q, k, bias=bias, sink=sink)
@@ -135,7 +142,7 @@ class ACT(Softmax):
         where, keys = self._where(q, k, segments), _keys(k, segments)
         bias = with_mask(q, k, bias, mask)
         o, *_ = self._calibrated(q, k, v, where, keys, bias, sink, 0.0, 0,
-                                 self._chosen(q)[None])
+                                 chosen_heads(self.heads, q.shape[2])[None])
         return o.astype(v.dtype)
 
     def found(self, q, k, *, segments=None, bias=None, sink=None) -> tuple:
@@ -152,7 +159,7 @@ class ACT(Softmax):
         self._check_whole(cache.k.shape[1])
         b, h = q.shape[0], q.shape[2]
         empty = jnp.zeros((b, h, size), jnp.float32)
-        chosen = jnp.broadcast_to(self._chosen(q), (b, h))
+        chosen = jnp.broadcast_to(chosen_heads(self.heads, q.shape[2]), (b, h))
         return ACTState(cache, empty, jnp.zeros((b, h, size), jnp.int32), chosen)
 
     def _step(self, state, q, k, v, *, segments, bias, sink, key_bias):
@@ -252,12 +259,6 @@ class ACT(Softmax):
         first = jax.vmap(lambda a: _per_run("min", a, keys), 1, 1)(pos)
         return detected & (pos != first)
 
-    def _chosen(self, q) -> jax.Array:
-        h = q.shape[2]
-        if self.heads is None:
-            return jnp.ones((h,), jnp.float32)
-        return jnp.zeros((h,), jnp.float32).at[jnp.array(self.heads, int)].set(1)
-
     def _check_whole(self, slots: int) -> None:
         if caches.rolling_slots(self.visible, slots).endless:
             raise NotImplementedError(
@@ -268,7 +269,15 @@ class ACT(Softmax):
 
 def calibrated(states: tuple, heads: jax.Array) -> tuple:
     """A model's states, one a layer, in which the heads [L,H], 0 or 1, of `ACTState`s
-    are those that are calibrated; they may be traced."""
+    are those that are calibrated; they may be traced. ValueError for other heads, and
+    for states without an `ACTState`."""
+    heads = jnp.asarray(heads)
+    check_rows("heads", heads, len(states))
+    leaves = jax.tree.leaves(states, is_leaf=lambda s: isinstance(s, ACTState))
+    if not any(isinstance(state, ACTState) for state in leaves):
+        raise ValueError("states hold no ACTState: expected a model with "
+                         "attention=(ACT(),) * layers")
+
     def one(n, state):
         if isinstance(state, ACTState):
             chosen = jnp.asarray(heads[n], jnp.float32)

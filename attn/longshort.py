@@ -79,6 +79,7 @@ class LongShort(nn.Module, Attention):
     implementation: str | None = None
     crosses = False
     row = TemplateRow(LOW, "L w D + L^2 r D / l, or L (w + r) D", 2)
+    weightless = "its values are normed"
     parameter_axes = {
         "compress/kernel": "EHR", "compress/bias": "HR", "place": "EHD",
         "place_far/kernel": "EHD", "place_far/bias": "HD", "asks": "HD",

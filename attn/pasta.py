@@ -25,6 +25,7 @@ import jax
 import jax.numpy as jnp
 
 from attn.contract.attention import EXACT, TemplateRow
+from attn.contract.heads import check_rows, chosen
 from attn.softmax import Softmax
 
 POSITIONS = ("exclude", "include", "generation")
@@ -121,7 +122,7 @@ class Pasta(Softmax):
         """An empty memory for `size` tokens, nothing marked."""
         inner = super().init_state(size, q, k, v, x=x)
         b, h = q.shape[0], q.shape[2]
-        steered = jnp.broadcast_to(self._steered(h), (b, h))
+        steered = jnp.broadcast_to(chosen(self.heads, h), (b, h))
         return PastaState(inner, jnp.zeros((b, size), jnp.float32), steered)
 
     def _step(self, state, q, k, v, *, key_bias, **more):
@@ -134,17 +135,12 @@ class Pasta(Softmax):
         """The bias of a call [B|1,H|1,T|1,S], with that of marks [B|1,S]."""
         if marks is None:
             return bias
-        own = self._bias(marks, self._steered(q.shape[2])[None])[:, :, None]
+        own = self._bias(marks, chosen(self.heads, q.shape[2])[None])[:, :, None]
         return own if bias is None else bias + own
 
     def _bias(self, marks, steered) -> jax.Array:
         """[B,H,P] from marks [B,P] and heads [B,H]."""
         return math.log(self.alpha) * steered[:, :, None] * marks[:, None]
-
-    def _steered(self, heads: int) -> jax.Array:
-        if self.heads is None:
-            return jnp.ones((heads,), jnp.float32)
-        return jnp.zeros((heads,), jnp.float32).at[jnp.array(self.heads, int)].set(1)
 
 
 def highlight(
@@ -156,6 +152,8 @@ def highlight(
     [L,H]: which heads, 0 or 1, in place of those of the attentions; it may be traced,
     so that one program tries all choices.
     """
+    if heads is not None:
+        check_rows("heads", jnp.asarray(heads), len(states))
     found = []
     for n, state in enumerate(states):
         if isinstance(state, PastaState):

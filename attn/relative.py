@@ -62,6 +62,11 @@ class Relative(nn.Module, Attention):
     axis: Axis | None = None
     implementation: str | None = None
     row = TemplateRow(EXACT, "L^2 D", 2)
+
+    @property
+    def weightless(self) -> Any:
+        """Why there is no matrix A with o = A v, if there is none."""
+        return "vectors of distances are added to v" if self.by_value else None
     parameter_axes = {"distances": "HRD", "distance_values": "HRD"}
 
     def __post_init__(self):

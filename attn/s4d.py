@@ -77,6 +77,7 @@ class S4D(nn.Module, Attention):
     needs_key = False
     crosses = False
     row = TemplateRow(CONV, "L D log L", 1)
+    weightless = "a gelu and a map of channels follow its convolution"
     parameter_axes = {"C": "HVRR", "D": "HV", "log_dt": "V", "log_w_real": "R",
                       "w_imag": "R"}
 

@@ -162,6 +162,12 @@ class Softmax(Attention):
         NaN inside a trace, unless the mask is a window. key_bias [B|1,H|1,P]: added to
         the logits of the key at each position of the sequence, 0 behind the last."""
         refuse_keywords(self, unknown)
+        if key_bias is not None and (
+            key_bias.ndim != 3 or key_bias.shape[0] not in (1, q.shape[0])
+            or key_bias.shape[1] not in (1, q.shape[2])
+        ):
+            raise ValueError(f"key_bias has shape {key_bias.shape}: expected "
+                             f"[B={q.shape[0]}|1,H={q.shape[2]}|1,P]")
         return self._step(state, q, k, v, segments=segments, bias=bias, sink=sink,
                           key_bias=key_bias)
 

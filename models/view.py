@@ -36,6 +36,8 @@ from typing import Any, Iterable, Mapping
 
 import jax.numpy as jnp
 
+from attn.contract.attention import said
+from attn.contract.heads import check_rows
 from attn.contract.view import SEEN, VIEW, Rows, Site, variable
 from attn.softmax import Softmax
 from models.stack import Block
@@ -60,22 +62,22 @@ def view(
     have."""
     patterns = dict(patterns or {})
     wanted: dict[str, Any] = {}
+    known: set[str] = set(sites(model))
+    for key in (*(edit or {}), *read, *(f"{n}/pattern" for n in patterns)):
+        if key not in known:
+            raise ValueError(_unknown(model, key))
     for key, value in (edit or {}).items():
-        value = value if isinstance(value, (Site, Rows)) else Site(*value)
-        wanted[key] = value
+        wanted[key] = _site(key, value)
     for key in read:
         if key.endswith("/pattern"):
             patterns.setdefault(int(key.split("/")[0]), Rows())
         else:
             wanted[key] = dataclasses.replace(wanted.get(key, Site()), read=True)
     wanted |= {f"{n}/pattern": rows for n, rows in patterns.items()}
-    known: set[str] = set(sites(model))
     tree: dict[str, Any] = {}
     for key, value in wanted.items():
-        if key not in known:
-            raise ValueError(_unknown(model, key))
         if isinstance(value, Rows):
-            _check_rows(key, value)
+            _check_both(key, value)
         place = tree
         for name in _path(key)[:-1]:
             place = place.setdefault(name, {})
@@ -133,16 +135,20 @@ def masked_heads(
     if mode == "mean" and means is None:
         raise ValueError("mode='mean': expected means, {layer: array [..,H,V]}")
     heads, found = jnp.asarray(heads), {}
-    if heads.shape[0] != len(model.blocks()):
-        raise ValueError(f"heads {heads.shape}: expected [L,H] with L="
-                         f"{len(model.blocks())}")
+    check_rows("heads", heads, len(model.blocks()))
     known = set(sites(model))
     for n, block in enumerate(model.blocks()):
         name = "q" if mode == "uniform" else "z"
         if f"{n}/{name}" not in known:
             continue  # a layer without heads
+        if heads.shape[1] != block.mixer.heads:
+            raise ValueError(f"heads has shape {heads.shape}: expected [L,H] with "
+                             f"H={block.mixer.heads}")
         if mode == "uniform":
             _check_uniform(n, block.mixer)
+        if mode == "mean" and n not in means:
+            raise ValueError(f"means of layers {sorted(means)}: expected one of layer "
+                             f"{n} too")
         value = means[n] if mode == "mean" else 0.0
         found[f"{n}/{name}"] = Site(heads[n][:, None], value)  # [H,1] of [B,T,H,D]
     return found
@@ -150,7 +156,8 @@ def masked_heads(
 
 def _check_uniform(n: int, mixer: Any) -> None:
     attention = mixer.attention
-    plain = isinstance(attention, Softmax) and attention.score is None
+    # what inherits from it may read keys that data chose
+    plain = type(attention) is Softmax and attention.score is None
     if not plain or mixer.sinks:
         raise NotImplementedError(
             f"mode='uniform': without queries {type(attention).__name__} of layer {n} "
@@ -158,13 +165,34 @@ def _check_uniform(n: int, mixer: Any) -> None:
         )
 
 
-def _check_rows(key: str, rows: Rows) -> None:
-    if (rows.mask is None) != (rows.value is None):
+def _site(key: str, value: Any) -> Any:
+    """What `edit` says of an array; ValueError if it is no pair, or no `Rows` where
+    weights of attention are meant."""
+    if key.endswith("/pattern"):
+        if not isinstance(value, Rows):
+            raise ValueError(f"edit of {key}: expected Rows(mask=..., value=...)")
+        return value
+    if not isinstance(value, Site):
+        if not isinstance(value, tuple) or len(value) != 2:
+            raise ValueError(f"edit of {key}: expected (mask, value)")
+        value = Site(*value)
+    _check_both(key, value)
+    return value
+
+
+def _check_both(key: str, site: Site | Rows) -> None:
+    if (site.mask is None) != (site.value is None):
         raise ValueError(f"{key}: mask and value go together: expected both or neither")
 
 
 def _names(block: Any) -> tuple[str, ...]:
-    mixer = getattr(block.mixer, "sites", ())
+    """The sites of a block, and of its mixer those that its attention has."""
+    attention = getattr(block.mixer, "attention", None)
+    left_out = {
+        name for name, word in (("q", "needs_query"), ("k", "needs_key"))
+        if attention is not None and not said(attention, word)
+    }
+    mixer = [n for n in getattr(block.mixer, "sites", ()) if n not in left_out]
     return (*mixer, *block.sites)
 
 
@@ -181,7 +209,7 @@ def _path(key: str) -> tuple[str, ...]:
 def _unknown(model: Any, key: Any) -> str:
     layer, _, name = str(key).rpartition("/")
     blocks = model.blocks()
-    if not (layer.isdecimal() and int(layer) < len(blocks)):
+    if layer not in map(str, range(len(blocks))):
         return (f"{key!r}: expected one of {model.sites}, or N/name with a layer N "
                 f"below {len(blocks)}")
     block = blocks[int(layer)]

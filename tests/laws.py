@@ -964,6 +964,14 @@ def test_stepping_through_packed_segments(name, piece):
 
 
 @LAW
+def test_without_a_matrix_of_weights_it_says_so(name):
+    """What is not linear in v has no A with o = A v, and a look inside says why."""
+    entry = ENTRIES[name]
+    attention = getattr(entry.attention, "module", entry.attention)
+    assert entry.in_v or said(attention, "weightless")
+
+
+@LAW
 def test_the_patterns_are_those_it_says(name):
     """Of the four of `attn/contract/patterns.py` it has those and no other: prefixes
     end as the whole does, a context is seen whole, its queries are read one by one."""

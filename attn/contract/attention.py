@@ -76,7 +76,7 @@ class Attention:
     row: TemplateRow | None = None
     parameter_axes: dict[str, str] = {}
     ahead: Any = 0
-    weightless: str | None = None
+    weightless: Any = None
     text_block: Any = None
 
     def __init_subclass__(cls, **options: Any) -> None:

@@ -14,6 +14,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+# the collections of a look inside: what is wanted, and what was seen
+VIEW, SEEN = "view", "seen"
+
 
 def weights_of(attention: Any, q, k, v, heads, rows, **options) -> jax.Array:
     """A [B,n,m,S] of n heads [n] and m query rows [m], of a call of `attention` with
@@ -50,7 +53,8 @@ def by_derivative(attention: Any, q, k, v, heads, rows, **options) -> jax.Array:
 def _free(attention: Any) -> Any:
     """A bound module of linen as a function: derivatives cannot go through its scope.
     """
-    variables = {"params": attention.variables.get("params", {})}
+    variables = {name: kept for name, kept in attention.variables.items()
+                 if name not in (VIEW, SEEN)}
     free = attention.clone(parent=None)
 
     def call(*args, **named):

@@ -7,7 +7,9 @@ a query gets may depend on queries behind it or not (noncausal, causal):
 
 Of a context all tokens are seen, in CC too: there causal says that no query has a part
 in what an earlier one gets. Nothing is stored twice: the answer follows from what the
-contract knows, `causal` or the mask, `crosses`, `mixes` and `of_context`.
+contract knows, `causal` or the mask, `crosses`, `mixes` and `of_context`. An attention
+counts as causal by what it reads; where the choice of that follows later tokens, its
+`ahead` says so (`ACT`, `Seer`, `Routing`, `FlexPrefill`).
 
 Source: Comprehensive Attention Benchmarking (Zhang et al., 2022) arXiv:2210.07661.
 """

@@ -21,10 +21,9 @@ from typing import Any, Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from attn.contract.effective import weights_of
-
-VIEW, SEEN = "view", "seen"
+from attn.contract.effective import SEEN, VIEW, weights_of
 
 
 def variable(name: str) -> str:
@@ -71,6 +70,10 @@ class Rows:
     tile: int = 128
     read: bool = True
 
+    def __post_init__(self):
+        if self.tile < 1:
+            raise ValueError(f"tile={self.tile}: expected 1 or more rows")
+
 
 def replaced(x: jax.Array, site: Site | Rows) -> jax.Array:
     """where(mask, value, x) of a site, in the dtype of x."""
@@ -102,8 +105,8 @@ def with_pattern(
     if site is None:
         return o
     h, t = o.shape[2], o.shape[1]
-    heads = jnp.arange(h) if site.heads is None else jnp.asarray(site.heads)
-    rows = jnp.arange(t) if site.rows is None else jnp.asarray(site.rows)
+    heads = _numbers("heads", site.heads, 0, h)
+    rows = _numbers("rows", site.rows, -t, t)
     rows = jnp.where(rows < 0, rows + t, rows)  # -1: the last one
 
     def made(rows):
@@ -120,6 +123,24 @@ def with_pattern(
     if site.read:
         _keep(module, "pattern", found)
     return o
+
+
+def _numbers(name: str, asked: Any, least: int, size: int) -> jax.Array:
+    """The heads or rows of a site, all for None. ValueError for what is no list of
+    whole numbers from `least`, below `size`, where values are known."""
+    if asked is None:
+        return jnp.arange(size)
+    found = jnp.asarray(asked)
+    whole = jnp.issubdtype(found.dtype, jnp.integer)
+    if found.ndim != 1 or not found.size or not whole:
+        raise ValueError(f"{name} is {found.dtype}{list(found.shape)}: expected one or "
+                         "more whole numbers")
+    if not any(isinstance(a, jax.core.Tracer) for a in jax.tree.leaves(asked)):
+        for n in np.asarray(asked).tolist():
+            if not least <= n < size:
+                raise ValueError(f"{name} has {n}: expected numbers from {least}, "
+                                 f"below {size}")
+    return found
 
 
 def refuse_pattern(module: Any) -> None:

@@ -152,7 +152,7 @@ def test_numbers_and_prompts_of_numpy():
     for prompts in (rows, [rows[0].astype(np.uint8), (3, 4), [5, 6]], jnp.array(rows)):
         assert generate(MODEL, PARAMS, prompts, **options) == want
     assert Sampling(np.float32(0.5), np.int64(3), np.float64(0.5)).checked() == (
-        0.5, 3, 0.5)
+        0.5, 3, 0.5, None)
 
 
 def test_a_stream_gives_the_logits_of_the_text():

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from attn import maps
+from attn.act import ACT
 from attn.based import Based
 from attn.contract.effective import by_derivative
 from attn.delta import Delta
@@ -15,6 +16,8 @@ from attn.landmark import Landmark
 from attn.lightning import Lightning
 from attn.masks import Causal, Sink, Window
 from attn.mla import MLA
+from attn.performer import Performer
+from attn.positional import Positional
 from attn.positions import ALiBi
 from attn.softmax import Softmax
 from experiments.measure import cost
@@ -22,6 +25,7 @@ from models.generate import generate
 from models.lm import LM
 from models.stack import Residual
 from models.view import Rows, edited, look, masked_heads, sites
+from tests import compiled
 
 T, VOCAB = 9, 17
 MODEL = LM(vocab=VOCAB, width=16, heads=4, kv_heads=2, sinks=True, attention=(
@@ -179,6 +183,53 @@ def test_exact_weights_are_the_derivative():
     args = attention, q, k, v, heads, rows
     near(jax.jit(lambda: attention.weights(*args[1:], **more))(),
          jax.jit(lambda: by_derivative(*args, **more))())
+
+
+@pytest.mark.parametrize("wrong, message", [
+    (dict(read=["x/pattern"]), "'x/pattern': expected one of"),
+    (dict(read=["00/z"]), "'00/z': expected one of"),
+    (dict(edit={"0/pattern": (True, 0.0)}), "expected Rows"),
+    (dict(edit={"0/z": 0.0}), "edit of 0/z: expected .mask, value."),
+    (dict(edit={"0/z": (None, 0.0)}), "mask and value go together"),
+    (dict(patterns={0: Rows(heads=[2])}), "heads has 2: expected numbers from 0"),
+    (dict(patterns={0: Rows(rows=[-5])}), "rows has -5: expected numbers from -4"),
+    (dict(patterns={0: Rows(heads=[True, False])}), "heads is bool"),
+    (dict(patterns={0: Rows(rows=[])}), "expected one or more whole numbers"),
+], ids=str)
+def test_wrong_requests(wrong, message):
+    tokens = TOKENS[:, :4]
+    model = LM(vocab=VOCAB, width=16, heads=2, attention=(Softmax(),))
+    with pytest.raises(ValueError, match=message):
+        jax.eval_shape(lambda: look(
+            model, model.init(jax.random.key(0), tokens), tokens, **wrong))
+
+
+def test_heads_that_are_no_heads_of_the_model():
+    model = LM(vocab=VOCAB, width=16, heads=2, attention=(Softmax(), ACT(factor=2.0)))
+    for heads, more, error, message in (
+        (np.ones(2), {}, ValueError, "expected .L,H. with L=2"),
+        (np.ones((2, 3)), {}, ValueError, "with H=2"),
+        (np.ones((2, 2)), dict(mode="mean", means={0: 1.0}), ValueError, "layer 1 too"),
+        (np.ones((2, 2)), dict(mode="uniform"), NotImplementedError, "ACT of layer 1"),
+    ):
+        with pytest.raises(error, match=message):
+            masked_heads(model, heads, **more)
+    with pytest.raises(ValueError, match="tile=0"):
+        Rows(tile=0)
+
+
+def test_what_is_not_read_is_no_site():
+    model = LM(vocab=VOCAB, width=16, heads=2, attention=(Positional(length=8),))
+    assert {"0/v", "0/z"} <= {*sites(model)} and not {"0/q", "0/k"} & {*sites(model)}
+
+
+def test_weights_follow_all_variables_of_an_attention():
+    model = LM(vocab=VOCAB, width=16, heads=2, attention=(Performer(features=8),))
+    params = compiled.init(model, jax.random.key(0), TOKENS)
+    other = {**params, "fixed": jax.tree.map(lambda a: -a[:, ::-1], params["fixed"])}
+    _, seen = look(model, other, TOKENS, read=["0/v", "0/z", "0/pattern"])
+    z = jnp.einsum("bhts,bshv->bthv", seen["0/pattern"], seen["0/v"])
+    np.testing.assert_allclose(z, seen["0/z"], atol=1e-5)
 
 
 def test_what_has_no_weights_says_so():

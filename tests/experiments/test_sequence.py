@@ -7,6 +7,8 @@ import pytest
 from scipy import spatial
 
 from experiments import algorithms, hull
+from experiments import music as command
+from experiments.cli import config
 from experiments.data import lists, music, points
 from experiments.data.lists import Lists
 from experiments.data.music import REST, Chorales, Note
@@ -120,6 +122,9 @@ def test_a_midi_file_says_its_notes():
 
 
 def test_bach_is_asked_for_by_name():
+    given = config.read(command.Config, ["--data=Bach()", "--length=64"])
+    assert given.data == music.Bach() and given.task() == music.Bach(length=64)
+    assert config.command(given).endswith("--data='Bach()' --length=64")
     try:
         import music21  # noqa: F401
     except ImportError:

@@ -104,12 +104,19 @@ def nats(model: Any, params: Any, tokens: jax.Array, targets: jax.Array) -> Any:
 def perplexity(reader: Reader, documents: Sequence[str], most: int,
                stride: int | None) -> dict[str, float]:
     """Nats a token, bits per byte and what gzip needs, over the documents up to `most`
-    tokens, each read from its own beginning."""
+    tokens, each read from its own beginning; of the last one what was read alone
+    counts. ValueError where no document has a token to be judged."""
     length = reader.length
     stride = min(stride or length // 2, length)
     total = count = size = packed = 0.0
     for text in documents:
         ids = np.asarray(reader.start + reader.encode(text))
+        if len(ids) < 2:
+            continue  # nothing stands before its token
+        room = most - int(count)  # all but the first id are judged
+        if len(ids) - 1 > room:
+            ids = ids[: room + 1]
+            text = reader.text.decode(ids[len(reader.start):].tolist())
         for tokens, targets in windows(ids, length, stride, bool(reader.start)):
             found = nats(reader.model, reader.params, tokens, targets)
             total, count = total + float(found[0]), count + float(found[1])
@@ -117,6 +124,9 @@ def perplexity(reader: Reader, documents: Sequence[str], most: int,
         packed += len(gzip.compress(text.encode(), 9))
         if count >= most:
             break
+    if not count or not size:
+        raise ValueError(f"text: {len(documents)} documents without a token to be "
+                         "judged: expected one of two tokens or more")
     return {"nats": total / count, "bits_per_byte": total / math.log(2) / size,
             "gzip_bits_per_byte": 8 * packed / size, "tokens": count}
 

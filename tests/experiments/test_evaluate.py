@@ -88,12 +88,25 @@ def test_bits_per_byte_beside_gzip(reader):
     assert found["gzip_bits_per_byte"] == pytest.approx(8 * packed / 11)
 
 
+def test_a_text_is_read_up_to_so_many_tokens_and_no_further(reader):
+    text = "import this, then that\n" * 9
+    found = evaluate.perplexity(reader, [text, text], 20, None)
+    assert found["tokens"] == 20
+    read = reader.text.decode(reader.encode(text)[:20])
+    whole = evaluate.perplexity(reader, [read], 99, None)
+    assert found == pytest.approx(whole, rel=1e-5)
+    for nothing in ([], [""]):
+        with pytest.raises(ValueError, match="expected one of two tokens or more"):
+            evaluate.perplexity(reader, nothing, 20, None)
+
+
 def test_the_command_writes_numbers_and_a_picture(folder, tmp_path):
     settings = dataclasses.replace(
         evaluate.TINY, model=str(folder), parts=("text", "needle", "recall"),
         text=TEXT, tokens=20, length=180, lengths=1, depths=2, facts=2,
         folder=str(tmp_path / "run"))
     found = evaluate.run(settings)
+    assert found["text_tokens"] == 20
     assert {"text_nats", "needle", "recall", "state_bytes"} <= found.keys()
     assert (tmp_path / "run" / "needle.png").stat().st_size > 1000
     told = json.loads((tmp_path / "run" / "evaluation.json").read_text())

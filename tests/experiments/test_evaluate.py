@@ -12,7 +12,7 @@ import pytest
 from attn.softmax import Softmax
 from experiments import evaluate
 from experiments.data import Text
-from experiments.data.retrieval import FACT, Facts, Names, Pairs, Repeated
+from experiments.data.retrieval import FACT, NOUNS, Facts, Names, Pairs, Repeated
 from experiments.measure import asked
 from experiments.sources import loaded
 from models.checkpoint import save
@@ -134,10 +134,30 @@ def test_answers_of_the_rows_stand_before_them(kind):
 @pytest.mark.parametrize("wrong, message", [
     ({"parts": ("texts",)}, "expected some of"),
     ({"facts": 1000}, "expected at most"),
+    ({"hops": len(NOUNS)}, "hops=.*expected at most"),
 ])
 def test_mistakes(wrong, message):
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(evaluate.TINY, **wrong)
+
+
+def test_a_folder_without_a_tokenizer_is_asked_for_what_repeats(tmp_path):
+    settings = dataclasses.replace(
+        evaluate.TINY, parts=evaluate.PARTS, folder=str(tmp_path / "run"))
+    with pytest.raises(ValueError) as error:
+        evaluate.run(settings)
+    assert str(error.value).endswith(
+        "llama has no tokenizer.json: expected --parts='(\"repeats\",)'")
+
+
+@pytest.mark.parametrize("length", [1, 2, 7])
+def test_rows_too_short(length, reader, tmp_path):
+    settings = dataclasses.replace(
+        evaluate.TINY, length=length, folder=str(tmp_path / "run"))
+    with pytest.raises(ValueError, match=f"length={length}: expected 8 or more"):
+        evaluate.run(settings)
+    with pytest.raises(ValueError, match="length=4: expected 5 or more for what rep"):
+        asked.repeats(dataclasses.replace(reader, length=4), 9, 0)
 
 
 def test_a_row_too_short_for_its_fact(reader):

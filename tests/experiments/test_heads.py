@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 
 from attn.softmax import Softmax
+from experiments import calibrate, steer
+from experiments.cli import config
 from experiments.data import inside
 from experiments.data.inside import Inside
 from experiments.measure import heads, patching
@@ -128,6 +130,14 @@ def test_a_retrieval_score_counts_copies_of_the_needle():
                                  needle, clip=True)[0, 0] == 1.0
     outside = top * 0 + 9  # generated tokens, behind the prompt
     assert heads.retrieval_score(outside, prompt, said, needle)[0, 0] == 0
+
+
+@pytest.mark.parametrize("experiment, word, message", [
+    (steer, "--alpha=2", "alpha=2"), (calibrate, "--beta=2", "beta=2"),
+    (calibrate, "--factor=0", "factor=0"), (calibrate, "--factor=-1", "factor=-1")])
+def test_what_cannot_be_steered_with_is_refused_at_once(experiment, word, message):
+    with pytest.raises(ValueError, match=message):
+        config.read(experiment.Config, [word])
 
 
 def test_ranks_overlap_and_choice():

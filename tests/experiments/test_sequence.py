@@ -1,5 +1,6 @@
 """The data of hull, music and algorithms, held against their definitions; scores."""
 
+import dataclasses
 import itertools
 
 import numpy as np
@@ -87,6 +88,17 @@ def test_larger_lists_are_not_among_the_known():
     assert (fixed.batch(4, 9)["x"] == Lists(many=3).batch(4, 9)["x"]).all()
     config_ = algorithms.TINY
     assert {config_.model(name).onehot for name in algorithms.NETWORKS} == {0, 4}
+
+
+def test_algorithms_needs_tasks_and_networks_and_has_a_ratio():
+    for name in ("tasks", "networks"):
+        with pytest.raises(ValueError, match=f"{name}=.*: expected one or more"):
+            dataclasses.replace(algorithms.TINY, **{name: ()})
+    config_ = dataclasses.replace(algorithms.TINY, scales=(2, 3))
+    found = {f"min_{name}_{scale}": 1.0 for scale in (2, 3)
+             for name in ("standard", "positional", "ratio")}
+    table = algorithms.table(config_, "min", found)
+    assert [*table.columns[0].cells] == ["standard", "positional", "ratio"]
 
 
 def test_notes_are_their_events():

@@ -77,7 +77,8 @@ class CosFormer(Attention):
 
     def init_state(self, size, q, k, v, *, x=None) -> LinearState:
         """An empty memory for `size` tokens, of positions below `length`, [B,H,2D,V+1]:
-        sums of k' v, and in the last column of k'. q, k, v give shapes."""
+        sums of k' v, and in the last column of k'. q, k, v give shapes. A `size` beyond
+        `length` is that of several sequences: `step` refuses one that is longer."""
         self.check_stream()
         b, _, h, d = q.shape
         return empty(size, b, h, 2 * d, v.shape[-1] + 1)

@@ -26,6 +26,7 @@ from attn.contract.one_sequence import one_sequence
 from attn.contract.shapes import check
 from attn.exact.dense import weights
 from attn.parallel.sharding import Axis, mesh_of
+from attn.sparse.long_short import blocks
 
 TILE = 256  # queries whose samples are gathered at once
 
@@ -136,12 +137,6 @@ class ProbSparse(Attention):
             return top - total / keys_of_row[:, None, None]
 
         c = min(TILE, t)
-        spread = jax.lax.map(tile, (_cut(q, c), _cut(rank, c)))  # [N,B,c,H]
+        spread = jax.lax.map(tile, (blocks(q, c), blocks(rank, c)))  # [N,B,c,H]
         spread = spread.swapaxes(0, 1).reshape(b, -1, h)[:, :t]
         return jnp.where(real[..., None], spread, -jnp.inf)
-
-
-def _cut(a: jax.Array, c: int) -> jax.Array:
-    """a [B,T,...] as [N,B,c,...], zeros behind."""
-    a = jnp.pad(a, [(0, 0), (0, -a.shape[1] % c)] + [(0, 0)] * (a.ndim - 2))
-    return a.reshape(a.shape[0], -1, c, *a.shape[2:]).swapaxes(0, 1)

@@ -37,7 +37,8 @@ from rich.table import Table
 from experiments.cli import config
 from experiments.cli.config import FREE, option
 from experiments.data import Corpus, Text
-from experiments.evaluate import reader_of
+from experiments.data.retrieval import NOUNS
+from experiments.evaluate import LEAST, reader_of
 from experiments.measure import asked, cache_budgets, charts
 from experiments.measure.cache_budgets import NAMES
 from experiments.measure.provenance import provenance
@@ -64,7 +65,7 @@ class Config:
     tasks: tuple[str, ...] = option(tuple(TASKS), "what is asked")
     text: Corpus = option(Text(), "hay and text: the valid split, as words")
     length: int | None = option(
-        None, "tokens of a row (None: the model's, at most 4096)")
+        None, "tokens of a row (None: the model's, at most 4096)", least=LEAST)
     trials: int = option(16, "rows a task")
     facts: int = option(4, "needles in a row of `needles`, keys of `recall`")
     batch: int = option(4, "rows at once", FREE)
@@ -80,6 +81,8 @@ class Config:
             raise ValueError(f"policies={sorted(unknown)}: expected of {NAMES}")
         if not self.policies or not self.tasks or not self.shares:
             raise ValueError("policies, tasks or shares: expected one or more, not ()")
+        if self.facts > len(NOUNS):
+            raise ValueError(f"facts={self.facts}: expected at most {len(NOUNS)}")
         for share in self.shares:
             if not 0 < share <= 1:
                 raise ValueError(f"shares: {share!r}: expected in (0, 1]")
@@ -99,7 +102,7 @@ def run(config_: Config) -> dict[str, Any]:
     folder = open_folder("budget", config_.folder, config.command(config_),
                          config.settings(config_))
     reader, _ = reader_of(
-        found, config_.tasks, config_.text, config_.length, config_.seed)
+        found, config_.tasks, config_.text, config_.length, config_.seed, "tasks")
     layers = len(found.model.attention)
     cases = [(name, share, attention) for name in ("exact", *config_.policies)
              for share, attention in cache_budgets.settings(

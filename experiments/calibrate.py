@@ -100,11 +100,18 @@ class Config:
 
     def __post_init__(self):
         seeds.check(self)
+        if not self.factor > 0:
+            raise ValueError(f"factor={self.factor}: expected more than 0")
+        self.act()  # refuses what beta cannot be
 
     def network(self) -> LM:
         """What is trained."""
         return LM(vocab=VOCAB, width=self.width, heads=self.heads,
                   attention=(Softmax(),) * self.layers)
+
+    def act(self) -> ACT:
+        """What stands in the place of its attentions in the test."""
+        return ACT(beta=self.beta, factor=self.factor)
 
 
 TINY = Config(layers=2, heads=2, width=16, steps=2, batch=4, held_out=8, fresh=8,
@@ -126,7 +133,7 @@ def once(config_: Config) -> dict[str, Any]:
     fitted = fit(config_.network(), Clauses(seed=config_.seed), plan,
                  label="calibrate", quiet=config_.quiet)
     params = whole(fitted.params)
-    act = ACT(beta=config_.beta, factor=config_.factor)
+    act = config_.act()
     model = config_.network().clone(attention=(act,) * config_.layers)
     data = Clauses(seed=config_.seed, split="valid")
     held_out, fresh = (data.batch(n, size) for n, size in enumerate(

@@ -11,7 +11,12 @@ tasks fail, whether weights put elsewhere change the answer as they should, and 
 a network that has learned colours badly is repaired by them.
 
     python -m experiments.circuits                       # trains a network of 4 layers
-    python -m experiments.circuits --model=FOLDER        # retrieval heads of any model
+    python -m experiments.circuits --model=FOLDER        # retrieval heads of a model
+
+A model's layers without weights of attention (MLA, Delta) have no scores and are not
+masked; they are named. Heads are masked by zeros and, where all layers are Softmax
+without sinks and scores of their own, by a uniform look. Of three found needles or
+fewer no split-half correlation is given.
 
 Figures of three seeds are not shipped yet: no claim is made of what is found.
 """
@@ -71,6 +76,9 @@ class Config:
 
     def __post_init__(self):
         seeds.check(self)
+        if self.haystack < NEEDLE:
+            raise ValueError(f"haystack={self.haystack}: expected {NEEDLE} or more, "
+                             "the tokens of a needle")
         if self.model is None and self.top > self.layers * self.heads // 2:
             raise ValueError(f"top={self.top}: expected at most half of the "
                              f"{self.layers * self.heads} heads")
@@ -104,6 +112,7 @@ def once(config_: Config) -> dict[str, Any]:
         params = trained(config_, (1.0,) * 4)
     else:
         model, params = load(config_.model)
+        check(config_, model)
     found, scores = retrieval(config_, model, params)
     pictures: dict[str, np.ndarray] = {"retrieval": scores}
     if config_.model is None:
@@ -119,6 +128,24 @@ def once(config_: Config) -> dict[str, Any]:
     return found | {"folder": str(folder)}
 
 
+def check(config_: Config, model: LM) -> None:
+    """ValueError for a model that cannot be asked, or not so much."""
+    count = len(measured.weighted(model)) * model.heads
+    if not count:
+        raise ValueError(f"{config_.model}: no layer has weights of attention: "
+                         "expected one or more")
+    if config_.top > count // 2:
+        raise ValueError(f"top={config_.top}: expected at most half of the {count} "
+                         "heads that have weights")
+    if model.vocab < 2 * NEEDLE:
+        raise ValueError(f"{config_.model} knows {model.vocab} tokens: expected "
+                         f"{2 * NEEDLE} or more")
+    if model.learned and config_.haystack + NEEDLE > model.learned:
+        raise ValueError(f"haystack={config_.haystack}: expected at most "
+                         f"{model.learned - NEEDLE}, as the model has {model.learned} "
+                         "positions")
+
+
 def trained(config_: Config, shares: tuple[float, ...]) -> Any:
     """Parameters of a network trained on the tasks in these shares."""
     data = Inside(seed=config_.seed, shares=shares)
@@ -128,7 +155,8 @@ def trained(config_: Config, shares: tuple[float, ...]) -> Any:
 
 
 def retrieval(config_: Config, model: LM, params: Any) -> tuple[dict, np.ndarray]:
-    """Scores [L,H] of heads over needles, and what masking does to the answers."""
+    """Scores [L,H] of heads over needles, NaN of layers without weights, and what
+    masking does to the answers; and what was left out, and why."""
     rng = np.random.default_rng((config_.seed, 1))
     prompts, needle, start = inside.needles(
         rng, config_.trials, config_.haystack, model.vocab, min(6, model.vocab // 2))
@@ -147,16 +175,20 @@ def retrieval(config_: Config, model: LM, params: Any) -> tuple[dict, np.ndarray
     counted = each[right > 0.5]  # others say nothing of who copies
     scores = counted.mean(0) if len(counted) else np.zeros(each.shape[1:])
     found = {"needles found": float(right.mean()), "trials counted": len(counted),
-             "retrieval heads": float((scores >= RETRIEVAL).mean()),
-             "split-half correlation": measured.split_half(counted)
-             if len(counted) > 3 else float("nan")}
+             "retrieval heads": float((scores >= RETRIEVAL).mean())}
+    found |= measured.agreement(counted)
+    layers, shape = measured.weighted(model), (len(model.blocks()), model.heads)
+    found |= measured.left_out(model, layers)
+    modes = ("zero",) if "uniform masks left out" in found else ("zero", "uniform")
     at = np.arange(size - 1, size - 1 + more)
 
     @jax.jit
     def accuracy(params, mask, tokens):
         out = {}
-        for mode in ("zero", "uniform"):
-            changed = edited(model, params, masked_heads(model, mask, mode))
+        for mode in modes:
+            edit = {name: site for name, site in masked_heads(model, mask, mode).items()
+                    if int(name.split("/")[0]) in layers}
+            changed = edited(model, params, edit)
             logits: Any = model.apply(changed, tokens)
             answers = logits[:, at].argmax(-1)
             out[mode] = (answers == tokens[:, at + 1]).mean()
@@ -165,10 +197,14 @@ def retrieval(config_: Config, model: LM, params: Any) -> tuple[dict, np.ndarray
     for count in range(1, config_.top + 1):
         best = measured.chosen(scores, count)
         other = at_random(rng, measured.chosen(scores, config_.top), count)
-        for name, mask in (("top", best), ("random", other)):
+        for name, own in (("top", best), ("random", other)):
+            mask = np.zeros(shape, bool)
+            mask[layers] = own
             for mode, a in accuracy(params, jnp.asarray(mask), tokens).items():
                 found[f"needles, {name} {count} masked ({mode})"] = float(a)
-    return found, scores
+    every = np.full(shape, np.nan)
+    every[layers] = scores
+    return found, every
 
 
 def at_random(rng, but: np.ndarray, count: int) -> np.ndarray:

@@ -45,12 +45,13 @@ from experiments.measure.asked import (
     Reader, Row, needle, needles, plain, recall, repeats, score,
     variables,
 )
-from experiments.sources import Loaded, loaded, swapped
+from experiments.sources import Ids, Loaded, loaded, swapped
 from experiments.training.runs import open_folder, write_whole
 from models.lm import loss, state_bytes
 
 PARTS = ("text", "needle", "needles", "variables", "recall", "repeats")
 HELD_OUT = Text(held_out=0.1)  # the split of `experiments.small`
+LEAST = 8  # tokens of a row: with fewer nothing stands before what is asked
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +69,8 @@ class Config:
     tokens: int = option(32768, "of the text at most")
     stride: int | None = option(None, "tokens a window moves by (None: half of it)")
     length: int | None = option(
-        None, "tokens of the longest row (None: the model's, at most 4096)")
+        None, "tokens of the longest row (None: the model's, at most 4096)",
+        least=LEAST)
     lengths: int = option(4, "lengths of the needle's rows: each half of the next")
     depths: int = option(5, "depths of the needle, from the beginning to the end")
     trials: int = option(8, "rows a length and depth, and of each other part")
@@ -87,6 +89,8 @@ class Config:
             raise ValueError("expected one of --attention and --policy")
         if self.facts > len(NOUNS):
             raise ValueError(f"facts={self.facts}: expected at most {len(NOUNS)}")
+        if self.hops >= len(NOUNS):
+            raise ValueError(f"hops={self.hops}: expected at most {len(NOUNS) - 1}")
 
 
 TINY = Config(
@@ -104,12 +108,19 @@ def nats(model: Any, params: Any, tokens: jax.Array, targets: jax.Array) -> Any:
 def perplexity(reader: Reader, documents: Sequence[str], most: int,
                stride: int | None) -> dict[str, float]:
     """Nats a token, bits per byte and what gzip needs, over the documents up to `most`
-    tokens, each read from its own beginning."""
+    tokens, each read from its own beginning; of the last one what was read alone
+    counts. ValueError where no document has a token to be judged."""
     length = reader.length
     stride = min(stride or length // 2, length)
     total = count = size = packed = 0.0
     for text in documents:
         ids = np.asarray(reader.start + reader.encode(text))
+        if len(ids) < 2:
+            continue  # nothing stands before its token
+        room = most - int(count)  # all but the first id are judged
+        if len(ids) - 1 > room:
+            ids = ids[: room + 1]
+            text = reader.text.decode(ids[len(reader.start):].tolist())
         for tokens, targets in windows(ids, length, stride, bool(reader.start)):
             found = nats(reader.model, reader.params, tokens, targets)
             total, count = total + float(found[0]), count + float(found[1])
@@ -117,6 +128,9 @@ def perplexity(reader: Reader, documents: Sequence[str], most: int,
         packed += len(gzip.compress(text.encode(), 9))
         if count >= most:
             break
+    if not count or not size:
+        raise ValueError(f"text: {len(documents)} documents without a token to be "
+                         "judged: expected one of two tokens or more")
     return {"nats": total / count, "bits_per_byte": total / math.log(2) / size,
             "gzip_bits_per_byte": 8 * packed / size, "tokens": count}
 
@@ -183,12 +197,18 @@ PART: dict[str, Callable[[Config, Reader, Sequence[str]], dict]] = {
 
 
 def reader_of(found: Loaded, parts: Sequence[str], text: Corpus, length: int | None,
-              seed: int) -> tuple[Reader, list[str]]:
+              seed: int, name: str = "parts") -> tuple[Reader, list[str]]:
     """A model that can be asked, and the documents that it is asked about: none where
-    parts read ids alone, for models without a tokenizer."""
+    parts read ids alone, for models without a tokenizer. name: the option that has
+    them. ValueError for words without a tokenizer, and for rows of less than 8."""
     length = length or min(found.limit or 4096, 4096)
+    if length < LEAST:
+        raise ValueError(f"length={length}: expected {LEAST} or more tokens")
     documents, hay = [], np.zeros(0, np.int32)
     if {*parts} - {"repeats"}:
+        if isinstance(found.text, Ids):
+            raise ValueError(f"{found.text.folder} has no tokenizer.json: expected "
+                             f"--{name}='(\"repeats\",)'")
         documents = text.parts["valid"]
         words = "\n".join(documents)[: 64 * length]
         hay = np.asarray(plain(found.text, words), np.int32)

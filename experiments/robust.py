@@ -29,9 +29,10 @@ where they are easy in two seeds of three: in the third vanilla had .56 already.
 so at 0.1 alone, a little, and on hard texts only; at 2 it costs most of the correlation
 there (.15 to .01). Of the other forms a random one of size 2 helps on hard texts (+.06,
 .04 to .07), and those of iAT in words do not. F1: seeds of vanilla alone differ by 8
-points, so that nothing below is sure; by medians `at 0.5`, `repo 2`, `difference 2` (-3.5) and `random 2` (-2.3) on easy texts and `at 0.1` on hard ones lose
-more than the one point that was to be allowed. That the size matters little holds for
-F1, not for the correlation. Three seeds are few for it.
+points, so that nothing below is sure; by medians `at 0.5`, `repo 2`, `difference 2`
+(-3.5) and `random 2` (-2.3) on easy texts and `at 0.1` on hard ones lose more than the
+one point that was to be allowed. That the size matters little holds for F1, not for the
+correlation. Three seeds are few for it.
 """
 
 from __future__ import annotations

@@ -61,6 +61,10 @@ class Config:
         None, "folder of the run; an old one goes on (None: new)", FREE
     )
 
+    def __post_init__(self):
+        if self.length % 8:  # the first rows have an eighth of it
+            raise ValueError(f"length={self.length}: expected a multiple of 8")
+
     @property
     def source(self) -> Source:
         """The `config.json` of the model."""

@@ -42,12 +42,15 @@ def loaded(name: str) -> Loaded:
     folder = local(name)
     model, params = load(folder)
     there = (folder / "tokenizer.json").exists()
-    text = Tokenizer(folder, model.vocab) if there else Ids()
+    text = Tokenizer(folder, model.vocab) if there else Ids(folder)
     return Loaded(model, params, text, defaults(folder), longest(model))
 
 
 class Ids:
     """The tokenizer of a folder that has none: ids, with spaces between."""
+
+    def __init__(self, folder: pathlib.Path):
+        self.folder = folder
 
     def encode(self, text: str) -> list[int]:
         """The ids that stand in the text."""

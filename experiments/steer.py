@@ -118,11 +118,16 @@ class Config:
         if not 1 <= self.best_layers <= self.layers:
             raise ValueError(f"best_layers={self.best_layers}: expected 1 to "
                              f"layers={self.layers}")
+        self.steered()  # refuses what alpha cannot be
 
     def network(self) -> LM:
         """What is trained."""
         return LM(vocab=int(AT[-1]), width=self.width, heads=self.heads,
                   attention=(Softmax(),) * self.layers)
+
+    def steered(self) -> Pasta:
+        """What stands in the place of its attentions in the test."""
+        return Pasta(alpha=self.alpha)
 
 
 TINY = Config(layers=2, heads=2, width=16, steps=2, batch=4, profiled=8, asked=8,
@@ -143,7 +148,7 @@ def once(config_: Config) -> dict[str, Any]:
     fitted = fit(config_.network(), Lookup(seed=config_.seed), plan, label="steer",
                  quiet=config_.quiet)
     model = config_.network().clone(
-        attention=(Pasta(alpha=config_.alpha),) * config_.layers)
+        attention=(config_.steered(),) * config_.layers)
     score = functools.partial(accuracy, model, whole(fitted.params))
     rng = np.random.default_rng((config_.seed, 1))
     known, asked = facts(rng, config_.profiled), facts(rng, config_.asked)

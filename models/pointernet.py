@@ -194,13 +194,16 @@ def search(model: PointerNet, params: Any, points: jax.Array, there: jax.Array, 
     rule: "tour": every point once, then the first one, then the end; "hull": three
     points or more, none twice, closed by the first one, then the end; "free": anything
     up to the end. Probabilities are the network's own, those of what a rule forbids
-    counting as 0. ValueError for another rule, or fewer steps than an answer needs.
+    counting as 0. ValueError for another rule, or fewer steps than any answer needs.
     """
     if rule not in RULES:
         raise ValueError(f"rule={rule!r}: expected one of {RULES}")
-    (b, n), needs = points.shape[:2], points.shape[1] + 2
-    if rule == "tour" and steps < needs:
-        raise ValueError(f"steps={steps}: expected {needs} for a tour of {n} points")
+    b, n = points.shape[:2]
+    # points, the first one again where a rule wants it, and the end
+    needs = {"tour": n + 2, "hull": 5, "free": 1}[rule]
+    if steps < needs:
+        raise ValueError(f"steps={steps}: expected {needs} or more for rule={rule!r} "
+                         f"and {n} points")
     encoded: Any = model.apply(params, points, there, method="encode")
     wide = jax.tree.map(lambda a: jnp.repeat(a, width, 0), encoded)  # [B W,...]
     none = jnp.full((b, width), -1, jnp.int32)

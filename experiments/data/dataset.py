@@ -77,10 +77,16 @@ class Cycle:
 class Grown:
     """Datasets one after the other: each of `first`, (dataset, steps), for so many
     steps, then `last`. A batch has as many tokens in all of them: rows are longer, and
-    fewer, from one to the next."""
+    fewer, from one to the next. ValueError unless each length divides the last one."""
 
     first: tuple[tuple[Any, int], ...]
     last: Any
+
+    def __post_init__(self):
+        for dataset, _ in self.first:
+            if self.length % dataset.length:
+                raise ValueError(f"Grown: length={dataset.length}: expected a divisor "
+                                 f"of the last one, {self.length}")
 
     @property
     def length(self) -> int:

@@ -100,7 +100,7 @@ def grid_of(tokens: Any) -> np.ndarray:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Chorales(Dataset):
     """Made-up chorales: phrases of `phrase` chords, AABA, in a random major key; B is
-    another phrase, and the last A stands where it stood or a fourth or fifth away.
+    another phrase, and the last A stands where it stood or a fourth away.
 
     tokens [B,T], targets [B,T]: T = `length` tokens, 4 a step; a row begins anywhere in
     the first AABA of a piece, and goes on with further rounds of it, each moved by a

@@ -138,6 +138,10 @@ def recall(reader: Reader, many: int, trial: int) -> Row:
 def repeats(reader: Reader, vocab: int, trial: int) -> Row:
     """Random ids, twice."""
     rng = reader.rng(3, trial)
+    least = len(reader.start) + 4  # two tokens, twice
+    if reader.length < least:
+        raise ValueError(f"length={reader.length}: expected {least} or more for what "
+                         "repeats")
     half = rng.integers(vocab, size=(reader.length - len(reader.start)) // 2)
     ids = np.concatenate([reader.start, half, half]).astype(np.int32)
     # the first of the second time cannot be known

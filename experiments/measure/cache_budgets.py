@@ -19,6 +19,7 @@ from attn.topk import TopK
 from attn.tova import TOVA
 
 SINKS = 4
+LEAST = 8  # tokens of a budget
 
 
 def _window(tokens: int) -> int:
@@ -83,9 +84,9 @@ NAMES = (*FREEING, *READING, *CODED)
 
 def settings(name: str, shares: tuple[float, ...], length: int, layers: int
              ) -> list[tuple[float, tuple]]:
-    """(share asked for, one attention for each layer) of a policy at each share of a
-    text of `length` tokens; of codes one, whose share is their bits over 16. ValueError
-    for a name that is none of NAMES."""
+    """(share, one attention for each layer) of a policy at each share of a text of
+    `length` tokens, as whole tokens, 8 or more, have it; of codes one, whose share is
+    their bits over 16. ValueError for a name that is none of NAMES."""
     if name == "exact":
         return [(1.0, (Softmax(),) * layers)]
     if name in CODED:
@@ -95,4 +96,5 @@ def settings(name: str, shares: tuple[float, ...], length: int, layers: int
     if name not in NAMES:
         raise ValueError(f"policies: {name!r}: expected of {NAMES}")
     make = {**FREEING, **READING}[name]
-    return [(share, make(max(8, round(share * length)), layers)) for share in shares]
+    budgets = [max(LEAST, round(share * length)) for share in shares]
+    return [(tokens / length, make(tokens, layers)) for tokens in budgets]

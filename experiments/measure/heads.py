@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from attn import maps
-from models.view import Rows, look
+from models.view import Rows, look, masked_heads, sites
 
 
 def retrieval_score(
@@ -36,14 +36,21 @@ def retrieval_score(
     return np.minimum(score, 1.0) if clip else score
 
 
+def weighted(model: Any) -> list[int]:
+    """The layers whose heads have weights of attention: a view may ask for these."""
+    known = set(sites(model))
+    return [n for n, block in enumerate(model.blocks()) if f"{n}/pattern" in known
+            and getattr(block.mixer.attention, "weightless", None) is None]
+
+
 def top_keys(model: Any, params: Any, tokens: jax.Array, rows: Any, k: int = 1
              ) -> jax.Array:
     """[B,m,L,H,k] int32: the keys with the greatest weights in each row, of all
-    layers that have weights; no map is made. tokens [B,T], rows [m]."""
+    layers that have weights (`weighted`); no map is made. tokens [B,T], rows [m]."""
     def of(p):
         return maps.argmax(p)[..., None] if k == 1 else maps.top(p, k)
 
-    layers = range(len(model.blocks()))
+    layers = weighted(model)
     patterns = {n: Rows(rows=rows, of=of, tile=32) for n in layers}
     _, seen = look(model, params, tokens, patterns=patterns)
     found = jnp.stack([seen[f"{n}/pattern"] for n in layers], 1)  # [B,L,H,m,k]
@@ -88,6 +95,35 @@ def split_half(scores: np.ndarray) -> float:
     if any(rank.std() == 0 for rank in ranks):
         return float("nan")
     return float(np.corrcoef(ranks[0], ranks[1])[0, 1])
+
+
+def agreement(counted: np.ndarray) -> dict[str, Any]:
+    """The split-half correlation of trials [n,L,H], or why there is none."""
+    name = "split-half correlation"
+    if len(counted) < 4:
+        return {f"{name} left out": f"{len(counted)} needles found are too few, 4 are "
+                "needed"}
+    value = split_half(counted)
+    return {f"{name} left out": "all heads score alike"} if np.isnan(value) else {
+        name: value}
+
+
+def left_out(model: Any, layers: list[int]) -> dict[str, Any]:
+    """Which layers have no scores, and why there are no uniform masks, in words."""
+    found: dict[str, Any] = {}
+    blocks = model.blocks()
+    if others := [n for n in range(len(blocks)) if n not in layers]:
+        named = (f"{n} ({_kind(blocks[n].mixer)})" for n in others)
+        found["layers without weights left out"] = ", ".join(named)
+    try:
+        masked_heads(model, np.zeros((len(blocks), model.heads), bool), "uniform")
+    except NotImplementedError as error:
+        found["uniform masks left out"] = str(error)
+    return found
+
+
+def _kind(mixer: Any) -> str:
+    return type(getattr(mixer, "attention", mixer)).__name__
 
 
 def _ranks(a: np.ndarray) -> np.ndarray:

@@ -57,15 +57,18 @@ def repeated(
 
 def merged(found: list[dict[str, Any]], claims: Iterable[str] = ()) -> dict[str, Any]:
     """The median of each number, with the least and the greatest where they differ:
-    `recall`, `recall from`, `recall to`. What is no number is that of the first.
+    `recall`, `recall from`, `recall to`. What is no number is that of the first; of a
+    number that some seeds do not have, `recall seeds` says how many have it.
 
     claims: words in the names of the numbers that seeds have to agree about;
     `not_converged` says of which this does not hold, and whether a loss still fell (an
     entry `falling`).
     """
     result: dict[str, Any] = {}
-    for name, first in found[0].items():
-        values = [one[name] for one in found]
+    names = dict.fromkeys(name for one in found for name in one)
+    for name in names:
+        values = [one[name] for one in found if name in one]
+        first = values[0]
         if isinstance(first, bool) or not isinstance(first, (int, float)):
             result[name] = first
             continue
@@ -74,6 +77,8 @@ def merged(found: list[dict[str, Any]], claims: Iterable[str] = ()) -> dict[str,
         result[name] = int(middle) if whole else float(middle)
         if min(values) != max(values):
             result |= {f"{name} from": min(values), f"{name} to": max(values)}
+        if len(values) < len(found):
+            result[f"{name} seeds"] = len(values)
     result.pop("falling", None)
     why = unsettled(found, claims)
     return result | ({"not_converged": why} if why else {})
@@ -85,7 +90,7 @@ def unsettled(found: list[dict[str, Any]], claims: Iterable[str] = ()) -> str:
     for name in found[0]:
         if not any(word in name for word in claims) or name == "falling":
             continue
-        values = [one[name] for one in found]
+        values = [one[name] for one in found if name in one]
         if apart(values):
             why.append(f"{name} differs by {max(values) - min(values):.3g} between "
                        "seeds")

@@ -80,6 +80,9 @@ def described(model: LM) -> Config:
     like = ARCHITECTURES[name].model(Reader(dict(source)), {"dtype": model.dtype})
     theirs = _spelled(like)
     for field, value in _spelled(model).items():
+        if field not in theirs:  # of a subclass
+            raise ValueError(f"{field}={value!r} stands in no config.json of {name}: "
+                             f"expected an LM, not a {type(model).__name__}")
         if value != theirs[field]:
             raise ValueError(f"{field}={value!r} stands in no config.json of {name}: "
                              f"expected {theirs[field]!r}")

@@ -62,7 +62,9 @@ def test_a_sequence_that_is_too_long_is_never_silent():
     with pytest.raises(ValueError, match="9 tokens .* expected at most length=8"):
         attention(q, k, v)
     assert np.isnan(jax.jit(lambda *a: attention(*a))(q, k, v)).all()
-    state = attention.init_state(8, q, k, v)
+    state = attention.init_state(9, q, k, v)
+    two = np.repeat(np.arange(1, 3), (5, 4))[None].repeat(len(q), 0)
+    assert np.isfinite(attention.step(state, q, k, v, segments=two)[1]).all()
     state, o = attention.step(state, *(a[:, :8] for a in (q, k, v)))
     assert np.isfinite(o).all()
     with pytest.raises(ValueError, match="at most length=8"):

@@ -7,6 +7,7 @@ import pytest
 
 from attn.softmax import Softmax
 from experiments import budget
+from experiments.cli import config
 from experiments.data import Text
 from experiments.measure import cache_budgets
 from experiments.sources import swapped
@@ -41,6 +42,30 @@ def test_codes_have_one_budget():
     assert [share for share, _ in found] == [2 / 16]
     with pytest.raises(ValueError, match="policies: 'SnapKv': expected of"):
         cache_budgets.settings("SnapKv", (1.0,), T, 2)
+
+
+def test_a_share_is_the_one_that_is_set():
+    found = cache_budgets.settings("TOVA", (1 / 16, 1 / 2, 0.13), 64, 2)
+    assert [share for share, _ in found] == [8 / 64, 32 / 64, 8 / 64]
+
+
+def test_rows_too_short_and_facts_too_many(tmp_path):
+    for length in (1, 4):
+        settings = dataclasses.replace(
+            budget.TINY, length=length, folder=str(tmp_path / f"{length}"))
+        with pytest.raises(ValueError, match=f"length={length}: expected 8 or more"):
+            budget.run(settings)
+        with pytest.raises(ValueError, match=f"length={length}: expected 8 or more"):
+            config.read(budget.Config, [f"--length={length}"], budget.TINY)
+    with pytest.raises(ValueError, match="facts=1000: expected at most"):
+        dataclasses.replace(budget.TINY, facts=1000)
+
+
+def test_a_folder_without_a_tokenizer_is_asked_for_what_repeats(tmp_path):
+    settings = dataclasses.replace(
+        budget.TINY, tasks=("bits",), folder=str(tmp_path / "run"))
+    with pytest.raises(ValueError, match="llama has no tokenizer.json: expected --tas"):
+        budget.run(settings)
 
 
 def test_the_command_leaves_rows_and_a_picture(folder, tmp_path):  # noqa: F811

@@ -164,6 +164,8 @@ def test_rows_grow_and_batches_keep_their_tokens():
         assert got["tokens"].size == 128
         np.testing.assert_array_equal(got["tokens"], dataset.batch(at, rows)["tokens"])
     assert grown.length == 64
+    with pytest.raises(ValueError, match="length=48: expected a divisor of the last"):
+        Grown(((Recall(vocab=256, length=48, pairs=2), 3),), long)
 
 
 @pytest.mark.parametrize("make, message", [

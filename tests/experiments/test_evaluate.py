@@ -12,7 +12,7 @@ import pytest
 from attn.softmax import Softmax
 from experiments import evaluate
 from experiments.data import Text
-from experiments.data.retrieval import FACT, Facts, Names, Pairs, Repeated
+from experiments.data.retrieval import FACT, NOUNS, Facts, Names, Pairs, Repeated
 from experiments.measure import asked
 from experiments.sources import loaded
 from models.checkpoint import save
@@ -88,12 +88,25 @@ def test_bits_per_byte_beside_gzip(reader):
     assert found["gzip_bits_per_byte"] == pytest.approx(8 * packed / 11)
 
 
+def test_a_text_is_read_up_to_so_many_tokens_and_no_further(reader):
+    text = "import this, then that\n" * 9
+    found = evaluate.perplexity(reader, [text, text], 20, None)
+    assert found["tokens"] == 20
+    read = reader.text.decode(reader.encode(text)[:20])
+    whole = evaluate.perplexity(reader, [read], 99, None)
+    assert found == pytest.approx(whole, rel=1e-5)
+    for nothing in ([], [""]):
+        with pytest.raises(ValueError, match="expected one of two tokens or more"):
+            evaluate.perplexity(reader, nothing, 20, None)
+
+
 def test_the_command_writes_numbers_and_a_picture(folder, tmp_path):
     settings = dataclasses.replace(
         evaluate.TINY, model=str(folder), parts=("text", "needle", "recall"),
         text=TEXT, tokens=20, length=180, lengths=1, depths=2, facts=2,
         folder=str(tmp_path / "run"))
     found = evaluate.run(settings)
+    assert found["text_tokens"] == 20
     assert {"text_nats", "needle", "recall", "state_bytes"} <= found.keys()
     assert (tmp_path / "run" / "needle.png").stat().st_size > 1000
     told = json.loads((tmp_path / "run" / "evaluation.json").read_text())
@@ -121,10 +134,30 @@ def test_answers_of_the_rows_stand_before_them(kind):
 @pytest.mark.parametrize("wrong, message", [
     ({"parts": ("texts",)}, "expected some of"),
     ({"facts": 1000}, "expected at most"),
+    ({"hops": len(NOUNS)}, "hops=.*expected at most"),
 ])
 def test_mistakes(wrong, message):
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(evaluate.TINY, **wrong)
+
+
+def test_a_folder_without_a_tokenizer_is_asked_for_what_repeats(tmp_path):
+    settings = dataclasses.replace(
+        evaluate.TINY, parts=evaluate.PARTS, folder=str(tmp_path / "run"))
+    with pytest.raises(ValueError) as error:
+        evaluate.run(settings)
+    assert str(error.value).endswith(
+        "llama has no tokenizer.json: expected --parts='(\"repeats\",)'")
+
+
+@pytest.mark.parametrize("length", [1, 2, 7])
+def test_rows_too_short(length, reader, tmp_path):
+    settings = dataclasses.replace(
+        evaluate.TINY, length=length, folder=str(tmp_path / "run"))
+    with pytest.raises(ValueError, match=f"length={length}: expected 8 or more"):
+        evaluate.run(settings)
+    with pytest.raises(ValueError, match="length=4: expected 5 or more for what rep"):
+        asked.repeats(dataclasses.replace(reader, length=4), 9, 0)
 
 
 def test_a_row_too_short_for_its_fact(reader):

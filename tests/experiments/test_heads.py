@@ -1,6 +1,8 @@
 """Path patching, contributions and scores of heads on a network that is not trained."""
 
+import dataclasses
 import functools
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +10,8 @@ import numpy as np
 import pytest
 
 from attn.softmax import Softmax
+from experiments import calibrate, circuits, steer
+from experiments.cli import config
 from experiments.data import inside
 from experiments.data.inside import Inside
 from experiments.measure import heads, patching
@@ -128,6 +132,45 @@ def test_a_retrieval_score_counts_copies_of_the_needle():
                                  needle, clip=True)[0, 0] == 1.0
     outside = top * 0 + 9  # generated tokens, behind the prompt
     assert heads.retrieval_score(outside, prompt, said, needle)[0, 0] == 0
+
+
+@pytest.mark.parametrize("experiment, word, message", [
+    (steer, "--alpha=2", "alpha=2"), (calibrate, "--beta=2", "beta=2"),
+    (calibrate, "--factor=0", "factor=0"), (calibrate, "--factor=-1", "factor=-1")])
+def test_what_cannot_be_steered_with_is_refused_at_once(experiment, word, message):
+    with pytest.raises(ValueError, match=message):
+        config.read(experiment.Config, [word])
+
+
+def test_layers_without_weights_are_left_out_and_named(tmp_path):
+    folder = pathlib.Path(__file__).parents[1] / "checkpoints"
+    settings = dataclasses.replace(
+        circuits.TINY, model=str(folder / "qwen3_5"), folder=str(tmp_path / "run"))
+    found = circuits.run(settings)
+    assert found["layers without weights left out"] == ", ".join(
+        f"{n} (Delta)" for n in range(3))
+    assert "Delta of layer 0" in found["uniform masks left out"]
+    assert "too few" in found["split-half correlation left out"]
+    assert "needles, top 1 masked (zero)" in found
+    assert not any("(uniform)" in name for name in found)
+    assert "NaN" not in (tmp_path / "run" / "circuits.json").read_text()
+    for name, more, message in (
+        ("kimi_linear", {}, "no layer has weights"),
+        ("qwen3_5", {"top": 3}, "top=3: expected at most half of the 4 heads"),
+    ):
+        wrong = dataclasses.replace(settings, model=str(folder / name), **more)
+        with pytest.raises(ValueError, match=message):
+            circuits.run(dataclasses.replace(wrong, folder=str(tmp_path / message[:5])))
+    with pytest.raises(ValueError, match="haystack=5: expected 6 or more"):
+        dataclasses.replace(circuits.TINY, haystack=5)
+
+
+def test_a_correlation_needs_four_trials_and_spread():
+    trials = np.random.default_rng(0).random((4, 2, 3))
+    name = "split-half correlation"
+    assert heads.agreement(trials) == {name: heads.split_half(trials)}
+    for few in (trials[:3], trials * 0):
+        assert [*heads.agreement(few)] == [f"{name} left out"]
 
 
 def test_ranks_overlap_and_choice():

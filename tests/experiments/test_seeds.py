@@ -60,3 +60,9 @@ def test_seeds_disagree_by_five_points(values, far):
 def test_wrong_seeds(fields, said):
     with pytest.raises(ValueError, match=said):
         seeds.check(Config(**fields))
+
+
+def test_a_number_that_some_seeds_have_is_that_of_these():
+    found = seeds.merged([{"a": 1.0}, {"a": 2.0, "b": 3.0}, {"a": 6.0, "b": 5.0}])
+    assert found == {"a": 2.0, "a from": 1.0, "a to": 6.0,
+                     "b": 4.0, "b from": 3.0, "b to": 5.0, "b seeds": 2}

@@ -1,5 +1,6 @@
 """The data of hull, music and algorithms, held against their definitions; scores."""
 
+import dataclasses
 import itertools
 
 import numpy as np
@@ -7,6 +8,8 @@ import pytest
 from scipy import spatial
 
 from experiments import algorithms, hull
+from experiments import music as command
+from experiments.cli import config
 from experiments.data import lists, music, points
 from experiments.data.lists import Lists
 from experiments.data.music import REST, Chorales, Note
@@ -87,6 +90,17 @@ def test_larger_lists_are_not_among_the_known():
     assert {config_.model(name).onehot for name in algorithms.NETWORKS} == {0, 4}
 
 
+def test_algorithms_needs_tasks_and_networks_and_has_a_ratio():
+    for name in ("tasks", "networks"):
+        with pytest.raises(ValueError, match=f"{name}=.*: expected one or more"):
+            dataclasses.replace(algorithms.TINY, **{name: ()})
+    config_ = dataclasses.replace(algorithms.TINY, scales=(2, 3))
+    found = {f"min_{name}_{scale}": 1.0 for scale in (2, 3)
+             for name in ("standard", "positional", "ratio")}
+    table = algorithms.table(config_, "min", found)
+    assert [*table.columns[0].cells] == ["standard", "positional", "ratio"]
+
+
 def test_notes_are_their_events():
     notes = [Note(0, 250, 60, 1), Note(0, 10, 64, 81), Note(260, 5, 60, 81)]
     tokens = music.performance(notes)
@@ -120,6 +134,9 @@ def test_a_midi_file_says_its_notes():
 
 
 def test_bach_is_asked_for_by_name():
+    given = config.read(command.Config, ["--data=Bach()", "--length=64"])
+    assert given.data == music.Bach() and given.task() == music.Bach(length=64)
+    assert config.command(given).endswith("--data='Bach()' --length=64")
     try:
         import music21  # noqa: F401
     except ImportError:

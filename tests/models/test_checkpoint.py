@@ -13,6 +13,7 @@ import pytest
 from attn.lightning import Lightning
 from attn.softmax import Softmax
 from models.checkpoint import load, save
+from models.checkpoint.architectures import described
 from models.checkpoint.files import Files
 from models.feed import Feed
 from models.generate import generate, stream
@@ -137,6 +138,17 @@ def test_a_model_made_here_is_saved_and_comes_back(fields, name, tmp_path):
     chex.assert_trees_all_equal(params, found)
     chex.assert_trees_all_close(
         compiled.apply(model, params, tokens), compiled.apply(again, found, tokens))
+
+
+class Grouped(LM):
+    """A model with a field of its own."""
+
+    groups: int = 2
+
+
+def test_a_model_with_fields_of_its_own_has_no_config():
+    with pytest.raises(ValueError, match="groups=2 .* expected an LM, not a Grouped"):
+        described(Grouped())
 
 
 @pytest.mark.parametrize("fields, field", [

@@ -126,6 +126,8 @@ def test_additive_scores_in_float64_and_without_an_array_of_all():
 @pytest.mark.parametrize("call, message", [
     (lambda: search(NET, params(), POINTS, ALL, steps=6, rule="all"), "rule='all'"),
     (lambda: search(NET, params(), POINTS, ALL, steps=5, rule="tour"), "expected 6"),
+    (lambda: search(NET, params(), POINTS, ALL, steps=2, rule="hull"), "expected 5"),
+    (lambda: search(NET, params(), POINTS, ALL, steps=0), "steps=0: expected 1"),
     (lambda: PointerNet(0).init(jax.random.key(0), POINTS), "hidden=0"),
     (lambda: NET.init(jax.random.key(0), POINTS[..., :1]), r"expected \[B,n,2\]"),
 ])

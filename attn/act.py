@@ -111,6 +111,7 @@ class ACT(Softmax):
     min_rows: int = 1
     tile: int = 128
     ahead = None
+    mixes = True  # all queries together say which keys are sinks
     row = TemplateRow(EXACT, "3 L^2 D", 2)
 
     def __post_init__(self):

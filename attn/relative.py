@@ -61,6 +61,7 @@ class Relative(nn.Module, Attention):
     scale: float | None = None
     axis: Axis | None = None
     implementation: str | None = None
+    crosses = False  # a key of another sequence is at no distance
     row = TemplateRow(EXACT, "L^2 D", 2)
 
     @property

@@ -175,9 +175,9 @@ class S4D(nn.Module, Attention):
             jnp.where(segment > 0, 2**30 - segment, 0))
         _, back = self._over(flip(x), filters[1], turned, None, self.axis)
         # what is behind token t stands at t + 1, if that is of its segment
-        behind = _next(flip(back))
+        behind = _next(flip(back), "BTHV", self.axis)
         if segment is not None:
-            same = segment == _next(segment)
+            same = segment == _next(segment, "BT", self.axis)
             behind = jnp.where(same[..., None, None], behind, 0)
         return y + behind
 
@@ -228,9 +228,19 @@ def _times(a, b) -> tuple[jax.Array, jax.Array]:
     return a[0] * b[0] - a[1] * b[1], a[0] * b[1] + a[1] * b[0]
 
 
-def _next(a: jax.Array) -> jax.Array:
-    """What stands at t + 1 of a [B,T,...], 0 at the end."""
-    return jnp.concatenate([a[:, 1:], jnp.zeros_like(a[:, :1])], 1)
+def _next(a: jax.Array, letters: str, axis: Axis | None) -> jax.Array:
+    """What stands at t + 1 of a [B,T,...], with axes of these letters; 0 at the end."""
+    def local(a):
+        first = a[:, :1]
+        if axis is None:
+            first = jnp.zeros_like(first)
+        else:
+            # of the shard behind; the last gets 0
+            back = [(n, n - 1) for n in range(1, jax.lax.axis_size(axis))]
+            first = jax.lax.ppermute(first, axis, back)
+        return jnp.concatenate([a[:, 1:], first], 1)
+
+    return over_mesh(local, f"{letters} -> {letters}", axis)(a)
 
 
 def _kernel(filt: Filter, t: int) -> jax.Array:

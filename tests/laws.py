@@ -435,7 +435,7 @@ ENTRIES = {
     ),
     # nothing is marked
     "pasta": Entry(
-        Pasta(heads=(0, 2)), same=(Pasta(), Softmax()), wraps="softmax"
+        Pasta(heads=(0, 1)), same=(Pasta(), Softmax()), wraps="softmax"
     ),
     # all of a sink's share stays: which tokens are sinks depends on how a text comes
     "act": Entry(

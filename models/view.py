@@ -125,10 +125,11 @@ def masked_heads(
 ) -> dict[str, Site]:
     """The edit that takes heads out, for `look` and `edited`; in a stream too.
 
-    heads [L,H] booleans, which may be traced: one program for all choices. mode "zero":
-    a head gives 0; "mean": it gives `means` {layer: [.., H, V]}, as its mean over other
-    texts; "uniform": its queries are 0, so that it gives the mean of the values that
-    it may see (masking as in the code of Wu et al., 2024, arXiv:2404.15574).
+    heads [L,H] booleans, which may be traced: one program for all choices; of a layer
+    with fewer heads than H the first ones. mode "zero": a head gives 0; "mean": it
+    gives `means` {layer: [..,H,V]}, as its mean over other texts; "uniform": its
+    queries are 0, so that it gives the mean of the values that it may see (masking as
+    in the code of Wu et al., 2024, arXiv:2404.15574).
     """
     if mode not in MODES:
         raise ValueError(f"mode={mode!r}: expected one of {MODES}")
@@ -137,20 +138,20 @@ def masked_heads(
     heads, found = jnp.asarray(heads), {}
     check_rows("heads", heads, len(model.blocks()))
     known = set(sites(model))
+    most = max(getattr(block.mixer, "heads", 0) for block in model.blocks())
+    if heads.shape[1] != most:
+        raise ValueError(f"heads has shape {heads.shape}: expected [L,H] with H={most}")
     for n, block in enumerate(model.blocks()):
         name = "q" if mode == "uniform" else "z"
         if f"{n}/{name}" not in known:
             continue  # a layer without heads
-        if heads.shape[1] != block.mixer.heads:
-            raise ValueError(f"heads has shape {heads.shape}: expected [L,H] with "
-                             f"H={block.mixer.heads}")
         if mode == "uniform":
             _check_uniform(n, block.mixer)
         if mode == "mean" and n not in means:
             raise ValueError(f"means of layers {sorted(means)}: expected one of layer "
                              f"{n} too")
         value = means[n] if mode == "mean" else 0.0
-        found[f"{n}/{name}"] = Site(heads[n][:, None], value)  # [H,1] of [B,T,H,D]
+        found[f"{n}/{name}"] = Site(heads[n, :block.mixer.heads, None], value)
     return found
 
 

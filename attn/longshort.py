@@ -32,6 +32,7 @@ from attn.contract.fields import check_fields
 from attn.contract.one_sequence import one_sequence
 from attn.contract.shapes import check
 from attn.parallel.sharding import Axis, mesh_of
+from attn.positions import sinusoids
 from attn.recurrent import scan
 from attn.sparse import long_short
 from attn.sparse.long_short import Keys
@@ -242,15 +243,8 @@ class LongShort(nn.Module, Attention):
         far = nn.DenseGeneral((h, d), dtype=jnp.float32, name="place_far")
         zeros = nn.initializers.zeros_init()
         asks, turns = (self.param(n, zeros, (h, d)) for n in ("asks", "turns"))
-        near = jnp.einsum("we,ehd->whd", _waves(self.window, e), place)
-        return long_short.Places(near, far(_waves(rows, e)), asks, turns)
-
-
-def _waves(count: int, e: int) -> jax.Array:
-    """[sin | cos] of distances 0, 1, ... times 10000^(-2i/E): [count,E]."""
-    f = 10000.0 ** (-jnp.arange(0, e, 2, dtype=jnp.float32) / e)
-    angle = jnp.arange(count, dtype=jnp.float32)[:, None] * f[None]
-    return jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], -1)[:, :e]
+        near = jnp.einsum("we,ehd->whd", sinusoids(jnp.arange(self.window), e), place)
+        return long_short.Places(near, far(sinusoids(jnp.arange(rows), e)), asks, turns)
 
 
 def _check_tokens(x: Any, q: Any) -> None:

@@ -30,6 +30,7 @@ from attn.exact.attend import attend
 from attn.exact.logits import LogitSpec, Where
 from attn.masks import Causal, Full, Mask
 from attn.parallel.sharding import Axis, gather, over_mesh
+from attn.positions import sinusoids
 from attn.softmax import Softmax
 
 ONE_HOT, SINUSOID, LEARNED = "onehot", "sinusoid", "learned"
@@ -201,11 +202,7 @@ class Positional(nn.Module, Attention):
         if self.encoding == LEARNED:
             init = nn.initializers.normal(1.0)
             return self.param("positions", init, (self.length, d), jnp.float32)
-        # sin and cos of t / 10000^(2i/d) (Vaswani et al., 2017, arXiv:1706.03762)
-        t, i = np.arange(self.length)[:, None], np.arange(d)[None]
-        angle = t / 10000.0 ** (i // 2 * 2 / d)
-        waves = np.where(i % 2, np.cos(angle), np.sin(angle))
-        return jnp.asarray(waves, jnp.float32)
+        return sinusoids(jnp.arange(self.length), d, interleaved=True)
 
 
 def k_like(v: Any) -> jax.ShapeDtypeStruct:

@@ -188,6 +188,15 @@ def angles(pos: jax.Array, frequencies: np.ndarray) -> jax.Array:
     return jnp.where(pos < 0, -angle, angle)
 
 
+def sinusoids(pos: jax.Array, width: int, *, interleaved: bool = False) -> jax.Array:
+    """sin and cos of pos [...] int times 10000^(-2i/E), i < E/2 (Vaswani et al., 2017,
+    arXiv:1706.03762), [...,E] float32 for E = `width`: all sines first, or one sine and
+    one cosine in turn if `interleaved`."""
+    angle = angles(pos[..., None], 10000.0 ** (-np.arange(0, width, 2) / width))
+    both = jnp.stack([jnp.sin(angle), jnp.cos(angle)], -1 if interleaved else -2)
+    return both.reshape(*pos.shape, -1)[..., :width]
+
+
 def _upper(a: jax.Array, b: jax.Array) -> jax.Array:
     """The upper 32 bits of the product of two uint32, by halves of 16 bits."""
     half, low = jnp.uint32(16), jnp.uint32(0xFFFF)

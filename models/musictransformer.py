@@ -11,12 +11,11 @@ from __future__ import annotations
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
-import numpy as np
 
 from attn.contract.norm import Norm
 from attn.contract.segments import locate
+from attn.positions import sinusoids
 from attn.relative import Relative
 from models.feed import INIT, Feed
 from models.lm import LM
@@ -57,16 +56,7 @@ class MusicTransformer(LM):
             return x
         clock = () if state is None else (state[0].end, state[0].segment)
         now = locate(segments, *tokens.shape, *clock)
-        places = waves(now.pos, self.width).astype(x.dtype)
+        places = sinusoids(now.pos, self.width).astype(x.dtype)
         if self.sinusoids == "add":
             return x + places
         return self.join(jnp.concatenate([x, places], -1))  # [B,T,2E] [2E,E]
-
-
-def waves(pos: jax.Array, width: int) -> jax.Array:
-    """sin and cos of pos / 10000^(2i/E) for i < E/2 (Vaswani et al., 2017,
-    arXiv:1706.03762), all sines first: [B,T] -> [B,T,E] float32."""
-    half = (width + 1) // 2
-    rate = np.float32(10000.0) ** (-np.arange(half, dtype=np.float32) / half)
-    angle = pos.astype(jnp.float32)[..., None] * jnp.asarray(rate)[None, None]
-    return jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], -1)[..., :width]

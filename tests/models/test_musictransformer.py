@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from attn.positions import sinusoids
 from attn.relative import Relative
 from models.feed import Feed
 from models.generate import generate, stream
-from models.musictransformer import MusicTransformer, waves
+from models.musictransformer import MusicTransformer
 from tests import compiled
 from tests.laws import close
 
@@ -33,12 +34,12 @@ def test_a_stream_is_the_text(sinusoids):
 
 
 def test_only_absolute_places_know_where_a_text_begins():
-    for sinusoids in (None, "add"):
-        model = SMALL.clone(sinusoids=sinusoids, attention=(Relative(3),))
+    for places in (None, "add"):
+        model = SMALL.clone(sinusoids=places, attention=(Relative(3),))
         params = compiled.init(model, jax.random.key(0), TOKENS)
         same = np.zeros((1, 9), int)
         o = np.asarray(compiled.apply(model, params, same))
-        assert (np.abs(o[0, 7] - o[0, 8]).max() < 1e-5) == (sinusoids is None)
+        assert (np.abs(o[0, 7] - o[0, 8]).max() < 1e-5) == (places is None)
 
 
 def test_it_writes():
@@ -46,8 +47,8 @@ def test_it_writes():
     assert len(generate(SMALL, params, [[3, 4]], length=5)[0]) == 5
 
 
-def test_waves():
-    found = np.asarray(waves(jnp.asarray([[0, 3]]), 6))
+def test_sinusoids():
+    found = np.asarray(sinusoids(jnp.asarray([[0, 3]]), 6))
     np.testing.assert_allclose(found[0, 0], [0, 0, 0, 1, 1, 1], atol=1e-6)
     rate = 10000.0 ** (-np.arange(3) / 3)
     want = [*np.sin(3 * rate), *np.cos(3 * rate)]

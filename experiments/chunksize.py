@@ -215,23 +215,20 @@ def tables(config_: Config, found: dict[str, Any]) -> list[Table]:
 
 def picture(config_: Config, found: dict[str, Any], path: pathlib.Path) -> None:
     """The time of a layer, and recall, against L."""
-    from experiments.measure.report import plt
+    from experiments.measure.panels import Panel, curves
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(8, 3.6), layout="constrained")
-    chunks, recall_chunks = config_.chunks, config_.recall_chunks
-    left.plot(chunks, [found[f"L={c} ms"] for c in chunks], "o-", label="RAT")
-    left.axhline(found["softmax ms"], color="gray", ls=":", label="softmax")
-    left.set(xscale="log", yscale="log", xlabel="tokens of a chunk L",
-             title=f"a layer forward, T={config_.tokens:,} (ms)")
-    left.legend(frameon=False)
-    right.plot(recall_chunks, [found[f"L={c} recall"] for c in recall_chunks], "o-")
-    right.set(xscale="log", xlabel="tokens of a chunk L", ylim=(-0.03, 1.03),
-              title="recall (share of right answers)")
-    for axes in (left, right):
-        axes.grid(alpha=0.3)
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    def line(chunks: tuple[int, ...], what: str) -> tuple:
+        return chunks, [found[f"L={c} {what}"] for c in chunks]
+
+    chunk = {"xscale": "log", "xlabel": "tokens of a chunk L"}
+    curves((
+        Panel(f"a layer forward, T={config_.tokens:,}",
+              {"RAT": line(config_.chunks, "ms")},
+              chunk | {"yscale": "log", "ylabel": "ms"},
+              {"softmax": found["softmax ms"]}),
+        Panel("recall", {"RAT": line(config_.recall_chunks, "recall")},
+              chunk | {"ylim": (-0.03, 1.03), "ylabel": "share of right answers"}),
+    ), path)
 
 
 if __name__ == "__main__":

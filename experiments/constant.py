@@ -169,22 +169,14 @@ def table(config_: Config, rows: list[dict[str, Any]]) -> Table:
 
 def picture(rows: list[dict[str, Any]], path: pathlib.Path) -> None:
     """Time of a token against length, a line an attention."""
-    from experiments.measure.report import plt
+    from experiments.measure.panels import Panel, curves
 
-    passes = list(dict.fromkeys(row["pass"] for row in rows))
-    figure, axes = plt.subplots(1, len(passes), figsize=(4 * len(passes), 3.8),
-                                layout="constrained", squeeze=False)
-    for ax, which in zip(axes[0], passes):
-        for row in rows:
-            if row["pass"] == which:
-                ax.plot(row["lengths"], row["us"], "o-", label=row["attention"])
-        ax.set(xscale="log", yscale="log", title=which, xlabel="tokens T",
-               ylabel="microseconds a token")
-        ax.grid(alpha=0.3)
-        ax.spines[["top", "right"]].set_visible(False)
-    axes[0][0].legend(frameon=False, fontsize=8)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    axes = {"xscale": "log", "yscale": "log", "xlabel": "tokens T",
+            "ylabel": "microseconds a token"}
+    curves([
+        Panel(which, {row["attention"]: (row["lengths"], row["us"])
+                      for row in rows if row["pass"] == which}, axes)
+        for which in dict.fromkeys(row["pass"] for row in rows)], path)
 
 
 if __name__ == "__main__":

@@ -284,26 +284,20 @@ def _cell(row: dict[str, Any] | None) -> str:
 
 def picture(found: dict[str, Any], path) -> None:
     """Time against length, a line a candidate."""
-    import matplotlib
+    from experiments.measure.panels import Panel, curves
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    passes = list(dict.fromkeys(row["pass"] for row in found["rows"]))
-    figure, axes = plt.subplots(1, len(passes), figsize=(5 * len(passes), 4.5),
-                                layout="constrained", squeeze=False)
-    for ax, which in zip(axes[0], passes):
-        for name in dict.fromkeys(row["name"] for row in found["rows"]):
-            own = [r for r in found["rows"] if (r["pass"], r["name"]) == (which, name)]
-            ax.plot([r["length"] for r in own], [r["ms"] for r in own], marker="o",
-                    label=name)
-        ax.set(xscale="log", yscale="log", title=which, xlabel="tokens T",
-               ylabel=f"ms ({found['dtype']}, {found['device']})")
-        ax.grid(alpha=0.3)
-    figure.legend(*axes[0][0].get_legend_handles_labels(), fontsize=8, frameon=False,
-                  loc="outside lower center", ncols=2)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    axes = {"xscale": "log", "yscale": "log", "xlabel": "tokens T",
+            "ylabel": f"ms ({found['dtype']}, {found['device']})"}
+    panels = []
+    for which in dict.fromkeys(row["pass"] for row in found["rows"]):
+        lines: dict[str, tuple[list, list]] = {}
+        for row in found["rows"]:
+            if row["pass"] == which:
+                lengths, times = lines.setdefault(row["name"], ([], []))
+                lengths.append(row["length"])
+                times.append(row["ms"])
+        panels.append(Panel(which, lines, axes))
+    curves(panels, path)
 
 
 if __name__ == "__main__":

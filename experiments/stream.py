@@ -240,21 +240,16 @@ def learned(config_: Config, attention: Any) -> tuple[float, int]:
     return float(np.mean(hits)), size
 
 
-def picture(config_: Config, curves, path: pathlib.Path) -> None:
+def picture(config_: Config, found, path: pathlib.Path) -> None:
     """Time and memory against the length of the stream."""
-    from experiments.measure.report import plt
+    from experiments.measure.panels import Panel, curves
 
-    figure, both = plt.subplots(1, 2, figsize=(8, 3.6), layout="constrained")
-    titles = "time of all of them (s)", "memory of a sequence (bytes)"
-    for n, (axes, title) in enumerate(zip(both, titles)):
-        for attention, curve in zip(config_.attentions, curves):
-            axes.plot(config_.lengths, curve[n], "o-", label=_name(attention))
-        axes.set(xscale="log", yscale="log", xlabel="vectors generated", title=title)
-        axes.grid(alpha=0.3)
-        axes.spines[["top", "right"]].set_visible(False)
-    both[0].legend(frameon=False)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    axes = {"xscale": "log", "yscale": "log", "xlabel": "vectors generated"}
+    curves([
+        Panel(title, {_name(attention): (config_.lengths, curve[n])
+                      for attention, curve in zip(config_.attentions, found)}, axes)
+        for n, title in enumerate(
+            ("time of all of them (s)", "memory of a sequence (bytes)"))], path)
 
 
 def _name(attention: Any) -> str:

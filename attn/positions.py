@@ -34,10 +34,14 @@ class RoPE:
     (Dubey et al., 2024, arXiv:2407.21783) has the same three bands with `slow` and
     `fast` turns and interpolates in the number of turns; "dynamic" (emozilla, 2023)
     raises theta as "ntk" does, by as much as the longest text of the batch is longer
-    than `original`, so that angles move with its length and cannot be streamed. fast:
+    than `original`, so that angles move with its length and cannot be streamed;
+    "longrope" (Ding et al., 2024, arXiv:2402.13753) divides each channel by a factor of
+    its own [D/2], `short` while the longest text of the batch has at most `original`
+    tokens and `long` beyond, and multiplies q and k by sqrt(1 + ln(factor) /
+    ln(original)): a stream beyond `original` takes short=long. fast:
     None for what each was published with, 32 and, as `high_freq_factor` of Llama 3, 4.
     truncate: whether yarn's ramp begins and ends at whole channels; temperature: what q
-    and k are multiplied with, where it is not yarn's own.
+    and k are multiplied with, where it is not the scaling's own.
 
     Angles are as exact at position 2^31 as at 1 ("dynamic": as float32 is).
     """
@@ -52,9 +56,11 @@ class RoPE:
     fraction: float = 1.0
     truncate: bool = True
     temperature: float | None = None
+    short: tuple[float, ...] | None = None
+    long: tuple[float, ...] | None = None
 
     def __post_init__(self):
-        known = (None, "linear", "ntk", "dynamic", "yarn", "llama3")
+        known = (None, "linear", "ntk", "dynamic", "yarn", "llama3", "longrope")
         if self.scaling not in known:
             raise ValueError(f"RoPE: scaling={self.scaling!r}: expected one of {known}")
         if self.factor < 1:
@@ -69,6 +75,12 @@ class RoPE:
             )
         if not 0 < self.fraction <= 1:
             raise ValueError(f"RoPE: fraction={self.fraction}: expected in (0, 1]")
+        own = self.scaling == "longrope"
+        for name in ("short", "long"):
+            given = getattr(self, name)
+            if (given is not None) != own or own and not min(given, default=0) > 0:
+                raise ValueError(f"RoPE: {name}={given}: expected factors above 0 with "
+                                 "scaling='longrope', and none without")
 
     def frequencies(self, width: int) -> np.ndarray:
         """Angles per token [width/2] in radians, for `width` turned channels."""
@@ -83,6 +95,8 @@ class RoPE:
             return plain
         if self.scaling == "linear":
             return plain / self.factor
+        if self.scaling == "longrope":
+            return self._divided(plain, "short")
         # how often each channel turns within the length that the model was trained on
         turns = self.original * plain / (2 * math.pi)
         fast = FAST[self.scaling] if self.fast is None else self.fast
@@ -99,6 +113,14 @@ class RoPE:
         # keep 1: as trained; 0: divided by the factor, as "linear" does
         return plain * (keep + (1 - keep) / self.factor)
 
+    def _divided(self, plain: np.ndarray, name: str) -> np.ndarray:
+        """Angles per token by the factors of longrope, a factor a pair."""
+        factors = np.asarray(getattr(self, name))
+        if factors.shape != plain.shape:
+            raise ValueError(f"RoPE: {name} has {factors.size} factors: expected "
+                             f"{plain.size}, one for each pair of channels")
+        return plain / factors
+
     def _channel(self, turns: float, width: int) -> float:
         """The channel number, not a whole one, that makes so many turns in `original`
         tokens: theta^(-2m/D) original = 2 pi turns, solved for m."""
@@ -109,15 +131,18 @@ class RoPE:
 
     @property
     def magnitude(self) -> float:
-        """What q and k are multiplied with: yarn's attention temperature, else 1."""
+        """What q and k are multiplied with: the temperature of yarn or longrope, or 1.
+        """
         if self.temperature is not None:
             return self.temperature
+        if self.scaling == "longrope" and self.factor > 1:
+            return math.sqrt(1 + math.log(self.factor) / math.log(self.original))
         return 0.1 * math.log(self.factor) + 1 if self.scaling == "yarn" else 1.0
 
     @property
     def moving(self) -> bool:
         """Whether angles follow the length of the text, beyond `original` tokens."""
-        return self.scaling == "dynamic"
+        return self.scaling == "dynamic" or self.short != self.long
 
     def check_stream(self, size: int) -> None:
         """NotImplementedError if angles would move in a stream of `size` tokens."""
@@ -130,8 +155,13 @@ class RoPE:
 
     def _angles(self, pos: jax.Array, width: int) -> jax.Array:
         """The angles [...,width/2] at pos [...,1]."""
+        own = self.frequencies(width)
+        if self.moving and self.scaling == "longrope":
+            far = self._divided(RoPE(self.theta).frequencies(width), "long")
+            beyond = pos.max() >= self.original
+            return jnp.where(beyond, angles(pos, far), angles(pos, own))
         if not self.moving or width < 4:
-            return angles(pos, self.frequencies(width))
+            return angles(pos, own)
         # theta (factor L / original - (factor - 1))^(D/(D-2)), L the longest text
         over = jnp.maximum(pos.max() + 1, self.original) / self.original
         theta = self.theta * (self.factor * over - (self.factor - 1)) ** (

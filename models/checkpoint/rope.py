@@ -13,6 +13,7 @@ KNOWN = {
     "rope_theta", "rope_type", "type", "factor", "original_max_position_embeddings",
     "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow", "attention_factor",
     "mscale", "mscale_all_dim", "truncate", "partial_rotary_factor", "finetuned",
+    "short_factor", "long_factor",
     # of a text alone all three axes of mrope count the same tokens
     "mrope_section", "mrope_interleaved",
 }
@@ -45,7 +46,10 @@ def rope(
     said |= {k: v for k, v in given.items() if v is not None}
     unknown = sorted(set(said) - KNOWN)
     name = said.get("rope_type", said.get("type", "default"))
-    if name not in ("default", "linear", "dynamic", "llama3", "yarn", "mrope"):
+    # what the first folders of Phi-3 with 128k tokens call it
+    name = "longrope" if name == "su" else name
+    if name not in ("default", "linear", "dynamic", "llama3", "yarn", "mrope",
+                    "longrope"):
         raise NotImplementedError(f"rope_type={name!r}: not there yet")
     if unknown:
         raise NotImplementedError(
@@ -55,6 +59,10 @@ def rope(
         "theta": _number(said, "rope_theta", theta),
         "fraction": _number(said, "partial_rotary_factor", fraction),
     }
+    if name == "longrope":
+        # beside the rotation, in the folders that are older
+        said = {"original_max_position_embeddings":
+                r.get("original_max_position_embeddings", length)} | said
     return RoPE(**fields, **_scaled(name, said, length))
 
 
@@ -63,7 +71,7 @@ def _scaled(name: str, said: Mapping[str, Any], length: int) -> dict[str, Any]:
     if name in ("default", "mrope"):
         return {}
     original = int(said.get("original_max_position_embeddings", length))
-    if name == "yarn" and "factor" not in said:
+    if name in ("yarn", "longrope") and "factor" not in said:
         said = {**said, "factor": length / original}
     fields: dict[str, Any] = {"scaling": name, "factor": _number(said, "factor")}
     if name == "dynamic":
@@ -72,6 +80,14 @@ def _scaled(name: str, said: Mapping[str, Any], length: int) -> dict[str, Any]:
     elif name == "llama3":
         fields |= {"original": original, "slow": _number(said, "low_freq_factor"),
                    "fast": _number(said, "high_freq_factor")}
+    elif name == "longrope":
+        fields |= {
+            "factor": max(fields["factor"], 1.0), "original": original,
+            "short": _factors(said, "short_factor"),
+            "long": _factors(said, "long_factor"),
+            "temperature": _number(said, "attention_factor")
+            if "attention_factor" in said else None,
+        }
     elif name == "yarn":
         fields |= {
             "original": original, "slow": _number(said, "beta_slow", 1.0),
@@ -91,6 +107,15 @@ def _temperature(said: Mapping[str, Any]) -> float | None:
         return None
     grown = math.log(max(_number(said, "factor"), 1.0))
     return (0.1 * one * grown + 1) / (0.1 * all_ * grown + 1)
+
+
+def _factors(said: Mapping[str, Any], key: str) -> tuple[float, ...]:
+    """A factor for each pair of channels."""
+    given = said.get(key)
+    if not isinstance(given, list) or not given:
+        raise ValueError(f"rope_parameters: {key}={given!r}: expected a list of "
+                         "numbers")
+    return tuple(_number({key: one}, key) for one in given)
 
 
 def _number(said: Mapping[str, Any], key: str, default: float | None = None) -> float:

@@ -1,5 +1,6 @@
 """RoPE and its scalings against their published formulas in float64; ALiBi's slopes."""
 
+import dataclasses
 import math
 
 import jax
@@ -225,3 +226,37 @@ def test_dynamic_angles_are_those_of_the_formula():
                                a * np.sin(angle) + b * np.cos(angle)], -1)
         found = rope.rotate(jnp.asarray(x[:, :t]), jnp.asarray(pos)[None])
         np.testing.assert_allclose(found[0, :, 0], want, atol=2e-6)
+
+
+def test_factors_of_channels_are_those_of_the_length():
+    """longrope: angles pos theta^(-2m/D) / factor_m, the long factors beyond."""
+    short, long = (1.0, 1.5, 2.0), (1.0, 4.0, 9.0)
+    rope = RoPE(theta=100.0, scaling="longrope", factor=4.0, original=8, short=short,
+                long=long)
+    x = np.random.default_rng(0).normal(size=(1, 12, 1, 6)).astype(np.float32)
+    grown = np.sqrt(1 + np.log(4.0) / np.log(8.0))
+    for t, factors in ((8, short), (9, long)):
+        angle = np.arange(t)[:, None] * 100.0 ** (-np.arange(0, 6, 2) / 6) / factors
+        z = (x[0, :t, 0, :3] + 1j * x[0, :t, 0, 3:].astype(np.float64)) * grown
+        z = z * np.exp(1j * angle)
+        found = rope.rotate(jnp.asarray(x[:, :t]), jnp.arange(t)[None])
+        np.testing.assert_allclose(found[0, :, 0], np.concatenate([z.real, z.imag], -1),
+                                   atol=2e-6)
+    rope.check_stream(8)
+    with pytest.raises(NotImplementedError, match="angles follow the length"):
+        rope.check_stream(9)
+    dataclasses.replace(rope, short=long).check_stream(9)
+
+
+@pytest.mark.parametrize("given, words", (
+    ({"short": (1.0,)}, "none without"),
+    ({"scaling": "longrope", "short": (1.0,)}, "long=None"),
+    ({"scaling": "longrope", "short": (1.0,), "long": (0.0,)}, "above 0"),
+    ({"scaling": "longrope", "short": (), "long": (1.0,)}, "above 0"),
+))
+def test_factors_that_are_none(given, words):
+    with pytest.raises(ValueError, match=words):
+        RoPE(**given)
+    rope = RoPE(scaling="longrope", short=(1.0,), long=(1.0,))
+    with pytest.raises(ValueError, match="short has 1 factors: expected 3"):
+        rope.frequencies(6)

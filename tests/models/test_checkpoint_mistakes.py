@@ -87,8 +87,8 @@ def test_tensors_that_are_not_the_configs(change, error, words, tmp_path):
     ("llama", {"model_type": "bert"}, NotImplementedError, "model_type='bert'"),
     ("llama", {"novel_gate": 3}, NotImplementedError, "novel_gate=3 is not known"),
     ("llama", {"hidden_act": "mish"}, NotImplementedError, "hidden_act='mish'"),
-    ("llama", {"rope_parameters": {"rope_type": "longrope"}}, NotImplementedError,
-     "rope_type='longrope': not there yet"),
+    ("llama", {"rope_parameters": {"rope_type": "proportional"}}, NotImplementedError,
+     "rope_type='proportional': not there yet"),
     ("llama", {"rope_parameters": {"rope_type": "linear", "novel": 1}},
      NotImplementedError, "novel=1 is not known"),
     ("llama", {"rope_parameters": {"rope_type": "linear"}}, ValueError,
@@ -129,3 +129,29 @@ def test_a_rotation_that_follows_the_length_is_not_streamed(tmp_path):
     model.init_state(32, tokens)  # its angles are still those of any other text
     with pytest.raises(NotImplementedError, match="angles follow the length"):
         model.init_state(33, tokens)
+
+
+@pytest.mark.parametrize("older", (False, True))
+def test_a_rotation_with_a_factor_a_channel(older, tmp_path):
+    """Phi-3's longer models; `su` and the length beside it are the older form."""
+    config, tensors = content("phi3")
+    factors = {"short_factor": [1.0] * 6, "long_factor": [2.0] * 6}
+    config |= {"max_position_embeddings": 64, "original_max_position_embeddings": 16}
+    if older:
+        del config["rope_parameters"]
+        config |= {"rope_scaling": {"type": "su", **factors}, "rope_theta": 10000.0}
+    else:
+        config["rope_parameters"] = {
+            "rope_type": "longrope", "rope_theta": 10000.0,
+            "original_max_position_embeddings": 16, **factors}
+    model, _ = load(written(tmp_path, config, tensors))
+    rope = model.position
+    assert (rope.scaling, rope.factor, rope.original) == ("longrope", 4.0, 16)
+    assert rope.short == (1.0,) * 6 and rope.long == (2.0,) * 6 and rope.moving
+
+
+def test_a_factor_that_is_missing(tmp_path):
+    config, tensors = content("phi3")
+    config["rope_parameters"] = {"rope_type": "longrope", "rope_theta": 1e4,
+                                 "short_factor": [1.0] * 6}
+    refused(written(tmp_path, config, tensors), ValueError, "long_factor=None")

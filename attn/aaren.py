@@ -25,9 +25,10 @@ from attn.contract.dispatch import pick
 from attn.contract.fields import check_fields
 from attn.contract.segments import locate, segment_indices
 from attn.contract.shapes import check
+from attn.exact.online import OnlineSoftmax
 from attn.parallel.sharding import Axis, over_mesh, splits, spread_heads, stacked
 from attn.recurrent.pooled_softmax import pooled_softmax
-from attn.recurrent.scan import SoftmaxState, empty, merge, prefix_softmax, total
+from attn.recurrent.scan import empty, merge, prefix_softmax, total
 
 
 class AarenState(NamedTuple):
@@ -35,7 +36,7 @@ class AarenState(NamedTuple):
     int32 the next token's position; segment [B] int32 the last token's segment, -1
     before the first. Of the width D of keys nothing is left in it."""
 
-    memory: SoftmaxState
+    memory: OnlineSoftmax
     end: jax.Array
     segment: jax.Array
 
@@ -125,7 +126,7 @@ class Aaren(nn.Module, Attention):
         """The state of all tokens, None for none over an axis; and o [B,T,H,V]."""
         def local(state, scores, v, segment):
             after, o = prefix_softmax(
-                scores, v, state=state and SoftmaxState(*state), segment=segment,
+                scores, v, state=state and OnlineSoftmax(*state), segment=segment,
                 axis=axis, chunk=self.chunk, dtype=v.dtype,
                 implementation=self.implementation,
             )
@@ -134,7 +135,7 @@ class Aaren(nn.Module, Attention):
         v = spread_heads(v, scores.shape[2], axis)  # [B,S,K,V] -> [B,S,K|H,V]
         letters = "BH BTH BTKV BT -> BH BH BHV BTHV"
         *after, o = over_mesh(local, letters, axis)(state, scores, v, segment)
-        return None if after[0] is None else SoftmaxState(*after), o
+        return None if after[0] is None else OnlineSoftmax(*after), o
 
     def _pool(self, scores, v) -> jax.Array:
         """The answer over all keys [B,H,V]."""

@@ -25,9 +25,10 @@ from attn.contract.dispatch import pick
 from attn.contract.fields import check_fields
 from attn.contract.segments import locate, segment_indices
 from attn.contract.shapes import check
+from attn.exact.online import OnlineSoftmax
 from attn.parallel.sharding import Axis, home, mesh_of, over_mesh, splits
 from attn.recurrent.pooled_softmax import pooled_softmax
-from attn.recurrent.scan import SoftmaxState, empty, prefix_softmax, total
+from attn.recurrent.scan import empty, prefix_softmax, total
 
 HIGHEST = jax.lax.Precision.HIGHEST
 
@@ -38,8 +39,8 @@ class ABCState(NamedTuple):
     next token's position; segment [B] int32 the last token's segment, -1 before the
     first."""
 
-    keys: SoftmaxState
-    values: SoftmaxState
+    keys: OnlineSoftmax
+    values: OnlineSoftmax
     end: jax.Array
     segment: jax.Array
 
@@ -126,7 +127,7 @@ class ABC(nn.Module, Attention):
         of `a` [B,T,K,D] at every token [B,T,K,c,D] float32."""
         def local(state, scores, a, segment):
             after, slots = prefix_softmax(
-                _merged(scores), a, state=state and SoftmaxState(*state),
+                _merged(scores), a, state=state and OnlineSoftmax(*state),
                 segment=segment, axis=axis, chunk=self.chunk,
                 implementation=self.implementation,
             )
@@ -136,7 +137,7 @@ class ABC(nn.Module, Attention):
         heads = home("K", a.shape[2], axis)
         letters = "Bk BTk. BTkD BT -> Bk Bk Bk. BTk.D".replace("k", heads)
         *after, slots = over_mesh(local, letters, axis)(state, scores, a, segment)
-        return None if after[0] is None else SoftmaxState(*after), slots
+        return None if after[0] is None else OnlineSoftmax(*after), slots
 
     def _whole(self, both) -> list[jax.Array]:
         """What the slots hold of all tokens [B,1,K,c,D], in the global view: over a

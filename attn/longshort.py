@@ -31,6 +31,7 @@ from attn.contract.dispatch import pick
 from attn.contract.fields import check_fields
 from attn.contract.one_sequence import one_sequence
 from attn.contract.shapes import check
+from attn.exact.online import OnlineSoftmax
 from attn.parallel.sharding import Axis, mesh_of
 from attn.positions import sinusoids
 from attn.recurrent import scan
@@ -48,8 +49,8 @@ class LongShortState(NamedTuple):
     v: jax.Array
     near_k: jax.Array
     near_v: jax.Array
-    keys: scan.SoftmaxState
-    values: scan.SoftmaxState
+    keys: OnlineSoftmax
+    values: OnlineSoftmax
     end: jax.Array
     segment: jax.Array
 
@@ -191,7 +192,7 @@ class LongShort(nn.Module, Attention):
         for part, a in zip((state.keys, state.values), (k, v)):
             # what the chunk holds at each token: that of its last one is its rows
             after, rows = scan.prefix_softmax(
-                scores, a.astype(jnp.float32), state=scan.SoftmaxState(*part),
+                scores, a.astype(jnp.float32), state=OnlineSoftmax(*part),
                 segment=chunk, implementation="xla")
             held.append(after)
             rows = rows.reshape(*p.shape, -1).swapaxes(2, 3)  # [B,T,r,K,D]

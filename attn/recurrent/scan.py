@@ -14,43 +14,36 @@ product (`attn/recurrent/prefix_softmax.py`) or as kernels.
 
 from __future__ import annotations
 
-from typing import Any, Callable, NamedTuple
+from typing import Any, Callable
 
 import jax
 import jax.numpy as jnp
 
 from attn.contract.dispatch import interpreted, pick
 from attn.contract.varying import varying
+from attn.exact.online import OnlineSoftmax
 from attn.parallel.sharding import Axis
 from attn.recurrent.lasp import exclusive_prefix, tagged
 from attn.recurrent.prefix_softmax import chunked, einsum, exp
 from pallas_kernels.scan import api as kernels
 
 
-class SoftmaxState(NamedTuple):
-    """A stretch of tokens: m [...,H] its greatest score (-inf: it is empty), l [...,H]
-    and acc [...,H,V] the sums of exp(s - m) and of v exp(s - m), float32."""
-
-    m: jax.Array
-    l: jax.Array
-    acc: jax.Array
-
-
-def empty(batch: int, heads: int, width: int) -> SoftmaxState:
-    """The stretch without tokens, which `merge` leaves others as they are with."""
+def empty(batch: int, heads: int, width: int) -> OnlineSoftmax:
+    """The stretch without tokens, which `merge` leaves others as they are with: its m
+    is -inf."""
     zeros = jnp.zeros((batch, heads), jnp.float32)
     acc = jnp.zeros((batch, heads, width), jnp.float32)
-    return SoftmaxState(zeros - jnp.inf, zeros, acc)
+    return OnlineSoftmax(zeros - jnp.inf, zeros, acc)
 
 
-def merge(a: SoftmaxState, b: SoftmaxState) -> SoftmaxState:
+def merge(a: OnlineSoftmax, b: OnlineSoftmax) -> OnlineSoftmax:
     """The state of a stretch and the one behind it. No gradient flows through m, on
     which acc/l does not depend."""
     m = jax.lax.stop_gradient(jnp.maximum(a.m, b.m))
     # both sums are measured from the new maximum: exp(m_a - m), exp(m_b - m) [...,H]
     scale_a, scale_b = (exp(jax.lax.stop_gradient(x.m), m) for x in (a, b))
     acc = a.acc * scale_a[..., None] + b.acc * scale_b[..., None]
-    return SoftmaxState(m, a.l * scale_a + b.l * scale_b, acc)
+    return OnlineSoftmax(m, a.l * scale_a + b.l * scale_b, acc)
 
 
 def prefix_scan(
@@ -116,7 +109,7 @@ def prefix_scan(
 
 def total(
     scores: jax.Array, v: jax.Array, segment: jax.Array | None = None
-) -> SoftmaxState:
+) -> OnlineSoftmax:
     """The state of all tokens of the last segment. scores [B,T,H], v [B,T,K,V]."""
     s = scores.astype(jnp.float32)
     if segment is not None:
@@ -127,20 +120,20 @@ def total(
     b, t, h = s.shape
     grouped = p.reshape(b, t, v.shape[2], -1)  # [B,T,K,G]
     acc = einsum("btkg,btkv->bkgv", grouped, v.astype(jnp.float32))  # [G,T] [T,V]
-    return SoftmaxState(m, p.sum(1), acc.reshape(b, h, -1))
+    return OnlineSoftmax(m, p.sum(1), acc.reshape(b, h, -1))
 
 
 def prefix_softmax(
     scores: jax.Array,
     v: jax.Array,
     *,
-    state: SoftmaxState | None = None,
+    state: OnlineSoftmax | None = None,
     segment: jax.Array | None = None,
     chunk: int = 64,
     axis: Axis | None = None,
     dtype: Any = jnp.float32,
     implementation: str | None = None,
-) -> tuple[SoftmaxState | None, jax.Array]:
+) -> tuple[OnlineSoftmax | None, jax.Array]:
     """Softmax over every prefix -> the last state, o [B,T,H,V] in `dtype`.
 
     scores [B,T,H], v [B,T,K,V], H a multiple of K; state: that of the tokens before,
@@ -174,10 +167,10 @@ def prefix_softmax(
             chunk, dtype, *varying((scores, v, segment, *begun))),
         tpu=kernel("tpu"), gpu=kernel("triton"),
     )
-    return SoftmaxState(*last) if axis is None else after, o
+    return OnlineSoftmax(*last) if axis is None else after, o
 
 
-def _begun(scores, v, segment, axis: Axis, first: SoftmaxState, ends: bool) -> tuple:
+def _begun(scores, v, segment, axis: Axis, first: OnlineSoftmax, ends: bool) -> tuple:
     """This shard's segments, numbered from 1; the state that it begins with; and, if it
     `ends`, the state after all shards."""
     one = jnp.ones(scores.shape[:1], jnp.int32)

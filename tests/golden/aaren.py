@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from attn.aaren import Aaren
+from attn.exact.online import OnlineSoftmax
 from attn.layers import MultiHead
-from attn.recurrent.scan import SoftmaxState, merge, prefix_scan, prefix_softmax
+from attn.recurrent.scan import merge, prefix_scan, prefix_softmax
 
 
 def run(case: Mapping[str, Any]) -> dict[str, np.ndarray]:
@@ -28,7 +29,7 @@ def _core(case):
     @jax.jit
     def both(s, v, do):
         o, back = jax.vjp(lambda s, v: prefix_softmax(s, v, chunk=4)[1], s, v)
-        leaves = SoftmaxState(s, (s > -jnp.inf).astype(s.dtype), v)
+        leaves = OnlineSoftmax(s, (s > -jnp.inf).astype(s.dtype), v)
         return o, *back(do), *prefix_scan(merge, leaves, chunk=4)[1]
 
     found = both(s, v, jnp.asarray(case["cotangent"], jnp.float32))

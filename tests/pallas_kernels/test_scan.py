@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from attn.contract import dispatch
-from attn.recurrent.scan import SoftmaxState, empty, prefix_softmax
+from attn.exact.online import OnlineSoftmax
+from attn.recurrent.scan import empty, prefix_softmax
 from pallas_kernels import Refused
 from pallas_kernels.scan.api import scan
 from experiments.measure import cost
@@ -25,7 +26,7 @@ def kernel(backend, segment=None, chunk=16, dtype=jnp.float32):
     def f(s, v, state):
         last, o = scan(s, v, tuple(state), segment=segment, chunk=chunk, dtype=dtype,
                        backend=backend, interpret=INTERPRET)
-        return SoftmaxState(*last), o
+        return OnlineSoftmax(*last), o
 
     return f
 
@@ -83,14 +84,14 @@ def test_scores_of_any_size(backend):
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_low_precision(dtype, backend):
     s, v, state, d_o, d_state = inputs(37)
-    low, state, back_o = v.astype(dtype), SoftmaxState(*state), d_o.astype(dtype)
+    low, state, back_o = v.astype(dtype), OnlineSoftmax(*state), d_o.astype(dtype)
     f = kernel(backend, dtype=dtype)
     g = lambda s, v, state: prefix_softmax(s, v, state=state, implementation="xla")
 
     @functools.partial(jax.jit, static_argnums=0)
     def both(f, v, d_o):
         out, back = jax.vjp(f, s, v, state)
-        return out, back((SoftmaxState(*d_state), d_o))
+        return out, back((OnlineSoftmax(*d_state), d_o))
 
     (last, o), have = both(f, jnp.asarray(low), back_o)
     (exact, want), grads = both(g, jnp.asarray(low, jnp.float32),
@@ -115,9 +116,9 @@ def test_twice_is_the_same(backend):
     @jax.jit
     def both(*args):
         out, back = jax.vjp(kernel(backend, segment), *args)
-        return out, back((SoftmaxState(*d_state), d_o))
+        return out, back((OnlineSoftmax(*d_state), d_o))
 
-    one, two = (both(s, v, SoftmaxState(*state)) for _ in range(2))
+    one, two = (both(s, v, OnlineSoftmax(*state)) for _ in range(2))
     for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(two)):
         assert (np.asarray(a) == np.asarray(b)).all()
 
@@ -126,7 +127,7 @@ def test_twice_is_the_same(backend):
 def test_it_is_picked(platform, monkeypatch):
     monkeypatch.setattr(dispatch, "INTERPRETED", platform)
     s, v, state, *_ = inputs(37)
-    f = functools.partial(prefix_softmax, s, v, state=SoftmaxState(*state))
+    f = functools.partial(prefix_softmax, s, v, state=OnlineSoftmax(*state))
     have, want = f(implementation="pallas"), f(implementation="xla")
     for a, b in zip(jax.tree.leaves(have), jax.tree.leaves(want)):
         close(a, b)

@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from attn.exact.online import OnlineSoftmax
 from attn.parallel.sharding import over_mesh
 from attn.recurrent.scan import (
-    SoftmaxState, empty, merge, prefix_scan, prefix_softmax, total
+    empty, merge, prefix_scan, prefix_softmax, total
 )
 from experiments.measure import cost
 from tests.oracles.linear import close
@@ -89,8 +90,13 @@ def check(f, given, segment, bound=2e-6, gradient=GRADIENT):
     """f(scores, v, state) -> (state, o) and its gradients against the recurrence."""
     s, v, state, d_o, d_state = given
     want, grads = recurrence(s, v, state, segment, d_o, d_state)
-    out, back = jax.jit(lambda *a: (lambda o, g: (o, g((SoftmaxState(*d_state), d_o))))(
-        *jax.vjp(f, *a)))(s, v, SoftmaxState(*state))
+
+    @jax.jit
+    def both(*given):
+        out, back = jax.vjp(f, *given)
+        return out, back((OnlineSoftmax(*d_state), d_o))
+
+    out, back = both(s, v, OnlineSoftmax(*state))
     (m, u, w), o = out
     finite = np.isfinite(want[0][0])
     assert (np.isfinite(m) == finite).all() and np.isfinite(o).all()
@@ -168,7 +174,7 @@ def test_low_precision():
 def test_any_operator_scans(packed):
     s, v, state, *_ = inputs(37, h=K)
     segment = jnp.asarray(RUNS[37], jnp.int32) if packed else None
-    leaves = SoftmaxState(jnp.asarray(s), jnp.ones_like(s), jnp.asarray(v))
+    leaves = OnlineSoftmax(jnp.asarray(s), jnp.ones_like(s), jnp.asarray(v))
     if packed:
         leaves = jax.tree.map(lambda a, e: jnp.where(
             segment.reshape(B, 37, *[1] * (a.ndim - 2)) > 0, a, e[:, None]), leaves,
@@ -179,7 +185,7 @@ def test_any_operator_scans(packed):
         how = {"state": before, "segment": segment}
         return prefix_scan(merge, leaves, chunk=8, **how), prefix_softmax(s, v, **how)
 
-    for before in (None, SoftmaxState(*state)):
+    for before in (None, OnlineSoftmax(*state)):
         (last, found), want = each(before)
         o = found.acc / jnp.where(found.l > 0, found.l, 1)[..., None]
         real = np.ones((B, 37), bool) if segment is None else np.asarray(segment) > 0
@@ -214,7 +220,7 @@ def test_a_mesh_changes_nothing(packed):
     segment = jnp.asarray(RUNS[16] if packed else np.ones((B, 16)), jnp.int32)
     f = lambda axis: lambda s, v, segment: prefix_softmax(
         s, v, segment=segment if packed else None, chunk=2, axis=axis)[1]
-    leaves = lambda s, v: SoftmaxState(s, jnp.ones_like(s), jnp.repeat(v, H // K, 2))
+    leaves = lambda s, v: OnlineSoftmax(s, jnp.ones_like(s), jnp.repeat(v, H // K, 2))
     tree = lambda axis: lambda s, v, segment: prefix_scan(
         merge, leaves(s, v), segment=segment, chunk=2, axis=axis)[1].acc
     for form in (f, tree):
@@ -253,7 +259,7 @@ def test_all_tokens_at_once():
         g = functools.partial(total, segment=r)
         for a, b in zip(f(s, v), g(s, v)):
             close(a, b)
-        ct = SoftmaxState(*d_state)
+        ct = OnlineSoftmax(*d_state)
         for a, b in zip(*(jax.vjp(x, s, v)[1](ct) for x in (f, g))):
             close(a, b, GRADIENT)
 

@@ -14,9 +14,9 @@ Keys of the first tokens and of blocks are rotated as if all were `local` tokens
 those nearer at their true distance. In a model the blocks of all layers come out of one
 pool of `top_k` a layer, refilled for each window: once `samples` windows have been seen
 by every layer and a token comes alone, a layer takes its share by how flat its scores
-are, before that an even one (`shares` in `attn/cache/probes.py`). Statistics are those of the window, our default; the authors'
-running ones, with the quirk with which they begin, are `running` there. Nothing is
-learned. All keys stay in memory.
+are, before that an even one (`shares` in `attn/cache/probes.py`). Statistics are those
+of the window, our default; the authors' running ones, with the quirk with which they
+begin, are `running` there. Nothing is learned. All keys stay in memory.
 """
 
 from __future__ import annotations
@@ -67,8 +67,9 @@ class ActQKV(Turned, Softmax):
     always seen; block: tokens of a block, of which `top_k` are seen; represent: keys
     that stand for a block. pool: in a model, layers share their blocks, and one takes
     from `least` (or all there are) to 2 top_k; samples: windows whose entropies count.
-    rope: the rotation, which `MultiHead` hands over. A call is exact; a stream is read by the rule, prompts too. Neither score, softcap nor a mask
-    but `Causal()`, and in plain jnp.
+    rope: the rotation, which `MultiHead` hands over. A call is exact; a stream is read
+    by the rule, prompts too. Neither score, softcap nor a mask but `Causal()`, and in
+    plain jnp.
     """
 
     window: int = 256
@@ -81,6 +82,12 @@ class ActQKV(Turned, Softmax):
     least: int = 32
     samples: int = 100
     rope: RoPE | None = None
+    part = "reading"
+    refuses = {
+        "selection": "it reads by position, and slots of a selection have gaps",
+        "storage": "keys are turned anew for each window, and codes are of keys that "
+                   "were turned",
+    }
     row = TemplateRow(MASKED, "L^2 D, then (L + r) D a token", 2)
 
     def __post_init__(self):
@@ -105,7 +112,7 @@ class ActQKV(Turned, Softmax):
             caches.empty(k, v, size), jnp.zeros((b, size, q.shape[2]), jnp.float32),
             jnp.zeros((b, self.samples), jnp.float32), jnp.zeros((b,), jnp.int32))
 
-    def share(self, states: tuple, tokens: int) -> Pool | None:
+    def shared_by_layers(self, states: tuple, tokens: int) -> Pool | None:
         """The pool of a step of so many tokens; states: of all layers with it."""
         if not self.pool:
             return None

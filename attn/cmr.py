@@ -93,9 +93,9 @@ class CMR(nn.Module):
     after a segment, with the states of the captured layers, and the call before the
     layer that reads. What is captured of a segment can be read from the next one on.
     segment: tokens of one; captured: the layers whose outputs are captured, None for m
-    at even depths; reading: the layer that reads, None for the middle one. decay: how fast entries grow
-    old, where its learned value begins; through: whether gradients reach the segment
-    that captured.
+    at even depths; reading: the layer that reads, None for the middle one. decay: how
+    fast entries grow old, where its learned value begins; through: whether gradients
+    reach the segment that captured.
     """
 
     features: int = 128

@@ -3,9 +3,10 @@
 Three things that a layer cannot know alone, and that no user has to hand over:
 
 - its number, for an attention that asks for it by `of_layer` (PyramidKV's budgets);
-- what the layers with one kind of attention share in a step: `share` makes it before
-  the first of them, each finds it in the field `shared` of its state and leaves there
-  what the next one gets (ActQKV's pool of blocks); between steps the field is None;
+- what the layers with one kind of attention share in a step: `shared_by_layers` makes
+  it before the first of them, each finds it in the field `shared` of its state and
+  leaves there what the next one gets (ActQKV's pool of blocks); between steps the field
+  is None;
 - a memory of hidden states beside the layers (CMR), which has a state of its own behind
   those of the layers.
 
@@ -43,10 +44,13 @@ def begin(blocks: tuple, states: Any, tokens: int) -> dict[type, Any]:
     kinds: dict[type, list[int]] = {}
     for n, block in enumerate(blocks):
         attention = _of(block)
-        if said(attention, "share") is not None:
+        if said(attention, "shared_by_layers") is not None:
             kinds.setdefault(type(attention), []).append(n)
-    found = {kind: _of(blocks[at[0]]).share(tuple(states[n] for n in at), tokens)
-             for kind, at in kinds.items()}
+    found = {
+        kind: _of(blocks[at[0]]).shared_by_layers(
+            tuple(states[n] for n in at), tokens)
+        for kind, at in kinds.items()
+    }
     return {kind: value for kind, value in found.items() if value is not None}
 
 

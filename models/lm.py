@@ -113,8 +113,8 @@ class LM(nn.Module):
         # 8/3 E, up to a multiple of 16
         hidden = -(-8 * self.width // 48) * 16 if self.hidden is None else self.hidden
         parts = zip(
-            map(unbound, numbered(self.attention)), self._each("position"), self._each("feed"),
-            self._each("residual"),
+            map(unbound, numbered(self.attention)), self._each("position"),
+            self._each("feed"), self._each("residual"),
         )
         return tuple(
             Block(

@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+
 from attn.adakv import AdaKV
+from attn.duo import Duo, selected
 from attn.h2o import H2O
 from attn.kivi import KIVI
 from attn.pyramidkv import PyramidKV
 from attn.quest import Quest
+from attn.razor import Razor, retrieval_heads
 from attn.recycled import Recycled
 from attn.saq import SAQ
 from attn.snapkv import SnapKV
@@ -79,7 +83,39 @@ READING: dict[str, Callable[[int, int], tuple]] = {
 CODED: dict[str, Any] = {
     "KIVI, 4 bits": KIVI(bits=4), "KIVI, 2 bits": KIVI(bits=2), "SAQ": SAQ(),
 }
-NAMES = (*FREEING, *READING, *CODED)
+# heads that hold all, chosen by what is known of the model's heads
+HEADED = ("Razor", "Duo")
+NAMES = (*FREEING, *HEADED, *READING, *CODED)
+
+
+def headed(name: str, share: float, length: int, known: tuple[np.ndarray, ...]
+           ) -> tuple[float, tuple]:
+    """(share, one attention for each layer) of a policy of two kinds of heads: half of
+    the budget goes to heads that hold all `length` tokens, the rest to the first and
+    last tokens of the others, 8 or more. known: induction and echo [layers,K] for
+    Razor, at most 14% and 1% of the heads as in its paper or one more; gates [layers,K]
+    for Duo."""
+    n = known[0].size
+    many = int(share / 2 * n)
+    if name == "Razor":
+        many = min(many, round(0.15 * n) + 1)
+        echo = int(many > 1)
+        chosen = retrieval_heads(*known, (many - echo) / n, echo / n)
+    else:
+        chosen = selected(known[0], 1 - many / n)
+    whole = int(chosen.sum())
+    rest = (share * n - whole) / max(n - whole, 1) * length
+    tokens = min(length, max(LEAST, round(rest)))
+    found = []
+    for row in chosen:
+        own = tuple(int(h) for h in np.flatnonzero(row))
+        near = max(1, tokens - SINKS)
+        if name == "Duo":
+            found.append(Duo(retrieval=own, sinks=SINKS, recent=near))
+        else:  # one slot is the one that stands for the rest
+            found.append(Razor(retrieval=own, sinks=SINKS, buffer=max(1, near - 1),
+                               share=0.0))
+    return (whole * length + (n - whole) * tokens) / n / length, tuple(found)
 
 
 def settings(name: str, shares: tuple[float, ...], length: int, layers: int

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 
+import numpy as np
 import pytest
 
 from attn.softmax import Softmax
@@ -82,3 +83,24 @@ def test_the_command_leaves_rows_and_a_picture(folder, tmp_path):  # noqa: F811
     assert quarter["memory"] < 0.4 and quarter["bits"] != exact["bits"]
     assert found["TOVA bits"] == quarter["bits"]
     assert (tmp_path / "run" / "budget.png").stat().st_size > 1000
+
+
+def test_heads_are_found_on_the_model(tmp_path):
+    settings = dataclasses.replace(
+        budget.TINY, policies=("Razor", "Duo"), shares=(1 / 2,), length=64,
+        gate_steps=2, folder=str(tmp_path / "run"))
+    budget.run(settings)
+    rows = json.loads((tmp_path / "run" / "budget.json").read_text())["rows"]
+    exact, razor, duo = rows
+    for one in (razor, duo):
+        assert one["peak_bytes"] < 0.9 * exact["peak_bytes"]
+        assert 0.3 < one["asked"] < 0.6 and abs(one["memory"] - one["asked"]) < 0.2
+
+
+def test_a_budget_of_heads_is_what_is_asked_for():
+    score = np.arange(16.0).reshape(4, 4)
+    for name, known in (("Razor", (score, score)), ("Duo", (score / 16,))):
+        share, stack = cache_budgets.headed(name, 1 / 4, T, known)
+        assert share == pytest.approx(1 / 4, abs=0.01)
+        assert [a.retrieval for a in stack][:3] == [()] * 3
+        assert set(stack[3].retrieval) <= {1, 2, 3} and 3 in stack[3].retrieval

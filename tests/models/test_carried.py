@@ -83,9 +83,9 @@ def test_layers_take_their_blocks_out_of_one_pool():
     close(outs[0][1], outs[1][1])
     # two windows and a token had blocks; then shares go by the entropies
     assert outs[0][0][0].seen.tolist() == [4, 4]
-    pool = ACT.share(outs[0][0], 1)
+    pool = ACT.shared_by_layers(outs[0][0], 1)
     assert pool.left.tolist() == [[2.0]] * B and pool.warm.all()
-    assert not ACT.share(outs[0][0], 8).warm.any()
+    assert not ACT.shared_by_layers(outs[0][0], 8).warm.any()
     means = np.asarray(pool.means)
     assert ((means > 0) & (means <= 1)).all()
 

@@ -16,7 +16,7 @@ program is the same as without.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, Callable, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -70,6 +70,25 @@ def taken(block: Any, state: Any, shared: dict[type, Any]) -> tuple[Any, dict]:
 
 def _of(block: Any) -> Any:
     return getattr(block.mixer, "attention", None)
+
+
+def by_pieces(step: Callable, states: Any, given: Any, size: int) -> tuple:
+    """(states, y [B,T,E]) of step(states, part) -> (states, y of the part) over parts
+    of `size` tokens of what is given [B,T,...], in a loop, and what is left behind."""
+    t = jax.tree.leaves(given)[0].shape[1]
+    whole, outs = t // size * size, []
+
+    def cut(a):  # [B,T,...] -> [N,B,size,...]
+        return jnp.moveaxis(
+            a[:, :whole].reshape(a.shape[0], -1, size, *a.shape[2:]), 1, 0)
+
+    states, y = jax.lax.scan(step, states, jax.tree.map(cut, given))
+    y = jnp.moveaxis(y, 0, 1)  # [B,N,size,E]
+    outs.append(y.reshape(y.shape[0], whole, *y.shape[3:]))
+    if whole < t:
+        states, y = step(states, jax.tree.map(lambda a: a[:, whole:], given))
+        outs.append(y)
+    return states, jnp.concatenate(outs, 1)
 
 
 class Reweaving(NamedTuple):

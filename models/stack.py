@@ -174,20 +174,13 @@ class Layers(nn.Module):
                 f"a view of {t} tokens: with a memory a text is read by segments of "
                 f"{size}, expected at most as many")
         one = Layers(self.pattern, memory=unbound(self.memory), parent=None)
-        params, given = self.variables["params"], (x, segments)
+        params = self.variables["params"]
 
-        def body(states, piece):
-            return one.apply({"params": params}, piece[0], states, piece[1])
+        def piece(states, part):
+            return one.apply({"params": params}, part[0], states, part[1])
 
-        whole, outs = t // size * size, []
-        cut = jax.tree.map(lambda a: jnp.moveaxis(a[:, :whole].reshape(
-            a.shape[0], -1, size, *a.shape[2:]), 1, 0), given)  # [N,B,S,...]
-        states, y = jax.lax.scan(body, states, cut)
-        outs.append(jnp.moveaxis(y, 0, 1).reshape(x.shape[0], whole, -1))
-        if whole < t:
-            states, y = body(states, jax.tree.map(lambda a: a[:, whole:], given))
-            outs.append(y)
-        return (states if streamed else None), jnp.concatenate(outs, 1)
+        states, x = carried.by_pieces(piece, states, (x, segments), size)
+        return (states if streamed else None), x
 
     def init_states(self, size: int, x: Any) -> tuple:
         """Empty memories for `size` tokens; x [B,T,E] gives shapes and dtype only."""

@@ -120,11 +120,8 @@ def _prompt(attention: Any, x: Inputs) -> Callable[[], Any]:
     """All tokens for an empty memory, as one piece: what a policy keeps of them is part
     of the work."""
     advance, more = bound(attention, x, "step")
-
-    def read(q, k, v, *args):
-        return advance(attention.init_state(q.shape[1], q, k, v), q, k, v, *args)
-
-    call = functools.partial(jax.jit(read), *x[:3], *more)
+    state = attention.init_state(x.k.shape[1], *x[:3])
+    call = functools.partial(jax.jit(advance), state, *x[:3], *more)
     jax.block_until_ready(call())
     return call
 

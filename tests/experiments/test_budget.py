@@ -10,8 +10,9 @@ from attn.softmax import Softmax
 from experiments import budget
 from experiments.cli import config
 from experiments.data import Text
-from experiments.measure import cache_budgets
-from experiments.sources import swapped
+from experiments.evaluate import reader_of
+from experiments.measure import cache_budgets, head_choice
+from experiments.sources import loaded, swapped
 from models.lm import LM, state_bytes
 from tests.experiments.test_evaluate import folder  # noqa: F401
 
@@ -85,16 +86,18 @@ def test_the_command_leaves_rows_and_a_picture(folder, tmp_path):  # noqa: F811
     assert (tmp_path / "run" / "budget.png").stat().st_size > 1000
 
 
-def test_heads_are_found_on_the_model(tmp_path):
-    settings = dataclasses.replace(
-        budget.TINY, policies=("Razor", "Duo"), shares=(1 / 2,), length=64,
-        gate_steps=2, folder=str(tmp_path / "run"))
-    budget.run(settings)
-    rows = json.loads((tmp_path / "run" / "budget.json").read_text())["rows"]
-    exact, razor, duo = rows
-    for one in (razor, duo):
-        assert one["peak_bytes"] < 0.9 * exact["peak_bytes"]
-        assert 0.3 < one["asked"] < 0.6 and abs(one["memory"] - one["asked"]) < 0.2
+def test_heads_are_found_on_the_model():
+    found = loaded(budget.TINY.model)
+    reader, _ = reader_of(found, ("repeats",), Text(), 64, 0)
+    exact = budget.peak_bytes(reader)
+    scores = head_choice.razor_scores(reader)
+    gates = head_choice.duo_gates(reader, 2, 1)
+    assert all(a.shape == gates.shape for a in scores) and gates.shape[0] == 3
+    assert all(((a >= 0) & (a <= 1)).all() for a in (*scores, gates))
+    assert (gates < 1).any()  # they have moved
+    share, stack = cache_budgets.headed("Duo", 1 / 2, 64, (gates,))
+    small = dataclasses.replace(reader, model=swapped(found.model, stack, None))
+    assert budget.peak_bytes(small) < 0.8 * exact and 0.3 < share < 0.6
 
 
 def test_a_budget_of_heads_is_what_is_asked_for():

@@ -29,9 +29,10 @@ from attn.contract.segments import locate
 
 def numbered(attentions: tuple) -> tuple:
     """Attentions of a model that ask for it, as layer n of those of their class."""
-    kinds = [type(a) for a in attentions]
+    # of a policy of several parts the one that asks
+    kinds = [(type(a), type(getattr(a, "selection", None))) for a in attentions]
     return tuple(
-        a.of_layer(kinds[:n].count(type(a)), kinds.count(type(a)))
+        a.of_layer(kinds[:n].count(kinds[n]), kinds.count(kinds[n]))
         if said(a, "of_layer") is not None else a
         for n, a in enumerate(attentions)
     )

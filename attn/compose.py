@@ -1,6 +1,6 @@
 """Compose: what is kept, how it is stored and what of it is read, as one policy.
 
-    Compose(selection=SnapKV(1024), storage=KIVI(bits=4), reading=Quest(budget=256))
+    Compose(selection=SnapKV(capacity=1024), storage=KIVI(bits=4), reading=Quest(budget=256))
 
 The three are independent where they can be. A selection keeps some of a prompt's tokens
 in slots, and adds what is generated; a storage holds the slots, in order, as they are

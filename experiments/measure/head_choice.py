@@ -21,7 +21,6 @@ from attn.contract.view import Rows
 from attn.masks import Causal
 from attn.softmax import Softmax
 from experiments.measure.asked import Reader, needles, repeats
-from experiments.sources import Ids
 from models.view import look
 
 REPEATS = 4  # times that random tokens stand there, as in the paper
@@ -122,7 +121,7 @@ def _schedule(n, steps: int):
 
 
 def _row(reader: Reader, facts: int, trial: int):
-    if isinstance(reader.text, Ids):
+    if not len(reader.hay):
         return repeats(reader, reader.model.vocab, trial)
     return needles(reader, facts, trial)
 

@@ -41,5 +41,7 @@ def test_every_kind_of_memory():
 
 
 def test_codes_alone_say_no_positions():
+    args = jax.ShapeDtypeStruct((1, T, K, 8), "float32")
+    state = KIVI(bits=4, group=8, residual=8).init_state(T, args, args, args)
     with pytest.raises(ValueError, match="a KIVIState says no positions"):
-        kept_positions(state_of(KIVI(bits=4, group=8, residual=8)), T)
+        kept_positions(state, T)

@@ -164,8 +164,8 @@ class ActQKV(Turned, Softmax):
         outs, last, rest = zip(*found)
         caches.check_room(jnp.stack(last), slots)
         if pool is not None:
-            rest = jnp.concatenate(rest).T
-            pool = pool._replace(left=rest, layer=pool.layer + 1)
+            pool = pool._replace(
+                left=jnp.concatenate(rest).T, layer=pool.layer + 1)
         return state._replace(shared=pool), jnp.concatenate(outs, 1)
 
     def _window(self, state: ActState, q, k, v, now: TokenPositions, sink, pool, left):

@@ -1,6 +1,7 @@
 """Compose: what is kept, how it is stored and what of it is read, as one policy.
 
-    Compose(selection=SnapKV(capacity=1024), storage=KIVI(bits=4), reading=Quest(budget=256))
+    Compose(selection=SnapKV(capacity=1024), storage=KIVI(bits=4),
+            reading=Quest(budget=256))
 
 The three are independent where they can be. A selection keeps some of a prompt's tokens
 in slots, and adds what is generated; a storage holds the slots, in order, as they are
@@ -222,6 +223,7 @@ class Compose(Softmax):
 
     def _selected(self, state: Composed, both: Cache, segment, q, now) -> Composed:
         """The state of what the selection keeps of all that was read."""
+        assert state.pos is not None
         selection, slots = self._own(self.selection), state.pos.shape[1]
         mine = caches.in_order(caches.only_current(both, segment))
         size = min(selection.kept_of(q.shape[1]), slots, mine.k.shape[1])
@@ -233,7 +235,8 @@ class Compose(Softmax):
             empty = empty._replace(pos=jnp.full_like(empty.pos, -1))
         fresh = Composed(
             empty, None, jax.tree.map(jnp.zeros_like, state.marks), *empty[-2:])
-        slot = locate(there, *there.shape, empty.end, empty.segment)
+        b, t = there.shape
+        slot = locate(there, b, t, empty.end, empty.segment)
         after = self._appended(fresh, kept.k, kept.v, slot, slot)
         pos = jnp.pad(kept.pos, [(0, 0), (0, slots - size), (0, 0)],
                       constant_values=-1)

@@ -126,8 +126,8 @@ def by_key_head(score: jax.Array, heads: int) -> jax.Array:
 
 
 def retrieval_heads(
-    induction: jax.Array, echo: jax.Array, induction_share: float = 0.14,
-    echo_share: float = 0.01,
+    induction: jax.Array | np.ndarray, echo: jax.Array | np.ndarray,
+    induction_share: float = 0.14, echo_share: float = 0.01,
 ) -> np.ndarray:
     """Which key heads [layers,K] keep all tokens: the best `induction_share` by
     induction and `echo_share` by echo, of all layers together; equal ones go along."""

@@ -134,6 +134,7 @@ def run(config_: Config) -> dict[str, Any]:
 def of_heads(config_: Config, reader: asked.Reader, name: str) -> list:
     """(share, one attention for each exact layer) of Razor or Duo at each share, with
     heads that are chosen on the model."""
+    known: tuple = ()
     if name == "Razor":
         known = head_choice.razor_scores(reader)
     else:
@@ -177,6 +178,7 @@ def peak_bytes(reader: asked.Reader) -> int:
     token = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     memory = jax.jit(reader.model.apply, donate_argnums=2).lower(
         reader.params, token, state).compile().memory_analysis()
+    assert memory is not None
     held = sum(a.nbytes for a in jax.tree.leaves(reader.params))
     return (memory.argument_size_in_bytes + memory.temp_size_in_bytes
             + memory.output_size_in_bytes - memory.alias_size_in_bytes - held)

@@ -1,17 +1,16 @@
 """Pairs: which selections, storages and readings of a cache go together.
 
 `Compose(selection=..., storage=..., reading=...)` (`attn/compose.py`) makes one policy
-of three parts. This prints what every pair does, on normal random keys: the bytes of
-its memory beside those of exact attention, and how far the outputs of the tokens behind
-the prompt are from exact ones; or, where two do not go together, why, in the words of
-the class that cannot.
+of three parts. This prints what every pair does, on random keys: the bytes of its
+memory beside those of exact attention, and how far the outputs of the tokens behind the
+prompt are from those of the pair's first part alone, which is what the second one adds;
+or, where two do not go together, why, in the words of the class that cannot.
 
     python -m experiments.pairs
 
-takes two minutes on 2 cores. Random keys have no structure that a selection could use:
-errors say that parts are joined as they should be (a reading that covers what is kept
-adds nothing to a selection's error, codes add theirs), not how good a policy is, which
-is what `experiments.budget` asks of a model.
+takes a minute of computing. Random keys have no structure: what is printed says that
+parts are joined as they should be (codes of 4 bits add as much wherever they stand), not
+how good a policy is, which is what `experiments.budget` asks of a model.
 """
 
 from __future__ import annotations
@@ -64,8 +63,8 @@ TINY = Config(length=32, measure=False, quiet=True)
 
 def parts(length: int) -> dict[str, dict[str, Any]]:
     """The parts by place and name, set for a prompt of so many tokens: selections keep
-    a quarter, readings read a quarter of the whole."""
-    keep, few = length // 4, {"sinks": 2}
+    a quarter, readings read an eighth of the whole."""
+    keep, few = length // 4, length // 8
     return {
         "selection": {
             "SnapKV": SnapKV(capacity=keep, window=4),
@@ -73,22 +72,22 @@ def parts(length: int) -> dict[str, dict[str, Any]]:
             "AdaKV": AdaKV(capacity=keep, window=4),
             "H2O": H2O(heavy=keep // 2, recent=keep // 2),
             "TOVA": TOVA(capacity=keep),
-            "Streaming": Streaming(window=keep - 2, **few),
-            "Razor": Razor(buffer=keep // 2, share=0.0, **few),
-            "Duo": Duo(recent=keep // 2, **few),
+            "Streaming": Streaming(window=keep - 2, sinks=2),
+            "Razor": Razor(buffer=keep // 2, share=0.0, sinks=2),
+            "Duo": Duo(recent=keep // 2, sinks=2),
         },
         "storage": {
             "KIVI": KIVI(bits=4, group=8, residual=8),
             "SAQ": SAQ(bits=(8, 4), tokens=8, group=8),
         },
         "reading": {
-            "Quest": Quest(page=4, budget=keep),
-            "TopK": TopK(top_k=keep // 8, block=4, sink=2, local=keep // 4),
+            "Quest": Quest(page=4, budget=few),
+            "TopK": TopK(top_k=max(few // 8, 1), block=4, sink=2, local=few // 2),
             "Recycled": Recycled(capacity=keep),
             "Retrieval": Retrieval(recent=keep // 2, top_k=keep // 2, index="flat",
-                                   **few),
+                                   sinks=2),
             "ActQKV": ActQKV(window=16, local=keep // 2, block=4, top_k=keep // 8,
-                             **few),
+                             sinks=2),
         },
     }
 
@@ -113,30 +112,46 @@ def run(config_: Config) -> dict[str, Any]:
     found: dict[str, Any] = {"pairs": len(every), "together": len(there)}
     shown: dict[tuple[str, str], str] = {}
     if config_.measure:
-        tokens = drawn(config_)
-        want = jax.jit(Softmax())(*tokens)[:, config_.length:]
+        tokens, alone = drawn(config_), {}
         for names, fields in track(there.items(), "pairs", disable=config_.quiet):
-            error, share = measured(Compose(**fields), tokens, want, config_.length)
+            if names[0] not in alone:
+                place = next(iter(fields))
+                alone[names[0]] = behind(
+                    Compose(**{place: fields[place]}), tokens, config_.length)[0]
+            o, share = behind(Compose(**fields), tokens, config_.length)
+            first = alone[names[0]]
+            error = float(jnp.linalg.norm(o - first) / jnp.linalg.norm(first))
             found[" ".join(names)], found[" ".join((*names, "bytes"))] = error, share
             shown[names] = f"{error:.1%} ({share:.0%})"
     if not config_.quiet:
         for left, right in itertools.combinations(PARTS, 2):
             Console().print(table(config_.length, left, right, every, shown))
-        for why in dict.fromkeys(why for _, why in every.values() if why):
-            Console().print(why, highlight=False)
+        for (who, why), others in reasons(every).items():
+            Console().print(f"{who} with {', '.join(others)}: {why}", highlight=False)
     return found
 
 
 def drawn(config_: Config) -> tuple[jax.Array, ...]:
-    """q [1,T,4,16], k and v [1,T,2,16], normal."""
+    """q [1,T,4,16], with which weights are uneven, k and v [1,T,2,16], normal."""
     keys = jax.random.split(jax.random.key(0), 3)
     t = config_.length + config_.more
-    return tuple(jax.random.normal(key, (1, t, n, 16)) for key, n in zip(
+    q, k, v = (jax.random.normal(key, (1, t, n, 16)) for key, n in zip(
         keys, (4, 2, 2)))
+    return 4 * q, k, v
 
 
-def measured(policy: Any, tokens: tuple, want: jax.Array, length: int) -> tuple:
-    """(|o - exact| / |exact| of the tokens behind the prompt, bytes beside exact)."""
+def reasons(every: dict) -> dict[tuple[str, str], list[str]]:
+    """{(class, why it does not go with some): these}."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for why in dict.fromkeys(why for _, why in every.values() if why):
+        pair, _, reason = why.partition(": ")
+        who, _, other = pair.partition(" with ")
+        found.setdefault((who, reason), []).append(other)
+    return found
+
+
+def behind(policy: Any, tokens: tuple, length: int) -> tuple[jax.Array, float]:
+    """(outputs of the tokens behind the prompt, bytes beside exact attention's)."""
     prompt = tuple(a[:, :length] for a in tokens)
     size = tokens[0].shape[1]
     state = policy.init_state(size, *prompt)
@@ -147,15 +162,14 @@ def measured(policy: Any, tokens: tuple, want: jax.Array, length: int) -> tuple:
     for n in range(length, size):
         state, o = step(state, *(a[:, n:n + 1] for a in tokens))
         outs.append(o)
-    gap = jnp.linalg.norm(jnp.concatenate(outs, 1) - want) / jnp.linalg.norm(want)
-    return float(gap), held / full
+    return jnp.concatenate(outs, 1), held / full
 
 
 def table(length: int, left: str, right: str, every: dict, shown: dict) -> Table:
     """One place against another for the terminal."""
     own = parts(length)
     found = Table(box=box.SIMPLE_HEAD, pad_edge=False,
-                  title=f"{left} x {right}: error of the next tokens (bytes)")
+                  title=f"{left} x {right}: what {right} adds (bytes)")
     found.add_column(left)
     for name in own[right]:
         found.add_column(name, justify="right")

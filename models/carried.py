@@ -121,7 +121,8 @@ class Reader:
     def __init__(self, memory: CMR, layers: int, state: Reweaving, x, segments):
         self.memory, self.state = memory, state
         self.layers, self.at = memory.places(layers)
-        self.now = locate(segments, *x.shape[:2], state.end, state.segment)
+        b, t = x.shape[:2]
+        self.now = locate(segments, b, t, state.end, state.segment)
         self.seen: dict[int, jax.Array] = {}
 
     def before(self, n: int, x: jax.Array) -> jax.Array:

@@ -8,7 +8,7 @@ is merged with the new token's by their log-sum-exp. Two batches may take turns,
 one is attended to while the other is computed.
 
     pools = Pools(model, params, devices[:4], devices[4:])
-    state, logits = pools.read(tokens)                 # a prompt, on the model's devices
+    state, logits = pools.read(tokens)                 # a prompt, on the first ones
     state, logits = pools.step(state, token)           # one token, on both
 
 The host of an accelerator can be the second pool, `Pools(model, params, devices,
@@ -21,7 +21,7 @@ Parameters lie whole on every device of the model.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Iterator, Sequence
+from typing import Any, Generator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -77,7 +77,7 @@ class Pools:
                     del going[n]
         return [found[n] for n in range(len(batches))]
 
-    def _going(self, state: Any, token: jax.Array) -> Iterator[None]:
+    def _going(self, state: Any, token: jax.Array) -> Generator[None, None, tuple]:
         """The step of one batch, which pauses when its attention has been sent."""
         self._trace(token)
         assert self.graph is not None
@@ -180,7 +180,7 @@ class _Attention:
     def before(self, state: caches.Cache, q):
         """What q [B,1,H,D] finds among the keys that were there: the online softmax
         state [B,1,H]."""
-        now = locate(None, *q.shape[:2], state.end, state.segment)
+        now = locate(None, q.shape[0], q.shape[1], state.end, state.segment)
         segment = jnp.broadcast_to(now.segment, state.k.shape[:2])
         cache, wide = caches.of_one_type(state, q)
         return state_of(*caches.read(
@@ -189,7 +189,7 @@ class _Attention:
 
     def after(self, state: caches.Cache, before, q, k, v):
         """The cache with the new token, and o [B,1,H,V] of both."""
-        now = locate(None, *q.shape[:2], state.end, state.segment)
+        now = locate(None, q.shape[0], q.shape[1], state.end, state.segment)
         where = Where(now.pos, now.pos, now.segment, now.segment)
         own = state_of(*attend(q, k, v, self.inner._spec(), where, split_lse=True,
                                implementation="xla"))

@@ -100,13 +100,14 @@ def headed(name: str, share: float, length: int, known: tuple[np.ndarray, ...]
     if name == "Razor":
         many = min(many, round(0.15 * n) + 1)
         echo = int(many > 1)
-        chosen = retrieval_heads(*known, (many - echo) / n, echo / n)
+        induction, matching = known
+        chosen = retrieval_heads(induction, matching, (many - echo) / n, echo / n)
     else:
         chosen = selected(known[0], 1 - many / n)
     whole = int(chosen.sum())
     rest = (share * n - whole) / max(n - whole, 1) * length
     tokens = min(length, max(LEAST, round(rest)))
-    found = []
+    found: list[Any] = []
     for row in chosen:
         own = tuple(int(h) for h in np.flatnonzero(row))
         near = max(1, tokens - SINKS)

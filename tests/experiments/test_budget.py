@@ -98,7 +98,7 @@ def test_heads_are_found_on_the_model():
     exact = dataclasses.replace(reader, length=1024)
     small = dataclasses.replace(exact, model=swapped(found.model, stack, None))
     peak = budget.peak_bytes(small) / budget.peak_bytes(exact)
-    assert 0.4 < share < 0.6 and peak < 0.7
+    assert 0.4 < share < 0.6 and peak < 0.9
 
 
 def test_a_budget_of_heads_is_what_is_asked_for():

@@ -28,7 +28,7 @@ from attn.cache import kv as caches
 from attn.cache.few import at_slots
 from attn.cache.head_groups import HeadGroups
 from attn.cache.kv import Cache
-from attn.contract.attention import MASKED, TemplateRow
+from attn.contract.attention import MASKED, TemplateRow, takes_rope
 from attn.contract.calls import refuse_keywords
 from attn.contract.segments import TokenPositions, locate
 from attn.contract.shapes import check
@@ -107,6 +107,10 @@ class Compose(Softmax):
         super().__post_init__()
         if reason := refused(self.selection, self.storage, self.reading):
             raise ValueError(f"Compose: {reason}")
+        for part in (self.selection, self.storage, self.reading):
+            if takes_rope(part):
+                raise ValueError(f"Compose: {type(part).__name__} turns keys itself: "
+                                 "expected it in the place of Compose")
         if self.axis is not None:
             raise ValueError(f"Compose: axis={self.axis!r}: expected None")
         if self.reading is not None and self.visible != Causal():
@@ -182,7 +186,7 @@ class Compose(Softmax):
         if self.selection is not None and t > 1:
             read = caches.concat(self._cache(state), k, v, now)
             o = self.read(*read, q, now, sink=sink)
-            after = self._selected(state, *read, q, now)
+            after = self._selected(state, *read, q, now, sink)
         else:
             caches.check_room(slot.next_pos, room)
             after = self._appended(state, k, v, now, slot)
@@ -221,13 +225,16 @@ class Compose(Softmax):
         store = self._store.stored(state.store, k, v, slot)
         return Composed(store, pos, marks, now.next_pos, now.last_segment)
 
-    def _selected(self, state: Composed, both: Cache, segment, q, now) -> Composed:
+    def _selected(
+        self, state: Composed, both: Cache, segment, q, now, sink
+    ) -> Composed:
         """The state of what the selection keeps of all that was read."""
         assert state.pos is not None
         selection, slots = self._own(self.selection), state.pos.shape[1]
         mine = caches.in_order(caches.only_current(both, segment))
         size = min(selection.kept_of(q.shape[1]), slots, mine.k.shape[1])
-        kept = caches.keep(mine, selection.importance(q, mine, now), size)
+        given = (q, mine, now) if sink is None else (q, mine, now, sink)
+        kept = caches.keep(mine, selection.importance(*given), size)
         there = (kept.pos[..., 0] >= 0).astype(jnp.int32)  # as many of every head
         empty = jax.tree.map(jnp.zeros_like, state.store)
         empty = empty._replace(segment=jnp.full_like(empty.segment, -1))

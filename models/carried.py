@@ -39,7 +39,8 @@ def numbered(attentions: tuple) -> tuple:
 
 
 def begin(blocks: tuple, states: Any, tokens: int) -> dict[type, Any]:
-    """What layers share in a step of `tokens` tokens, by the class of attention."""
+    """What layers share in a step of `tokens` tokens, by the class of attention.
+    ValueError if they share something and are not alike."""
     if states is None:
         return {}
     kinds: dict[type, list[int]] = {}
@@ -47,12 +48,18 @@ def begin(blocks: tuple, states: Any, tokens: int) -> dict[type, Any]:
         attention = _of(block)
         if said(attention, "shared_by_layers") is not None:
             kinds.setdefault(type(attention), []).append(n)
-    found = {
-        kind: _of(blocks[at[0]]).shared_by_layers(
-            tuple(states[n] for n in at), tokens)
-        for kind, at in kinds.items()
-    }
-    return {kind: value for kind, value in found.items() if value is not None}
+    found = {}
+    for kind, at in kinds.items():
+        own = tuple(states[n] for n in at)
+        each = dict.fromkeys(_of(blocks[n]) for n in at)
+        values = [a.shared_by_layers(own, tokens) for a in each]
+        if all(value is None for value in values):
+            continue
+        if len(values) > 1:
+            raise ValueError(f"{kind.__name__}: layers that share differ, as "
+                             f"{[*each][1]} from {[*each][0]}: expected one setting")
+        found[kind] = values[0]
+    return found
 
 
 def given(block: Any, state: Any, shared: dict[type, Any]) -> Any:

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from attn.cache import kv as caches
+from attn.contract.attention import takes_rope
 from attn.contract.shapes import check
 from attn.masks import Mask
 from attn.parallel.sharding import mesh_of
@@ -109,6 +110,11 @@ class HeadGroups:
             raise ValueError(
                 f"{type(self).__name__}: retrieval={heads!r}: expected a tuple of "
                 "different numbers of key heads, as (0, 3)"
+            )
+        if takes_rope(self.whole_as):
+            raise ValueError(
+                f"{type(self).__name__}: whole_as={type(self.whole_as).__name__} turns "
+                "keys itself: expected one that does not, as KIVI()"
             )
 
     def shared(self: Any, heads: tuple[int, ...]) -> dict[str, Any]:

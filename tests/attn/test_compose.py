@@ -16,6 +16,7 @@ from attn.pyramidkv import PyramidKV
 from attn.quest import Quest
 from attn.saq import SAQ
 from attn.snapkv import SnapKV
+from attn.streaming import Streaming
 from attn.softmax import Softmax
 from attn.topk import TopK
 from experiments import pairs
@@ -118,6 +119,10 @@ def test_wrong_parts():
         Compose(storage=ALL)
     with pytest.raises(ValueError, match="mask=.*expected None"):
         Compose(reading=ALL, mask=Causal() & Window(3))
+    for made in (lambda: Compose(selection=Streaming()), lambda: Duo(
+            whole_as=Streaming())):
+        with pytest.raises(ValueError, match="Streaming turns keys itself"):
+            made()
     with pytest.raises(ValueError, match="axis='seq'"):
         Compose(storage=FINE, reading=ALL, axis="seq")
 

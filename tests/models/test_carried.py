@@ -136,6 +136,14 @@ def test_rows_of_a_memory_are_their_own():
     close(o[:, 8:], apply(LOCAL, params, tokens()[:, 8:]))
 
 
+def test_layers_that_share_are_alike():
+    other = ActQKV(window=4, sinks=1, local=4, block=2, top_k=1, represent=1)
+    model = LM(vocab=16, width=E, heads=2, attention=(ACT, other))
+    states = model.init_state(4, tokens(4))
+    with pytest.raises(ValueError, match="layers that share differ"):
+        carried.begin(model.blocks(), states, 4)
+
+
 def test_what_a_model_says_of_a_memory():
     with pytest.raises(ValueError, match="features=16: expected the width, 32"):
         LOCAL.clone(width=32).init_state(4, tokens(4))

@@ -8,9 +8,10 @@ or, where two do not go together, why, in the words of the class that cannot.
 
     python -m experiments.pairs
 
-takes a minute of computing. Random keys have no structure: what is printed says that
-parts are joined as they should be (codes of 4 bits add as much wherever they stand), not
-how good a policy is, which is what `experiments.budget` asks of a model.
+takes a minute of computing. There are 20 of 66 pairs that go together; codes of 4 bits
+add 7% to 11%, and take 0.13 to 0.27 of the bytes. Random keys have no structure: this
+says that parts are joined as they should be, not how good a policy is, which is what
+`experiments.budget` asks of a model.
 """
 
 from __future__ import annotations

@@ -79,7 +79,8 @@ A token took 1.83 ms with Softmax(), and 3.8 (TOVA) to 4.6 (Duo) times less with
 frees memory; Quest(), which gathers pages of a whole cache, 1.8 times more. A prompt
 took 1.1 to 2.1 s with all of them and 2.4 s with Softmax() itself, so that what they
 add is within the noise of a machine with ten other jobs; with H2O, which adds up all
-rows in a second pass, 13 s.
+rows in a second pass, 13 s (before parts of a prompt left out what later ones hold, not
+timed since).
 
 On a GPU, the shapes of the field's tables:
 

@@ -130,3 +130,25 @@ def test_wrong_parts():
 def test_a_call_is_exact():
     made = Compose(selection=SNAP, storage=FINE)
     assert np.array_equal(attend(made, *tokens()), attend(Softmax(), *tokens()))
+
+
+def test_half_precision_and_gradients_through_what_is_kept():
+    made = Compose(selection=SNAP, storage=FINE, reading=ALL)
+    args = tuple(a.astype(jnp.bfloat16) for a in tokens())
+
+    @jax.jit
+    def last(q, k, v, one):
+        state, _ = made.step(made.init_state(T + 1, q, k, v), q, k, v)
+        return made.step(state, *one)[1]
+
+    one = tuple(a.astype(jnp.bfloat16) for a in tokens(1, 1))
+    o = last(*args, one)
+    state, _ = step(SNAP, SNAP.init_state(T + 1, *args), *args)
+    want = step(SNAP, state, *one)[1]
+    assert o.dtype == jnp.bfloat16
+    np.testing.assert_allclose(
+        o.astype(jnp.float32), want.astype(jnp.float32), atol=2e-2)
+    grads = jax.jit(jax.grad(lambda v: last(*tokens()[:2], v, tokens(1, 1)).sum()))(
+        tokens()[2])
+    # what was dropped has no part in it, all of what is kept has
+    assert ((jnp.abs(grads).sum((0, 3)) > 0).sum(0) >= C).all()

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from attn.actqkv import ActQKV
 from attn.adakv import AdaKV
 from attn.duo import Duo, selected
 from attn.h2o import H2O
@@ -15,6 +16,7 @@ from attn.pyramidkv import PyramidKV
 from attn.quest import Quest
 from attn.razor import Razor, retrieval_heads
 from attn.recycled import Recycled
+from attn.retrieval import Retrieval
 from attn.saq import SAQ
 from attn.snapkv import SnapKV
 from attn.softmax import Softmax
@@ -71,13 +73,27 @@ def _topk(tokens: int, layers: int) -> tuple:
     return (TopK(top_k=max(1, tokens - local), block=1, sink=0, local=local),) * layers
 
 
+def _actqkv(tokens: int, layers: int) -> tuple:
+    local = max(1, tokens // 2)
+    blocks = max(1, (tokens - local - SINKS) // 8)
+    return (ActQKV(window=32, sinks=SINKS, local=local, block=8, top_k=blocks,
+                   least=1),) * layers
+
+
+def _retrieval(tokens: int, layers: int) -> tuple:
+    near = max(SINKS + 1, tokens // 2)
+    return (Retrieval(sinks=SINKS, recent=near - SINKS, top_k=max(1, tokens - near),
+                      index="flat"),) * layers
+
+
 # what is not read is not kept, but for the second group, which keeps everything
 FREEING: dict[str, Callable[[int, int], tuple]] = {
     "StreamingLLM": _streaming, "H2O": _h2o, "TOVA": _tova, "SnapKV": _snapkv,
     "PyramidKV": _pyramidkv, "AdaKV": _adakv,
 }
 READING: dict[str, Callable[[int, int], tuple]] = {
-    "Quest": _quest, "Recycled": _recycled, "top tokens": _topk,
+    "Quest": _quest, "Recycled": _recycled, "top tokens": _topk, "ActQKV": _actqkv,
+    "Retrieval": _retrieval,
 }
 # all tokens in few bits: their budget is the width of a code
 CODED: dict[str, Any] = {

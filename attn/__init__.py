@@ -18,7 +18,7 @@ Sparse, retrieval     landmark, s2, routing, combiner, sinklora, topk, hip,
                       flexprefill, seer, sea, prflash, local, probsparse
 Cache policies        streaming, h2o, tova, snapkv, pyramidkv, adakv, razor, duo,
                       quest, recycled, retrieval, actqkv, kivi, saq, cmr
-Around them           layers, masks, positions, grid, baseconv
+Around them           layers, masks, positions, grid, baseconv, compose
 
 Mechanisms that they share lie in folders: contract (what every attention is), exact,
 sparse, recurrent, cache, and parallel (the mesh).
@@ -35,6 +35,7 @@ _AROUND = {
     "masks": ("BlockCausal", "Causal", "Full", "Mask", "Sink", "Window"),
     "positions": ("ALiBi", "HarmonicALiBi", "RoPE"),
     "layers": ("MultiHead",),
+    "compose": ("Compose",),
     "miras": ("Memora", "Moneta", "Yaad"),
 }
 _HOME = {name: file for file, names in _AROUND.items() for name in names}

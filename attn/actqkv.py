@@ -11,11 +11,12 @@ for by its keys that received most attention while they were near.
     s_B = cos(z_B, p),  z_B = mean of the block's `represent` best keys, by head
 
 Keys of the first tokens and of blocks are rotated as if all were `local` tokens away,
-those nearer at their true distance. Blocks of all layers come out of one pool, more for
-layers whose scores are flat (`entropy` and `shares` in `attn/cache/probes.py`; here a
-layer has `top_k`). Statistics are those of the window, our default; the authors'
-running ones, with the quirk with which they begin, are `running` there. Nothing is
-learned. All keys stay in memory.
+those nearer at their true distance. In a model the blocks of all layers come out of one
+pool of `top_k` a layer, refilled for each window: once `samples` windows have been seen
+by every layer and a token comes alone, a layer takes its share by how flat its scores
+are, before that an even one (`shares` in `attn/cache/probes.py`). Statistics are those
+of the window, our default; the authors' running ones, with the quirk with which they
+begin, are `running` there. Nothing is learned. All keys stay in memory.
 """
 
 from __future__ import annotations
@@ -28,7 +29,9 @@ import jax.numpy as jnp
 
 from attn.cache import kv as caches
 from attn.cache.kv import Cache
-from attn.cache.probes import block_scores, probe, represented
+from attn.cache.probes import (
+    Pool, block_scores, entropy_of, pooled_share, probe, represented
+)
 from attn.cache.rolling import Turned
 from attn.contract.attention import MASKED, TemplateRow
 from attn.contract.calls import refuse_keywords
@@ -45,10 +48,15 @@ from pallas_kernels.arrays import check_logits
 @caches.of_cache
 class ActState(NamedTuple):
     """A cache of all tokens, before the rotation, and score [B,C,H] float32: what each
-    token received from each query head while it was near."""
+    token received from each query head while it was near. flat [B,n] float32, the
+    normalised entropies of the last n windows that had blocks, by turns, and seen [B]
+    int32, how many there were; shared: what the layers of a model share in a step."""
 
     cache: Cache
     score: jax.Array
+    flat: jax.Array
+    seen: jax.Array
+    shared: Pool | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,9 +65,11 @@ class ActQKV(Turned, Softmax):
 
     window: tokens that share a probe; sinks, local: first and last tokens that are
     always seen; block: tokens of a block, of which `top_k` are seen; represent: keys
-    that stand for a block. rope: the rotation, which `MultiHead` hands over. A call is
-    exact; a stream is read by the rule, prompts too. Neither score, softcap nor a mask
-    but `Causal()`, and in plain jnp.
+    that stand for a block. pool: in a model, layers share their blocks, and one takes
+    from `least` (or all there are) to 2 top_k; samples: windows whose entropies count.
+    rope: the rotation, which `MultiHead` hands over. A call is exact; a stream is read
+    by the rule, prompts too. Neither score, softcap nor a mask but `Causal()`, and in
+    plain jnp.
     """
 
     window: int = 256
@@ -68,13 +78,23 @@ class ActQKV(Turned, Softmax):
     block: int = 32
     top_k: int = 46
     represent: int = 4
+    pool: bool = True
+    least: int = 32
+    samples: int = 100
     rope: RoPE | None = None
+    part = "reading"
+    refuses = {
+        "selection": "it reads by position, and slots of a selection have gaps",
+        "storage": "keys are turned anew for each window, and codes are of keys that "
+                   "were turned",
+    }
     row = TemplateRow(MASKED, "L^2 D, then (L + r) D a token", 2)
 
     def __post_init__(self):
         super().__post_init__()
         check_fields(self, least={"window": 1, "sinks": 0, "local": 1, "block": 1,
-                                  "top_k": 1, "represent": 1})
+                                  "top_k": 1, "represent": 1, "least": 0,
+                                  "samples": 1})
         if self.represent > self.block:
             raise ValueError(
                 f"ActQKV: represent={self.represent} of block={self.block} keys: "
@@ -87,8 +107,22 @@ class ActQKV(Turned, Softmax):
     def init_state(self, size, q, k, v, *, x=None):
         """An empty memory for `size` tokens."""
         caches.check_size(size)
-        return ActState(caches.empty(k, v, size),
-                        jnp.zeros((k.shape[0], size, q.shape[2]), jnp.float32))
+        b = k.shape[0]
+        return ActState(
+            caches.empty(k, v, size), jnp.zeros((b, size, q.shape[2]), jnp.float32),
+            jnp.zeros((b, self.samples), jnp.float32), jnp.zeros((b,), jnp.int32))
+
+    def shared_by_layers(self, states: tuple, tokens: int) -> Pool | None:
+        """The pool of a step of so many tokens; states: of all layers with it."""
+        if not self.pool:
+            return None
+        windows, many = -(-tokens // self.window), len(states)
+        seen = jnp.stack([state.seen for state in states], 1)  # [B,L]
+        means = jnp.stack([_mean(state.flat, state.seen) for state in states], 1)
+        # of a prompt, and of too few samples, every layer gets as much
+        warm = (seen >= self.samples).all(1) & (tokens == 1)
+        left = jnp.full((seen.shape[0], windows), self.top_k * many, jnp.float32)
+        return Pool(left, means, warm, jnp.zeros((), jnp.int32))
 
     def step(
         self, state, q, k, v, *, x=None, segments=None, bias=None, sink=None, **unknown
@@ -99,37 +133,48 @@ class ActQKV(Turned, Softmax):
         self._check_stream(bias)
         check_logits(q, k, sink=sink)
         caches.check_fits(state.cache, k, v)
-        slots, size = state.cache.k.shape[1], self.window
+        slots, size, pool = state.cache.k.shape[1], self.window, state.shared
+        state = state._replace(shared=None)
 
         def window(state, piece):
-            q1, k1, v1, own = piece
+            (q1, k1, v1, own), left = piece
             clock = state.cache.end, state.cache.segment
             now = locate(own, q1.shape[0], q1.shape[1], *clock)
-            state, o = self._window(state, q1, k1, v1, now, sink)
+            state, o, left = self._window(state, q1, k1, v1, now, sink, pool, left)
             o = caches.poison(o.astype(v1.dtype), now.next_pos, slots)
-            return state, (o, now.next_pos)
+            return state, (o, now.next_pos, left)
 
         # whole windows in a loop, and what is left behind them
         parts, found = (q, k, v, segments), []
-        whole = q.shape[1] // size * size
-        if whole > size:
+        whole = q.shape[1] // size * size if q.shape[1] > size else 0
+        left = None if pool is None else pool.left.T  # [W,B]
+        if whole:
             cut = jax.tree.map(lambda a: _windows(a[:, :whole], size), parts)
-            state, (o, ends) = jax.lax.scan(window, *varying((state, cut)))
+            some = None if left is None else left[:whole // size]
+            state, (o, ends, some) = jax.lax.scan(
+                window, *varying((state, (cut, some))))
             o = jnp.moveaxis(o, 0, 1)  # [N,B,W,H,V] -> [B,N,W,H,V]
-            found.append((o.reshape(o.shape[0], whole, *o.shape[3:]), ends.max(0)))
+            o = o.reshape(o.shape[0], whole, *o.shape[3:])
+            found.append((o, ends.max(0), some))
             parts = jax.tree.map(lambda a: a[:, whole:], parts)
         if parts[0].shape[1]:
-            state, last = window(state, parts)
-            found.append(last)
-        caches.check_room(jnp.stack([end for _, end in found]), slots)
-        return state, jnp.concatenate([o for o, _ in found], 1)
+            state, (o, end, one) = window(
+                state, (parts, None if left is None else left[-1]))
+            found.append((o, end, None if one is None else one[None]))
+        outs, last, rest = zip(*found)
+        caches.check_room(jnp.stack(last), slots)
+        if pool is not None:
+            pool = pool._replace(
+                left=jnp.concatenate(rest).T, layer=pool.layer + 1)
+        return state._replace(shared=pool), jnp.concatenate(outs, 1)
 
-    def _window(self, state: ActState, q, k, v, now: TokenPositions, sink):
-        """One window: what it sees is gathered, once for all of its tokens."""
+    def _window(self, state: ActState, q, k, v, now: TokenPositions, sink, pool, left):
+        """One window: what it sees is gathered, once for all of its tokens. pool, left
+        [B]: what layers share, and what is left of it for this window, or None."""
         slots = state.cache.k.shape[1]
         both, segment = caches.concat(state.cache, k, v, now)
         near, many = self.split(state.cache.end)
-        at = self._slots(state, q, now, near, many)  # [B,N]
+        state, at, left = self._slots(state, q, now, near, many, pool, left)  # [B,N]
         at = jnp.concatenate([at, jnp.broadcast_to(
             slots + jnp.arange(q.shape[1], dtype=jnp.int32), now.pos.shape)], 1)
         there, at = at >= 0, jnp.maximum(at, 0)
@@ -153,7 +198,8 @@ class ActQKV(Turned, Softmax):
         row = jnp.arange(q.shape[0])[:, None]
         score = score.at[row, slot].add(got, mode="drop")
         after = caches.append(state.cache, k, v, now, now.pos)
-        return ActState(after, score), values(p, few.v)
+        seen = jnp.where(began[:, 0, 0], 0, state.seen)
+        return ActState(after, score, state.flat, seen), values(p, few.v), left
 
     def split(self, end: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Of `end` [B] tokens: where what is near begins, and how many whole blocks
@@ -162,8 +208,9 @@ class ActQKV(Turned, Softmax):
         many = jnp.maximum(older, 0) // self.block
         return jnp.where(many > 0, self.sinks + many * self.block, 0), many
 
-    def _slots(self, state: ActState, q, now: TokenPositions, near, many) -> jax.Array:
-        """The slots [B,N] of old tokens that the window sees, -1 for none."""
+    def _slots(self, state: ActState, q, now: TokenPositions, near, many, pool, left):
+        """The slots [B,N] of old tokens that the window sees, -1 for none, with the
+        state that has noted its entropy before, and what is left of the pool behind."""
         size = state.cache.k.shape[1]
         first = jnp.arange(min(self.sinks, size), dtype=jnp.int32)[None]
         first = jnp.where(first < near[:, None], first, -1)
@@ -172,16 +219,38 @@ class ActQKV(Turned, Softmax):
         late = jnp.where(late < state.cache.end[:, None], late, -1)
         blocks = max(size - self.local - self.sinks, 0) // self.block
         if not blocks:
-            return jnp.concatenate([first, late], 1)
+            return state, jnp.concatenate([first, late], 1), left
         score = block_scores(
             self.representatives(state, blocks, q.shape[2]), self.probe(q, now))
         number = jnp.arange(blocks, dtype=jnp.int32)[None]
         score = jnp.where(number < many[:, None], score, -jnp.inf)
-        best, top = jax.lax.top_k(score, min(self.top_k, blocks))
+        most = self.top_k if pool is None else 2 * self.top_k
+        best, top = jax.lax.top_k(score, min(most, blocks))
+        there = best > -jnp.inf
+        if pool is not None:
+            state, own = self._own(state, score, many, pool, left)
+            there &= jnp.arange(top.shape[1])[None] < own[:, None]
+            # of a window without blocks nothing is taken
+            left = left - own.astype(jnp.float32)
         inside = jnp.arange(self.block, dtype=jnp.int32)[None, None]
         middle = self.sinks + top[..., None] * self.block + inside
-        middle = jnp.where((best > -jnp.inf)[..., None], middle, -1)
-        return jnp.concatenate([first, middle.reshape(len(middle), -1), late], 1)
+        middle = jnp.where(there[..., None], middle, -1)
+        middle = middle.reshape(len(middle), -1)
+        return state, jnp.concatenate([first, middle, late], 1), left
+
+    def _own(self, state: ActState, score, many, pool: Pool, left) -> tuple:
+        """The state that has noted how flat the scores [B,N] of `many` [B] blocks are,
+        and how many blocks [B] this layer takes of what is `left` [B]."""
+        even = entropy_of(score, many)
+        slot = jnp.where(many > 0, state.seen % self.samples, self.samples)
+        row = jnp.arange(len(slot))
+        flat = state.flat.at[row, slot].set(even, mode="drop")
+        seen = state.seen + (many > 0)
+        state = state._replace(flat=flat, seen=seen)
+        own = pooled_share(
+            pool, left, _mean(flat, seen), jnp.minimum(many, self.least),
+            jnp.minimum(many, 2 * self.top_k))
+        return state, own
 
     def probe(self, q, now: TokenPositions) -> jax.Array:
         """The probe [B,H D] of a window q [B,T,H,D]."""
@@ -214,6 +283,13 @@ class ActQKV(Turned, Softmax):
         away = logits(self.rope.rotate(q, far),
                       self.rope.rotate(k, jnp.zeros_like(at)), self.scale)
         return jnp.where(close_by[:, None, None], true, away)
+
+
+def _mean(flat: jax.Array, seen: jax.Array) -> jax.Array:
+    """The mean [B] of the entries of flat [B,n] that were noted; 0 before the first."""
+    there = jnp.arange(flat.shape[1])[None] < seen[:, None]
+    many = jnp.minimum(seen, flat.shape[1])
+    return jnp.where(there, flat, 0).sum(1) / jnp.maximum(many, 1)
 
 
 def _windows(a: jax.Array, size: int) -> jax.Array:

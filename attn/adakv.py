@@ -49,6 +49,12 @@ class AdaKV(Voting, Softmax):
     kernel: int = 7
     pool: str = "max"
     floor: float = 0.2
+    refuses = {
+        "storage": "heads share one row of slots, and codes of a group are of tokens "
+                   "of one head",
+        "reading": "heads share one row of slots, and marks of a block are of tokens "
+                   "of one head",
+    }
     row = TemplateRow(MASKED, "L^2 D, then r D a token", 2)
 
     def __post_init__(self):

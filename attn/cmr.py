@@ -89,11 +89,13 @@ class CMR(nn.Module):
     """Contextual Memory Reweaving (Dillon et al., 2025) arXiv:2502.02046: an instance.
 
     features E; layers m: how many layers are captured; entries M of each; width d of
-    reading, None for E/4. The model hands states over: `capture` after a segment, with
-    the states of the captured layers, and the call before the layer that reads. What is
-    captured of a segment can be read from the next one on. decay: how fast entries grow
-    old, where its learned value begins; through: whether gradients reach the segment
-    that captured.
+    reading, None for E/4. The model hands states over, `LM(memory=CMR(...))`: `capture`
+    after a segment, with the states of the captured layers, and the call before the
+    layer that reads. What is captured of a segment can be read from the next one on.
+    segment: tokens of one; captured: the layers whose outputs are captured, None for m
+    at even depths; reading: the layer that reads, None for the middle one. decay: how
+    fast entries grow old, where its learned value begins; through: whether gradients
+    reach the segment that captured.
     """
 
     features: int = 128
@@ -102,10 +104,12 @@ class CMR(nn.Module):
     width: int | None = None
     decay: float = 0.01
     through: bool = False
+    segment: int = 64
+    captured: tuple[int, ...] | None = None
+    reading: int | None = None
 
     def setup(self):
-        check_fields(self, least={"features": 1, "layers": 1, "entries": 1, "width": 1},
-                     above={"decay": 0})
+        self._check()
         e, m = self.features, self.layers
         d = self.width or max(e // 4, 1)
         one, zeros = nn.initializers.lecun_normal(), nn.initializers.zeros_init()
@@ -124,6 +128,25 @@ class CMR(nn.Module):
         start = math.log(math.expm1(self.decay))
         self.rate = self.param("rate", constant(start), (), jnp.float32)
         self.decode = self.param("decode", one, (d, e), jnp.float32)
+
+    def _check(self) -> None:
+        names = ("features", "layers", "entries", "width", "segment")
+        check_fields(self, least=dict.fromkeys(names, 1), above={"decay": 0})
+
+    def places(self, depth: int) -> tuple[tuple[int, ...], int]:
+        """(layers whose outputs are captured, layer that reads) of a network of so many
+        layers. ValueError for numbers that it does not have."""
+        self._check()
+        m = self.layers
+        own = tuple(max(round(depth * (n + 1) / (m + 1)) - 1, 0) for n in range(m))
+        own = own if self.captured is None else self.captured
+        at = depth // 2 if self.reading is None else self.reading
+        if len(own) != m or not all(0 <= n < depth for n in (*own, at)):
+            raise ValueError(
+                f"CMR: captured={self.captured}, reading={self.reading}: expected "
+                f"layers={m} numbers and one, below {depth}, the layers of the network"
+            )
+        return own, at
 
     def init_state(self, x: Any) -> Buffer:
         """Empty buffers for tokens like x [B,T,E]. Needs no parameters."""

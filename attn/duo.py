@@ -16,6 +16,7 @@ then keeps the first `sinks` and the last `recent` of both; the first chunk is e
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -43,13 +44,15 @@ class Duo(HeadGroups, Softmax):
     """DuoAttention (Xiao et al., 2024) arXiv:2410.10819: two kinds of heads and caches.
 
     retrieval: the key heads of this layer that keep all tokens, as `selected(...)` says
-    of trained gates; sinks, recent: what the others keep. The other fields are those of
+    of trained gates; sinks, recent: what the others keep; whole_as: how retrieval heads
+    store and read, as `KIVI()`, None for as they are. The other fields are those of
     `Softmax`. Keys keep their true positions.
     """
 
     retrieval: tuple[int, ...] = (0,)
     sinks: int = 64
     recent: int = 256
+    whole_as: Any = None
     row = TemplateRow(MASKED, "L^2 D, then L D a token of few heads", 2)
 
     def __post_init__(self):
@@ -57,8 +60,8 @@ class Duo(HeadGroups, Softmax):
         check_fields(self, least={"sinks": 0, "recent": 1})
         self.check_retrieval()
 
-    def whole(self, heads: tuple[int, ...]) -> Softmax:
-        """The attention of retrieval heads."""
+    def exact(self, heads: tuple[int, ...]) -> Softmax:
+        """The attention of retrieval heads, unless `whole_as` is another."""
         return Softmax(**self.shared(heads))
 
     def few(self, heads: tuple[int, ...]) -> _Stream:
@@ -83,22 +86,24 @@ def opened(alpha: jax.Array) -> jax.Array:
 
 def mixed(
     alpha: jax.Array, full: jax.Array, q, k, v, *, sinks: int = 128, recent: int = 256,
-    full_source: str = "teacher",
+    full_source: str = "teacher", exact: Softmax = Softmax(),
 ) -> jax.Array:
     """What the student's heads give while gates alpha [K] are trained: [B,T,H,V].
 
     full [B,T,H,V]: the teacher's full attention, taken without a gradient, as in the
     authors' code; full_source="student": full attention of the student's own q
-    [B,T,H,D], k [B,T,K,D], v [B,T,K,V] instead, as the paper has it.
+    [B,T,H,D], k [B,T,K,D], v [B,T,K,V] instead, as the paper has it. exact: the
+    model's attention, whose scale and softcap both have.
     """
     if full_source not in ("teacher", "student"):
         raise ValueError(
             f"full_source={full_source!r}: expected 'teacher' or 'student'")
-    stream = Softmax(mask=streaming_mask(sinks, recent))(q, k, v)
+    mask = streaming_mask(sinks, recent)
+    stream = dataclasses.replace(exact, mask=mask)(q, k, v)
     if full_source == "teacher":
         full = jax.lax.stop_gradient(full)
     else:
-        full = Softmax()(q, k, v)
+        full = exact(q, k, v)
     gate = jnp.repeat(opened(alpha), q.shape[2] // k.shape[2])[None, None, :, None]
     return gate * full + (1 - gate) * stream
 

@@ -100,7 +100,7 @@ class KIVI(Coded, Softmax):
         """Group and axis of keys, of values."""
         return (self.group, 1), (self.group, 3)
 
-    def _stored(self, state: KIVIState, k, v, now: TokenPositions) -> KIVIState:
+    def stored(self, state: KIVIState, k, v, now: TokenPositions) -> KIVIState:
         """The state with tokens k [B,T,K,D], v [B,T,K,V]."""
         slots, size = state.values.code.shape[1], state.rest_k.shape[1]
         row = jnp.arange(k.shape[0])[:, None]

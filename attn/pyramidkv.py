@@ -40,7 +40,7 @@ class PyramidKV(Voting, Softmax):
     kernel: int = 5
     pool: str = "avg"
     beta: int = 20
-    layers: int = 1
+    layers: int | None = None
     layer: int = 0
     share_group: bool = True
     row = TemplateRow(MASKED, "L^2 D, then r D a token", 2)
@@ -49,20 +49,27 @@ class PyramidKV(Voting, Softmax):
         super().__post_init__()
         self.check_voting()
         check_fields(self, least={"beta": 1, "layers": 1, "layer": 0})
-        if self.layer >= self.layers:
+        if self.layer >= (self.layers or 1):
             raise ValueError(
                 f"PyramidKV: layer={self.layer} of layers={self.layers}: expected a "
                 "number below"
             )
 
+    def of_layer(self, n: int, layers: int) -> PyramidKV:
+        """This policy in layer n of `layers`, unless it says itself where it is."""
+        if self.layers is not None:
+            return self
+        return dataclasses.replace(self, layer=n, layers=layers)
+
     def stack(self) -> tuple[PyramidKV, ...]:
         """One attention for each layer of a model."""
-        return tuple(dataclasses.replace(self, layer=n) for n in range(self.layers))
+        many = self.layers or 1
+        return tuple(dataclasses.replace(self, layer=n) for n in range(many))
 
     def kept_of(self, prompt: int) -> int:
         """Tokens of a prompt that this layer keeps, the window included."""
         return self.window + budgets(
-            prompt, self.capacity, self.window, self.beta, self.layers)[self.layer]
+            prompt, self.capacity, self.window, self.beta, self.layers or 1)[self.layer]
 
 
 def budgets(

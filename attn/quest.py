@@ -56,6 +56,7 @@ class Quest(Softmax):
     budget: int = 1024
     least: int = 3
     newest: bool = False
+    part = "reading"
     row = TemplateRow(MASKED, "L^2 D, then (L / b + r) D a token", 2)
 
     def __post_init__(self):
@@ -70,9 +71,7 @@ class Quest(Softmax):
     def init_state(self, size, q, k, v, *, x=None):
         """An empty memory for `size` tokens: keys, values, and bounds of pages."""
         caches.check_size(size)
-        b, _, heads, d = k.shape
-        zeros = jnp.zeros((b, -(-size // self.page), heads, d), k.dtype)
-        return QuestState(caches.empty(k, v, size), zeros, zeros)
+        return QuestState(caches.empty(k, v, size), *self.marks(size, k))
 
     def step(
         self, state, q, k, v, *, x=None, segments=None, bias=None, sink=None, **unknown
@@ -115,6 +114,21 @@ class Quest(Softmax):
         high = high.at[row, page].max(k, mode="drop")
         return tuple(jnp.where(jnp.isinf(a), 0, a) for a in (low, high))
 
+    def marks(self, slots: int, k) -> tuple:
+        """Bounds of the empty pages of `slots` slots, for keys like k [B,.,K,D]."""
+        b, _, heads, d = k.shape
+        zeros = jnp.zeros((b, -(-slots // self.page), heads, d), k.dtype)
+        return zeros, zeros
+
+    def marked(self, marks: tuple, k, now: TokenPositions, end) -> tuple:
+        """The bounds with new keys k [B,T,K,D] at slots `now`, behind `end` [B]."""
+        return self._bounded(QuestState(_clock(end), *marks), k, now)
+
+    def picked(self, marks: tuple, cache: Cache, q, now: TokenPositions) -> jax.Array:
+        """The slots [B,N,H] that one token q [B,1,H,D] at slot `now` reads."""
+        return self.chosen_slots(
+            QuestState(cache._replace(end=now.next_pos), *marks), q[:, 0])
+
     def bounds(self, state: QuestState, q) -> jax.Array:
         """U [B,H,P] float32 of queries q [B,H,D]; -inf for a page without a token."""
         b, h, d = q.shape
@@ -143,3 +157,8 @@ class Quest(Softmax):
         there = (page >= 0) & (slot < state.cache.end[:, None, None, None])
         slot = jnp.where(there, slot, -1).reshape(*u.shape[:2], -1)
         return jnp.moveaxis(slot, 1, 2)
+
+
+def _clock(end: jax.Array) -> Cache:
+    """A cache of which only the next token's position [B] is asked."""
+    return Cache(end, end, end, end, end)

@@ -53,7 +53,8 @@ class Razor(HeadGroups, Softmax):
     retrieval: the key heads of this layer that keep all tokens, as
     `retrieval_heads(...)` says. The others keep the first `sinks` tokens and the last
     max(buffer, share of the prompt's length), and, if `compensate`, one token for the
-    rest; a `score` of positions has no place for that one. The other fields are those
+    rest; a `score` of positions has no place for that one. whole_as: how retrieval
+    heads store and read, as `KIVI()`, None for as they are. The other fields are those
     of `Softmax`.
     """
 
@@ -62,6 +63,7 @@ class Razor(HeadGroups, Softmax):
     buffer: int = 4000
     share: float = 0.2
     compensate: bool = True
+    whole_as: Any = None
     row = TemplateRow(MASKED, "L^2 D, then L D a token of few heads", 2)
 
     def __post_init__(self):
@@ -74,8 +76,8 @@ class Razor(HeadGroups, Softmax):
                 "for many has no position, expected compensate=False"
             )
 
-    def whole(self, heads: tuple[int, ...]) -> Softmax:
-        """The attention of retrieval heads."""
+    def exact(self, heads: tuple[int, ...]) -> Softmax:
+        """The attention of retrieval heads, unless `whole_as` is another."""
         return Softmax(**self.shared(heads))
 
     def few(self, heads: tuple[int, ...]) -> Any:
@@ -124,8 +126,8 @@ def by_key_head(score: jax.Array, heads: int) -> jax.Array:
 
 
 def retrieval_heads(
-    induction: jax.Array, echo: jax.Array, induction_share: float = 0.14,
-    echo_share: float = 0.01,
+    induction: jax.Array | np.ndarray, echo: jax.Array | np.ndarray,
+    induction_share: float = 0.14, echo_share: float = 0.01,
 ) -> np.ndarray:
     """Which key heads [layers,K] keep all tokens: the best `induction_share` by
     induction and `echo_share` by echo, of all layers together; equal ones go along."""

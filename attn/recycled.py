@@ -68,6 +68,12 @@ class Recycled(Softmax):
     check_every: int = 5
     threshold: float = 0.8
     group: str = "max"
+    part = "reading"
+    refuses = {
+        "selection": "it selects itself, which copies are read until the next full "
+                     "step",
+        "storage": "the keys that it reads are copies, as they are, beside all others",
+    }
     row = TemplateRow(MASKED, "L^2 D, then (L / b + r) D a token", 2)
 
     def __post_init__(self):

@@ -82,6 +82,11 @@ class Retrieval(Softmax):
     degree: int = 35
     beam: int = 500
     queries: int = 1024
+    part = "reading"
+    refuses = {
+        "selection": "what it looks up is what a selection drops",
+        "storage": "the index is of the keys as they are, in the host's memory",
+    }
     row = TemplateRow(MASKED, "L^2 D, then r D a token", 2)
 
     def __post_init__(self):

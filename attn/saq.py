@@ -117,7 +117,7 @@ class SAQ(Coded, Softmax):
         steps = tuple(of(0 if short else n, bits) for bits in self.bits[:-1])
         return SAQState(steps, of(old, self.bits[-1]), *cache[:2], *cache[3:])
 
-    def _stored(self, state: SAQState, k, v, now: TokenPositions) -> SAQState:
+    def stored(self, state: SAQState, k, v, now: TokenPositions) -> SAQState:
         """The state with tokens k [B,T,K,D], v [B,T,K,V]."""
         n, rest = state.rest_k.shape[1], (state.rest_k, state.rest_v)
         if state.short:

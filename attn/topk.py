@@ -68,6 +68,7 @@ class TopK(Attention):
     scale: float | None = None
     axis: Axis | None = None
     implementation: str | None = None
+    part = "reading"
     row = TemplateRow(MASKED, "L^2 D, then (L / b + r b) D a token", 2)
 
     def __post_init__(self):
@@ -93,10 +94,7 @@ class TopK(Attention):
     def init_state(self, size, q, k, v, *, x=None):
         """An empty memory for `size` tokens: keys, values, and sums of blocks."""
         caches.check_size(size)
-        b, _, heads, d = k.shape
-        blocks = max(-(-(size - self.sink) // self.block), 1)
-        sums = jnp.zeros((b, blocks, heads, d), jnp.float32)
-        return TopKState(caches.empty(k, v, size), sums if self.block > 1 else None)
+        return TopKState(caches.empty(k, v, size), self.marks(size, k))
 
     def step(self, state, q, k, v, *, x=None, segments=None):
         """The next T tokens -> state, [B,T,H,V]. Past the state's size: ValueError, and
@@ -108,7 +106,7 @@ class TopK(Attention):
         now = locate(segments, b, t, cache.end, cache.segment)
         caches.check_room(now.next_pos, slots)
         after = TopKState(
-            caches.append(cache, k, v, now, now.pos), self._added(state, k, now))
+            caches.append(cache, k, v, now, now.pos), self.marked(state.sums, k, now))
         if t == 1:
             o = self._decode(after, q, now)
         else:
@@ -122,19 +120,31 @@ class TopK(Attention):
                 o = self._sparse(wide, both.k, both.v, now, pos, segment, True, slots)
         return after, caches.poison(o.astype(v.dtype), now.next_pos, slots)
 
-    def _added(self, state: TopKState, k, now: TokenPositions):
-        """The sums of blocks with new keys k [B,T,K,D]."""
-        if state.sums is None:
+    def marks(self, slots: int, k) -> Any:
+        """Sums of the empty blocks of `slots` slots, for keys like k [B,.,K,D]."""
+        b, _, heads, d = k.shape
+        blocks = max(-(-(slots - self.sink) // self.block), 1)
+        sums = jnp.zeros((b, blocks, heads, d), jnp.float32)
+        return sums if self.block > 1 else None
+
+    def marked(self, sums: Any, k, now: TokenPositions, end=None) -> Any:
+        """The sums of blocks with new keys k [B,T,K,D] at slots `now`."""
+        if sums is None:
             return None
         began = (now.segment > 1).any(1)[:, None, None, None]
         at = (now.pos - self.sink) // self.block
         there = caches.current(now) & (now.pos >= self.sink)
-        at = jnp.where(there, at, state.sums.shape[1])  # outside: dropped
+        at = jnp.where(there, at, sums.shape[1])  # outside: dropped
 
         def add(sums, at, k):
             return sums.at[at].add(k.astype(jnp.float32), mode="drop")
 
-        return jax.vmap(add)(jnp.where(began, 0, state.sums), at, k)
+        return jax.vmap(add)(jnp.where(began, 0, sums), at, k)
+
+    def picked(self, sums: Any, cache: Cache, q, now: TokenPositions) -> jax.Array:
+        """The slots [B,N,K] that one token q [B,1,H,D] at slot `now` reads."""
+        return self.chosen_slots(
+            TopKState(cache, sums), q[:, 0], now.pos[:, 0] + 1)
 
     def _decode(self, state: TopKState, q, now: TokenPositions):
         """What one token q [B,1,H,D] reads of the memory that holds it."""

@@ -11,9 +11,12 @@ token.
 
 Policies that free memory keep a share of the prompt's tokens: StreamingLLM
 (arXiv:2309.17453), H2O (2306.14048), TOVA (2401.06104), SnapKV (2404.14469), PyramidKV
-(2406.02069) and AdaKV (2407.11550). Quest (2406.10774), Recycled Attention (2411.05787)
-and the best tokens (2506.05333) keep all and read a share. KIVI (2402.02750) and SAQ
-keep all, in codes. Razor and Duo need to know the heads of the model and are not here.
+(2406.02069) and AdaKV (2407.11550). Quest (2406.10774), Recycled Attention
+(2411.05787), the best tokens (2506.05333), ActQKV (2502.13542), by whose rule the
+prompt is read too, and RetrievalAttention (2409.10516, here with an exact search) keep
+all and read a share. KIVI (2402.02750) and SAQ keep all, in codes. Razor (2407.15891) and Duo (2410.10819) keep all tokens of some
+heads, which are found on the model first: by its weights on random tokens that repeat,
+and by gates that are trained for `--gate_steps` steps on numbers that are asked for.
 """
 
 from __future__ import annotations
@@ -39,8 +42,8 @@ from experiments.cli.config import FREE, option
 from experiments.data import Corpus, Text
 from experiments.data.retrieval import NOUNS
 from experiments.evaluate import LEAST, reader_of
-from experiments.measure import asked, cache_budgets, charts
-from experiments.measure.cache_budgets import NAMES
+from experiments.measure import asked, cache_budgets, charts, head_choice
+from experiments.measure.cache_budgets import HEADED, NAMES
 from experiments.measure.provenance import provenance
 from experiments.sources import loaded, swapped
 from experiments.training.runs import open_folder, write_whole
@@ -68,6 +71,7 @@ class Config:
         None, "tokens of a row (None: the model's, at most 4096)", least=LEAST)
     trials: int = option(16, "rows a task")
     facts: int = option(4, "needles in a row of `needles`, keys of `recall`")
+    gate_steps: int = option(200, "steps that gates of Duo are trained")
     batch: int = option(4, "rows at once", FREE)
     seed: int = option(0, "of what is hidden where")
     quiet: bool = option(False, "no progress bar and no table", FREE)
@@ -105,8 +109,9 @@ def run(config_: Config) -> dict[str, Any]:
         found, config_.tasks, config_.text, config_.length, config_.seed, "tasks")
     layers = len(found.model.attention)
     cases = [(name, share, attention) for name in ("exact", *config_.policies)
-             for share, attention in cache_budgets.settings(
-                 name, config_.shares, reader.length, layers)]
+             for share, attention in (
+                 of_heads(config_, reader, name) if name in HEADED else
+                 cache_budgets.settings(name, config_.shares, reader.length, layers))]
     rows: list[dict[str, Any]] = []
     for name, share, attention in track(cases, "budget", disable=config_.quiet):
         model = found.model
@@ -127,8 +132,21 @@ def run(config_: Config) -> dict[str, Any]:
     return numbers(rows, config_.tasks) | {"folder": str(folder)}
 
 
+def of_heads(config_: Config, reader: asked.Reader, name: str) -> list:
+    """(share, one attention for each exact layer) of Razor or Duo at each share, with
+    heads that are chosen on the model."""
+    known: tuple = ()
+    if name == "Razor":
+        known = head_choice.razor_scores(reader)
+    else:
+        known = head_choice.duo_gates(reader, config_.gate_steps, config_.facts),
+    return [cache_budgets.headed(name, share, reader.length, known)
+            for share in config_.shares]
+
+
 def row(config_: Config, reader: asked.Reader) -> dict[str, float]:
-    """Every task, bytes of the memory of a row and milliseconds a token."""
+    """Every task, bytes of the memory of a row, those of the program of a token at its
+    peak, and milliseconds a token."""
     made = {
         "needle": lambda n: asked.needle(reader, reader.length, n / config_.trials, n),
         "needles": lambda n: asked.needles(reader, config_.facts, n),
@@ -148,8 +166,23 @@ def row(config_: Config, reader: asked.Reader) -> dict[str, float]:
     return found | {
         "state_bytes": float(state_bytes(reader.model, reader.length,
                                          reader.length * 3 // 4)),
+        "peak_bytes": float(peak_bytes(reader)),
         "ms_per_token": milliseconds(reader),
     }
+
+
+def peak_bytes(reader: asked.Reader) -> int:
+    """Bytes that the compiled program of one token holds at most, beside the parameters
+    and for one row: the memory, which is written in place, and what it works in."""
+    prompt = jax.ShapeDtypeStruct((1, reader.length * 3 // 4), jnp.int32)
+    state = jax.eval_shape(lambda: reader.model.init_state(reader.length, prompt))
+    token = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    memory = jax.jit(reader.model.apply, donate_argnums=2).lower(
+        reader.params, token, state).compile().memory_analysis()
+    assert memory is not None
+    held = sum(a.nbytes for a in jax.tree.leaves(reader.params))
+    return (memory.argument_size_in_bytes + memory.temp_size_in_bytes
+            + memory.output_size_in_bytes - memory.alias_size_in_bytes - held)
 
 
 def bytes_per_token(reader: asked.Reader) -> float:
@@ -198,13 +231,14 @@ def table(rows: list[dict[str, Any]], tasks: tuple[str, ...]) -> Table:
     """The rows for the terminal."""
     found = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     found.add_column("policy")
-    for title in ("asked", "memory", *tasks, "ms/token"):
+    for title in ("asked", "memory", *tasks, "peak, MB", "ms/token"):
         found.add_column(title, justify="right")
     for one in rows:
         shown = [f"{one[task]:.3f}" if task == "bits" else f"{one[task]:.0%}"
                  for task in tasks]
         found.add_row(one["policy"], f"{one['asked']:.1%}", f"{one['memory']:.1%}",
-                      *shown, f"{one['ms_per_token']:.2f}")
+                      *shown, f"{one['peak_bytes'] / 1e6:.2f}",
+                      f"{one['ms_per_token']:.2f}")
     return found
 
 

@@ -21,6 +21,7 @@ from attn.contract.view import opened
 from attn.layers import Layer, MultiHead
 from attn.positions import RoPE
 from attn.softmax import Softmax
+from models.carried import numbered
 from models.placement import lay
 from models.stack import INIT, Block, Layers, Norm, Pattern, Residual, check_layers
 from models.stack import check_sizes, unbound
@@ -40,7 +41,8 @@ class LM(nn.Module):
     learned: so many positions have a vector of their own, which is added to the
     token's. embed_scale: what tokens' vectors are multiplied with; softcap: logits are
     softcap tanh(logits / softcap). tied: the head is the embedding. source: the
-    `config.json` that `models.checkpoint` made it from. dtype: of the computation,
+    `config.json` that `models.checkpoint` made it from. memory: of hidden states, a
+    `CMR`, whose parameters are beside those of the layers. dtype: of the computation,
     parameters are float32, or what a checkpoint has. With layers that read tokens of
     their own among the text (`Landmark`), these go in and their outputs are left out,
     so that the model stays a function of the text.
@@ -67,6 +69,7 @@ class LM(nn.Module):
     softcap: float | None = None
     tied: bool = True
     source: Any = None
+    memory: Any = None
     scan: bool = False
     remat: bool = False
     dtype: Any = jnp.float32
@@ -84,7 +87,8 @@ class LM(nn.Module):
         self.embed = Embed(self.vocab + more, self.width, self.dtype)
         if self.learned:
             self.positions = Embed(self.learned, self.width, self.dtype)
-        self.layers = Layers(Pattern(blocks), self.scan, self.remat)
+        self.layers = Layers(
+            Pattern(blocks), self.scan, self.remat, self._memory())
         self.norm = self.norms.module(self.dtype)
         if not self.tied:
             self.head = nn.Dense(
@@ -109,8 +113,8 @@ class LM(nn.Module):
         # 8/3 E, up to a multiple of 16
         hidden = -(-8 * self.width // 48) * 16 if self.hidden is None else self.hidden
         parts = zip(
-            map(unbound, self.attention), self._each("position"), self._each("feed"),
-            self._each("residual"),
+            map(unbound, numbered(self.attention)), self._each("position"),
+            self._each("feed"), self._each("residual"),
         )
         return tuple(
             Block(
@@ -194,7 +198,18 @@ class LM(nn.Module):
             block = self.interleaving.text_block
             size, t = (n + n // block + 1 for n in (size, t))
         x = jax.ShapeDtypeStruct((b, t, self.width), self.dtype)
-        return tuple(block.mixer.init_state(size, x) for block in self.blocks())
+        layers = Layers(Pattern(self.blocks()), memory=self._memory(), parent=None)
+        return layers.init_states(size, x)
+
+    def _memory(self) -> Any:
+        """The memory, unbound; ValueError unless it is made for this network."""
+        if self.memory is None:
+            return None
+        if self.memory.features != self.width:
+            raise ValueError(f"LM: memory of features={self.memory.features}: expected "
+                             f"the width, {self.width}")
+        self.memory.places(len(self.attention))
+        return unbound(self.memory)
 
 
 def state_bytes(model: Any, size: int, prompt: int | None = None) -> int:

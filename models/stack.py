@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from attn.contract.norm import Norm
 from attn.contract.view import VIEW, opened
 from attn.layers import Layer
+from models import carried
 from models.feed import INIT, Feed
 from models.placement import lay
 
@@ -114,28 +115,80 @@ class Layers(nn.Module):
 
     `scan` compiles one period of a repeating pattern and loops over it, `remat` keeps
     only the input of each layer for the backward pass; neither changes the parameters.
+    memory: a `CMR`, whose state stands behind those of the layers; with it a text is
+    read segment by segment, in a call without states too. What else goes from layer to
+    layer stands in `models/carried.py`.
     """
 
     pattern: Pattern
     scan: bool = False
     remat: bool = False
+    memory: Any = None
 
     @nn.compact
     def __call__(self, x, states=None, segments=None):
         """x [B,T,E] -> (states, x)."""
+        if self.memory is not None:
+            return self._remembering(x, states, segments)
         blocks, period = self.pattern.blocks, self.pattern.period
         repeats = len(blocks) // period
         # a view speaks of single layers, which a loop does not have
         loops = self.scan and repeats > 1 and VIEW not in self.variables
         if loops and states is None and not self.is_initializing():
             return None, self._scanned(x, segments, period)
+        after, x = self._through(x, states, segments)
+        return (None if states is None else after), x
+
+    def _through(self, x, states, segments, reader=None):
+        """All layers, one behind the other -> (states, x)."""
+        blocks, after = self.pattern.blocks, []
         cls = nn.remat(Block) if self.remat and states is None else Block
-        after = []
+        shared = carried.begin(blocks, states, x.shape[1])
         for n, block in enumerate(blocks):
             bound = cls(**_fields(block), name=f"layer_{n}")
-            state, x = bound(x, None if states is None else states[n], segments)
+            state = None if states is None else carried.given(block, states[n], shared)
+            x = x if reader is None else reader.before(n, x)
+            state, x = bound(x, state, segments)
+            if reader is not None:
+                reader.after(n, x)
+            state, shared = carried.taken(block, state, shared)
             after.append(state)
-        return (None if states is None else tuple(after)), x
+        return tuple(after), x
+
+    def _remembering(self, x, states, segments):
+        """With a memory: pieces of at most a segment, in a loop -> (states, x)."""
+        memory = self.memory  # bound: its parameters are under `memory`
+        size, (_, t, _) = memory.segment, x.shape
+        if self.is_initializing():  # the shapes alone
+            x, segments = x[:, :size], None if segments is None else segments[:, :size]
+        streamed = states is not None
+        states = self.init_states(t, x) if states is None else states
+        if x.shape[1] <= size:
+            reader = carried.Reader(
+                memory, len(self.pattern.blocks), states[-1], x, segments)
+            after, x = self._through(x, states[:-1], segments, reader)
+            x = jnp.pad(x, [(0, 0), (0, t - x.shape[1]), (0, 0)])
+            return ((*after, reader.end()) if streamed else None), x
+        if VIEW in self.variables:
+            raise NotImplementedError(
+                f"a view of {t} tokens: with a memory a text is read by segments of "
+                f"{size}, expected at most as many")
+        one = Layers(self.pattern, memory=unbound(self.memory), parent=None)
+        params = self.variables["params"]
+
+        def piece(states, part):
+            return one.apply({"params": params}, part[0], states, part[1])
+
+        states, x = carried.by_pieces(piece, states, (x, segments), size)
+        return (states if streamed else None), x
+
+    def init_states(self, size: int, x: Any) -> tuple:
+        """Empty memories for `size` tokens; x [B,T,E] gives shapes and dtype only."""
+        states = tuple(
+            block.mixer.init_state(size, x) for block in self.pattern.blocks)
+        if self.memory is None:
+            return states
+        return (*states, carried.empty(self.memory, x))
 
     def _scanned(self, x, segments, period):
         blocks = self.pattern.blocks

@@ -32,7 +32,7 @@ ORDER = {
 }
 # files directly in attn/ that are no family: what surrounds the mechanisms
 AROUND = {"__init__", "__main__", "masks", "positions", "layers", "template", "grid",
-          "mixers", "baseconv", "mla", "maps"}
+          "mixers", "baseconv", "mla", "maps", "compose"}
 FOR_FAMILIES = {"softmax"}  # the family that others may build on
 ANALYSES = {"dsf"}  # papers that say what attention is, not another one
 LAYERS = {"cmr"}  # papers of what stands before a layer: no q, k and v

@@ -24,7 +24,9 @@ class Coded:
     A state has `room`, `end` and `segment`.
     """
 
-    def _stored(self, state: Any, k, v, now: TokenPositions) -> Any:
+    part = "storage"
+
+    def stored(self, state: Any, k, v, now: TokenPositions) -> Any:
         """The state with tokens k [B,T,K,D], v [B,T,K,V]."""
         raise NotImplementedError(f"{type(self).__name__} stores nothing")
 
@@ -45,7 +47,7 @@ class Coded:
         check_logits(q, k, sink=sink)
         now = locate(segments, q.shape[0], q.shape[1], state.end, state.segment)
         caches.check_room(now.next_pos, state.room)
-        after = self._stored(state, k, v, now)
+        after = self.stored(state, k, v, now)
         if q.shape[1] == 1:
             cache = self.cache(after)
             newest = now.segment.max(1, keepdims=True)

@@ -102,6 +102,13 @@ class Evicting:
     one_set: all heads hold the same tokens.
     """
 
+    part = "selection"
+    refuses = {
+        "storage": "a token that goes is written over, and codes of a group are of "
+                   "tokens that stay together",
+        "reading": "what goes is said by what every key receives, and of keys that are "
+                   "not read that is not known",
+    }
     one_set: Any = False
 
     @property

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from attn.cache import kv as caches
-from attn.cache.kv import Cache
+from attn.contract.attention import takes_rope
 from attn.contract.shapes import check
 from attn.masks import Mask
 from attn.parallel.sharding import mesh_of
@@ -25,7 +25,7 @@ class Grouped(NamedTuple):
     """The memory of heads that hold all tokens, None if there are none, and that of
     those that hold few, None if there are none."""
 
-    whole: Cache | None
+    whole: Any
     few: Any
 
     @property
@@ -80,13 +80,26 @@ def true_head(h, heads: tuple[int, ...]):
 class HeadGroups:
     """What stands before `Softmax` among the bases of a policy with a field
     `retrieval`: the numbers of the key heads that hold all tokens. `few(heads)` is the
-    attention of the others, of query heads with these numbers."""
+    attention of the others, of query heads with these numbers. whole_as: how those
+    that hold all tokens store and read them, None for as they are."""
 
+    part = "selection"
     retrieval: Any
+    whole_as: Any = None
 
     def few(self, heads: tuple[int, ...]) -> Any:
         """The attention of the key heads that hold few tokens."""
         raise NotImplementedError(f"{type(self).__name__} says no attention of few")
+
+    def exact(self: Any, heads: tuple[int, ...]) -> Any:
+        """Exact attention, as Softmax(**fields)."""
+        raise NotImplementedError(f"{type(self).__name__} says no attention of all")
+
+    def whole(self: Any, heads: tuple[int, ...]) -> Any:
+        """The attention of the key heads that hold all tokens."""
+        if self.whole_as is None:
+            return self.exact(heads)
+        return dataclasses.replace(self.whole_as, **self.shared(heads))
 
     def check_retrieval(self: Any) -> None:
         """Raises ValueError unless `retrieval` is a tuple of different numbers."""
@@ -97,6 +110,11 @@ class HeadGroups:
             raise ValueError(
                 f"{type(self).__name__}: retrieval={heads!r}: expected a tuple of "
                 "different numbers of key heads, as (0, 3)"
+            )
+        if takes_rope(self.whole_as):
+            raise ValueError(
+                f"{type(self).__name__}: whole_as={type(self.whole_as).__name__} turns "
+                "keys itself: expected one that does not, as KIVI()"
             )
 
     def shared(self: Any, heads: tuple[int, ...]) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from attn.exact.logits import LogitSpec, Where
 from pallas_kernels.decode.api import decode
 
 TILE = 64  # queries whose rows of weights exist at once
+PARTS = 8  # of a long prompt: each looks at what stands before its end
 
 
 def row_weights(
@@ -70,8 +71,26 @@ def received(
     cache: Cache, kv_segment, q, now: TokenPositions, spec: LogitSpec, sink: Any = None
 ) -> jax.Array:
     """What each slot receives of all queries of a piece q [B,T,H,D]: [B,C,K] float32,
-    the columns of the attention map, added up over the heads of a group."""
+    the columns of the attention map, added up over the heads of a group. The last T
+    slots hold the piece itself, in order: of a long one, rows of its earlier parts do
+    not look at its later ones."""
     cache, q = of_one_type(cache, q)
+    t, slots = q.shape[1], cache.k.shape[1]
+    parts = PARTS if spec.mask.causal and t <= slots and t >= PARTS * TILE else 1
+    size = -(-t // parts // TILE) * TILE if parts > 1 else t
+    total = jnp.zeros((*cache.k.shape[:2], cache.k.shape[2]), jnp.float32)
+    for at in range(0, t, size):
+        rows, end = slice(at, min(at + size, t)), slots - t + min(at + size, t)
+        early = cache._replace(**{name: getattr(cache, name)[:, :end] for name in (
+            "k", "v", "pos")})
+        here = now._replace(pos=now.pos[:, rows], segment=now.segment[:, rows])
+        got = _received(early, kv_segment[:, :end], q[:, rows], here, spec, sink)
+        total = total.at[:, :end].add(got)
+    return total
+
+
+def _received(cache: Cache, kv_segment, q, now, spec: LogitSpec, sink) -> jax.Array:
+    """`received`, of rows that look at all slots, tile by tile."""
     b, t, _, _ = q.shape
     heads, n = cache.k.shape[2], -(-t // TILE)
     more = n * TILE - t if n > 1 else 0

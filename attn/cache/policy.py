@@ -35,6 +35,7 @@ class Policy:
     keeps tokens of its own, and the cache grows to H heads.
     """
 
+    part = "selection"
     share_group: Any = True
 
     def importance(

@@ -52,6 +52,17 @@ def entropy(score: jax.Array) -> tuple[jax.Array, jax.Array]:
     return found, found / np.log(n) if n > 1 else jnp.zeros_like(found)
 
 
+def entropy_of(score: jax.Array, many: jax.Array) -> jax.Array:
+    """H / log N [B] of the first N = `many` [B] entries of score [B,n]; 0 of one."""
+    there = jnp.arange(score.shape[1])[None] < many[:, None]
+    top = jnp.where(there, score, -jnp.inf).max(1, keepdims=True)
+    e = jnp.where(there, jnp.exp(score - jnp.where(many[:, None] > 0, top, 0)), 0)
+    pi = e / jnp.maximum(e.sum(1, keepdims=True), 1)  # the greatest counts 1
+    found = -jnp.where(there, pi * jnp.log(pi + 1e-10), 0).sum(1)
+    size = jnp.log(jnp.maximum(many, 2).astype(jnp.float32))
+    return jnp.where(many > 1, found / size, 0)
+
+
 def shares(
     means: Any, layer: int, pool: float, least: int, most: int, warm: bool
 ) -> int:
@@ -61,6 +72,30 @@ def shares(
     left = len(means) - layer
     share = means[layer] / sum(means[layer:]) if warm else 1 / left
     return int(np.clip(np.round(share * pool), least, most))
+
+
+class Pool(NamedTuple):
+    """What layers share in one step: left [B,W] float32, blocks of the pool of each
+    window of the step that no layer has taken yet; means [B,L] of the layers' entropies
+    before it; warm [B]: shares go by them; layer [] int32: whose turn it is."""
+
+    left: jax.Array
+    means: jax.Array
+    warm: jax.Array
+    layer: jax.Array
+
+
+def pooled_share(
+    pool: Pool, left: jax.Array, mean: jax.Array, least: jax.Array, most: jax.Array
+) -> jax.Array:
+    """`shares` under a trace: blocks [B] int32 of one window for the layer whose turn
+    it is, of left [B] blocks; mean [B]: of its entropy now. least, most [B]."""
+    layers = pool.means.shape[1]
+    later = jnp.arange(layers)[None] > pool.layer
+    total = mean + jnp.where(later, pool.means, 0).sum(1)
+    even = 1 / (layers - pool.layer).astype(jnp.float32)
+    share = jnp.where(pool.warm, mean / jnp.where(total > 0, total, 1), even)
+    return jnp.clip(jnp.round(share * left), least, most).astype(jnp.int32)
 
 
 class Running(NamedTuple):

@@ -30,6 +30,13 @@ class Rolling:
     done here: keys are then stored before it, if `rebase`.
     """
 
+    part = "selection"
+    refuses = {
+        "storage": "slots are used by turns, and codes of a group are of tokens that "
+                   "stay together",
+        "reading": "slots are used by turns, and marks of a block are of tokens that "
+                   "stay there",
+    }
     sinks: Any
     window: Any
     evict: Any = "before"

@@ -61,6 +61,11 @@ class Attention:
     weightless: why there is no matrix A with o = A v, for a view; None if there is one.
     text_block: it reads a token of its own behind every so many tokens of a text, which
     `interleave` puts there; None for none.
+    of_layer(n, layers): this attention as number n of the `layers` layers of a model
+    that have one of its class; None if it does not ask. shared_by_layers(states,
+    tokens): what these layers share in a step of so many tokens, made of their states
+    before the first of them; each finds it in its state, in a field `shared`, and
+    leaves there what the next one gets. None for nothing (`models/carried.py`).
     """
 
     causal: Any = True
@@ -78,6 +83,8 @@ class Attention:
     ahead: Any = 0
     weightless: Any = None
     text_block: Any = None
+    of_layer: Any = None
+    shared_by_layers: Any = None
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)

@@ -14,6 +14,7 @@ from attn.masks import Causal
 from attn.softmax import Softmax
 
 PASSES = ("forward", "both", "decode")
+PROMPT = "prompt"  # forward, and what a stream keeps of it
 SECONDS = 0.02  # how long one timing lasts at least
 
 
@@ -45,6 +46,8 @@ def prepared(f: Any, x: Inputs, which: str, gates: tuple = ()) -> Callable[[], A
     parameters, those of a function those of its gates."""
     if which == "decode" and hasattr(f, "init_state"):
         return _stream(f, x)
+    if which == PROMPT and hasattr(f, "init_state"):
+        return _prompt(f, x)
     f, more = bound(f, x)
     more += gates
 
@@ -90,7 +93,9 @@ def _stream(attention: Any, x: Inputs) -> Callable[[], Any]:
 
     before, last = slice(None, t - 1), slice(t - 1, None)
     queries = jnp.broadcast_to(x.q, (x.k.shape[0], t, *x.q.shape[2:]))
-    state = attention.init_state(t, queries, x.k, x.v)
+    # the prompt is what comes before: what drops tokens of it has room for one more
+    prompt = (a[:, before] for a in (queries, x.k, x.v))
+    state = attention.init_state(t, *prompt)
     state, _ = jax.jit(advance)(state, queries[:, :t - 1], *cut(before))
 
     def step(state, q, *args):
@@ -108,6 +113,16 @@ def _stream(attention: Any, x: Inputs) -> Callable[[], Any]:
 
     jax.block_until_ready(call())
     call.moved = sum(a.nbytes for a in jax.tree.leaves(held[0]))  # type: ignore
+    return call
+
+
+def _prompt(attention: Any, x: Inputs) -> Callable[[], Any]:
+    """All tokens for an empty memory, as one piece: what a policy keeps of them is part
+    of the work."""
+    advance, more = bound(attention, x, "step")
+    state = attention.init_state(x.k.shape[1], *x[:3])
+    call = functools.partial(jax.jit(advance), state, *x[:3], *more)
+    jax.block_until_ready(call())
     return call
 
 
@@ -149,7 +164,8 @@ def flops(x: Inputs, which: str) -> float:
     times forward."""
     b, t, h, d = x.q.shape
     work = 2 * b * h * t * x.k.shape[1] * (d + x.v.shape[3])
-    return {"forward": work / 2, "both": work / 2 * 3.5, "decode": work}[which]
+    share = {"forward": 0.5, PROMPT: 0.5, "both": 0.5 * 3.5, "decode": 1.0}[which]
+    return work * share
 
 
 def limits(dtype: Any) -> tuple[float, float]:

@@ -135,3 +135,27 @@ def test_near_slots_that_are_full_are_never_silent():
     assert np.isnan(step(small, state, *first)[1]).all()
     with pytest.raises(ValueError, match="memory of 3"):
         small.step(state, *first)
+
+
+def test_the_search_and_what_is_near_do_not_wait_for_each_other():
+    """In the program of a token neither follows from the other, so that a device may
+    attend to what is near between the start of the search and its end."""
+    q, k, v = inputs()
+    state = jax.eval_shape(lambda: FLAT.init_state(T + 4, q, k, v))
+    jaxpr = jax.make_jaxpr(FLAT.step)(state, *inputs(1, 1)).jaxpr
+    (search,) = [e for e in jaxpr.eqns if e.primitive.name == "pure_callback"]
+    near = [e for e in jaxpr.eqns if "dot_general" in str(e)]
+    assert near
+
+    def follows(eqn):
+        """What needs the equation's outputs."""
+        made, found = set(eqn.outvars), []
+        for e in jaxpr.eqns:
+            if any(not hasattr(v, "val") and v in made for v in e.invars):
+                made |= set(e.outvars)
+                found.append(e)
+        return found
+
+    after = follows(search)
+    assert not [e for e in near if e in after]
+    assert not [e for e in near if search in follows(e)]

@@ -3,14 +3,16 @@
 import dataclasses
 import json
 
+import numpy as np
 import pytest
 
 from attn.softmax import Softmax
 from experiments import budget
 from experiments.cli import config
 from experiments.data import Text
-from experiments.measure import cache_budgets
-from experiments.sources import swapped
+from experiments.evaluate import reader_of
+from experiments.measure import cache_budgets, head_choice
+from experiments.sources import loaded, swapped
 from models.lm import LM, state_bytes
 from tests.experiments.test_evaluate import folder  # noqa: F401
 
@@ -82,3 +84,27 @@ def test_the_command_leaves_rows_and_a_picture(folder, tmp_path):  # noqa: F811
     assert quarter["memory"] < 0.4 and quarter["bits"] != exact["bits"]
     assert found["TOVA bits"] == quarter["bits"]
     assert (tmp_path / "run" / "budget.png").stat().st_size > 1000
+
+
+def test_heads_are_found_on_the_model():
+    found = loaded(budget.TINY.model)
+    reader, _ = reader_of(found, ("repeats",), Text(), 64, 0)
+    scores = head_choice.razor_scores(reader)
+    gates = head_choice.duo_gates(reader, 2, 1)
+    assert all(a.shape == gates.shape for a in scores) and gates.shape[0] == 3
+    assert all(((a >= 0) & (a <= 1)).all() for a in (*scores, gates))
+    assert (gates < 1).any()  # they have moved
+    share, stack = cache_budgets.headed("Duo", 1 / 2, 1024, (gates,))
+    exact = dataclasses.replace(reader, length=1024)
+    small = dataclasses.replace(exact, model=swapped(found.model, stack, None))
+    peak = budget.peak_bytes(small) / budget.peak_bytes(exact)
+    assert 0.4 < share < 0.6 and peak < 0.9
+
+
+def test_a_budget_of_heads_is_what_is_asked_for():
+    score = np.arange(16.0).reshape(4, 4)
+    for name, known in (("Razor", (score, score)), ("Duo", (score / 16,))):
+        share, stack = cache_budgets.headed(name, 1 / 4, T, known)
+        assert share == pytest.approx(1 / 4, abs=0.01)
+        assert [a.retrieval for a in stack][:3] == [()] * 3
+        assert set(stack[3].retrieval) <= {1, 2, 3} and 3 in stack[3].retrieval

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from attn.cache import evict, observed
+from attn.cache import evict, kv as caches, observed
 from attn.contract.segments import locate
 from attn.exact.logits import LogitSpec
 from attn.h2o import H2O
@@ -158,3 +158,22 @@ def test_the_memory_does_not_grow(name):
     sizes = [sum(a.nbytes for a in jax.tree.leaves(policy.init_state(n, *args)))
              for n in (20, 40, 10_000)]
     assert len(set(sizes)) == 1
+
+
+def test_parts_of_a_long_prompt_receive_what_the_whole_does(monkeypatch):
+    """Rows of early parts do not look at late ones: the sums are the same."""
+    keys = jax.random.split(jax.random.key(3), 3)
+    q, k, v = (jax.random.normal(key, (1, 30, n, 8)) for key, n in zip(keys, (4, 2, 2)))
+    cache = caches.empty(k, v, 3)
+    segments = jnp.asarray([[0] * 3 + [1] * 13 + [2] * 14])
+    now = locate(segments, 1, 30, cache.end, cache.segment)
+    both, segment = caches.concat(cache, k, v, now)
+
+    def sums():
+        return jax.jit(lambda *args: observed.received(*args, LogitSpec(Causal())))(
+            both, segment, q, now)
+
+    whole = sums()
+    monkeypatch.setattr(observed, "TILE", 4)
+    monkeypatch.setattr(observed, "PARTS", 3)
+    close(sums(), whole)

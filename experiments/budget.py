@@ -14,9 +14,10 @@ Policies that free memory keep a share of the prompt's tokens: StreamingLLM
 (2406.02069) and AdaKV (2407.11550). Quest (2406.10774), Recycled Attention
 (2411.05787), the best tokens (2506.05333), ActQKV (2502.13542), by whose rule the
 prompt is read too, and RetrievalAttention (2409.10516, here with an exact search) keep
-all and read a share. KIVI (2402.02750) and SAQ keep all, in codes. Razor (2407.15891) and Duo (2410.10819) keep all tokens of some
-heads, which are found on the model first: by its weights on random tokens that repeat,
-and by gates that are trained for `--gate_steps` steps on numbers that are asked for.
+all and read a share. KIVI (2402.02750) and SAQ keep all, in codes. Razor (2407.15891)
+and Duo (2410.10819) keep all tokens of some heads, which are found on the model first:
+by its weights on random tokens that repeat, and by gates that are trained for
+`--gate_steps` steps on numbers that are asked for.
 """
 
 from __future__ import annotations

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from attn.cache import block_sums
 from attn.cache import kv as caches
 from attn.cache.few import at_slots
 from attn.cache.kv import Cache
@@ -93,10 +94,10 @@ class TopK(Attention):
     def init_state(self, size, q, k, v, *, x=None):
         """An empty memory for `size` tokens: keys, values, and sums of blocks."""
         caches.check_size(size)
-        b, _, heads, d = k.shape
-        blocks = max(-(-(size - self.sink) // self.block), 1)
-        sums = jnp.zeros((b, blocks, heads, d), jnp.float32)
-        return TopKState(caches.empty(k, v, size), sums if self.block > 1 else None)
+        sums = None
+        if self.block > 1:
+            sums = block_sums.empty(k, size, self.block, self.sink)
+        return TopKState(caches.empty(k, v, size), sums)
 
     def step(self, state, q, k, v, *, x=None, segments=None):
         """The next T tokens -> state, [B,T,H,V]. Past the state's size: ValueError, and
@@ -107,8 +108,10 @@ class TopK(Attention):
         b, t = q.shape[:2]
         now = locate(segments, b, t, cache.end, cache.segment)
         caches.check_room(now.next_pos, slots)
-        after = TopKState(
-            caches.append(cache, k, v, now, now.pos), self._added(state, k, now))
+        sums = state.sums
+        if sums is not None:
+            sums = block_sums.added(sums, k, now, self.block, self.sink)
+        after = TopKState(caches.append(cache, k, v, now, now.pos), sums)
         if t == 1:
             o = self._decode(after, q, now)
         else:
@@ -121,20 +124,6 @@ class TopK(Attention):
                 segment = jnp.where(pos < 0, 0, segment)
                 o = self._sparse(wide, both.k, both.v, now, pos, segment, True, slots)
         return after, caches.poison(o.astype(v.dtype), now.next_pos, slots)
-
-    def _added(self, state: TopKState, k, now: TokenPositions):
-        """The sums of blocks with new keys k [B,T,K,D]."""
-        if state.sums is None:
-            return None
-        began = (now.segment > 1).any(1)[:, None, None, None]
-        at = (now.pos - self.sink) // self.block
-        there = caches.current(now) & (now.pos >= self.sink)
-        at = jnp.where(there, at, state.sums.shape[1])  # outside: dropped
-
-        def add(sums, at, k):
-            return sums.at[at].add(k.astype(jnp.float32), mode="drop")
-
-        return jax.vmap(add)(jnp.where(began, 0, state.sums), at, k)
 
     def _decode(self, state: TopKState, q, now: TokenPositions):
         """What one token q [B,1,H,D] reads of the memory that holds it."""

@@ -52,6 +52,7 @@ from attn.local import Local
 from attn.longshort import LongShort
 from attn.masks import Causal, Full, Sink, Window
 from attn.miras import Memora, Miras, Moneta, Yaad
+from attn.moba import MoBA
 from attn.nystrom import Nystrom
 from attn.pasta import Pasta
 from attn.performer import Performer
@@ -536,6 +537,11 @@ ENTRIES = {
     "topk": Entry(
         TopK(top_k=2, block=2, sink=1, local=3, prefill="sparse"),
         (TopK(prefill="sparse"), Softmax()), kernel=False,
+    ),
+    # as many blocks as there are
+    "moba": Entry(
+        MoBA(block=4, top_k=2), (MoBA(block=4, top_k=4), Softmax()), flops=1,
+        decode=1, long=MoBA(),
     ),
     # a search that finds all: its stream has other blocks of queries than its call
     "hip": Entry(

@@ -53,6 +53,7 @@ from attn.longshort import LongShort
 from attn.masks import Causal, Full, Sink, Window
 from attn.miras import Memora, Miras, Moneta, Yaad
 from attn.moba import MoBA
+from attn.nsa import NSA
 from attn.nystrom import Nystrom
 from attn.pasta import Pasta
 from attn.performer import Performer
@@ -542,6 +543,14 @@ ENTRIES = {
     "moba": Entry(
         MoBA(block=4, top_k=2), (MoBA(block=4, top_k=4), Softmax()), flops=1,
         decode=1, long=MoBA(),
+    ),
+    # all blocks are read, and nothing else
+    "nsa": Entry(
+        NSA(compress=4, stride=2, block=4, top_k=2, local=1, window=3), (
+            NSA(compress=4, stride=2, block=4, top_k=4, gated=False,
+                branches=("selected",)), Softmax()),
+        spread=False, in_v=False, wraps="moba", split=2,
+        long=NSA(compress=4, stride=2, block=32, top_k=3, window=32),
     ),
     # a search that finds all: its stream has other blocks of queries than its call
     "hip": Entry(

@@ -19,14 +19,14 @@ import jax.numpy as jnp
 
 from attn.cache import block_sums
 from attn.cache import kv as caches
-from attn.cache.few import at_slots
+from attn.cache.few import at_slots, of_blocks
 from attn.cache.kv import Cache
+from attn.cache.on_grid import piece
 from attn.contract.attention import MASKED, Attention, TemplateRow
 from attn.contract.fields import check_fields
 from attn.contract.segments import TokenPositions, locate
 from attn.contract.shapes import check
 from attn.exact.logits import LogitSpec
-from attn.exact.online import join, output
 from attn.masks import Causal
 from attn.parallel.query_blocks import over_rows
 from attn.parallel.sharding import Axis
@@ -83,8 +83,7 @@ class MoBA(Attention):
     def _read(self, q, k, v, rows: Grid, columns: Grid, aligned: bool) -> jax.Array:
         """What tokens on the grid `rows` find among those on the grid `columns`."""
         h, heads = q.shape[2], k.shape[2]
-        first = columns.first_block(rows.owner)[..., None]
-        own = jnp.where(rows.pos < 0, -1, first + rows.pos // self.block)
+        first, own = columns.blocks_of(rows)
         keys = columns.put(k)
         # [B,M,K,D] -> [B,M,H,D]; what it names has no gradient
         means = pooled(jax.lax.stop_gradient(keys), columns.segment > 0, ("avg",))
@@ -92,29 +91,27 @@ class MoBA(Attention):
         flat = [a.reshape(a.shape[0], -1) for a in (columns.pos, columns.segment)]
 
         def local(q, told, _, k, v, at, head):
-            return self._local(q, *told, k, v, *at, head, aligned)
+            return self._local(q, told, k, v, at, head, aligned)
 
         o = over_rows(
             local, self.axis, rows.put(q), (rows.pos, own, first), None, keys,
             columns.put(v), (means, *flat))
         return columns.poison(rows.poison(rows.take(o, q.shape[1]))).astype(v.dtype)
 
-    def _local(
-        self, q, pos, own, first, k, v, means, kv_pos, kv_segment, head, aligned
-    ) -> jax.Array:
+    def _local(self, q, told, k, v, at, head, aligned: bool) -> jax.Array:
         """q [B,N,I,H,D] of query blocks, k and v [B,S,K,.] -> [B,N,I,H,V]."""
+        (pos, own, first), (means, kv_pos, kv_segment) = told, at
         b, n, size, h, _ = q.shape
         flat = lambda a: a.reshape(a.shape[0], -1)  # [B,N,I] -> [B,N I]
         tokens = q.reshape(b, n * size, h, -1)
-        how = {"block": self.block, "head": head, "scale": self.scale,
-               "implementation": self.implementation}
-        state = by_block.own_block(
-            tokens, k, v, flat(pos), flat(own), kv_pos, kv_segment, rows=n,
-            aligned=aligned, **how)
+        chosen = None
         if self.top_k > 1:
             chosen = self._chosen(q, own, first, means[:, :, head])
-            state = join(state, by_block.attend(tokens, k, v, chosen, kv_pos, **how))
-        return output(state).reshape(b, n, size, h, -1).astype(v.dtype)
+        o = by_block.read(
+            tokens, k, v, chosen, flat(pos), flat(own), kv_pos, kv_segment, rows=n,
+            aligned=aligned, block=self.block, head=head, scale=self.scale,
+            implementation=self.implementation)
+        return o.reshape(b, n, size, h, -1).astype(v.dtype)
 
     def _chosen(self, q, own, first, means) -> jax.Array:
         """The earlier blocks [B,H,N I,n] that tokens q [B,N,I,H,D] read, -1 for none;
@@ -123,7 +120,7 @@ class MoBA(Attention):
         at_once = SCORES // (h * size * means.shape[1])
 
         def row(args):
-            q, own, first = args  # [B,I,H,D], [B|1,I], [B|1,1]
+            q, own, first = args  # [B,I,H,D], [B|1,I] each
             s = jnp.einsum("bihd,bmhd->bhim", q.astype(jnp.float32), means)
             return self._best(s, first[:, None, :, None], own[:, None, :, None])
 
@@ -163,22 +160,11 @@ class MoBA(Attention):
         if t == 1:
             o = self._decode(after, q, now)
         else:
-            o = self._piece(after.cache, cache, q, k, v, now, segments is not None)
+            on = piece(cache, after.cache, q, k, v, now, self.block,
+                       packed=segments is not None)
+            o = self._read(on.q, on.held.k, on.held.v, on.rows, on.columns,
+                           aligned=False)
         return after, caches.poison(o.astype(v.dtype), now.next_pos, slots)
-
-    def _piece(self, after: Cache, before: Cache, q, k, v, now, packed: bool):
-        """Several tokens over the cache `after` them, or one `before` them that holds
-        another sequence than some of them are of."""
-        both, segment = after, (after.pos[..., 0] >= 0).astype(jnp.int32)
-        if packed:
-            both, segment = caches.concat(before, k, v, now)
-            segment = jnp.where(both.pos[..., 0] >= 0, segment, 0)
-        # a row of queries may begin inside of a block
-        rows = grid(now.pos, now.segment, min(self.block, q.shape[1]), packed=packed)
-        columns = grid(both.pos[..., 0], segment, self.block, packed=packed,
-                       spare=before.k.shape[1] // self.block)
-        read, wide = caches.of_one_type(both, q)
-        return self._read(wide, read.k, read.v, rows, columns, aligned=False)
 
     def _decode(self, state: MoBAState, q, now: TokenPositions):
         """What one token q [B,1,H,D] reads of the memory that holds it."""
@@ -200,10 +186,7 @@ class MoBA(Attention):
         if self.top_k > 1:
             s = jax.lax.stop_gradient(s).reshape(b, h, -1)
             found = jnp.concatenate([own, self._best(s, 0, own)], -1)
-        inside = jnp.arange(self.block, dtype=jnp.int32).reshape(1, 1, 1, -1)
-        slot = jnp.where(found < 0, -self.block, found * self.block)[..., None] + inside
-        slot = jnp.where(slot <= pos[:, None, None, None], slot, -1)
-        return jnp.moveaxis(jnp.maximum(slot.reshape(b, h, -1), -1), 1, 2)
+        return of_blocks(found, self.block, pos)
 
     def share(self, length: int) -> float:
         """The share of the causal pairs of `length` tokens that each head reads."""

@@ -1,9 +1,10 @@
-"""Native Sparse Attention (Yuan et al., 2025) arXiv:2502.11089: compressed, chosen, near.
+"""NSA (Yuan et al., 2025) arXiv:2502.11089: compressed tokens, chosen and near ones.
 
-A token reads the past three times. Coarsely: every `stride` tokens a block of
-`compress` of them, made into one key and one value by a learned network. Finely: the
-`top_k` blocks of `block` tokens that the coarse weights point at, one choice for all
-heads that share keys. And what is near, in a window. Gates of the token add them up.
+In Native Sparse Attention a token reads the past three times. Coarsely: every `stride`
+tokens a block of `compress` of them, made into one key and one value by a learned
+network. Finely: the `top_k` blocks of `block` tokens that the coarse weights point at,
+one choice for all heads that share keys. And what is near, in a window. Gates of the
+token add them up.
 
     o_t = sum_c g_t^c Attn(q_t, K_t^c, V_t^c),   c = compressed, selected, window
     K^cmp_i = phi(k_(i d), ..., k_(i d + l - 1)),   g_t = sigmoid(W x_t + b)
@@ -22,21 +23,22 @@ import jax
 import jax.numpy as jnp
 
 from attn.cache import kv as caches
-from attn.cache.few import at_slots
+from attn.cache.compressed import completed
+from attn.cache.few import at_slots, of_blocks
 from attn.cache.kv import Cache
+from attn.cache.on_grid import Piece, piece
 from attn.contract.attention import MASKED, Attention, TemplateRow
 from attn.contract.fields import check_fields
 from attn.contract.segments import TokenPositions, locate
 from attn.contract.shapes import check
 from attn.exact.logits import LogitSpec
-from attn.exact.online import join, output
 from attn.masks import Causal, Window
 from attn.parallel.query_blocks import over_rows
-from attn.parallel.sharding import Axis, home
+from attn.parallel.sharding import Axis, check_groups
 from attn.softmax import Softmax
-from attn.sparse import by_block, compressed_blocks
+from attn.sparse import compressed_blocks
 from attn.sparse.block_grid import Grid, grid
-from attn.sparse.compressed_blocks import Choice, Compressed, Compressor
+from attn.sparse.compressed_blocks import Choice, Compressed
 
 BRANCHES = ("compressed", "selected", "window")
 
@@ -96,18 +98,16 @@ class NSA(nn.Module, Attention):
             "local": 1, "hidden": 1})
         for name in ("compress", "block"):
             if getattr(self, name) % self.stride:
-                raise ValueError(
-                    f"NSA: {name}={getattr(self, name)}: expected a multiple of "
-                    f"stride={self.stride}")
+                raise ValueError(f"NSA: {name}={getattr(self, name)}: expected a "
+                                 f"multiple of stride={self.stride}")
         if self.top_k < self.first + self.local:
             raise ValueError(
                 f"NSA: top_k={self.top_k}: expected first + local = "
                 f"{self.first + self.local} or more")
-        names = [n for n in BRANCHES if n in self.branches]
-        if not names or tuple(names) != self.branches:
-            raise ValueError(
-                f"NSA: branches={self.branches!r}: expected some of {BRANCHES}, in "
-                "order")
+        names = tuple(n for n in BRANCHES if n in self.branches)
+        if not names or names != self.branches:
+            raise ValueError(f"NSA: branches={self.branches!r}: expected some of "
+                             f"{BRANCHES}, in order")
         super().__post_init__()
 
     @property
@@ -117,8 +117,8 @@ class NSA(nn.Module, Attention):
                        axis=self.axis, implementation=self.implementation)
 
     def __call__(self, q, k, v, *, x=None, segments=None):
-        """All tokens at once. q [B,T,H,D], k [B,T,K,D], v [B,T,K,V], x [B,T,E] ->
-        [B,T,H,V]."""
+        """All tokens at once, with x [B,T,E]; q [B,T,H,D], k, v [B,T,K,.] -> [B,T,H,V].
+        """
         check(q, k, v, segments=segments, aligned=True)
         gates, phi = self._parameters(q, k, v, x)
         now = locate(segments, *q.shape[:2])
@@ -135,14 +135,13 @@ class NSA(nn.Module, Attention):
 
     @property
     def _far(self) -> bool:
-        return self.branches != ("window",)
+        return self.branches != BRANCHES[2:]
 
     def _sum(self, gates, found: dict[str, jax.Array], v) -> jax.Array:
         """Equation 5: gates [B,T,H,c] times the readings [B,T,H,V]."""
-        parts = [found[name].astype(jnp.float32) for name in self.branches]
-        if gates is not None:
-            parts = [gates[..., c, None] * o for c, o in enumerate(parts)]
-        return sum(parts).astype(v.dtype)
+        o = jnp.stack([found[n].astype(jnp.float32) for n in self.branches], 3)
+        o = o if gates is None else gates[..., None] * o  # [B,T,H,c,V]
+        return o.sum(3).astype(v.dtype)
 
     @nn.compact
     def _parameters(self, q, k, v, x) -> tuple[Any, tuple]:
@@ -150,51 +149,34 @@ class NSA(nn.Module, Attention):
         gates = None
         if self.gated:
             if x is None:
-                raise ValueError(
-                    "x is None: NSA makes its gates from the tokens [B,T,E]")
+                raise ValueError("x is None: NSA makes gates of the tokens [B,T,E]")
             shape = q.shape[2], len(self.branches)
-            gates = jax.nn.sigmoid(
-                nn.DenseGeneral(shape, name="gate")(x.astype(jnp.float32)))
-        phi = tuple(
-            self._compressor(name, *a.shape[2:]) if there else None
-            for name, a, there in (
-                ("key", k, self._far), ("value", v, "compressed" in self.branches)))
-        return gates, phi
-
-    def _compressor(self, name: str, heads: int, width: int) -> Compressor:
-        hidden, length = self.hidden or width, self.compress
-        init = nn.initializers.variance_scaling(
-            1.0, "fan_in", "normal", in_axis=-2, out_axis=-1, batch_axis=(0,))
-        return Compressor(
-            self.param(f"{name}_position", nn.initializers.normal(0.02),
-                       (heads, length, width)),
-            self.param(f"{name}_in", init, (heads, length * width, hidden)),
-            self.param(f"{name}_out", init, (heads, hidden, width)))
+            raw = nn.DenseGeneral(shape, name="gate")(x.astype(jnp.float32))
+            gates = jax.nn.sigmoid(raw)
+        make = functools.partial(
+            compressed_blocks.compressor, self.param, self.compress, self.hidden)
+        of_k = make("key", k) if self._far else None
+        of_v = make("value", v) if "compressed" in self.branches else None
+        return gates, (of_k, of_v)
 
     def _choice(self, d: int) -> Choice:
-        return Choice(
-            self.top_k, self.block // self.stride, self.compress // self.stride,
-            self.first, self.local, d**-0.5 if self.scale is None else self.scale)
+        scale = d**-0.5 if self.scale is None else self.scale
+        return Choice(self.block, self.top_k, self.block // self.stride,
+                      self.compress // self.stride, self.first, self.local, scale)
 
     def _read(self, phi, q, k, v, rows: Grid, columns: Grid, aligned: bool):
-        """The far readings of tokens on the grid `rows` of those on `columns`, by name.
-        """
-        heads = k.shape[2]
-        if self.axis is not None and home("K", heads, self.axis) == ".":
-            raise ValueError(
-                f"K={heads} key heads, whose groups choose together, cannot be split "
-                "over the mesh axis 'model': expected a multiple of its devices")
-        first = jnp.broadcast_to(
-            columns.first_block(rows.owner)[..., None], rows.pos.shape)
-        own = jnp.where(rows.pos < 0, -1, first + rows.pos // self.block)
+        """The far readings, by name, of tokens on `rows` of those on `columns`."""
+        check_groups(k.shape[2], self.axis)
+        first, own = columns.blocks_of(rows)
         keys, vals = columns.put(k), columns.put(v)
         pos, segment = (
             a.reshape(a.shape[0], -1) for a in (columns.pos, columns.segment))
-        found = Compressed(
-            *(None if f is None else compressed_blocks.compress(a, f, self.stride)
-              for a, f in zip((keys, vals), phi)),
-            *compressed_blocks.inside(pos, segment, self.compress, self.stride))
-        local = functools.partial(self._local, aligned=aligned)
+        found = compressed_blocks.compressed(
+            phi, keys, vals, pos, segment, self.compress, self.stride)
+        local = functools.partial(
+            compressed_blocks.readings, choice=self._choice(q.shape[3]),
+            fine="selected" in self.branches, aligned=aligned, scale=self.scale,
+            implementation=self.implementation)
         o = over_rows(
             local, self.axis, rows.put(q), (rows.pos, rows.segment, first, own), None,
             keys, vals, (found, pos, segment))
@@ -202,43 +184,8 @@ class NSA(nn.Module, Attention):
         names = [name for name in self.branches if name != "window"]
         return dict(zip(names, jnp.split(o, len(names), -1)))
 
-    def _local(self, q, rows, _, k, v, columns, head, *, aligned) -> jax.Array:
-        """q [B,N,I,H,D] of query blocks, k and v [B,S,K,.] -> [B,N,I,H,c V], what the
-        far readings found side by side."""
-        b, n, size, h, d = q.shape
-        found, kv_pos, kv_segment = columns
-        group = h // k.shape[2]
-        mine = head[::group] // group  # the key heads of this device
-        found = found._replace(**{
-            name: a[:, :, mine] for name, a in (("k", found.k), ("v", found.v))
-            if a is not None})
-
-        @jax.checkpoint
-        def coarse(args):
-            return compressed_blocks.read(*args, found, self._choice(d))
-
-        o, chosen = jax.lax.map(
-            coarse, jax.tree.map(lambda a: jnp.moveaxis(a, 1, 0), (q, *rows)))
-        results = [] if o is None else [jnp.moveaxis(o, 0, 1)]
-        if "selected" in self.branches:
-            # [N,B,K,I,n] -> [B,K,N I,n]
-            chosen = chosen.transpose(1, 2, 0, 3, 4)
-            chosen = chosen.reshape(b, k.shape[2], n * size, -1)
-            pos, own = (rows[i].reshape(-1, n * size) for i in (0, 3))
-            how = {"block": self.block, "head": head, "scale": self.scale,
-                   "implementation": self.implementation}
-            q = q.reshape(b, n * size, h, d)
-            # the own block, which is among them, is read up to the token itself
-            state = by_block.own_block(
-                q, k, v, pos, own, kv_pos, kv_segment, rows=n, aligned=aligned, **how)
-            chosen = jnp.where(chosen == own[:, None, :, None], -1, chosen)
-            state = join(state, by_block.attend(q, k, v, chosen, kv_pos, **how))
-            results.append(output(state).reshape(b, n, size, h, -1))
-        return jnp.concatenate(results, -1)
-
     def init_state(self, size, q, k, v, *, x=None):
-        """An empty memory for `size` tokens: all keys and values, and compressed ones.
-        """
+        """An empty memory for `size` tokens: keys, values, and compressed ones."""
         caches.check_size(size)
         blocks = -(-size // self.block) * (self.block // self.stride)
         keys, values = (
@@ -246,8 +193,7 @@ class NSA(nn.Module, Attention):
         return NSAState(caches.empty(k, v, size), keys, values)
 
     def step(self, state, q, k, v, *, x=None, segments=None):
-        """The next T tokens -> state, [B,T,H,V]. Past the state's size: ValueError, and
-        NaN inside a trace."""
+        """The next T tokens -> state, [B,T,H,V]. Past the size: ValueError or NaN."""
         check(q, k, v, segments=segments, aligned=True, piece=True)
         gates, phi = self._parameters(q, k, v, x)
         cache = state.cache
@@ -255,58 +201,27 @@ class NSA(nn.Module, Attention):
         (b, t), slots = q.shape[:2], cache.k.shape[1]
         now = locate(segments, b, t, cache.end, cache.segment)
         caches.check_room(now.next_pos, slots)
-        after = self._remembered(state, phi, k, v, now)
+        had = jnp.where((now.segment > 1).any(1), 0, cache.end)
+        held = caches.append(cache, k, v, now, now.pos)
+        after = NSAState(held, *completed(
+            state[1:], phi, held, had, now, self.stride, self.compress))
         if t == 1:
             found = self._decode(after, q, now)
         else:
-            found = self._piece(phi, after.cache, cache, q, k, v, now,
-                                segments is not None)
+            on = piece(
+                cache, held, q, k, v, now, self.block, packed=segments is not None)
+            found = self._piece(phi, on, now)
         o = self._sum(gates, found, v)
         return after, caches.poison(o, now.next_pos, slots)
 
-    def _remembered(self, state: NSAState, phi, k, v, now: TokenPositions):
-        """The memory with new tokens, and the blocks that they complete compressed."""
-        cache = caches.append(state.cache, k, v, now, now.pos)
-        length, stride, t = self.compress, self.stride, k.shape[1]
-        had = jnp.where((now.segment > 1).any(1), 0, state.cache.end)  # [B]
-        done = jnp.maximum((had - length) // stride + 1, 0)
-        number = done[:, None] + jnp.arange(t // stride + 1, dtype=jnp.int32)[None]
-        begin = number * stride
-        whole = begin + length <= now.next_pos[:, None]
-        slot = begin[..., None] + jnp.arange(length, dtype=jnp.int32)[None, None]
-        slot = slot.reshape(slot.shape[0], -1, 1, 1)  # [B,n l,1,1]
-        at = jnp.where(whole, number, state.keys.shape[1])  # outside: dropped
-        row = jnp.arange(k.shape[0])[:, None]
-
-        def add(held, a, phi):
-            if phi is None:
-                return held
-            a = jnp.take_along_axis(a, slot, 1, mode="clip")
-            new = compressed_blocks.compress(a, phi, length)
-            return held.at[row, at].set(new, mode="drop")
-
-        return NSAState(
-            cache, add(state.keys, cache.k, phi[0]), add(state.values, cache.v, phi[1]))
-
-    def _piece(self, phi, after: Cache, before: Cache, q, k, v, now, packed: bool):
-        """Several tokens over the cache `after` them, or one `before` them that holds
-        another sequence than some of them are of."""
-        both, segment = after, (after.pos[..., 0] >= 0).astype(jnp.int32)
-        if packed:
-            both, segment = caches.concat(before, k, v, now)
-            segment = jnp.where(both.pos[..., 0] >= 0, segment, 0)
-        read, wide = caches.of_one_type(both, q)
+    def _piece(self, phi, on: Piece, now: TokenPositions) -> dict:
+        """What several tokens read of a cache."""
         found = {}
         if self._far:
-            # a row of queries may begin inside of a block
-            rows = grid(
-                now.pos, now.segment, min(self.block, q.shape[1]), packed=packed)
-            columns = grid(both.pos[..., 0], segment, self.block, packed=packed,
-                           spare=before.k.shape[1] // self.block)
-            found = self._read(
-                phi, wide, read.k, read.v, rows, columns, aligned=False)
+            found = self._read(phi, on.q, on.held.k, on.held.v, on.rows, on.columns,
+                               aligned=False)
         if "window" in self.branches:
-            found["window"] = self.near.read(read, segment, wide, now)
+            found["window"] = self.near.read(on.held, on.segment, on.q, now)
         return found
 
     def _decode(self, state: NSAState, q, now: TokenPositions) -> dict:
@@ -322,18 +237,12 @@ class NSA(nn.Module, Attention):
                 q, pos, jnp.ones_like(pos), jnp.zeros_like(pos), pos // self.block,
                 Compressed(state.keys, values, last, there), self._choice(d))
             found["compressed"] = o
-            inside = jnp.arange(self.block, dtype=jnp.int32).reshape(1, 1, 1, -1)
-            slot = chosen[:, :, 0, :, None] * self.block + inside  # [B,K,n,block]
-            slots["selected"] = jnp.moveaxis(slot.reshape(len(pos), heads, -1), 1, 2)
+            slots["selected"] = of_blocks(chosen[:, :, 0], self.block, pos[:, 0])
         back = jnp.arange(self.window, dtype=jnp.int32)[None, :, None]
         slots["window"] = jnp.broadcast_to(
-            pos[..., None] - back, (len(pos), self.window, heads))
-        for name in self.branches:
-            if name == "compressed":
-                continue
-            slot = slots[name]
-            slot = jnp.where(slot <= pos[..., None], jnp.maximum(slot, -1), -1)
-            few, wide = caches.of_one_type(at_slots(state.cache, slot), q)
+            jnp.maximum(pos[..., None] - back, -1), (len(pos), self.window, heads))
+        for name in [n for n in self.branches if n != "compressed"]:
+            few, wide = caches.of_one_type(at_slots(state.cache, slots[name]), q)
             segment = jnp.broadcast_to(now.segment, few.k.shape[:2])
             found[name] = caches.read(
                 few, segment, wide, now, LogitSpec(Causal(), self.scale),

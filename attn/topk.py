@@ -31,7 +31,7 @@ from attn.exact.dense import weights
 from attn.exact.logits import LogitSpec
 from attn.masks import Causal
 from attn.parallel.query_blocks import over_rows
-from attn.parallel.sharding import Axis, home
+from attn.parallel.sharding import Axis, check_groups
 from attn.softmax import Softmax
 from attn.sparse.block_grid import grid
 from attn.sparse.block_scores import named
@@ -168,11 +168,7 @@ class TopK(Attention):
 
     def _sparse(self, q, k, v, now, pos, segment, packed: bool, spare: int):
         """The rule for each token of q at `now`, over keys at pos and segment [B,S]."""
-        if self.axis is not None and home("K", k.shape[2], self.axis) == ".":
-            raise ValueError(
-                f"K={k.shape[2]} key heads, whose groups choose together, cannot be "
-                f"split over the mesh axis 'model': expected a multiple of its devices"
-            )
+        check_groups(k.shape[2], self.axis)
         lead = -self.sink % self.block  # so that blocks begin behind the sinks
         columns = grid(pos, segment, self.block, packed=packed, lead=lead,
                        spare=spare // self.block)

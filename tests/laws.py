@@ -76,6 +76,7 @@ from attn.saq import SAQ
 from attn.sinklora import SinkLoRA
 from attn.sea import SEA
 from attn.seer import Seer
+from attn.seerr import SeerR
 from attn.snapkv import SnapKV
 from attn.softmax import Softmax
 from attn.streaming import Streaming
@@ -603,6 +604,12 @@ ENTRIES = {
         Positional(encoding="sinusoid", width=8, length=2**12, causal=True),
         wraps="softmax",
         long=Positional(encoding="sinusoid", width=8, length=2**17, causal=True),
+    ),
+    # a budget of all tokens, for which the gate has no say
+    "seerr": Entry(
+        SeerR(block=4, gate_dim=6, budget=4 * T, rope=None), (
+            SeerR(block=4, gate_dim=6, rope=None), Softmax()), spread=False,
+        wraps="softmax", split=2,
     ),
     # all pairs of blocks are read
     "seer": Entry(

@@ -16,13 +16,13 @@ Source: Lu et al., 2025, arXiv:2502.13189, algorithm 1.
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from attn.exact.logits import LogitSpec, Where
-from attn.exact.online import OnlineSoftmax, merge, state_of
+from attn.exact.online import OnlineSoftmax, join, merge, output, state_of
 from attn.masks import Causal, Full
 from attn.sparse import chosen_blocks
 from pallas_kernels.tile import NEVER
@@ -37,6 +37,21 @@ class Tiles(NamedTuple):
     slot: jax.Array
     pair: jax.Array
     block: jax.Array
+
+
+def read(
+    q: jax.Array, k: jax.Array, v: jax.Array, chosen: jax.Array | None, pos: jax.Array,
+    own: jax.Array, kv_pos: jax.Array, kv_segment: jax.Array, *, rows: int,
+    aligned: bool, **how: Any,
+) -> jax.Array:
+    """What every token gets from its own block, up to itself, and from all of those
+    that it chose before it, None for none: [B,T,H,V] float32. See `own_block` and
+    `attend`."""
+    state = own_block(
+        q, k, v, pos, own, kv_pos, kv_segment, rows=rows, aligned=aligned, **how)
+    if chosen is not None:
+        state = join(state, attend(q, k, v, chosen, kv_pos, **how))
+    return output(state)
 
 
 def attend(

@@ -10,12 +10,14 @@ Source: Yuan et al., 2025, arXiv:2502.11089, equations 7 to 12.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, Callable, NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from attn.exact.dense import weights
+from attn.sparse import by_block
 
 
 class Compressor(NamedTuple):
@@ -38,16 +40,33 @@ class Compressed(NamedTuple):
 
 
 class Choice(NamedTuple):
-    """How blocks are chosen: top_k of `parts` strides each, where compressed ones have
-    `overlap` strides; the `first` blocks and the `local` last ones in any case. scale:
-    of q.k."""
+    """How blocks are chosen: top_k of `block` tokens, `parts` strides, each, where
+    compressed ones have `overlap` strides; the `first` blocks and the `local` last ones
+    in any case. scale: of q.k."""
 
+    block: int
     top_k: int
     parts: int
     overlap: int
     first: int
     local: int
     scale: float
+
+
+def compressor(
+    param: Callable, length: int, hidden: int | None, name: str, like: Any
+) -> Compressor:
+    """phi of blocks of `length` tokens like those in [B,T,K,X], of parameters that
+    `param` of a linen module makes: positions of deviation 0.02, layers that change no
+    variance. hidden: R, None for X."""
+    init = nn.initializers.variance_scaling(
+        1.0, "fan_in", "normal", in_axis=-2, out_axis=-1, batch_axis=(0,))
+    heads, width = like.shape[2:]
+    hidden = hidden or width
+    return Compressor(
+        param(f"{name}_position", nn.initializers.normal(0.02), (heads, length, width)),
+        param(f"{name}_in", init, (heads, length * width, hidden)),
+        param(f"{name}_out", init, (heads, hidden, width)))
 
 
 def compress(a: jax.Array, phi: Compressor, stride: int) -> jax.Array:
@@ -67,6 +86,17 @@ def compress(a: jax.Array, phi: Compressor, stride: int) -> jax.Array:
     return jnp.einsum("bnkr,krx->bnkx", jax.nn.gelu(total + bias[None, None]), phi.out)
 
 
+def compressed(
+    phi: tuple, k: jax.Array, v: jax.Array, pos, segment, length: int, stride: int
+) -> Compressed:
+    """The compressed blocks of tokens on a grid: k, v [B,S,K,.] at pos and segment
+    [B|1,S]. phi: of keys, and of values or None."""
+    of_k, of_v = phi
+    vals = None if of_v is None else compress(v, of_v, stride)
+    return Compressed(
+        compress(k, of_k, stride), vals, *inside(pos, segment, length, stride))
+
+
 def inside(pos, segment, length: int, stride: int) -> tuple[jax.Array, jax.Array]:
     """last and segment [B|1,N] of compressed blocks, of slots at pos and segment
     [B|1,S]: those that lie in one sequence."""
@@ -76,6 +106,46 @@ def inside(pos, segment, length: int, stride: int) -> tuple[jax.Array, jax.Array
     there = (begin > 0) & (begin == ends)
     last = jnp.where(there, pos[:, ::stride] + (length - 1), -1)
     return last, jnp.where(there, begin, 0)
+
+
+def readings(
+    q: jax.Array, rows: tuple, _, k: jax.Array, v: jax.Array, columns: tuple,
+    head: jax.Array, *, choice: Choice, fine: bool, aligned: bool, **how: Any,
+) -> jax.Array:
+    """What query blocks q [B,N,I,H,D] get from compressed blocks, if these have values,
+    and, if `fine`, from the blocks that they choose: [B,N,I,H,c V], side by side.
+
+    rows: pos, segment, first, own [B|1,N,I] as `read` has them; columns: the compressed
+    blocks, of all key heads, and kv_pos, kv_segment [B|1,S] of k, v [B,S,K,.]; head
+    [H]: the global numbers of the heads that are here. aligned, how: of `by_block`.
+    """
+    b, n, size, h, d = q.shape
+    found, kv_pos, kv_segment = columns
+    group = h // k.shape[2]
+    mine = head[::group] // group  # the key heads that are here
+    found = found._replace(
+        k=found.k[:, :, mine], v=None if found.v is None else found.v[:, :, mine])
+
+    @jax.checkpoint
+    def coarse(args):
+        q, pos, segment, first, own = args
+        return read(q, pos, segment, first, own, found, choice)
+
+    o, chosen = jax.lax.map(
+        coarse, jax.tree.map(lambda a: jnp.moveaxis(a, 1, 0), (q, *rows)))
+    results = [] if o is None else [jnp.moveaxis(o, 0, 1)]
+    if fine:
+        # [N,B,K,I,n] -> [B,K,N I,n]
+        chosen = chosen.transpose(1, 2, 0, 3, 4)
+        chosen = chosen.reshape(b, k.shape[2], n * size, -1)
+        pos, own = (rows[i].reshape(-1, n * size) for i in (0, 3))
+        # the own block, which is among them, is read up to the token itself
+        chosen = jnp.where(chosen == own[:, None, :, None], -1, chosen)
+        o = by_block.read(
+            q.reshape(b, n * size, h, d), k, v, chosen, pos, own, kv_pos, kv_segment,
+            rows=n, aligned=aligned, block=choice.block, head=head, **how)
+        results.append(o.reshape(b, n, size, h, -1))
+    return jnp.concatenate(results, -1)
 
 
 def read(
@@ -101,17 +171,18 @@ def read(
         o = jnp.einsum("bkgin,bnkv->bikgv", p, found.v).reshape(b, size, h, -1)
     # equation 10: one choice for all heads that share keys
     shared = jax.lax.stop_gradient(p).sum(2)
-    return o, best(by_block(shared, choice), first, own, choice)
+    return o, best(block_scores(shared, choice), first, own, choice)
 
 
-def by_block(p: jax.Array, choice: Choice) -> jax.Array:
+def block_scores(p: jax.Array, choice: Choice) -> jax.Array:
     """Equation 9: weights of compressed blocks p [...,N] -> of the blocks [...,N/parts]
     of which they hold strides, as often as they do."""
     n = p.shape[-1]
     behind = [(0, 0)] * (p.ndim - 1)
     # stride s is held by the compressed blocks s, s - 1, ..., s - overlap + 1
-    strides = sum(
-        jnp.pad(p, behind + [(back, 0)])[..., :n] for back in range(choice.overlap))
+    strides = p
+    for back in range(1, choice.overlap):
+        strides = strides + jnp.pad(p, behind + [(back, 0)])[..., :n]
     return strides.reshape(*p.shape[:-1], -1, choice.parts).sum(-1)
 
 

@@ -1,5 +1,4 @@
-"""MoBA: the paper's sets by loops, the authors' mask, and what a token of a stream reads.
-"""
+"""MoBA: the paper's sets by loops, the authors' mask, and what a stream reads."""
 
 import functools
 
@@ -61,7 +60,7 @@ def dense(q, k, v, seen, scale=None):
 
 
 @pytest.mark.parametrize("attention, t", [
-    (SMALL, 33), (SMALL, 3), (MoBA(block=5, top_k=1), 33), (MoBA(block=5, top_k=2), 25),
+    (SMALL, 33), (MoBA(block=5, top_k=1), 33),
     (MoBA(block=1, top_k=6, scale=0.5), 17), (MoBA(block=40, top_k=2), 33),
 ])
 def test_it_is_what_the_loops_say_with_all_gradients(attention, t):

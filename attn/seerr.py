@@ -13,9 +13,8 @@ each block; the network around it stays as it is. Prompts are read whole.
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
@@ -33,9 +32,7 @@ from attn.parallel.sharding import Axis
 from attn.positions import RoPE
 from attn.softmax import Softmax
 from attn.sparse import block_gate
-
-GROUPS = ("proj", "avgproj", "avg")
-HIDDEN = -1e20  # the logit of a block that is not the gate's
+from attn.sparse.token_gate import GROUPS, TokenGate
 
 
 @caches.of_cache
@@ -49,7 +46,7 @@ class SeerRState(NamedTuple):
     gates: jax.Array
 
 
-class SeerR(nn.Module, Attention):
+class SeerR(TokenGate, Attention):
     """SeerAttention-R (Gao et al., 2025) arXiv:2506.08889: a learned gate for decoding.
 
     block: tokens of a block; gate_dim Dg; pool_k: what keys are pooled by, some of
@@ -176,86 +173,3 @@ class SeerR(nn.Module, Attention):
             jnp.where(seen, s, -jnp.inf), min(max(room, 0), s.shape[2]))
         best = jnp.where(top > least, best, -1).astype(jnp.int32)
         return jnp.concatenate([jnp.broadcast_to(own, (*s.shape[:2], 1)), best], 2)
-
-    @nn.compact
-    def _weights(self, q, k) -> dict[str, Any]:
-        """The projections of the gate, of each key head, and its norms."""
-        (h, d), heads = q.shape[2:], k.shape[2]
-        widths = {"proj": h // heads * d, "avgproj": d}
-        init = nn.initializers.glorot_uniform(batch_axis=(0,))
-        found = {"k": self.param(
-            "gate_k", init, (heads, len(self.pool_k) * d, self.gate_dim))}
-        if self.group in widths:
-            shape = heads, widths[self.group], self.gate_dim
-            found["q"] = self.param("gate_q", init, shape)
-        elif d != self.gate_dim:
-            raise ValueError(f"SeerR: gate_dim={self.gate_dim}, group='avg': expected "
-                             f"the D={d} of queries")
-        if self.norm:
-            one = nn.initializers.ones
-            found |= {f"norm_{side}": self.param(f"norm_{side}", one, (self.gate_dim,))
-                      for side in "qk"}
-        return found
-
-    def _of_keys(self, weights, pools, pos) -> jax.Array:
-        """Pools [B,N,K,c D] of blocks that begin at pos [B|1,N] -> [B,N,K,Dg]."""
-        gate = jnp.einsum("bnkc,kcd->bnkd", pools, weights["k"])
-        return self._turned(self._normed(gate, weights.get("norm_k")), pos)
-
-    def _of_queries(self, weights, q, pos, heads: int) -> jax.Array:
-        """Unturned q [B,T,H,D] at pos [B|1,T] -> [B,T,K,Dg]."""
-        b, t, h, d = q.shape
-        q = q.astype(jnp.float32).reshape(b, t, heads, h // heads, d)
-        q = q.reshape(b, t, heads, -1) if self.group == "proj" else q.mean(3)
-        gate = q if self.group == "avg" else jnp.einsum(
-            "btkc,kcd->btkd", q, weights["q"])
-        return self._turned(self._normed(gate, weights.get("norm_q")), pos)
-
-    def _normed(self, a, scale):
-        if scale is None:
-            return a
-        return a * jax.lax.rsqrt((a * a).mean(-1, keepdims=True) + 1e-6) * scale[
-            None, None, None]
-
-    def _turned(self, a, pos):
-        return a if self.rope is None else self.rope.rotate(a, pos)
-
-    def logits(self, q, k) -> jax.Array:
-        """The gate's logits [B,K,T,n] of unturned q [B,T,H,D] and k [B,T,K,D]; -1e20
-        for the own block and later ones."""
-        return self._logits(self._weights(q, k), q, k)
-
-    def _logits(self, weights, q, k):
-        t, heads, block = q.shape[1], k.shape[2], self.block
-        n = -(-t // block)
-        pos = jnp.arange(n * block, dtype=jnp.int32)
-        k = jnp.pad(k, ((0, 0), (0, n * block - t), (0, 0), (0, 0)))
-        pools = block_gate.pooled(k, (pos < t).reshape(1, n, block), self.pool_k)
-        of_k = self._of_keys(weights, pools, pos[None, ::block])
-        of_q = self._of_queries(weights, q, pos[None, :t], heads)
-        s = jnp.einsum("btkd,bnkd->bktn", of_q, of_k) * self.gate_dim**-0.5
-        past = jnp.arange(n)[None] < (pos[:t] // block)[:, None]
-        return jnp.where(past[None, None], s, HIDDEN)
-
-    def target(self, q, k) -> jax.Array:
-        """What the gate should say [B,K,T,n]: the largest weight that a token and a
-        group give in each earlier block, as a share of the row's, 0 in the first block;
-        of unturned q and k, without gradient. Time T^2."""
-        pos = jnp.arange(q.shape[1], dtype=jnp.int32)[None]
-        q, k = (jax.lax.stop_gradient(self._turned(a, pos)) for a in (q, k))
-        p = block_gate.token_maxima(q, k, self.block, self.scale)
-        past = jnp.arange(p.shape[3])[None] < (pos[0] // self.block)[:, None]
-        p = jnp.where(past[None, None], p, 0)
-        return p / (p.sum(-1, keepdims=True) + 1e-9)
-
-    def loss(self, q, k) -> jax.Array:
-        """The divergence of the gate from `target`, a number: the mean over all tokens
-        and blocks, the first `skip` of the rows left out."""
-        return self._loss(self._weights(q, k), q, k)
-
-    def _loss(self, weights, q, k):
-        # the network around the gate stays as it is
-        q, k = (jax.lax.stop_gradient(a) for a in (q, k))
-        rows = slice(int(self.skip * q.shape[1]), None)
-        target, s = self.target(q, k), self._logits(weights, q, k)
-        return block_gate.divergence(target[:, :, rows], s[:, :, rows])

@@ -30,8 +30,9 @@ def added(
     def pooled(kind: str, a: jax.Array) -> jax.Array:
         start = {"max": -jnp.inf, "min": jnp.inf, "avg": 0}[kind]
         into = jnp.where(filled, a, start).at[row, at]
-        add = {"max": into.max, "min": into.min, "avg": into.add}[kind]
-        return add(k, mode="drop")
+        if kind == "avg":
+            return into.add(k, mode="drop")
+        return (into.max if kind == "max" else into.min)(k, mode="drop")
 
     found = jnp.stack([pooled(*each) for each in zip(kinds, old)], 3)
     return jnp.where(jnp.isinf(found), 0, found).reshape(b, many, heads, -1)

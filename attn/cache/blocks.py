@@ -14,6 +14,9 @@ import jax.numpy as jnp
 from attn.cache.kv import Cache
 from attn.contract.segments import TokenPositions
 
+# whose blocks are retrieved: each query's and head's own, all heads' or all queries'
+SELECTIONS = ("per_token_and_head", "max_over_heads", "max_over_tokens")
+
 
 class Tail(NamedTuple):
     """The tokens of the block that is not complete: segment [B,size] is 1, 0 where none
@@ -61,6 +64,36 @@ class Blocks:
         slot = self.slot_of(ages) * self.size + self.size - 1  # last of its block
         # [B,many,K,D]
         return jnp.take_along_axis(self.cache.k, slot[..., None, None], 1)
+
+    def best(self, s: jax.Array, asks: jax.Array, selection: str) -> jax.Array:
+        """The ages [B,H,T,n] of the blocks with the best landmarks, in order, -1 for
+        none behind them. s [B,H,T,many]: what queries think of landmarks; asks [B,T]:
+        which queries retrieve; selection: one of SELECTIONS."""
+        there = (jnp.arange(self.many)[None] < self.cached[:, None])[:, None, None]
+        asks = asks[:, None, :, None]
+        # -1e30 and not -inf: a row without any block is no NaN
+        p = jax.nn.softmax(jnp.where(there, s, -1e30))
+        if selection == "max_over_heads":
+            p = jnp.broadcast_to(p.max(1, keepdims=True), p.shape)
+        if selection == "max_over_tokens":
+            best = jnp.where(asks, p, 0).max(2, keepdims=True)
+            p = jnp.broadcast_to(best, p.shape)
+        # -1: of blocks that are not there, below every probability
+        _, chosen = jax.lax.top_k(jnp.where(there, p, -1), min(self.top_k, self.many))
+        chosen = jnp.sort(chosen, -1)
+        known = (chosen < self.cached[:, None, None, None]) & asks
+        return jnp.where(known, chosen, -1)
+
+    def positions(self, chosen: jax.Array) -> jax.Array:
+        """Where the tokens of chosen blocks [B,H,T,n] stand [B,H,T,n,size]: the i-th
+        block at place i, or at i + 1 if it is one of the youngest."""
+        b, n = len(chosen), chosen.shape[3]
+        near = jnp.take_along_axis(self.place(), chosen.reshape(b, -1), 1) > 0
+        near = (near & self.full[:, None]).reshape(chosen.shape)
+        slot = jnp.arange(n, dtype=jnp.int32)[None, None, None]
+        slot = slot + near.astype(jnp.int32)
+        inside = jnp.arange(self.size).reshape(1, 1, 1, 1, -1)
+        return slot[..., None] * self.size + inside
 
     def slot(self, now: TokenPositions) -> jax.Array:
         """Where new tokens go [B,T]; -1 for those that later tokens replace."""

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 
 from attn.contract.segments import locate
-from attn.landmark import Landmark, interleave
+from attn.landmark import Landmark
 from attn.positions import RoPE
 from attn.softmax import Softmax
 from attn.sparse import grouped_softmax as grouped
+from attn.sparse.interleaved import interleave
 from models.lm import LM
 from experiments.measure import cost
 from tests.laws import close, gradients, stream

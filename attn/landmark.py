@@ -29,8 +29,7 @@ from attn.contract.shapes import check
 from attn.exact.logits import Dropout
 from attn.parallel.sharding import Axis, gather, over_mesh, spread_heads
 from attn.positions import RoPE
-from attn.sparse.chosen_blocks import gather as gather_blocks
-from attn.sparse.grouped_softmax import Retrieved, grouped
+from attn.sparse.grouped_softmax import grouped
 from attn.sparse.groups import Row, compact, irregular, regular
 from attn.sparse.interleaved import interleave
 
@@ -145,11 +144,14 @@ class Landmark(Attention):
         check(q, k, v, segments=segments, aligned=True, piece=True)
         caches.check_fits(state, k, v)
         now = locate(segments, q.shape[0], q.shape[1], state.end, state.segment)
-        step = self._exact if self.top_k is None else self._retrieving
         dtype = v.dtype
         # tokens of another type are read as the state holds them
         q, k, v = (a.astype(state.k.dtype) for a in (q, k, v))
-        state, o = pick(self.implementation, xla=lambda: step(state, q, k, v, now))
+        if self.top_k is not None:
+            state, o = self._retrieving(state, q, k, v, now)
+        else:
+            state, o = pick(
+                self.implementation, xla=lambda: self._exact(state, q, k, v, now))
         return state, o.astype(dtype)
 
     def _exact(self, state, q, k, v, now: TokenPositions):
@@ -190,15 +192,18 @@ class Landmark(Attention):
 
         at = join(tail.pos - ring.shift[:, None], now.pos - shift)
         keys = join(tail.k, k)
-        q, keys = self._turned(q, now.pos - shift), self._turned(keys, at)
+        plain, q = q, self._turned(q, now.pos - shift)
+        keys = self._turned(keys, at)
         row = compact(
             join(tail.segment, now.segment), join(tail.pos, now.pos), keys,
             join(tail.v, v),
         )
         retrieve = None
         if self.top_k:
-            chosen = self._chosen(q, ring, now)
-            retrieve = functools.partial(self._retrieved, q, chosen, ring)
+            found = ring.retrieved(
+                plain, now.pos - shift, self._chosen(q, ring, now), self._turned,
+                scale=self._scale(q), implementation=self.implementation)
+            retrieve = lambda index: jax.tree.map(lambda a: a[:, :, :, index], found)
         o = self._read(q, row, now, retrieve)
         forgets = ring.many == self.cache_blocks  # so it is never full
         full = jnp.zeros_like(now.next_pos) if forgets else now.next_pos
@@ -213,24 +218,6 @@ class Landmark(Attention):
         s = jnp.einsum("btkgd,bnkd->bkgtn", q, k, preferred_element_type=jnp.float32)
         s = s.reshape(s.shape[0], -1, *s.shape[3:]) * self._scale(q)
         return ring.best(s, now.segment == 1, self.selection)
-
-    def _retrieved(self, q, chosen, ring: Blocks, index) -> Retrieved:
-        """The blocks that the queries with these indices retrieve."""
-        b, _, h, d = q.shape
-        chosen, q = chosen[:, :, index], q[:, index]  # [B,H,T,n] and [B,T,H,D]
-        where = jnp.where(chosen < 0, -1, ring.slot_of(chosen))
-        held = ring.cache.k, ring.cache.v
-        k, v = (gather_blocks(a, where, self.size) for a in held)  # [B,H,T,n,size,.]
-        pos = ring.positions(chosen)
-        rows = k.reshape(b, -1, 1, d)  # [B,H T n size,1,D]
-        k = self._turned(rows, pos.reshape(b, -1)).reshape(k.shape)
-        # [B,T,H,D] x [B,H,T,n,size,D] -> [B,H,T,n,size]
-        s = jnp.einsum("bthd,bhtnjd->bhtnj", q, k, preferred_element_type=jnp.float32)
-        s = jnp.where((chosen >= 0)[..., None], s * self._scale(q), -jnp.inf)
-        # query heads in their groups: [B,K,G,...]
-        heads = ring.cache.k.shape[2]
-        s, v = (a.reshape(b, heads, -1, *a.shape[2:]) for a in (s, v))
-        return Retrieved(s, v)
 
     def _row(self, now: TokenPositions, packed: bool = True, landmark=None) -> Row:
         if landmark is None:

@@ -66,29 +66,54 @@ def attend(
     """
     b, t, h, _ = q.shape
     c, n = chosen.shape[1], chosen.shape[3]
-    blocks = -(-k.shape[1] // block)
-    size = tile_of(block, n, t)
+    o, lse = _of_pairs(
+        q, k, v, chosen, kv_pos, n, block=block, head=head, scale=scale,
+        implementation=implementation)
+    # [B,C,T n,G,V] -> [n,B,T,H,V], [B,C,T n,G] -> [n,B,H,T]
+    o = o.reshape(b, c, t, n, h // c, -1).transpose(3, 0, 2, 1, 4, 5)
+    lse = lse.reshape(b, c, t, n, h // c).transpose(3, 0, 1, 4, 2)
+    parts = jax.vmap(state_of)(o.reshape(n, b, t, h, -1), lse.reshape(n, b, h, t))
+    return merge(parts)
+
+
+def each(
+    q: jax.Array, k: jax.Array, v: jax.Array, chosen: jax.Array, kv_pos: jax.Array,
+    **how: Any,
+) -> jax.Array:
+    """What every pair gets from its block alone, by a query of its own [B,H,T,n,V], 0
+    for none: q [B,H,T,n,D], chosen [B,H,T,n]; see `attend`."""
+    b, h, t, n, d = q.shape
+    rows = q.reshape(b, h, t * n, d).swapaxes(1, 2)
+    o, _ = _of_pairs(rows, k, v, chosen, kv_pos, 1, **how)
+    return o.reshape(b, h, t, n, -1)
+
+
+def _of_pairs(
+    q, k, v, chosen, kv_pos, same: int, *, block: int, head=None, scale=None,
+    implementation=None,
+) -> tuple[jax.Array, jax.Array]:
+    """o [B,C,P,G,V] and lse [B,C,P,G] of the P = T n pairs of chosen [B,C,T,n], where
+    `same` pairs that follow each other have one query of q [B,P/same,H,D]."""
+    b, _, h, _ = q.shape
+    c, blocks = chosen.shape[1], -(-k.shape[1] // block)
+    flat = chosen.reshape(b, c, -1).astype(jnp.int32)
+    size = tile_of(block, chosen.shape[3], flat.shape[2] // chosen.shape[3])
     cut = functools.partial(tiled, blocks=blocks, size=size)
-    tiles = jax.vmap(jax.vmap(cut))(chosen.reshape(b, c, t * n).astype(jnp.int32))
-    token = tiles.pair // n  # [B,C,I L], T where there is none
-    # [B,T,H,D] -> [B,C,T,G,D] -> [B,C,I L,G,D] -> [B,I L,H,D]
-    rows = jnp.moveaxis(q.reshape(b, t, c, h // c, -1), 2, 1)
-    rows = jnp.moveaxis(_at(rows, token, 0), 1, 2).reshape(b, -1, h, q.shape[3])
+    tiles = jax.vmap(jax.vmap(cut))(flat)
+    # [B,X,H,D] -> [B,C,X,G,D] -> [B,C,I L,G,D] -> [B,I L,H,D]
+    rows = jnp.moveaxis(q.reshape(*q.shape[:2], c, h // c, -1), 2, 1)
+    rows = _at(rows, tiles.pair // same, 0)  # behind the last where there is none
+    rows = jnp.moveaxis(rows, 1, 2).reshape(b, -1, h, q.shape[3])
     # a block holds tokens of one sequence, all of them before the token
     where = Where(
         jnp.zeros((1, rows.shape[1]), jnp.int32), kv_pos.astype(jnp.int32), head=head)
     o, lse = chosen_blocks.attend(
         rows, k, v, tiles.block[..., None], LogitSpec(Full(), scale), where,
         block=block, implementation=implementation)
-    # back to the pairs: [B,I L,H,V] -> [B,C,T n,G,V]
+    # back to the pairs: [B,I L,H,V] -> [B,C,P,G,V]
     o = jnp.moveaxis(o.reshape(b, -1, c, h // c, v.shape[3]), 2, 1)
     lse = jnp.moveaxis(lse.reshape(b, c, h // c, -1), 3, 2)
-    o, lse = _at(o, tiles.slot, 0), _at(lse, tiles.slot, NEVER)
-    # [B,C,T n,G,V] -> [n,B,T,H,V], [B,C,T n,G] -> [n,B,H,T]
-    o = o.reshape(b, c, t, n, h // c, -1).transpose(3, 0, 2, 1, 4, 5)
-    lse = lse.reshape(b, c, t, n, h // c).transpose(3, 0, 1, 4, 2)
-    parts = jax.vmap(state_of)(o.reshape(n, b, t, h, -1), lse.reshape(n, b, h, t))
-    return merge(parts)
+    return _at(o, tiles.slot, 0), _at(lse, tiles.slot, NEVER)
 
 
 def own_block(
@@ -130,9 +155,9 @@ def tile_of(block: int, n: int, t: int) -> int:
 
 def tiled(chosen: jax.Array, *, blocks: int, size: int) -> Tiles:
     """The pairs chosen [P], each of a block or -1, on tiles of `size` pairs that are of
-    one block: P / size of them, and one more for each of `blocks`."""
+    one block: P / size of them and one more for each of `blocks`, at most P."""
     pairs = len(chosen)
-    many = pairs // size + blocks
+    many = min(pairs // size + blocks, pairs)
     key = jnp.where(chosen < 0, blocks, chosen)
     order = jnp.argsort(key, stable=True).astype(jnp.int32)
     ordered = key[order]

@@ -115,7 +115,7 @@ def test_a_sequence_that_begins_in_a_piece():
     close(state.sums[:, 0], k[:, 17:22].sum(1))
 
 
-@pytest.mark.parametrize("blocks, size", [(1, 4), (5, 4), (7, 1)])
+@pytest.mark.parametrize("blocks, size", [(1, 4), (5, 4), (70, 1)])
 def test_pairs_of_a_tile_are_of_its_block(blocks, size):
     chosen = np.random.default_rng(0).integers(-1, blocks, 43).astype(np.int32)
     chosen[chosen == 2] = -1  # a block that nobody chose

@@ -138,10 +138,12 @@ class NSA(nn.Module, Attention):
         return self.branches != BRANCHES[2:]
 
     def _sum(self, gates, found: dict[str, jax.Array], v) -> jax.Array:
-        """Equation 5: gates [B,T,H,c] times the readings [B,T,H,V]."""
-        o = jnp.stack([found[n].astype(jnp.float32) for n in self.branches], 3)
-        o = o if gates is None else gates[..., None] * o  # [B,T,H,c,V]
-        return o.sum(3).astype(v.dtype)
+        """Equation 5: gates [B,T,H,c] times the readings [B,T,H,V], which may lie on a
+        mesh in different ways."""
+        parts = [found[name].astype(jnp.float32) for name in self.branches]
+        if gates is not None:
+            parts = [gates[..., c, None] * o for c, o in enumerate(parts)]
+        return functools.reduce(jnp.add, parts).astype(v.dtype)
 
     @nn.compact
     def _parameters(self, q, k, v, x) -> tuple[Any, tuple]:
@@ -150,9 +152,8 @@ class NSA(nn.Module, Attention):
         if self.gated:
             if x is None:
                 raise ValueError("x is None: NSA makes gates of the tokens [B,T,E]")
-            shape = q.shape[2], len(self.branches)
-            raw = nn.DenseGeneral(shape, name="gate")(x.astype(jnp.float32))
-            gates = jax.nn.sigmoid(raw)
+            dense = nn.DenseGeneral((q.shape[2], len(self.branches)), name="gate")
+            gates = jax.nn.sigmoid(dense(x.astype(jnp.float32)))
         make = functools.partial(
             compressed_blocks.compressor, self.param, self.compress, self.hidden)
         of_k = make("key", k) if self._far else None
@@ -177,9 +178,9 @@ class NSA(nn.Module, Attention):
             compressed_blocks.readings, choice=self._choice(q.shape[3]),
             fine="selected" in self.branches, aligned=aligned, scale=self.scale,
             implementation=self.implementation)
-        o = over_rows(
-            local, self.axis, rows.put(q), (rows.pos, rows.segment, first, own), None,
-            keys, vals, (found, pos, segment))
+        told = rows.pos, rows.segment, first, own
+        o = over_rows(local, self.axis, rows.put(q), told, None, keys, vals,
+                      (found, pos, segment))
         o = columns.poison(rows.poison(rows.take(o, q.shape[1])))
         names = [name for name in self.branches if name != "window"]
         return dict(zip(names, jnp.split(o, len(names), -1)))

@@ -100,10 +100,9 @@ class NSA(nn.Module, Attention):
             if getattr(self, name) % self.stride:
                 raise ValueError(f"NSA: {name}={getattr(self, name)}: expected a "
                                  f"multiple of stride={self.stride}")
-        if self.top_k < self.first + self.local:
+        if self.top_k < (sure := self.first + self.local):
             raise ValueError(
-                f"NSA: top_k={self.top_k}: expected first + local = "
-                f"{self.first + self.local} or more")
+                f"NSA: top_k={self.top_k}: expected first + local = {sure} or more")
         names = tuple(n for n in BRANCHES if n in self.branches)
         if not names or names != self.branches:
             raise ValueError(f"NSA: branches={self.branches!r}: expected some of "

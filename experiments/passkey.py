@@ -88,7 +88,7 @@ class Config:
 
 
 TINY = Config(
-    length=32, times=(1, 2), block=3, piece=16, width=16, heads=1, steps=1, batch=2,
+    length=32, times=(2,), block=3, piece=16, width=16, heads=1, steps=1, batch=2,
     rows=2, seeds=1, quiet=True,
 )
 

@@ -101,7 +101,7 @@ def test_it_is_what_the_loops_say(module):
 def test_every_gradient_is_that_of_differences():
     """Of all inputs and parameters, along a random direction: float64 loops, whose
     choice a small step does not change."""
-    args, x, params = drawn(SMALL)
+    args, x, params = drawn(SMALL, 17)
     w = np.asarray(jax.random.normal(jax.random.key(9), (*args[0].shape[:3], 12)))
 
     def scalar(tree):
@@ -135,7 +135,7 @@ def test_scores_of_blocks_are_those_of_the_public_code():
     close(have, want)
 
 
-@pytest.mark.parametrize("pieces", [(13, 1, 1, 9, 5), (29,)])
+@pytest.mark.parametrize("pieces", [(13, 1, 1, 14), (29,)])
 def test_a_stream_keeps_the_compressed_blocks(pieces):
     (q, k, v), x, params = drawn(SMALL)
     want, found, at = apply(SMALL, params, q, k, v, x=x), [], 0

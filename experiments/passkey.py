@@ -50,6 +50,7 @@ class Config:
     values: int = option(32, "ids of keys")
     width: int = option(64, "model width E")
     heads: int = option(2, "heads H")
+    layers: int = option(2, "layers of attention, behind a short convolution")
     steps: int = option(600, "training steps of each network")
     batch: int = option(16, "rows a step")
     rate: float = option(3e-3, "peak learning rate")
@@ -60,8 +61,9 @@ class Config:
 
     def __post_init__(self):
         seeds.check(self)
-        if not self.times or min(self.times) < 1:
-            raise ValueError(f"times={self.times}: expected 1 or more")
+        if not self.times or min(self.times) < 1 or self.layers < 1:
+            raise ValueError(
+                f"times={self.times}, layers={self.layers}: expected 1 or more")
         if self.length % self.piece or self.piece <= self.answer + 2:
             raise ValueError(
                 f"piece={self.piece}: expected a divisor of length={self.length}, more "
@@ -76,7 +78,7 @@ class Config:
 
     def model(self, attention: Any) -> LM:
         """The network with an attention."""
-        layers = BaseConv(variant="zoology", kernel=2), attention
+        layers = (BaseConv(variant="zoology", kernel=2),) + (attention,) * self.layers
         return LM(vocab=self.data(1).vocab, width=self.width, heads=self.heads,
                   attention=layers, position=RoPE(), hidden=0)
 
@@ -88,8 +90,8 @@ class Config:
 
 
 TINY = Config(
-    length=32, times=(2,), block=3, piece=16, width=16, heads=1, steps=1, batch=2,
-    rows=2, seeds=1, quiet=True,
+    length=32, times=(2,), block=3, piece=16, width=16, heads=1, layers=1, steps=1,
+    batch=2, rows=2, seeds=1, quiet=True,
 )
 
 

@@ -14,8 +14,9 @@ Recurrent             aaren, rat, s4d
 Learned memories      titans, miras
 One form for all      dsf, template
 Fixed patterns        mixers
-Sparse, retrieval     landmark, s2, routing, combiner, sinklora, topk, hip,
-                      flexprefill, seer, sea, prflash, local, probsparse
+Sparse, retrieval     landmark, s2, routing, combiner, sinklora, topk, hip, moba,
+                      nsa, flexprefill, seer, seerr, sea, prflash, local,
+                      probsparse
 Cache policies        streaming, h2o, tova, snapkv, pyramidkv, adakv, razor, duo,
                       quest, recycled, retrieval, actqkv, kivi, saq, cmr
 Around them           layers, masks, positions, grid, baseconv, compose

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from attn.cache import kv as caches
-from attn.cache.blocks import Blocks
+from attn.cache.blocks import SELECTIONS, Blocks
 from attn.contract.attention import MASKED, Attention, TemplateRow
 from attn.contract.dispatch import pick
 from attn.contract.fields import check_fields
@@ -29,11 +29,9 @@ from attn.contract.shapes import check
 from attn.exact.logits import Dropout
 from attn.parallel.sharding import Axis, gather, over_mesh, spread_heads
 from attn.positions import RoPE
-from attn.sparse.chosen_blocks import gather as gather_blocks
-from attn.sparse.grouped_softmax import Retrieved, grouped
+from attn.sparse.grouped_softmax import grouped
 from attn.sparse.groups import Row, compact, irregular, regular
-
-SELECTIONS = ("per_token_and_head", "max_over_heads", "max_over_tokens")
+from attn.sparse.interleaved import interleave
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,11 +144,14 @@ class Landmark(Attention):
         check(q, k, v, segments=segments, aligned=True, piece=True)
         caches.check_fits(state, k, v)
         now = locate(segments, q.shape[0], q.shape[1], state.end, state.segment)
-        step = self._exact if self.top_k is None else self._retrieving
         dtype = v.dtype
         # tokens of another type are read as the state holds them
         q, k, v = (a.astype(state.k.dtype) for a in (q, k, v))
-        state, o = pick(self.implementation, xla=lambda: step(state, q, k, v, now))
+        if self.top_k is not None:
+            state, o = self._retrieving(state, q, k, v, now)
+        else:
+            state, o = pick(
+                self.implementation, xla=lambda: self._exact(state, q, k, v, now))
         return state, o.astype(dtype)
 
     def _exact(self, state, q, k, v, now: TokenPositions):
@@ -191,15 +192,18 @@ class Landmark(Attention):
 
         at = join(tail.pos - ring.shift[:, None], now.pos - shift)
         keys = join(tail.k, k)
-        q, keys = self._turned(q, now.pos - shift), self._turned(keys, at)
+        plain, q = q, self._turned(q, now.pos - shift)
+        keys = self._turned(keys, at)
         row = compact(
             join(tail.segment, now.segment), join(tail.pos, now.pos), keys,
             join(tail.v, v),
         )
         retrieve = None
         if self.top_k:
-            chosen = self._chosen(q, ring, now)
-            retrieve = functools.partial(self._retrieved, q, chosen, ring)
+            found = ring.retrieved(
+                plain, now.pos - shift, self._chosen(q, ring, now), self._turned,
+                scale=self._scale(q), implementation=self.implementation)
+            retrieve = lambda index: jax.tree.map(lambda a: a[:, :, :, index], found)
         o = self._read(q, row, now, retrieve)
         forgets = ring.many == self.cache_blocks  # so it is never full
         full = jnp.zeros_like(now.next_pos) if forgets else now.next_pos
@@ -213,45 +217,7 @@ class Landmark(Attention):
         # [B,T,K,G,D] x [B,N,K,D] -> [B,K,G,T,N]: what queries think of landmarks
         s = jnp.einsum("btkgd,bnkd->bkgtn", q, k, preferred_element_type=jnp.float32)
         s = s.reshape(s.shape[0], -1, *s.shape[3:]) * self._scale(q)
-        # [B,1,1,N]
-        there = (jnp.arange(ring.many)[None] < ring.cached[:, None])[:, None, None]
-        asks = (now.segment == 1)[:, None, :, None]  # [B,1,T,1]
-        # p [B,H,T,N]; -1e30 and not -inf: a row without any block is no NaN
-        p = jax.nn.softmax(jnp.where(there, s, -1e30))
-        if self.selection == "max_over_heads":
-            p = jnp.broadcast_to(p.max(1, keepdims=True), p.shape)
-        if self.selection == "max_over_tokens":
-            best = jnp.where(asks, p, 0).max(2, keepdims=True)
-            p = jnp.broadcast_to(best, p.shape)
-        # -1: of blocks that are not there, below every probability
-        _, chosen = jax.lax.top_k(jnp.where(there, p, -1), min(ring.top_k, ring.many))
-        chosen = jnp.sort(chosen, -1)
-        known = (chosen < ring.cached[:, None, None, None]) & asks
-        return jnp.where(known, chosen, -1)
-
-    def _retrieved(self, q, chosen, ring: Blocks, index) -> Retrieved:
-        """The blocks that the queries with these indices retrieve."""
-        b, _, h, d = q.shape
-        chosen, q = chosen[:, :, index], q[:, index]  # [B,H,T,n] and [B,T,H,D]
-        where = jnp.where(chosen < 0, -1, ring.slot_of(chosen))
-        held = ring.cache.k, ring.cache.v
-        k, v = (gather_blocks(a, where, self.size) for a in held)  # [B,H,T,n,size,.]
-        near = jnp.take_along_axis(ring.place(), chosen.reshape(b, -1), 1) > 0
-        near = (near & ring.full[:, None]).reshape(chosen.shape)
-        # the i-th one stands at place i, or at i + 1 if it is one of the youngest
-        slot = jnp.arange(chosen.shape[3], dtype=jnp.int32)[None, None, None]
-        slot = slot + near.astype(jnp.int32)
-        inside = jnp.arange(self.size).reshape(1, 1, 1, 1, -1)
-        pos = slot[..., None] * self.size + inside
-        rows = k.reshape(b, -1, 1, d)  # [B,H T n size,1,D]
-        k = self._turned(rows, pos.reshape(b, -1)).reshape(k.shape)
-        # [B,T,H,D] x [B,H,T,n,size,D] -> [B,H,T,n,size]
-        s = jnp.einsum("bthd,bhtnjd->bhtnj", q, k, preferred_element_type=jnp.float32)
-        s = jnp.where((chosen >= 0)[..., None], s * self._scale(q), -jnp.inf)
-        # query heads in their groups: [B,K,G,...]
-        heads = ring.cache.k.shape[2]
-        s, v = (a.reshape(b, heads, -1, *a.shape[2:]) for a in (s, v))
-        return Retrieved(s, v)
+        return ring.best(s, now.segment == 1, self.selection)
 
     def _row(self, now: TokenPositions, packed: bool = True, landmark=None) -> Row:
         if landmark is None:
@@ -279,42 +245,3 @@ class Landmark(Attention):
 
     def _rotated(self, q, k, pos):
         return self._turned(q, pos), self._turned(k, pos)
-
-
-def interleave(
-    tokens: jax.Array,
-    segments: jax.Array | None = None,
-    next_pos: jax.Array | None = None,
-    last_segment: jax.Array | None = None,
-    *,
-    block: int,
-    landmark: int,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """A text with its landmarks -> tokens, segments [B,T+T//block+1], index [B,T].
-
-    tokens [B,T] and segments as in `attn.contract.segments`; next_pos, last_segment
-    [B]: the clock of the state that they follow, landmarks counted. A token with id
-    `landmark` stands behind every `block` tokens of a sequence, what is left of the row
-    is padding, and index says where each token of the text went.
-    """
-    b, t = tokens.shape
-    length = t + t // block + 1
-    # the clock counts landmarks, one in block + 1; a text does not
-    text = None if next_pos is None else next_pos - next_pos // (block + 1)
-    now = locate(segments, b, t, text, last_segment)
-    if segments is None:
-        before = jnp.ones((b,), jnp.int32)
-        if last_segment is not None:
-            before = jnp.maximum(last_segment, 1)
-        segments = jnp.broadcast_to(before[:, None], (b, t))
-    closes = (now.segment > 0) & (now.pos % block == block - 1)
-    index = jnp.arange(t)[None] + jnp.cumsum(closes, 1) - closes
-    row = jnp.arange(b)[:, None]
-    marks = jnp.where(closes, index + 1, length)  # length: no landmark, dropped
-    empty = jnp.zeros((b, length), jnp.int32)
-
-    def laid(text, of_mark):
-        row_of = empty.at[row, index].set(text.astype(jnp.int32), mode="drop")
-        return row_of.at[row, marks].set(of_mark, mode="drop")
-
-    return laid(tokens, landmark), laid(segments, segments), index

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from attn.cache import block_sums
 from attn.cache import kv as caches
 from attn.cache.few import at_slots
 from attn.cache.kv import Cache
@@ -30,7 +31,7 @@ from attn.exact.dense import weights
 from attn.exact.logits import LogitSpec
 from attn.masks import Causal
 from attn.parallel.query_blocks import over_rows
-from attn.parallel.sharding import Axis, home
+from attn.parallel.sharding import Axis, check_groups
 from attn.softmax import Softmax
 from attn.sparse.block_grid import grid
 from attn.sparse.block_scores import named
@@ -122,24 +123,15 @@ class TopK(Attention):
 
     def marks(self, slots: int, k) -> Any:
         """Sums of the empty blocks of `slots` slots, for keys like k [B,.,K,D]."""
-        b, _, heads, d = k.shape
-        blocks = max(-(-(slots - self.sink) // self.block), 1)
-        sums = jnp.zeros((b, blocks, heads, d), jnp.float32)
-        return sums if self.block > 1 else None
+        if self.block == 1:
+            return None
+        return block_sums.empty(k, slots, self.block, self.sink)
 
     def marked(self, sums: Any, k, now: TokenPositions, end=None) -> Any:
         """The sums of blocks with new keys k [B,T,K,D] at slots `now`."""
         if sums is None:
             return None
-        began = (now.segment > 1).any(1)[:, None, None, None]
-        at = (now.pos - self.sink) // self.block
-        there = caches.current(now) & (now.pos >= self.sink)
-        at = jnp.where(there, at, sums.shape[1])  # outside: dropped
-
-        def add(sums, at, k):
-            return sums.at[at].add(k.astype(jnp.float32), mode="drop")
-
-        return jax.vmap(add)(jnp.where(began, 0, sums), at, k)
+        return block_sums.added(sums, k, now, self.block, self.sink)
 
     def picked(self, sums: Any, cache: Cache, q, now: TokenPositions) -> jax.Array:
         """The slots [B,N,K] that one token q [B,1,H,D] at slot `now` reads."""
@@ -189,11 +181,7 @@ class TopK(Attention):
 
     def _sparse(self, q, k, v, now, pos, segment, packed: bool, spare: int):
         """The rule for each token of q at `now`, over keys at pos and segment [B,S]."""
-        if self.axis is not None and home("K", k.shape[2], self.axis) == ".":
-            raise ValueError(
-                f"K={k.shape[2]} key heads, whose groups choose together, cannot be "
-                f"split over the mesh axis 'model': expected a multiple of its devices"
-            )
+        check_groups(k.shape[2], self.axis)
         lead = -self.sink % self.block  # so that blocks begin behind the sinks
         columns = grid(pos, segment, self.block, packed=packed, lead=lead,
                        spare=spare // self.block)

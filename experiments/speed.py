@@ -65,7 +65,14 @@ Softmax(); and one token against 32,768 keys,
         --rounds=5 --attentions='(Softmax(), TopK(), HiP())'
 
 18.5 (TopK) and 7.5 times (HiP) as fast as jax.nn, the faster exact one of the two. Both
-ran on 2 cores beside four other jobs: HiP's 4.3 was 3.2 in another run.
+ran on 2 cores beside four other jobs: HiP's 4.3 was 3.2 in another run. Shards of the
+past (S2, 11.4% of the pairs) and blocks that each token chooses (MoBA, 10.7%),
+
+    python -m experiments.speed --lengths='(8192,)' --passes='("forward",)' \\
+        --rounds=3 --attentions='(Softmax(), S2(64, 1, 10), MoBA(128, 4))'
+
+were 1.6 (S2) and 0.76 times (MoBA) as fast as Softmax() beside a dozen other jobs,
+which small operations suffer from: MoBA was slower than exact attention there.
 
 Cache policies at a quarter of 8,192 tokens, one token more and a whole prompt:
 

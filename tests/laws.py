@@ -52,6 +52,8 @@ from attn.local import Local
 from attn.longshort import LongShort
 from attn.masks import Causal, Full, Sink, Window
 from attn.miras import Memora, Miras, Moneta, Yaad
+from attn.moba import MoBA
+from attn.nsa import NSA
 from attn.nystrom import Nystrom
 from attn.pasta import Pasta
 from attn.performer import Performer
@@ -74,6 +76,7 @@ from attn.saq import SAQ
 from attn.sinklora import SinkLoRA
 from attn.sea import SEA
 from attn.seer import Seer
+from attn.seerr import SeerR
 from attn.snapkv import SnapKV
 from attn.softmax import Softmax
 from attn.streaming import Streaming
@@ -537,6 +540,19 @@ ENTRIES = {
         TopK(top_k=2, block=2, sink=1, local=3, prefill="sparse"),
         (TopK(prefill="sparse"), Softmax()), kernel=False,
     ),
+    # as many blocks as there are
+    "moba": Entry(
+        MoBA(block=4, top_k=2), (MoBA(block=4, top_k=4), Softmax()), flops=1,
+        decode=1, long=MoBA(),
+    ),
+    # all blocks are read, and nothing else
+    "nsa": Entry(
+        NSA(compress=4, stride=2, block=4, top_k=2, local=1, window=3), (
+            NSA(compress=4, stride=2, block=4, top_k=4, gated=False,
+                branches=("selected",)), Softmax()),
+        spread=False, in_v=False, wraps="moba", split=2,
+        long=NSA(compress=4, stride=2, block=32, top_k=3, window=32),
+    ),
     # a search that finds all: its stream has other blocks of queries than its call
     "hip": Entry(
         HiP(keys=64, block_q=4, window=3, sink=1, refresh=3),
@@ -588,6 +604,12 @@ ENTRIES = {
         Positional(encoding="sinusoid", width=8, length=2**12, causal=True),
         wraps="softmax",
         long=Positional(encoding="sinusoid", width=8, length=2**17, causal=True),
+    ),
+    # a budget of all tokens, for which the gate has no say
+    "seerr": Entry(
+        SeerR(block=4, gate_dim=6, budget=4 * T, rope=None), (
+            SeerR(block=4, gate_dim=6, rope=None), Softmax()), spread=False,
+        wraps="softmax", split=2,
     ),
     # all pairs of blocks are read
     "seer": Entry(

@@ -23,3 +23,13 @@ def at_slots(cache: Cache, at: jax.Array) -> Cache:
         k=jax.vmap(row)(cache.k, at), v=jax.vmap(row)(cache.v, at),
         pos=jnp.where(at < 0, -1, pos),
     )
+
+
+def of_blocks(chosen: jax.Array, block: int, pos: jax.Array) -> jax.Array:
+    """The slots [B,n block,H] of chosen blocks [B,H,n], -1 for none, of a cache whose
+    slots are positions; of the tokens up to pos [B]."""
+    b, h = chosen.shape[:2]
+    inside = jnp.arange(block, dtype=jnp.int32).reshape(1, 1, 1, -1)
+    slot = chosen[..., None] * block + inside
+    there = (chosen >= 0)[..., None] & (slot <= pos[:, None, None, None])
+    return jnp.moveaxis(jnp.where(there, slot, -1).reshape(b, h, -1), 1, 2)

@@ -64,6 +64,16 @@ def home(letter: str, length: int, axis: Axis | None) -> str:
     return "." if length % devices else letter
 
 
+def check_groups(heads: int, axis: Axis | None) -> None:
+    """Raises ValueError if the mesh cannot split so many key heads, where each has a
+    group of query heads that belong together."""
+    if home("K", heads, axis) == ".":
+        raise ValueError(
+            f"K={heads} key heads, whose groups choose together, cannot be split over "
+            "the mesh axis 'model': expected a multiple of its devices"
+        )
+
+
 def over_mesh(f: Callable, letters: str, axis: Axis | None) -> Callable:
     """`f` on the shards of its arguments; `f` itself when `axis` is None.
 

@@ -5,7 +5,7 @@ Source: Gao et al., 2024, arXiv:2410.13276, and the code that its authors publis
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Callable
 
 import jax
 import jax.numpy as jnp
@@ -49,6 +49,24 @@ def shares(s: jax.Array, seen: jax.Array) -> jax.Array:
 def block_maxima(q, k, block: int, scale: float | None) -> jax.Array:
     """The largest weight of causal attention in each pair of blocks: q [B,T,H,D], k
     [B,T,K,D] -> [B,H,n,n] float32, a block of queries at a time."""
+    return _maxima(q, k, block, scale, lambda p: p.max(2))
+
+
+def token_maxima(q, k, block: int, scale: float | None) -> jax.Array:
+    """The largest weight that each token gives in each block of keys, and the largest
+    of a group: q [B,T,H,D], k [B,T,K,D] -> [B,K,T,n] float32."""
+    (b, t, h, _), heads = q.shape, k.shape[2]
+
+    def of_group(p):  # [B,H,I,n] -> [B,K,I,n]
+        return p.reshape(b, heads, h // heads, *p.shape[2:]).max(2)
+
+    found = _maxima(q, k, block, scale, of_group)  # [B,K,n,I,n]
+    return found.reshape(b, heads, -1, found.shape[-1])[:, :, :t]
+
+
+def _maxima(q, k, block: int, scale: float | None, pool: Callable) -> jax.Array:
+    """`pool` of the largest weights [B,H,I,n] of each block of I queries, a block at a
+    time: [B,.,n,...]."""
     b, t, h, d = q.shape
     n = -(-t // block)
     rows = jnp.pad(q, ((0, 0), (0, n * block - t), (0, 0), (0, 0)))
@@ -61,9 +79,9 @@ def block_maxima(q, k, block: int, scale: float | None) -> jax.Array:
         i = number * block + jnp.arange(block, dtype=jnp.int32)
         seen = (j[None] <= i[:, None]) & (i < t)[:, None]  # [I,S]
         p = weights(logits(q, k, scale), seen[None, None])  # [B,H,I,S]
-        return p.reshape(b, h, block, n, block).max((2, 4))
+        return pool(p.reshape(b, h, block, n, block).max(4))
 
-    found = jax.lax.map(one, (rows, jnp.arange(n, dtype=jnp.int32)))  # [n,B,H,n]
+    found = jax.lax.map(one, (rows, jnp.arange(n, dtype=jnp.int32)))
     return jnp.moveaxis(found, 0, 2)
 
 

@@ -65,6 +65,14 @@ class Grid(NamedTuple):
         owner, segment = _rows_alike(owner, segment)
         return jax.vmap(find)(owner, segment).astype(jnp.int32)
 
+    def blocks_of(self, rows: Grid) -> tuple[jax.Array, jax.Array]:
+        """Of the tokens on another grid, of the same sequences: the first block of each
+        one's sequence, and the block that holds its position, -1 for what is no token;
+        [B|1,N,I] as they lie there."""
+        first = self.first_block(rows.owner)[..., None]
+        own = jnp.where(rows.pos < 0, -1, first + rows.pos // self.pos.shape[2])
+        return jnp.broadcast_to(first, own.shape), own
+
     def poison(self, o: jax.Array) -> jax.Array:
         """o [B,...] with NaN in rows whose tokens do not all have a slot; ValueError
         where that can be read."""

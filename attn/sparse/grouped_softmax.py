@@ -29,8 +29,9 @@ STEPS = 4  # of the staircase that leaves out keys behind all queries of a tile
 
 
 class Retrieved(NamedTuple):
-    """Groups retrieved for each query: logits [B,K,G,q,n,size], the landmark's last,
-    -inf where there is none, and values [B,K,G,q,n,size,V]."""
+    """Groups retrieved for each query: the logits [B,K,G,q,n] of their landmarks, -inf
+    where there is none, and values [B,K,G,q,n,V], what the softmax inside of each one
+    gives."""
 
     logits: jax.Array
     values: jax.Array
@@ -252,23 +253,12 @@ _text_by_hand.defvjp(_text_forward, _text_backward)
 
 def _with_retrieved(how: How, q, k, v, keys: Row, at: Row, retrieved: Retrieved):
     """The same with groups that each query has retrieved."""
-    text, landmarks = retrieved.logits[..., :-1], retrieved.logits[..., -1]
     found, distant = _weights(
-        how, _logits(q, k, how.scale), _kinds(keys, at), keys, beside=landmarks
+        how, _logits(q, k, how.scale), _kinds(keys, at), keys, beside=retrieved.logits
     )
-    o = _values(found.w, v)
-    inner = _softmax(text, text.max(-1, keepdims=True, initial=NEVER))
-    w = (inner * distant[..., None]).astype(v.dtype)
-    # [B,K,G,q,n,size-1] x [B,K,G,q,n,size-1,V] -> [B,q,K,G,V]
-    return o + jnp.einsum("bkginj,bkginjv->bikgv", w, retrieved.values[..., :-1, :],
-                          preferred_element_type=jnp.float32)
-
-
-def _softmax(s, peak) -> jax.Array:
-    """exp(s) over its sum, 0 where there is nothing; `peak`: the largest."""
-    e = jnp.exp(s - _finite(peak))
-    z = _row_sum(e)
-    return e / jnp.where(z > 0, z, 1)
+    # [B,K,G,q,n] x [B,K,G,q,n,V] -> [B,q,K,G,V]
+    return _values(found.w, v) + jnp.einsum(
+        "bkgin,bkginv->bikgv", distant, retrieved.values.astype(jnp.float32))
 
 
 def _row_sum(e: jax.Array) -> jax.Array:

@@ -8,13 +8,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from attn.contract import dispatch
 from attn.contract.segments import locate
-from attn.landmark import Landmark, interleave
+from attn.landmark import Landmark
 from attn.positions import RoPE
 from attn.softmax import Softmax
 from attn.sparse import grouped_softmax as grouped
+from attn.sparse.interleaved import interleave
 from models.lm import LM
 from experiments.measure import cost
+from tests.compiled import step
 from tests.laws import close, gradients, stream
 
 B, T, H, K, D, V = 2, 23, 4, 2, 8, 12
@@ -167,6 +170,26 @@ def test_interleaving_a_text_in_pieces(sizes):
         end, last, at = now.next_pos, now.last_segment, at + size
         found += np.asarray(tokens)[np.asarray(ids) > 0].tolist()
     assert found == want.tolist()
+
+
+@pytest.mark.parametrize("platform", ("tpu", "gpu"))
+def test_blocks_are_retrieved_by_the_kernel(platform, monkeypatch):
+    """A piece and a token behind a prompt, with gradients of what is asked."""
+    monkeypatch.setattr(dispatch, "INTERPRETED", platform)
+    q, k, v = inputs()
+    found = []
+    for implementation in ("xla", "pallas"):
+        top = Landmark(block=4, top_k=2, rope=RoPE(), implementation=implementation)
+        state = top.init_state(T, q, k, v)
+        state, _ = step(top, state, *(a[:, :13] for a in (q, k, v)))
+        rest = [a[:, 13:22] for a in (q, k, v)]
+        f = lambda q, state=state, top=top, rest=rest: step(
+            top, state, q, *rest[1:])[1]
+        state, o = step(top, state, *rest)
+        _, last = step(top, state, *(a[:, 22:] for a in (q, k, v)))
+        found.append((o, last, jax.grad(lambda q, f=f: (f(q) ** 2).sum())(rest[0])))
+    for n, (a, b) in enumerate(zip(*found[::-1], strict=True)):
+        close(a, b, "gradient" if n == 2 else "float32")
 
 
 def test_interleaving_packed_sequences():

@@ -14,7 +14,8 @@ from attn.gla import GLA
 from attn.sinklora import SinkLoRA
 from attn.softmax import Softmax
 from models.lm import LM
-from models.lora import CONFIG, WEIGHTS, Adapted, LoRA
+from models.lora import Adapted, LoRA
+from models.peft_files import CONFIG, WEIGHTS
 from tests.compiled import apply
 from tests.laws import close
 

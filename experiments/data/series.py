@@ -1,7 +1,7 @@
 """Series, synthetic: hourly numbers with a day, a week, a trend and noise.
 
-They stand for the three sets of the benchmark CAB (temperature of transformers, weather,
-electricity), as three kinds which differ in what is regular and how much is not.
+They stand for the three sets of the benchmark CAB (temperature of transformers,
+weather, electricity), as three kinds which differ in what is regular and how much not.
 """
 
 from __future__ import annotations

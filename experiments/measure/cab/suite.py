@@ -8,22 +8,22 @@ from experiments.data.shapes import Shapes
 from experiments.data.speech import Speech
 from experiments.data.summaries import Summaries
 from experiments.data.text import Text
-from experiments.measure.cab.tasks import (
-    FastSpeechTask, LMTask, MaskedLMTask, SummaryTask, Task, TransformerTTSTask,
-)
-from experiments.measure.cab.tasks_other import (
+from experiments.measure.cab.space import (
     CompletionTask, ForecastTask, SuperResolutionTask,
 )
+from experiments.measure.cab.speech import FastSpeechTask, TransformerTTSTask
+from experiments.measure.cab.task import Task
+from experiments.measure.cab.text import LMTask, MaskedLMTask, SummaryTask
 
 FULL: tuple[Task, ...] = (
-    FastSpeechTask(Speech(), steps=300),
-    TransformerTTSTask(Speech(), steps=300),
-    SummaryTask(Summaries(), steps=600, batch=16, rows=2048),
+    FastSpeechTask(Speech(length=96, count=16), steps=150),
+    TransformerTTSTask(Speech(length=96, count=16), steps=600, batch=16),
+    SummaryTask(Summaries(), steps=400, batch=16, rows=4096),
     SuperResolutionTask(Shapes(), steps=300),
-    MaskedLMTask(Text(length=256), steps=300),
-    LMTask(Text(length=256), steps=300),
-    CompletionTask(Clouds(), steps=300, tests=64),
-    ForecastTask(Series(), steps=300, batch=16, rows=2048, tests=192),
+    MaskedLMTask(Text(length=128), steps=200, rows=2048),
+    LMTask(Text(length=128), steps=200, rows=2048),
+    CompletionTask(Clouds(), steps=200, tests=64),
+    ForecastTask(Series(), steps=200, batch=16, rows=2048, tests=192),
 )
 _TINY = {"steps": 2, "batch": 2, "rows": 4, "tests": 3}
 SMALL: tuple[Task, ...] = (

@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.measure.cab import scores
-from experiments.measure.cab.tasks import HEADS, LAYERS, WIDTH, Task, _call
 from experiments.data.series import CHANNELS, KINDS
+from experiments.measure.cab import scores
+from experiments.measure.cab.task import HEADS, LAYERS, WIDTH, Task, called
 from models.informer import Informer
 from models.pointr import PoinTr, distances
 from models.sr3 import SR3, levels, sample
@@ -70,7 +70,7 @@ class ForecastTask(Task):
         return jnp.square(model.apply(params, batch["past"]) - batch["future"]).mean()
 
     def judged(self, model, params, rows, key):
-        found = np.asarray(_call(model)(params, rows["past"]))
+        found = np.asarray(called(model)(params, rows["past"]))
         return {f"{kind}_{name}": value for n, kind in enumerate(KINDS)
                 for name, value in scores.forecast(
                     found[rows["kind"] == n],
@@ -96,7 +96,7 @@ class CompletionTask(Task):
         return chamfer(coarse, batch["missing"]) + chamfer(fine, batch["missing"])
 
     def judged(self, model, params, rows, key):
-        _, fine = _call(model)(params, rows["points"])
+        _, fine = called(model)(params, rows["points"])
         return scores.clouds(np.asarray(fine), rows["missing"])
 
 

@@ -1,0 +1,42 @@
+"""Cells: a sweep as many small results, each in a file of its own.
+
+What a run has finished stays in its folder, so that the same command goes on where it
+was killed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import pathlib
+import re
+from collections.abc import Callable
+from typing import Any
+
+from experiments.training.record import write_whole
+
+
+def slug(text: str) -> str:
+    """A text as the name of a file: its letters and digits, and of what is long or has
+    others a digest."""
+    plain = re.sub(r"[^A-Za-z0-9.]+", "_", text).strip("_")[:60]
+    if plain == text:
+        return text
+    return f"{plain}-{hashlib.sha256(text.encode()).hexdigest()[:6]}"
+
+
+def cell(folder: pathlib.Path, name: str, make: Callable[[], dict[str, Any]]
+         ) -> tuple[dict[str, Any], bool]:
+    """(what `make` gives, whether it was there already): plain numbers and texts, kept
+    as folder/cells/NAME.json. What is damaged is made again."""
+    path = folder / "cells" / f"{slug(name)}.json"
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(found, dict):
+            return found, True
+    except (OSError, ValueError):
+        pass
+    path.parent.mkdir(parents=True, exist_ok=True)
+    made = make()
+    write_whole(path, json.dumps(made, indent=1) + "\n")
+    return made, False

@@ -3,9 +3,10 @@
 Each attention learns the same associative recall (`experiments.recall`: keys with
 values go by, then the keys are asked for) in the same small network and is then read as
 a stream, with the memory that it keeps. A policy for the cache of exact attention is
-not trained: it takes over the network of exact attention. Memory is the size of the
-compiled program's output that makes the empty state of one sequence, of all layers:
-as long as the task, and of 4,096 tokens, where one that grows has grown.
+not trained: it takes over the network of exact attention. Memory is what the arrays of
+one sequence's state hold, of all layers, float32 (what a compiled program says of them
+is 8 bytes an array more): as long as the task, and of 4,096 tokens, where one that
+grows has grown.
 
     python -m experiments.leaderboard
 
@@ -27,8 +28,6 @@ import sys
 import time
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from rich import box
 from rich.console import Console
@@ -80,6 +79,7 @@ from experiments.measure.provenance import provenance
 from experiments.training.cells import cell
 from experiments.training.loop import NotFinite
 from experiments.training.runs import locked, open_folder, write_whole
+from models.lm import state_bytes
 
 # each learns its own network
 TRAINED: tuple[Any, ...] = (
@@ -189,7 +189,7 @@ def row(config_: Config, attention: Any, fits: dict) -> dict[str, Any]:
         for one in seeds.each(config_):
             task = config_.recall(attention, one.seed)
             model = task.model()
-            bytes_ = [state_size(model, n) for n in (task.length, config_.long)]
+            bytes_ = [state_bytes(model, n) for n in (task.length, config_.long)]
             key = config.format_value(source), one.seed
             if key not in fits:
                 fits[key] = recall.trained(config_.recall(source, one.seed))
@@ -199,15 +199,6 @@ def row(config_: Config, attention: Any, fits: dict) -> dict[str, Any]:
     return {"recall": float(np.median(recalls)), "recall_seeds": recalls,
             "bytes": bytes_[0], "bytes_long": bytes_[1], "trained": not free,
             "seconds": time.perf_counter() - clock}
-
-
-def state_size(model: Any, size: int) -> int:
-    """Bytes of the state of one sequence of `size` tokens, as the compiled program that
-    makes it gives it out."""
-    tokens = jax.ShapeDtypeStruct((1, size), jnp.int32)
-    made = jax.jit(lambda: model.init_state(size, tokens)).lower().compile()
-    found: Any = made.memory_analysis()
-    return int(found.output_size_in_bytes)
 
 
 def table(result: dict[str, Any]) -> Table:

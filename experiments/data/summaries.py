@@ -27,8 +27,8 @@ class Summaries(Dataset):
     upper half are names.
     """
 
-    length: int = 96
-    sections: int = 8
+    length: int = 48
+    sections: int = 6
     vocab: int = 64
 
     def __post_init__(self):

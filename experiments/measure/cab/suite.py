@@ -18,9 +18,9 @@ from experiments.measure.cab.text import LMTask, MaskedLMTask, SummaryTask
 FULL: tuple[Task, ...] = (
     FastSpeechTask(Speech(length=96, count=16), steps=150),
     TransformerTTSTask(Speech(length=96, count=16), steps=600, batch=16),
-    SummaryTask(Summaries(), steps=400, batch=16, rows=4096),
+    SummaryTask(Summaries(), steps=700, batch=32, rate=3e-3, rows=8192),
     SuperResolutionTask(Shapes(), steps=300),
-    MaskedLMTask(Text(length=128), steps=200, rows=2048),
+    MaskedLMTask(Text(length=128), steps=400, rate=3e-3, rows=4096),
     LMTask(Text(length=128), steps=200, rows=2048),
     CompletionTask(Clouds(), steps=200, tests=64),
     ForecastTask(Series(), steps=200, batch=16, rows=2048, tests=192),

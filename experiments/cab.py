@@ -16,9 +16,10 @@ on either side, and a training takes seconds to a minute.
 
     python -m experiments.cab
 
-runs one seed and leaves out what it says. `--all` runs the nine attentions of the
-benchmark, exact attention and three others on every task and pattern that they allow,
-with three seeds, which takes long; both go on where they were with `--folder=`.
+runs one seed for up to two hours on 2 cores, and says what it leaves out (three of the
+networks, two of three seeds). `--all` runs the nine attentions of the benchmark, exact
+attention and three others on every task and pattern that they allow, with three seeds,
+for as long as it takes. Both go on where they were with `--folder=`.
 """
 
 from __future__ import annotations
@@ -82,6 +83,8 @@ class Config:
     repeats: int = option(12, "calls of a layer that are timed")
     seed: int = option(0, "of data and parameters; the first of several")
     seeds: int = option(1, "networks trained of each, with seeds one after the other")
+    minutes: float | None = option(
+        110.0, "after which no training is begun; None, and with --all: no end", FREE)
     small: bool = option(False, "tasks of a few tokens and two steps: a test")
     quiet: bool = option(False, "no progress and no table", FREE)
     folder: str | None = option(None, "where results go; None makes a new folder", FREE)
@@ -127,15 +130,18 @@ def run(config_: Config) -> dict[str, Any]:
     command = config.command(config_)
     if config_.all:
         config_ = dataclasses.replace(
-            config_, attentions=EVERYTHING, tasks=NAMES, patterns=PATTERNS, seeds=3)
+            config_, attentions=EVERYTHING, tasks=NAMES, patterns=PATTERNS, seeds=3,
+            minutes=None)
     runs, refused = grid(config_)
     folder = open_folder("cab", config_.folder, command, config.settings(config_))
     console = Console(stderr=True, quiet=config_.quiet)
     console.print(left_out(config_, refused))
     with locked(folder):
-        found = sweep.trained(runs, folder, console)
+        found = sweep.trained(runs, folder, console, config_.minutes)
         spent = sweep.measured(config_, folder, console)
         which = [one.seed for one in seeds.each(config_)]
+        if len(found) < len(runs):
+            refused.append(f"{len(found)} of {len(runs)} trainings were run")
         result = provenance(command, which) | {"left_out": left_out(config_, refused)}
         result |= sweep.compared(config_, found, spent)
         text = json.dumps(result, indent=1) + "\n"

@@ -25,18 +25,28 @@ def slug(text: str) -> str:
     return f"{plain}-{hashlib.sha256(text.encode()).hexdigest()[:6]}"
 
 
+def kept(folder: pathlib.Path, name: str) -> dict[str, Any] | None:
+    """What the folder has of a cell; None for nothing, or what is damaged."""
+    try:
+        found = json.loads(_path(folder, name).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
 def cell(folder: pathlib.Path, name: str, make: Callable[[], dict[str, Any]]
          ) -> tuple[dict[str, Any], bool]:
     """(what `make` gives, whether it was there already): plain numbers and texts, kept
-    as folder/cells/NAME.json. What is damaged is made again."""
-    path = folder / "cells" / f"{slug(name)}.json"
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(found, dict):
-            return found, True
-    except (OSError, ValueError):
-        pass
+    as folder/cells/NAME.json."""
+    found = kept(folder, name)
+    if found is not None:
+        return found, True
+    path = _path(folder, name)
     path.parent.mkdir(parents=True, exist_ok=True)
     made = make()
     write_whole(path, json.dumps(made, indent=1) + "\n")
     return made, False
+
+
+def _path(folder: pathlib.Path, name: str) -> pathlib.Path:
+    return folder / "cells" / f"{slug(name)}.json"

@@ -178,6 +178,8 @@ def test_a_sweep_goes_on_where_it_was(tmp_path, monkeypatch):
     monkeypatch.setattr(type(SMALL[2]), "judged", judged)
     with pytest.raises(KeyboardInterrupt):
         cab.run(config_)
+    early = cab.run(dataclasses.replace(config_, minutes=0.0))
+    assert len(made) == 2 and early["trainings"] == 2  # exact, twice
     found = cab.run(config_)
     # exact attention is one network in both patterns, and stays
     assert len(made) == 4 and found["trainings"] == 4 and found["failed"] == 0

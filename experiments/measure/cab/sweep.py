@@ -16,7 +16,7 @@ from experiments.measure.cab.efficiency import costs, dense, efficiency_length
 from experiments.measure.cab.index import index, rank_correlations
 from experiments.measure.cab.task import Task
 from experiments.measure.shipped import duration
-from experiments.training.cells import cell
+from experiments.training.cells import cell, kept
 from experiments.training.loop import NotFinite
 from experiments.training.scanned import train
 from models.places import Places, allows, in_pattern, placed
@@ -61,20 +61,25 @@ class Run:
                         "seconds": time.perf_counter() - clock}
 
 
-def trained(runs: list[Run], folder: pathlib.Path, console: Console
-            ) -> list[tuple[Run, dict]]:
-    """What each training gives, those of the folder first."""
+def trained(runs: list[Run], folder: pathlib.Path, console: Console,
+            minutes: float | None = None) -> list[tuple[Run, dict]]:
+    """What each training gives, or has given in this folder; none is begun after so
+    many minutes."""
     found, clock, fresh = [], time.perf_counter(), 0
     for n, one in enumerate(runs, 1):
-        made, known = cell(folder, one.name, one.make)
+        known = kept(folder, one.name)
+        spent = time.perf_counter() - clock
+        if known is None and minutes is not None and spent >= 60 * minutes:
+            continue
+        made = known or cell(folder, one.name, one.make)[0]
         found.append((one, made))
-        fresh += not known
-        if not known:
-            each = (time.perf_counter() - clock) / fresh
+        if known is None:
+            fresh += 1
             label = " ".join([one.task.name, one.pattern,
                               config.format_value(one.attention)])
             said = made.get("failed") or ", ".join(
                 f"{name} {made[name]:.4g}" for name in one.task.measures)
+            each = (time.perf_counter() - clock) / fresh
             rest = duration(each * (len(runs) - n))
             console.print(f"{n}/{len(runs)} {label}: {said}; at most {rest} more",
                           markup=False, highlight=False)

@@ -11,7 +11,6 @@ import jax
 import numpy as np
 
 from attn.contract.attention import said
-from experiments.data.dataset import Dataset
 from experiments.training.plan import TrainConfig
 from models.places import Places
 
@@ -25,7 +24,7 @@ class Task:
     test. steps, batch, rate: of the training, on `rows` rows. tests: rows of the test.
     """
 
-    data: Dataset
+    data: Any  # a Dataset
     steps: int = 300
     batch: int = 8
     rate: float = 2e-3

@@ -81,32 +81,34 @@ from experiments.training.loop import NotFinite
 from experiments.training.runs import locked, open_folder, write_whole
 from models.lm import state_bytes
 
-# each learns its own network
-TRAINED: tuple[Any, ...] = (
-    Softmax(), Relative(reach=64), Local(window=8), RAT(chunk=8), Combiner(block=8),
-    S2(block=4, local=2, stride=2), SinkLoRA(group=16), Routing(clusters=4, window=8),
-    LongShort(window=8, chunk=8), SEA(columns=16, keep=4, length=4096),
-    Landmark(block=7, top_k=2), ABC(landmarks=8), Aaren(), Based(feature_dim=8),
-    CosFormer(), Performer(features=32), LinearTransformer(), Flow(), LightNet(),
-    Lightning(), RetNet(), GLA(), Delta(), S4D(), Titans(depth=1, chunk=8),
-    Miras(memory="linear", chunk=8),
-)
-# each takes over the network of exact attention
-POLICIES: tuple[Any, ...] = (
-    SnapKV(capacity=12, window=4), PyramidKV(capacity=12, window=4, layers=1),
-    AdaKV(capacity=12, window=4), H2O(heavy=6, recent=6), TOVA(capacity=12),
-    Streaming(sinks=4, window=8, rebase=False), Quest(page=4, budget=8, least=1),
-    TopK(top_k=6, block=1, sink=0, local=2), Recycled(capacity=8),
-    HiP(keys=8, block_q=4, block_k=2, window=4), KIVI(), SAQ(),
-)
-FREE_KINDS = tuple(type(one) for one in POLICIES)
+# what takes over the network of exact attention
+POLICIES = (SnapKV, PyramidKV, AdaKV, H2O, TOVA, Streaming, Quest, TopK, Recycled, HiP,
+            KIVI, SAQ)
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
     """What is compared, on what size of the task."""
 
-    attentions: tuple = option((*TRAINED, *POLICIES), "the list")
+    attentions: tuple = option(
+        (
+            Softmax(), Relative(reach=64), Local(window=8), RAT(chunk=8),
+            Combiner(block=8), S2(block=4, local=2, stride=2), SinkLoRA(group=16),
+            Routing(clusters=4, window=8), LongShort(window=8, chunk=8),
+            SEA(columns=16, keep=4, length=4096), Landmark(block=7, top_k=2),
+            ABC(landmarks=8), Aaren(), Based(feature_dim=8), CosFormer(),
+            Performer(features=32), LinearTransformer(), Flow(), LightNet(),
+            Lightning(), RetNet(), GLA(), Delta(), S4D(), Titans(chunk=8, depth=1),
+            Miras(chunk=8, memory="linear"), SnapKV(capacity=12, window=4),
+            PyramidKV(capacity=12, window=4, layers=1), AdaKV(capacity=12, window=4),
+            H2O(heavy=6, recent=6), TOVA(capacity=12),
+            Streaming(sinks=4, window=8, rebase=False),
+            Quest(page=4, budget=8, least=1),
+            TopK(top_k=6, block=1, sink=0, local=2), Recycled(capacity=8),
+            HiP(keys=8, block_q=4, block_k=2, window=4), KIVI(), SAQ(),
+        ),
+        "the list",
+    )
     pairs: int = option(8, "keys with values in a sequence")
     length: int = option(48, "tokens of a sequence")
     vocab: int = option(128, "token ids: keys the lower half, values the upper half")
@@ -183,7 +185,7 @@ def row(config_: Config, attention: Any, fits: dict) -> dict[str, Any]:
     """recall, the median over seeds, bytes of memory and seconds, or why there are
     none; fits: networks that are trained already, by attention and seed."""
     clock, recalls = time.perf_counter(), []
-    free = isinstance(attention, FREE_KINDS)
+    free = isinstance(attention, POLICIES)
     source = Softmax() if free else attention
     try:
         for one in seeds.each(config_):

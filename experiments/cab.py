@@ -86,7 +86,8 @@ class Config:
     seed: int = option(0, "of data and parameters; the first of several")
     seeds: int = option(1, "networks trained of each, with seeds one after the other")
     minutes: float | None = option(
-        110.0, "after which no training is begun; None, and with --all: no end", FREE)
+        110.0, "after which no training is begun, nor a cost measured; None, and with "
+        "--all: no end", FREE)
     small: bool = option(False, "tasks of a few tokens and two steps: a test")
     quiet: bool = option(False, "no progress and no table", FREE)
     folder: str | None = option(None, "where results go; None makes a new folder", FREE)
@@ -140,10 +141,10 @@ def run(config_: Config) -> dict[str, Any]:
     console.print(left_out(config_, refused))
     with locked(folder):
         found = sweep.trained(runs, folder, console, config_.minutes)
-        spent = sweep.measured(config_, folder, console)
+        spent = sweep.measured(config_, folder, console, config_.minutes)
         which = [one.seed for one in seeds.each(config_)]
         if len(found) < len(runs):
-            refused.append(f"{len(found)} of {len(runs)} trainings were run")
+            refused.append(f"Of {len(runs)} trainings {len(found)} were run")
         result = provenance(command, which) | {"left_out": left_out(config_, refused)}
         result |= sweep.compared(config_, found, spent)
         text = json.dumps(result, indent=1) + "\n"

@@ -76,7 +76,7 @@ from experiments.cli import config
 from experiments.cli.config import FREE, option
 from experiments.measure import charts, report, seeds
 from experiments.measure.provenance import provenance
-from experiments.training.cells import cell
+from experiments.training.cells import cell, kept
 from experiments.training.loop import NotFinite
 from experiments.training.runs import locked, open_folder, write_whole
 from models.lm import state_bytes
@@ -120,6 +120,8 @@ class Config:
     long: int = option(4096, "tokens of the memory that is counted as well")
     seed: int = option(0, "of data and parameters; the first of several")
     seeds: int = option(1, "networks trained of each, with seeds one after the other")
+    minutes: float | None = option(
+        None, "after which no network is begun; None: no end", FREE)
     quiet: bool = option(False, "no progress and no table", FREE)
     folder: str | None = option(None, "where results go; None makes a new folder", FREE)
     record: str | None = option(
@@ -152,9 +154,14 @@ def run(config_: Config) -> dict[str, Any]:
     console = Console(stderr=True, quiet=config_.quiet)
     rows: list[dict[str, Any]] = []
     fits: dict[Any, Any] = {}
+    clock = time.perf_counter()
     with locked(folder):
         for n, attention in enumerate(config_.attentions, 1):
             label = config.format_value(attention)
+            spent = (time.perf_counter() - clock) / 60
+            late = config_.minutes is not None and spent >= config_.minutes
+            if late and kept(folder, label) is None:
+                continue
             found, known = cell(
                 folder, label, functools.partial(row, config_, attention, fits))
             rows.append({"attention": label} | found)
@@ -164,7 +171,8 @@ def run(config_: Config) -> dict[str, Any]:
                 console.print(f"{n}/{len(config_.attentions)} {label}: {said}",
                               markup=False, highlight=False)
         which = [one.seed for one in seeds.each(config_)]
-        result = provenance(command, which) | {"rows": rows, "long": config_.long}
+        result = provenance(command, which) | {
+            "rows": rows, "long": config_.long, "asked": len(config_.attentions)}
         text = json.dumps(result, indent=1) + "\n"
         write_whole(folder / "leaderboard.json", text)
         good = [one for one in rows if "failed" not in one]
@@ -206,7 +214,8 @@ def row(config_: Config, attention: Any, fits: dict) -> dict[str, Any]:
 def table(result: dict[str, Any]) -> Table:
     """The rows by the memory of a long text, the least first."""
     found = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True,
-                  caption="network: own, or that of exact attention, not trained anew")
+                  caption=f"{len(result['rows'])} of {result['asked']} were run; "
+                  "network: own, or that of exact attention, not trained anew")
     found.add_column("attention", overflow="fold", min_width=22)
     long = f"bytes of\n{result['long']:,} tokens"
     for title in ("recall", "bytes\nof the task", long, "network"):

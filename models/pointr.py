@@ -108,9 +108,10 @@ class PoinTr(nn.Module):
         [B,queries each,3])."""
         names = "proxies queries each near width heads layers"
         check_sizes("PoinTr", self, names)
-        if points.shape[1] < max(self.proxies, self.near):
-            raise ValueError(f"{points.shape[1]} points: expected proxies="
-                             f"{self.proxies}, near={self.near} or more")
+        if points.shape[1] < self.proxies or self.near > self.proxies:
+            raise ValueError(f"{points.shape[1]} points, near={self.near}: expected "
+                             f"proxies={self.proxies} points or more, and near of at "
+                             "most as many")
         b, e = points.shape[0], self.width
         at = spread(points, self.proxies)  # [B,n,3]
         place = Feed(e, "gelu", gated=False, bias=True)

@@ -84,7 +84,7 @@ def test_a_cloud_is_the_same_in_any_order():
     mixed = points[:, np.array([0, *RNG.permutation(np.arange(1, 12))])]
     for one, other in zip(compiled.apply(model, params, mixed), (coarse, fine)):
         np.testing.assert_allclose(one, other, atol=2e-5)
-    with pytest.raises(ValueError, match="2 points: expected proxies=8"):
+    with pytest.raises(ValueError, match="2 points, near=3: expected proxies=8"):
         model.init(KEY, points[:, :2])
 
 

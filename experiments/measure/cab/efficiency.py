@@ -10,7 +10,6 @@ Source: Comprehensive Attention Benchmarking (Zhang et al., 2022) arXiv:2210.076
 
 from __future__ import annotations
 
-import functools
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -22,7 +21,6 @@ import numpy as np
 from attn.layers import MultiHead
 from attn.masks import Full
 from attn.softmax import Softmax
-from experiments.measure.cost import memory
 
 LEAST = 256  # the length whose time the benchmark leaves out
 
@@ -38,15 +36,17 @@ def costs(attention: Any, lengths: Sequence[int], width: int, heads: int,
     the mean of the middle half of `repeats` calls, and megabytes."""
     layer = MultiHead(attention, heads, position=None, use_bias=True)
     found: dict[str, list[float]] = {"ms": [], "mb": []}
-    run = jax.jit(functools.partial(layer.apply))
+    run = jax.jit(layer.apply)
     for t in lengths:
         x = jax.random.normal(jax.random.key(0), (1, t, width), jnp.float32)
-        params = jax.jit(layer.init)(jax.random.key(1), x[:, :1] if t > 1 else x)
-        found["mb"].append(memory(run, params, x) / 2**20)
+        params = jax.jit(layer.init)(jax.random.key(1), x[:, :LEAST])
+        made = run.lower(params, x).compile()
+        analysis: Any = made.memory_analysis()
+        found["mb"].append(analysis.temp_size_in_bytes / 2**20)
         spent = []
         for _ in range(repeats + 1):
             clock = time.perf_counter()
-            jax.block_until_ready(run(params, x))
+            jax.block_until_ready(made(params, x))
             spent.append(1e3 * (time.perf_counter() - clock))
         middle = sorted(spent[1:])[len(spent[1:]) // 4:][: max(1, repeats // 2)]
         found["ms"].append(float(np.mean(middle)))

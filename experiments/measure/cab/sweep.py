@@ -86,10 +86,12 @@ def trained(runs: list[Run], folder: pathlib.Path, console: Console,
     return found
 
 
-def measured(config_: Any, folder: pathlib.Path, console: Console
-             ) -> dict[str, dict[str, Any]]:
-    """By attention the costs of a layer, and those of exact attention as a matrix."""
+def measured(config_: Any, folder: pathlib.Path, console: Console,
+             minutes: float | None = None) -> dict[str, dict[str, Any]]:
+    """By attention the costs of a layer, and those of exact attention as a matrix; none
+    is begun after so many minutes."""
     found: dict[str, dict[str, Any]] = {}
+    clock = time.perf_counter()
     if not config_.lengths:
         return found
     sizes = config_.lengths, config_.width, config_.heads, config_.repeats
@@ -100,6 +102,9 @@ def measured(config_: Any, folder: pathlib.Path, console: Console
             continue
         for name, one in ((f"matrix {pattern}", dense(pattern)),
                           (label, in_pattern(attention, pattern))):
+            late = minutes is not None and time.perf_counter() - clock >= 60 * minutes
+            if late and kept(folder, f"cost {name}") is None:
+                continue
             found[name], known = cell(
                 folder, f"cost {name}", lambda: costs(one, *sizes) | {"of": pattern})
             if not known:
@@ -127,8 +132,8 @@ def compared(config_: Any, found: list[tuple[Run, dict]],
         for which in ("own", "paper")}
     lengths = {}
     for label in labels:
-        if label in spent:
-            exact = spent[f"matrix {spent[label]['of']}"]
+        exact = spent.get(f"matrix {spent[label]['of']}") if label in spent else None
+        if exact is not None:
             lengths[label] = {
                 what: efficiency_length(config_.lengths, exact[what],
                                         spent[label][what], what == "ms")

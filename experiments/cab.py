@@ -20,6 +20,14 @@ runs one seed for up to two hours on 2 cores, and says what it leaves out (three
 networks, two of three seeds). `--all` runs the nine attentions of the benchmark, exact
 attention and three others on every task and pattern that they allow, with three seeds,
 for as long as it takes. Both go on where they were with `--folder=`.
+
+What ships (`experiments/cab.json`, by `--minutes=0` from the first trainings of such a
+run, one seed) is 11 of its 72 cells, from 9 networks, and no cost of a layer: too
+little for any of the benchmark's claims. Of speech, all frames at once, the distance of
+cepstra is 3.56 dB for ABC, 3.65 for CosFormer, 3.69 for Local, 3.73 for Performer and
+for exact attention. A window of 16 reads bytes at a perplexity of 10.9 and exact
+attention at 11.5 (200 steps, 128 tokens), at twice the length at 11.8 and 13.3. Exact
+attention alone is known in summaries (ROUGE-1 97%) and forecasts.
 """
 
 from __future__ import annotations

@@ -16,6 +16,11 @@ and prints the table sorted by memory, with a picture; it goes on where it was w
 `Razor` and `Duo`, which have to be told which heads are which; `ActQKV`; `Seer`, whose
 gate is distilled (`experiments.sparse`); `Pasta` and `ACT`, which keep what exact
 attention keeps.
+
+What ships (`experiments/leaderboard.json`, by `--minutes=0` from a run that was cut
+short, one seed) are 14 of its 38 rows: exact attention recalls 100% with 2.1 MB of
+4,096 tokens, S2 99.4% with half of it, SnapKV 81% with 6.5 kB, and a window of 8 2.3%
+with 4.4 kB.
 """
 
 from __future__ import annotations

@@ -109,7 +109,8 @@ def test_the_index_of_what_is_compared():
     cells = {("lm", "CS", name): {"perplexity": x} for name, x in (("a", 4), ("b", 8))}
     cells |= {("summary", "CS", "a"): {"r1": 1.0, "r2": 1.0, "rl": 1.0}}
     found = index.index(cells, "CS", ["a", "b", "c"])
-    assert found["a"] == {"Sum": 0, "LM": 1, "index": 0.5}
+    # what one alone was asked says nothing
+    assert found["a"] == {"LM": 1, "index": 1}
     assert found["b"] == {"LM": -1, "index": -1} and "c" not in found
     both = {"NS": {n: {"index": x} for n, x in zip("abc", (1, 2, 3))},
             "CC": {n: {"index": x} for n, x in zip("cab", (1, 2, 3))}}

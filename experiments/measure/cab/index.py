@@ -54,12 +54,14 @@ def index(cells: Cells, pattern: str, attentions: list[str],
           reference: str = "own") -> dict[str, dict[str, float]]:
     """Attention -> {task: number, "index": their mean}, of tasks whose measures all are
     there. cells: measures by (network, pattern, attention). reference: "own", of all
-    attentions that have the measure, or "paper"."""
+    attentions that have the measure, two or more, or "paper"."""
     everything = [pair for own in measures(pattern).values() for pair in own]
     # [attentions, measures], nan for what was not run
     table = np.array([[_value(cells, net, pattern, one, name) for net, name
                        in everything] for one in attentions], float)
     sign = np.array([BY_NAME[net].measures[name] for net, name in everything], float)
+    there = (~np.isnan(table)).sum(0)  # how many have the measure
+    least = 1 if reference == "paper" else 2  # one alone is its own mean
     if reference == "paper":
         mu, sigma = (np.array(a) for a in PAPER[pattern])
     else:
@@ -69,7 +71,7 @@ def index(cells: Cells, pattern: str, attentions: list[str],
         groups, names, at = [], [], 0
         for task, own in measures(pattern).items():
             group = [*range(at, at + len(own))]
-            group = [n for n in group if not np.isnan(table[:, n]).all()]
+            group = [n for n in group if there[n] >= least]
             at += len(own)
             if group and not np.isnan(row[group]).any():
                 groups.append(group)

@@ -54,6 +54,8 @@ def heat_map(result: dict[str, Any], path: pathlib.Path) -> None:
 def drawn(result: dict[str, Any]) -> Any:
     """The heat map as a figure."""
     names, where, table = attentions(result), columns(result), values(result)
+    if not where:  # one attention alone
+        table = np.full((len(names), 1), np.nan)
     figure, axes = plt.subplots(
         figsize=(3.2 + 0.75 * len(where), 1.6 + 0.38 * len(names)),
         layout="constrained")

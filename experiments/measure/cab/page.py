@@ -72,8 +72,8 @@ def drawn(result: dict[str, Any]) -> Any:
     for n, (pattern, name) in enumerate(where[:-1]):
         if where[n + 1][0] != pattern:
             axes.axvline(n + 0.5, color="black", lw=1)
-    axes.set_title("deviations from the mean of what is compared; empty: has not this "
-                   "pattern", fontsize=9)
+    axes.set_title("deviations from the mean of what is compared\n"
+                   "empty: it has not this pattern, or was not run", fontsize=9)
     figure.colorbar(shown, label="better is positive")
     return figure
 

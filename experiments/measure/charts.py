@@ -78,3 +78,28 @@ def needle_picture(cells: Rows, path: pathlib.Path) -> None:
     figure.colorbar(shown, label="share of answers that are right")
     figure.savefig(path, dpi=150)
     plt.close(figure)
+
+
+def leaderboard_picture(rows: Rows, path: pathlib.Path) -> None:
+    """Recall against the bytes of the memory of a long text, each attention by its
+    name; filled: with a network of its own, hollow: with exact attention's."""
+    leaderboard_figure(rows).savefig(path, dpi=150)
+    plt.close()
+
+
+def leaderboard_figure(rows: Rows) -> Any:
+    """The same as a figure."""
+    figure, axes = plt.subplots(figsize=(9, 6), layout="constrained")
+    for n, row in enumerate(sorted(rows, key=lambda row: row["bytes_long"])):
+        at = row["bytes_long"], row["recall"]
+        color = f"C{n % 10}"
+        axes.plot(*at, "o", color=color, ms=7, zorder=3,
+                  mfc=color if row["trained"] else "white")
+        axes.annotate(row["attention"].partition("(")[0], at, fontsize=7, color=color,
+                      xytext=(5, 5 if n % 2 else -9), textcoords="offset points")
+    axes.set(xscale="log", ylim=(-0.04, 1.06), ylabel="recall (share of right answers)",
+             xlabel="memory of a sequence of a long text (bytes)",
+             title="What is remembered, at what cost, by all that stream")
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure

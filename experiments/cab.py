@@ -1,0 +1,216 @@
+"""Which attention for what: four patterns, seven tasks, one number each (CAB).
+
+Comprehensive Attention Benchmarking (Zhang et al., 2022, arXiv:2210.07661) asks an
+attention four ways: keys of the queries' own sequence or of another one (self, cross),
+and with or without an order (causal, noncausal). Here any attentions of the library are
+asked, on a processor: for each task and each pattern in it a small network is trained
+that has the attention in the places of that pattern and exact attention in the others.
+What is measured becomes the benchmark's index: deviations from the mean of those that
+are compared, positive is better. Beside it stands from how many tokens on a layer costs
+less time, and less memory, than exact attention as one matrix.
+
+The tasks are text to speech (two networks), summarisation, super-resolution, masked
+and next-byte language modelling, forecasting, completion of clouds of points; data are
+synthetic but for language (`experiments/data`), networks have width 64 and two layers
+on either side, and a training takes seconds to a minute.
+
+    python -m experiments.cab
+
+runs one seed for up to two hours on 2 cores, and says what it leaves out (three of the
+networks, two of three seeds). `--all` runs the nine attentions of the benchmark, exact
+attention and three others on every task and pattern that they allow, with three seeds,
+for as long as it takes. Both go on where they were with `--folder=`.
+
+What ships (`experiments/cab.json`, by `--minutes=0` from the first trainings of such a
+run, one seed) is 11 of its 72 cells, from 9 networks, and no cost of a layer: too
+little for any of the benchmark's claims. Of speech, all frames at once, the distance of
+cepstra is 3.56 dB for ABC, 3.65 for CosFormer, 3.69 for Local, 3.73 for Performer and
+for exact attention. A window of 16 reads bytes at a perplexity of 10.9 and exact
+attention at 11.5 (200 steps, 128 tokens), at twice the length at 11.8 and 13.3. Exact
+attention alone is known in summaries (ROUGE-1 97%) and forecasts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+import sys
+from typing import Any
+
+from rich.console import Console
+
+from attn.abc import ABC
+from attn.based import Based
+from attn.contract.patterns import PATTERNS
+from attn.cosformer import CosFormer
+from attn.flow import Flow
+from attn.lara import LARA
+from attn.lightnet import LightNet
+from attn.local import Local
+from attn.longshort import LongShort
+from attn.nystrom import Nystrom
+from attn.performer import Performer
+from attn.probsparse import ProbSparse
+from attn.s4d import S4D
+from attn.softmax import Softmax
+from experiments.cli import config
+from experiments.cli.config import FREE, option
+from experiments.measure import seeds
+from experiments.measure.cab import page, sweep
+from experiments.measure.cab.suite import FULL, NAMES, SMALL
+from experiments.measure.cab.sweep import Run
+from experiments.measure.cab.task import Task
+from experiments.measure.provenance import provenance
+from experiments.training.runs import locked, open_folder, write_whole
+from models.places import allows, in_pattern
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Which attentions, on which tasks."""
+
+    # exact attention, the benchmark's nine, set as there where its sizes fit rows of 17
+    # to 256 tokens, and three others
+    attentions: tuple = option(
+        (
+            Softmax(), Local(), ABC(), Nystrom(landmarks=16),
+            LongShort(rank=4, window=16, chunk=16), ProbSparse(),
+            CosFormer(length=256), Performer(), LARA(), S4D(), Flow(), LightNet(),
+            Based(feature_dim=8),
+        ),
+        "the list, of any attentions",
+    )
+    tasks: tuple[str, ...] = option(
+        ("speech", "summary", "mlm", "lm", "series"),
+        "networks, of these and speech_ar, superres, clouds")
+    patterns: tuple[str, ...] = option(("NS", "CS", "NC", "CC"), "what is asked")
+    all: bool = option(False, "all attentions of the default, all tasks, three seeds")
+    lengths: tuple[int, ...] = option(
+        (256, 512, 1024, 2048), "of the layers whose cost is measured, or ()")
+    width: int = option(256, "E of those layers")
+    heads: int = option(4, "H of those layers")
+    repeats: int = option(12, "calls of a layer that are timed")
+    seed: int = option(0, "of data and parameters; the first of several")
+    seeds: int = option(1, "networks trained of each, with seeds one after the other")
+    minutes: float | None = option(
+        110.0, "after which no training is begun, nor a cost measured; None, and with "
+        "--all: no end", FREE)
+    small: bool = option(False, "tasks of a few tokens and two steps: a test")
+    quiet: bool = option(False, "no progress and no table", FREE)
+    folder: str | None = option(None, "where results go; None makes a new folder", FREE)
+    record: str | None = option(None, "a file that cab.json is copied to", FREE)
+
+    def __post_init__(self):
+        seeds.check(self)
+        for name, known in (("tasks", NAMES), ("patterns", PATTERNS)):
+            for one in getattr(self, name):
+                if one not in known:
+                    raise ValueError(f"{name}: {one!r}: expected of {known}")
+            if not getattr(self, name):
+                raise ValueError(f"{name}=(): expected one or more of {known}")
+        if not self.attentions:
+            raise ValueError("attentions=(): expected one or more")
+        if len(self.lengths) in (1, 2) or (self.lengths and min(self.lengths) < 16):
+            raise ValueError(f"lengths={self.lengths}: expected three or more of 16 or "
+                             "more, to fit a parabola, or ()")
+        for one in self.attentions:
+            if not any(allows(one, p) for task in self.suite for p in task.patterns
+                       if p in self.patterns):
+                raise ValueError(
+                    f"attentions: {type(one).__name__} has none of the patterns that "
+                    f"tasks={self.tasks} ask for: expected one that "
+                    "`python -m attn` lists with them")
+
+    @property
+    def suite(self) -> tuple[Task, ...]:
+        """The tasks."""
+        return tuple(task for task in (SMALL if self.small else FULL)
+                     if task.name in self.tasks)
+
+
+TINY = Config(
+    attentions=(Softmax(), Local(window=2)), tasks=("summary",), patterns=("NS", "CS"),
+    lengths=(16, 32, 64), width=8, heads=2, repeats=1, small=True, quiet=True,
+)
+
+
+def run(config_: Config) -> dict[str, Any]:
+    """Trains, measures and compares -> indices by pattern and attention, rank
+    correlations of patterns, efficiency lengths, folder."""
+    command = config.command(config_)
+    if config_.all:
+        config_ = dataclasses.replace(
+            config_, attentions=Config().attentions, tasks=NAMES, patterns=PATTERNS,
+            seeds=3, minutes=None)
+    runs, refused = grid(config_)
+    folder = open_folder("cab", config_.folder, command, config.settings(config_))
+    console = Console(stderr=True, quiet=config_.quiet)
+    console.print(left_out(config_, refused))
+    with locked(folder):
+        found = sweep.trained(runs, folder, console, config_.minutes)
+        spent = sweep.measured(config_, folder, console, config_.minutes)
+        which = [one.seed for one in seeds.each(config_)]
+        if len(found) < len(runs):
+            refused.append(f"Of {len(runs)} trainings {len(found)} were run")
+        result = provenance(command, which) | {"left_out": left_out(config_, refused)}
+        result |= sweep.compared(config_, found, spent)
+        text = json.dumps(result, indent=1) + "\n"
+        write_whole(folder / "cab.json", text)
+        page.heat_map(result, folder / "cab.png")
+        write_whole(folder / "report.html", page.html_page(result, folder / "cab.png"))
+        if config_.record is not None:
+            write_whole(pathlib.Path(config_.record), text)
+    if not config_.quiet:
+        page.show(result, Console())
+    return numbers(result) | {"folder": str(folder)}
+
+
+def grid(config_: Config) -> tuple[list[Run], list[str]]:
+    """The trainings, seed by seed, and what a task refuses, in sentences."""
+    runs, refused = [], []
+    for one in seeds.each(config_):
+        for task in config_.suite:
+            for pattern in task.patterns:
+                if pattern not in config_.patterns:
+                    continue
+                for attention in config_.attentions:
+                    if not allows(attention, pattern):
+                        continue
+                    try:
+                        if pattern == "CS":
+                            task.check(in_pattern(attention, pattern))
+                    except ValueError as error:
+                        refused.append(str(error))
+                        continue
+                    runs.append(Run(task, pattern, attention, one.seed))
+    return runs, list(dict.fromkeys(refused))
+
+
+def left_out(config_: Config, refused: list[str]) -> str:
+    """What is not run, in words."""
+    tasks = ", ".join(sorted(set(NAMES) - set(config_.tasks))) or "no task"
+    more = ", ".join(config.format_value(a) for a in Config().attentions
+                     if a not in config_.attentions) or "no attention"
+    words = f"Left out: {tasks}; {more} of the default"
+    words += f"; {3 - config_.seeds} of three seeds" if config_.seeds < 3 else ""
+    return ". ".join([words, *refused]) + "."
+
+
+def numbers(result: dict[str, Any]) -> dict[str, Any]:
+    """The same as plain numbers."""
+    found: dict[str, Any] = {}
+    for pattern, each in result["own"].items():
+        for label, by_task in each.items():
+            found[f"{pattern} {label}"] = by_task["index"]
+    for pair, value in result["correlations"].items():
+        found[f"ranks {pair}"] = value
+    for label, both in result["lengths"].items():
+        for what, value in both.items():
+            if value is not None:
+                found[f"efficiency length, {what}, {label}"] = value
+    return found | {"trainings": len(result["rows"]), "failed": len(result["failed"])}
+
+
+if __name__ == "__main__":
+    config.main(run, Config, __doc__, sys.argv[1:])

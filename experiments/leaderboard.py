@@ -1,0 +1,240 @@
+"""Quality against memory, of every family that streams, in one table.
+
+Each attention learns the same associative recall (`experiments.recall`: keys with
+values go by, then the keys are asked for) in the same small network and is then read as
+a stream, with the memory that it keeps. A policy for the cache of exact attention is
+not trained: it takes over the network of exact attention. Memory is what the arrays of
+one sequence's state hold, of all layers, float32 (what a compiled program says of them
+is 8 bytes an array more): as long as the task, and of 4,096 tokens, where one that
+grows has grown.
+
+    python -m experiments.leaderboard
+
+trains one network of each family, settings small enough to matter on so short a row,
+and prints the table sorted by memory, with a picture; it goes on where it was with
+`--folder=`. What is left out: `Retrieval`, whose index is for thousands of keys;
+`Razor` and `Duo`, which have to be told which heads are which; `ActQKV`; `Seer`, whose
+gate is distilled (`experiments.sparse`); `Pasta` and `ACT`, which keep what exact
+attention keeps.
+
+What ships (`experiments/leaderboard.json`, by `--minutes=0` from a run that was cut
+short, one seed) are 14 of its 38 rows: exact attention recalls 100% with 2.1 MB of
+4,096 tokens, S2 99.4% with half of it, SnapKV 81% with 6.5 kB, and a window of 8 2.3%
+with 4.4 kB.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import pathlib
+import sys
+import time
+from typing import Any
+
+import numpy as np
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from attn.aaren import Aaren
+from attn.abc import ABC
+from attn.adakv import AdaKV
+from attn.based import Based
+from attn.combiner import Combiner
+from attn.cosformer import CosFormer
+from attn.delta import Delta
+from attn.flow import Flow
+from attn.gla import GLA
+from attn.h2o import H2O
+from attn.hip import HiP
+from attn.kivi import KIVI
+from attn.landmark import Landmark
+from attn.lightnet import LightNet
+from attn.lightning import Lightning
+from attn.lineartransformer import LinearTransformer
+from attn.local import Local
+from attn.longshort import LongShort
+from attn.miras import Miras
+from attn.performer import Performer
+from attn.pyramidkv import PyramidKV
+from attn.quest import Quest
+from attn.rat import RAT
+from attn.recycled import Recycled
+from attn.relative import Relative
+from attn.retnet import RetNet
+from attn.routing import Routing
+from attn.s2 import S2
+from attn.s4d import S4D
+from attn.saq import SAQ
+from attn.sea import SEA
+from attn.sinklora import SinkLoRA
+from attn.snapkv import SnapKV
+from attn.softmax import Softmax
+from attn.streaming import Streaming
+from attn.titans import Titans
+from attn.topk import TopK
+from attn.tova import TOVA
+from experiments import recall
+from experiments.cli import config
+from experiments.cli.config import FREE, option
+from experiments.measure import charts, report, seeds
+from experiments.measure.provenance import provenance
+from experiments.training.cells import cell, kept
+from experiments.training.loop import NotFinite
+from experiments.training.runs import locked, open_folder, write_whole
+from models.lm import state_bytes
+
+# what takes over the network of exact attention
+POLICIES = (SnapKV, PyramidKV, AdaKV, H2O, TOVA, Streaming, Quest, TopK, Recycled, HiP,
+            KIVI, SAQ)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """What is compared, on what size of the task."""
+
+    attentions: tuple = option(
+        (
+            Softmax(), Relative(reach=64), Local(window=8), RAT(chunk=8),
+            Combiner(block=8), S2(block=4, local=2, stride=2), SinkLoRA(group=16),
+            Routing(clusters=4, window=8), LongShort(window=8, chunk=8),
+            SEA(columns=16, keep=4, length=4096), Landmark(block=7, top_k=2),
+            ABC(landmarks=8), Aaren(), Based(feature_dim=8), CosFormer(),
+            Performer(features=32), LinearTransformer(), Flow(), LightNet(),
+            Lightning(), RetNet(), GLA(), Delta(), S4D(), Titans(chunk=8, depth=1),
+            Miras(chunk=8, memory="linear"), SnapKV(capacity=12, window=4),
+            PyramidKV(capacity=12, window=4, layers=1), AdaKV(capacity=12, window=4),
+            H2O(heavy=6, recent=6), TOVA(capacity=12),
+            Streaming(sinks=4, window=8, rebase=False),
+            Quest(page=4, budget=8, least=1),
+            TopK(top_k=6, block=1, sink=0, local=2), Recycled(capacity=8),
+            HiP(keys=8, block_q=4, block_k=2, window=4), KIVI(), SAQ(),
+        ),
+        "the list",
+    )
+    pairs: int = option(8, "keys with values in a sequence")
+    length: int = option(48, "tokens of a sequence")
+    vocab: int = option(128, "token ids: keys the lower half, values the upper half")
+    width: int = option(64, "model width E")
+    heads: int = option(2, "heads H")
+    steps: int = option(500, "training steps")
+    batch: int = option(16, "sequences a step")
+    rate: float = option(5e-3, "peak learning rate")
+    long: int = option(4096, "tokens of the memory that is counted as well")
+    seed: int = option(0, "of data and parameters; the first of several")
+    seeds: int = option(1, "networks trained of each, with seeds one after the other")
+    minutes: float | None = option(
+        None, "after which no network is begun; None: no end", FREE)
+    quiet: bool = option(False, "no progress and no table", FREE)
+    folder: str | None = option(None, "where results go; None makes a new folder", FREE)
+    record: str | None = option(
+        None, "a file that leaderboard.json is copied to", FREE)
+
+    def __post_init__(self):
+        seeds.check(self)
+        if not self.attentions:
+            raise ValueError("attentions=(): expected one or more")
+
+    def recall(self, attention: Any, seed: int) -> recall.Config:
+        """The task of one attention."""
+        return recall.Config(
+            attention=attention, pairs=self.pairs, length=self.length,
+            vocab=self.vocab, width=self.width, heads=self.heads, steps=self.steps,
+            batch=self.batch, rate=self.rate, seed=seed, seeds=1, quiet=True)
+
+
+TINY = Config(
+    attentions=(Softmax(), Based(feature_dim=2), TOVA(capacity=6)), pairs=2, length=16,
+    vocab=32, width=16, steps=2, batch=4, long=32, quiet=True,
+)
+
+
+def run(config_: Config) -> dict[str, Any]:
+    """Trains and reads -> recall and bytes by attention, folder."""
+    command = config.command(config_)
+    folder = open_folder(
+        "leaderboard", config_.folder, command, config.settings(config_))
+    console = Console(stderr=True, quiet=config_.quiet)
+    rows: list[dict[str, Any]] = []
+    fits: dict[Any, Any] = {}
+    clock = time.perf_counter()
+    with locked(folder):
+        for n, attention in enumerate(config_.attentions, 1):
+            label = config.format_value(attention)
+            spent = (time.perf_counter() - clock) / 60
+            late = config_.minutes is not None and spent >= config_.minutes
+            if late and kept(folder, label) is None:
+                continue
+            found, known = cell(
+                folder, label, functools.partial(row, config_, attention, fits))
+            rows.append({"attention": label} | found)
+            if not known:
+                said = found.get("failed") or (
+                    f"recall {found['recall']:.1%}, {found['bytes']:,} bytes")
+                console.print(f"{n}/{len(config_.attentions)} {label}: {said}",
+                              markup=False, highlight=False)
+        which = [one.seed for one in seeds.each(config_)]
+        result = provenance(command, which) | {
+            "rows": rows, "long": config_.long, "asked": len(config_.attentions)}
+        text = json.dumps(result, indent=1) + "\n"
+        write_whole(folder / "leaderboard.json", text)
+        good = [one for one in rows if "failed" not in one]
+        if good:
+            charts.leaderboard_picture(good, folder / "leaderboard.png")
+        if config_.record is not None:
+            write_whole(pathlib.Path(config_.record), text)
+    if not config_.quiet:
+        Console().print(table(result))
+    numbers = {f"{one['attention']} {name}": one[name] for one in rows
+               for name in ("recall", "bytes", "bytes_long") if name in one}
+    failed = {f"{one['attention']} failed": one["failed"] for one in rows
+              if "failed" in one}
+    return numbers | failed | {"folder": str(folder)}
+
+
+def row(config_: Config, attention: Any, fits: dict) -> dict[str, Any]:
+    """recall, the median over seeds, bytes of memory and seconds, or why there are
+    none; fits: networks that are trained already, by attention and seed."""
+    clock, recalls = time.perf_counter(), []
+    free = isinstance(attention, POLICIES)
+    source = Softmax() if free else attention
+    try:
+        for one in seeds.each(config_):
+            task = config_.recall(attention, one.seed)
+            model = task.model()
+            bytes_ = [state_bytes(model, n) for n in (task.length, config_.long)]
+            key = config.format_value(source), one.seed
+            if key not in fits:
+                fits[key] = recall.trained(config_.recall(source, one.seed))
+            recalls.append(recall.scores(task, model, fits[key])["recall"])
+    except (NotFinite, NotImplementedError, ValueError) as error:
+        return {"failed": str(error), "seconds": time.perf_counter() - clock}
+    return {"recall": float(np.median(recalls)), "recall_seeds": recalls,
+            "bytes": bytes_[0], "bytes_long": bytes_[1], "trained": not free,
+            "seconds": time.perf_counter() - clock}
+
+
+def table(result: dict[str, Any]) -> Table:
+    """The rows by the memory of a long text, the least first."""
+    found = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True,
+                  caption=f"{len(result['rows'])} of {result['asked']} were run; "
+                  "network: own, or that of exact attention, not trained anew")
+    found.add_column("attention", overflow="fold", min_width=22)
+    long = f"bytes of\n{result['long']:,} tokens"
+    for title in ("recall", "bytes\nof the task", long, "network"):
+        found.add_column(title, justify="right")
+    good = [one for one in result["rows"] if "failed" not in one]
+    for one in sorted(good, key=lambda one: (one["bytes_long"], -one["recall"])):
+        found.add_row(
+            one["attention"], report.cell(one, "recall", "{:.1%}"), f"{one['bytes']:,}",
+            f"{one['bytes_long']:,}", "own" if one["trained"] else "exact")
+    for one in result["rows"]:
+        if "failed" in one:
+            found.add_row(one["attention"], one["failed"], "", "", "")
+    return found
+
+
+if __name__ == "__main__":
+    config.main(run, Config, __doc__, sys.argv[1:])

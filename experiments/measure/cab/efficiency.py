@@ -1,0 +1,70 @@
+"""Efficiency length: from how many tokens on an attention costs less than the matrix.
+
+Time and memory of one layer, forward, are measured over lengths; exact attention as one
+matrix is fitted by a T^2 + b T + c, the other by d T + e, and where the two meet is the
+efficiency length. Memory is what the compiler's analysis says is needed beside inputs
+and outputs.
+
+Source: Comprehensive Attention Benchmarking (Zhang et al., 2022) arXiv:2210.07661.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from attn.layers import MultiHead
+from attn.masks import Full
+from attn.softmax import Softmax
+
+LEAST = 256  # the length whose time the benchmark leaves out
+
+
+def dense(pattern: str) -> Softmax:
+    """Exact attention as one matrix, which is what is compared with."""
+    return Softmax(mask=Full() if pattern == "NS" else None, implementation="dense")
+
+
+def costs(attention: Any, lengths: Sequence[int], width: int, heads: int,
+          repeats: int) -> dict[str, list[float]]:
+    """ms and mb of a layer of `attention` at each length, of one row of E = `width`:
+    the mean of the middle half of `repeats` calls, and megabytes."""
+    layer = MultiHead(attention, heads, position=None, use_bias=True)
+    found: dict[str, list[float]] = {"ms": [], "mb": []}
+    run = jax.jit(layer.apply)
+    for t in lengths:
+        x = jax.random.normal(jax.random.key(0), (1, t, width), jnp.float32)
+        params = jax.jit(layer.init)(jax.random.key(1), x[:, :LEAST])
+        made = run.lower(params, x).compile()
+        analysis: Any = made.memory_analysis()
+        found["mb"].append(analysis.temp_size_in_bytes / 2**20)
+        spent = []
+        for _ in range(repeats + 1):
+            clock = time.perf_counter()
+            jax.block_until_ready(made(params, x))
+            spent.append(1e3 * (time.perf_counter() - clock))
+        middle = sorted(spent[1:])[len(spent[1:]) // 4:][: max(1, repeats // 2)]
+        found["ms"].append(float(np.mean(middle)))
+    return found
+
+
+def efficiency_length(lengths: Sequence[int], exact: Sequence[float],
+                      other: Sequence[float], drop_least: bool = False
+                      ) -> float | None:
+    """The larger T at which a T^2 + b T + c, fitted to `exact`, meets d T + e, fitted
+    to `other`; None where they do not meet behind it. drop_least: the other's first
+    length, 256, is left out, as the benchmark does of times."""
+    at, line = np.array(lengths, float), np.array(other, float)
+    a, b, c = np.polyfit(at, np.array(exact, float), 2)
+    kept = at > LEAST if drop_least and (at > LEAST).sum() > 1 else at > 0
+    d, e = np.polyfit(at[kept], line[kept], 1)
+    inside = (b - d) ** 2 - 4 * a * (c - e)
+    if a <= 0 or inside < 0:
+        return None
+    root = (-(b - d) + np.sqrt(inside)) / (2 * a)
+    return float(root) if root > 0 else None

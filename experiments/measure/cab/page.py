@@ -1,0 +1,168 @@
+"""The results of CAB as a table, a heat map and a page."""
+
+from __future__ import annotations
+
+import base64
+import html
+import pathlib
+from typing import Any
+
+import numpy as np
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from attn.contract.patterns import PATTERNS
+from experiments.measure.provenance import sentence
+from experiments.measure.report import STYLE, plt
+
+WORDS = {"NS": "noncausal self", "CS": "causal self", "NC": "noncausal cross",
+         "CC": "causal cross"}
+
+
+def columns(result: dict[str, Any]) -> list[tuple[str, str]]:
+    """(pattern, task or "index") of what was run, in order."""
+    found = []
+    for pattern in PATTERNS:
+        each = result["own"].get(pattern, {})
+        names = dict.fromkeys(name for one in each.values() for name in one)
+        found += [(pattern, name) for name in names if name != "index"]
+        if names:
+            found.append((pattern, "index"))
+    return found
+
+
+def attentions(result: dict[str, Any]) -> list[str]:
+    """Those of the rows, in their order."""
+    return list(dict.fromkeys(row["attention"] for row in result["rows"]))
+
+
+def values(result: dict[str, Any], which: str = "own") -> np.ndarray:
+    """The index [attentions, columns], nan for what is not there."""
+    table = result[which]
+    return np.array([[table.get(p, {}).get(one, {}).get(name, np.nan)
+                      for p, name in columns(result)] for one in attentions(result)])
+
+
+def heat_map(result: dict[str, Any], path: pathlib.Path) -> None:
+    """Attentions against patterns and tasks, blue what is better than the mean."""
+    figure = drawn(result)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def drawn(result: dict[str, Any]) -> Any:
+    """The heat map as a figure."""
+    names, where, table = attentions(result), columns(result), values(result)
+    if not where:  # one attention alone
+        table = np.full((len(names), 1), np.nan)
+    figure, axes = plt.subplots(
+        figsize=(3.2 + 0.75 * len(where), 1.6 + 0.38 * len(names)),
+        layout="constrained")
+    shown = axes.imshow(table, cmap="RdBu", vmin=-2, vmax=2, aspect="auto")
+    for (row, column), value in np.ndenumerate(table):
+        if np.isnan(value):
+            continue
+        weight = "bold" if where[column][1] == "index" else "normal"
+        axes.text(column, row, f"{value:+.1f}", ha="center", va="center", fontsize=8,
+                  color="white" if abs(value) > 1.3 else "black", weight=weight)
+    axes.set_xticks(range(len(where)), [f"{p}\n{name}" for p, name in where],
+                    fontsize=8)
+    axes.set_yticks(range(len(names)), names, fontsize=8)
+    for n, (pattern, name) in enumerate(where[:-1]):
+        if where[n + 1][0] != pattern:
+            axes.axvline(n + 0.5, color="black", lw=1)
+    axes.set_title("deviations from the mean of what is compared\n"
+                   "empty: it has not this pattern, or was not run", fontsize=9)
+    figure.colorbar(shown, label="better is positive")
+    return figure
+
+
+def cells_of(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """(titles, rows) of the table: the index of each pattern, ours and with the
+    benchmark's mu and sigma, and efficiency lengths of time and of memory."""
+    kinds = [p for p in PATTERNS if result["own"].get(p)]
+    titles = ["attention", *kinds, *(f"{p} by its mu" for p in kinds)]
+    if result["lengths"]:
+        titles += ["length, time", "length, memory"]
+    rows = []
+    for one in attentions(result):
+        row = [one]
+        for which in ("own", "paper"):
+            for p in kinds:
+                found = result[which].get(p, {}).get(one)
+                row.append(f"{found['index']:+.2f}" if found else "")
+        for what in ("ms", "mb") if result["lengths"] else ():
+            value = result["lengths"].get(one, {}).get(what)
+            row.append("" if value is None else f"{value:,.0f}")
+        rows.append(row)
+    return titles, rows
+
+
+def show(result: dict[str, Any], console: Console) -> None:
+    """Prints the table, and what patterns have to do with each other."""
+    titles, rows = cells_of(result)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True,
+                  caption="of the tasks that were run; lengths: tokens from which a "
+                  "layer costs less than exact attention as one matrix, empty: none")
+    table.add_column(titles[0], overflow="fold", min_width=18)
+    for title in titles[1:]:
+        table.add_column(title.replace(" ", "\n"), justify="right")
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+    console.print(claims(result), markup=False, highlight=False)
+
+
+def claims(result: dict[str, Any]) -> str:
+    """What became of the benchmark's claims, in sentences."""
+    said = []
+    for pattern, each in result["own"].items():
+        exact = each.get("Softmax()")
+        others = [one["index"] for name, one in each.items() if name != "Softmax()"]
+        if exact and others:
+            beat = sum(one > exact["index"] for one in others)
+            said.append(f"{pattern}: {beat} of {len(others)} are above exact "
+                        f"attention ({exact['index']:+.2f})")
+    for pair, value in result["correlations"].items():
+        said.append(f"ranks of {pair.replace(' ', ' and ')} correlate by {value:+.2f}")
+    failed = result["failed"]
+    return "\n".join([*said, *(f"failed: {one}" for one in failed)])
+
+
+def html_page(result: dict[str, Any], picture: pathlib.Path) -> str:
+    """The text of report.html: index, heat map, all measures, claims, provenance."""
+    titles, rows = cells_of(result)
+    names = [name for name in dict.fromkeys(n for row in result["rows"] for n in row)
+             if name not in ("task", "pattern", "attention")]
+    each = [[f"{row['task']}, {row['pattern']}", row["attention"],
+             *(f"{row[name]:.4g}" if name in row else "" for name in names)]
+            for row in result["rows"]]
+    image = base64.b64encode(picture.read_bytes()).decode()
+    said = "".join(f"<li>{html.escape(line)}" for line in claims(result).splitlines())
+    words = "; ".join(f"{short}: {long}" for short, long in WORDS.items())
+    return f"""<!doctype html>
+<html lang="en"><meta charset="utf-8">
+<meta name="viewport" content="width=device-width">
+<title>Which attention for what</title><style>{STYLE}</style>
+<h1>Which attention for what</h1>
+<p>{html.escape(words)}. {html.escape(result["left_out"])}
+{html.escape(sentence(result))}.</p>
+<div class="wide">{_table(titles, rows)}</div>
+<p>Index: deviations from the mean of what is compared, and "by its mu" with the
+benchmark's constants, which are of its own data and networks. Length: tokens from which
+a layer costs less than exact attention as one matrix.
+<p><img alt="heat map" src="data:image/png;base64,{image}">
+<ul>{said}</ul>
+<h2>All measures</h2>
+<div class="wide">{_table(["task", "attention", *names], each)}</div>
+<p>All of it again: <code>{html.escape(result["command"])}</code></p>
+</html>
+"""
+
+
+def _table(titles: list[str], rows: list[list[str]]) -> str:
+    line = lambda tag, cells: "<tr>" + "".join(
+        f"<{tag}>{html.escape(text)}</{tag}>" for text in cells) + "</tr>"
+    lines = [line("th", titles), *(line("td", row) for row in rows)]
+    return "<table>" + "\n".join(lines) + "</table>"

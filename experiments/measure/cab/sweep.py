@@ -1,0 +1,145 @@
+"""The sweep of CAB: its trainings one by one, each kept, and what they say together."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+import time
+from typing import Any
+
+import jax
+import numpy as np
+from rich.console import Console
+
+from experiments.cli import config
+from experiments.measure.cab.efficiency import costs, dense, efficiency_length
+from experiments.measure.cab.index import index, rank_correlations
+from experiments.measure.cab.task import Task
+from experiments.measure.shipped import duration
+from experiments.training.cells import cell, kept
+from experiments.training.loop import NotFinite
+from experiments.training.scanned import train
+from models.places import Places, allows, in_pattern, placed
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One training: a task, a pattern, an attention and a seed."""
+
+    task: Task
+    pattern: str
+    attention: Any
+    seed: int
+
+    @property
+    def places(self) -> Places:
+        """Which attention stands where."""
+        return placed(self.attention, self.pattern)
+
+    @property
+    def name(self) -> str:
+        """Of its file: exact attention is the same network in every pattern."""
+        which = "exact" if self.places == Places() else (
+            f"{self.pattern} {config.format_value(self.attention)}")
+        return f"{self.task.name} {which} {self.seed}"
+
+    def make(self) -> dict[str, Any]:
+        """Trains and judges -> measures, loss, seconds; or why there are none."""
+        clock = time.perf_counter()
+        try:
+            model = self.task.network(self.places)
+            rows = self.task.drawn("train", self.seed)
+            done = train(model, self.task.loss, self.task.inputs, rows,
+                         self.task.plan(self.seed))
+            found: dict[str, Any] = self.task.judged(
+                model, done.params, self.task.drawn("valid", self.seed),
+                jax.random.key(self.seed + 1))
+        except (NotFinite, NotImplementedError, ValueError) as error:
+            return {"failed": str(error), "seconds": time.perf_counter() - clock}
+        last = done.losses[-max(1, len(done.losses) // 20):]
+        return found | {"loss": float(last.mean()),
+                        "seconds": time.perf_counter() - clock}
+
+
+def trained(runs: list[Run], folder: pathlib.Path, console: Console,
+            minutes: float | None = None) -> list[tuple[Run, dict]]:
+    """What each training gives, or has given in this folder; none is begun after so
+    many minutes."""
+    found, clock, fresh = [], time.perf_counter(), 0
+    for n, one in enumerate(runs, 1):
+        known = kept(folder, one.name)
+        spent = time.perf_counter() - clock
+        if known is None and minutes is not None and spent >= 60 * minutes:
+            continue
+        made = known or cell(folder, one.name, one.make)[0]
+        found.append((one, made))
+        if known is None:
+            fresh += 1
+            label = " ".join([one.task.name, one.pattern,
+                              config.format_value(one.attention)])
+            said = made.get("failed") or ", ".join(
+                f"{name} {made[name]:.4g}" for name in one.task.measures)
+            each = (time.perf_counter() - clock) / fresh
+            rest = duration(each * (len(runs) - n))
+            console.print(f"{n}/{len(runs)} {label}: {said}; at most {rest} more",
+                          markup=False, highlight=False)
+    return found
+
+
+def measured(config_: Any, folder: pathlib.Path, console: Console,
+             minutes: float | None = None) -> dict[str, dict[str, Any]]:
+    """By attention the costs of a layer, and those of exact attention as a matrix; none
+    is begun after so many minutes."""
+    found: dict[str, dict[str, Any]] = {}
+    clock = time.perf_counter()
+    if not config_.lengths:
+        return found
+    sizes = config_.lengths, config_.width, config_.heads, config_.repeats
+    for attention in config_.attentions:
+        label = config.format_value(attention)
+        pattern = "NS" if allows(attention, "NS") else "CS"
+        if not allows(attention, pattern):
+            continue
+        for name, one in ((f"matrix {pattern}", dense(pattern)),
+                          (label, in_pattern(attention, pattern))):
+            late = minutes is not None and time.perf_counter() - clock >= 60 * minutes
+            if late and kept(folder, f"cost {name}") is None:
+                continue
+            found[name], known = cell(
+                folder, f"cost {name}", lambda: costs(one, *sizes) | {"of": pattern})
+            if not known:
+                console.print(f"cost {name}: " + ", ".join(
+                    f"{ms:.1f} ms" for ms in found[name]["ms"]), markup=False)
+    return found
+
+
+def compared(config_: Any, found: list[tuple[Run, dict]],
+             spent: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """The cells as medians over seeds, both indices, rank correlations and lengths."""
+    labels = [config.format_value(a) for a in config_.attentions]
+    by_key: dict[tuple[str, str, str], list[dict]] = {}
+    failed = []
+    for one, made in found:
+        label = config.format_value(one.attention)
+        if "failed" in made:
+            failed.append(f"{one.name}: {made['failed']}")
+            continue
+        by_key.setdefault((one.task.name, one.pattern, label), []).append(made)
+    cells = {key: {name: float(np.median([one[name] for one in each]))
+                   for name in each[0]} for key, each in by_key.items()}
+    indices = {
+        which: {p: index(cells, p, labels, which) for p in config_.patterns}
+        for which in ("own", "paper")}
+    lengths = {}
+    for label in labels:
+        exact = spent.get(f"matrix {spent[label]['of']}") if label in spent else None
+        if exact is not None:
+            lengths[label] = {
+                what: efficiency_length(config_.lengths, exact[what],
+                                        spent[label][what], what == "ms")
+                for what in ("ms", "mb")}
+    rows = [{"task": task, "pattern": pattern, "attention": label} | values
+            for (task, pattern, label), values in cells.items()]
+    return {"rows": rows, "own": indices["own"], "paper": indices["paper"],
+            "correlations": rank_correlations(indices["own"]), "lengths": lengths,
+            "costs": spent, "measured_at": list(config_.lengths), "failed": failed}

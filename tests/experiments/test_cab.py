@@ -1,0 +1,276 @@
+"""CAB: scores and index by definition, data that are their own answers, a sweep that
+goes on where it was."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from attn.lara import LARA
+from attn.masks import Causal, Window
+from attn.routing import Routing
+from attn.softmax import Softmax
+from experiments import cab, leaderboard
+from experiments.data.clouds import BODIES, Clouds
+from experiments.data.series import Series
+from experiments.data.shapes import Shapes
+from experiments.data.speech import LASTS, Speech
+from experiments.data.summaries import Summaries
+from experiments.measure.cab import index, scores, sweep
+from experiments.measure.cab.efficiency import efficiency_length
+from experiments.measure.cab.suite import FULL, NAMES, SMALL
+from experiments.training.cells import cell, slug
+from experiments.training.plan import TrainConfig
+from experiments.training.scanned import train
+from models.places import Places
+
+RNG = np.random.default_rng(0)
+GOLDEN = np.load("tests/golden/cab.npz")
+
+
+def test_warping_by_all_ways():
+    def cheapest(cost, i, j):
+        """(sum, steps) of the best way to (i, j), by recursion."""
+        before = [cheapest(cost, i - a, j - b) for a, b in ((1, 1), (1, 0), (0, 1))
+                  if i >= a and j >= b] or [(0.0, 0)]
+        total, steps = min(before, key=lambda way: way[0])
+        return total + cost[i, j], steps + 1
+
+    a, b = RNG.normal(size=(2, 5, 3)), RNG.normal(size=(2, 4, 3))
+    for x, y, found in zip(a, b, scores.aligned(a, b)):
+        cost = np.linalg.norm(x[:, None] - y[None], axis=-1)
+        total, steps = cheapest(cost, 4, 3)
+        assert found == pytest.approx(total / steps, rel=1e-12)
+    slow = np.repeat(a, 2, 1)
+    np.testing.assert_allclose(scores.aligned(slow, a), 0, atol=1e-12)
+    assert scores.spectral(np.repeat(a, 6, 2), np.repeat(a, 6, 2))["mcd"] < 1e-6
+
+
+def test_rouge_by_hand():
+    have, want = np.array([[1, 2, 3, 4]]), np.array([[2, 1, 3, 4]])
+    found = scores.rouge(have, want)
+    assert found["r1"] == 100 and found["r2"] == pytest.approx(100 / 3)
+    assert found["rl"] == 75
+    assert scores.rouge(have, have) == {"r1": 100, "r2": 100, "rl": 100}
+
+
+def test_similarity_of_images_by_loops():
+    a, b = RNG.uniform(size=(2, 1, 9, 10))
+    found, want = scores.images(a, b), []
+    for i in range(3):
+        for j in range(4):
+            x, y = (c[0, i:i + 7, j:j + 7].ravel() for c in (a, b))
+            cov = np.cov(x, y)
+            means = x.mean() ** 2 + y.mean() ** 2 + 1e-4
+            want.append((2 * x.mean() * y.mean() + 1e-4) * (2 * cov[0, 1] + 9e-4)
+                        / (means * (cov[0, 0] + cov[1, 1] + 9e-4)))
+    assert found["ssim"] == pytest.approx(np.mean(want), rel=1e-9)
+    assert found["psnr"] == pytest.approx(-10 * np.log10(((a - b) ** 2).mean()))
+
+
+def test_clouds_and_forecasts_by_definition():
+    a, b = RNG.normal(size=(1, 6, 3)), RNG.normal(size=(1, 5, 3))
+    far = np.linalg.norm(a[0, :, None] - b[0, None], axis=-1)
+    found = scores.clouds(a, b, near=1.0)
+    assert found["cd1"] == pytest.approx(500 * (far.min(0).mean() + far.min(1).mean()))
+    assert found["cd2"] == pytest.approx(
+        1000 * ((far**2).min(0).mean() + (far**2).min(1).mean()))
+    p, r = (far.min(1) < 1).mean(), (far.min(0) < 1).mean()
+    assert found["f"] == pytest.approx(2 * p * r / (p + r))
+    assert scores.clouds(a, a)["f"] == 1
+    zeros = np.zeros((1, 2, 2))
+    assert scores.forecast(zeros + np.array([0, 2]), zeros) == {"mse": 3, "mae": 1.5}
+
+
+def test_the_index_is_the_authors_with_their_constants():
+    for n, pattern in enumerate(("NS", "CS", "NC", "CC")):
+        mu, sigma = index.PAPER[pattern]
+        for own, name in ((mu, "mu"), (sigma, "sigma")):
+            np.testing.assert_allclose(
+                own, GOLDEN[f"compositional_index/p{n}_{name}"], rtol=1e-9)
+        values = GOLDEN[f"compositional_index/p{n}_scores"]
+        pairs = [p for own in index.measures(pattern).values() for p in own]
+        sign = [index.BY_NAME[net].measures[one] for net, one in pairs]
+        np.testing.assert_array_equal(
+            sign, GOLDEN[f"compositional_index/p{n}_sign"])
+        cells = {}
+        for (net, one), value in zip(pairs, values, strict=True):
+            cells.setdefault((net, pattern, "a"), {})[one] = float(value)
+        found = index.index(cells, pattern, ["a"], "paper")["a"]
+        assert found.pop("index") == pytest.approx(
+            float(GOLDEN[f"compositional_index/p{n}_ci"]))
+        np.testing.assert_allclose(
+            list(found.values()), GOLDEN[f"compositional_index/p{n}_task"])
+
+
+def test_the_index_of_what_is_compared():
+    cells = {("lm", "CS", name): {"perplexity": x} for name, x in (("a", 4), ("b", 8))}
+    cells |= {("summary", "CS", "a"): {"r1": 1.0, "r2": 1.0, "rl": 1.0}}
+    found = index.index(cells, "CS", ["a", "b", "c"])
+    # what one alone was asked says nothing
+    assert found["a"] == {"LM": 1, "index": 1}
+    assert found["b"] == {"LM": -1, "index": -1} and "c" not in found
+    both = {"NS": {n: {"index": x} for n, x in zip("abc", (1, 2, 3))},
+            "CC": {n: {"index": x} for n, x in zip("cab", (1, 2, 3))}}
+    assert index.rank_correlations(both) == {"NS CC": pytest.approx(-0.5)}
+
+
+def test_the_length_at_which_a_line_meets_a_parabola():
+    at = (256, 512, 1024, 2048)
+    exact = [2e-3 * t * t + t + 7 for t in at]
+    other = [5 * t + 100 for t in at]
+    # 0.002 T^2 - 4 T - 93 = 0
+    want = (4 + np.sqrt(16 + 4 * 2e-3 * 93)) / 4e-3
+    assert efficiency_length(at, exact, other) == pytest.approx(want)
+    other[0] += 900
+    assert efficiency_length(at, exact, other, True) == pytest.approx(want)
+    assert efficiency_length(at, other, exact) is None
+
+
+@pytest.mark.parametrize("data", [
+    Speech(length=40, count=7), Summaries(), Shapes(length=16), Series(), Clouds(),
+], ids=lambda data: type(data).__name__)
+def test_rows_are_those_of_their_step(data):
+    one, again, other = data.batch(3, 4), data.batch(3, 4), data.batch(4, 4)
+    for name in one:
+        np.testing.assert_array_equal(one[name], again[name])
+        assert np.isfinite(one[name]).all() and len(one[name]) == 4
+    assert any((one[name] != other[name]).any() for name in one)
+
+
+def test_data_are_what_they_say():
+    speech = Speech(length=40, count=7).batch(0, 5)
+    assert (speech["lasts"].sum(1) == 40).all() and speech["lasts"].min() >= 1
+    assert speech["frames"].shape == (5, 40, 20)
+    assert (speech["phones"][:, -1] == 0).all()
+    more = speech["lasts"][:, :3] - LASTS[speech["phones"][:, :3]]
+    np.testing.assert_array_equal(more, speech["phones"][:, 1:4] % 2 == 0)
+    summary = Summaries().batch(0, 5)
+    for source, names in zip(summary["source"], summary["summary"]):
+        np.testing.assert_array_equal(source[source >= 32], names)
+    np.testing.assert_array_equal(summary["before"][:, 1:], summary["summary"][:, :-1])
+    shapes = Shapes(length=16).batch(0, 3)
+    given, sharp = (shapes[name].mean((1, 2)) for name in ("given", "sharp"))
+    np.testing.assert_allclose(given, sharp, atol=1e-6)
+    series = Series().batch(0, 6)
+    np.testing.assert_allclose(series["past"].mean(1), 0, atol=1e-5)
+    clouds = Clouds(length=30, missing=10).batch(0, 8)
+    assert clouds["missing"].shape == (8, 10, 3) and len(BODIES) == 5
+    both = np.concatenate([clouds["points"], clouds["missing"]], 1)
+    np.testing.assert_allclose(np.linalg.norm(both, axis=-1).max(1), 1, rtol=1e-5)
+
+
+def test_a_sweep_goes_on_where_it_was(tmp_path, monkeypatch):
+    config_ = dataclasses.replace(cab.TINY, folder=str(tmp_path / "run"))
+    made = []
+
+    def judged(task, *rest):
+        made.append(task.name)
+        if len(made) == 2:
+            raise KeyboardInterrupt
+        return {"r1": 1.0, "r2": 2.0, "rl": float(len(made))}
+
+    monkeypatch.setattr(sweep, "train", lambda model, *_: type(
+        "Trained", (), {"params": None, "losses": np.ones(4)}))
+    monkeypatch.setattr(sweep, "costs", lambda one, lengths, *_: {
+        "ms": [float(t * t) for t in lengths], "mb": [float(t) for t in lengths]})
+    monkeypatch.setattr(type(SMALL[2]), "judged", judged)
+    with pytest.raises(KeyboardInterrupt):
+        cab.run(config_)
+    early = cab.run(dataclasses.replace(config_, minutes=0.0))
+    assert len(made) == 2 and early["trainings"] == 2  # exact, twice
+    found = cab.run(config_)
+    # exact attention is one network in both patterns, and stays
+    assert len(made) == 4 and found["trainings"] == 4 and found["failed"] == 0
+    again = cab.run(config_)
+    assert len(made) == 4 and again == found
+    result = json.loads((tmp_path / "run" / "cab.json").read_text())
+    assert "speech" in result["left_out"] and len(result["rows"]) == 4
+    assert (tmp_path / "run" / "cab.png").read_bytes()[:4] == b"\x89PNG"
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "Local(window=2)" in page and "noncausal self" in page
+
+
+def test_what_fails_is_said_and_costs_itself_alone(monkeypatch):
+    monkeypatch.setattr(sweep, "train", lambda *_: (_ for _ in ()).throw(
+        ValueError("it cannot")))
+    one = sweep.Run(SMALL[2], "NS", Softmax(), 0)
+    assert one.make()["failed"] == "it cannot" and one.name == "summary exact 0"
+    assert sweep.Run(SMALL[2], "NS", LARA(), 1).name == "summary NS LARA() 1"
+
+
+def test_attentions_that_do_not_fit_are_refused():
+    with pytest.raises(ValueError, match="LARA has none of the patterns"):
+        dataclasses.replace(cab.TINY, attentions=(LARA(),), tasks=("lm",))
+    with pytest.raises(ValueError, match="Softmax has none"):
+        dataclasses.replace(cab.TINY, tasks=("series",), attentions=(
+            Softmax(mask=Causal() & Window(2)),), patterns=("NC",))
+    with pytest.raises(ValueError, match="tasks: 'tts': expected of"):
+        dataclasses.replace(cab.TINY, tasks=("tts",))
+    with pytest.raises(ValueError, match="fit a parabola"):
+        dataclasses.replace(cab.TINY, lengths=(16, 32))
+    ahead = Routing(clusters=2)
+    assert NAMES == tuple(task.name for task in SMALL) and len(FULL) == 8
+    if ahead.ahead != 0:
+        with pytest.raises(ValueError, match="which are not written yet"):
+            SMALL[2].check(ahead)
+
+
+@pytest.mark.parametrize("task", SMALL, ids=lambda task: task.name)
+def test_a_task_is_traced(task):
+    """Its loss and its judge fit its data: shapes alone, nothing is compiled."""
+    model = task.network(Places())
+    rows = task.drawn("train", 0)
+    shapes = {n: jax.ShapeDtypeStruct(a.shape, a.dtype) for n, a in rows.items()}
+    inputs = [shapes[name] for name in task.inputs]
+    params = jax.eval_shape(model.init, jax.random.key(0), *inputs)
+    value = jax.eval_shape(lambda p, rows: task.loss(model, p, rows, jax.random.key(0)),
+                           params, shapes)
+    assert value.shape == () and task.measures
+
+
+def test_a_whole_training_learns(tmp_path):
+    import flax.linen as nn
+
+    model = nn.Dense(1)
+    x = RNG.normal(size=(64, 3)).astype(np.float32)
+    rows = {"x": x, "y": x @ np.array([[1.0], [2.0], [3.0]], np.float32)}
+    plan = TrainConfig(steps=60, batch=16, learning_rate=0.3, warmup=2, weight_decay=0)
+    one = train(model, _squares, ("x",), rows, plan)
+    assert one.losses[-1] < 1e-2 < one.losses[0] and len(one.losses) == 60
+    other = train(model, _squares, ("x",), rows, dataclasses.replace(plan, seed=1))
+    assert other.losses[0] != one.losses[0]
+
+
+def _squares(model, params, batch, key):
+    return ((model.apply(params, batch["x"]) - batch["y"]) ** 2).mean()
+
+
+def test_cells_are_kept_and_named_apart(tmp_path):
+    made = []
+
+    def make():
+        made.append(1)
+        return {"n": len(made)}
+
+    assert cell(tmp_path, "a b", make) == ({"n": 1}, False)
+    assert cell(tmp_path, "a b", make) == ({"n": 1}, True)
+    assert slug("ABC(n=1)") != slug("ABC[n=1]") and slug("lm") == "lm"
+    (tmp_path / "cells" / f"{slug('a b')}.json").write_text("{")
+    assert cell(tmp_path, "a b", make) == ({"n": 2}, False)
+
+
+def test_every_policy_of_the_leaderboard_reads_with_exact_attentions_network():
+    config_ = leaderboard.Config()
+    free = [one for one in config_.attentions
+            if isinstance(one, leaderboard.POLICIES)]
+    assert tuple(map(type, free)) == leaderboard.POLICIES
+    shapes = []
+    for one in (Softmax(), *free[:2], *free[-3:]):
+        model = config_.recall(one, 0).model()
+        tokens = jax.ShapeDtypeStruct((1, 8), np.int32)
+        params = jax.eval_shape(model.init, jax.random.key(0), tokens)
+        shapes.append(jax.tree.map(lambda a: a.shape, params))
+    assert all(one == shapes[0] for one in shapes)

@@ -101,6 +101,7 @@ class Compose(Softmax):
     selection: Any = None
     storage: Any = None
     reading: Any = None
+    part = "policy"
     row = TemplateRow(MASKED, "L^2 D, then r D a token", 2)
 
     def __post_init__(self):

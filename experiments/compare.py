@@ -264,7 +264,8 @@ def row_of_seed(config_: Config, attention: Any, fits: dict) -> dict[str, Any]:
 def trained_as(attention: Any) -> Any:
     """The attention that a network is trained with: a policy for the cache of exact
     attention learns nothing and does nothing before there is a cache."""
-    if not isinstance(attention, Softmax):
+    policy = getattr(attention, "part", None) is not None  # of which it says the part
+    if not (policy and isinstance(attention, Softmax)):
         return attention
     own = {f.name: getattr(attention, f.name) for f in dataclasses.fields(Softmax)}
     return Softmax(**own)

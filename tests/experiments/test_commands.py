@@ -12,7 +12,17 @@ import sys
 
 import pytest
 
-from experiments import lm
+from attn.compose import Compose
+from attn.kivi import KIVI
+from attn.local import Local
+from attn.masks import Causal, Window
+from attn.pasta import Pasta
+from attn.prflash import PrFlash
+from attn.snapkv import SnapKV
+from attn.softmax import Softmax
+from attn.streaming import Streaming
+from attn.topk import TopK
+from experiments import compare, lm
 from experiments.__main__ import experiments
 from experiments.cli import config, usage
 from experiments.data import Text, corpus
@@ -51,9 +61,17 @@ def test_the_docstring_says_what_to_type_and_the_help_lists_fields(name):
         assert f"--{field.name}" in text and field.metadata["doc"] in text
 
 
-def test_compare_leaves_its_results(tmp_path, monkeypatch):
-    from experiments import compare
+@pytest.mark.parametrize("attention, policy", (
+    (SnapKV(), True), (Compose(storage=KIVI()), True), (Streaming(), True),
+    (Local(window=4), False), (PrFlash(), False), (TopK(), False), (Pasta(), False),
+    (Softmax(mask=Causal() & Window(3)), False)), ids=lambda a: type(a).__name__)
+def test_a_policy_is_trained_as_exact_attention_and_others_as_they_are(
+        attention, policy):
+    found = compare.trained_as(attention)
+    assert (type(found) is Softmax) if policy else found == attention
 
+
+def test_compare_leaves_its_results(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     folder = pathlib.Path(compare.run(compare.TINY)["folder"])
     found = json.loads((folder / "compare.json").read_text())

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import functools
 import importlib
-from typing import Any, Callable, NamedTuple
+from typing import Any, Callable
 
 import jax
 import jax.numpy as jnp
@@ -26,57 +26,12 @@ import numpy as np
 
 from pallas_kernels import Refused, candidates
 from pallas_kernels.arrays import FLOAT, INT, check_arrays, check_pairs
+from pallas_kernels.decode.plain import Keys, Rows, Static, plain
 from pallas_kernels.machine.bits import in_32_bits
 from pallas_kernels.refusals import DTYPES, WIDEST, check_device, check_elementwise
-from pallas_kernels.tile import (
-    NEVER, LogitSpec, base_and_factor, lse_of, unit_of
-)
+from pallas_kernels.tile import LogitSpec, base_and_factor, lse_of, unit_of
 
 F32 = jnp.float32
-
-
-class Static(NamedTuple):
-    """What is known of one call: H and K heads, T queries, S slots a row of the batch;
-    keys lie in pages of `page` slots, `pages` of them a step; bits of k and v. On a
-    GPU: a tile, `splits` asked for or 0, how many multiprocessors there are, and
-    candidates that the call asks for."""
-
-    form: LogitSpec
-    heads: int
-    key_heads: int
-    queries: int
-    slots: int
-    page: int
-    pages: int
-    bits: int
-    sink: bool
-    vmem: int
-    interpret: Any
-    backend: str = "tpu"
-    tile: Any = None
-    splits: int = 0
-    cores: int = 0
-    variant: tuple[str, ...] = ()
-
-
-class Keys(NamedTuple):
-    """What lies beside each slot: [B,S,K] arrays, or [P,page,K] by pages; or None. The
-    last axis may be 1: on TPU it is K."""
-
-    pos: Any = None
-    segment: Any = None
-    bias: Any = None
-    k_scale: Any = None
-    v_scale: Any = None
-
-
-class Rows(NamedTuple):
-    """Of each query row [B,R]: head (-1: none), position, segment and sink."""
-
-    head: Any
-    pos: Any
-    segment: Any
-    sink: Any
 
 
 def decode(
@@ -119,9 +74,11 @@ def decode(
     half of the width), with k_scale and v_scale [B,S,K] float32. statistics: also
     returns the sum over a key head's queries of each slot's weight, [B,S,K] float32.
     split_lse: m and l [B,H,T] instead of lse = m + log l, as in `pallas_kernels.flash`.
-    Arrays beside slots are [P,page,K] with a table. tile: slots a step. backend: "tpu"
-    or "triton"; with that, splits: how many programs share the slots of a row, and
-    variant: names of candidates (`pallas_kernels/candidates.py`).
+    Arrays beside slots are [P,page,K] with a table. Slots without a token may hold
+    anything on a GPU, and finite numbers on TPU, where a tile of v is multiplied as a
+    whole. tile: slots a step. backend: "tpu" or "triton"; with that, splits: how many
+    programs share the slots of a row, and variant: names of candidates
+    (`pallas_kernels/candidates.py`).
     interpret: run on a CPU, slowly.
 
     Raises Refused for what the kernel does not do.
@@ -260,84 +217,6 @@ def _back(static: Static, args, cotangents):
 
 
 _decode.defvjp(_ahead, _back)
-
-
-def unpacked(a: jax.Array, bits: int) -> jax.Array:
-    """int8 numbers, or pairs of int4, as float32: [..., width]."""
-    if bits != 4:
-        return a.astype(F32)
-    wide = a.astype(jnp.int32)
-    # both halves with their signs: an int8 shift would lose the low one's
-    return jnp.concatenate([(wide << 28) >> 28, wide >> 4], -1).astype(F32)
-
-
-def packed(a: jax.Array) -> jax.Array:
-    """int4 numbers [..., width] (-8 to 7, any integer type), two a byte: the first half
-    of the width in the low half of the bytes."""
-    low, high = jnp.split(a.astype(jnp.int32), 2, -1)
-    return ((high << 4) | (low & 15)).astype(jnp.int8)
-
-
-def _gathered(a, table):
-    """[P,page,...] -> [B,n*page,...] of each row's pages; a itself without a table."""
-    if a is None or table is None:
-        return a
-    a = a[jnp.maximum(table, 0)]
-    return a.reshape(a.shape[0], -1, *a.shape[3:])
-
-
-def _logits(static: Static, lengths, table, rows, beside, q, k):
-    """Logits [B,K,G,T,S] in float32, NEVER where hidden."""
-    form, heads = static.form, static.key_heads
-    beside = Keys(*(_gathered(a, table) for a in beside))
-    k = _gathered(k, table)
-    if static.bits < 16:
-        k = unpacked(k, static.bits) * beside.k_scale[..., None]
-    (b, t, h, _), s = q.shape, k.shape[1]
-
-    def grouped(a):
-        return a.reshape(b, t, heads, -1).transpose(0, 2, 3, 1)[..., None]
-
-    def column(a):
-        return a.transpose(0, 2, 1)[:, :, None, None]  # [B,K,1,1,S]
-
-    queries = q.reshape(b, t, heads, h // heads, -1).astype(F32)  # [B,T,K,G,D]
-    raw = jnp.einsum("btkgd,bskd->bkgts", queries, k.astype(F32))  # [B,K,G,T,S]
-    slot = jnp.arange(s, dtype=jnp.int32)[None, None, None, None]
-    j = slot if beside.pos is None else column(beside.pos)
-    h_, i = grouped(rows.head), grouped(rows.pos)
-    bias = None if beside.bias is None else column(beside.bias)
-    logit, _ = form.logits(raw, h_, i, j, bias, 1.0)
-    seen = (slot < lengths[:, :, None, None, None]) & (j >= 0)
-    if table is not None:
-        real = jnp.repeat(table >= 0, s // table.shape[1], 1)  # [B,S]
-        seen = seen & real[:, None, None, None]
-    if form.mask is not None:
-        seen = seen & form.mask(h_, i, j)
-    if beside.segment is not None:
-        segment = column(beside.segment)
-        seen = seen & (grouped(rows.segment) == segment) & (segment > 0)
-    return jnp.where(seen, logit, NEVER)
-
-
-def plain(static: Static, lengths, table, rows, beside, q, k, v):
-    """The function in plain jnp, o, m and l: what the gradient is taken of."""
-    s = _logits(static, lengths, table, rows, beside, q, k)
-    b, t, h = q.shape[:3]
-    sink = rows.sink.reshape(b, t, static.key_heads, -1).transpose(0, 2, 3, 1)
-    if static.sink:
-        s = jnp.concatenate([s, sink[..., None]], -1)  # a logit without value
-    top = jax.lax.stop_gradient(s.max(-1, keepdims=True))  # a constant for the gradient
-    p = jnp.exp(s - jnp.where(jnp.isfinite(top), top, 0))  # no -inf - -inf
-    total = p.sum(-1, keepdims=True)
-    safe = jnp.where(total > 0, total, 1)
-    m, l = (a[..., 0].reshape(b, h, t) for a in (top, total))
-    p = (p / safe)[..., :-1] if static.sink else p / safe  # without the sink
-    v = _gathered(v, table)
-    if static.bits < 16:
-        v = unpacked(v, static.bits) * _gathered(beside.v_scale, table)[..., None]
-    o = jnp.einsum("bkgts,bskv->btkgv", p, v.astype(F32))  # [B,T,K,G,V]
-    return o.reshape(b, t, h, -1).astype(q.dtype), m, l
 
 
 def _statistics(static: Static, lengths, table, rows, beside, q, k, m, l):

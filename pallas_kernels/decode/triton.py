@@ -178,6 +178,7 @@ def _attend(call: Call, x: Arrays, o_ref, m_ref, l_ref):
         top = jnp.maximum(m, s.max(1)[:, None])  # m' = max(m, rowmax S)
         p, rescale = exp2(s - top), exp2(m - top)  # P, 2^(m - m')
         total = total * rescale + p.sum(1)[:, None]
+        place = ctx.held(place)
         if x.v_scale is not None:
             p = p * ctx.beside(x.v_scale, place)[None]  # one factor a slot
         p = p.astype(queries.parts[0].dtype)

@@ -111,6 +111,16 @@ class Head:
         token = jax.lax.rem(slot, call.page)
         return At(jnp.maximum(page, 0), token, slot, inside & (page >= 0))
 
+    def held(self, at: At) -> At:
+        """A tile of which only the slots that hold a token are there: what else lies
+        in a cache may be nan, which a weight of 0 does not hide."""
+        inside, x = at.inside, self.x
+        if x.pos is not None:
+            inside = inside & (self.beside(x.pos, at, -1) >= 0)
+        if x.segment is not None:
+            inside = inside & (self.beside(x.segment, at) > 0)
+        return at._replace(inside=inside)
+
     def tile(self, ref, at: At) -> list[Any]:
         """A tile of k or v [columns,width] in q's type; of int4 two of half the width.
         """

@@ -14,7 +14,8 @@ from pallas_kernels import Refused
 from pallas_kernels.decode import (
     tpu as decode_tpu, triton as decode_triton, triton_unpack as widen_triton
 )
-from pallas_kernels.decode.api import decode, packed, unpacked
+from pallas_kernels.decode.api import decode
+from pallas_kernels.decode.plain import packed, unpacked
 from pallas_kernels.decode.triton import splits
 from tests.on_device import INTERPRET
 from tests.oracles.softmax import chunks as attend
@@ -216,6 +217,46 @@ def test_what_lies_beyond_the_length_is_not_read():
     found = jax.jit(split(tile=16, lengths=lengths, statistics=True))(**spoilt)
     for x, y in zip(found, expected):
         np.testing.assert_array_equal(x, y)
+
+
+@pytest.mark.parametrize("holes", ("length", "position", "segment", "page"))
+def test_slots_without_a_token_may_hold_anything(holes):
+    a, empty = arrays(2), jnp.arange(S) % 5 == 3
+    pos = jnp.broadcast_to(jnp.arange(S, dtype=jnp.int32), (B, S))
+    options = {"mask": Causal(), "q_pos": last(2), "statistics": True, "tile": 16,
+               "backend": "triton"}
+    if holes == "length":
+        empty = jnp.arange(S) >= 30
+        options["lengths"] = jnp.full(B, 30, jnp.int32)
+    elif holes == "position":
+        options["kv_pos"] = jnp.where(empty, -1, pos)
+    elif holes == "segment":
+        options["q_segment"] = jnp.ones((B, 2), jnp.int32)
+        options["kv_segment"] = jnp.where(empty, 0, 1)[None]
+    else:  # the first page, which is what is fetched for a page that is not there
+        a, table = paged(a)
+        empty = np.zeros(len(a["k"]), bool)
+        empty[0] = True
+        options["lengths"] = jnp.full(B, S, jnp.int32)
+        options["table"] = jnp.asarray(np.where(table == 0, 1, table).astype(np.int32)
+                                       ).at[:, 1].set(-1)
+    kernel = functools.partial(decode, interpret=INTERPRET, **options)
+
+    @jax.jit
+    def both(a):
+        out, back = jax.vjp(lambda a: kernel(**a), a)
+        return out, back(jax.tree.map(jnp.ones_like, out))[0]
+
+    want, wanted_grads = both(a)
+    there = ~jnp.broadcast_to(empty[:, None] if holes == "page" else empty,
+                              a["k"].shape[:2])[..., None, None]
+    for value in (jnp.nan, jnp.inf, 1e30):
+        spoilt = a | {n: jnp.where(there, a[n], value) for n in "kv"}
+        found, grads = both(spoilt)
+        for x, y in zip(found, want, strict=True):
+            np.testing.assert_array_equal(x, y)
+        for n in "qkv":
+            np.testing.assert_array_equal(grads[n], wanted_grads[n])
 
 
 @pytest.mark.parametrize("h, k, d, v", (

@@ -21,7 +21,8 @@ from experiments.measure.device.fast import OURS, Contender, race, with_gradient
 from experiments.measure.device.place import Place
 from experiments.measure.device.right import Subject, check
 from pallas_kernels.blocks.api import blocks
-from pallas_kernels.decode.api import decode, packed, unpacked
+from pallas_kernels.decode.api import decode
+from pallas_kernels.decode.plain import packed, unpacked
 
 RIGHT: dict[str, dict[str, Any]] = {
     "16 bits": {}, "8 bits": {"bits": 8}, "4 bits": {"bits": 4},

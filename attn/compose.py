@@ -82,7 +82,8 @@ def refused(selection: Any = None, storage: Any = None, reading: Any = None
         if isinstance(part, type):
             return f"{part.__name__} is a class: expected {place}={part.__name__}(...)"
         name, own = type(part).__name__, getattr(part, "part", None)
-        if own != place or not dataclasses.is_dataclass(part):
+        made = dataclasses.is_dataclass(part)
+        if own != place or not made:
             what = f"a {own}" if own else f"none of {', '.join(PARTS)}"
             return f"{name} is {what}: expected no {place}={part}"
         for other, reason in getattr(part, "refuses", {}).items():

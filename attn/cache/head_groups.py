@@ -142,8 +142,9 @@ class HeadGroups:
         if takes_rope(given):
             raise ValueError(
                 f"{what} turns keys itself: expected one that does not, as KIVI()")
-        fits = getattr(given, "part", None) in ("storage", "reading", "policy")
-        if isinstance(given, type) or not fits or not dataclasses.is_dataclass(given):
+        place, made = getattr(given, "part", None), dataclasses.is_dataclass(given)
+        fits = made and place in ("storage", "reading", "policy")
+        if isinstance(given, type) or not fits:
             shown = f"{what}, a class" if isinstance(given, type) else what
             raise ValueError(f"{shown}: expected a storage or a reading, as KIVI()")
         if getattr(given, "selection", None) is not None:
@@ -156,7 +157,7 @@ class HeadGroups:
         if lost:
             raise ValueError(
                 f"{what} has no {sorted(lost)[0]}, which heads share: expected "
-                f"Compose({given.part}={kind}(...))"
+                f"Compose({place}={kind}(...))"
             )
         check_shared(self, given, self.shared_fields)
         dataclasses.replace(given, **shared)  # which it may refuse

@@ -228,7 +228,9 @@ class ActQKV(Turned, Softmax):
         best, top = jax.lax.top_k(score, min(most, blocks))
         there = best > -jnp.inf
         if pool is not None:
-            state, own = self._own(state, score, many, pool, left)
+            # padding is no window: it notes nothing and takes nothing
+            asked = jnp.where(caches.current(now).any(1), many, 0)
+            state, own = self._own(state, score, asked, pool, left)
             there &= jnp.arange(top.shape[1])[None] < own[:, None]
             # of a window without blocks nothing is taken
             left = left - own.astype(jnp.float32)
@@ -240,7 +242,8 @@ class ActQKV(Turned, Softmax):
 
     def _own(self, state: ActState, score, many, pool: Pool, left) -> tuple:
         """The state that has noted how flat the scores [B,N] of `many` [B] blocks are,
-        and how many blocks [B] this layer takes of what is `left` [B]."""
+        and how many blocks [B] this layer takes of what is `left` [B]. `many` is 0
+        where there are none, and of windows without a real token."""
         even = entropy_of(score, many)
         slot = jnp.where(many > 0, state.seen % self.samples, self.samples)
         row = jnp.arange(len(slot))

@@ -26,7 +26,7 @@ import jax.numpy as jnp
 
 from attn.cache import kv as caches
 from attn.cache.few import at_slots
-from attn.cache.head_groups import HeadGroups
+from attn.cache.head_groups import HeadGroups, check_shared
 from attn.cache.kv import Cache
 from attn.contract.attention import MASKED, TemplateRow, takes_rope
 from attn.contract.calls import refuse_keywords
@@ -79,13 +79,19 @@ def refused(selection: Any = None, storage: Any = None, reading: Any = None
     for place, part in given.items():
         if part is None:
             continue
+        if isinstance(part, type):
+            return f"{part.__name__} is a class: expected {place}={part.__name__}(...)"
         name, own = type(part).__name__, getattr(part, "part", None)
-        if own != place:
+        made = dataclasses.is_dataclass(part)
+        if own != place or not made:
             what = f"a {own}" if own else f"none of {', '.join(PARTS)}"
             return f"{name} is {what}: expected no {place}={part}"
         for other, reason in getattr(part, "refuses", {}).items():
             if given[other] is not None:
                 return f"{name} with {type(given[other]).__name__}: {reason}"
+        if getattr(part, "prefill", "dense") != "dense":
+            return (f"{name}: prefill={part.prefill!r}: a prompt is read exactly, "
+                    "expected 'dense'")
     return None
 
 
@@ -95,7 +101,9 @@ class Compose(Softmax):
 
     selection: what of a prompt is kept, as `SnapKV()`, None for all. storage: how, as
     `KIVI()`, None for as it is. reading: what a token reads, as `Quest()`, None for all
-    that is kept. The other fields are those of `Softmax` and stand for the parts too.
+    that is kept. The other fields are those of `Softmax` and stand for the parts too: a
+    part that has its own, and not the same, is refused (ValueError), as is one that
+    reads prompts by its rule.
     """
 
     selection: Any = None
@@ -117,6 +125,16 @@ class Compose(Softmax):
         if self.reading is not None and self.visible != Causal():
             raise ValueError(f"Compose: mask={self.mask}: blocks are chosen among all "
                              "earlier ones, expected None")
+        for part in (self.selection, self.storage, self.reading):
+            if part is not None:
+                check_shared(self, part, self._fields())
+        within = getattr(self.selection, "whole_as", None)
+        if within is not None and (self.storage, self.reading) != (None, None):
+            raise ValueError(
+                f"Compose: {type(self.selection).__name__} has whole_as={within}, "
+                "beside a storage or a reading: expected one of both"
+            )
+        self.alone  # parts may refuse what they are told
 
     def of_layer(self, n: int, layers: int) -> Compose:
         """This policy with its selection of layer n."""
@@ -127,13 +145,16 @@ class Compose(Softmax):
 
     @property
     def alone(self) -> Any:
-        """The one attention that does it: the only part, or heads in two groups."""
+        """The one attention that does it: the only part, or heads in two groups; None
+        if there is none, as of a reading that knows no softcap, score and sinks."""
         given = [self._own(part) for part in (
             self.selection, self.storage, self.reading) if part is not None]
         if len(given) < 2:
-            return given[0] if given else Softmax(**self._fields())
+            one = given[0] if given else Softmax(**self._fields())
+            return one if isinstance(one, Softmax) else None
         if isinstance(self.selection, HeadGroups):
-            inner = Compose(storage=self.storage, reading=self.reading)
+            inner = Compose(storage=_plain(self.storage), reading=_plain(self.reading),
+                            **self._fields())
             return dataclasses.replace(given[0], whole_as=inner)
         return None
 
@@ -182,6 +203,8 @@ class Compose(Softmax):
         now = locate(segments, b, t, state.end, state.segment)
         if self.selection is not None:
             k, v = self.selection._stored(q, k), self.selection._stored(q, v)
+        if isinstance(state.store, Cache):
+            caches.check_fits(state.store, k, v)
         slot = locate(segments, b, t, state.store.end, state.store.segment)
         room = _room(state.store)
         if self.selection is not None and t > 1:
@@ -267,6 +290,16 @@ class Compose(Softmax):
         newest = now.segment.max(1, keepdims=True)
         return self.read(
             cache, jnp.broadcast_to(newest, cache.k.shape[:2]), q, now, sink=sink)
+
+
+def _plain(part: Any) -> Any:
+    """A part without what it has of the fields of `Softmax`."""
+    if part is None:
+        return None
+    shared = {field.name for field in dataclasses.fields(Softmax)}
+    return dataclasses.replace(part, **{
+        field.name: field.default for field in dataclasses.fields(part)
+        if field.name in shared})
 
 
 def _room(store: Any) -> int:

@@ -17,7 +17,7 @@ import numpy as np
 from attn.cache import kv as caches
 from attn.contract.attention import takes_rope
 from attn.contract.shapes import check
-from attn.masks import Mask
+from attn.masks import Causal, Mask
 from attn.parallel.sharding import mesh_of
 
 
@@ -77,11 +77,31 @@ def true_head(h, heads: tuple[int, ...]):
     return sum((h == n) * head for n, head in enumerate(heads))
 
 
+def check_shared(owner: Any, part: Any, fields: dict[str, Any]) -> None:
+    """Raises ValueError for a field of `part` that is set, but not as `fields` {name:
+    value} of its owner, which stand for it. mask: None is `Causal()`."""
+    for field in dataclasses.fields(part):
+        if field.name not in fields:
+            continue
+        own, value = getattr(part, field.name), fields[field.name]
+        plain = field.default
+        if field.name == "mask":
+            own, value, plain = (
+                Causal() if a is None else a for a in (own, value, plain))
+        if own != plain and own != value:
+            raise ValueError(
+                f"{type(owner).__name__}: {field.name}={fields[field.name]} stands for "
+                f"{type(part).__name__} too, which has {field.name}={own}: expected it "
+                f"in {type(owner).__name__} alone"
+            )
+
+
 class HeadGroups:
     """What stands before `Softmax` among the bases of a policy with a field
     `retrieval`: the numbers of the key heads that hold all tokens. `few(heads)` is the
     attention of the others, of query heads with these numbers. whole_as: how those
-    that hold all tokens store and read them, None for as they are."""
+    that hold all tokens store and read them, None for as they are: a storage or a
+    reading with the fields of `Softmax`, or a `Compose` of these."""
 
     part = "selection"
     retrieval: Any
@@ -111,19 +131,50 @@ class HeadGroups:
                 f"{type(self).__name__}: retrieval={heads!r}: expected a tuple of "
                 "different numbers of key heads, as (0, 3)"
             )
-        if takes_rope(self.whole_as):
+        if self.whole_as is not None:
+            self._check_whole()
+
+    def _check_whole(self: Any) -> None:
+        """Raises ValueError unless `whole_as` can have the fields that groups share."""
+        given = self.whole_as
+        kind = given.__name__ if isinstance(given, type) else type(given).__name__
+        what = f"{type(self).__name__}: whole_as={kind}"
+        if takes_rope(given):
             raise ValueError(
-                f"{type(self).__name__}: whole_as={type(self.whole_as).__name__} turns "
-                "keys itself: expected one that does not, as KIVI()"
+                f"{what} turns keys itself: expected one that does not, as KIVI()")
+        place, made = getattr(given, "part", None), dataclasses.is_dataclass(given)
+        fits = made and place in ("storage", "reading", "policy")
+        if isinstance(given, type) or not fits:
+            shown = f"{what}, a class" if isinstance(given, type) else what
+            raise ValueError(f"{shown}: expected a storage or a reading, as KIVI()")
+        if getattr(given, "selection", None) is not None:
+            raise ValueError(
+                f"{what} with selection={given.selection}: these heads hold all "
+                "tokens, expected None"
             )
+        shared = self.shared((0,))
+        lost = shared.keys() - {field.name for field in dataclasses.fields(given)}
+        if lost:
+            raise ValueError(
+                f"{what} has no {sorted(lost)[0]}, which heads share: expected "
+                f"Compose({place}={kind}(...))"
+            )
+        check_shared(self, given, self.shared_fields)
+        dataclasses.replace(given, **shared)  # which it may refuse
+
+    @property
+    def shared_fields(self: Any) -> dict[str, Any]:
+        """The fields of exact attention that groups share, for all heads."""
+        return {"mask": self.mask, "score": self.score, "scale": self.scale,
+                "axis": self.axis, "softcap": self.softcap, "exchange": self.exchange,
+                "implementation": self.implementation}
 
     def shared(self: Any, heads: tuple[int, ...]) -> dict[str, Any]:
         """The fields of exact attention that groups share, for query heads `heads`."""
-        mask = self.mask if self.mask is None else MaskOfHeads(self.mask, heads)
+        # one that is the same for all heads stays what others know it as
+        mask = self.mask if self.visible == Causal() else MaskOfHeads(self.mask, heads)
         score = None if self.score is None else ScoreOfHeads(self.score, heads)
-        return {"mask": mask, "score": score, "scale": self.scale, "axis": self.axis,
-                "softcap": self.softcap, "exchange": self.exchange,
-                "implementation": self.implementation}
+        return {**self.shared_fields, "mask": mask, "score": score}
 
     def groups(self: Any, q, k) -> list[tuple[Any, np.ndarray, np.ndarray]]:
         """(attention, its key heads, its query heads) of both groups, None without."""

@@ -132,6 +132,27 @@ def test_ragged_rows():
         close(o[b, cut:], own[0])
 
 
+def test_padding_is_no_window():
+    """It notes no entropy, takes nothing of the pool, and moves no later token."""
+    act, t = dataclasses.replace(ACT, samples=4), 36
+
+    @jax.jit
+    def shared(state, args, segments):
+        pool = act.shared_by_layers((state, state), args[0].shape[1])
+        return act.step(state._replace(shared=pool), *args, segments=segments)[0]
+
+    # of its windows of 6 tokens those from 18 on have blocks
+    segments = jnp.asarray([[1] * 24 + [0] * 12, [1] * t])
+    state = shared(act.init_state(T, *inputs(t)), inputs(t), segments)
+    assert state.seen.tolist() == [1, 3] and (state.flat[0, 1:] == 0).all()
+    left, full = state.shared.left, 2 * act.top_k
+    assert (left[0, 4:] == full).all() and (left[1, 4:] < full).all()
+    # a token that is not there, beside one that is
+    after = shared(state, inputs(1), jnp.asarray([[0], [1]]))
+    assert (after.seen - state.seen).tolist() == [0, 1]
+    assert after.shared.left[0, 0] == full > after.shared.left[1, 0]
+
+
 def test_flat_layers_get_more():
     flat, peaked = (probes.entropy(jnp.asarray(a))[1] for a in (
         np.zeros(16), np.r_[1.0, -np.ones(15)]))

@@ -12,8 +12,10 @@ from attn.duo import Duo
 from attn.h2o import H2O
 from attn.kivi import KIVI
 from attn.masks import Causal, Window
+from attn.positions import ALiBi
 from attn.pyramidkv import PyramidKV
 from attn.quest import Quest
+from attn.razor import Razor
 from attn.saq import SAQ
 from attn.snapkv import SnapKV
 from attn.streaming import Streaming
@@ -125,6 +127,75 @@ def test_wrong_parts():
             made()
     with pytest.raises(ValueError, match="axis='seq'"):
         Compose(storage=FINE, reading=ALL, axis="seq")
+
+
+BLOCKS = TopK(top_k=T, block=2, sink=2, local=4)  # all of them
+
+
+def decoded(policy, sink):
+    """What one token finds behind a prompt."""
+    state, _ = step(policy, policy.init_state(T + 1, *tokens()), *tokens(), sink=sink)
+    return step(policy, state, *tokens(1, 1), sink=sink)[1]
+
+
+@pytest.mark.parametrize("group", [None, Duo, Razor])
+def test_a_reading_without_these_fields_has_those_of_compose(group):
+    """Softcap, score and sinks, which TopK does not know."""
+    fields = {"softcap": 0.5, "score": ALiBi(H)}
+    sink, own = jnp.linspace(-1, 2, H), {}
+    if group is not None:
+        more = {"compensate": False} if group is Razor else {}
+        own = {"selection": group(retrieval=(1,), **more)}
+    made = Compose(reading=BLOCKS, **own, **fields)
+    close(decoded(made, sink), decoded(Softmax(**fields), sink))
+
+
+def test_a_reading_alone_reads_what_it_chooses():
+    few = TopK(top_k=2, block=2, sink=1, local=3)
+    segments = jnp.asarray([[0] * 5 + [1] * (T - 5), [1] * T])
+    close(streamed(Compose(reading=few), tokens(), segments)[0],
+          streamed(few, tokens(), segments)[0])
+
+
+def test_parts_do_not_have_other_fields_than_compose():
+    window = Causal() & Window(3)
+    for field in ({"scale": 0.5}, {"softcap": 2.0}, {"mask": window}):
+        (name, value), = field.items()
+        for parts in ({"storage": KIVI(**field)}, {"selection": SnapKV(**field)}):
+            with pytest.raises(ValueError, match=f"Compose: {name}=None stands for"):
+                Compose(**parts)
+            assert getattr(Compose(**parts, **field), name) == value
+        with pytest.raises(ValueError, match=f"Duo: {name}=None stands for KIVI"):
+            Duo(whole_as=KIVI(**field))
+    with pytest.raises(ValueError, match="Compose: scale=None stands for TopK"):
+        Compose(reading=TopK(scale=0.5))
+    assert Compose(storage=KIVI(mask=Causal())).visible == Causal()
+    score = ALiBi(H)
+    made = Compose(selection=Duo(score=score), storage=KIVI(score=score), score=score)
+    assert made.alone.whole_as == Compose(storage=KIVI(), score=score)
+
+
+@pytest.mark.parametrize("make, message", [
+    (lambda: Compose(selection=SnapKV), r"SnapKV is a class: .*selection=SnapKV\("),
+    (lambda: Compose(reading=TopK(prefill="sparse")), "prefill='sparse': a prompt is"),
+    (lambda: Compose(selection=Duo(whole_as=KIVI()), storage=SAQ()), "one of both"),
+    (lambda: Compose(selection=Razor(), score=ALiBi(H)), "Razor: score=.*compensate"),
+    (lambda: Duo(whole_as="x"), "whole_as=str: expected a storage or a reading"),
+    (lambda: Duo(whole_as=KIVI), "whole_as=KIVI, a class: expected a storage"),
+    (lambda: Duo(whole_as=SnapKV()), "whole_as=SnapKV: expected a storage"),
+    (lambda: Razor(whole_as=Compose(selection=SNAP)), "selection=SnapKV.*tokens, exp"),
+    (lambda: Duo(whole_as=TopK()), r"TopK has no .*expected Compose\(reading=TopK"),
+    (lambda: Duo(whole_as=Quest(), mask=Causal() & Window(3)), "Quest: mask="),
+])
+def test_parts_that_are_none(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_a_causal_mask_is_the_same_for_all_heads():
+    duo = Duo(retrieval=(0,), sinks=1, recent=4)
+    made = Compose(selection=duo, reading=ALL, mask=Causal())
+    close(streamed(made, tokens())[0], streamed(duo, tokens())[0])
 
 
 def test_a_call_is_exact():

@@ -88,7 +88,7 @@ class NSA(nn.Module, Attention):
     row = TemplateRow(MASKED, "L^2 D / d + (n l' + w) L D", 2)
     weightless = "its compressed values are not linear in v"
     parameter_axes = {
-        "gate/kernel": "EHR", "gate/bias": "HR", "*_position": "HTD",
+        "branch_gate/kernel": "EHR", "branch_gate/bias": "HR", "*_position": "HTD",
         "key_in": "HDR", "key_out": "HRD", "value_in": "HDR", "value_out": "HRD",
     }
 
@@ -151,7 +151,7 @@ class NSA(nn.Module, Attention):
         if self.gated:
             if x is None:
                 raise ValueError("x is None: NSA makes gates of the tokens [B,T,E]")
-            dense = nn.DenseGeneral((q.shape[2], len(self.branches)), name="gate")
+            dense = nn.DenseGeneral((q.shape[2], len(self.branches)), name="branch_gate")
             gates = jax.nn.sigmoid(dense(x.astype(jnp.float32)))
         make = functools.partial(
             compressed_blocks.compressor, self.param, self.compress, self.hidden)

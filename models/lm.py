@@ -42,7 +42,9 @@ class LM(nn.Module):
     token's. embed_scale: what tokens' vectors are multiplied with; softcap: logits are
     softcap tanh(logits / softcap). tied: the head is the embedding. source: the
     `config.json` that `models.checkpoint` made it from. memory: of hidden states, a
-    `CMR`, whose parameters are beside those of the layers. dtype: of the computation,
+    `CMR`, whose parameters are beside those of the layers; segments of a text end at
+    multiples of its `segment`, counted in each sequence, whatever the padding and the
+    pieces that it comes in. dtype: of the computation,
     parameters are float32, or what a checkpoint has. With layers that read tokens of
     their own among the text (`Landmark`), these go in and their outputs are left out,
     so that the model stays a function of the text.

@@ -1,5 +1,7 @@
 """What goes from layer to layer: numbers, a pool of blocks, a memory of states."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -41,11 +43,22 @@ def test_a_policy_gets_the_number_of_its_layer():
     assert [a.k.shape[1] for a in states] == [32, 20, 8]
 
 
-def test_where_nobody_asks_the_program_is_the_same():
+def test_where_nobody_asks_the_program_is_the_same(monkeypatch):
     model = LM(vocab=16, width=E, heads=2, attention=(Softmax(),) * L)
     states = model.init_state(4, tokens(4))
-    assert carried.begin(model.blocks(), states, 4) == {}
-    assert carried.numbered(model.attention) == model.attention
+    params = init(model, jax.random.key(0), tokens(4))
+
+    def program():
+        return jax.jit(lambda *a: model.apply(*a)).lower(
+            params, tokens(4), states).as_text()
+
+    own = program()
+    monkeypatch.setattr(carried, "begin", lambda *_: {})
+    monkeypatch.setattr(carried, "given", lambda block, state, shared: state)
+    monkeypatch.setattr(
+        carried, "taken", lambda block, state, shared: (state, shared))
+    monkeypatch.setattr("models.lm.numbered", lambda attentions: attentions)
+    assert program() == own
 
 
 def test_a_traced_share_is_the_authors():
@@ -90,7 +103,7 @@ def test_layers_take_their_blocks_out_of_one_pool():
     assert ((means > 0) & (means <= 1)).all()
 
 
-@pytest.mark.parametrize("piece", [1, 8])
+@pytest.mark.parametrize("piece", [1, 3, 8])
 def test_a_stream_of_a_memory_is_the_whole(piece):
     params = drawn()
     whole = apply(LOCAL, params, tokens())
@@ -103,6 +116,7 @@ def test_a_stream_of_a_memory_is_the_whole(piece):
     assert (states[-1].buffer.pos < T // 4 * 4).all()  # of whole segments alone
 
 
+@functools.cache
 def drawn():
     params = init(LOCAL, jax.random.key(0), tokens())
     leaves, form = jax.tree.flatten(params)
@@ -134,6 +148,42 @@ def test_rows_of_a_memory_are_their_own():
     ids = jnp.asarray([[0] * 8 + [1] * 18, [1] * 8 + [2] * 18])
     o = apply(LOCAL, params, tokens(), segments=ids)
     close(o[:, 8:], apply(LOCAL, params, tokens()[:, 8:]))
+
+
+def test_segments_of_a_memory_are_those_of_each_row():
+    params = drawn()
+    whole = apply(LOCAL, params, tokens())
+    # padding of 3 in front; and a sequence of 11, of 4 and of 5, with padding between
+    x = jnp.stack([jnp.pad(tokens()[0], (3, 0))[:T], jnp.r_[
+        tokens()[1, :11], tokens()[1, :1], tokens()[1, :4], tokens()[1, :10]]])
+    ids = jnp.asarray([[0] * 3 + [1] * 23, [1] * 11 + [0] + [2] * 4 + [3] * 10])
+    want = whole[0, :23], whole[1, :11], whole[1, :4], whole[1, :10]
+    states, outs = LOCAL.init_state(T, x), []
+    for at, to in ((0, 7), (7, 10), (10, 26)):
+        states, o = apply(LOCAL, params, x[:, at:to], states, segments=ids[:, at:to])
+        outs.append(o)
+    for o in (apply(LOCAL, params, x, segments=ids), jnp.concatenate(outs, 1)):
+        for a, b in zip((o[0, 3:], o[1, :11], o[1, 12:16], o[1, 16:]), want):
+            close(a, b)
+    # without ids rows go on, each from where it stands
+    states, one = apply(LOCAL, params, tokens(8)[:, :3], states)
+    both = jnp.concatenate([tokens()[:1, :23], tokens(8)[:1, :3]], 1)
+    close(one[0], apply(LOCAL, params, jnp.tile(both, (B, 1)))[0, 23:])
+
+
+def test_a_memory_and_what_a_backward_pass_keeps():
+    params, x = drawn(), tokens(8)
+
+    def grads(model):
+        return jax.jit(jax.grad(lambda p: (model.apply(p, x) ** 2).sum()))(params)
+
+    again = LOCAL.clone(remat=True)
+    program = str(jax.make_jaxpr(lambda p: again.apply(p, x))(params))
+    assert "checkpoint" in program or "remat" in program
+    jax.tree.map(close, grads(again), grads(LOCAL))
+    drops = LOCAL.clone(attention=(Softmax(dropout=0.5),) * L)
+    with pytest.raises(ValueError, match="Softmax with dropout: a text is read in ste"):
+        drops.apply(params, x, rngs={"dropout": jax.random.key(0)})
 
 
 def test_layers_that_share_are_alike():

@@ -2,7 +2,8 @@
 
 Three things that a layer cannot know alone, and that no user has to hand over:
 
-- its number, for an attention that asks for it by `of_layer` (PyramidKV's budgets);
+- its number, for an attention that asks for it by `of_layer` (PyramidKV's budgets), in
+  a layer of its own too; it tells what is kept, so a call without states has none;
 - what the layers with one kind of attention share in a step: `shared_by_layers` makes
   it before the first of them, each finds it in the field `shared` of its state and
   leaves there what the next one gets (ActQKV's pool of blocks); between steps the field
@@ -25,17 +26,22 @@ from attn.cache.kv import current
 from attn.cmr import CMR, Buffer
 from attn.contract.attention import said
 from attn.contract.segments import locate
+from attn.layers import Layer
 
 
 def numbered(attentions: tuple) -> tuple:
     """Attentions of a model that ask for it, as layer n of those of their class."""
+    inner = [getattr(a, "attention", a) for a in attentions]  # of a layer of its own
     # of a policy of several parts the one that asks
-    kinds = [(type(a), type(getattr(a, "selection", None))) for a in attentions]
-    return tuple(
-        a.of_layer(kinds[:n].count(kinds[n]), kinds.count(kinds[n]))
-        if said(a, "of_layer") is not None else a
-        for n, a in enumerate(attentions)
-    )
+    kinds = [(type(a), type(getattr(a, "selection", None))) for a in inner]
+    found = []
+    for n, (entry, a) in enumerate(zip(attentions, inner)):
+        if said(a, "of_layer") is not None:
+            a = a.of_layer(kinds[:n].count(kinds[n]), kinds.count(kinds[n]))
+            entry = entry.clone(attention=a, parent=None) if isinstance(
+                entry, Layer) else a
+        found.append(entry)
+    return tuple(found)
 
 
 def begin(blocks: tuple, states: Any, tokens: int) -> dict[type, Any]:
@@ -102,17 +108,17 @@ def by_pieces(step: Callable, states: Any, given: Any, size: int) -> tuple:
 
 
 def parted(step: Callable, size: int) -> Callable:
-    """step(states, (x, segments)) of a piece of at most `size` tokens in which a row may
-    come to the end of a segment of the memory, at a token of its own: what is behind it
-    waits as padding, and is a second step where a row has that."""
+    """step(states, (x, segments)) of a piece of at most `size` tokens in which a row
+    may come to the end of a segment of the memory, at a token of its own: what is
+    behind it waits as padding, and is a second step where a row has that."""
 
     def both(states, part):
         x, ids = part
-        memory, shape = states[-1], x.shape[:2]
+        memory, (b, t, _) = states[-1], x.shape
         if ids is None:  # the same sequence goes on
             own = jnp.where(memory.segment < 0, 1, memory.segment)
-            ids = jnp.broadcast_to(own[:, None], shape)
-        now = locate(ids, *shape, memory.end, memory.segment)
+            ids = jnp.broadcast_to(own[:, None], (b, t))
+        now = locate(ids, b, t, memory.end, memory.segment)
         # a sequence that begins here is no longer than a segment
         over = (now.segment == 1) & (now.pos // size > memory.end[:, None] // size)
         late = jax.lax.cummax(over.astype(jnp.int32), axis=1) > 0  # [B,T]

@@ -119,14 +119,16 @@ class Layers(nn.Module):
     memory: a `CMR`, whose state stands behind those of the layers; with it a text is
     read segment by segment, in a call without states too: of every row at multiples of
     `segment` of its own sequence, wherever that begins, and however it comes in pieces.
-    ValueError for dropout with a memory. What else goes from layer to layer stands in
-    `models/carried.py`.
+    ValueError for dropout with a memory. plain: the pattern without numbers of layers,
+    which say what states keep: a call without states loops over it. What else goes from
+    layer to layer stands in `models/carried.py`.
     """
 
     pattern: Pattern
     scan: bool = False
     remat: bool = False
     memory: Any = None
+    plain: Any = None
 
     @nn.compact
     def __call__(self, x, states=None, segments=None, within=False):
@@ -134,12 +136,12 @@ class Layers(nn.Module):
         memory before its last token."""
         if self.memory is not None:
             return self._remembering(x, states, segments, within)
-        blocks, period = self.pattern.blocks, self.pattern.period
-        repeats = len(blocks) // period
+        plain = self.pattern if self.plain is None else self.plain
+        repeats = len(plain.blocks) // plain.period
         # a view speaks of single layers, which a loop does not have
         loops = self.scan and repeats > 1 and VIEW not in self.variables
         if loops and states is None and not self.is_initializing():
-            return None, self._scanned(x, segments, period)
+            return None, self._scanned(x, segments, plain)
         after, x = self._through(x, states, segments)
         return (None if states is None else after), x
 
@@ -212,8 +214,8 @@ class Layers(nn.Module):
             return states
         return (*states, carried.empty(self.memory, x))
 
-    def _scanned(self, x, segments, period):
-        blocks = self.pattern.blocks
+    def _scanned(self, x, segments, plain):
+        blocks, period = plain.blocks, plain.period
         one = Layers(Pattern(blocks[:period]), remat=self.remat, parent=None)
         params = stack(self.variables["params"], period)  # leaves [repeats,...]
         repeats = len(blocks) // period

@@ -10,11 +10,13 @@ import pytest
 from attn.actqkv import ActQKV
 from attn.cache import probes
 from attn.cmr import CMR
+from attn.layers import MultiHead
 from attn.lightning import Lightning
 from attn.masks import Causal, Window
 from attn.pyramidkv import PyramidKV
 from attn.softmax import Softmax
 from models import carried
+from models.checkpoint.architectures import described
 from models.lm import LM
 from tests.compiled import apply, init
 from tests.laws import close
@@ -41,6 +43,24 @@ def test_a_policy_gets_the_number_of_its_layer():
     model = LM(vocab=16, width=E, heads=2, attention=(pyramid,) * 3)
     states = model.init_state(64, jax.ShapeDtypeStruct((1, 60), jnp.int32))
     assert [a.k.shape[1] for a in states] == [32, 20, 8]
+
+
+def test_numbers_are_for_what_is_kept():
+    pyramid = PyramidKV(capacity=16, window=4)
+    own = MultiHead(pyramid, 2, parent=None)
+    found = carried.numbered((pyramid, own, own))
+    assert [getattr(a, "attention", a).layer for a in found] == [0, 1, 2]
+    assert isinstance(found[1], MultiHead) and found[1].heads == 2
+    model = LM(vocab=16, width=E, heads=2, attention=(pyramid, own), scan=True)
+    states = model.init_state(64, jax.ShapeDtypeStruct((1, 60), jnp.int32))
+    assert [a.k.shape[1] for a in states] == [32, 8]
+    # all layers are one loop in a call that keeps nothing
+    loop = model.clone(attention=(pyramid,) * 3)
+    params = init(loop, jax.random.key(0), tokens(4))
+    program = str(jax.make_jaxpr(lambda p: loop.apply(p, tokens(4)))(params))
+    assert "length=3" in program
+    close(apply(loop, params, tokens(4)), apply(
+        loop.clone(scan=False), params, tokens(4)))
 
 
 def test_where_nobody_asks_the_program_is_the_same(monkeypatch):
@@ -199,3 +219,16 @@ def test_what_a_model_says_of_a_memory():
         LOCAL.clone(width=32).init_state(4, tokens(4))
     with pytest.raises(ValueError, match=r"captured=\(0, 5\).*below 2"):
         LOCAL.clone(memory=MEMORY.clone(captured=(0, 5))).init_state(4, tokens(4))
+    for wrong in (3, (0.5, 1), (True, 1)):
+        with pytest.raises(ValueError, match="captured=.*expected a tuple of whole"):
+            LOCAL.clone(memory=MEMORY.clone(captured=wrong)).init_state(4, tokens(4))
+    with pytest.raises(ValueError, match="memory='x': expected a CMR, or None"):
+        LOCAL.clone(memory="x").init_state(4, tokens(4))
+    with pytest.raises(ValueError, match=r"^memory=CMR\(\) stands in no config.json of "
+                       "llama: expected None$"):
+        described(LM(memory=CMR()))
+    far = jnp.float32(1000)
+    rate = init(CMR(features=E, decay=1000.0), jax.random.key(0), jnp.zeros((1, 2, E)),
+                CMR(features=E).init_state(jnp.zeros((1, 2, E))),
+                jnp.zeros((1, 2), int))["params"]["rate"]
+    close(jax.nn.softplus(rate), far)

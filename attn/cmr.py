@@ -125,7 +125,7 @@ class CMR(nn.Module):
         self.w_rho = self.param("w_rho", zeros, (e,), jnp.float32)
         self.b_rho = self.param("b_rho", zeros, (), jnp.float32)
         # softplus of it is the decay
-        start = math.log(math.expm1(self.decay))
+        start = self.decay + math.log(-math.expm1(-self.decay))
         self.rate = self.param("rate", constant(start), (), jnp.float32)
         self.decode = self.param("decode", one, (d, e), jnp.float32)
 
@@ -138,6 +138,10 @@ class CMR(nn.Module):
         layers. ValueError for numbers that it does not have."""
         self._check()
         m = self.layers
+        if self.captured is not None and not (isinstance(self.captured, tuple) and all(
+                type(n) is int for n in self.captured)):
+            raise ValueError(f"CMR: captured={self.captured!r}: expected a tuple of "
+                             "whole numbers, or None")
         own = tuple(max(round(depth * (n + 1) / (m + 1)) - 1, 0) for n in range(m))
         own = own if self.captured is None else self.captured
         at = depth // 2 if self.reading is None else self.reading
@@ -179,9 +183,9 @@ class CMR(nn.Module):
         states, at, rho = (jnp.concatenate([a, c.astype(a.dtype)], 2) for a, c in zip(
             buffer, (states, new, jax.lax.stop_gradient(rho))))
         age = (at.max(2, keepdims=True) - at).astype(jnp.float32)
-        worth = jnp.log(jnp.maximum(rho, LEAST)) - jax.nn.softplus(self.rate) * age
-        worth = jax.lax.stop_gradient(jnp.where(at >= 0, worth, -jnp.inf))
-        best = jnp.sort(jax.lax.top_k(worth, self.entries)[1], axis=2)  # in order
+        score = jnp.log(jnp.maximum(rho, LEAST)) - jax.nn.softplus(self.rate) * age
+        score = jax.lax.stop_gradient(jnp.where(at >= 0, score, -jnp.inf))
+        best = jnp.sort(jax.lax.top_k(score, self.entries)[1], axis=2)  # in order
         return Buffer(
             jnp.take_along_axis(states, best[..., None], 2),
             jnp.take_along_axis(at, best, 2), jnp.take_along_axis(rho, best, 2))

@@ -18,6 +18,10 @@ all and read a share. KIVI (2402.02750) and SAQ keep all, in codes. Razor (2407.
 and Duo (2410.10819) keep all tokens of some heads, which are found on the model first:
 by its weights on random tokens that repeat, and by gates that are trained for
 `--gate_steps` steps on numbers that are asked for.
+
+Policies stand where exact attention sees everything, windows stay as they are. In a
+model of windows alone they stand in these, but for Razor and Duo, which are left out;
+so is what has no place for a window or a softcap. The command says which, and why.
 """
 
 from __future__ import annotations
@@ -43,10 +47,11 @@ from experiments.cli.config import FREE, option
 from experiments.data import Corpus, Text
 from experiments.data.retrieval import NOUNS
 from experiments.evaluate import LEAST, reader_of
-from experiments.measure import asked, cache_budgets, charts, head_choice
-from experiments.measure.cache_budgets import HEADED, NAMES
+from experiments.measure import asked, charts
+from experiments.measure.cache_budgets import NAMES
+from experiments.measure.placing import LeftOut, of_policy
 from experiments.measure.provenance import provenance
-from experiments.sources import loaded, swapped
+from experiments.sources import loaded
 from experiments.training.runs import open_folder, write_whole
 from models.lm import state_bytes
 
@@ -108,21 +113,23 @@ def run(config_: Config) -> dict[str, Any]:
                          config.settings(config_))
     reader, _ = reader_of(
         found, config_.tasks, config_.text, config_.length, config_.seed, "tasks")
-    layers = len(found.model.attention)
-    cases = [(name, share, attention) for name in ("exact", *config_.policies)
-             for share, attention in (
-                 of_heads(config_, reader, name) if name in HEADED else
-                 cache_budgets.settings(name, config_.shares, reader.length, layers))]
+    cases: list = [("exact", 1.0, found.model)]
+    left_out: dict[str, str] = {}
+    for name in config_.policies:
+        try:
+            cases += [(name, *case) for case in of_policy(
+                name, reader, config_.shares, config_.gate_steps, config_.facts)]
+        except LeftOut as reason:
+            left_out[name] = f"{name} is left out: {reason}"
+            if not config_.quiet:
+                Console().print(left_out[name])
     rows: list[dict[str, Any]] = []
-    for name, share, attention in track(cases, "budget", disable=config_.quiet):
-        model = found.model
-        if name != "exact":
-            model = swapped(model, attention, None)
+    for name, share, model in track(cases, "budget", disable=config_.quiet):
         rows.append({"policy": name, "asked": share}
                     | row(config_, dataclasses.replace(reader, model=model)))
     exact = rows[0]["state_bytes"]
     rows = [one | {"memory": one["state_bytes"] / exact} for one in rows]
-    result = {"rows": rows, "provenance": provenance(
+    result = {"rows": rows, "left_out": left_out, "provenance": provenance(
         config.command(config_), [config_.seed])}
     write_whole(folder / "budget.json", json.dumps(result, indent=1) + "\n")
     points = {task: TASKS[task] for task in POINTS if task in config_.tasks}
@@ -131,18 +138,6 @@ def run(config_: Config) -> dict[str, Any]:
     if not config_.quiet:
         Console().print(table(rows, config_.tasks))
     return numbers(rows, config_.tasks) | {"folder": str(folder)}
-
-
-def of_heads(config_: Config, reader: asked.Reader, name: str) -> list:
-    """(share, one attention for each exact layer) of Razor or Duo at each share, with
-    heads that are chosen on the model."""
-    known: tuple = ()
-    if name == "Razor":
-        known = head_choice.razor_scores(reader)
-    else:
-        known = head_choice.duo_gates(reader, config_.gate_steps, config_.facts),
-    return [cache_budgets.headed(name, share, reader.length, known)
-            for share in config_.shares]
 
 
 def row(config_: Config, reader: asked.Reader) -> dict[str, float]:

@@ -28,8 +28,9 @@ jax.nn 496 and 1,530); one token against a memory of 32,768,
 
     python -m experiments.speed
 
-take 2 to 6 minutes (5:59 beside other jobs, peers other than jax.nn not installed);
-RetNet(), which is Lightning's recurrence, and Aaren() are left out to keep it short.
+take 2 to 6 minutes (5:59 while other programs ran, peers other than jax.nn not
+installed); RetNet(), which is Lightning's recurrence, and Aaren() are left out to keep
+it short.
 From so many tokens on they were faster than exact attention, which was Softmax()
 (GLA and Delta before their chunks became exact to 1e-5, not timed since):
 
@@ -43,7 +44,7 @@ From so many tokens on they were faster than exact attention, which was Softmax(
     Delta(gated=True)                   547             > 4096
     RAT()                             < 512              < 512
 
-Memories that learn, beside the gated delta rule in one run (other jobs beside it): at
+Memories that learn, beside the gated delta rule in one run (other programs ran): at
 T = 2048 Titans(depth=1) took 41 ms forward and 267 ms with backward, where
 Delta(gated=True) took 73 and 293, and Titans(norm=True), an MLP, 220 and 1,132:
 
@@ -65,13 +66,13 @@ Softmax(); and one token against 32,768 keys,
         --rounds=5 --attentions='(Softmax(), TopK(), HiP())'
 
 18.5 (TopK) and 7.5 times (HiP) as fast as jax.nn, the faster exact one of the two. Both
-ran on 2 cores beside four other jobs: HiP's 4.3 was 3.2 in another run. Shards of the
+ran on 2 cores while other programs ran: HiP's 4.3 was 3.2 in another run. Shards of the
 past (S2, 11.4% of the pairs) and blocks that each token chooses (MoBA, 10.7%),
 
     python -m experiments.speed --lengths='(8192,)' --passes='("forward",)' \\
         --rounds=3 --attentions='(Softmax(), S2(64, 1, 10), MoBA(128, 4))'
 
-were 1.6 (S2) and 0.76 times (MoBA) as fast as Softmax() beside a dozen other jobs,
+were 1.6 (S2) and 0.76 times (MoBA) as fast as Softmax() while other programs ran,
 which small operations suffer from: MoBA was slower than exact attention there.
 
 Cache policies at a quarter of 8,192 tokens, one token more and a whole prompt:
@@ -85,7 +86,7 @@ Cache policies at a quarter of 8,192 tokens, one token more and a whole prompt:
 A token took 1.83 ms with Softmax(), and 3.8 (TOVA) to 4.6 (Duo) times less with what
 frees memory; Quest(), which gathers pages of a whole cache, 1.8 times more. A prompt
 took 1.1 to 2.1 s with all of them and 2.4 s with Softmax() itself, so that what they
-add is within the noise of a machine with ten other jobs; with H2O, which adds up all
+add is within the noise of a run beside other programs; with H2O, which adds up all
 rows in a second pass, 13 s (before parts of a prompt left out what later ones hold, not
 timed since).
 
@@ -159,6 +160,8 @@ class Config:
         check_layers("attentions", self.attentions)
         checked_dtype("dtype", self.dtype)
         known = *PASSES, PROMPT
+        if not self.passes:
+            raise ValueError(f"passes=(): expected one or more of {known}")
         if unknown := set(self.passes) - set(known):
             raise ValueError(f"passes={sorted(unknown)}: expected some of {known}")
         if not self.lengths or min(self.lengths) < 1 or self.rounds < 1:

@@ -2,7 +2,8 @@
 
 Three things that a layer cannot know alone, and that no user has to hand over:
 
-- its number, for an attention that asks for it by `of_layer` (PyramidKV's budgets);
+- its number, for an attention that asks for it by `of_layer` (PyramidKV's budgets), in
+  a layer of its own too; it tells what is kept, so a call without states has none;
 - what the layers with one kind of attention share in a step: `shared_by_layers` makes
   it before the first of them, each finds it in the field `shared` of its state and
   leaves there what the next one gets (ActQKV's pool of blocks); between steps the field
@@ -25,17 +26,22 @@ from attn.cache.kv import current
 from attn.cmr import CMR, Buffer
 from attn.contract.attention import said
 from attn.contract.segments import locate
+from attn.layers import Layer
 
 
 def numbered(attentions: tuple) -> tuple:
     """Attentions of a model that ask for it, as layer n of those of their class."""
+    inner = [getattr(a, "attention", a) for a in attentions]  # of a layer of its own
     # of a policy of several parts the one that asks
-    kinds = [(type(a), type(getattr(a, "selection", None))) for a in attentions]
-    return tuple(
-        a.of_layer(kinds[:n].count(kinds[n]), kinds.count(kinds[n]))
-        if said(a, "of_layer") is not None else a
-        for n, a in enumerate(attentions)
-    )
+    kinds = [(type(a), type(getattr(a, "selection", None))) for a in inner]
+    found = []
+    for n, (entry, a) in enumerate(zip(attentions, inner)):
+        if said(a, "of_layer") is not None:
+            a = a.of_layer(kinds[:n].count(kinds[n]), kinds.count(kinds[n]))
+            entry = entry.clone(attention=a, parent=None) if isinstance(
+                entry, Layer) else a
+        found.append(entry)
+    return tuple(found)
 
 
 def begin(blocks: tuple, states: Any, tokens: int) -> dict[type, Any]:
@@ -84,6 +90,8 @@ def by_pieces(step: Callable, states: Any, given: Any, size: int) -> tuple:
     """(states, y [B,T,E]) of step(states, part) -> (states, y of the part) over parts
     of `size` tokens of what is given [B,T,...], in a loop, and what is left behind."""
     t = jax.tree.leaves(given)[0].shape[1]
+    if t <= size:
+        return step(states, given)
     whole, outs = t // size * size, []
 
     def cut(a):  # [B,T,...] -> [N,B,size,...]
@@ -97,6 +105,35 @@ def by_pieces(step: Callable, states: Any, given: Any, size: int) -> tuple:
         states, y = step(states, jax.tree.map(lambda a: a[:, whole:], given))
         outs.append(y)
     return states, jnp.concatenate(outs, 1)
+
+
+def parted(step: Callable, size: int) -> Callable:
+    """step(states, (x, segments)) of a piece of at most `size` tokens in which a row
+    may come to the end of a segment of the memory, at a token of its own: what is
+    behind it waits as padding, and is a second step where a row has that."""
+
+    def both(states, part):
+        x, ids = part
+        memory, (b, t, _) = states[-1], x.shape
+        if ids is None:  # the same sequence goes on
+            own = jnp.where(memory.segment < 0, 1, memory.segment)
+            ids = jnp.broadcast_to(own[:, None], (b, t))
+        now = locate(ids, b, t, memory.end, memory.segment)
+        # a sequence that begins here is no longer than a segment
+        over = (now.segment == 1) & (now.pos // size > memory.end[:, None] // size)
+        late = jax.lax.cummax(over.astype(jnp.int32), axis=1) > 0  # [B,T]
+        states, y = step(states, (x, jnp.where(late, 0, ids)))
+
+        def behind(states):
+            states, more = step(states, (x, jnp.where(late, ids, 0)))
+            return states, jnp.where(late[..., None], more, y)
+
+        def nothing(states):
+            return states, y
+
+        return jax.lax.cond(late.any(), behind, nothing, states)
+
+    return both
 
 
 class Reweaving(NamedTuple):
@@ -120,10 +157,15 @@ def empty(memory: CMR, x: Any) -> Reweaving:
         jnp.full((b,), -1, jnp.int32))
 
 
+def as_it_is(a: Any) -> Any:
+    """The same."""
+    return a
+
+
 class Reader:
-    """A memory during one piece of at most a segment: `before` and `after` every layer,
-    and `end`, the state behind the piece. A segment ends with the piece that fills it.
-    """
+    """A memory during one piece, in which no row goes beyond its segment: `before` and
+    `after` every layer, and `end`, the state behind the piece. A segment of a row ends
+    at a multiple of `segment` of its own sequence."""
 
     def __init__(self, memory: CMR, layers: int, state: Reweaving, x, segments):
         self.memory, self.state = memory, state
@@ -156,11 +198,16 @@ class Reader:
         both = jnp.concatenate([state.states, new.astype(state.states.dtype)], 2)
         pos = jnp.concatenate([old, jnp.where(mine, now.pos, -1)], 1)  # [B,S+T]
         full = (pos >= 0).sum(1) >= size
-        told = self.memory.capture(
-            buffer, both, jnp.maximum(pos, 0), (pos >= 0).astype(jnp.int32))
-        buffer = jax.tree.map(
-            lambda a, b: jnp.where(full.reshape(-1, *(1,) * (a.ndim - 1)), a, b),
-            told, buffer)
+
+        def captured(buffer):
+            new = self.memory.capture(
+                buffer, both, jnp.maximum(pos, 0), (pos >= 0).astype(jnp.int32))
+            return jax.tree.map(
+                lambda a, b: jnp.where(full.reshape(-1, *(1,) * (a.ndim - 1)), a, b),
+                new, buffer)
+
+        # of one token at a time most fill no segment
+        buffer = jax.lax.cond(full.any(), captured, as_it_is, buffer)
         # what is not captured yet goes to the front
         order = jnp.argsort(pos < 0, axis=1, stable=True)[:, :size]
         left = jnp.where(full[:, None], -1, jnp.take_along_axis(pos, order, 1))

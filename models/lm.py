@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from attn.cmr import CMR
 from attn.contract.attention import said
 from attn.contract.segments import locate
 from attn.contract.view import opened
@@ -42,7 +43,9 @@ class LM(nn.Module):
     token's. embed_scale: what tokens' vectors are multiplied with; softcap: logits are
     softcap tanh(logits / softcap). tied: the head is the embedding. source: the
     `config.json` that `models.checkpoint` made it from. memory: of hidden states, a
-    `CMR`, whose parameters are beside those of the layers. dtype: of the computation,
+    `CMR`, whose parameters are beside those of the layers; segments of a text end at
+    multiples of its `segment`, counted in each sequence, whatever the padding and the
+    pieces that it comes in. dtype: of the computation,
     parameters are float32, or what a checkpoint has. With layers that read tokens of
     their own among the text (`Landmark`), these go in and their outputs are left out,
     so that the model stays a function of the text.
@@ -88,7 +91,8 @@ class LM(nn.Module):
         if self.learned:
             self.positions = Embed(self.learned, self.width, self.dtype)
         self.layers = Layers(
-            Pattern(blocks), self.scan, self.remat, self._memory())
+            Pattern(blocks), self.scan, self.remat, self._memory(),
+            Pattern(self.blocks(number=False)) if self.scan else None)
         self.norm = self.norms.module(self.dtype)
         if not self.tied:
             self.head = nn.Dense(
@@ -106,14 +110,16 @@ class LM(nn.Module):
             raise ValueError(f"LM: {names} blocks {sorted(found)}: expected one size")
         return next(iter(found.values()), None)
 
-    def blocks(self) -> tuple[Block, ...]:
-        """The layers, unbound."""
+    def blocks(self, number: bool = True) -> tuple[Block, ...]:
+        """The layers, unbound. number: attentions that ask have that of their layer.
+        """
         check_sizes("LM", self, "vocab width heads kv_heads head_dim learned")
         check_layers("LM: attention", self.attention)
         # 8/3 E, up to a multiple of 16
         hidden = -(-8 * self.width // 48) * 16 if self.hidden is None else self.hidden
+        entries = tuple(map(unbound, self.attention))
         parts = zip(
-            map(unbound, numbered(self.attention)), self._each("position"),
+            numbered(entries) if number else entries, self._each("position"),
             self._each("feed"), self._each("residual"),
         )
         return tuple(
@@ -205,6 +211,8 @@ class LM(nn.Module):
         """The memory, unbound; ValueError unless it is made for this network."""
         if self.memory is None:
             return None
+        if not isinstance(self.memory, CMR):
+            raise ValueError(f"LM: memory={self.memory!r}: expected a CMR, or None")
         if self.memory.features != self.width:
             raise ValueError(f"LM: memory of features={self.memory.features}: expected "
                              f"the width, {self.width}")

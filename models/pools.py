@@ -14,14 +14,15 @@ one is attended to while the other is computed.
 The host of an accelerator can be the second pool, `Pools(model, params, devices,
 jax.devices("cpu"))`, which was not run on one. On a CPU, where pools are devices of one
 machine, the split is right and what moves is counted; that says nothing of time. Rows
-go on together, without padding; exact attention without sinks is split, else refused.
-Parameters lie whole on every device of the model.
+go on together, without padding, and every batch size has a graph of its own; exact
+attention without sinks is split, what is not that, or has a memory beside its layers,
+is refused. Parameters lie whole on every device of the model.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Generator, Sequence
+from typing import Any, Generator, NamedTuple, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -48,7 +49,7 @@ class Pools:
         self.home = NamedSharding(Mesh(np.array(own), ("model",)), P())
         self.far = Mesh(np.array(others), ("heads",))
         self.params = jax.device_put(params, self.home)
-        self.graph: Graph | None = None
+        self.traced: dict[Any, _Traced] = {}  # by batch size and type of tokens
 
     def read(self, tokens: jax.Array, room: int = 1) -> tuple[Any, jax.Array]:
         """A prompt tokens [B,T] and room for so many behind it -> state, logits. It is
@@ -79,25 +80,28 @@ class Pools:
 
     def _going(self, state: Any, token: jax.Array) -> Generator[None, None, tuple]:
         """The step of one batch, which pauses when its attention has been sent."""
-        self._trace(token)
-        assert self.graph is not None
+        rows = len(state[0].end)
+        if token.shape != (rows, 1):
+            raise ValueError(f"token has shape {tuple(token.shape)}: expected "
+                             f"[B,1]={(rows, 1)}, one of each row of the state")
+        own = self._trace(token)
         end = jax.device_put(state[0].end, self.home)
         given, after = [jax.device_put(token, self.home), end], []
         for n, attention in enumerate(self.model.attention):
-            q, *handed = self.programs[n][0](self.leaves, given)
+            q, *handed = own.programs[n][0](own.leaves, given)
             far_q = self._moved(q, self._heads)
-            parts = self.attentions[n]
+            parts = own.attentions[n]
             if self.overlap:  # it begins before key and value are there
                 before = parts["before"](state[n], far_q)
-            k, v, *context = self.programs[n][1](self.leaves, [*given, q, *handed])
+            k, v, *context = own.programs[n][1](own.leaves, [*given, q, *handed])
             far_k, far_v = (self._moved(a, self._heads) for a in (k, v))
             if not self.overlap:
                 before = parts["before"](state[n], far_q)
-            own, o = parts["after"](state[n], before, far_q, far_k, far_v)
-            after.append(own)
+            held, o = parts["after"](state[n], before, far_q, far_k, far_v)
+            after.append(held)
             given = [self._moved(o, self.home), *context]
             yield
-        (logits,) = self.programs[-1][1](self.leaves, given)
+        (logits,) = own.programs[-1][1](own.leaves, given)
         return tuple(after), logits
 
     def _moved(self, a: jax.Array, where: Any) -> jax.Array:
@@ -113,10 +117,11 @@ class Pools:
         split = a.ndim > 2 and a.shape[2] > 1
         return jax.device_put(a, self._heads if split else NamedSharding(self.far, P()))
 
-    def _trace(self, token: jax.Array) -> None:
-        """The slices, once."""
-        if self.graph is not None:
-            return
+    def _trace(self, token: jax.Array) -> _Traced:
+        """The slices, once for each batch size: shapes are theirs."""
+        key = len(token), jnp.dtype(token.dtype)
+        if key in self.traced:
+            return self.traced[key]
         marked = self.model.clone(attention=tuple(
             _Marked(a) for a in self.model.attention))
         state = tuple(_Clock(jnp.zeros((len(token),), jnp.int32),
@@ -128,14 +133,25 @@ class Pools:
             return marked.apply(params, token, own)[1]
 
         leaves = jax.tree.leaves(self.params)
-        self.graph = Graph(f, self.params, token, state[0].end, free=len(leaves))
-        self.leaves = [*jax.device_put(self.graph.consts, self.home), *leaves]
-        self.programs = [[self.graph.compiled(n, part) for part in (0, 1)]
-                         for n in range(len(self.graph.slices))]
+        graph = Graph(f, self.params, token, state[0].end, free=len(leaves))
+        programs = [[graph.compiled(n, part) for part in (0, 1)]
+                    for n in range(len(graph.slices))]
         made = {a: {"before": jax.jit(_Attention(a).before),
                     "after": jax.jit(_Attention(a).after)}
                 for a in self.model.attention}
-        self.attentions = [made[a] for a in self.model.attention]
+        self.traced[key] = _Traced(
+            graph, [*jax.device_put(graph.consts, self.home), *leaves], programs,
+            [made[a] for a in self.model.attention])
+        return self.traced[key]
+
+
+class _Traced(NamedTuple):
+    """The slices of a step, what they are given beside arrays, and their programs."""
+
+    graph: Graph
+    leaves: list
+    programs: list
+    attentions: list
 
 
 @jax.tree_util.register_dataclass
@@ -210,6 +226,10 @@ def _check(model: Any, own: Sequence, others: Sequence) -> None:
     if keys % len(others):
         raise ValueError(f"{keys} key heads over {len(others)} devices: expected a "
                          "number that divides them")
+    if model.memory is not None:
+        raise NotImplementedError(
+            f"memory={type(model.memory).__name__}: a step is cut at attention alone, "
+            "expected a model without one")
     for a in model.attention:
         if type(a) is not Softmax or a.axis is not None or model.sinks:
             raise NotImplementedError(

@@ -35,9 +35,10 @@ class Slice(NamedTuple):
 class Graph:
     """The equations of f(*args), and those of them that are attention.
 
-    f calls `attention_operator(n, q, k, v)`, which this file's `operator` is; its calls
-    must stand in f itself, not in a loop. free: how many of the flat arguments are
-    there in every slice (parameters); the others are the input of the first one.
+    f calls attention as a jitted function of the name `attention_operator`, of q, k and
+    v; its calls must stand in f itself, not in a loop. free: how many of the flat
+    arguments are there in every slice (parameters); the others are the input of the
+    first one.
     """
 
     def __init__(self, f: Callable, *args: Any, free: int):

@@ -14,6 +14,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from attn.contract.attention import noisy
 from attn.contract.norm import Norm
 from attn.contract.view import VIEW, opened
 from attn.layers import Layer
@@ -116,33 +117,39 @@ class Layers(nn.Module):
     `scan` compiles one period of a repeating pattern and loops over it, `remat` keeps
     only the input of each layer for the backward pass; neither changes the parameters.
     memory: a `CMR`, whose state stands behind those of the layers; with it a text is
-    read segment by segment, in a call without states too. What else goes from layer to
-    layer stands in `models/carried.py`.
+    read segment by segment, in a call without states too: of every row at multiples of
+    `segment` of its own sequence, wherever that begins, and however it comes in pieces.
+    ValueError for dropout with a memory. plain: the pattern without numbers of layers,
+    which say what states keep: a call without states loops over it. What else goes from
+    layer to layer stands in `models/carried.py`.
     """
 
     pattern: Pattern
     scan: bool = False
     remat: bool = False
     memory: Any = None
+    plain: Any = None
 
     @nn.compact
-    def __call__(self, x, states=None, segments=None):
-        """x [B,T,E] -> (states, x)."""
+    def __call__(self, x, states=None, segments=None, within=False):
+        """x [B,T,E] -> (states, x). within: no row goes beyond its segment of the
+        memory before its last token."""
         if self.memory is not None:
-            return self._remembering(x, states, segments)
-        blocks, period = self.pattern.blocks, self.pattern.period
-        repeats = len(blocks) // period
+            return self._remembering(x, states, segments, within)
+        plain = self.pattern if self.plain is None else self.plain
+        repeats = len(plain.blocks) // plain.period
         # a view speaks of single layers, which a loop does not have
         loops = self.scan and repeats > 1 and VIEW not in self.variables
         if loops and states is None and not self.is_initializing():
-            return None, self._scanned(x, segments, period)
+            return None, self._scanned(x, segments, plain)
         after, x = self._through(x, states, segments)
         return (None if states is None else after), x
 
-    def _through(self, x, states, segments, reader=None):
+    def _through(self, x, states, segments, reader=None, remat=None):
         """All layers, one behind the other -> (states, x)."""
         blocks, after = self.pattern.blocks, []
-        cls = nn.remat(Block) if self.remat and states is None else Block
+        remat = self.remat and states is None if remat is None else remat
+        cls = nn.remat(Block) if remat else Block
         shared = carried.begin(blocks, states, x.shape[1])
         for n, block in enumerate(blocks):
             bound = cls(**_fields(block), name=f"layer_{n}")
@@ -155,32 +162,49 @@ class Layers(nn.Module):
             after.append(state)
         return tuple(after), x
 
-    def _remembering(self, x, states, segments):
+    def _remembering(self, x, states, segments, within):
         """With a memory: pieces of at most a segment, in a loop -> (states, x)."""
         memory = self.memory  # bound: its parameters are under `memory`
         size, (_, t, _) = memory.segment, x.shape
+        self._check_dropout()
         if self.is_initializing():  # the shapes alone
             x, segments = x[:, :size], None if segments is None else segments[:, :size]
         streamed = states is not None
+        # rows that begin here have their first segment before them
+        within |= self.is_initializing() or t <= (1 if streamed else size)
         states = self.init_states(t, x) if states is None else states
-        if x.shape[1] <= size:
+        if within:
             reader = carried.Reader(
                 memory, len(self.pattern.blocks), states[-1], x, segments)
-            after, x = self._through(x, states[:-1], segments, reader)
+            after, x = self._through(x, states[:-1], segments, reader,
+                                     self.remat and not streamed)
             x = jnp.pad(x, [(0, 0), (0, t - x.shape[1]), (0, 0)])
             return ((*after, reader.end()) if streamed else None), x
         if VIEW in self.variables:
             raise NotImplementedError(
                 f"a view of {t} tokens: with a memory a text is read by segments of "
-                f"{size}, expected at most as many")
+                f"{size}, expected at most as many and no state")
         one = Layers(self.pattern, memory=unbound(self.memory), parent=None)
         params = self.variables["params"]
 
         def piece(states, part):
-            return one.apply({"params": params}, part[0], states, part[1])
+            return one.apply({"params": params}, part[0], states, part[1], True)
 
+        if streamed or segments is not None:
+            piece = carried.parted(piece, size)
+        if self.remat and not streamed:
+            piece = jax.checkpoint(piece)
         states, x = carried.by_pieces(piece, states, (x, segments), size)
         return (states if streamed else None), x
+
+    def _check_dropout(self) -> None:
+        """ValueError for an attention that drops, which no step does."""
+        noise = next((b.mixer.attention for b in self.pattern.blocks
+                      if noisy(getattr(b.mixer, "attention", None))), None)
+        if noise is not None and self.has_rng("dropout"):
+            raise ValueError(
+                f"a memory beside {type(noise).__name__} with dropout: a text is read "
+                "in steps, which drop nothing, expected dropout=0 or no such key")
 
     def init_states(self, size: int, x: Any) -> tuple:
         """Empty memories for `size` tokens; x [B,T,E] gives shapes and dtype only."""
@@ -190,8 +214,8 @@ class Layers(nn.Module):
             return states
         return (*states, carried.empty(self.memory, x))
 
-    def _scanned(self, x, segments, period):
-        blocks = self.pattern.blocks
+    def _scanned(self, x, segments, plain):
+        blocks, period = plain.blocks, plain.period
         one = Layers(Pattern(blocks[:period]), remat=self.remat, parent=None)
         params = stack(self.variables["params"], period)  # leaves [repeats,...]
         repeats = len(blocks) // period

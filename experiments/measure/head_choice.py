@@ -8,6 +8,7 @@ Scores are of key heads, of the layers of exact attention that see everything.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import flax.linen as nn
@@ -21,6 +22,7 @@ from attn.contract.view import Rows
 from attn.masks import Causal
 from attn.softmax import Softmax
 from experiments.measure.asked import Reader, needles, repeats
+from experiments.sources import inherited
 from models.view import look
 
 REPEATS = 4  # times that random tokens stand there, as in the paper
@@ -31,6 +33,15 @@ def exact_layers(model: Any) -> list[int]:
     """The layers of exact attention that see everything."""
     return [n for n, a in enumerate(model.attention)
             if isinstance(a, Softmax) and a.visible == Causal()]
+
+
+def placed(model: Any, entries: tuple) -> Any:
+    """The model with one of the entries in each of its `exact_layers`; what else it
+    has, as windows, stays."""
+    layers = list(model.attention)
+    for n, entry in zip(exact_layers(model), entries, strict=True):
+        layers[n] = inherited(layers[n], entry)
+    return model.clone(attention=tuple(layers))
 
 
 def razor_scores(reader: Reader, block: int = 64) -> tuple[np.ndarray, np.ndarray]:
@@ -55,6 +66,20 @@ def razor_scores(reader: Reader, block: int = 64) -> tuple[np.ndarray, np.ndarra
     return induction, echo
 
 
+@dataclasses.dataclass(frozen=True)
+class _Sunk:
+    """Exact attention with another mask and the model's own logits without value."""
+
+    mask: Any
+    exact: Softmax
+    sink: Any
+
+    def __call__(self, q, k, v):
+        """As `Softmax`."""
+        exact = dataclasses.replace(self.exact, mask=self.mask)
+        return exact(q, k, v, sink=self.sink)
+
+
 class Gated(nn.Module):
     """Exact attention of the first half of the rows, the teacher's, and of the second
     one its heads mixed with streaming ones by gates alpha [K], which are parameters."""
@@ -64,13 +89,14 @@ class Gated(nn.Module):
     recent: int
 
     @nn.compact
-    def __call__(self, q, k, v, *, x=None, segments=None):
-        """q [2B,T,H,D], k [2B,T,K,D], v [2B,T,K,V] -> [2B,T,H,V]."""
+    def __call__(self, q, k, v, *, x=None, segments=None, sink=None):
+        """q [2B,T,H,D], k [2B,T,K,D], v [2B,T,K,V], sink [H] -> [2B,T,H,V]."""
         alpha = self.param("alpha", nn.initializers.ones, (k.shape[2],), jnp.float32)
         half = q.shape[0] // 2
-        full = self.exact(q[:half], k[:half], v[:half])
+        full = self.exact(q[:half], k[:half], v[:half], sink=sink)
+        exact = _Sunk(self.exact.mask, self.exact, sink)
         mixed = duo.mixed(alpha, full, q[half:], k[half:], v[half:], sinks=self.sinks,
-                          recent=self.recent, exact=self.exact)
+                          recent=self.recent, exact=exact)  # type: ignore[arg-type]
         return jnp.concatenate([full, mixed.astype(full.dtype)])
 
 

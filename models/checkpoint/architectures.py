@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import flax.linen as nn
 import jax.numpy as jnp
 
 from attn.masks import Causal
@@ -84,8 +85,8 @@ def described(model: LM) -> Config:
             raise ValueError(f"{field}={value!r} stands in no config.json of {name}: "
                              f"expected an LM, not a {type(model).__name__}")
         if value != theirs[field]:
-            raise ValueError(f"{field}={value!r} stands in no config.json of {name}: "
-                             f"expected {theirs[field]!r}")
+            raise ValueError(f"{field}={_short(value)} stands in no config.json of "
+                             f"{name}: expected {_short(theirs[field])}")
     return source
 
 
@@ -132,6 +133,11 @@ def _spelled(model: LM) -> dict[str, Any]:
         "position": model._each("position"), "residual": model._each("residual"),
         "attention": tuple(_plain(a) for a in model.attention),
     }
+
+
+def _short(value: Any) -> str:
+    """A value in one line: of a module, whose fields stand in many, its class."""
+    return f"{type(value).__name__}()" if isinstance(value, nn.Module) else repr(value)
 
 
 def _plain(attention: Any) -> Any:

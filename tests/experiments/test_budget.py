@@ -6,12 +6,14 @@ import json
 import numpy as np
 import pytest
 
+from attn.duo import Duo
 from attn.softmax import Softmax
 from experiments import budget
 from experiments.cli import config
 from experiments.data import Text
 from experiments.evaluate import reader_of
 from experiments.measure import cache_budgets, head_choice
+from experiments.measure.placing import LeftOut, of_policy
 from experiments.sources import loaded, swapped
 from models.lm import LM, state_bytes
 from tests.experiments.test_evaluate import folder  # noqa: F401
@@ -101,6 +103,38 @@ def test_heads_are_found_on_the_model():
     assert 0.4 < share < 0.6 and peak < 0.9
 
 
+@pytest.mark.parametrize("name, at", [
+    ("gemma2", [1, 3]), ("gemma3", [5]), ("gpt_oss", [1, 3]), ("mistral", [])])
+def test_heads_are_chosen_where_everything_is_seen(name, at):
+    model = loaded(f"tests/checkpoints/{name}").model
+    assert head_choice.exact_layers(model) == at
+    entries = (Duo(retrieval=(1,), sinks=1, recent=3),) * len(at)
+    found = head_choice.placed(model, entries).attention
+    assert [n for n, a in enumerate(found) if isinstance(a, Duo)] == at
+    for n, (new, old) in enumerate(zip(found, model.attention)):
+        assert new == old or (n in at and new.scale == old.scale)
+    if at:
+        with pytest.raises(ValueError, match="shorter"):
+            head_choice.placed(model, entries[1:])
+
+
+def test_gates_are_trained_beside_sinks():
+    found = loaded("tests/checkpoints/gpt_oss")
+    reader, _ = reader_of(found, ("repeats",), Text(), 16, 0)
+    gates = head_choice.duo_gates(reader, 1, 1)
+    assert gates.shape == (2, 2) and (gates < 1).any() and (gates >= 0).all()
+
+
+def test_heads_of_a_model_of_windows_are_left_out(tmp_path):
+    settings = dataclasses.replace(
+        budget.TINY, model="tests/checkpoints/mistral", policies=("Razor", "Duo"),
+        folder=str(tmp_path / "run"))
+    assert set(budget.run(settings)) == {"exact repeats", "exact memory", "folder"}
+    found = json.loads((tmp_path / "run" / "budget.json").read_text())
+    assert [row["policy"] for row in found["rows"]] == ["exact"]
+    assert "no layer of the model" in found["left_out"]["Razor"]
+
+
 def test_a_budget_of_heads_is_what_is_asked_for():
     score = np.arange(16.0).reshape(4, 4)
     for name, known in (("Razor", (score, score)), ("Duo", (score / 16,))):
@@ -108,3 +142,13 @@ def test_a_budget_of_heads_is_what_is_asked_for():
         assert share == pytest.approx(1 / 4, abs=0.01)
         assert [a.retrieval for a in stack][:3] == [()] * 3
         assert set(stack[3].retrieval) <= {1, 2, 3} and 3 in stack[3].retrieval
+
+
+def test_a_policy_without_sinks_is_left_out():
+    found = loaded("tests/checkpoints/gpt_oss")
+    reader, _ = reader_of(found, ("repeats",), Text(), 16, 0)
+    with pytest.raises(LeftOut, match="the model has sinks, and TopK takes none"):
+        of_policy("top tokens", reader, (1 / 2,), 1, 1)
+    ((share, model),) = of_policy("TOVA", reader, (1 / 2,), 1, 1)
+    assert share == 1 / 2 and [type(a).__name__ for a in model.attention] == [
+        "Softmax", "TOVA"] * 2

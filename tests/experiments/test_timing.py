@@ -1,6 +1,8 @@
 """What is timed: streams that repeat themselves, attentions that learn something, peers
 that may refuse, the flops, and where linear attention gets ahead."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -152,3 +154,8 @@ def test_torch_where_it_is_installed(which):
     x = timing.inputs(**SIZES)
     call = peers.peers(which)["torch SDPA"](x.last if which == "decode" else x)
     assert call() is None and jax.default_backend() == "cpu"
+
+
+def test_no_pass_is_refused():
+    with pytest.raises(ValueError, match=r"passes=\(\): expected one or more of"):
+        dataclasses.replace(speed.TINY, passes=())

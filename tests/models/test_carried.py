@@ -1,5 +1,7 @@
 """What goes from layer to layer: numbers, a pool of blocks, a memory of states."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,11 +10,13 @@ import pytest
 from attn.actqkv import ActQKV
 from attn.cache import probes
 from attn.cmr import CMR
+from attn.layers import MultiHead
 from attn.lightning import Lightning
 from attn.masks import Causal, Window
 from attn.pyramidkv import PyramidKV
 from attn.softmax import Softmax
 from models import carried
+from models.checkpoint.architectures import described
 from models.lm import LM
 from tests.compiled import apply, init
 from tests.laws import close
@@ -41,11 +45,40 @@ def test_a_policy_gets_the_number_of_its_layer():
     assert [a.k.shape[1] for a in states] == [32, 20, 8]
 
 
-def test_where_nobody_asks_the_program_is_the_same():
+def test_numbers_are_for_what_is_kept():
+    pyramid = PyramidKV(capacity=16, window=4)
+    own = MultiHead(pyramid, 2, parent=None)
+    found = carried.numbered((pyramid, own, own))
+    assert [getattr(a, "attention", a).layer for a in found] == [0, 1, 2]
+    assert isinstance(found[1], MultiHead) and found[1].heads == 2
+    model = LM(vocab=16, width=E, heads=2, attention=(pyramid, own), scan=True)
+    states = model.init_state(64, jax.ShapeDtypeStruct((1, 60), jnp.int32))
+    assert [a.k.shape[1] for a in states] == [32, 8]
+    # all layers are one loop in a call that keeps nothing
+    loop = model.clone(attention=(pyramid,) * 3)
+    params = init(loop, jax.random.key(0), tokens(4))
+    program = str(jax.make_jaxpr(lambda p: loop.apply(p, tokens(4)))(params))
+    assert "length=3" in program
+    close(apply(loop, params, tokens(4)), apply(
+        loop.clone(scan=False), params, tokens(4)))
+
+
+def test_where_nobody_asks_the_program_is_the_same(monkeypatch):
     model = LM(vocab=16, width=E, heads=2, attention=(Softmax(),) * L)
     states = model.init_state(4, tokens(4))
-    assert carried.begin(model.blocks(), states, 4) == {}
-    assert carried.numbered(model.attention) == model.attention
+    params = init(model, jax.random.key(0), tokens(4))
+
+    def program():
+        return jax.jit(lambda *a: model.apply(*a)).lower(
+            params, tokens(4), states).as_text()
+
+    own = program()
+    monkeypatch.setattr(carried, "begin", lambda *_: {})
+    monkeypatch.setattr(carried, "given", lambda block, state, shared: state)
+    monkeypatch.setattr(
+        carried, "taken", lambda block, state, shared: (state, shared))
+    monkeypatch.setattr("models.lm.numbered", lambda attentions: attentions)
+    assert program() == own
 
 
 def test_a_traced_share_is_the_authors():
@@ -90,7 +123,7 @@ def test_layers_take_their_blocks_out_of_one_pool():
     assert ((means > 0) & (means <= 1)).all()
 
 
-@pytest.mark.parametrize("piece", [1, 8])
+@pytest.mark.parametrize("piece", [1, 3, 8])
 def test_a_stream_of_a_memory_is_the_whole(piece):
     params = drawn()
     whole = apply(LOCAL, params, tokens())
@@ -103,6 +136,7 @@ def test_a_stream_of_a_memory_is_the_whole(piece):
     assert (states[-1].buffer.pos < T // 4 * 4).all()  # of whole segments alone
 
 
+@functools.cache
 def drawn():
     params = init(LOCAL, jax.random.key(0), tokens())
     leaves, form = jax.tree.flatten(params)
@@ -136,6 +170,42 @@ def test_rows_of_a_memory_are_their_own():
     close(o[:, 8:], apply(LOCAL, params, tokens()[:, 8:]))
 
 
+def test_segments_of_a_memory_are_those_of_each_row():
+    params = drawn()
+    whole = apply(LOCAL, params, tokens())
+    # padding of 3 in front; and a sequence of 11, of 4 and of 5, with padding between
+    x = jnp.stack([jnp.pad(tokens()[0], (3, 0))[:T], jnp.r_[
+        tokens()[1, :11], tokens()[1, :1], tokens()[1, :4], tokens()[1, :10]]])
+    ids = jnp.asarray([[0] * 3 + [1] * 23, [1] * 11 + [0] + [2] * 4 + [3] * 10])
+    want = whole[0, :23], whole[1, :11], whole[1, :4], whole[1, :10]
+    states, outs = LOCAL.init_state(T, x), []
+    for at, to in ((0, 7), (7, 10), (10, 26)):
+        states, o = apply(LOCAL, params, x[:, at:to], states, segments=ids[:, at:to])
+        outs.append(o)
+    for o in (apply(LOCAL, params, x, segments=ids), jnp.concatenate(outs, 1)):
+        for a, b in zip((o[0, 3:], o[1, :11], o[1, 12:16], o[1, 16:]), want):
+            close(a, b)
+    # without ids rows go on, each from where it stands
+    states, one = apply(LOCAL, params, tokens(8)[:, :3], states)
+    both = jnp.concatenate([tokens()[:1, :23], tokens(8)[:1, :3]], 1)
+    close(one[0], apply(LOCAL, params, jnp.tile(both, (B, 1)))[0, 23:])
+
+
+def test_a_memory_and_what_a_backward_pass_keeps():
+    params, x = drawn(), tokens(8)
+
+    def grads(model):
+        return jax.jit(jax.grad(lambda p: (model.apply(p, x) ** 2).sum()))(params)
+
+    again = LOCAL.clone(remat=True)
+    program = str(jax.make_jaxpr(lambda p: again.apply(p, x))(params))
+    assert "checkpoint" in program or "remat" in program
+    jax.tree.map(close, grads(again), grads(LOCAL))
+    drops = LOCAL.clone(attention=(Softmax(dropout=0.5),) * L)
+    with pytest.raises(ValueError, match="Softmax with dropout: a text is read in ste"):
+        drops.apply(params, x, rngs={"dropout": jax.random.key(0)})
+
+
 def test_layers_that_share_are_alike():
     other = ActQKV(window=4, sinks=1, local=4, block=2, top_k=1, represent=1)
     model = LM(vocab=16, width=E, heads=2, attention=(ACT, other))
@@ -149,3 +219,16 @@ def test_what_a_model_says_of_a_memory():
         LOCAL.clone(width=32).init_state(4, tokens(4))
     with pytest.raises(ValueError, match=r"captured=\(0, 5\).*below 2"):
         LOCAL.clone(memory=MEMORY.clone(captured=(0, 5))).init_state(4, tokens(4))
+    for wrong in (3, (0.5, 1), (True, 1)):
+        with pytest.raises(ValueError, match="captured=.*expected a tuple of whole"):
+            LOCAL.clone(memory=MEMORY.clone(captured=wrong)).init_state(4, tokens(4))
+    with pytest.raises(ValueError, match="memory='x': expected a CMR, or None"):
+        LOCAL.clone(memory="x").init_state(4, tokens(4))
+    with pytest.raises(ValueError, match=r"^memory=CMR\(\) stands in no config.json of "
+                       "llama: expected None$"):
+        described(LM(memory=CMR()))
+    far = jnp.float32(1000)
+    rate = init(CMR(features=E, decay=1000.0), jax.random.key(0), jnp.zeros((1, 2, E)),
+                CMR(features=E).init_state(jnp.zeros((1, 2, E))),
+                jnp.zeros((1, 2), int))["params"]["rate"]
+    close(jax.nn.softplus(rate), far)

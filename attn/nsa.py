@@ -151,7 +151,8 @@ class NSA(nn.Module, Attention):
         if self.gated:
             if x is None:
                 raise ValueError("x is None: NSA makes gates of the tokens [B,T,E]")
-            dense = nn.DenseGeneral((q.shape[2], len(self.branches)), name="branch_gate")
+            dense = nn.DenseGeneral(
+                (q.shape[2], len(self.branches)), name="branch_gate")
             gates = jax.nn.sigmoid(dense(x.astype(jnp.float32)))
         make = functools.partial(
             compressed_blocks.compressor, self.param, self.compress, self.hidden)

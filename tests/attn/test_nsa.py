@@ -65,8 +65,9 @@ def by_hand(module, params, q, k, v, x):
     q, k, v, x = (np.asarray(a, np.float64) for a in (q, k, v, x))
     p = jax.tree.map(lambda a: np.asarray(a, np.float64), params["params"])
     (b, t, h, d), group = q.shape, q.shape[2] // k.shape[2]
-    gates = 1 / (1 + np.exp(-(
-        np.einsum("bte,ehc->bthc", x, p["gate"]["kernel"]) + p["gate"]["bias"])))
+    gate = p["branch_gate"]
+    gates = 1 / (1 + np.exp(-(np.einsum("bte,ehc->bthc", x, gate["kernel"])
+                              + gate["bias"])))
     keys, values = compressed(module, p, "key", k), compressed(module, p, "value", v)
     chosen, o = chosen_by(module, q, keys), np.zeros((b, t, h, v.shape[3]))
     for row, i, head in np.ndindex(b, t, h):
@@ -164,7 +165,8 @@ def test_in_a_layer_its_parameters_are_those_it_names():
     x = jnp.zeros((1, 12, 32))
     own = jax.eval_shape(layer.init, jax.random.key(0), x)["params"]["attention"]
     assert set(own) == {"gate", *NAMES}
-    assert own["key_in"].shape == (2, 4 * 8, 8) and own["gate"]["bias"].shape == (4, 3)
+    assert own["key_in"].shape == (2, 4 * 8, 8)
+    assert own["branch_gate"]["bias"].shape == (4, 3)
 
 
 @pytest.mark.parametrize("fields, message", [

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from attn.lara import LARA
+from attn.local import Local
 from attn.masks import Causal, Window
 from attn.routing import Routing
 from attn.softmax import Softmax
@@ -107,11 +108,27 @@ def test_the_index_is_the_authors_with_their_constants():
 
 def test_the_index_of_what_is_compared():
     cells = {("lm", "CS", name): {"perplexity": x} for name, x in (("a", 4), ("b", 8))}
-    cells |= {("summary", "CS", "a"): {"r1": 1.0, "r2": 1.0, "rl": 1.0}}
-    found = index.index(cells, "CS", ["a", "b", "c"])
-    # what one alone was asked says nothing
-    assert found["a"] == {"LM": 1, "index": 1}
-    assert found["b"] == {"LM": -1, "index": -1} and "c" not in found
+    # of two, or one alone, the own mean says nothing
+    assert index.index(cells, "CS", ["a", "b"]) == {}
+    cells["lm", "CS", "c"] = {"perplexity": 6}
+    for name, x in zip("abc", (1.0, 2.0, 6.0)):
+        cells["summary", "CS", name] = {"r1": x, "r2": x, "rl": x}
+    names, far = ["a", "b", "c", "d"], np.sqrt(1.5)
+    full = index.index(cells, "CS", names)
+    assert full["a"] == {"Sum": pytest.approx(-2 / np.sqrt(14 / 3)),
+                         "LM": pytest.approx(far),
+                         "index": pytest.approx(far / 2 - 1 / np.sqrt(14 / 3))}
+    assert full["b"]["LM"] == pytest.approx(-far) and "d" not in full
+    # d was asked one task alone: only what it shares with all others is compared
+    cells["lm", "CS", "d"] = {"perplexity": 6}
+    found = index.index(cells, "CS", names)
+    assert "Sum" in found["a"]
+    assert all(one["index"] == one["LM"] for one in found.values())
+    # and where e has the other one alone, all share none
+    cells["summary", "CS", "e"] = {"r1": 1.0, "r2": 1.0, "rl": 1.0}
+    none = index.index(cells, "CS", [*names, "e"])
+    assert len(none) == 5 and not index.ranked(none)
+    assert index.rank_correlations({"NS": none, "CS": none}) == {}
     both = {"NS": {n: {"index": x} for n, x in zip("abc", (1, 2, 3))},
             "CC": {n: {"index": x} for n, x in zip("cab", (1, 2, 3))}}
     assert index.rank_correlations(both) == {"NS CC": pytest.approx(-0.5)}
@@ -126,7 +143,15 @@ def test_the_length_at_which_a_line_meets_a_parabola():
     assert efficiency_length(at, exact, other) == pytest.approx(want)
     other[0] += 900
     assert efficiency_length(at, exact, other, True) == pytest.approx(want)
-    assert efficiency_length(at, other, exact) is None
+    # no line describes a parabola, its own or one above it
+    assert efficiency_length(at, exact, exact) is None
+    assert efficiency_length(at, [t + 2000 for t in at], exact) is None
+    assert efficiency_length(at, exact, [t / 2 for t in at]) == "always"
+    # where the matrix shows none, what was measured is all that is said
+    straight = [float(t) for t in at]
+    assert efficiency_length(at, straight, [t + 1.0 for t in at]) == "never"
+    assert efficiency_length(at, straight, [t - 1.0 for t in at]) == "always"
+    assert efficiency_length(at, straight, [512.0] * 4) is None
 
 
 @pytest.mark.parametrize("data", [
@@ -174,16 +199,30 @@ def test_a_sweep_goes_on_where_it_was(tmp_path, monkeypatch):
 
     monkeypatch.setattr(sweep, "train", lambda model, *_: type(
         "Trained", (), {"params": None, "losses": np.ones(4)}))
-    monkeypatch.setattr(sweep, "costs", lambda one, lengths, *_: {
-        "ms": [float(t * t) for t in lengths], "mb": [float(t) for t in lengths]})
+    def costs(one, lengths, *_):
+        if isinstance(one, Local):
+            raise ValueError("it cannot read 64 tokens")
+        return {"ms": [float(t * t) for t in lengths], "mb": [float(t) for t in lengths]}
+
+    monkeypatch.setattr(sweep, "costs", costs)
     monkeypatch.setattr(type(SMALL[2]), "judged", judged)
     with pytest.raises(KeyboardInterrupt):
         cab.run(config_)
-    early = cab.run(dataclasses.replace(config_, minutes=0.0))
+    record = tmp_path / "cab.json"
+    early = cab.run(dataclasses.replace(config_, minutes=0.0, record=str(record)))
     assert len(made) == 2 and early["trainings"] == 2  # exact, twice
-    found = cab.run(config_)
-    # exact attention is one network in both patterns, and stays
-    assert len(made) == 4 and found["trainings"] == 4 and found["failed"] == 0
+    said = json.loads(record.read_text())["left_out"]
+    assert "Of 3 networks 1 were trained" in said
+    assert "Costs of 2 of 2 layers were not measured" in said
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "minutes=" not in page and "record=" not in page
+    found = cab.run(dataclasses.replace(config_, record=str(record)))
+    # exact attention is one network in both patterns, and stays; a cost fails
+    assert len(made) == 4 and found["trainings"] == 4 and found["failed"] == 1
+    assert len(json.loads(record.read_text())["rows"]) == 4
+    with pytest.raises(ValueError, match="expected 4 rows or more, got 0"):
+        cab.run(dataclasses.replace(
+            config_, minutes=0.0, record=str(record), folder=str(tmp_path / "new")))
     again = cab.run(config_)
     assert len(made) == 4 and again == found
     result = json.loads((tmp_path / "run" / "cab.json").read_text())
@@ -211,11 +250,12 @@ def test_attentions_that_do_not_fit_are_refused():
         dataclasses.replace(cab.TINY, tasks=("tts",))
     with pytest.raises(ValueError, match="fit a parabola"):
         dataclasses.replace(cab.TINY, lengths=(16, 32))
-    ahead = Routing(clusters=2)
+    with pytest.raises(ValueError, match="width=8: expected a multiple of heads=3"):
+        dataclasses.replace(cab.TINY, heads=3)
     assert NAMES == tuple(task.name for task in SMALL) and len(FULL) == 8
-    if ahead.ahead != 0:
-        with pytest.raises(ValueError, match="which are not written yet"):
-            SMALL[2].check(ahead)
+    with pytest.raises(ValueError, match="which are not written yet"):
+        SMALL[2].check(Routing(clusters=2))
+    SMALL[2].check(Routing(clusters=2, members="prefix"))
 
 
 @pytest.mark.parametrize("task", SMALL, ids=lambda task: task.name)

@@ -13,6 +13,7 @@ from attn.local import Local
 from attn.masks import Causal, Window
 from attn.routing import Routing
 from attn.softmax import Softmax
+from attn.topk import TopK
 from experiments import cab, leaderboard
 from experiments.data.clouds import BODIES, Clouds
 from experiments.data.series import Series
@@ -304,9 +305,13 @@ def test_cells_are_kept_and_named_apart(tmp_path):
 
 def test_every_policy_of_the_leaderboard_reads_with_exact_attentions_network():
     config_ = leaderboard.Config()
-    free = [one for one in config_.attentions
-            if isinstance(one, leaderboard.POLICIES)]
-    assert tuple(map(type, free)) == leaderboard.POLICIES
+    free = [one for one in config_.attentions if leaderboard.source(one) != one]
+    assert [type(one).__name__ for one in free] == [
+        "SnapKV", "PyramidKV", "AdaKV", "H2O", "TOVA", "Streaming", "Quest", "TopK",
+        "Recycled", "HiP", "KIVI", "SAQ"]
+    assert {leaderboard.source(one) for one in free} == {Softmax()}
+    sparse = TopK(top_k=6, block=1, sink=0, local=2, prefill="sparse")
+    assert leaderboard.source(sparse) == sparse
     shapes = []
     for one in (Softmax(), *free[:2], *free[-3:]):
         model = config_.recall(one, 0).model()
@@ -314,3 +319,13 @@ def test_every_policy_of_the_leaderboard_reads_with_exact_attentions_network():
         params = jax.eval_shape(model.init, jax.random.key(0), tokens)
         shapes.append(jax.tree.map(lambda a: a.shape, params))
     assert all(one == shapes[0] for one in shapes)
+
+
+@pytest.mark.parametrize("given, words", [
+    ({"pairs": 100}, "length=48: expected 100 or more"),
+    ({"heads": 3}, "expected a multiple of heads=3"),
+    ({"long": 40}, "long=40: expected length=48 or more"),
+])
+def test_a_board_that_does_not_fit_is_refused(given, words):
+    with pytest.raises(ValueError, match=words):
+        leaderboard.Config(**given)

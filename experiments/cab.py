@@ -26,7 +26,7 @@ where they were with `--folder=`.
 What ships (`experiments/cab.json`, by `--minutes=0` in the folder of such a run, one
 seed) is 11 of its 72 cells, from 9 of its 70 networks, those that were run so far, and
 no cost of a layer: too little for any of the benchmark's claims. An index, of three
-attentions or more, there is of speech alone. Of speech, all frames at once, the distance of
+attentions or more, there is of speech alone: all frames at once, the distance of
 cepstra is 3.56 dB for ABC, 3.65 for CosFormer, 3.69 for Local, 3.73 for Performer and
 for exact attention. A window of 16 reads bytes at a perplexity of 10.9 and exact
 attention at 11.5 (200 steps, 128 tokens), at twice the length at 11.8 and 13.3. Exact

@@ -2,7 +2,9 @@
 goes on where it was."""
 
 import dataclasses
+import functools
 import json
+import sys
 
 import jax
 import numpy as np
@@ -200,10 +202,11 @@ def test_a_sweep_goes_on_where_it_was(tmp_path, monkeypatch):
 
     monkeypatch.setattr(sweep, "train", lambda model, *_: type(
         "Trained", (), {"params": None, "losses": np.ones(4)}))
+
     def costs(one, lengths, *_):
         if isinstance(one, Local):
             raise ValueError("it cannot read 64 tokens")
-        return {"ms": [float(t * t) for t in lengths], "mb": [float(t) for t in lengths]}
+        return {"ms": [float(t * t) for t in lengths], "mb": [1.0 * t for t in lengths]}
 
     monkeypatch.setattr(sweep, "costs", costs)
     monkeypatch.setattr(type(SMALL[2]), "judged", judged)
@@ -270,6 +273,39 @@ def test_a_task_is_traced(task):
     value = jax.eval_shape(lambda p, rows: task.loss(model, p, rows, jax.random.key(0)),
                            params, shapes)
     assert value.shape == () and task.measures
+
+
+@pytest.mark.parametrize("task", SMALL, ids=lambda task: task.name)
+def test_a_task_judges(task, monkeypatch):
+    """All its measures, of what the network gives by its shapes: ones, as nothing is
+    compiled."""
+    model, home = task.network(Places()), sys.modules[type(task).__module__]
+    rows = task.drawn("valid", 0)
+    params = jax.eval_shape(
+        model.init, jax.random.key(0), *(rows[name] for name in task.inputs))
+
+    def ones(f):
+        return lambda *args: jax.tree.map(
+            lambda a: np.ones(a.shape, a.dtype), jax.eval_shape(f, *args))
+
+    fakes = {
+        "called": lambda model: ones(model.apply),
+        "lossed": lambda loss, model: ones(functools.partial(loss, model)),
+        "_sampled": lambda model, *args: ones(
+            functools.partial(sampled, model))(*args),
+        "_written": lambda model, params, rows, many: ones(
+            lambda params, rows: written(model, params, rows, many))(params, rows),
+        "_spoken": lambda model, params, rows, many: ones(
+            lambda params, rows: spoken(model, params, rows, many))(params, rows),
+    }
+    sampled, written, spoken = (
+        getattr(home, name, None) for name in ("_sampled", "_written", "_spoken"))
+    for name, fake in fakes.items():
+        if hasattr(home, name):
+            monkeypatch.setattr(home, name, fake)
+    found = task.judged(model, params, rows, jax.random.key(1))
+    assert set(task.measures) <= set(found)
+    assert all(isinstance(one, float) for one in found.values())
 
 
 def test_a_whole_training_learns(tmp_path):

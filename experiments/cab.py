@@ -177,10 +177,10 @@ def run(config_: Config) -> dict[str, Any]:
 
 def whole(config_: Config) -> Config:
     """With `all`, what is as in the default made all there is."""
-    more = {"tasks": NAMES, "seeds": 3, "minutes": None} if config_.all else {}
+    more: dict[str, Any] = {"tasks": NAMES, "seeds": 3, "minutes": None}
     return dataclasses.replace(config_, **{
         name: value for name, value in more.items()
-        if getattr(config_, name) == getattr(Config(), name)})
+        if config_.all and getattr(config_, name) == getattr(Config(), name)})
 
 
 def grid(config_: Config) -> tuple[list[Run], list[str]]:

@@ -370,6 +370,6 @@ def test_a_board_that_does_not_fit_is_refused(given, words):
 def test_all_keeps_what_is_set():
     every = cab.whole(cab.Config(all=True))
     assert (every.tasks, every.seeds, every.minutes) == (NAMES, 3, None)
-    some = cab.whole(cab.Config(all=True, tasks=("lm",), seeds=2, minutes=5.0))
-    assert (some.tasks, some.seeds, some.minutes) == (("lm",), 2, 5.0)
+    some = cab.whole(cab.Config(all=True, tasks=("lm", "mlm"), seeds=2, minutes=5.0))
+    assert (some.tasks, some.seeds, some.minutes) == (("lm", "mlm"), 2, 5.0)
     assert cab.whole(cab.TINY) == cab.TINY

@@ -95,6 +95,8 @@ class Routing(nn.Module, Attention):
     implementation: str | None = None
     crosses = property(lambda self: not self.share_qk)
     mixes = True  # members of a cluster are chosen among all queries
+    # any later token can take an earlier one's place among the members of "whole"
+    ahead = property(lambda self: 0 if self.members == PREFIX else None)
     row = TemplateRow(MASKED, "L C D + C w^2 D", 2)
     parameter_axes = {
         "kmeans/mean": "HRD", "kmeans/total": "HRD", "kmeans/number": "HR",

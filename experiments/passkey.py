@@ -10,6 +10,14 @@ however long it is. Both networks are alike, a short convolution and the attenti
 (`experiments.recall`), and have rotary positions.
 
     python -m experiments.passkey
+
+The claim did not show in a short run:
+
+    python -m experiments.passkey --layers=1 --steps=300 --rate=1e-2 --rows=32 --seeds=1
+
+Of the keys' tokens Landmark has 0 to 4.7% right, where chance is 3.1%, and exact
+attention 65.6%, 60.9%, 57.8% and 40.6% at 1, 2, 4 and 8 times the training's length.
+Two layers, as above, were not run.
 """
 
 from __future__ import annotations
@@ -103,8 +111,7 @@ def run(config_: Config) -> dict[str, Any]:
 
 def once(config_: Config) -> dict[str, Any]:
     """landmark N, exact N: the share of right tokens of keys in texts of N times the
-    training's length; read N: tokens that a query of the first looks at in the long
-    run, landmarks among them; losses of the last steps; chance."""
+    training's length; losses of the last steps; chance."""
     whole_text = Landmark(block=config_.block)
     retrieving = dataclasses.replace(whole_text, top_k=config_.top_k)
     found: dict[str, Any] = {"chance": 1 / config_.values}
@@ -120,11 +127,6 @@ def once(config_: Config) -> dict[str, Any]:
             found[f"{name} {times}"] = right(
                 config_, reader, whole(fitted.params), times)
         found[f"{name} loss"] = fitted.rows[-1]["loss"]
-    size = config_.block + 1
-    for times in config_.times:
-        blocks = times * config_.length // config_.block
-        # landmarks, what is retrieved, and half of the own block
-        found[f"read {times}"] = blocks + config_.top_k * size + size // 2
     return found
 
 

@@ -80,14 +80,15 @@ def needle_picture(cells: Rows, path: pathlib.Path) -> None:
     plt.close(figure)
 
 
-def leaderboard_picture(rows: Rows, path: pathlib.Path) -> None:
+def leaderboard_picture(rows: Rows, asked: int, path: pathlib.Path) -> None:
     """Recall against the bytes of the memory of a long text, each attention by its
-    name; filled: with a network of its own, hollow: with exact attention's."""
-    leaderboard_figure(rows).savefig(path, dpi=150)
+    name, as many as were run of those that were asked for; filled: with a network of
+    its own, hollow: with exact attention's."""
+    leaderboard_figure(rows, asked).savefig(path, dpi=150)
     plt.close()
 
 
-def leaderboard_figure(rows: Rows) -> Any:
+def leaderboard_figure(rows: Rows, asked: int) -> Any:
     """The same as a figure."""
     figure, axes = plt.subplots(figsize=(9, 6), layout="constrained")
     for n, row in enumerate(sorted(rows, key=lambda row: row["bytes_long"])):
@@ -99,7 +100,8 @@ def leaderboard_figure(rows: Rows) -> Any:
                       xytext=(5, 5 if n % 2 else -9), textcoords="offset points")
     axes.set(xscale="log", ylim=(-0.04, 1.06), ylabel="recall (share of right answers)",
              xlabel="memory of a sequence of a long text (bytes)",
-             title="What is remembered, at what cost, by all that stream")
+             title="What is remembered, at what cost: of those that stream "
+             f"{len(rows)} of {asked}")
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     return figure

@@ -38,6 +38,23 @@ def save(path: pathlib.Path, settings: Any, found: dict[str, Any]) -> None:
     write_whole(path, json.dumps(record, indent=1) + "\n")
 
 
+def copy(path: pathlib.Path, found: dict[str, Any]) -> None:
+    """Writes what was found, rows as far as they were run; ValueError where it has no
+    row, or fewer than what lies there, of which a part would be lost."""
+    try:
+        there = len(_good(json.loads(path.read_text())))
+    except (OSError, ValueError, KeyError, TypeError):
+        there = 0
+    if (have := len(_good(found))) < max(there, 1):
+        raise ValueError(f"record={path}: expected {max(there, 1)} rows or more, got "
+                         f"{have}: go on in the folder of the run that it is of")
+    write_whole(path, json.dumps(found, indent=1) + "\n")
+
+
+def _good(found: dict[str, Any]) -> list:
+    return [row for row in found["rows"] if "failed" not in row]
+
+
 def load(name: str, settings: Any) -> dict[str, Any] | None:
     """The record of an experiment; None if there is none of these settings."""
     try:

@@ -45,8 +45,10 @@ def train(model: nn.Module, loss: Loss, inputs: tuple[str, ...], rows: dict,
     losses = np.asarray(losses)
     finite = all(bool(jnp.isfinite(a).all()) for a in jax.tree.leaves(params))
     if not (finite and np.isfinite(losses[-1])):
-        first = int(np.argmin(np.isfinite(losses))) + 1
-        raise NotFinite(f"the loss or a parameter was not finite at step {first}")
+        bad = np.flatnonzero(~np.isfinite(losses))
+        if not bad.size:  # the last step made it so
+            raise NotFinite(f"a parameter was not finite after step {len(losses)}")
+        raise NotFinite(f"the loss was not finite at step {bad[0] + 1}")
     return Trained(params, losses)
 
 

@@ -2,16 +2,20 @@
 goes on where it was."""
 
 import dataclasses
+import functools
 import json
+import sys
 
 import jax
 import numpy as np
 import pytest
 
 from attn.lara import LARA
+from attn.local import Local
 from attn.masks import Causal, Window
 from attn.routing import Routing
 from attn.softmax import Softmax
+from attn.topk import TopK
 from experiments import cab, leaderboard
 from experiments.data.clouds import BODIES, Clouds
 from experiments.data.series import Series
@@ -107,11 +111,27 @@ def test_the_index_is_the_authors_with_their_constants():
 
 def test_the_index_of_what_is_compared():
     cells = {("lm", "CS", name): {"perplexity": x} for name, x in (("a", 4), ("b", 8))}
-    cells |= {("summary", "CS", "a"): {"r1": 1.0, "r2": 1.0, "rl": 1.0}}
-    found = index.index(cells, "CS", ["a", "b", "c"])
-    # what one alone was asked says nothing
-    assert found["a"] == {"LM": 1, "index": 1}
-    assert found["b"] == {"LM": -1, "index": -1} and "c" not in found
+    # of two, or one alone, the own mean says nothing
+    assert index.index(cells, "CS", ["a", "b"]) == {}
+    cells["lm", "CS", "c"] = {"perplexity": 6}
+    for name, x in zip("abc", (1.0, 2.0, 6.0)):
+        cells["summary", "CS", name] = {"r1": x, "r2": x, "rl": x}
+    names, far = ["a", "b", "c", "d"], np.sqrt(1.5)
+    full = index.index(cells, "CS", names)
+    assert full["a"] == {"Sum": pytest.approx(-2 / np.sqrt(14 / 3)),
+                         "LM": pytest.approx(far),
+                         "index": pytest.approx(far / 2 - 1 / np.sqrt(14 / 3))}
+    assert full["b"]["LM"] == pytest.approx(-far) and "d" not in full
+    # d was asked one task alone: only what it shares with all others is compared
+    cells["lm", "CS", "d"] = {"perplexity": 6}
+    found = index.index(cells, "CS", names)
+    assert "Sum" in found["a"]
+    assert all(one["index"] == one["LM"] for one in found.values())
+    # and where e has the other one alone, all share none
+    cells["summary", "CS", "e"] = {"r1": 1.0, "r2": 1.0, "rl": 1.0}
+    none = index.index(cells, "CS", [*names, "e"])
+    assert len(none) == 5 and not index.ranked(none)
+    assert index.rank_correlations({"NS": none, "CS": none}) == {}
     both = {"NS": {n: {"index": x} for n, x in zip("abc", (1, 2, 3))},
             "CC": {n: {"index": x} for n, x in zip("cab", (1, 2, 3))}}
     assert index.rank_correlations(both) == {"NS CC": pytest.approx(-0.5)}
@@ -126,7 +146,15 @@ def test_the_length_at_which_a_line_meets_a_parabola():
     assert efficiency_length(at, exact, other) == pytest.approx(want)
     other[0] += 900
     assert efficiency_length(at, exact, other, True) == pytest.approx(want)
-    assert efficiency_length(at, other, exact) is None
+    # no line describes a parabola, its own or one above it
+    assert efficiency_length(at, exact, exact) is None
+    assert efficiency_length(at, [t + 2000 for t in at], exact) is None
+    assert efficiency_length(at, exact, [t / 2 for t in at]) == "always"
+    # where the matrix shows none, what was measured is all that is said
+    straight = [float(t) for t in at]
+    assert efficiency_length(at, straight, [t + 1.0 for t in at]) == "never"
+    assert efficiency_length(at, straight, [t - 1.0 for t in at]) == "always"
+    assert efficiency_length(at, straight, [512.0] * 4) is None
 
 
 @pytest.mark.parametrize("data", [
@@ -174,16 +202,31 @@ def test_a_sweep_goes_on_where_it_was(tmp_path, monkeypatch):
 
     monkeypatch.setattr(sweep, "train", lambda model, *_: type(
         "Trained", (), {"params": None, "losses": np.ones(4)}))
-    monkeypatch.setattr(sweep, "costs", lambda one, lengths, *_: {
-        "ms": [float(t * t) for t in lengths], "mb": [float(t) for t in lengths]})
+
+    def costs(one, lengths, *_):
+        if isinstance(one, Local):
+            raise ValueError("it cannot read 64 tokens")
+        return {"ms": [float(t * t) for t in lengths], "mb": [1.0 * t for t in lengths]}
+
+    monkeypatch.setattr(sweep, "costs", costs)
     monkeypatch.setattr(type(SMALL[2]), "judged", judged)
     with pytest.raises(KeyboardInterrupt):
         cab.run(config_)
-    early = cab.run(dataclasses.replace(config_, minutes=0.0))
+    record = tmp_path / "cab.json"
+    early = cab.run(dataclasses.replace(config_, minutes=0.0, record=str(record)))
     assert len(made) == 2 and early["trainings"] == 2  # exact, twice
-    found = cab.run(config_)
-    # exact attention is one network in both patterns, and stays
-    assert len(made) == 4 and found["trainings"] == 4 and found["failed"] == 0
+    said = json.loads(record.read_text())["left_out"]
+    assert "Of 3 networks 1 were trained" in said
+    assert "Costs of 2 of 2 layers were not measured" in said
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "minutes=" not in page and "record=" not in page
+    found = cab.run(dataclasses.replace(config_, record=str(record)))
+    # exact attention is one network in both patterns, and stays; a cost fails
+    assert len(made) == 4 and found["trainings"] == 4 and found["failed"] == 1
+    assert len(json.loads(record.read_text())["rows"]) == 4
+    with pytest.raises(ValueError, match="expected 4 rows or more, got 0"):
+        cab.run(dataclasses.replace(
+            config_, minutes=0.0, record=str(record), folder=str(tmp_path / "new")))
     again = cab.run(config_)
     assert len(made) == 4 and again == found
     result = json.loads((tmp_path / "run" / "cab.json").read_text())
@@ -211,11 +254,12 @@ def test_attentions_that_do_not_fit_are_refused():
         dataclasses.replace(cab.TINY, tasks=("tts",))
     with pytest.raises(ValueError, match="fit a parabola"):
         dataclasses.replace(cab.TINY, lengths=(16, 32))
-    ahead = Routing(clusters=2)
+    with pytest.raises(ValueError, match="width=8: expected a multiple of heads=3"):
+        dataclasses.replace(cab.TINY, heads=3)
     assert NAMES == tuple(task.name for task in SMALL) and len(FULL) == 8
-    if ahead.ahead != 0:
-        with pytest.raises(ValueError, match="which are not written yet"):
-            SMALL[2].check(ahead)
+    with pytest.raises(ValueError, match="which are not written yet"):
+        SMALL[2].check(Routing(clusters=2))
+    SMALL[2].check(Routing(clusters=2, members="prefix"))
 
 
 @pytest.mark.parametrize("task", SMALL, ids=lambda task: task.name)
@@ -229,6 +273,39 @@ def test_a_task_is_traced(task):
     value = jax.eval_shape(lambda p, rows: task.loss(model, p, rows, jax.random.key(0)),
                            params, shapes)
     assert value.shape == () and task.measures
+
+
+@pytest.mark.parametrize("task", SMALL, ids=lambda task: task.name)
+def test_a_task_judges(task, monkeypatch):
+    """All its measures, of what the network gives by its shapes: ones, as nothing is
+    compiled."""
+    model, home = task.network(Places()), sys.modules[type(task).__module__]
+    rows = task.drawn("valid", 0)
+    params = jax.eval_shape(
+        model.init, jax.random.key(0), *(rows[name] for name in task.inputs))
+
+    def ones(f):
+        return lambda *args: jax.tree.map(
+            lambda a: np.ones(a.shape, a.dtype), jax.eval_shape(f, *args))
+
+    fakes = {
+        "called": lambda model: ones(model.apply),
+        "lossed": lambda loss, model: ones(functools.partial(loss, model)),
+        "_sampled": lambda model, *args: ones(
+            functools.partial(sampled, model))(*args),
+        "_written": lambda model, params, rows, many: ones(
+            lambda params, rows: written(model, params, rows, many))(params, rows),
+        "_spoken": lambda model, params, rows, many: ones(
+            lambda params, rows: spoken(model, params, rows, many))(params, rows),
+    }
+    sampled, written, spoken = (
+        getattr(home, name, None) for name in ("_sampled", "_written", "_spoken"))
+    for name, fake in fakes.items():
+        if hasattr(home, name):
+            monkeypatch.setattr(home, name, fake)
+    found = task.judged(model, params, rows, jax.random.key(1))
+    assert set(task.measures) <= set(found)
+    assert all(isinstance(one, float) for one in found.values())
 
 
 def test_a_whole_training_learns(tmp_path):
@@ -264,9 +341,13 @@ def test_cells_are_kept_and_named_apart(tmp_path):
 
 def test_every_policy_of_the_leaderboard_reads_with_exact_attentions_network():
     config_ = leaderboard.Config()
-    free = [one for one in config_.attentions
-            if isinstance(one, leaderboard.POLICIES)]
-    assert tuple(map(type, free)) == leaderboard.POLICIES
+    free = [one for one in config_.attentions if leaderboard.source(one) != one]
+    assert [type(one).__name__ for one in free] == [
+        "SnapKV", "PyramidKV", "AdaKV", "H2O", "TOVA", "Streaming", "Quest", "TopK",
+        "Recycled", "HiP", "KIVI", "SAQ"]
+    assert {leaderboard.source(one) for one in free} == {Softmax()}
+    sparse = TopK(top_k=6, block=1, sink=0, local=2, prefill="sparse")
+    assert leaderboard.source(sparse) == sparse
     shapes = []
     for one in (Softmax(), *free[:2], *free[-3:]):
         model = config_.recall(one, 0).model()
@@ -274,3 +355,21 @@ def test_every_policy_of_the_leaderboard_reads_with_exact_attentions_network():
         params = jax.eval_shape(model.init, jax.random.key(0), tokens)
         shapes.append(jax.tree.map(lambda a: a.shape, params))
     assert all(one == shapes[0] for one in shapes)
+
+
+@pytest.mark.parametrize("given, words", [
+    ({"pairs": 100}, "length=48: expected 100 or more"),
+    ({"heads": 3}, "expected a multiple of heads=3"),
+    ({"long": 40}, "long=40: expected length=48 or more"),
+])
+def test_a_board_that_does_not_fit_is_refused(given, words):
+    with pytest.raises(ValueError, match=words):
+        leaderboard.Config(**given)
+
+
+def test_all_keeps_what_is_set():
+    every = cab.whole(cab.Config(all=True))
+    assert (every.tasks, every.seeds, every.minutes) == (NAMES, 3, None)
+    some = cab.whole(cab.Config(all=True, tasks=("lm", "mlm"), seeds=2, minutes=5.0))
+    assert (some.tasks, some.seeds, some.minutes) == (("lm", "mlm"), 2, 5.0)
+    assert cab.whole(cab.TINY) == cab.TINY

@@ -2,7 +2,9 @@
 
 Time and memory of one layer, forward, are measured over lengths; exact attention as one
 matrix is fitted by a T^2 + b T + c, the other by d T + e, and where the two meet is the
-efficiency length. Memory is what the compiler's analysis says is needed beside inputs
+efficiency length. What is not published: the answers "always" and "never", and none at
+all for costs that bend as a parabola themselves, as those of exact attention do, which
+no line describes. Memory is what the compiler's analysis says is needed beside inputs
 and outputs.
 
 Source: Comprehensive Attention Benchmarking (Zhang et al., 2022) arXiv:2210.07661.
@@ -55,16 +57,26 @@ def costs(attention: Any, lengths: Sequence[int], width: int, heads: int,
 
 def efficiency_length(lengths: Sequence[int], exact: Sequence[float],
                       other: Sequence[float], drop_least: bool = False
-                      ) -> float | None:
+                      ) -> float | str | None:
     """The larger T at which a T^2 + b T + c, fitted to `exact`, meets d T + e, fitted
-    to `other`; None where they do not meet behind it. drop_least: the other's first
-    length, 256, is left out, as the benchmark does of times."""
-    at, line = np.array(lengths, float), np.array(other, float)
-    a, b, c = np.polyfit(at, np.array(exact, float), 2)
+    to `other`: the other costs less from there on. "always": the line is below at
+    every T > 0. Where `exact` shows no parabola in these lengths, "always" or "never"
+    if the other costs less, or more, at each of them. None: it is now less and now
+    more, or no line fits, as the other's own parabola is bent by more than a fourth of
+    exact attention's. drop_least: the other's first length, 256, is left out, as the
+    benchmark does of times."""
+    at, line, matrix = (np.array(a, float) for a in (lengths, other, exact))
+    a, b, c = np.polyfit(at, matrix, 2)
     kept = at > LEAST if drop_least and (at > LEAST).sum() > 1 else at > 0
+    # a bend that rounding makes is none
+    if a * at.max() ** 2 <= 1e-6 * np.abs(matrix).max():
+        below = line[kept] < matrix[kept]
+        above = line[kept] > matrix[kept]
+        return "always" if below.all() else "never" if above.all() else None
+    bent = kept if kept.sum() > 2 else at > 0
+    if np.polyfit(at[bent], line[bent], 2)[0] > a / 4:
+        return None
     d, e = np.polyfit(at[kept], line[kept], 1)
     inside = (b - d) ** 2 - 4 * a * (c - e)
-    if a <= 0 or inside < 0:
-        return None
-    root = (-(b - d) + np.sqrt(inside)) / (2 * a)
-    return float(root) if root > 0 else None
+    root = (d - b + np.sqrt(max(inside, 0))) / (2 * a)
+    return float(root) if inside >= 0 and root > 0 else "always"

@@ -2,7 +2,8 @@
 
 mu and sigma are either the benchmark's frozen constants (of its own data and networks,
 so that a number with them says little here but what unit it is in) or those of the
-attentions that were compared, exact attention among them.
+attentions that were compared, exact attention among them: three or more, as one alone
+is its own mean, and of two one is at +1 and the other at -1 whatever was measured.
 
 Source: Comprehensive Attention Benchmarking (Zhang et al., 2022) arXiv:2210.07661; the
 constants are those of the authors' code.
@@ -20,7 +21,9 @@ from experiments.measure.cab.suite import FULL, TASKS
 from experiments.measure.compositional import compositional_index
 
 Cells = Mapping[tuple[str, str, str], Mapping[str, float]]
+Indices = dict[str, dict[str, float | None]]  # by attention
 BY_NAME = {task.name: task for task in FULL}
+LEAST = {"own": 3, "paper": 1}  # attentions that a measure needs, by reference
 # of each pattern the benchmark's mu and sigma, in the order of `measures`
 PAPER: dict[str, tuple[list[float], list[float]]] = {
     "NS": ([3.4245, 1.97429, 4.06947, 2.19021, 34.88667, 6.79333, 31.96889, 23.208,
@@ -51,35 +54,40 @@ def measures(pattern: str) -> dict[str, list[tuple[str, str]]]:
 
 
 def index(cells: Cells, pattern: str, attentions: list[str],
-          reference: str = "own") -> dict[str, dict[str, float]]:
+          reference: str = "own") -> Indices:
     """Attention -> {task: number, "index": their mean}, of tasks whose measures all are
-    there. cells: measures by (network, pattern, attention). reference: "own", of all
-    attentions that have the measure, two or more, or "paper"."""
+    there; the index is that of the tasks that all of these attentions have, None where
+    they share none. cells: measures by (network, pattern, attention). reference: "own",
+    of all attentions that have the measure, three or more, or "paper"."""
     everything = [pair for own in measures(pattern).values() for pair in own]
     # [attentions, measures], nan for what was not run
     table = np.array([[_value(cells, net, pattern, one, name) for net, name
                        in everything] for one in attentions], float)
     sign = np.array([BY_NAME[net].measures[name] for net, name in everything], float)
     there = (~np.isnan(table)).sum(0)  # how many have the measure
-    least = 1 if reference == "paper" else 2  # one alone is its own mean
     if reference == "paper":
         mu, sigma = (np.array(a) for a in PAPER[pattern])
     else:
         mu, sigma = _moments(table)
-    found: dict[str, dict[str, float]] = {}
+    found: Indices = {}
     for one, row in zip(attentions, table):
         groups, names, at = [], [], 0
         for task, own in measures(pattern).items():
             group = [*range(at, at + len(own))]
-            group = [n for n in group if there[n] >= least]
+            group = [n for n in group if there[n] >= LEAST[reference]]
             at += len(own)
             if group and not np.isnan(row[group]).any():
                 groups.append(group)
                 names.append(task)
         if groups:
-            by_task, whole = compositional_index(
+            by_task, _ = compositional_index(
                 np.nan_to_num(row), np.nan_to_num(mu), sigma, sign, groups)
-            found[one] = dict(zip(names, by_task.tolist())) | {"index": whole}
+            found[one] = dict(zip(names, by_task.tolist()))
+    shared = [task for task in measures(pattern)
+              if all(task in each for each in found.values())]
+    for each in found.values():  # means of other tasks could not be compared
+        each["index"] = float(np.mean([each[task] for task in shared])
+                              ) if shared else None
     return found
 
 
@@ -98,18 +106,21 @@ def _moments(table: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return mu, np.where(sigma > 1e-12, sigma, 1.0)
 
 
-def rank_correlations(indices: Mapping[str, Mapping[str, Mapping[str, float]]]
-                      ) -> dict[str, float]:
-    """Spearman's, of the attentions that two patterns share, three or more: "NS CS" ->
-    a number in -1..1. indices: by pattern and attention."""
+def ranked(each: Indices) -> dict[str, float]:
+    """Of a pattern the index by attention, of those that have one."""
+    return {one: own["index"] for one, own in each.items() if own["index"] is not None}
+
+
+def rank_correlations(indices: Mapping[str, Indices]) -> dict[str, float]:
+    """Spearman's, of the attentions that have an index in both of two patterns, three
+    or more: "NS CS" -> a number in -1..1. indices: by pattern and attention."""
     found = {}
     for n, one in enumerate(PATTERNS):
         for other in PATTERNS[n + 1:]:
-            a, b = indices.get(one, {}), indices.get(other, {})
+            a, b = (ranked(indices.get(p, {})) for p in (one, other))
             shared = [name for name in a if name in b]
             if len(shared) >= 3:
-                ranks: Any = [np.argsort(np.argsort([i[name]["index"]
-                                                     for name in shared]))
+                ranks: Any = [np.argsort(np.argsort([i[name] for name in shared]))
                               for i in (a, b)]
                 found[f"{one} {other}"] = float(np.corrcoef(*ranks)[0, 1])
     return found

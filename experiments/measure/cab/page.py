@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from attn.contract.patterns import PATTERNS
+from experiments.measure.cab.index import ranked
 from experiments.measure.provenance import sentence
 from experiments.measure.report import STYLE, plt
 
@@ -27,7 +28,7 @@ def columns(result: dict[str, Any]) -> list[tuple[str, str]]:
         each = result["own"].get(pattern, {})
         names = dict.fromkeys(name for one in each.values() for name in one)
         found += [(pattern, name) for name in names if name != "index"]
-        if names:
+        if ranked(each):
             found.append((pattern, "index"))
     return found
 
@@ -40,8 +41,8 @@ def attentions(result: dict[str, Any]) -> list[str]:
 def values(result: dict[str, Any], which: str = "own") -> np.ndarray:
     """The index [attentions, columns], nan for what is not there."""
     table = result[which]
-    return np.array([[table.get(p, {}).get(one, {}).get(name, np.nan)
-                      for p, name in columns(result)] for one in attentions(result)])
+    return np.array([[table.get(p, {}).get(one, {}).get(name) for p, name
+                      in columns(result)] for one in attentions(result)], float)
 
 
 def heat_map(result: dict[str, Any], path: pathlib.Path) -> None:
@@ -54,8 +55,8 @@ def heat_map(result: dict[str, Any], path: pathlib.Path) -> None:
 def drawn(result: dict[str, Any]) -> Any:
     """The heat map as a figure."""
     names, where, table = attentions(result), columns(result), values(result)
-    if not where:  # one attention alone
-        table = np.full((len(names), 1), np.nan)
+    if not where:  # fewer than three attentions
+        table = np.full((max(len(names), 1), 1), np.nan)
     figure, axes = plt.subplots(
         figsize=(3.2 + 0.75 * len(where), 1.6 + 0.38 * len(names)),
         layout="constrained")
@@ -73,7 +74,8 @@ def drawn(result: dict[str, Any]) -> Any:
         if where[n + 1][0] != pattern:
             axes.axvline(n + 0.5, color="black", lw=1)
     axes.set_title("deviations from the mean of what is compared\n"
-                   "empty: it has not this pattern, or was not run", fontsize=9)
+                   "empty: it has not this pattern, or was not run, or with fewer "
+                   "than two others", fontsize=9)
     figure.colorbar(shown, label="better is positive")
     return figure
 
@@ -81,20 +83,20 @@ def drawn(result: dict[str, Any]) -> Any:
 def cells_of(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """(titles, rows) of the table: the index of each pattern, ours and with the
     benchmark's mu and sigma, and efficiency lengths of time and of memory."""
-    kinds = [p for p in PATTERNS if result["own"].get(p)]
-    titles = ["attention", *kinds, *(f"{p} by its mu" for p in kinds)]
+    kinds = [(which, p, found) for which in ("own", "paper") for p in PATTERNS
+             if (found := ranked(result[which].get(p, {})))]
+    titles = ["attention", *(p if which == "own" else f"{p} by its mu"
+                             for which, p, _ in kinds)]
     if result["lengths"]:
         titles += ["length, time", "length, memory"]
     rows = []
     for one in attentions(result):
-        row = [one]
-        for which in ("own", "paper"):
-            for p in kinds:
-                found = result[which].get(p, {}).get(one)
-                row.append(f"{found['index']:+.2f}" if found else "")
+        row = [one, *(f"{found[one]:+.2f}" if one in found else ""
+                      for *_, found in kinds)]
         for what in ("ms", "mb") if result["lengths"] else ():
             value = result["lengths"].get(one, {}).get(what)
-            row.append("" if value is None else f"{value:,.0f}")
+            number = isinstance(value, (int, float))
+            row.append(f"from {value:,.0f}" if number else value or "")
         rows.append(row)
     return titles, rows
 
@@ -103,8 +105,9 @@ def show(result: dict[str, Any], console: Console) -> None:
     """Prints the table, and what patterns have to do with each other."""
     titles, rows = cells_of(result)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True,
-                  caption="of the tasks that were run; lengths: tokens from which a "
-                  "layer costs less than exact attention as one matrix, empty: none")
+                  caption="index: of the tasks that all have; length: whether and from "
+                  "how many tokens on a layer costs less than exact attention as one "
+                  "matrix, empty: not measured, or no line fits")
     table.add_column(titles[0], overflow="fold", min_width=18)
     for title in titles[1:]:
         table.add_column(title.replace(" ", "\n"), justify="right")
@@ -118,20 +121,21 @@ def claims(result: dict[str, Any]) -> str:
     """What became of the benchmark's claims, in sentences."""
     said = []
     for pattern, each in result["own"].items():
-        exact = each.get("Softmax()")
-        others = [one["index"] for name, one in each.items() if name != "Softmax()"]
-        if exact and others:
-            beat = sum(one > exact["index"] for one in others)
-            said.append(f"{pattern}: {beat} of {len(others)} are above exact "
-                        f"attention ({exact['index']:+.2f})")
+        found = ranked(each)
+        exact = found.pop("Softmax()", None)
+        if exact is not None and found:
+            beat = sum(one > exact for one in found.values())
+            said.append(f"{pattern}: {beat} of {len(found)} are above exact "
+                        f"attention ({exact:+.2f})")
     for pair, value in result["correlations"].items():
         said.append(f"ranks of {pair.replace(' ', ' and ')} correlate by {value:+.2f}")
     failed = result["failed"]
     return "\n".join([*said, *(f"failed: {one}" for one in failed)])
 
 
-def html_page(result: dict[str, Any], picture: pathlib.Path) -> str:
-    """The text of report.html: index, heat map, all measures, claims, provenance."""
+def html_page(result: dict[str, Any], picture: pathlib.Path, again: str) -> str:
+    """The text of report.html: index, heat map, all measures, claims, provenance, and
+    the command that gives all of it again."""
     titles, rows = cells_of(result)
     names = [name for name in dict.fromkeys(n for row in result["rows"] for n in row)
              if name not in ("task", "pattern", "attention")]
@@ -149,14 +153,16 @@ def html_page(result: dict[str, Any], picture: pathlib.Path) -> str:
 <p>{html.escape(words)}. {html.escape(result["left_out"])}
 {html.escape(sentence(result))}.</p>
 <div class="wide">{_table(titles, rows)}</div>
-<p>Index: deviations from the mean of what is compared, and "by its mu" with the
-benchmark's constants, which are of its own data and networks. Length: tokens from which
-a layer costs less than exact attention as one matrix.
+<p>Index: deviations from the mean of what is compared, three attentions or more, and
+"by its mu" with the benchmark's constants, which are of its own data and networks; the
+mean of the tasks that all attentions of the pattern have, empty where there is none.
+Length: whether and from how many tokens on a layer costs less than exact attention as
+one matrix; empty: not measured, or no line fits what was.
 <p><img alt="heat map" src="data:image/png;base64,{image}">
 <ul>{said}</ul>
 <h2>All measures</h2>
 <div class="wide">{_table(["task", "attention", *names], each)}</div>
-<p>All of it again: <code>{html.escape(result["command"])}</code></p>
+<p>All of it again: <code>{html.escape(again)}</code></p>
 </html>
 """
 

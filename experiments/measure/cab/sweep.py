@@ -61,15 +61,19 @@ class Run:
                         "seconds": time.perf_counter() - clock}
 
 
+def late(until: float | None) -> bool:
+    """Whether a moment of `time.perf_counter` has come; None never does."""
+    return until is not None and time.perf_counter() >= until
+
+
 def trained(runs: list[Run], folder: pathlib.Path, console: Console,
-            minutes: float | None = None) -> list[tuple[Run, dict]]:
-    """What each training gives, or has given in this folder; none is begun after so
-    many minutes."""
+            until: float | None = None) -> list[tuple[Run, dict]]:
+    """What each training gives, or has given in this folder; none is begun when it is
+    late."""
     found, clock, fresh = [], time.perf_counter(), 0
     for n, one in enumerate(runs, 1):
         known = kept(folder, one.name)
-        spent = time.perf_counter() - clock
-        if known is None and minutes is not None and spent >= 60 * minutes:
+        if known is None and late(until):
             continue
         made = known or cell(folder, one.name, one.make)[0]
         found.append((one, made))
@@ -87,11 +91,10 @@ def trained(runs: list[Run], folder: pathlib.Path, console: Console,
 
 
 def measured(config_: Any, folder: pathlib.Path, console: Console,
-             minutes: float | None = None) -> dict[str, dict[str, Any]]:
-    """By attention the costs of a layer, and those of exact attention as a matrix; none
-    is begun after so many minutes."""
+             until: float | None = None) -> dict[str, dict[str, Any]]:
+    """By attention the costs of a layer, and those of exact attention as a matrix, or
+    why there are none; no measuring is begun when it is late."""
     found: dict[str, dict[str, Any]] = {}
-    clock = time.perf_counter()
     if not config_.lengths:
         return found
     sizes = config_.lengths, config_.width, config_.heads, config_.repeats
@@ -102,15 +105,24 @@ def measured(config_: Any, folder: pathlib.Path, console: Console,
             continue
         for name, one in ((f"matrix {pattern}", dense(pattern)),
                           (label, in_pattern(attention, pattern))):
-            late = minutes is not None and time.perf_counter() - clock >= 60 * minutes
-            if late and kept(folder, f"cost {name}") is None:
+            if late(until) and kept(folder, f"cost {name}") is None:
                 continue
             found[name], known = cell(
-                folder, f"cost {name}", lambda: costs(one, *sizes) | {"of": pattern})
+                folder, f"cost {name}", lambda: cost(one, *sizes) | {"of": pattern})
             if not known:
-                console.print(f"cost {name}: " + ", ".join(
-                    f"{ms:.1f} ms" for ms in found[name]["ms"]), markup=False)
+                said = found[name].get("failed") or ", ".join(
+                    f"{ms:.1f} ms" for ms in found[name]["ms"])
+                console.print(f"cost {name}: {said}", markup=False)
     return found
+
+
+def cost(attention: Any, *sizes: Any) -> dict[str, Any]:
+    """The costs of a layer, or why there are none: what cannot read the lengths that
+    are measured costs itself alone."""
+    try:
+        return dict(costs(attention, *sizes))
+    except (NotImplementedError, ValueError) as error:
+        return {"failed": str(error)}
 
 
 def compared(config_: Any, found: list[tuple[Run, dict]],
@@ -130,13 +142,15 @@ def compared(config_: Any, found: list[tuple[Run, dict]],
     indices = {
         which: {p: index(cells, p, labels, which) for p in config_.patterns}
         for which in ("own", "paper")}
-    lengths = {}
+    failed += [f"cost {name}: {one['failed']}" for name, one in spent.items()
+               if "failed" in one]
+    lengths, done = {}, {n: one for n, one in spent.items() if "failed" not in one}
     for label in labels:
-        exact = spent.get(f"matrix {spent[label]['of']}") if label in spent else None
+        exact = done.get(f"matrix {done[label]['of']}") if label in done else None
         if exact is not None:
             lengths[label] = {
                 what: efficiency_length(config_.lengths, exact[what],
-                                        spent[label][what], what == "ms")
+                                        done[label][what], what == "ms")
                 for what in ("ms", "mb")}
     rows = [{"task": task, "pattern": pattern, "attention": label} | values
             for (task, pattern, label), values in cells.items()]

@@ -164,7 +164,7 @@ def test_in_a_layer_its_parameters_are_those_it_names():
     layer = MultiHead(SMALL, heads=4, kv_heads=2, position=RoPE())
     x = jnp.zeros((1, 12, 32))
     own = jax.eval_shape(layer.init, jax.random.key(0), x)["params"]["attention"]
-    assert set(own) == {"gate", *NAMES}
+    assert set(own) == {"branch_gate", *NAMES}
     assert own["key_in"].shape == (2, 4 * 8, 8)
     assert own["branch_gate"]["bias"].shape == (4, 3)
 

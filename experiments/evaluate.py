@@ -45,9 +45,10 @@ from experiments.measure.asked import (
     Reader, Row, needle, needles, plain, recall, repeats, score,
     variables,
 )
-from experiments.sources import Ids, Loaded, loaded, swapped
+from experiments.sources import Ids, Loaded, loaded
 from experiments.training.runs import open_folder, write_whole
 from models.lm import loss, state_bytes
+from models.swap import swapped
 
 PARTS = ("text", "needle", "needles", "variables", "recall", "repeats")
 HELD_OUT = Text(held_out=0.1)  # the split of `experiments.small`

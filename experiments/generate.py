@@ -26,10 +26,11 @@ import jax
 
 from experiments.cli import config
 from experiments.cli.config import FREE, option
-from experiments.sources import Loaded, loaded, swapped
+from experiments.sources import Loaded, loaded
 from models.generate import generate
 from models.sampling import Sampling
 from models.session import Session
+from models.swap import swapped
 
 FOLDERS = pathlib.Path(__file__).parents[1] / "tests" / "checkpoints"
 

@@ -1,20 +1,16 @@
 """Sources: where the model of a command comes from, and what it runs with.
 
 A folder with `config.json` and safetensors, a name on a hub, or the folder of a run of
-`experiments.lm`; its exact attentions may be others.
+`experiments.lm`; `models.swap` puts others in the place of its exact attentions.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import pathlib
 import shlex
 from typing import Any, NamedTuple
 
-from attn.layers import Layer
-from attn.masks import Causal
-from attn.softmax import Softmax
 from experiments.cli import config
 from experiments.training.loop import abstract
 from experiments.training.runs import RECORD, Checkpoints
@@ -93,41 +89,3 @@ def of_run(folder: pathlib.Path) -> Loaded:
     state = Checkpoints(folder).restore(like)
     nothing = Defaults(Sampling(), [], [])
     return Loaded(model, state.params, OfCorpus(data), nothing, None)
-
-
-def swapped(model: Any, attention: tuple | None, policy: Any) -> Any:
-    """The model with other attentions, its parameters as they are: one, or one for each
-    layer of exact attention; or a policy for those of them that see everything."""
-    exact = [n for n, a in enumerate(model.attention) if isinstance(a, Softmax)]
-    if policy is not None:
-        exact = [n for n in exact if model.attention[n].visible == Causal()]
-        entries = (policy,) * len(exact)
-    elif attention is not None:
-        entries = attention
-        entries = entries * len(exact) if len(entries) == 1 else entries
-    else:
-        return model
-    if len(entries) != len(exact):
-        raise ValueError(f"attention has {len(entries)} entries: expected 1, or "
-                         f"{len(exact)}, one for each layer of exact attention")
-    layers = list(model.attention)
-    for n, entry in zip(exact, entries):
-        layers[n] = entry if isinstance(entry, Layer) else inherited(layers[n], entry)
-    return model.clone(attention=tuple(layers))
-
-
-def inherited(old: Softmax, new: Any) -> Any:
-    """The new attention with the scale, softcap and window that the model was trained
-    with, where it does not say its own."""
-    names = {f.name for f in dataclasses.fields(new)}
-    taken = {}
-    for name in ("scale", "softcap", "mask"):
-        value = getattr(old, name)
-        own = getattr(new, name, None)
-        if value is None or own not in (None, Causal()):
-            continue
-        if name not in names:
-            raise ValueError(f"{type(new).__name__} has no {name}, and the model was "
-                             f"trained with {value}: expected an attention that has")
-        taken[name] = value
-    return dataclasses.replace(new, **taken) if taken else new

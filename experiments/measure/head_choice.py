@@ -22,7 +22,7 @@ from attn.contract.view import Rows
 from attn.masks import Causal
 from attn.softmax import Softmax
 from experiments.measure.asked import Reader, needles, repeats
-from experiments.sources import inherited
+from models.swap import inherited
 from models.view import look
 
 REPEATS = 4  # times that random tokens stand there, as in the paper

@@ -8,7 +8,7 @@ from attn.softmax import Softmax
 from experiments.measure import cache_budgets, head_choice
 from experiments.measure.asked import Reader
 from experiments.measure.cache_budgets import HEADED
-from experiments.sources import swapped
+from models.swap import swapped
 
 
 class LeftOut(Exception):

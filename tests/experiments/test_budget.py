@@ -14,8 +14,9 @@ from experiments.data import Text
 from experiments.evaluate import reader_of
 from experiments.measure import cache_budgets, head_choice
 from experiments.measure.placing import LeftOut, of_policy
-from experiments.sources import loaded, swapped
+from experiments.sources import loaded
 from models.lm import LM, state_bytes
+from models.swap import swapped
 from tests.experiments.test_evaluate import folder  # noqa: F401
 
 T = 256

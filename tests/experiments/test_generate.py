@@ -11,9 +11,10 @@ from attn.snapkv import SnapKV
 from attn.softmax import Softmax
 from experiments import generate, lm
 from experiments.generate import Config, run
-from experiments.sources import loaded, swapped
-from models.checkpoint.loading import model_of
+from experiments.sources import loaded
 from models.checkpoint.config import read_config
+from models.checkpoint.loading import model_of
+from models.swap import swapped
 from tests.models.test_checkpoint import NAMED
 from tests.models.test_tokenizer import add_tokenizer
 

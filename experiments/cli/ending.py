@@ -36,6 +36,8 @@ def one_sentence(title: str, reading: bool, trace: bool) -> Iterator[None]:
         refusal = isinstance(error, (ValueError, NotImplementedError))
         if refusal and (reading or is_ours(error)):
             _end(f"{title}: {error}", WRONG_CALL)
+        if isinstance(error, ImportError) and is_ours(error):  # an extra is missing
+            _end(f"{title}: {error}", FAILED)
         if isinstance(error, OSError):
             where = f"{error.filename}: " if error.filename else ""
             _end(f"{title}: {where}{error.strerror or error}", FAILED)

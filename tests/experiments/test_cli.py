@@ -143,11 +143,15 @@ def test_errors_of_the_run_are_one_sentence(capsys):
     def full(c):
         raise OSError(28, "No space left on device", "results/x")
 
+    def bare(c):
+        raise ImportError("text is encoded by a library: pip install 'attn[extra]'")
+
     def theirs(c):
         return {}["missing"]
 
     for run, code, parts in ((ours, 2, ["dropout=2"]),
                              (full, 1, ["results/x: No space left on device"]),
+                             (bare, 1, [": text is encoded by a library: pip"]),
                              (theirs, 1, ["KeyError: 'missing'", "its traceback is"])):
         with pytest.raises(SystemExit) as end:
             main(run, Config, "doc", [])

@@ -53,6 +53,7 @@ from pallas_kernels.tile import NEVER
 FIRST = ("first_detected", "token0", "none")
 
 
+@caches.of_cache
 class ACTState(NamedTuple):
     """cache: of all tokens; sums [B,H,P], rows [B,H,P]: what the key at each position
     has received, and from how many rows; chosen [B,H]: the heads that are calibrated,
@@ -62,21 +63,6 @@ class ACTState(NamedTuple):
     sums: jax.Array
     rows: jax.Array
     chosen: jax.Array
-
-    @property
-    def k(self) -> jax.Array:
-        """[B,C,K,D]."""
-        return self.cache.k
-
-    @property
-    def end(self) -> jax.Array:
-        """[B] int32: the next token's position."""
-        return self.cache.end
-
-    @property
-    def segment(self) -> jax.Array:
-        """[B] int32: the last token's segment, -1 before the first."""
-        return self.cache.segment
 
 
 class Keys(NamedTuple):

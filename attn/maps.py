@@ -10,8 +10,6 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from attn.masks import Mask
-
 
 def argmax(p: jax.Array) -> jax.Array:
     """[B,n,m] int32: the key with the greatest weight of each row, of equals the first;
@@ -47,14 +45,6 @@ def received(p: jax.Array, seen: jax.Array) -> jax.Array:
     """
     count = jnp.broadcast_to(seen, p.shape).sum(2)
     return p.sum(2) / jnp.maximum(count, 1)
-
-
-def rows_that_see(mask: Mask, tokens: int) -> jax.Array:
-    """[S] int32: how many of so many rows see each key, by a mask that is the same for
-    all heads."""
-    at = jnp.arange(tokens, dtype=jnp.int32)
-    seen = jnp.broadcast_to(mask(None, at[:, None], at[None]), (tokens, tokens))
-    return seen.sum(0, dtype=jnp.int32)
 
 
 def at_distance(p: jax.Array, distance: int, rows: jax.Array) -> jax.Array:

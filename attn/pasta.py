@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from attn.cache import kv as caches
 from attn.contract.attention import EXACT, TemplateRow
 from attn.contract.heads import check_rows, chosen
 from attn.softmax import Softmax
@@ -32,6 +33,7 @@ POSITIONS = ("exclude", "include", "generation")
 SPANS = ("union", "official")
 
 
+@caches.of_cache
 class PastaState(NamedTuple):
     """cache: of the attention that is steered; marks [B,P]: how many times log alpha
     the key at each position gets; steered [B,H]: of which heads, 0 or 1."""
@@ -39,21 +41,6 @@ class PastaState(NamedTuple):
     cache: Any
     marks: jax.Array
     steered: jax.Array
-
-    @property
-    def k(self) -> jax.Array:
-        """[B,C,K,D]."""
-        return self.cache.k
-
-    @property
-    def end(self) -> jax.Array:
-        """[B] int32: the next token's position."""
-        return self.cache.end
-
-    @property
-    def segment(self) -> jax.Array:
-        """[B] int32: the last token's segment, -1 before the first."""
-        return self.cache.segment
 
 
 @dataclasses.dataclass(frozen=True)

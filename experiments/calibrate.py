@@ -40,7 +40,7 @@ from experiments.measure import seeds
 from experiments.measure.provenance import provenance
 from experiments.training.loop import fit
 from experiments.training.mesh import whole
-from experiments.training.plan import TrainConfig
+from experiments.training.plan import plan_of
 from experiments.training.runs import open_folder, write_whole
 from models.lm import LM
 from models.view import look
@@ -128,9 +128,7 @@ def once(config_: Config) -> dict[str, Any]:
     command = config.command(config_)
     folder = open_folder("calibrate", config_.folder, command,
                          config.settings(config_))
-    plan = TrainConfig(steps=config_.steps, batch=config_.batch, seed=config_.seed,
-                       learning_rate=config_.rate, warmup=config_.steps // 10)
-    fitted = fit(config_.network(), Clauses(seed=config_.seed), plan,
+    fitted = fit(config_.network(), Clauses(seed=config_.seed), plan_of(config_),
                  label="calibrate", quiet=config_.quiet)
     params = whole(fitted.params)
     act = config_.act()

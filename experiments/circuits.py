@@ -42,7 +42,7 @@ from experiments.measure.patching import Receivers
 from experiments.measure.provenance import provenance
 from experiments.training.loop import fit
 from experiments.training.mesh import whole
-from experiments.training.plan import TrainConfig
+from experiments.training.plan import plan_of
 from experiments.training.runs import open_folder, write_whole
 from models.checkpoint import load
 from models.lm import LM
@@ -87,11 +87,6 @@ class Config:
         """What is trained."""
         return LM(vocab=VOCAB, width=self.width, heads=self.heads,
                   attention=(Softmax(),) * self.layers)
-
-    def plan(self) -> TrainConfig:
-        """The training."""
-        return TrainConfig(steps=self.steps, batch=self.batch, seed=self.seed,
-                           learning_rate=self.rate, warmup=self.steps // 10)
 
 
 TINY = Config(layers=2, heads=2, width=16, steps=2, batch=4, trials=4, texts=4, top=1,
@@ -149,7 +144,7 @@ def check(config_: Config, model: LM) -> None:
 def trained(config_: Config, shares: tuple[float, ...]) -> Any:
     """Parameters of a network trained on the tasks in these shares."""
     data = Inside(seed=config_.seed, shares=shares)
-    fitted = fit(config_.network(), data, config_.plan(), label="circuits",
+    fitted = fit(config_.network(), data, plan_of(config_), label="circuits",
                  quiet=config_.quiet)
     return whole(fitted.params)
 

@@ -36,7 +36,7 @@ from experiments.measure import seeds
 from experiments.measure.provenance import provenance
 from experiments.training.loop import fit
 from experiments.training.mesh import whole
-from experiments.training.plan import TrainConfig
+from experiments.training.plan import plan_of
 from experiments.training.runs import open_folder, write_whole
 from models.lm import LM
 
@@ -143,10 +143,8 @@ def once(config_: Config) -> dict[str, Any]:
     """The same with one seed."""
     command = config.command(config_)
     folder = open_folder("steer", config_.folder, command, config.settings(config_))
-    plan = TrainConfig(steps=config_.steps, batch=config_.batch, seed=config_.seed,
-                       learning_rate=config_.rate, warmup=config_.steps // 10)
-    fitted = fit(config_.network(), Lookup(seed=config_.seed), plan, label="steer",
-                 quiet=config_.quiet)
+    fitted = fit(config_.network(), Lookup(seed=config_.seed), plan_of(config_),
+                 label="steer", quiet=config_.quiet)
     model = config_.network().clone(
         attention=(config_.steered(),) * config_.layers)
     score = functools.partial(accuracy, model, whole(fitted.params))

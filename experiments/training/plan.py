@@ -101,3 +101,10 @@ def decays(params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(
         lambda path, _: getattr(path[-1], "key", None) in MATRICES, params
     )
+
+
+def plan_of(command: Any) -> TrainConfig:
+    """What the fields steps, batch, rate and seed of a command's config say; a tenth of
+    the steps is warm-up."""
+    return TrainConfig(steps=command.steps, batch=command.batch, seed=command.seed,
+                       learning_rate=command.rate, warmup=command.steps // 10)

@@ -104,6 +104,14 @@ def needles(reader: Reader, many: int, trial: int) -> Row:
     return reader.row(rng, [a + b for a, b in told], asked, reader.length, None)
 
 
+def one_of(reader: Reader, many: int, trial: int) -> Row:
+    """`many` facts anywhere, one of them asked for."""
+    rng = reader.rng(8, trial)
+    told = reader.told(rng, many)
+    asked = _question(*told[int(rng.integers(many))])
+    return reader.row(rng, [a + b for a, b in told], asked, reader.length, None)
+
+
 def _question(left: list[int], right: list[int]) -> list[tuple[list[int], bool]]:
     """What is asked, the number with its dot, and the end of the line."""
     return [(left, False), (right[:-1], True), (right[-1:], False)]

@@ -5,11 +5,9 @@ from __future__ import annotations
 import pathlib
 from typing import Any
 
-import matplotlib
 import numpy as np
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
+from experiments.measure.report import plt
 
 
 def maps(found: dict[str, np.ndarray], path: pathlib.Path) -> None:

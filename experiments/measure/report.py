@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import html
 import pathlib
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,7 +18,8 @@ import numpy as np
 
 from experiments.measure.provenance import sentence
 
-matplotlib.use("Agg")
+if "matplotlib.pyplot" not in sys.modules:  # else it is a notebook's, with its pictures
+    matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 from matplotlib.ticker import FuncFormatter, NullFormatter  # noqa: E402
 

@@ -10,9 +10,10 @@ cuDNN, tokamax, torch, ejkernel, and beside MLPs that learn titans-pytorch. What
 the whole of causal attention is also given as a share of a large matrix product that
 the same process timed, a decoding step by the bytes of its memory as a share of a large
 copy. Attentions that learn something read tokens [B,T,H V] as well, iid normal, and
-their backward pass is also that of their parameters. A second table says from how many tokens on a candidate stays faster than
-the best exact one, peers included: "< T" if from the first length on, "> T" if not even
-at the last, else on a line between two lengths.
+their backward pass is also that of their parameters. A second table says from how many
+tokens on a candidate stays faster than the best exact one, peers included: "< T" if
+from the first length on, "> T" if not even at the last, else on a line between two
+lengths.
 
     python -m experiments.speed --lengths='(2048, 4096)' --attentions='(Softmax(),)'
 

@@ -68,3 +68,32 @@ def heads(answer, loss, link, chunk, args, initial, fixed, do):
         o, back = jax.jit(lambda *a: jax.vjp(run, *a))(
             *map(double, (args, initial, fixed)))
         return jax.device_get((o, jax.jit(back)(double(do))))
+
+
+def linear(args, chunk, factor, cotangents):
+    """W, S [B,H,D,V] and o [B,T,H,V] of a linear memory, and the gradients of
+    `cotangents` by args {q, k [B,T,H,D], v [B,T,H,V], step, log_keep, log_momentum
+    [B,T,H], weights, momentum [B,H,D,V]}, all float64."""
+    def run(args):
+        w = frozen = args["weights"]
+        s, outs = args["momentum"], []
+        for t in range(args["q"].shape[1]):
+            frozen = w if t % chunk == 0 else frozen
+            q, k, v = (args[n][:, t, :, None] for n in "qkv")  # [B,H,1,.]
+            step, keep, run = (args[n][:, t, :, None, None] for n in (
+                "step", "log_keep", "log_momentum"))
+            u = factor * k.swapaxes(-1, -2) * (k @ frozen - v)
+            s = jnp.exp(run) * s - step * u
+            w = jnp.exp(keep) * w + s
+            outs.append((q @ w)[:, :, 0])
+        return w, s, jnp.stack(outs, 1)
+
+    def double(tree):
+        return jax.tree.map(lambda a: jnp.asarray(np.asarray(a, np.float64)), tree)
+
+    with jax.enable_x64(True):
+        def both(args, cotangents):
+            out, back = jax.vjp(run, args)
+            return out, back(cotangents)[0]
+
+        return jax.device_get(jax.jit(both)(double(args), double(cotangents)))

@@ -10,10 +10,10 @@ the kernel returns those of the numbers. Since all of a chunk's gradients are ta
 its beginning no system is solved, as the delta rule has to; W and S travel from chunk
 to chunk in float32. No atomics: the same bits each time.
 
-Two limits, of a chunk and head with D = V: 10 c D^2 + 6 c^2 D flops (k W, q W, q S and
+Two limits, of a chunk and head with D = V: 10 c D^2 + 4 c^2 D flops (k W, q W, q S and
 two updates; q k^T, its product with r) over the rate of the matrix units, and, in bytes
 of 2, 8 c D + 4 c (c + 8) of tokens and numbers over the bandwidth. At c = 16, D = 64
-that is 0.75 M flops for 9.7 kB, 77 flops a byte, where an H200 has 206 for each that it
+that is 0.72 M flops for 9.7 kB, 74 flops a byte, where an H200 has 206 for each that it
 moves, and a v5e 240: bytes are the limit, before what small products and chunks that
 wait for each other cost. To be differentiated, 4 D^2 bytes more for each of W and S:
 a TPU keeps those that each 128 tokens begin with and makes the ones in between again; a

@@ -20,15 +20,16 @@ from attn.recurrent.memory_chunk import Rule, Tokens, pair_weights
 from attn.recurrent.memory_nets import MLP
 from pallas_kernels import Refused
 from pallas_kernels.memory.api import memory
-from pallas_kernels.memory.chunk import Numbers
+from pallas_kernels.memory.chunk import TILES, Numbers
 
 
-def refuse(rule: Rule, gates: Any, **there: bool) -> None:
+def refuse(rule: Rule, gates: Any, chunk: int, **there: bool) -> None:
     """Raises Refused for what no kernel does, with the reason; there: what a call has,
     by name."""
     error = rule.error
     squares = isinstance(error, Bias) and error.kind == "l2"
     wrong = {
+        f"chunk={chunk}: expected {TILES[-1]} or less": chunk > TILES[-1],
         f"memory {rule.answer}: expected a linear one": rule.answer != MLP(1),
         f"error {error}: expected l2": not squares,
         "weights that are a function of Z: expected W = Z": rule.link is not None,
@@ -41,7 +42,7 @@ def refuse(rule: Rule, gates: Any, **there: bool) -> None:
     } | {f"{name}: expected whole rows of one sequence on one device": bad
          for name, bad in there.items()}
     if reasons := [text for text, bad in wrong.items() if bad]:
-        raise Refused("a memory by a kernel: " + "; ".join(reasons))
+        raise Refused("there is no kernel for such a memory: " + "; ".join(reasons))
 
 
 def fused(rule: Rule, q, k, v, gates: Any, initial: jax.Array, chunk: int, dtype: Any,

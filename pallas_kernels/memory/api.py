@@ -34,18 +34,19 @@ import jax
 from pallas_kernels import Refused, tables
 from pallas_kernels.arrays import FLOAT, check_arrays
 from pallas_kernels.machine.bits import in_32_bits
-from pallas_kernels.memory.chunk import CHUNKS, F32, Numbers, laid_out
+from pallas_kernels.memory.chunk import F32, TILES, Numbers, laid_out
 from pallas_kernels.refusals import DTYPES, WIDEST, check_device
 
 STEP = 128  # tokens of a grid step on TPU: the lanes that their numbers take
 
 
 class Static(NamedTuple):
-    """What is known of one call: T tokens, in chunks of `chunk`; vmem: bytes of fast
-    memory that a kernel may use, on TPU."""
+    """What is known of one call: T tokens, in chunks of `chunk`, each of which takes
+    `tile` of a kernel's; vmem: bytes of fast memory that it may use, on TPU."""
 
     t: int
     chunk: int
+    tile: int
     factor: float
     vmem: int
     backend: str
@@ -66,18 +67,19 @@ def memory(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """T tokens -> W and S behind them [B,H,D,V] float32, o [B,T,H,V] in v's dtype.
 
-    q, k [B,T,H,D], v [B,T,H,V]; numbers of N = ceil(T/c) chunks of 16, 32 or 64
-    tokens, in which tokens behind the last one change nothing; weights W and momentum S
-    [B,H,D,V] before the first. factor: of the error, 2 for a sum of squares. backend:
-    "tpu" or "triton". Raises Refused for what the kernel does not do.
+    q, k [B,T,H,D], v [B,T,H,V]; numbers of N = ceil(T/c) chunks of c <= 64 tokens, in
+    which tokens behind the last one change nothing (chunks of 16, 32 and 64 waste no
+    part of a tile); weights W and momentum S [B,H,D,V] before the first. factor: of the
+    error, 2 for a sum of squares. backend: "tpu" or "triton". Raises Refused for what
+    the kernel does not do.
     """
     (b, t, h, d), width = q.shape, v.shape[3]
     c = numbers.moved.shape[-1]
     if not q.dtype == k.dtype == v.dtype or q.dtype not in DTYPES:
         raise Refused(f"q, k, v are {q.dtype}, {k.dtype}, {v.dtype}: one of "
                       "bfloat16, float16, float32 for all three")
-    if c not in CHUNKS:
-        raise Refused(f"chunk={c}: expected one of {CHUNKS}")
+    if c > TILES[-1]:
+        raise Refused(f"chunk={c}: at most {TILES[-1]}")
     for name, n in (("D", d), ("V", width)):
         if n > WIDEST:
             raise Refused(f"{name}={n}: at most {WIDEST}")
@@ -96,8 +98,9 @@ def memory(
         held=(numbers.held, FLOAT, "B H N"), moved=(numbers.moved, FLOAT, "B H N C"),
     )
     vmem = tables.vmem(tables.device_kind(), backend)
-    static = Static(t, c, factor, vmem, backend, interpret)
-    side = laid_out(numbers, STEP // c if backend == "tpu" else 1)
+    tile = next(n for n in TILES if n >= c)
+    static = Static(t, c, tile, factor, vmem, backend, interpret)
+    side = laid_out(numbers, tile, STEP // tile if backend == "tpu" else 1)
     return _memory(static, side, q, k, v, weights.astype(F32), momentum.astype(F32))
 
 

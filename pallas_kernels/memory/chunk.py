@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 F32 = jnp.float32
-CHUNKS = 16, 32, 64  # tokens of a chunk that kernels are there for
+TILES = 16, 32, 64  # tokens that a chunk takes, those behind its own are empty
 ROWS = 8  # rows of a chunk's numbers below its weights
 
 
@@ -40,26 +40,28 @@ class Own(NamedTuple):
     held: Any
 
 
-def laid_out(numbers: Numbers, chunks: int) -> jax.Array:
-    """`numbers` as one array [B,H,N',c+ROWS,c]: the weights of the tokens, a row each,
-    and the fields of `Own`; N' is a multiple of `chunks`, with chunks that change
-    nothing."""
+def laid_out(numbers: Numbers, tile: int, chunks: int) -> jax.Array:
+    """`numbers` as one array [B,H,N',R,tile], R = tile + ROWS: the weights of a chunk's
+    tokens, a row each, and the fields of `Own`; tokens behind a chunk's own, and
+    chunks that make N' a multiple of `chunks`, change nothing."""
     enter, carry, pair, held, moved = (a.astype(F32) for a in numbers)
     c, more = moved.shape[3], -moved.shape[2] % chunks
 
-    def first(a):
-        """[B,H,N] -> [B,H,N,c], in the first place."""
-        return jnp.pad(a[..., None], [(0, 0)] * 3 + [(0, c - 1)])
-
     def filled(a, value=0.0):
-        return jnp.pad(a, [(0, 0), (0, 0), (0, more), (0, 0)], constant_values=value)
+        """[B,H,N,...] -> [B,H,N',...]."""
+        widths: Any = [(0, 0)] * a.ndim
+        widths[2] = (0, more)
+        return jnp.pad(a, widths, constant_values=value)
 
-    kept = [jnp.pad(a, [(0, 0), (0, 0), (0, more)], constant_values=value)
-            for a, value in ((enter[..., -1], 1.0), (carry[..., -1], 0.0), (held, 1.0))]
-    rows = [filled(a) for a in (
+    def row(a):
+        """[B,H,N',n] -> [B,H,N',tile]."""
+        return jnp.pad(a, [(0, 0)] * 3 + [(0, tile - a.shape[3])])
+
+    rows = [row(filled(a)) for a in (
         enter[..., :-1], carry[..., :-1], pair[..., -1, :], moved)]
-    rows += map(first, kept)
+    kept = (enter[..., -1], 1.0), (carry[..., -1], 0.0), (held, 1.0)
+    rows += [row(filled(a, value)[..., None]) for a, value in kept]
     rows += [jnp.zeros_like(rows[0])] * (ROWS - len(rows))
-    weights = jnp.pad(
-        pair[..., :-1, :], [(0, 0), (0, 0), (0, more), (0, 0), (0, 0)])
+    inner = [(0, 0)] * 3 + [(0, tile - c)] * 2
+    weights = jnp.pad(filled(pair[..., :-1, :]), inner)
     return jnp.concatenate([weights, jnp.stack(rows, 3)], 3)

@@ -61,7 +61,7 @@ def _moved_on(own: Own, w, s, k, r):
 def _forward(static, keep: bool, side_ref, q_ref, k_ref, v_ref, w_ref, s_ref, o_ref,
              w_end_ref, s_end_ref, *refs):
     *kept, w_now, s_now = refs
-    n, many, c = pl.program_id(2), pl.num_programs(2), static.chunk
+    n, many, c = pl.program_id(2), pl.num_programs(2), static.tile
 
     @pl.when(n == 0)
     def _():
@@ -95,7 +95,7 @@ def _forward(static, keep: bool, side_ref, q_ref, k_ref, v_ref, w_ref, s_ref, o_
 def _backward(static, side_ref, q_ref, k_ref, v_ref, do_ref, w_ref, s_ref, dw_end_ref,
               ds_end_ref, dside_ref, dq_ref, dk_ref, dv_ref, dw_ref, ds_ref, held_all,
               run_all, dw_now, ds_now):
-    n, many, c = pl.program_id(2), pl.num_programs(2), static.chunk
+    n, many, c = pl.program_id(2), pl.num_programs(2), static.tile
 
     @pl.when(n == 0)
     def _():
@@ -174,10 +174,20 @@ def _gradients(static, own: Own, tokens, r, from_o, held, run, dw, ds):
     return (dq, dk, -dz), column, before, ds
 
 
-def _laid(a, t: int):
-    """[B,T,H,X] -> [B,H,t,X], padded behind."""
-    a = jnp.pad(a, ((0, 0), (0, t - a.shape[1]), (0, 0), (0, 0)))
-    return a.transpose(0, 2, 1, 3)
+def _laid(static, a, steps: int):
+    """[B,T,H,X] -> [B,H,steps STEP,X], chunks in tiles, padded behind."""
+    many, (b, t, h, x) = steps * STEP // static.tile, a.shape
+    a = jnp.pad(a, ((0, 0), (0, many * static.chunk - t), (0, 0), (0, 0)))
+    a = a.reshape(b, many, static.chunk, h, x)
+    a = jnp.pad(a, [(0, 0)] * 2 + [(0, static.tile - static.chunk)] + [(0, 0)] * 2)
+    return a.reshape(b, steps * STEP, h, x).transpose(0, 2, 1, 3)
+
+
+def _unlaid(static, a):
+    """The inverse of `_laid`."""
+    b, h, _, x = a.shape
+    a = a.transpose(0, 2, 1, 3).reshape(b, -1, static.tile, h, x)
+    return a[:, :, :static.chunk].reshape(b, -1, h, x)[:, :static.t]
 
 
 def _side_by_side(side, c: int):
@@ -226,9 +236,9 @@ def _launch(static, body, args, outs, scratch, reverse: bool, name: str) -> Any:
 def forward(static, side, q, k, v, weights, momentum, keep: bool):
     """W and S [B,H,D,V], o [B,T,H,V], and to `keep` for the backward pass W and S that
     steps begin with [B,H,T/STEP,D,V]."""
-    side, (b, h, d, width) = _side_by_side(side, static.chunk), weights.shape
+    side, (b, h, d, width) = _side_by_side(side, static.tile), weights.shape
     steps, out = side.shape[2], jax.ShapeDtypeStruct
-    args = [("step", side), *(("tokens", _laid(a, steps * STEP)) for a in (q, k, v)),
+    args = [("step", side), *(("tokens", _laid(static, a, steps)) for a in (q, k, v)),
             ("state", weights), ("state", momentum)]
     outs = [("tokens", out((b, h, steps * STEP, width), v.dtype)),
             *[("state", out(weights.shape, F32))] * 2]
@@ -237,15 +247,15 @@ def forward(static, side, q, k, v, weights, momentum, keep: bool):
     o, after, run, *kept = _launch(
         static, functools.partial(_forward, static, keep), args, outs,
         [((d, width), F32)] * 2, False, "memory_forward")
-    return after, run, o[:, :, :static.t].transpose(0, 2, 1, 3), *kept
+    return after, run, _unlaid(static, o), *kept
 
 
 def backward(static, side, q, k, v, kept, d_after, d_run, do):
     """The gradients of side, q, k, v, and of W and S before the first token."""
-    side, (b, h, d, width) = _side_by_side(side, static.chunk), d_after.shape
-    steps, out, many = side.shape[2], jax.ShapeDtypeStruct, STEP // static.chunk
+    side, (b, h, d, width) = _side_by_side(side, static.tile), d_after.shape
+    steps, out, many = side.shape[2], jax.ShapeDtypeStruct, STEP // static.tile
     args = [("step", side),
-            *(("tokens", _laid(a, steps * STEP)) for a in (q, k, v, do)),
+            *(("tokens", _laid(static, a, steps)) for a in (q, k, v, do)),
             *(("step", a) for a in kept), ("state", d_after), ("state", d_run)]
     outs = [("step", out(side.shape, F32)), *(
         ("tokens", out((b, h, steps * STEP, a.shape[3]), a.dtype)) for a in (q, k, v)),
@@ -254,5 +264,5 @@ def backward(static, side, q, k, v, kept, d_after, d_run, do):
     d_side, *grads, dw, ds = _launch(
         static, functools.partial(_backward, static), args, outs, scratch, True,
         "memory_backward")
-    grads = (a[:, :, :static.t].transpose(0, 2, 1, 3) for a in grads)
-    return _one_by_one(d_side, static.chunk), *grads, dw, ds
+    grads = (_unlaid(static, a) for a in grads)
+    return _one_by_one(d_side, static.tile), *grads, dw, ds

@@ -26,9 +26,11 @@ from pallas_kernels.tile import both
 
 
 class Program(NamedTuple):
-    """Which columns of which head and row of the batch a program has; part: its place
-    among those that add to one array, rows of the batch of its results."""
+    """Which columns of which head and row of the batch a program has; chunk: tokens, of
+    the c that a tile has; part: its place among those that add to one array, rows of
+    the batch of its results."""
 
+    chunk: int
     c: int
     columns: int
     b: Any
@@ -60,16 +62,16 @@ class Program(NamedTuple):
         width = ref.shape[3]
         size = self.columns if columns else power(width)
         first = self.first if columns else self.b * 0
-        inside = None
-        if ref.shape[1] % self.c:
+        inside, start = None, n * self.chunk
+        if self.chunk < self.c or ref.shape[1] % self.c:
             token = jax.lax.broadcasted_iota(jnp.int32, (self.c, size), 0)
-            inside = n * self.c + token < ref.shape[1]
+            inside = (start + token < ref.shape[1]) & (token < self.chunk)
         if width % size:
             lane = jax.lax.broadcasted_iota(jnp.int32, (self.c, size), 1)
             inside = both(inside, first + lane < width)
         # a traced first: a slice that is known to pass the end is an error
         cut = pl.ds(first, size)
-        return ref.at[row, pl.ds(n * self.c, self.c), self.h, cut], inside
+        return ref.at[row, pl.ds(start, self.c), self.h, cut], inside
 
     def state(self, ref, *lead):
         """The program's columns of an array [..,D,V], 0 beyond the end [D',columns]."""
@@ -111,7 +113,7 @@ def read(where):
 
 def _program(static, columns: int, rows: int) -> Program:
     part, h, b = (pl.program_id(n) for n in range(3))
-    return Program(static.chunk, columns, b, h, part, rows)
+    return Program(static.chunk, static.tile, columns, b, h, part, rows)
 
 
 def _forward(static, columns: int, side, q_ref, k_ref, v_ref, w_ref, s_ref, o_ref,
@@ -215,7 +217,7 @@ def _columns(d: int, width: int, itemsize: int) -> int:
 
 def _launch(static, kernel, grid, args, outs, d: int, name: str) -> Any:
     # one stage: a chunk's products wait for the state, and loads would take registers
-    warps = 4 if d <= 64 and static.chunk <= 32 else 8
+    warps = 4 if d <= 64 and static.tile <= 32 else 8
     return pl.pallas_call(
         kernel, grid=grid, out_shape=outs, name=name, interpret=static.interpret,
         compiler_params=triton.CompilerParams(num_warps=warps, num_stages=1),

@@ -57,7 +57,7 @@ def results(backend, chunk, args, cotangents):
 
 CASES = {"plain": (150, 16, {}), "strong": (70, 32, {"kind": "strong"}),
          "wide": (40, 16, {"d": 40, "v": 72}), "one": (1, 16, {}),
-         "long": (130, 64, {"d": 24})}
+         "long": (130, 64, {"d": 24}), "short": (21, 5, {})}
 
 
 @BACKENDS
@@ -125,8 +125,8 @@ def test_what_it_does_not_do_is_refused(backend):
     call = functools.partial(results, backend, 16)
     with pytest.raises(Refused, match="q, k, v are .*one of"):
         call(args | {"v": args["v"].astype(np.float16)}, None)
-    with pytest.raises(Refused, match=r"chunk=8: expected one of \(16, 32, 64\)"):
-        results(backend, 8, args, None)
+    with pytest.raises(Refused, match="chunk=65: at most 64"):
+        results(backend, 65, args, None)
     with pytest.raises(Refused, match="V=300: at most 256"):
         call(args | {n: np.zeros((*args[n].shape[:-1], 300), np.float32)
                      for n in ("v", "weights", "momentum")}, None)
@@ -140,6 +140,7 @@ def test_what_it_does_not_do_is_refused(backend):
     (Rule(MLP(1), Bias(), read="start"), {}, "read='start': expected 'exact'"),
     (Rule(MLP(1), Bias(), decayed=True), {}, "gradients at decayed weights"),
     (Rule(MLP(1), Bias()), {"lag": True}, "lag_token: expected whole rows"),
+    (Rule(MLP(2, 8), Bias()), {}, "no kernel for such a memory: memory MLP"),
 ])
 def test_other_memories_are_refused(rule, options, reason):
     args, _ = inputs(5)

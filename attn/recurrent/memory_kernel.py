@@ -18,6 +18,7 @@ from attn.recurrent.chunks import to_chunks
 from attn.recurrent.memory_axes import Bias
 from attn.recurrent.memory_chunk import Rule, Tokens, pair_weights
 from attn.recurrent.memory_nets import MLP
+from attn.recurrent.memory_pieces import seen_by
 from pallas_kernels import Refused
 from pallas_kernels.memory.api import memory
 from pallas_kernels.memory.chunk import TILES, Numbers
@@ -68,7 +69,10 @@ def numbers_of(gates: Any, c: int) -> Numbers:
     none: Any = None
     step, keep, run, _, applied = map(cut, gates)
     tokens = Tokens(none, none, none, step, keep, run, None, applied)
-    seen = jnp.tril(jnp.ones((c + 1, c), bool))[None, None]
-    found = jax.vmap(lambda tokens: pair_weights(tokens, seen))(tokens)
+    n, t = step.shape[0], gates.step.shape[1]
+    member = (jnp.arange(n * c) < t).reshape(n, 1, c)
+    # momentum would go on behind the last token
+    found = jax.vmap(lambda tokens, own: pair_weights(tokens, seen_by(own, None)))(
+        tokens, member)
     # [N,B,H,...] -> [B,H,N,...]
     return Numbers(*(jnp.moveaxis(a, 0, 2) for a in found))

@@ -22,6 +22,9 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels.machine.product import F32, NN, NT, TN, dot
 from pallas_kernels.memory.api import STEP
 from pallas_kernels.memory.chunk import ROWS, Own
+from pallas_kernels.memory.tpu_layout import (
+    laid, one_by_one, side_by_side, unlaid
+)
 
 
 def _cuts(c: int) -> list[slice]:
@@ -174,36 +177,6 @@ def _gradients(static, own: Own, tokens, r, from_o, held, run, dw, ds):
     return (dq, dk, -dz), column, before, ds
 
 
-def _laid(static, a, steps: int):
-    """[B,T,H,X] -> [B,H,steps STEP,X], chunks in tiles, padded behind."""
-    many, (b, t, h, x) = steps * STEP // static.tile, a.shape
-    a = jnp.pad(a, ((0, 0), (0, many * static.chunk - t), (0, 0), (0, 0)))
-    a = a.reshape(b, many, static.chunk, h, x)
-    a = jnp.pad(a, [(0, 0)] * 2 + [(0, static.tile - static.chunk)] + [(0, 0)] * 2)
-    return a.reshape(b, steps * STEP, h, x).transpose(0, 2, 1, 3)
-
-
-def _unlaid(static, a):
-    """The inverse of `_laid`."""
-    b, h, _, x = a.shape
-    a = a.transpose(0, 2, 1, 3).reshape(b, -1, static.tile, h, x)
-    return a[:, :, :static.chunk].reshape(b, -1, h, x)[:, :static.t]
-
-
-def _side_by_side(side, c: int):
-    """[B,H,N,R,c] -> [B,H,N c/STEP,R,STEP]."""
-    b, h, many, rows, _ = side.shape
-    side = side.reshape(b, h, -1, STEP // c, rows, c).swapaxes(3, 4)
-    return side.reshape(b, h, -1, rows, STEP)
-
-
-def _one_by_one(side, c: int):
-    """The inverse of `_side_by_side`."""
-    b, h, steps, rows, _ = side.shape
-    side = side.reshape(b, h, steps, rows, STEP // c, c).swapaxes(3, 4)
-    return side.reshape(b, h, -1, rows, c)
-
-
 def _launch(static, body, args, outs, scratch, reverse: bool, name: str) -> Any:
     """A pass over the steps; args and outs with their kind: "step" [B,H,N,..], "tokens"
     [B,H,T,.], "state" [B,H,D,V]."""
@@ -236,9 +209,9 @@ def _launch(static, body, args, outs, scratch, reverse: bool, name: str) -> Any:
 def forward(static, side, q, k, v, weights, momentum, keep: bool):
     """W and S [B,H,D,V], o [B,T,H,V], and to `keep` for the backward pass W and S that
     steps begin with [B,H,T/STEP,D,V]."""
-    side, (b, h, d, width) = _side_by_side(side, static.tile), weights.shape
+    side, (b, h, d, width) = side_by_side(side, static.tile), weights.shape
     steps, out = side.shape[2], jax.ShapeDtypeStruct
-    args = [("step", side), *(("tokens", _laid(static, a, steps)) for a in (q, k, v)),
+    args = [("step", side), *(("tokens", laid(static, a, steps)) for a in (q, k, v)),
             ("state", weights), ("state", momentum)]
     outs = [("tokens", out((b, h, steps * STEP, width), v.dtype)),
             *[("state", out(weights.shape, F32))] * 2]
@@ -247,15 +220,15 @@ def forward(static, side, q, k, v, weights, momentum, keep: bool):
     o, after, run, *kept = _launch(
         static, functools.partial(_forward, static, keep), args, outs,
         [((d, width), F32)] * 2, False, "memory_forward")
-    return after, run, _unlaid(static, o), *kept
+    return after, run, unlaid(static, o), *kept
 
 
 def backward(static, side, q, k, v, kept, d_after, d_run, do):
     """The gradients of side, q, k, v, and of W and S before the first token."""
-    side, (b, h, d, width) = _side_by_side(side, static.tile), d_after.shape
+    side, (b, h, d, width) = side_by_side(side, static.tile), d_after.shape
     steps, out, many = side.shape[2], jax.ShapeDtypeStruct, STEP // static.tile
     args = [("step", side),
-            *(("tokens", _laid(static, a, steps)) for a in (q, k, v, do)),
+            *(("tokens", laid(static, a, steps)) for a in (q, k, v, do)),
             *(("step", a) for a in kept), ("state", d_after), ("state", d_run)]
     outs = [("step", out(side.shape, F32)), *(
         ("tokens", out((b, h, steps * STEP, a.shape[3]), a.dtype)) for a in (q, k, v)),
@@ -264,5 +237,5 @@ def backward(static, side, q, k, v, kept, d_after, d_run, do):
     d_side, *grads, dw, ds = _launch(
         static, functools.partial(_backward, static), args, outs, scratch, True,
         "memory_backward")
-    grads = (_unlaid(static, a) for a in grads)
-    return _one_by_one(d_side, static.tile), *grads, dw, ds
+    grads = (unlaid(static, a) for a in grads)
+    return one_by_one(d_side, static.tile), *grads, dw, ds

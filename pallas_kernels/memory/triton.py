@@ -2,9 +2,10 @@
 
 A program takes some columns of W and S, which do not meet those of others, from the
 first chunk to the last, and in the backward pass from the last to the first, with W and
-S as chunks began with them, which the forward pass wrote down. What programs of other
+S as chunks began with them, which the forward pass wrote down. Key channels are taken
+64 at a time, so that few arrays are in registers at once. What programs of other
 columns add to the gradients of q, k and the tokens' numbers is added up by XLA in
-float32. Tiles were chosen for what registers hold, not timed: no GPU was at hand.
+float32. Tiles were chosen by what the compiler spills, not timed: no GPU was at hand.
 
 Source: see `pallas_kernels/memory/api.py`.
 """
@@ -12,7 +13,7 @@ Source: see `pallas_kernels/memory/api.py`.
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,95 +21,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
 from pallas_kernels.machine.product import F32, NN, NT, TN, dot
-from pallas_kernels.machine.triton import load, power
+from pallas_kernels.machine.triton import power
 from pallas_kernels.memory.chunk import ROWS, Own
-from pallas_kernels.tile import both
-
-
-class Program(NamedTuple):
-    """Which columns of which head and row of the batch a program has; chunk: tokens, of
-    the c that a tile has; part: its place among those that add to one array, rows of
-    the batch of its results."""
-
-    chunk: int
-    c: int
-    columns: int
-    b: Any
-    h: Any
-    part: Any
-    rows: int
-
-    @property
-    def first(self):
-        """The first of its columns."""
-        return self.part * self.columns
-
-    @property
-    def row(self):
-        """Its row of arrays in which each part has its own."""
-        return self.part * self.rows + self.b
-
-    def tokens(self, ref, n, columns: bool = False):
-        """Tokens of chunk n of a [B,T,H,X] array, 0 beyond the end: all channels
-        [c,X], or the program's columns."""
-        return read(self._at(ref, self.b, n, columns))
-
-    def write(self, ref, value, row, n, columns: bool = False) -> None:
-        """The reverse of `tokens`, into a row of the batch."""
-        at, inside = self._at(ref, row, n, columns)
-        triton.store(at, value.astype(ref.dtype), mask=inside)
-
-    def _at(self, ref, row, n, columns: bool):
-        width = ref.shape[3]
-        size = self.columns if columns else power(width)
-        first = self.first if columns else self.b * 0
-        inside, start = None, n * self.chunk
-        if self.chunk < self.c or ref.shape[1] % self.c:
-            token = jax.lax.broadcasted_iota(jnp.int32, (self.c, size), 0)
-            inside = (start + token < ref.shape[1]) & (token < self.chunk)
-        if width % size:
-            lane = jax.lax.broadcasted_iota(jnp.int32, (self.c, size), 1)
-            inside = both(inside, first + lane < width)
-        # a traced first: a slice that is known to pass the end is an error
-        cut = pl.ds(first, size)
-        return ref.at[row, pl.ds(start, self.c), self.h, cut], inside
-
-    def state(self, ref, *lead):
-        """The program's columns of an array [..,D,V], 0 beyond the end [D',columns]."""
-        return read(self._state(ref, lead))
-
-    def put(self, ref, value, *lead) -> None:
-        """The reverse of `state`."""
-        at, inside = self._state(ref, lead)
-        triton.store(at, value.astype(ref.dtype), mask=inside)
-
-    def _state(self, ref, lead):
-        (d, width), inside = ref.shape[-2:], None
-        shape = power(d), self.columns
-        for axis, (first, size) in enumerate(((0, d), (self.first, width))):
-            if size % shape[axis]:
-                number = jax.lax.broadcasted_iota(jnp.int32, shape, axis)
-                inside = both(inside, first + number < size)
-        zero = self.b * 0
-        return ref.at[(self.b, self.h, *lead, pl.ds(zero, shape[0]),
-                       pl.ds(zero + self.first, shape[1]))], inside
-
-    def weights(self, side, n):
-        """G of chunk n [c,c]."""
-        return load(side.at[self.b, self.h, n, pl.ds(self.b * 0, self.c)], None, 0)
-
-    def own(self, side, n) -> Own:
-        """Its other numbers."""
-        rows = [self.c + at for at in range(len(Own._fields))]
-        columns = (load(side.at[self.b, self.h, n, self.b * 0 + at], None, 0)[:, None]
-                   for at in rows[:4])
-        return Own(*columns, *(side[self.b, self.h, n, at, 0] for at in rows[4:]))
-
-
-def read(where):
-    """What is at a place and inside, 0 elsewhere."""
-    at, inside = where
-    return load(at, inside, 0)
+from pallas_kernels.memory.triton_chunk import Program, added, many_of
 
 
 def _program(static, columns: int, rows: int) -> Program:
@@ -120,24 +35,32 @@ def _forward(static, columns: int, side, q_ref, k_ref, v_ref, w_ref, s_ref, o_re
              w_end_ref, s_end_ref, *kept):
     """Some columns of W and S from the first chunk to the last."""
     ctx = _program(static, columns, q_ref.shape[0])
+    parts = range(many_of(q_ref.shape[3]))
 
     def step(n, state):
-        w, s = state  # [D,columns]
-        q, k = ctx.tokens(q_ref, n), ctx.tokens(k_ref, n)  # [c,D]
-        low, own = k.dtype, ctx.own(side, n)
-        held, run = w.astype(low), s.astype(low)
+        own, low = ctx.own(side, n), q_ref.dtype
+        held, run = ([a.astype(low) for a in half] for half in state)
         for ref, a in zip(kept, (held, run)):
             ctx.put(ref, a, n)
-        v = ctx.tokens(v_ref, n, True).astype(F32)  # [c,columns]
-        r = static.factor * (dot(k, held, NN) - v)
-        met = ctx.weights(side, n) * dot(q, k, NT)  # G q k^T [c,c]
+        q, k = ([ctx.tokens(ref, n, at) for at in parts] for ref in (q_ref, k_ref))
+
+        def through(a, state):
+            """a W: [c,D] by [D,columns], piece by piece."""
+            return added(dot(x, y, NN) for x, y in zip(a, state))
+
+        v = ctx.tokens(v_ref, n).astype(F32)  # [c,columns]
+        r = static.factor * (through(k, held) - v)
+        met = added(dot(a, b, NT) for a, b in zip(q, k))  # q k^T [c,c]
+        met = (ctx.weights(side, n) * met).astype(low)
         # o = enter q W + carry q S - (G q k^T) r: [c,columns]
-        o = own.enter * dot(q, held, NN) + own.carry * dot(q, run, NN)
-        o = o - dot(met.astype(low), r.astype(low), NN)
-        ctx.write(o_ref, o, ctx.b, n, True)
+        o = own.enter * through(q, held) + own.carry * through(q, run)
+        ctx.write(o_ref, o - dot(met, r.astype(low), NN), ctx.b, n)
+        wrote, moved = (own.end * r).astype(low), (own.moved * r).astype(low)
         # [c,D] by [c,columns] is [D,columns]
-        after = own.keep * w + own.feed * s - dot(k, (own.end * r).astype(low), TN)
-        return after, own.held * s - dot(k, (own.moved * r).astype(low), TN)
+        after = tuple(own.keep * w + own.feed * s - dot(a, wrote, TN)
+                      for w, s, a in zip(*state, k))
+        return after, tuple(own.held * s - dot(a, moved, TN)
+                            for s, a in zip(state[1], k))
 
     begin = ctx.state(w_ref), ctx.state(s_ref)
     w, s = jax.lax.fori_loop(0, side.shape[2], step, begin)
@@ -150,54 +73,67 @@ def _backward(static, columns: int, side, q_ref, k_ref, v_ref, do_ref, w_ref, s_
               ds_ref):
     """The gradients of these columns from the last chunk to the first."""
     ctx, many = _program(static, columns, q_ref.shape[0]), side.shape[2]
+    parts = range(many_of(q_ref.shape[3]))
 
     def step(i, grads):
-        n, (dw, ds) = many - 1 - i, grads
-        q, k = ctx.tokens(q_ref, n), ctx.tokens(k_ref, n)  # [c,D]
-        do = ctx.tokens(do_ref, n, True)  # [c,columns]
-        held, run = ctx.state(w_ref, n), ctx.state(s_ref, n)  # W, S [D,columns]
-        low, own, weights = k.dtype, ctx.own(side, n), ctx.weights(side, n)
-        v = ctx.tokens(v_ref, n, True).astype(F32)
-        r = static.factor * (dot(k, held, NN) - v)  # as in the forward pass
-        x = dot(q, k, NT)  # [c,c]
-        # o = .. - (G x) r
+        n, low = many - 1 - i, q_ref.dtype
+        own, weights, found = ctx.own(side, n), ctx.weights(side, n), []
+        for at, dw, ds in zip(parts, *grads):
+            q, k = ctx.tokens(q_ref, n, at), ctx.tokens(k_ref, n, at)  # [c,size]
+            # k W, q k^T, k dW', k dS'
+            found.append((
+                dot(k, ctx.piece(w_ref, at, n), NN), dot(q, k, NT),
+                dot(k, dw.astype(low), NN), dot(k, ds.astype(low), NN)))
+        asked, x, at_w, at_s = (added(a) for a in zip(*found))
+        do, v = (ctx.tokens(ref, n) for ref in (do_ref, v_ref))  # [c,columns]
+        r = static.factor * (asked - v.astype(F32))  # as in the forward pass
+        # o = .. - (G x) r with x = q k^T
         back = -dot(do, r.astype(low), NT)  # d(G x) [c,c]
-        dx = (weights * back).astype(low)
-        dwl, dsl = dw.astype(low), ds.astype(low)
-        at_w, at_s = dot(k, dwl, NN), dot(k, dsl, NN)  # k dW', k dS' [c,columns]
-        dr = -dot((weights * x).astype(low), do, TN)
-        dr = dr - own.end * at_w - own.moved * at_s
-        dz = static.factor * dr  # d(k W), -dv
-        dzl, wide = dz.astype(low), do.astype(F32)
-        ctx.write(dv_ref, -dz, ctx.b, n, True)
-        asked_w, asked_s = dot(do, held, NT), dot(do, run, NT)  # [c,D]
-        dq = own.enter * asked_w + own.carry * asked_s + dot(dx, k, NN)
-        # k stands in k W, in both updates and in x
-        dk = dot(dzl, held, NT) + dot(dx, q, TN)
-        dk = dk - dot((own.end * r).astype(low), dwl, NT)
-        dk = dk - dot((own.moved * r).astype(low), dsl, NT)
-        ctx.write(dq_ref, dq, ctx.row, n)
-        ctx.write(dk_ref, dk, ctx.row, n)
-        q32, held32, run32 = (a.astype(F32) for a in (q, held, run))
-        found = Own((q32 * asked_w).sum(1), (q32 * asked_s).sum(1),
-                    -(r * at_w).sum(1), -(r * at_s).sum(1),
-                    *(_first((a * g).sum(0).sum(0), ctx.c) for a, g in (
-                        (held32, dw), (run32, dw), (run32, ds))))
         here = ctx.row, ctx.h, n
         triton.store(dside_ref.at[(*here, pl.ds(ctx.b * 0, ctx.c))], x * back)
+        dx, dr = (weights * back).astype(low), -dot((weights * x).astype(low), do, TN)
+        dz = static.factor * (dr - own.end * at_w - own.moved * at_s)  # d(k W), -dv
+        ctx.write(dv_ref, -dz, ctx.b, n)
+        given = (dz.astype(low), (own.end * r).astype(low), (own.moved * r).astype(low),
+                 dx, *((a * do.astype(F32)).astype(low) for a in own[:2]))
+        pieces = [_piece(ctx, n, at, given, own, (q_ref, k_ref, do, w_ref, s_ref),
+                         (dq_ref, dk_ref), *of) for at, *of in zip(parts, *grads)]
+        dws, dss, *numbers = zip(*pieces)
+        enter, carry, *kept = (added(a) for a in numbers)
+        rows = Own(enter, carry, -(r * at_w).sum(1), -(r * at_s).sum(1), *(
+            _first(a.sum(0), ctx.c) for a in kept))
         for at in range(ROWS):
-            row = found[at] if at < len(found) else jnp.zeros((ctx.c,), F32)
+            row = rows[at] if at < len(rows) else jnp.zeros((ctx.c,), F32)
             triton.store(dside_ref.at[(*here, ctx.b * 0 + ctx.c + at)], row)
-        # dW = keep dW' + q^T (enter do) + k^T dz: [D,columns]
-        before = own.keep * dw + dot(q, (own.enter * wide).astype(low), TN)
-        before = before + dot(k, dzl, TN)
-        ds = own.feed * dw + own.held * ds
-        return before, ds + dot(q, (own.carry * wide).astype(low), TN)
+        return dws, dss
 
     begin = ctx.state(dw_end_ref), ctx.state(ds_end_ref)
     dw, ds = jax.lax.fori_loop(0, many, step, begin)
     ctx.put(dw_ref, dw)
     ctx.put(ds_ref, ds)
+
+
+def _piece(ctx: Program, n, at: int, given, own: Own, refs, outs, dw, ds):
+    """Of some key channels of a chunk dW and dS [size,columns], and what they add to
+    the gradients of the numbers; dq and dk are written."""
+    (q_ref, k_ref, do, w_ref, s_ref), low = refs, refs[0].dtype
+    dz, wrote, moved, dx, entered, carried = given
+    q, k = ctx.tokens(q_ref, n, at), ctx.tokens(k_ref, n, at)  # [c,size]
+    held, run = ctx.piece(w_ref, at, n), ctx.piece(s_ref, at, n)  # [size,columns]
+    asked_w, asked_s = dot(do, held, NT), dot(do, run, NT)  # do W^T, do S^T [c,size]
+    dq = own.enter * asked_w + own.carry * asked_s + dot(dx, k, NN)
+    ctx.write(outs[0], dq, ctx.row, n, at)
+    # k stands in k W, in both updates and in q k^T
+    dk = dot(dz, held, NT) - dot(wrote, dw.astype(low), NT)
+    dk = dk - dot(moved, ds.astype(low), NT) + dot(dx, q, TN)
+    ctx.write(outs[1], dk, ctx.row, n, at)
+    q32, held32, run32 = (a.astype(F32) for a in (q, held, run))
+    numbers = ((q32 * asked_w).sum(1), (q32 * asked_s).sum(1), (held32 * dw).sum(0),
+               (run32 * dw).sum(0), (run32 * ds).sum(0))
+    # dW = keep dW' + q^T (enter do) + k^T dz: [c,size] by [c,columns]
+    before = own.keep * dw + dot(q, entered, TN) + dot(k, dz, TN)
+    ds = own.feed * dw + own.held * ds + dot(q, carried, TN)
+    return before, ds, *numbers
 
 
 def _first(a, c: int):
@@ -215,9 +151,8 @@ def _columns(d: int, width: int, itemsize: int) -> int:
     return min(most, power(width))
 
 
-def _launch(static, kernel, grid, args, outs, d: int, name: str) -> Any:
+def _launch(static, kernel, grid, args, outs, warps: int, name: str) -> Any:
     # one stage: a chunk's products wait for the state, and loads would take registers
-    warps = 4 if d <= 64 and static.tile <= 32 else 8
     return pl.pallas_call(
         kernel, grid=grid, out_shape=outs, name=name, interpret=static.interpret,
         compiler_params=triton.CompilerParams(num_warps=warps, num_stages=1),
@@ -234,8 +169,8 @@ def forward(static, side, q, k, v, weights, momentum, keep: bool):
         outs += [out((b, h, side.shape[2], d, width), q.dtype)] * 2
     o, after, run, *kept = _launch(
         static, functools.partial(_forward, static, columns),
-        (-(-width // columns), h, b), (side, q, k, v, weights, momentum), outs, d,
-        "memory_forward")
+        (-(-width // columns), h, b), (side, q, k, v, weights, momentum), outs,
+        4 if d <= 64 and static.tile <= 32 else 8, "memory_forward")
     return after, run, o, *kept
 
 
@@ -253,7 +188,7 @@ def backward(static, side, q, k, v, kept, d_after, d_run, do):
             *[out(d_after.shape, F32)] * 2]
     *found, dv, dw, ds = _launch(
         static, functools.partial(_backward, static, columns), (parts, h, b),
-        (side, q, k, v, do, *kept, d_after, d_run), outs, d, "memory_backward")
+        (side, q, k, v, do, *kept, d_after, d_run), outs, 8, "memory_backward")
     dside, dq, dk = (
         a.reshape(parts, b, *a.shape[1:]).sum(0).astype(like.dtype)
         if parts > 1 else a for a, like in zip(found, (side, q, k)))

@@ -75,18 +75,22 @@ def linear(args, chunk, factor, cotangents):
     `cotangents` by args {q, k [B,T,H,D], v [B,T,H,V], step, log_keep, log_momentum
     [B,T,H], weights, momentum [B,H,D,V]}, all float64."""
     def run(args):
-        w = frozen = args["weights"]
-        s, outs = args["momentum"], []
-        for t in range(args["q"].shape[1]):
-            frozen = w if t % chunk == 0 else frozen
-            q, k, v = (args[n][:, t, :, None] for n in "qkv")  # [B,H,1,.]
-            step, keep, run = (args[n][:, t, :, None, None] for n in (
-                "step", "log_keep", "log_momentum"))
+        def token(carry, x):
+            w, s, frozen = carry
+            t, q, k, v, step, keep, run = x  # [B,H,1,.], [B,H,1,1]
+            frozen = jnp.where(t % chunk == 0, w, frozen)
             u = factor * k.swapaxes(-1, -2) * (k @ frozen - v)
             s = jnp.exp(run) * s - step * u
             w = jnp.exp(keep) * w + s
-            outs.append((q @ w)[:, :, 0])
-        return w, s, jnp.stack(outs, 1)
+            return (w, s, frozen), (q @ w)[:, :, 0]
+
+        # [B,T,H,...] -> [T,B,H,1,...]
+        rows = [jnp.moveaxis(args[n], 1, 0)[:, :, :, None] for n in "qkv"]
+        rows += [jnp.moveaxis(args[n], 1, 0)[..., None, None] for n in (
+            "step", "log_keep", "log_momentum")]
+        first = args["weights"], args["momentum"], args["weights"]
+        (w, s, _), o = jax.lax.scan(token, first, (jnp.arange(len(rows[0])), *rows))
+        return w, s, jnp.moveaxis(o, 0, 1)
 
     def double(tree):
         return jax.tree.map(lambda a: jnp.asarray(np.asarray(a, np.float64)), tree)

@@ -84,8 +84,8 @@ def test_low_precision_is_as_good_as_its_inputs(dtype, backend):
     args |= {n: args[n].astype(dtype) for n in "qkv"}
     cotangents = (*cotangents[:2], cotangents[2].astype(dtype))
     wide = {n: np.asarray(a, np.float32) for n, a in args.items()}
-    want, grads = oracle.linear(wide, 16, 2.0, [
-        np.asarray(a, np.float32) for a in cotangents])
+    want, grads = oracle.linear(wide, 16, 2.0, tuple(
+        np.asarray(a, np.float32) for a in cotangents))
     have, back = results(backend, 16, args, cotangents)
     assert have[2].dtype == dtype and have[0].dtype == have[1].dtype == jnp.float32
     bound = 4 * float(jnp.finfo(dtype).eps)

@@ -75,14 +75,14 @@ class TitansLayer(Layer):
         now = locate(segments, x.shape[0], x.shape[1], *clock)
         n = self.persistent
         rows, ids = x, segments
+        if n and segments is not None:
+            refuse((now.segment > 1).any(), None, self._packed)
         if n:
             rows, ids = self._prefixed(x, state, segments, now)
         inner, y = self.mix(rows, None if state is None else state.inner, ids)
         y = y[:, n:]
         if n and segments is not None:
-            second = now.segment > 1
-            refuse(second.any(), None, self._packed)
-            y = jnp.where(second[..., None], jnp.nan, y)
+            y = jnp.where((now.segment > 1)[..., None], jnp.nan, y)
         if state is None:
             return y
         return TitansState(inner, now.next_pos, now.last_segment), y

@@ -109,8 +109,8 @@ class MAC(TitansLayer):
         shape = b, t, self.heads, e // self.heads
         return (jax.ShapeDtypeStruct(shape, self.dtype),) * 3
 
-    def init_state(self, size: int, x: Any) -> MACState:
-        """An empty memory for `size` tokens; x [B,T,E] gives shapes and dtype only."""
+    def init_state(self, size: int, x: Any) -> Any:
+        """A `MACState` for `size` tokens; x [B,T,E] gives shapes and dtype only."""
         (b, _, e), c, h = x.shape, self.segment, self.heads
         memory = self.memory.init_state(size, *self._arrays(b, c, e), x=x)
         room = jnp.zeros((b, 2, c, h, e // h), self.dtype)
@@ -142,7 +142,7 @@ class _Segment(Layer):
         join = {n: nn.DenseGeneral(
             e, axis=(-2, -1), use_bias=False, dtype=self.dtype, kernel_init=INIT, name=n
         ) for n in ("told", "out", "answer")}  # [B,.,H,D] [H,D,E]
-        meet = self._token if self.segment else self._whole
+        meet: Any = self._token if self.segment else self._whole
         state, memory, y = meet(state, x, *where, p, split, join)
         after, m = self.attention.step(
             memory, *(split[name](y) for name in ("ask", "key", "value")), x=y,

@@ -52,10 +52,11 @@ def fused(rule: Rule, q, k, v, gates: Any, initial: jax.Array, chunk: int, dtype
     v [B,T,H,V], initial [H,D,V]; dtype: of what products are made of."""
     b, d, width = q.shape[0], q.shape[3], v.shape[3]
     weights = jnp.broadcast_to(initial[None], (b, q.shape[2], d, width))
+    error: Any = rule.error
+    q, k, v = (a.astype(dtype) for a in (q, k, v))
     after, run, o = memory(
-        *(a.astype(dtype) for a in (q, k, v)), numbers_of(gates, chunk), weights,
-        jnp.zeros_like(weights), factor=rule.error.factor, backend=backend,
-        interpret=interpreted())
+        q, k, v, numbers_of(gates, chunk), weights, jnp.zeros_like(weights),
+        factor=error.factor, backend=backend, interpret=interpreted())
     return after, run, o.astype(jnp.float32)
 
 

@@ -33,7 +33,8 @@ def learned(target, *, backend, backward, t, d, v=None, c=16, h=16, dtype=BF16):
              for way in ("forward", "backward")[:1 + backward] if backend == "tpu"}
 
     def f(arrays, numbers, states):
-        return memory(*arrays, numbers, *states, backend=backend)[2]
+        q, k, v = arrays
+        return memory(q, k, v, numbers, *states, backend=backend)[2]
 
     if not backward:
         return f, (arrays, numbers, states), trips

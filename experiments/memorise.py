@@ -37,6 +37,7 @@ is old without it. The other parts, of one seed each, took minutes on a busy mac
 from __future__ import annotations
 
 import dataclasses
+import functools
 import sys
 from typing import Any, Callable
 
@@ -71,7 +72,9 @@ class Config:
     updates: int = option(80, "updates of alpha and theta in `redrawn`")
     pairs: int = option(8, "key-value pairs of `recall`")
     length: int = option(128, "tokens of `recall`, `lm` and `chunks`")
-    segment: int = option(16, "tokens of a segment of `needle`, whose text has 12")
+    segment: int = option(16, "tokens of a segment of `needle`")
+    segments: int = option(12, "segments of its text; the fact is in the 11th from the "
+                           "end")
     width: int = option(64, "model width E")
     heads: int = option(2, "heads H")
     steps: int = option(300, "training steps of each network")
@@ -86,6 +89,8 @@ class Config:
         if unknown := set(self.parts) - {*ONLINE, *TRAINED}:
             raise ValueError(
                 f"parts={sorted(unknown)}: expected some of {(*ONLINE, *TRAINED)}")
+        if self.segments < 11:
+            raise ValueError(f"segments={self.segments}: expected 11 or more")
         if self.tokens < 4 or self.keys < 2:
             raise ValueError(f"tokens={self.tokens}, keys={self.keys}: expected 4 or "
                              "more, and 2 or more")
@@ -148,9 +153,11 @@ def recall(config_: Config) -> dict[str, float]:
 
 def needle(config_: Config) -> dict[str, float]:
     """The share of right answers about a fact ten segments back."""
-    data = Needles(length=12 * config_.segment, hay=16, needles=1, answer=1, keys=4,
-                   values=16, depth=0.12, seed=config_.seed)
-    memories = {"mac": Titans(), "unwritten": Titans(theta_max=1e-9, forget=False)}
+    data = Needles(
+        length=config_.segments * config_.segment, hay=16, needles=1, answer=1, keys=4,
+        values=16, depth=1 - 10.5 / config_.segments, seed=config_.seed)
+    linear = functools.partial(Titans, depth=1, chunk=4)
+    memories = {"mac": linear(), "unwritten": linear(theta_max=1e-9, forget=False)}
     found = {}
     for name, memory in memories.items():
         layer = MAC(memory, heads=config_.heads, segment=config_.segment)

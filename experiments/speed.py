@@ -2,17 +2,18 @@
 
 Every candidate is timed in turn, round after round, so that what slows the machine down
 slows all of them; a figure is the median of the rounds, a ratio the median of the
-ratios to jax.nn.dot_product_attention in the same round: 2 is twice as fast. Inputs are
-iid normal and attention is causal. The pass "both" is forward and backward; "decode" is
-one token more for a memory of T, "prompt" all of T for an empty one, with what a cache
-policy then keeps. Peers take part where they are installed: cuDNN,
-tokamax, torch, ejkernel. What does the whole of causal attention is also given as a
-share of a large matrix product that the same process timed, a decoding step by the
-bytes of its memory as a share of a large copy. Attentions that learn something read
-tokens [B,T,H V] as well, iid normal, and their backward pass is also that of their
-parameters. A second table says from how many tokens on a candidate stays faster than
-the best exact one, peers included: "< T" if from the first length on, "> T" if not even
-at the last, else on a line between two lengths.
+ratios to the `base`, jax.nn.dot_product_attention, in the same round: 2 is twice as
+fast. Inputs are iid normal and attention is causal. The pass "both" is forward and
+backward; "decode" is one token more for a memory of T, "prompt" all of T for an empty
+one, with what a cache policy then keeps. Peers take part where they are installed:
+cuDNN, tokamax, torch, ejkernel, and beside MLPs that learn titans-pytorch. What does
+the whole of causal attention is also given as a share of a large matrix product that
+the same process timed, a decoding step by the bytes of its memory as a share of a large
+copy. Attentions that learn something read tokens [B,T,H V] as well, iid normal, and
+their backward pass is also that of their parameters. A second table says from how many
+tokens on a candidate stays faster than the best exact one, peers included: "< T" if
+from the first length on, "> T" if not even at the last, else on a line between two
+lengths.
 
     python -m experiments.speed --lengths='(2048, 4096)' --attentions='(Softmax(),)'
 
@@ -124,7 +125,7 @@ from experiments.cli import config
 from experiments.cli.config import FREE, option
 from experiments.measure import breakeven
 from experiments.measure.dtypes import checked_dtype
-from experiments.measure.peers import PEER, linear_peers, peers
+from experiments.measure.peers import PEER, linear_peers, memory_peers, peers
 from experiments.measure.timing import (
     PASSES, PROMPT, Inputs, exact, flops, inputs, limits, prepared, repeats, seconds
 )
@@ -153,6 +154,7 @@ class Config:
     passes: tuple[str, ...] = option(
         PASSES[:2], "forward, both (forward and backward), decode, prompt")
     rounds: int = option(7, "how often each is timed")
+    base: str = option(PEER, "the candidate or peer that ratios are to, by name")
     quiet: bool = option(False, "no progress bar", FREE)
     folder: str | None = option(None, "where results go; None makes a new folder", FREE)
 
@@ -176,7 +178,7 @@ TINY = Config(
 
 
 def run(config_: Config) -> dict[str, Any]:
-    """Times all -> {"LENGTH PASS NAME": ratio to jax.nn}, {"break-even PASS NAME":
+    """Times all -> {"LENGTH PASS NAME": ratio to `base`}, {"break-even PASS NAME":
     tokens} and the folder."""
     folder = open_folder(
         "speed", config_.folder, config.command(config_), config.settings(config_)
@@ -199,14 +201,14 @@ def run(config_: Config) -> dict[str, Any]:
     }
     (folder / "speed.json").write_text(json.dumps(found, indent=1) + "\n")
     picture(found, folder / "speed.png")
-    Console().print(table(rows), f"{device.device_kind}, jax {jax.__version__}: matrix "
-                    f"product {rates[0] / 1e12:.3g} TFLOP/s, copy {rates[1] / 1e9:.4g} "
-                    "GB/s", highlight=False)
+    Console().print(table(rows, config_.base), f"{device.device_kind}, jax "
+                    f"{jax.__version__}: matrix product {rates[0] / 1e12:.3g} TFLOP/s, "
+                    f"copy {rates[1] / 1e9:.4g} GB/s", highlight=False)
     if crossed:
         Console().print(breakeven.table(crossed))
     numbers: dict[str, Any] = {
         f"{r['length']} {r['pass']} {r['name']}": r["ratio"] for r in rows
-        if r["name"] != PEER
+        if r["name"] != config_.base
     }
     for one in crossed:
         numbers[f"break-even {one['pass']} {one['name']}"] = one["length"]
@@ -215,7 +217,7 @@ def run(config_: Config) -> dict[str, Any]:
 
 def measure(config_: Config, t: int, which: str, rates: tuple[float, float],
             absent: dict[str, str]) -> list[dict[str, Any]]:
-    """One row a candidate: median milliseconds and ratio to jax.nn, and shares of the
+    """One row a candidate: median milliseconds and ratio to `base`, and shares of the
     `rates`; a peer that refuses goes into `absent` with its reason."""
     calls: dict[str, Callable] = {}
     works: dict[str, float | None] = {}
@@ -232,17 +234,20 @@ def measure(config_: Config, t: int, which: str, rates: tuple[float, float],
             continue
         works[name] = flops(x.last if which == "decode" else x, which) \
             if one.exact else None
+    if config_.base not in calls:
+        raise ValueError(
+            f"base={config_.base!r}: expected one of {', '.join(map(repr, calls))}")
     times = {name: repeats(call) for name, call in calls.items()}
     spent: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(config_.rounds):
         for name, call in calls.items():
             spent[name].append(seconds(call, times[name]))
-    peer = np.asarray(spent[PEER])
+    base = np.asarray(spent[config_.base])
     rows = []
     for name, each in spent.items():
         median = float(np.median(each))
         row = {"length": t, "pass": which, "name": name, "ms": median * 1000,
-               "ratio": float(np.median(peer / np.asarray(each))),
+               "ratio": float(np.median(base / np.asarray(each))),
                "exact": makers[name].exact}
         work = works[name]
         if which != "decode" and work is not None:
@@ -268,7 +273,8 @@ def _makers(config_: Config, which: str) -> dict[str, Maker]:
     """All candidates of a pass by name, jax.nn first."""
     found = {name: Maker(make, None, name != PEER, True)
              for name, make in peers(which).items()}
-    for name, make in linear_peers(which).items():
+    more = linear_peers(which) | memory_peers(which, config_.attentions)
+    for name, make in more.items():
         found[name] = Maker(make, None, True, False)
     for attention in config_.attentions:
         make = functools.partial(prepared, attention, which=which)
@@ -286,11 +292,11 @@ def _inputs(config_: Config, subject: Any, t: int) -> Inputs:
                   config_.dtype)
 
 
-def table(rows: list[dict[str, Any]]) -> Table:
-    """The rows for the terminal: milliseconds, the ratio to jax.nn in brackets, and the
+def table(rows: list[dict[str, Any]], base: str = PEER) -> Table:
+    """The rows for the terminal: milliseconds, the ratio to `base` in brackets, and the
     share of what the device can do."""
     names = list(dict.fromkeys(row["name"] for row in rows))
-    found = Table(title=f"milliseconds (times as fast as {PEER}), share of a large "
+    found = Table(title=f"milliseconds (times as fast as {base}), share of a large "
                   "matrix product or copy")
     found.add_column("T", justify="right")
     found.add_column("pass")

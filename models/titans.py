@@ -23,6 +23,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from attn.contract.eager import refuse
 from attn.contract.fields import check_fields
 from attn.contract.segments import locate
 from attn.layers import Layer, MultiHead
@@ -66,14 +67,16 @@ class TitansLayer(Layer):
         """x [B,T,E] -> [B,T,E]; with a state: the next tokens -> (state, [B,T,E]).
 
         segments [B,T]: 0 is padding. Persistent tokens stand before one sequence a row:
-        with them, what belongs to a second one is NaN; with persistent=0 rows may be
-        packed.
+        with them a second one is refused, and is NaN where values are not known; with
+        persistent=0 rows may be packed.
         """
         self.refuse(context, pos)
         clock = (None, None) if state is None else (state.end, state.segment)
         now = locate(segments, x.shape[0], x.shape[1], *clock)
         n = self.persistent
         rows, ids = x, segments
+        if n and segments is not None:
+            refuse((now.segment > 1).any(), None, self._packed)
         if n:
             rows, ids = self._prefixed(x, state, segments, now)
         inner, y = self.mix(rows, None if state is None else state.inner, ids)
@@ -83,6 +86,12 @@ class TitansLayer(Layer):
         if state is None:
             return y
         return TitansState(inner, now.next_pos, now.last_segment), y
+
+    def _packed(self, value: Any) -> Exception:
+        return NotImplementedError(
+            f"{type(self).__name__}: a second sequence in a row, but persistent tokens "
+            "stand before the first: expected one sequence a row, or persistent=0"
+        )
 
     def init_state(self, size: int, x: Any) -> TitansState:
         """An empty memory for `size` tokens; x [B,T,E] gives shapes and dtype only."""

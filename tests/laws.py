@@ -327,8 +327,7 @@ ENTRIES = {
         spread=False, wraps="delta", kernel=False, in_v=False,
     ),
     "titans": Entry(
-        Titans(depth=1, chunk=4), flops=1, decode=0, kernel=False, spread=False,
-        packed=True,
+        Titans(depth=1, chunk=4), flops=1, decode=0, spread=False, packed=True,
         in_v=False,
     ),
     # small steps: of larger ones on random tokens, gradients grow with every chunk

@@ -21,7 +21,7 @@ ORDER = {
     "pallas_kernels": (
         ("__init__", "tile", "tiles", "arrays", "padding"), ("tables", "candidates"),
         ("schedule", "refusals", "machine"),
-        ("flash", "decode", "linear", "delta", "scan"), ("blocks",), ("matrix",),
+        ("flash", "decode", "linear", "delta", "memory", "scan"), ("blocks",), ("matrix",),
         ("tune",),
     ),
     "attn": (

@@ -24,7 +24,8 @@ chunk: 4 b D^2 flops of Z and S that are read (x Z, x S, k W), 4 b D^2 of what i
 to them, 2 b^2 D + b^3 of pairs, so about 10 b D^2 over the rate of matrix products; and
 2 D^2 + 4 b D numbers moved, over the bandwidth, if Z and S leave the chip once a chunk
 (for the backward pass), 4 b D if they do not. An MLP of F hidden channels has 2F/D
-times as much of both. There is no kernel; this is XLA's form.
+times as much of both. The linear memory with momentum has kernels, for whole rows of
+one sequence (`attn/recurrent/memory_kernel.py`); all else is XLA's form.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ from attn.recurrent.chunks import from_chunks, only, to_chunks
 from attn.recurrent.memory_chunk import (
     Rule, Tokens, Weights, left, pair_weights, read, written,
 )
+from attn.recurrent.memory_kernel import fused, refuse
 from attn.recurrent.memory_pieces import Passes, Where, passes_of, seen_by
 from attn.recurrent.one_after_another import one_after_another
 
@@ -82,6 +84,7 @@ def learn(
     chunk: int = 16,
     lag: bool = False,
     axis: Axis | None = None,
+    dtype: Any = jnp.float32,
     implementation: str | None = None,
 ) -> tuple[Memory, jax.Array]:
     """The memory after T tokens, and what they read from it, o [B,T,H,V] float32.
@@ -91,6 +94,7 @@ def learn(
     sequence that share the weights at which gradients are taken. lag: the first token
     of a chunk does so alone, the others with the weights behind it (Miras' lag token;
     one sequence a row). axis: the mesh axis that T is split over, inside `shard_map`.
+    dtype: of what a kernel multiplies; XLA's form has float32.
     """
     if lag and where.segment is not None:
         raise NotImplementedError(
@@ -110,7 +114,15 @@ def learn(
             return run(first)
         return one_after_another(run, first, axis, (*q.shape[:3], v.shape[3]))
 
-    after, o = pick(implementation, xla=xla)
+    def kernel(backend):
+        refuse(
+            rule, gates, chunk, lag_token=lag, axis=axis is not None,
+            segments=where.segment is not None, **{"a state": state is not None})
+        z, s, o = fused(rule, q, k, v, gates, initial["W0"], chunk, dtype, backend)
+        return Memory({"W0": z}, {"W0": s}, None), o
+
+    tpu, gpu = (functools.partial(kernel, name) for name in ("tpu", "triton"))
+    after, o = pick(implementation, xla=xla, gpu=gpu, tpu=tpu)
     less = functools.partial(jax.tree.map, lambda a, b: a - b[None])
     frozen = after.frozen if state is not None and chunk > 1 else None
     return Memory(

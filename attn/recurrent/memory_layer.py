@@ -186,7 +186,7 @@ class MemoryAttention(nn.Module, Attention):
             return learn(
                 rule, q, k, v, gates, initial, where, state=state, fixed=fixed,
                 chunk=self.chunk, lag=getattr(self, "lag_token", False), axis=axis,
-                implementation=self.implementation,
+                dtype=low, implementation=self.implementation,
             )
 
         letters = "BH BTH BTK BTK BTH H H BT -> BH BTH"

@@ -4,20 +4,22 @@ A peer takes part where it is installed and runs: cuDNN and tokamax's kernels on
 tokamax's on a TPU, its chunked form and torch's scaled_dot_product_attention on a CPU
 (torch's on a GPU as well) for exact attention; for recurrences, ejkernel's XLA
 forms of one decay a head (token by token) and of the gated delta rule (in chunks; 64 is
-faster than its default of 256 here). What a peer refuses is said once and left out.
+faster than its default of 256 here). Beside a memory that is an MLP of `Titans`,
+titans-pytorch's. What a peer refuses is said once and left out.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib.util
-from typing import Any, Callable
+from typing import Any, Callable, Iterable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from attn.lightning import slopes
+from attn.titans import Titans
 from experiments.measure.timing import Inputs, prepared
 
 PEER = "jax.nn"
@@ -104,3 +106,55 @@ def gates(x: Inputs) -> tuple[jax.Array, jax.Array]:
     shape = x.k.shape[:2] + x.q.shape[2:3]
     a, b = (jax.random.normal(jax.random.key(n), shape) for n in (3, 4))
     return jax.nn.sigmoid(a), -0.1 * jax.nn.softplus(b)
+
+
+def memory_peers(which: str, attentions: Iterable[Any]) -> Makes:
+    """titans-pytorch's memory, as large as those of `attentions` that are Titans of 2
+    layers or more: as it comes, with all gradients of a call at the weights before it,
+    and with those of a chunk at the weights before that, as ours. It is a layer, whose
+    projections of the tokens (a few percent of its products) are timed with it."""
+    found: Makes = {}
+    for one in attentions if which in ("forward", "both") else ():
+        if isinstance(one, Titans) and one.depth > 1:
+            name = f"titans-pytorch depth={one.depth} chunk={one.chunk}"
+            make = functools.partial(_neural_memory, one, which)
+            found[name] = functools.partial(make, None)
+            found[f"{name} batch_size={one.chunk}"] = functools.partial(make, one.chunk)
+    return found
+
+
+def _neural_memory(
+    memory: Titans, which: str, batch_size: int | None, x: Inputs
+) -> Callable[[], Any]:
+    """titans-pytorch's NeuralMemory on iid normal tokens [B,T,H V], on the CPU, with
+    the gradients of its tokens and parameters."""
+    if importlib.util.find_spec("titans_pytorch") is None:
+        raise NotImplementedError(
+            "not installed, expected `pip install titans-pytorch`")
+    import torch
+    from titans_pytorch import MemoryMLP, NeuralMemory
+
+    if jax.default_backend() != "cpu" or x.q.dtype != jnp.float32:
+        raise NotImplementedError("timed on a CPU in float32 alone")
+    (b, t, h, d), width = x.q.shape, x.v.shape[3]
+    if d != width:
+        raise NotImplementedError(f"D={d}, V={width}: its heads have one width")
+    torch.manual_seed(0)
+    layer = NeuralMemory(
+        h * d, chunk_size=memory.chunk, batch_size=batch_size, dim_head=d, heads=h,
+        model=MemoryMLP(d, memory.depth, memory.expansion), momentum=memory.momentum,
+        mem_model_norm_add_residual=memory.residual and memory.norm,
+    )
+    tokens, do = (torch.randn(b, t, h * d) for _ in range(2))
+    wanted = [p for p in layer.parameters() if p.requires_grad]
+
+    def call():
+        if which == "forward":
+            with torch.no_grad():
+                layer(tokens)
+            return
+        args = [tokens.detach().requires_grad_(), *wanted]
+        torch.autograd.grad(layer(args[0])[0], args, do, allow_unused=True)
+
+    call()
+    return call

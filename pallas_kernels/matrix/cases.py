@@ -17,6 +17,7 @@ from pallas_kernels.matrix.case import (
 )
 from pallas_kernels.matrix.cases_delta import DELTA, rule, work as delta_work
 from pallas_kernels.matrix.cases_flash import FLASH, Causal, attention, work
+from pallas_kernels.matrix.cases_memory import memories
 from pallas_kernels.matrix.cases_peers import peers
 from pallas_kernels.matrix.cases_recurrent import recurrent
 
@@ -90,6 +91,7 @@ def cases(target) -> dict[str, Case]:
                     functools.partial(attention, **more, **options), flops)
             if backend not in tables.PADDED:
                 found |= recurrent(backend, way, label)
+                found |= memories(backend, way, label)
                 for name, options in DELTA.items():
                     found[f"delta {way}{label} {name}"] = Case(
                         functools.partial(rule, **more, **options),

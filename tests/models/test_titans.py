@@ -37,7 +37,7 @@ def test_no_token_sees_the_future(name):
     assert (np.abs(g[:, :t + 1]).max((0, 2)) > 0).all()
 
 
-@pytest.mark.parametrize("name", ["lmm", "mag", "mal"])
+@pytest.mark.parametrize("name", LAYERS)
 def test_a_stream_is_the_whole(name):
     layer, (x, params) = LAYERS[name], drawn(name)
     want, state, outs = apply(layer, params, x), layer.init_state(T, x), []
@@ -60,6 +60,13 @@ def test_packed_rows_need_a_layer_without_persistent_tokens():
     packed = np.asarray(apply(LAYERS["lmm"], params, x, segments=ids))
     assert np.isnan(packed[:, 5:]).all()
     close(packed[:, :5], apply(LAYERS["lmm"], params, x[:, :5]))
+    with pytest.raises(NotImplementedError, match="LMM: a second sequence .*expected"):
+        LAYERS["lmm"].apply(params, x, segments=ids)
+    # of MAC each segment has persistent tokens of its own
+    x, params = drawn("mac")
+    packed = apply(LAYERS["mac"], params, x, segments=ids)
+    for part in (slice(0, 5), slice(5, T)):
+        close(packed[:, part], apply(LAYERS["mac"], params, x[:, part]))
 
 
 def test_segments_of_mac_meet_through_the_memory_alone():
@@ -81,10 +88,6 @@ def test_segments_of_mac_meet_through_the_memory_alone():
 
 def test_what_is_not_there_says_why():
     x, params = drawn("mac")
-    with pytest.raises(NotImplementedError, match="MAC cannot be streamed"):
-        LAYERS["mac"].init_state(T, x)
-    with pytest.raises(NotImplementedError, match="whole texts"):
-        LAYERS["mac"].apply(params, x, segments=jnp.ones((2, T), jnp.int32))
     with pytest.raises(NotImplementedError, match="a context"):
         LAYERS["lmm"].apply(params, x, context=x)
     with pytest.raises(ValueError, match="expected a memory that learns"):

@@ -68,3 +68,36 @@ def heads(answer, loss, link, chunk, args, initial, fixed, do):
         o, back = jax.jit(lambda *a: jax.vjp(run, *a))(
             *map(double, (args, initial, fixed)))
         return jax.device_get((o, jax.jit(back)(double(do))))
+
+
+def linear(args, chunk, factor, cotangents):
+    """W, S [B,H,D,V] and o [B,T,H,V] of a linear memory, and the gradients of
+    `cotangents` by args {q, k [B,T,H,D], v [B,T,H,V], step, log_keep, log_momentum
+    [B,T,H], weights, momentum [B,H,D,V]}, all float64."""
+    def run(args):
+        def token(carry, x):
+            w, s, frozen = carry
+            t, q, k, v, step, keep, run = x  # [B,H,1,.], [B,H,1,1]
+            frozen = jnp.where(t % chunk == 0, w, frozen)
+            u = factor * k.swapaxes(-1, -2) * (k @ frozen - v)
+            s = jnp.exp(run) * s - step * u
+            w = jnp.exp(keep) * w + s
+            return (w, s, frozen), (q @ w)[:, :, 0]
+
+        # [B,T,H,...] -> [T,B,H,1,...]
+        rows = [jnp.moveaxis(args[n], 1, 0)[:, :, :, None] for n in "qkv"]
+        rows += [jnp.moveaxis(args[n], 1, 0)[..., None, None] for n in (
+            "step", "log_keep", "log_momentum")]
+        first = args["weights"], args["momentum"], args["weights"]
+        (w, s, _), o = jax.lax.scan(token, first, (jnp.arange(len(rows[0])), *rows))
+        return w, s, jnp.moveaxis(o, 0, 1)
+
+    def double(tree):
+        return jax.tree.map(lambda a: jnp.asarray(np.asarray(a, np.float64)), tree)
+
+    with jax.enable_x64(True):
+        def both(args, cotangents):
+            out, back = jax.vjp(run, args)
+            return out, back(cotangents)[0]
+
+        return jax.device_get(jax.jit(both)(double(args), double(cotangents)))

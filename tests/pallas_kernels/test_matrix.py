@@ -331,7 +331,7 @@ def test_a_gpu_takes_the_row_of_its_model():
 def test_every_target_has_cases_and_its_peers_are_marked(target):
     found = cases.cases(target)
     assert {n.split()[0] for n in found} == {
-        "flash", "blocks", "decode", "linear", "delta", "scan", "peer"} - (
+        "flash", "blocks", "decode", "linear", "delta", "memory", "scan", "peer"} - (
         set() if any(c.peer for c in found.values()) else {"peer"})
     assert all(c.peer == n.startswith("peer") for n, c in found.items())
     decoding = next(c for n, c in found.items() if n.startswith("decode"))

@@ -1,0 +1,67 @@
+"""Decays of channels in the kernels of the delta rule on GPU: what the first kernel
+finds of a chunk for the others, over some key channels at a time.
+
+Source: see `pallas_kernels/delta/channels.py`.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton
+
+from pallas_kernels.delta.channels import Climb, pairs
+from pallas_kernels.delta.chunk import CHUNK, F32
+from pallas_kernels.delta.triton_chunk import ChunkContext, for_each_part
+from pallas_kernels.machine.triton import load, power
+
+
+def climb(ctx: ChunkContext, n, q, k, g_ref, first) -> Climb:
+    """The levels of a chunk for the key channels of q and k [CHUNK,rows]."""
+    return Climb(ctx.tokens(g_ref, n, first, k.shape[1]), q, k, _sibling)
+
+
+def weights(ctx: ChunkContext, n, rows: int, q_ref, k_ref, g_ref, *refs):
+    """The products of the chunk's queries, and of its keys, with its keys under the
+    decays between them [CHUNK,CHUNK]. refs: where q and k as they meet the states are
+    written, [B,T,H,D], and what is kept of a state [B,H,N,D]."""
+    *met_refs, whole_ref = refs
+
+    def step(i, found):
+        first = i * rows
+        q, k = (ctx.tokens(ref, n, first, rows) for ref in (q_ref, k_ref))
+        levels = climb(ctx, n, q, k, g_ref, first)
+        found = tuple(a + b for a, b in zip(found, pairs(levels, q, k)))
+        for ref, a in zip(met_refs, levels.met()):
+            ctx.write(ref, a, n, first)
+        # every row is the same; a sum, since a row of a tile is no tile
+        number = jax.lax.broadcasted_iota(jnp.int32, levels.whole.shape, 0)
+        whole = jnp.where(number == 0, levels.whole, 0.0).sum(0)  # [rows]
+        inside = None
+        if k_ref.shape[3] % rows:
+            lane = jax.lax.broadcasted_iota(jnp.int32, (rows,), 0)
+            inside = first + lane < k_ref.shape[3]
+        at = whole_ref.at[ctx.b, ctx.h, n, pl.ds(ctx.b * 0 + first, rows)]
+        triton.store(at, whole, mask=inside)
+        return found
+
+    square = jnp.zeros((CHUNK, CHUNK), F32)
+    return for_each_part(k_ref.shape[3], rows, step, (square, square))
+
+
+def kept(ctx: ChunkContext, ref, n):
+    """What is kept of the state over a chunk, of [B,H,N,D], as a column [D,1]."""
+    size, inside = power(ref.shape[3]), None
+    if size != ref.shape[3]:
+        inside = jax.lax.broadcasted_iota(jnp.int32, (size,), 0) < ref.shape[3]
+    return load(ref.at[ctx.b, ctx.h, n, pl.ds(ctx.b * 0, size)], inside, 0)[:, None]
+
+
+def _sibling(x, s: int):
+    """x [CHUNK,X] of the token whose number differs in bit s."""
+    halves = x.reshape(CHUNK // (2 * s), 2, s * x.shape[1])
+    second = jax.lax.broadcasted_iota(jnp.int32, halves.shape, 1) == 1
+    a, b = (jnp.where(second == late, halves, 0.0).sum(1)[:, None]
+            for late in (False, True))
+    return jnp.where(second, a, b).reshape(x.shape)

@@ -1,4 +1,5 @@
-"""The delta rule, with and without decay, forward and backward, as a kernel.
+"""The delta rule, without decay, with that of heads and with that of each channel of
+the key, forward and backward, as a kernel.
 
     S' = exp(g_t) S_{t-1},  u_t = beta_t (v_t - k_t S'),  S_t = S' + k_t^T u_t,
     o_t = scale q_t S_t
@@ -7,11 +8,13 @@ Inside a chunk of 64 tokens every u depends on those before it, by a lower trian
 system that is inverted on the chip; the state travels from chunk to chunk in float32.
 What a token decays, and which tokens belong together, is worked out before the kernel
 as eight numbers a token and head, so that its gradient is XLA's: the kernel returns the
-gradient of these numbers. The backward pass reads the states that chunks begin with,
+gradient of these numbers. Decays of channels come as they are, and their sums are made
+in the kernel (`pallas_kernels/delta/channels.py`). The backward pass reads the states that chunks begin with,
 and passes from the last chunk to the first. No atomics: the same bits each time.
 
-Sources: the chunked form of DeltaNet (Yang et al., 2024, arXiv:2406.06484) and Gated
-DeltaNet (Yang et al., 2024, arXiv:2412.06464); the gradients are derived here.
+Sources: the chunked form of DeltaNet (Yang et al., 2024, arXiv:2406.06484), Gated
+DeltaNet (Yang et al., 2024, arXiv:2412.06464) and, for channels, Kimi Delta Attention
+(Kimi team, 2025, arXiv:2510.26692); the gradients are derived here.
 """
 
 from __future__ import annotations
@@ -33,6 +36,7 @@ from pallas_kernels.tiles import DeltaTriton
 
 F32 = jnp.float32
 KERNELS = "inside", "forward", "backward", "values", "keys"  # on GPU
+APART = "inside", "keys"  # those with tiles of their own where channels decay
 FLOOR = -128.0  # exp of it is 0 in float32, so a log decay below it says nothing more
 
 
@@ -102,7 +106,7 @@ def delta(
         g, = blank(segment, log_decay.astype(F32))
         g, log_decay, gated = jnp.maximum(g, FLOOR), None, False
     static = Static(
-        t, scale, gated, channels, *_tiles(q, v, b * h, tile, backend),
+        t, scale, gated, channels, *_tiles(q, v, b * h, channels, tile, backend),
         tables.vmem(tables.device_kind(), backend), backend, interpret,
         candidates.checked(backend, "delta", variant),
     )
@@ -125,7 +129,9 @@ def _alone(q, k, v, beta, log_decay, segment, **options):
     return state, o[:, :1]
 
 
-def _tiles(q, v, heads: int, tile, backend: str) -> tuple[tuple[DeltaTriton, ...], int]:
+def _tiles(
+    q, v, heads: int, channels: bool, tile, backend: str
+) -> tuple[tuple[DeltaTriton, ...], int]:
     """Tiles of the kernels on GPU, and chunks of a grid step on TPU."""
     device, width = tables.device_kind(), v.shape[3]
     shape = tables.Shape(q.shape[3], width, q.shape[3], width, q.dtype.itemsize)
@@ -133,8 +139,10 @@ def _tiles(q, v, heads: int, tile, backend: str) -> tuple[tuple[DeltaTriton, ...
         most = tables.chunks(device, "delta", shape, override=tile and tile[:1]).chunks
         return (), min(most, -(-q.shape[1] // CHUNK))
     ask = None if tile is None else (CHUNK, *tile)
-    found = [tables.tile(device, f"delta_{kind}", shape, ask, backend)
+    names = [f"{kind}_channels" if channels and kind in APART else kind
              for kind in KERNELS]
+    found = [tables.tile(device, f"delta_{name}", shape, ask, backend)
+             for name in names]
     if tile is None:
         # what passes over the chunks takes fewer columns where processors would idle
         found[1:3] = (_narrowed(a, width, heads) for a in found[1:3])

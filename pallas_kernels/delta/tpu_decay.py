@@ -3,6 +3,14 @@
 Both say the same things of a chunk, so that the passes are one code: q and k as they
 meet the states, the weights between tokens, what is kept of a state, and the gradients
 of all of these.
+
+Two limits, counted and not measured, for T = 8192, 16 heads of D = V = 128 and bfloat16
+on a v5e (197 TFLOP/s, 0.82 TB/s), with decays of channels; everything is read and
+written once. The recurrence, 6 D V flops a token and head and 2.5 times that backward:
+13 G, 0.07 ms, and 32 G, 0.16 ms. Bytes: 0.20 G, 0.25 ms, and 0.45 G, 0.55 ms, of which
+0.08 are states and inverses that the forward pass left. The kernels' products: 56 G,
+0.28 ms, and 131 G, 0.66 ms. By the compiled schedule they take 1.5 and 2.3 ms, in which
+the matrix units are busy for 38% and 49%: a chunk has only 64 rows for them.
 """
 
 from __future__ import annotations

@@ -1,6 +1,20 @@
 """Decays of channels in the kernels of the delta rule on GPU: what the first kernel
 finds of a chunk for the others, over some key channels at a time.
 
+That kernel makes the weights between tokens level by level and writes, beside them, q
+and k as they meet the states, so that the passes over states are those without a decay
+but for what is kept of a state, a number a channel. Their gradients are made where dq
+and dk are, level by level again. Two limits, counted as in `triton.py` and for the same
+call with 16 heads:
+
+                        flops              bytes
+    forward, needed      13 G  0.01 ms     0.20 G  0.04 ms
+    forward, kernels     56 G  0.06 ms     0.49 G  0.10 ms
+    backward, needed     32 G  0.03 ms     0.37 G  0.08 ms
+    backward, kernels   110 G  0.11 ms     1.24 G  0.26 ms
+
+Of the forward flops 46% are those of the six levels, of the backward ones 47%.
+
 Source: see `pallas_kernels/delta/channels.py`.
 """
 

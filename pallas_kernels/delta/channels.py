@@ -49,13 +49,11 @@ class Climb:
         # inside its block: up to a token, the token with it; behind it; all of it
         until, behind, total = g, jnp.zeros_like(g), g
         number = jax.lax.broadcasted_iota(jnp.int32, g.shape, 0)
-        i, j = grid()
+        level = _levels()
         for s in levels(CHUNK):
             second = (number & s) != 0
             factor = jnp.exp(jnp.where(second, until, behind))
-            apart = i ^ j
-            yield Level((apart >= s) & (apart < 2 * s) & (i > j), factor,
-                        *(_faded(a, factor) for a in (q, k)))
+            yield Level(level == s, factor, *(_faded(a, factor) for a in (q, k)))
             other = self.sibling(total, s)
             until = until + jnp.where(second, other, 0.0)
             behind = behind + jnp.where(second, 0.0, other)
@@ -67,6 +65,15 @@ class Climb:
         the one that it ends with [CHUNK,D], in the type of q."""
         _, q, k = self.given
         return (_faded(q, self.enter), _faded(k, self.enter), _faded(k, self.leave))
+
+
+def _levels():
+    """The level of each pair [CHUNK,CHUNK], 0 for j >= i."""
+    i, j = grid()
+    apart = i ^ j
+    for n in (1, 2, 4):  # all bits below the highest: numbers have 6
+        apart = apart | (apart >> n)
+    return jnp.where(i > j, apart - (apart >> 1), 0)
 
 
 def _faded(a, factor):

@@ -66,7 +66,7 @@ class MultiHead(Layer):
     of all ("all"). out_gate: times silu or sigmoid of a projection of x ("silu",
     "sigmoid"), through gate_rank channels if that is given. An attention may ask for
     these three by fields of the same names. norm: what all these norms are. use_bias:
-    True for all projections, "qkv" for these three. dtype: of the computation;
+    True for all projections, a gate's among them, "qkv" for these three. dtype: of the computation;
     parameters are float32.
 
     Cross attention (`context=`): a context is seen whole, unless the attention has been
@@ -96,7 +96,7 @@ class MultiHead(Layer):
     sites = ("q", "k", "v", "pattern", "z")
     parameter_axes = {
         "[qkv]/kernel": "EHD", "[qkv]/bias": "HD", "out/kernel": "HDE", "sink": "H",
-        "gate/kernel": "EHD", "gate_down/kernel": "ER", "out_norm/scale": "HD",
+        "gate/kernel": "EHD", "gate/bias": "HD", "gate_down/kernel": "ER", "out_norm/scale": "HD",
         "[qk]_norm/scale": "HD",  # over all channels
         "theta": "HD",  # of a learned rotation
     }
@@ -199,7 +199,8 @@ class MultiHead(Layer):
         if name not in ("silu", "sigmoid"):
             raise ValueError(f"out_gate={name!r}: expected 'silu' or 'sigmoid'")
         dense = functools.partial(
-            nn.DenseGeneral, use_bias=False, dtype=self.dtype, kernel_init=_INIT
+            nn.DenseGeneral, use_bias=self.use_bias is True, dtype=self.dtype,
+            kernel_init=_INIT,
         )
         if rank is not None:
             x = dense(rank, name="gate_down")(x)  # [B,T,E] [E,R]

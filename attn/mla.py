@@ -40,7 +40,8 @@ class MLA(Layer):
     made from it, shared_dim R of the part that all heads share, which `position` turns
     (None: it does not, as in Kimi Linear, arXiv:2510.26692); value_dim V. query_rank:
     queries come from a latent of this rank too. scale: of q.k, by default (D+R)^-0.5.
-    dtype: of the computation; parameters are float32. A stream keeps C + R numbers and
+    use_bias: of what makes the latents and of the last projection, but of nothing that
+    is made from a latent, nor of queries that come from none. dtype: of the computation; parameters are float32. A stream keeps C + R numbers and
     a position a token: `attn.cache.kv.Cache` with keys [B,slots,1,C+R] and no values.
     """
 
@@ -53,6 +54,7 @@ class MLA(Layer):
     position: Any = None
     scale: float | None = None
     norm: Norm = Norm()
+    use_bias: bool = False
     dtype: Any = jnp.float32
     implementation: str | None = None
     sites = ("z",)  # what each head has found; a view may ask for it
@@ -90,7 +92,7 @@ class MLA(Layer):
             # (sum_t p_t c_t) V_h: [B,T,H,C] [C,H,V]
             o = jnp.einsum("bthc,chv->bthv", mean, v_up)
         y = nn.DenseGeneral(
-            x.shape[-1], axis=(-2, -1), use_bias=False, dtype=self.dtype,
+            x.shape[-1], axis=(-2, -1), use_bias=self.use_bias, dtype=self.dtype,
             kernel_init=_INIT, name="out",
         )(opened(self, "z", o))
         return y if state is None else (state, y)
@@ -110,9 +112,9 @@ class MLA(Layer):
         if not hasattr(x, "shape") or len(x.shape) != 3:
             raise ValueError(f"x {getattr(x, 'shape', x)}: expected [B,T,E]")
 
-    def _dense(self, name: str, *width: int):
+    def _dense(self, name: str, *width: int, bias: bool = False):
         return nn.DenseGeneral(
-            width, use_bias=False, dtype=self.dtype, kernel_init=_INIT, name=name
+            width, use_bias=bias, dtype=self.dtype, kernel_init=_INIT, name=name
         )
 
     def _queries(self, x) -> jax.Array:
@@ -120,12 +122,13 @@ class MLA(Layer):
         width = self.heads, self.head_dim + self.shared_dim
         if self.query_rank is None:
             return self._dense("q", *width)(x)
-        low = self._dense("q_down", self.query_rank)(x)
+        low = self._dense("q_down", self.query_rank, bias=self.use_bias)(x)
         return self._dense("q_up", *width)(self.norm.module(self.dtype, "q_norm")(low))
 
     def _latents(self, x) -> tuple[jax.Array, jax.Array]:
         """The latent [B,T,C] and the key that all heads share [B,T,1,R]."""
-        down = self._dense("kv_down", self.rank + self.shared_dim)(x)
+        width = self.rank + self.shared_dim
+        down = self._dense("kv_down", width, bias=self.use_bias)(x)
         latent = self.norm.module(self.dtype, "kv_norm")(down[..., : self.rank])
         return latent, down[..., None, self.rank:]
 

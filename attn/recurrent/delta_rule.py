@@ -35,7 +35,6 @@ from attn.recurrent.chunks import only
 from attn.recurrent.delta_chunked import chunked, unknown_state
 from attn.recurrent.lasp import CarryIn, carry_in
 from attn.recurrent.linear import token_decays
-from pallas_kernels import Refused
 from pallas_kernels.delta.api import WIDEST, delta
 
 NONE = 2**30  # the first segment of a shard that has no tokens, behind all others
@@ -134,9 +133,6 @@ def recurrence(
         return chunked(q, k, v, beta, log_decay, segment, chunk, scale, state, join)
 
     def kernel(backend):
-        if log_decay is not None and log_decay.ndim == 4:
-            raise Refused("there is no kernel for a decay of each key channel yet, "
-                          "expected one a head, or implementation='xla'")
         call = functools.partial(
             delta, q, k, beta=beta, log_decay=log_decay, segment=segment, scale=scale,
             backend=backend, interpret=interpreted())

@@ -134,7 +134,8 @@ def phi3(r: Reader, options: dict[str, Any]) -> LM:
     kind = FULL if size is None else SLIDING
     r.ignore("original_max_position_embeddings")
     return decoder(
-        r, options, attention=softmaxes([kind] * layers(r), size), position=rope(r),
+        r, options, attention=softmaxes([kind] * layers(r), size),
+        position=rope(r, fraction=1.0),
         feed=feed(r), norms=rms(r, 1e-5), use_bias=r.only("attention_bias", False),
     )
 

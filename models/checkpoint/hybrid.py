@@ -18,7 +18,9 @@ from models.checkpoint.decoder import (
 )
 from models.checkpoint.dense import BUFFERS, PRE
 from models.checkpoint.rope import rope
-from models.checkpoint.tensors import Entry, Shapes, flat, fused, kernel, norm
+from models.checkpoint.tensors import (
+    Entry, Shapes, flat, fused, kernel, linear, norm,
+)
 from models.lm import LM
 from models.stack import Norm, Residual
 
@@ -163,23 +165,27 @@ def gated(r: Reader, options: dict[str, Any], **fields: Any) -> LM:
     """What Qwen3-Next and Qwen3.5 share; scales of norms are stored as what they differ
     from 1, but not those behind DeltaNet."""
     r.only("hidden_act", "silu")
-    r.only("attention_bias", False)
     return decoder(
         r, options, head_dim=r.size("head_dim", 256),
         attention=mixed(hybrid_kinds(r), softmaxes([FULL], None)[0],
                         delta_layer(r, options, rms(r))),
         position=rope(r, fraction=0.25), norms=rms(r, offset=1.0), qk_norm="head",
-        out_gate="sigmoid", **fields,
+        out_gate="sigmoid", use_bias=r.flag("attention_bias"), **fields,
     )
 
 
 def gated_softmax(model: LM, name: str, mixer: str) -> list[Entry]:
     """The softmax of Qwen3-Next: each head's query and gate in one matrix."""
+    bias, both = model.use_bias is True, [f"{mixer}/{c}" for c in ("q", "gate")]
+    found = [fused(f"{name}.q_proj.weight", [f"{path}/kernel" for path in both],
+                   groups=model.heads)]
+    if bias:
+        found.append(fused(f"{name}.q_proj.bias", [f"{path}/bias" for path in both],
+                           inputs=0, groups=model.heads))
+    for c in "kv":
+        found += linear(f"{name}.{c}_proj", f"{mixer}/{c}", bias=bias)
     return [
-        fused(f"{name}.q_proj.weight", [f"{mixer}/{c}/kernel" for c in ("q", "gate")],
-              groups=model.heads),
-        *(kernel(f"{name}.{c}_proj.weight", f"{mixer}/{c}/kernel") for c in "kv"),
-        kernel(f"{name}.o_proj.weight", f"{mixer}/out/kernel", inputs=2),
+        *found, *linear(f"{name}.o_proj", f"{mixer}/out", inputs=2, bias=bias),
         *norm(f"{name}.q_norm", f"{mixer}/q_norm"),
         *norm(f"{name}.k_norm", f"{mixer}/k_norm"),
     ]

@@ -16,7 +16,7 @@ from models.checkpoint.decoder import (
 from models.checkpoint.dense import BUFFERS
 from models.checkpoint.hybrid import convs
 from models.checkpoint.sparse import W123, experts_of, norms
-from models.checkpoint.tensors import Entry, flat, fused, kernel, norm
+from models.checkpoint.tensors import Entry, flat, fused, kernel, linear, norm
 from models.experts import Experts
 from models.feed import Feed
 from models.lm import LM
@@ -31,14 +31,15 @@ def kimi_linear(r: Reader, options: dict[str, Any]) -> LM:
     every = [FULL if n and n % 4 == 0 else LINEAR for n in range(count)]
     kinds = r.kinds("layer_types", every, (FULL, LINEAR))
     r.only("hidden_act", "silu")
-    r.only("attention_bias", False)
     # what its config inherits: it has no rotation
     r.ignore("head_dim", "qk_head_dim", "rope_theta", "rope_parameters", "rope_scaling")
+    # nor does transformers tie its head, whatever the config says
+    r.ignore("tie_word_embeddings")
     each = {LINEAR: kda_layer(r, options), FULL: mla_layer(r, options)}
     return decoder(
         r, options, attention=tuple(each[kind] for kind in kinds), position=None,
         norms=rms(r, 1e-5), head_dim=r.size("qk_nope_head_dim", 128),
-        feed=feeds(r, count),
+        feed=feeds(r, count), tied=False,
     )
 
 
@@ -60,7 +61,8 @@ def mla_layer(r: Reader, options: dict[str, Any]) -> MLA:
     return MLA(
         heads(r), r.size("kv_lora_rank", 512), r.size("qk_nope_head_dim", 128),
         r.size("qk_rope_head_dim", 64), r.size("v_head_dim", 128), query_rank,
-        norm=Norm(), dtype=options["dtype"], parent=None,
+        norm=Norm(), use_bias=r.flag("attention_bias"), dtype=options["dtype"],
+        parent=None,
     )
 
 
@@ -126,16 +128,16 @@ def mla_tensors(layer: MLA, name: str, mixer: str) -> list[Entry]:
         queries = [kernel(f"{name}.q_proj.weight", f"{mixer}/q/kernel")]
     else:
         queries = [
-            kernel(f"{name}.q_a_proj.weight", f"{mixer}/q_down/kernel"),
+            *linear(f"{name}.q_a_proj", f"{mixer}/q_down", bias=layer.use_bias),
             *norm(f"{name}.q_a_layernorm", f"{mixer}/q_norm"),
             kernel(f"{name}.q_b_proj.weight", f"{mixer}/q_up/kernel"),
         ]
     return queries + [
-        kernel(f"{name}.kv_a_proj_with_mqa.weight", f"{mixer}/kv_down/kernel"),
+        *linear(f"{name}.kv_a_proj_with_mqa", f"{mixer}/kv_down", bias=layer.use_bias),
         *norm(f"{name}.kv_a_layernorm", f"{mixer}/kv_norm"),
         fused(f"{name}.kv_b_proj.weight", [f"{mixer}/k_up", f"{mixer}/v_up"],
               groups=layer.heads),
-        kernel(f"{name}.o_proj.weight", f"{mixer}/out/kernel", inputs=2),
+        *linear(f"{name}.o_proj", f"{mixer}/out", inputs=2, bias=layer.use_bias),
     ]
 
 

@@ -46,11 +46,20 @@ def minimax(r: Reader, options: dict[str, Any]) -> LM:
 
     own = {FULL: factors("full_attn"), LINEAR: factors("linear_attn")}
     return decoder(
-        r, options, attention=tuple(lightning), position=rope(r, theta=1000000.0),
+        r, options, attention=tuple(lightning),
+        position=rope(r, theta=1000000.0, fraction=_turned(r)),
         norms=rms(r, 1e-5), feed=mixture(r),
         residual=tuple(Residual(normed=True, mixer=own[kind], mlp=factors("mlp"))
                        for kind in kinds),
     )
+
+
+def _turned(r: Reader) -> float | None:
+    """The share of a head's channels that is turned: the code that came with the
+    weights has a key for it, transformers turns all of them."""
+    if r.get("rotary_dim") is None:
+        return None
+    return r.size("rotary_dim") / head_dim(r)
 
 
 def older_minimax(data: dict[str, Any]) -> dict[str, Any]:
@@ -69,10 +78,6 @@ def older_minimax(data: dict[str, Any]) -> dict[str, Any]:
         if data.pop(key, value) != value:
             raise NotImplementedError(f"{key} other than {value!r}: not there yet")
     data.pop("shared_moe_mode", None)  # of no shared expert
-    turned = data.pop("rotary_dim", None)
-    if turned is not None:
-        d = data.get("head_dim") or data["hidden_size"] // data["num_attention_heads"]
-        data["partial_rotary_factor"] = turned / d
     return data
 
 

@@ -20,12 +20,15 @@ KNOWN = {
 
 
 def rope(
-    r: Reader, kind: str | None = None, theta: float = 10000.0, fraction: float = 1.0,
+    r: Reader, kind: str | None = None, theta: float = 10000.0,
+    fraction: float | None = None,
     old_theta: str = "rope_theta", scaled: bool = True,
 ) -> RoPE:
     """The rotation of all layers, or of those of a `kind` where kinds differ.
 
-    theta, fraction: what they are if the config says nothing; old_theta: the key of
+    theta, fraction: what they are if the config says nothing; a fraction of None: all
+    channels, whatever it says, as in those architectures whose code in transformers
+    does not read its `partial_rotary_factor`; old_theta: the key of
     the older form; scaled: whether `rope_scaling` of the older form is of these layers.
     """
     given = r.get("rope_parameters")
@@ -57,7 +60,8 @@ def rope(
     length = r.get("max_position_embeddings", r.get("model_max_length", 2048))
     fields: dict[str, Any] = {
         "theta": _number(said, "rope_theta", theta),
-        "fraction": _number(said, "partial_rotary_factor", fraction),
+        "fraction": 1.0 if fraction is None else _number(
+            said, "partial_rotary_factor", fraction),
     }
     if name == "longrope":
         # beside the rotation, in the folders that are older

@@ -1,4 +1,5 @@
-"""The delta rule, with and without decay, forward and backward, as a kernel.
+"""The delta rule, without decay, with that of heads and with that of each channel of
+the key, forward and backward, as a kernel.
 
     S' = exp(g_t) S_{t-1},  u_t = beta_t (v_t - k_t S'),  S_t = S' + k_t^T u_t,
     o_t = scale q_t S_t
@@ -7,11 +8,13 @@ Inside a chunk of 64 tokens every u depends on those before it, by a lower trian
 system that is inverted on the chip; the state travels from chunk to chunk in float32.
 What a token decays, and which tokens belong together, is worked out before the kernel
 as eight numbers a token and head, so that its gradient is XLA's: the kernel returns the
-gradient of these numbers. The backward pass reads the states that chunks begin with,
+gradient of these numbers. Decays of channels come as they are, and their sums are made
+in the kernel (`pallas_kernels/delta/channels.py`). The backward pass reads the states that chunks begin with,
 and passes from the last chunk to the first. No atomics: the same bits each time.
 
-Sources: the chunked form of DeltaNet (Yang et al., 2024, arXiv:2406.06484) and Gated
-DeltaNet (Yang et al., 2024, arXiv:2412.06464); the gradients are derived here.
+Sources: the chunked form of DeltaNet (Yang et al., 2024, arXiv:2406.06484), Gated
+DeltaNet (Yang et al., 2024, arXiv:2412.06464) and, for channels, Kimi Delta Attention
+(Kimi team, 2025, arXiv:2510.26692); the gradients are derived here.
 """
 
 from __future__ import annotations
@@ -33,18 +36,20 @@ from pallas_kernels.tiles import DeltaTriton
 
 F32 = jnp.float32
 KERNELS = "inside", "forward", "backward", "values", "keys"  # on GPU
+APART = "inside", "keys"  # those with tiles of their own where channels decay
 FLOOR = -128.0  # exp of it is 0 in float32, so a log decay below it says nothing more
 
 
 class Static(NamedTuple):
-    """What is known of one call: T tokens; whether they decay; tiles: on GPU, of the
-    two kernels of the forward pass and the three of the backward pass, rows and columns
-    of the state; pieces: chunks of a grid step, and vmem: bytes of fast memory that a
+    """What is known of one call: T tokens; gated: whether heads decay; channels:
+    whether channels of keys do; tiles: on GPU, of the two kernels of the forward pass
+    and the three of the backward pass, rows and columns of the state; pieces: chunks of a grid step, and vmem: bytes of fast memory that a
     kernel may use, on TPU; variant: candidates that the call asks for."""
 
     t: int
     scale: float
     gated: bool
+    channels: bool
     tiles: tuple[DeltaTriton, ...]
     pieces: int
     vmem: int
@@ -71,7 +76,7 @@ def delta(
     """The rule over T tokens -> state [B,H,D,V] float32, o [B,T,H,V] in v's dtype.
 
     beta [B,T,H]; q, k [B,T,.,D] and v [B,T,.,V] have a number of heads that divides H;
-    log_decay None, [H] or [B,T,H], at most 0; state [B,H,D,V]: None for zeros; segment
+    log_decay None, [H], [B,T,H] or, of each channel of the key, [B,T,H,D], at most 0; state [B,H,D,V]: None for zeros; segment
     [B,T]: 0 is padding, a new number begins with an empty state, 1 sees `state`.
     backend: "tpu" or "triton"; tile: chunks of a grid step on TPU; columns of the
     state, warps and stages on GPU; variant: names of candidates
@@ -95,13 +100,18 @@ def delta(
                       "integers of 32 and 64 bits")
     if state is None:
         state = jnp.zeros((b, h, d, width), F32)
+    g, gated = None, log_decay is not None
+    channels = log_decay is not None and log_decay.ndim == 4
+    if channels:  # the chunks' numbers then only say which tokens belong together
+        g, = blank(segment, log_decay.astype(F32))
+        g, log_decay, gated = jnp.maximum(g, FLOOR), None, False
     static = Static(
-        t, scale, log_decay is not None, *_tiles(q, v, b * h, tile, backend),
+        t, scale, gated, channels, *_tiles(q, v, b * h, channels, tile, backend),
         tables.vmem(tables.device_kind(), backend), backend, interpret,
         candidates.checked(backend, "delta", variant),
     )
     side = sides(beta, log_decay, segment, static.pieces * CHUNK)
-    return _delta(static, side, q, k, v, state.astype(F32))
+    return _delta(static, side, q, k, v, g, state.astype(F32))
 
 
 def _alone(q, k, v, beta, log_decay, segment, **options):
@@ -112,14 +122,16 @@ def _alone(q, k, v, beta, log_decay, segment, **options):
         return jnp.pad(a, [(0, 0), (0, 1)] + [(0, 0)] * (a.ndim - 2))
 
     segment = jnp.ones((1, 1), jnp.int32) if segment is None else segment
-    if log_decay is not None and log_decay.ndim == 3:
+    if log_decay is not None and log_decay.ndim > 1:
         log_decay = padded(log_decay)
     q, k, v, beta, segment = map(padded, (q, k, v, beta, segment))
     state, o = delta(q, k, v, beta, log_decay, segment=segment, **options)
     return state, o[:, :1]
 
 
-def _tiles(q, v, heads: int, tile, backend: str) -> tuple[tuple[DeltaTriton, ...], int]:
+def _tiles(
+    q, v, heads: int, channels: bool, tile, backend: str
+) -> tuple[tuple[DeltaTriton, ...], int]:
     """Tiles of the kernels on GPU, and chunks of a grid step on TPU."""
     device, width = tables.device_kind(), v.shape[3]
     shape = tables.Shape(q.shape[3], width, q.shape[3], width, q.dtype.itemsize)
@@ -127,8 +139,10 @@ def _tiles(q, v, heads: int, tile, backend: str) -> tuple[tuple[DeltaTriton, ...
         most = tables.chunks(device, "delta", shape, override=tile and tile[:1]).chunks
         return (), min(most, -(-q.shape[1] // CHUNK))
     ask = None if tile is None else (CHUNK, *tile)
-    found = [tables.tile(device, f"delta_{kind}", shape, ask, backend)
+    names = [f"{kind}_channels" if channels and kind in APART else kind
              for kind in KERNELS]
+    found = [tables.tile(device, f"delta_{name}", shape, ask, backend)
+             for name in names]
     if tile is None:
         # what passes over the chunks takes fewer columns where processors would idle
         found[1:3] = (_narrowed(a, width, heads) for a in found[1:3])
@@ -203,29 +217,29 @@ def _kernels(static: Static) -> Any:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 @in_32_bits
-def _delta(static: Static, side, q, k, v, state):
-    return _kernels(static).forward(static, side, q, k, v, state, False)[:2]
+def _delta(static: Static, side, q, k, v, g, state):
+    return _kernels(static).forward(static, side, q, k, v, g, state, False)[:2]
 
 
 @in_32_bits
-def _ahead(static: Static, side, q, k, v, state):
-    final, o, *kept = _kernels(static).forward(static, side, q, k, v, state, True)
-    return (final, o), (side, q, k, v, kept)
+def _ahead(static: Static, side, q, k, v, g, state):
+    final, o, *kept = _kernels(static).forward(static, side, q, k, v, g, state, True)
+    return (final, o), (side, q, k, v, g, kept)
 
 
 @in_32_bits
 def _back(static: Static, saved, cotangents):
-    side, q, k, v, kept = saved
+    side, q, k, v, g, kept = saved
     d_final, do = cotangents
-    found = _kernels(static).backward(static, side, q, k, v, kept, d_final, do)
-    d_side, dq, dk, dv, d_state = found
+    found = _kernels(static).backward(static, side, q, k, v, g, kept, d_final, do)
+    d_side, dq, dk, dv, dg, d_state = found
 
     # over the heads that share a query or key head
     def share(a, like):
         a = a.reshape(*like.shape[:3], -1, like.shape[3])
         return a.sum(3).astype(like.dtype)
 
-    return d_side, share(dq, q), share(dk, k), share(dv, v), d_state
+    return d_side, share(dq, q), share(dk, k), share(dv, v), dg, d_state
 
 
 _delta.defvjp(_ahead, _back)

@@ -20,8 +20,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.delta.chunk import (
-    BLOCK, CHUNK, ROWS, Side, decays, grid, halved, merged, strict
+    BLOCK, CHUNK, ROWS, Side, grid, halved, merged, strict
 )
+from pallas_kernels.delta.tpu_decay import ChannelDecay, HeadDecay
 from pallas_kernels.machine.product import F32, NN, NT, TN, dot
 
 
@@ -66,7 +67,14 @@ def _cut(refs, m: int):
     return [ref[0, 0, m * CHUNK:(m + 1) * CHUNK] for ref in refs]
 
 
-def _forward(static, keep: bool, side_ref, q_ref, k_ref, v_ref, start_ref, o_ref,
+def _decay(static, sides, q, k, g_ref, m: int) -> HeadDecay | ChannelDecay:
+    """What decays in chunk m of a grid step."""
+    if static.channels:
+        return ChannelDecay(*sides, q, k, *_cut((g_ref,), m))
+    return HeadDecay(*sides, q, k, static.gated)
+
+
+def _forward(static, keep: bool, side_ref, q_ref, k_ref, v_ref, g_ref, start_ref, o_ref,
              final_ref, *refs):
     *kept, state = refs
     n, many = pl.program_id(2), pl.num_programs(2)
@@ -77,24 +85,23 @@ def _forward(static, keep: bool, side_ref, q_ref, k_ref, v_ref, start_ref, o_ref
 
     low, ready, systems = q_ref.dtype, [], []
     for m in range(static.pieces):  # what needs no state: all chunks side by side
-        q, k = _cut((q_ref, k_ref), m)
         own, row = _sides(side_ref[0, 0, m])
-        decay = decays(own, row, static.gated)  # [CHUNK,CHUNK], 0 for j > i
-        # k k^T and q k^T: [CHUNK,D] by [CHUNK,D] is [CHUNK,CHUNK]
-        systems.append(strict(own.beta * decay * dot(k, k, NT)))  # A, j < i
-        ready.append((own, row, (static.scale * decay * dot(q, k, NT)).astype(low)))
+        decay = _decay(static, (own, row), *_cut((q_ref, k_ref), m), g_ref, m)
+        qk, kk = decay.pairs()  # [CHUNK,CHUNK]
+        systems.append(own.beta * kk)  # A, j < i
+        p = (static.scale * qk).astype(low)
+        ready.append((own, decay.met(), decay.kept(), p))
     s, xs = state[...], inverses(systems, low == F32)
-    for m, (own, row, p) in enumerate(ready):
-        x = xs[m].astype(low)
-        q, k, v = _cut((q_ref, k_ref, v_ref), m)
+    for m, (own, (qe, ke, kl), share, p) in enumerate(ready):
+        x, (v,) = xs[m].astype(low), _cut((v_ref,), m)
         held = s.astype(low)  # S [D,V]
         # r = v - enter k S, u = X beta r, o = scale (enter q S + P u): [CHUNK,V]
-        r = v.astype(F32) - own.enter * dot(k, held, NN)
+        r = v.astype(F32) - own.enter * dot(ke, held, NN)
         u = dot(x, (own.beta * r).astype(low), NN)
-        o = (static.scale * own.enter) * dot(q, held, NN) + dot(p, u.astype(low), NN)
+        o = (static.scale * own.enter) * dot(qe, held, NN) + dot(p, u.astype(low), NN)
         o_ref[0, 0, m * CHUNK:(m + 1) * CHUNK] = o.astype(o_ref.dtype)
         # S' = keep S + k^T (leave u): [CHUNK,D] by [CHUNK,V] is [D,V]
-        s = row.keep[:, :1] * s + dot(k, (own.leave * u).astype(low), TN)
+        s = share * s + dot(kl, (own.leave * u).astype(low), TN)
         if keep:
             kept[0][0, 0, m], kept[1][0, 0, m] = held, x
     state[...] = s
@@ -104,8 +111,9 @@ def _forward(static, keep: bool, side_ref, q_ref, k_ref, v_ref, start_ref, o_ref
         final_ref[0, 0] = s
 
 
-def _backward(static, side_ref, q_ref, k_ref, v_ref, do_ref, states_ref, x_ref, end_ref,
-              dside_ref, dq_ref, dk_ref, dv_ref, dstart_ref, grad):
+def _backward(static, side_ref, q_ref, k_ref, v_ref, g_ref, do_ref, states_ref, x_ref,
+              end_ref, dside_ref, dq_ref, dk_ref, dv_ref, *refs):
+    *dg_ref, dstart_ref, grad = refs
     n, many = pl.program_id(2), pl.num_programs(2)
 
     @pl.when(n == 0)
@@ -114,12 +122,14 @@ def _backward(static, side_ref, q_ref, k_ref, v_ref, do_ref, states_ref, x_ref, 
 
     ds = grad[...]  # [D,V]
     for m in reversed(range(static.pieces)):
-        found = _gradients(
-            static, _cut((q_ref, k_ref, v_ref, do_ref), m), _sides(side_ref[0, 0, m]),
-            states_ref[0, 0, m], x_ref[0, 0, m], ds)
-        for ref, a in zip((dq_ref, dk_ref, dv_ref), found):
+        sides, (q, k, v, do) = _sides(side_ref[0, 0, m]), _cut(
+            (q_ref, k_ref, v_ref, do_ref), m)
+        decay = _decay(static, sides, q, k, g_ref, m)
+        found = _gradients(static, decay, (q, v, do), sides[0],
+                           states_ref[0, 0, m], x_ref[0, 0, m], ds)
+        dside_ref[0, 0, m], ds = found[:2]
+        for ref, a in zip((dv_ref, dq_ref, dk_ref, *dg_ref), found[2:]):
             ref[0, 0, m * CHUNK:(m + 1) * CHUNK] = a.astype(ref.dtype)
-        dside_ref[0, 0, m], ds = found[3:]
     grad[...] = ds
 
     @pl.when(n == many - 1)
@@ -127,62 +137,59 @@ def _backward(static, side_ref, q_ref, k_ref, v_ref, do_ref, states_ref, x_ref, 
         dstart_ref[0, 0] = ds
 
 
-def _gradients(static, given, sides, held, x, ds):
-    """dq, dk, dv, d(side) [ROWS,CHUNK] and the gradient of the state that the chunk
-    began with, from that of the state that it ended with."""
-    (q, k, v, do), (own, row) = given, sides
+def _gradients(static, decay, given, own: Side, held, x, ds):
+    """d(side) [ROWS,CHUNK], the gradient of the state that the chunk began with, from
+    that of the state that it ended with, dv, dq, dk and dg or None."""
+    q, v, do = given
     low, dsl, scale = q.dtype, ds.astype(q.dtype), static.scale
     # the forward pass of the chunk
-    decay = decays(own, row, static.gated)
-    kk, qk = strict(decay * dot(k, k, NT)), dot(q, k, NT)  # [CHUNK,CHUNK]
-    ks = dot(k, held, NN)  # k S [CHUNK,V]
+    (qk, kk), (qe, ke, kl) = decay.pairs(), decay.met()
+    ks = dot(ke, held, NN)  # k S [CHUNK,V]
     r = v.astype(F32) - own.enter * ks  # [CHUNK,V]
     u = dot(x, (own.beta * r).astype(low), NN)  # [CHUNK,V]
     ul = u.astype(low)
     # u, and through the system what stands on its right: y is the gradient of beta r
-    later = dot(k, dsl, NN)  # k dS' [CHUNK,V]
+    later = dot(kl, dsl, NN)  # k dS' [CHUNK,V]
     # du = P^T do + leave k dS', y = X^T du: [CHUNK,V]
-    du = dot((scale * decay * qk).astype(low), do, TN) + own.leave * later
+    du = dot((scale * qk).astype(low), do, TN) + own.leave * later
     y = dot(x, du.astype(low), TN)
     dr = own.beta * y  # dv
     away = (own.enter * dr).astype(low)  # minus the gradient of k S
     # dS = keep dS' - k^T (enter dr) + q^T (scale enter do): [D,V]
-    before = row.keep[:, :1] * ds - dot(k, away, TN)
-    before = before + dot(q, ((scale * own.enter) * do.astype(F32)).astype(low), TN)
-    # pairs of tokens
-    dp = scale * decay * dot(do, ul, NT)  # d(q k^T)
-    da = -strict(dot(y.astype(low), ul, NT))  # dA = -y u^T, j < i
-    pair = strict(dp * qk + own.beta * kk * da)  # weights times their gradients
-    dpl, dkk = dp.astype(low), (own.beta * decay * da).astype(low)  # d(k k^T)
+    before = decay.kept() * ds - dot(ke, away, TN)
+    before = before + dot(qe, ((scale * own.enter) * do.astype(F32)).astype(low), TN)
+    # pairs of tokens: d(q k^T), and dA = -y u^T, j < i
+    dqk = scale * dot(do, ul, NT)
+    da = -strict(dot(y.astype(low), ul, NT))
     from_state = dot(do, held, NT)  # do S^T [CHUNK,D]
-    dq = (scale * own.enter) * from_state + dot(dpl, k, NN)  # [CHUNK,D]
-    # k stands in q k^T, in k^T (leave u), in k S and twice in k k^T
-    dk = dot(dpl, q, TN) + dot((own.leave * u).astype(low), dsl, NT)
-    dk = dk - dot(away, held, NT) + dot(dkk, k, NN) + dot(dkk, k, TN)
+    # of queries and keys as they meet the state, and of keys as they enter the next one
+    met = ((scale * own.enter) * from_state, -dot(away, held, NT),
+           dot((own.leave * u).astype(low), dsl, NT))
+    dq, dk, dg, (columns, rows) = decay.back(
+        (qk, kk), (dqk, own.beta * da), met, ds * held.astype(F32))
 
-    # numbers of the tokens: columns, then what is a row already
     def across(a):
         return a.sum(1, keepdims=True)
 
-    columns = {
-        "beta": across(y * r) + across(kk * da), "fine": across(pair),
-        "enter": scale * across(q.astype(F32) * from_state) - across(dr * ks),
-        "leave": across(u * later),
-    }
+    columns["beta"] = across(y * r) + across(kk * da)
+    if dg is None:  # else enter and leave only say what belongs together
+        columns["enter"] = (scale * across(q.astype(F32) * from_state)
+                            - across(dr * ks))
+        columns["leave"] = across(u * later)
     at = Side._fields.index
     lane = jax.lax.broadcasted_iota(jnp.int32, (CHUNK, ROWS), 1)
     placed = [jnp.where(lane == at(name), a, 0.0) for name, a in columns.items()]
     side = sum_of(placed).T  # [ROWS,CHUNK]
-    i, j = (jax.lax.broadcasted_iota(jnp.int32, side.shape, n) for n in (0, 1))
-    kept = jnp.sum(ds * held.astype(F32))  # d(keep)
-    # a log decay counts against the earlier token of a pair
-    side = side - jnp.where(i == at("fine"), pair.sum(0, keepdims=True), 0.0)
-    side = side + jnp.where((i == at("keep")) & (j == 0), kept, 0.0)
-    return dq, dk, dr, side, before
+    i = jax.lax.broadcasted_iota(jnp.int32, side.shape, 0)
+    for name, a in rows.items():
+        side = side + jnp.where(i == at(name), a, 0.0)
+    return side, before, dr, dq, dk, dg
 
 
 def _laid(a, t: int):
     """[B,T,K,X] -> [B,K,t,X], padded behind."""
+    if a is None:
+        return None
     a = jnp.pad(a, ((0, 0), (0, t - a.shape[1]), (0, 0), (0, 0)))
     return a.transpose(0, 2, 1, 3)
 
@@ -197,6 +204,8 @@ def _launch(static, body, args, outs, scratch, reverse: bool, name: str) -> Any:
         return steps - 1 - n if reverse else n
 
     def spec(kind, a):
+        if a is None:
+            return None
         if kind == "chunk":
             return pl.BlockSpec((1, 1, static.pieces, *a.shape[3:]),
                                 lambda b, h, n: (b, h, at(n), 0, 0))
@@ -218,12 +227,13 @@ def _launch(static, body, args, outs, scratch, reverse: bool, name: str) -> Any:
     )(*(a for _, a in args))
 
 
-def forward(static, side, q, k, v, state, keep: bool):
+def forward(static, side, q, k, v, g, state, keep: bool):
     """state [B,H,D,V], o [B,T,H,V], and to `keep` for the backward pass: the states
     that chunks begin with [B,H,N,D,V] and the inverses [B,H,N,CHUNK,CHUNK]."""
     (b, h, many), (d, width) = side.shape[:3], state.shape[2:]
     args = [("chunk", side),
-            *(("tokens", _laid(a, many * CHUNK)) for a in (q, k, v)), ("state", state)]
+            *(("tokens", _laid(a, many * CHUNK)) for a in (q, k, v, g)),
+            ("state", state)]
     out = jax.ShapeDtypeStruct
     outs = [("tokens", out((b, h, many * CHUNK, width), v.dtype)),
             ("state", out(state.shape, F32))]
@@ -236,12 +246,12 @@ def forward(static, side, q, k, v, state, keep: bool):
     return final, o[:, :, :static.t].transpose(0, 2, 1, 3), *kept
 
 
-def backward(static, side, q, k, v, kept, d_final, do):
-    """The gradients of side, of q, k and v a head [B,T,H,.], and of the state."""
+def backward(static, side, q, k, v, g, kept, d_final, do):
+    """The gradients of side, of q, k and v a head [B,T,H,.], of g, and of the state."""
     (b, h, many), (d, width) = side.shape[:3], d_final.shape[2:]
     states, x = kept
     args = [("chunk", side),
-            *(("tokens", _laid(a, many * CHUNK)) for a in (q, k, v, do)),
+            *(("tokens", _laid(a, many * CHUNK)) for a in (q, k, v, g, do)),
             ("chunk", states), ("chunk", x), ("state", d_final)]
     out = jax.ShapeDtypeStruct
 
@@ -250,10 +260,11 @@ def backward(static, side, q, k, v, kept, d_final, do):
         kind = a.dtype if a.shape[2] == h else F32
         return "tokens", out((b, h, many * CHUNK, a.shape[3]), kind)
 
-    outs = [("chunk", out(side.shape, F32)), *map(tokens, (q, k, v)),
+    outs = [("chunk", out(side.shape, F32)),
+            *(tokens(a) for a in (q, k, v, g) if a is not None),
             ("state", out(d_final.shape, F32))]
     d_side, *grads, d_state = _launch(
         static, functools.partial(_backward, static), args, outs,
         pltpu.VMEM((d, width), F32), True, "delta_backward")
-    grads = (a[:, :, :static.t].transpose(0, 2, 1, 3) for a in grads)
-    return d_side, *grads, d_state
+    grads = [a[:, :, :static.t].transpose(0, 2, 1, 3) for a in grads]
+    return d_side, *grads, *[None] * (g is None), d_state

@@ -29,7 +29,7 @@ published ones of flash-linear-attention.
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -37,6 +37,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
 from pallas_kernels.delta import triton_backward as gradients
+from pallas_kernels.delta import triton_channels as channels
 from pallas_kernels.delta.chunk import (
     BLOCK, CHUNK, Side, decays, halved, merged, strict
 )
@@ -73,13 +74,20 @@ def inverse(a, block: int):
     return merged([x.reshape(CHUNK, CHUNK)], [a], product, block)[0]
 
 
-def _inside(static, heads: int, rows: int, side, q_ref, k_ref, x_ref, p_ref):
-    """The inverse of one chunk's system, and the weights of its outputs."""
+def _inside(static, heads: int, rows: int, side, q_ref, k_ref, *refs):
+    """The inverse of one chunk's system, and the weights of its outputs; with decays of
+    channels also what `Met` has."""
     n, h, b = (pl.program_id(a) for a in range(3))
     ctx = ChunkContext(static, b, h, heads)
     own, row = ctx.sides(side, n)
     decay = decays(own, row, static.gated)  # [CHUNK,CHUNK], 0 for j > i
-    qk, kk = ctx.pairs(n, rows, k_ref, q_ref, k_ref)  # q k^T, k k^T
+    if static.channels:
+        g_ref, x_ref, p_ref, kk_ref, *more = refs
+        qk, kk = channels.weights(ctx, n, rows, q_ref, k_ref, g_ref, *more)
+        triton.store(kk_ref.at[b, h, n], kk.astype(kk_ref.dtype))
+    else:
+        x_ref, p_ref = refs
+        qk, kk = ctx.pairs(n, rows, k_ref, q_ref, k_ref)  # q k^T, k k^T
     p = static.scale * decay * qk  # P
     triton.store(p_ref.at[b, h, n], p.astype(p_ref.dtype))
     a = strict(own.beta * decay * kk)  # A = beta decay k k^T, j < i
@@ -89,8 +97,10 @@ def _inside(static, heads: int, rows: int, side, q_ref, k_ref, x_ref, p_ref):
 
 
 def _forward(static, heads: int, columns: int, side, q_ref, k_ref, v_ref, x_ref, p_ref,
-             start_ref, o_ref, final_ref, *states_ref):
-    """Some columns of the state from the first chunk to the last."""
+             start_ref, *refs):
+    """Some columns of the state from the first chunk to the last; with decays of
+    channels, q and k are those that meet the state."""
+    late, (o_ref, final_ref, *states_ref) = _split(static, refs)
     c, h, b = (pl.program_id(a) for a in range(3))
     ctx, first = ChunkContext(static, b, h, heads), c * columns
 
@@ -108,8 +118,8 @@ def _forward(static, heads: int, columns: int, side, q_ref, k_ref, v_ref, x_ref,
         o = o + dot(load(p_ref.at[b, h, n], None, 0), u.astype(k.dtype), NN)
         ctx.write(o_ref, o, n, first)
         # S' = keep S + k^T (leave u): [CHUNK,D] by [CHUNK,columns] is [D,columns]
-        return (ctx.keep(side, n) * state
-                + dot(k, (leave * u).astype(k.dtype), TN))
+        state = _kept(ctx, side, n, late) * state
+        return state + dot(_leaving(ctx, n, k, late), (leave * u).astype(k.dtype), TN)
 
     start = _begin(start_ref, b, h, first, columns)  # [D,columns]
     state = jax.lax.fori_loop(0, side.shape[2], step, start)
@@ -117,9 +127,10 @@ def _forward(static, heads: int, columns: int, side, q_ref, k_ref, v_ref, x_ref,
 
 
 def _reverse(static, heads: int, columns: int, side, q_ref, k_ref, do_ref, x_ref, p_ref,
-             end_ref, y_ref, grads_ref, start_ref):
+             end_ref, *refs):
     """The gradient of some columns of the state from the last chunk to the first, and
     y, that of the right side of the chunks' systems."""
+    late, (y_ref, grads_ref, start_ref) = _split(static, refs)
     c, h, b = (pl.program_id(a) for a in range(3))
     ctx, first, many = ChunkContext(static, b, h, heads), c * columns, side.shape[2]
 
@@ -132,11 +143,11 @@ def _reverse(static, heads: int, columns: int, side, q_ref, k_ref, do_ref, x_ref
         put(grads_ref, (b, h, n), first, held)
         # du = P^T do + leave k dS', y = X^T du: [CHUNK,columns]
         du = dot(load(p_ref.at[b, h, n], None, 0), do, TN)
-        du = du + leave * dot(k, held, NN)
+        du = du + leave * dot(_leaving(ctx, n, k, late), held, NN)
         y = dot(load(x_ref.at[b, h, n], None, 0), du.astype(k.dtype), TN)
         ctx.write(y_ref, y, n, first)
         # dS = keep dS' - k^T (enter beta y) + q^T (scale enter do): [D,columns]
-        grad = ctx.keep(side, n) * grad
+        grad = _kept(ctx, side, n, late) * grad
         grad = grad - dot(k, (enter * beta * y).astype(k.dtype), TN)
         entered = (static.scale * enter) * do.astype(F32)
         return grad + dot(q, entered.astype(k.dtype), TN)
@@ -144,6 +155,24 @@ def _reverse(static, heads: int, columns: int, side, q_ref, k_ref, do_ref, x_ref
     end = _begin(end_ref, b, h, first, columns)
     grad = jax.lax.fori_loop(0, many, step, end)
     put(start_ref, (b, h), first, grad)
+
+
+def _split(static, refs):
+    """With decays of channels, keys as they enter the next state and what is kept of
+    it; and the other references."""
+    many = 2 if static.channels else 0
+    return refs[:many], refs[many:]
+
+
+def _leaving(ctx: ChunkContext, n, k, late):
+    """Keys as they enter the state that chunk n ends with [CHUNK,D]."""
+    return ctx.tokens(late[0], n) if late else k
+
+
+def _kept(ctx: ChunkContext, side, n, late):
+    """What is kept of the state, a number or [D,1]."""
+    keep = ctx.keep(side, n)
+    return keep * channels.kept(ctx, late[1], n) if late else keep
 
 
 def _begin(ref, b, h, first, columns: int):
@@ -159,31 +188,56 @@ def _launch(static, tile: DeltaTriton, kernel, grid, args, outs, name: str) -> A
     )(*args)
 
 
-def forward(static, side, q, k, v, state, keep: bool):
+def forward(static, side, q, k, v, g, state, keep: bool):
     """state [B,H,D,V], o [B,T,H,V], and to `keep` for the backward pass: the states
     that chunks begin with [B,H,N,D,V], the inverses and the weights of the outputs
-    [B,H,N,CHUNK,CHUNK]."""
+    [B,H,N,CHUNK,CHUNK], and what `_met` found."""
     (b, h, many), (d, width) = side.shape[:3], state.shape[2:]
     out, (inside, tile, *_) = jax.ShapeDtypeStruct, static.tiles
     square = out((b, h, many, CHUNK, CHUNK), q.dtype)
-    x, p = _launch(
+    given, outs = (side, q, k), [square, square]
+    if static.channels:
+        given = side, q, k, g
+        outs += [square, *[out((b, static.t, h, d), q.dtype)] * 3,
+                 out((b, h, many, d), F32)]
+    x, p, *more = _launch(
         static, inside, functools.partial(_inside, static, h, inside.block_d),
-        (many, h, b), (side, q, k), [square, square], "delta_inside")
+        (many, h, b), given, outs, "delta_inside")
+    met = _met(q, k, more)
     outs = [out((b, static.t, h, width), v.dtype), out(state.shape, F32)]
     if keep:
         outs.append(out((b, h, many, d, width), q.dtype))
     grid = -(-width // tile.block_v), h, b
     o, final, *states = _launch(
         static, tile, functools.partial(_forward, static, h, tile.block_v), grid,
-        (side, q, k, v, x, p, state), outs, "delta_forward")
-    return (final, o, *states, x, p) if keep else (final, o)
+        (side, met.q, met.k, v, x, p, state, *met.late), outs, "delta_forward")
+    return (final, o, *states, x, p, more) if keep else (final, o)
 
 
-def backward(static, side, q, k, v, kept, d_final, do):
-    """The gradients of side, of q, k and v a head [B,T,H,.], and of the state."""
+class Met(NamedTuple):
+    """q and k as they meet the state that a chunk begins with [B,T,.,D]; with decays of
+    channels also, in `late`, k as it enters the one that it ends with and what is kept
+    of that state [B,H,N,D], and the weights between keys, [B,H,N,CHUNK,CHUNK]."""
+
+    q: Any
+    k: Any
+    late: tuple[Any, ...]
+    kk: tuple[Any, ...]
+
+
+def _met(q, k, more) -> Met:
+    if not more:
+        return Met(q, k, (), ())
+    kk, q, k, late, whole = more
+    return Met(q, k, (late, whole), (kk,))
+
+
+def backward(static, side, q, k, v, g, kept, d_final, do):
+    """The gradients of side, of q, k and v a head [B,T,H,.], of g, and of the state."""
     (b, h, many), (d, width) = side.shape[:3], d_final.shape[2:]
     out, (*_, tile, values, keys) = jax.ShapeDtypeStruct, static.tiles
-    states, x, p = kept
+    states, x, p, more = kept
+    met = _met(q, k, more)
 
     def wide(a, kind):
         return out((b, static.t, h, a.shape[3]), kind)
@@ -191,7 +245,8 @@ def backward(static, side, q, k, v, kept, d_final, do):
     outs = [wide(v, q.dtype), out(states.shape, q.dtype), out(d_final.shape, F32)]
     y, grads, d_state = _launch(
         static, tile, functools.partial(_reverse, static, h, tile.block_v),
-        (-(-width // tile.block_v), h, b), (side, q, k, do, x, p, d_final), outs,
+        (-(-width // tile.block_v), h, b),
+        (side, met.q, met.k, do, x, p, d_final, *met.late), outs,
         "delta_backward_states")
 
     # what several heads share is added up in float32
@@ -202,7 +257,8 @@ def backward(static, side, q, k, v, kept, d_final, do):
             *[out((b, h, many, CHUNK, CHUNK), q.dtype)] * 2]
     dside, dv, left, dp, dkk = _launch(
         static, values, functools.partial(gradients.values, static, h, values),
-        (many, h, b), (side, q, k, v, do, y, x, states, grads), outs,
+        (many, h, b),
+        (side, met.q, met.k, v, do, y, x, states, grads, *met.late[:1], *met.kk), outs,
         "delta_backward_values")
     parts, grid_heads, each = -(-d // keys.block_d), h, gradients.keys
     wide_q, wide_k = own(q), own(k)
@@ -210,13 +266,18 @@ def backward(static, side, q, k, v, kept, d_final, do):
         # a program adds up the heads that share its keys, and nothing is left to XLA
         grid_heads, each = k.shape[2], gradients.shared_keys
         wide_q, wide_k = out(q.shape, q.dtype), out(k.shape, k.dtype)
-    dq, dk, denter = _launch(
+    given = side, q, k, do, y, left, states, grads, dp, dkk
+    more = out((b, h, parts, many, CHUNK), F32)
+    if static.channels:
+        given, more = (*given, g), out(g.shape, F32)
+    dq, dk, found = _launch(
         static, keys, functools.partial(each, static, h, keys),
-        (many * parts, grid_heads, b),
-        (side, q, k, do, y, left, states, grads, dp, dkk),
-        [wide_q, wide_k, out((b, h, parts, many, CHUNK), F32)], "delta_backward_keys")
+        (many * parts, grid_heads, b), given, [wide_q, wide_k, more],
+        "delta_backward_keys")
+    if static.channels:
+        return dside, dq, dk, dv, found, d_state
     # what queries ask of the state is known by parts of the key channels
     row = jax.lax.broadcasted_iota(jnp.int32, side.shape, 3)
     enter = row == Side._fields.index("enter")
-    dside = dside + jnp.where(enter, denter.sum(2)[:, :, :, None], 0.0)
-    return dside, dq, dk, dv, d_state
+    dside = dside + jnp.where(enter, found.sum(2)[:, :, :, None], 0.0)
+    return dside, dq, dk, dv, None, d_state

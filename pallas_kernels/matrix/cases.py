@@ -71,7 +71,8 @@ DECODE: dict[str, dict[str, Any]] = {
     " statistics": {"statistics": True},
 }
 
-DISTINCT_DELTA = "gated T8192 D128 H16", "odd", "packed", "one token"
+DISTINCT_DELTA = (
+    "gated T8192 D128 H16", "channel T8192", "odd", "packed", "one token")
 
 
 def cases(target) -> dict[str, Case]:

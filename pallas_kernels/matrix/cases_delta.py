@@ -23,18 +23,25 @@ DELTA: dict[str, dict[str, Any]] = {
     "odd gated T1000 D24 V40 H4 float32": {
         "t": 1000, "d": 24, "v": 40, "h": 4, "dtype": F32},
     "one token gated T1 D128 H16": {"t": 1, "d": 128},
+    "channel T8192 D128 H16": {"t": 8192, "d": 128, "channels": True},
+    "packed channel T4096 D128 H4": {
+        "t": 4096, "d": 128, "h": 4, "packed": True, "channels": True},
+    "channel T4096 D256 V256 H4": {"t": 4096, "d": 256, "h": 4, "channels": True},
+    "odd channel T1000 D24 V40 H4 float32": {
+        "t": 1000, "d": 24, "v": 40, "h": 4, "dtype": F32, "channels": True},
 }
 
 
 def rule(target, *, backend, backward, t, d, v=None, h=16, k=None, gated=True,
-         packed=False, dtype=BF16):
-    """delta, forward or forward and backward; k: heads of queries and keys."""
+         channels=False, packed=False, dtype=BF16):
+    """delta, forward or forward and backward; k: heads of queries and keys; gated: a
+    decay a token and head, or, with `channels`, of each channel of the key."""
     struct = jax.ShapeDtypeStruct
     narrow = struct((1, t, k or h, d), dtype)
     given = {"q": narrow, "k": narrow,
              "v": struct((1, t, h, v or d), dtype), "beta": struct((1, t, h), F32)}
     if gated:
-        given["log_decay"] = struct((1, t, h), F32)
+        given["log_decay"] = struct((1, t, h, d) if channels else (1, t, h), F32)
     segments = {"segment": struct((1, t), jnp.int32)} if packed else {}
     steps = 0
     if backend == "tpu":

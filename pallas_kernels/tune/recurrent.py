@@ -2,7 +2,8 @@
 
 A candidate is the numbers of one row of the tile table, in the order in which the
 kernel's entry function reads them; it is tried in a program that has the row's kernels.
-A row is named as in the table, "linear_forward channels" for decays by channel.
+A row is named as in the table, "linear_forward channels" and "delta_keys_channels" for
+decays by channel.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ DELTA = {
     "delta_forward": "delta_forward", "delta_inside": "delta_inside",
     "delta_backward": "delta_backward_states",
     "delta_values": "delta_backward_values", "delta_keys": "delta_backward_keys",
+    "delta_inside_channels": "delta_inside",
+    "delta_keys_channels": "delta_backward_keys",
 }
 WARPS = 4, 8
 
@@ -58,8 +61,9 @@ def candidates(backend: str, which: str) -> Iterator[tuple[int, ...]]:
     elif which in ("delta_forward", "delta_backward"):
         yield from itertools.product((64,), (16, 32, 64), WARPS, (1, 2))
     else:
-        columns = (64,) if which == "delta_inside" else (32, 64)
-        yield from itertools.product((32, 64), columns, WARPS, (1,))
+        columns = (64,) if which.startswith("delta_inside") else (32, 64)
+        keys = (16, 32, 64) if which.endswith("channels") else (32, 64)
+        yield from itertools.product(keys, columns, WARPS, (1,))
 
 
 def program(target: Tpu | Gpu, backend: str, which: str, t: int, width: int) -> Any:
@@ -71,5 +75,6 @@ def program(target: Tpu | Gpu, backend: str, which: str, t: int, width: int) -> 
                           decay="channel" if "channels" in which else "token")
     if which == "scan":
         return prefixes(target, v=width, backward=True, **call)
-    ahead = which in ("delta_inside", "delta_forward")
-    return rule(target, d=width, backward=not ahead, **call)
+    ahead = which.startswith(("delta_inside", "delta_forward"))
+    return rule(target, d=width, backward=not ahead,
+                channels=which.endswith("channels"), **call)

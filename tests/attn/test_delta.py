@@ -79,12 +79,7 @@ def test_a_head_of_keys_may_serve_several_of_values():
     close(found, want, 1e-6)
 
 
-def test_kernels_have_one_decay_a_head():
-    q, k, v, x = layer_inputs()
-    layer = Delta(gated=True, channels=True, implementation="pallas")
-    params = jax.eval_shape(layer.init, jax.random.key(0), q, k, v, x=x)
-    with pytest.raises(NotImplementedError, match="no kernel for a decay of each"):
-        jax.eval_shape(layer.apply, params, q, k, v, x=x)
+def test_channels_decay_where_heads_do():
     with pytest.raises(ValueError, match="channels=True without gated"):
         Delta(channels=True)
 

@@ -14,6 +14,7 @@ from safetensors.numpy import save_file
 from models.checkpoint import load, save
 from models.checkpoint.files import INDEX, WEIGHTS, Files
 from models.checkpoint.mxfp4 import BLOCK, dequantised
+from tests import compiled
 from tests.models.test_checkpoint import NAMED
 
 KIMI = {"linear_head_dim": "head_dim", "linear_num_heads": "num_heads",
@@ -259,3 +260,38 @@ def test_experts_of_four_bits_are_read(tmp_path):
     again = load(tmp_path / "b")
     alike(again, (model, params))
     assert "quantization_config" not in again[0].source
+
+
+# what transformers 5.24.0 gives with `biased` in front of it: the first three logits
+# of the last token of each row
+BIASED = {
+    "olmo_hybrid": [[2.53550, -0.72353, 1.17854], [0.59990, -0.02106, -2.08605]],
+    "qwen3_5": [[-2.15159, -0.41673, 0.05157], [-3.10002, -1.73809, -0.55323]],
+    "qwen3_next": [[1.61546, -0.29868, 1.06180], [1.31575, 0.22912, -1.05500]],
+    "kimi_linear": [[-0.33078, -0.16859, -0.17807], [-1.02215, 1.88281, -0.02538]],
+}
+
+
+def biased(name):
+    """A hybrid whose projections of softmax have biases."""
+    config, tensors = content(name)
+    rng, own = np.random.default_rng(0), "model.layers.3.self_attn."
+    leaves = ["k_proj", "o_proj", "q_proj", "v_proj"]
+    for leaf in ["kv_a_proj_with_mqa", "o_proj"] if name == "kimi_linear" else leaves:
+        rows = len(tensors[f"{own}{leaf}.weight"])
+        tensors[f"{own}{leaf}.bias"] = rng.normal(size=rows).astype(np.float32)
+    return config | {"attention_bias": True}, tensors
+
+
+@pytest.mark.parametrize("name", BIASED)
+def test_softmax_of_a_hybrid_may_have_biases(name, tmp_path):
+    config, tensors = biased(name)
+    model, params = load(written(tmp_path / "a", config, tensors))
+    tokens = np.load(NAMED[name] / "expected.npz")["tokens"]
+    found = compiled.apply(model, params, tokens)
+    np.testing.assert_allclose(found[:, -1, :3], BIASED[name], rtol=0, atol=1e-4)
+    save(tmp_path / "b", model, params)
+    again = dict(Files(tmp_path / "b"))
+    assert again.keys() == tensors.keys()
+    for leaf in again:
+        np.testing.assert_array_equal(again[leaf], tensors[leaf], err_msg=leaf)

@@ -55,7 +55,7 @@ def recurrence(q, k, v, beta, g, state, segment, scale, d_o, d_state):
 def inputs(t, kind="token", top=1.0, heads=(H, 2, 2), seed=0, b=B, d=D, width=V, h=H):
     """q, k, v, beta, log_decay, state, d_o, d_state; keys have length 1, beta is in
     (0,top); kind: "none", "head", "token", "channel", "strong" (-30) or "mixed" log
-    decays; "mixed_channel" for those of channels."""
+    decays; "strong_channel" and "mixed_channel" for those of channels."""
     rng = np.random.default_rng(seed)
     normal = lambda *shape: rng.normal(size=shape).astype(np.float32)
     k = normal(b, t, heads[1], d)
@@ -63,7 +63,8 @@ def inputs(t, kind="token", top=1.0, heads=(H, 2, 2), seed=0, b=B, d=D, width=V,
     beta = rng.uniform(size=(b, t, h)).astype(np.float32) * np.float32(top)
     channels = (d,) if kind.endswith("channel") else ()
     uniform = rng.uniform(size=(h,) if kind == "head" else (b, t, h, *channels))
-    g = {"none": None, "strong": np.full_like(uniform, -30)}.get(kind, -uniform)
+    g = {"none": None, "strong": np.full_like(uniform, -30)}.get(
+        kind.removesuffix("_channel"), -uniform)
     if kind.startswith("mixed"):
         # next to tokens that forget all, others that forget next to nothing
         g = np.where(uniform < 0.2, -1e9, np.where(uniform < 0.4, -30, -uniform / 99))

@@ -48,6 +48,11 @@ CASES = {
     "mixed": {"kind": "mixed", "top": 2.0, "heads": (1, 1, H), "d": 24, "packed": True},
     "heads": {"kind": "head", "heads": (H, 1, 1), "packed": True, "width": 40},
     "one": {"kind": "token", "heads": (H, 2, 2), "t": 1},
+    "channel": {"kind": "channel", "heads": (H, 2, 2), "d": 24, "t": 70},
+    "strong channel": {"kind": "strong_channel", "heads": (H, H, H), "t": 70},
+    "mixed channel": {
+        "kind": "mixed_channel", "top": 2.0, "heads": (2, 1, H), "packed": True},
+    "one channel": {"kind": "channel", "heads": (H, 2, 2), "t": 1},
 }
 
 
@@ -67,9 +72,10 @@ def test_the_kernel_is_the_recurrence(name, backend):
         np.testing.assert_array_equal(a, b)
 
 
-def test_key_channels_in_parts():
+@pytest.mark.parametrize("kind", ["token", "channel"])
+def test_key_channels_in_parts(kind):
     """By the table's tiles, of 16 and 32 channels, neither of which divides D."""
-    *args, d_o, d_state = inputs(70, "token", heads=(H, 2, 2), d=40)
+    *args, d_o, d_state = inputs(70, kind, heads=(H, 2, 2), d=40)
     want = recurrence(*args, np.ones((B, 70), np.int32), SCALE, d_o, d_state)
     ask = of("triton", tile=None), args, None, (d_state, d_o)
     held(*results(*ask), *want, args[4])
@@ -89,10 +95,12 @@ def test_all_padding_gives_nothing_and_keeps_the_state(backend):
 
 
 @BACKENDS
-@pytest.mark.parametrize("dtype,alike", [
-    (jnp.bfloat16, False), (jnp.bfloat16, True), (jnp.float16, False)])
-def test_low_precision_is_as_good_as_plain_jnp(dtype, alike, backend):
-    *args, d_o, d_state = inputs(150, "token", 2.0 if alike else 1.0)
+@pytest.mark.parametrize("dtype,alike,kind", [
+    (jnp.bfloat16, False, "token"), (jnp.bfloat16, True, "token"),
+    (jnp.float16, False, "token"), (jnp.bfloat16, False, "channel"),
+    (jnp.bfloat16, True, "channel")])
+def test_low_precision_is_as_good_as_plain_jnp(dtype, alike, kind, backend):
+    *args, d_o, d_state = inputs(150, kind, 2.0 if alike else 1.0)
     if alike:  # each token overwrites the one before it
         args[1] = np.broadcast_to(args[1][:, :1], args[1].shape)
     low = lambda a: jnp.asarray(a).astype(dtype)
@@ -114,11 +122,13 @@ def plain(q, k, v, beta, g, state, cotangents):
     """The recurrence token by token, every step in the type of q."""
     def f(q, k, v, beta, g, state):
         k, v, q = (jnp.repeat(a, H // a.shape[2], 2) for a in (k, v, q))
+        # [B,T,H,1|D]
+        g = g if g.ndim == 4 else g[..., None]
         beta, fade = beta.astype(q.dtype), jnp.exp(g).astype(q.dtype)
 
         def step(s, token):
             q, k, v, beta, fade = token
-            s = s * fade[..., None, None]
+            s = s * fade[..., None]
             u = beta[..., None] * (v - jnp.einsum("bhd,bhdv->bhv", k, s))
             s = s + k[..., None] * u[:, :, None]
             return s, jnp.einsum("bhd,bhdv->bhv", q, s) * jnp.asarray(SCALE, q.dtype)
@@ -131,10 +141,11 @@ def plain(q, k, v, beta, g, state, cotangents):
     return out, back(cotangents)
 
 
-@pytest.mark.parametrize("platform", ["tpu", "gpu"])
-def test_it_is_picked_by_name(platform, monkeypatch):
+@pytest.mark.parametrize("platform,kind", [
+    ("tpu", "token"), ("gpu", "token"), ("tpu", "channel")])
+def test_it_is_picked_by_name(platform, kind, monkeypatch):
     monkeypatch.setattr(dispatch, "INTERPRETED", platform)
-    q, k, v, beta, g, state, *_ = inputs(70)
+    q, k, v, beta, g, state, *_ = inputs(70, kind)
     call = jax.jit(functools.partial(delta_rule, state=state), static_argnames=NAMED)
     have, want = (call(q, k, v, beta, g, implementation=n) for n in ("pallas", "xla"))
     for a, b in zip(have, want):

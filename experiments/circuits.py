@@ -110,8 +110,11 @@ def once(config_: Config) -> dict[str, Any]:
         check(config_, model)
     found, scores = retrieval(config_, model, params)
     pictures: dict[str, np.ndarray] = {"retrieval": scores}
+    kinds = measured.of_repeats(
+        model, params, 12, seed=config_.seed, low=min(6, model.vocab // 2))
+    pictures |= kinds
+    found |= kinds_of_heads(scores, kinds, config_.top)
     if config_.model is None:
-        pictures |= measured.of_repeats(model, params, 12, seed=config_.seed, low=6)
         more, stages = circuits(config_, model, params)
         found |= more
         pictures |= {name: a["score"] for name, a in stages.items()}
@@ -200,6 +203,19 @@ def retrieval(config_: Config, model: LM, params: Any) -> tuple[dict, np.ndarray
     every = np.full(shape, np.nan)
     every[layers] = scores
     return found, every
+
+
+def kinds_of_heads(scores: np.ndarray, kinds: dict[str, np.ndarray], top: int
+                   ) -> dict[str, float]:
+    """The greatest score of each kind on repeated tokens, and which share of its best
+    heads is among the best retrieval heads, all [L,H]."""
+    found, low = {}, lambda a: np.nan_to_num(a, nan=-1.0)
+    best = measured.chosen(low(scores), top)
+    for name, a in kinds.items():
+        found[f"{name}, greatest"] = float(np.nanmax(a))
+        shared, chance = measured.overlap(best, measured.chosen(low(a), top))
+        found[f"{name} heads that retrieve"] = shared
+    return found | {"that retrieve by chance": chance}
 
 
 def at_random(rng, but: np.ndarray, count: int) -> np.ndarray:

@@ -170,10 +170,11 @@ def given(name: str, text: Corpus, length: int, facts: int, rows: int, batch: in
                 "bits": Drawn(functools.partial(_running, reader))}
 
     for one in kinds(reader).values():
-        one.make(0)  # ValueError where a row has no room for what is asked
+        one.batch(0, 1)  # ValueError where a row has no room for what is asked
     learn = InTurn(tuple(kinds(train).values()))
-    judge = {"needles": answered, "recall": answered,
-             "bits": functools.partial(bits, text=found.text)}
+    judge: dict[str, Callable[..., float]] = {
+        "needles": answered, "recall": answered,
+        "bits": functools.partial(bits, text=found.text)}
     return {task: Given(found.model, found.params, learn, own, functools.partial(
         judge[task], own.batch(0, rows), batch)) for task, own in kinds(reader).items()}
 
@@ -188,8 +189,8 @@ def _running(reader: asked.Reader, trial: int) -> asked.Row:
 def answered(rows: Batch, batch: int, model: Any, params: Any) -> float:
     """The share of answers of which all tokens are the likeliest."""
     hits, _ = _judged(rows, batch, model, params)
-    counts = sum(asked.counted(good, targets >= 0)
-                 for good, targets in zip(hits, rows["targets"]))
+    counts = np.sum([asked.counted(good, targets >= 0)
+                     for good, targets in zip(hits, rows["targets"])], 0)
     return float(counts[0] / counts[1])
 
 

@@ -10,15 +10,16 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import inspect
 from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from attn.contract.attention import noisy, said, streams, takes_rope
-from attn.contract.fields import check_fields
+from attn.contract.attention import noisy, said, takes_rope
+from attn.contract.layer_checks import (
+    OVER, check_call, check_positions, check_stream,
+)
 from attn.contract.norm import Norm
 from attn.contract.padding import guard, padding_unread
 from attn.contract.segments import TokenPositions, align_last, locate
@@ -111,7 +112,7 @@ class MultiHead(Layer):
         the rotation.
         segments [B,T], or a pair: packed sequences, 0 is padding.
         """
-        self._check(x, state, context)
+        check_call(self, x, state, context)
         attention, source = self._bound(), x if context is None else context
         if context is not None and hasattr(attention, "of_context"):
             attention = attention.of_context()
@@ -148,7 +149,7 @@ class MultiHead(Layer):
         b, t, e = x.shape
         d, v = self._widths(e)
         keys = self.kv_heads or self.heads
-        self._check_stream()
+        check_stream(self.attention)
         if hasattr(self.position, "check_stream"):
             self.position.check_stream(size)
 
@@ -158,73 +159,6 @@ class MultiHead(Layer):
         return self._bound().init_state(
             size, like(self.heads, d), like(keys, d), like(keys, v), x=x
         )
-
-    def _check(self, x, state, context) -> None:
-        _check_tokens("x", x, "[B,T,E]")
-        self._check_fields()
-        if context is not None:
-            _check_tokens("context", context, "[B,S,E']")
-            if context.shape[0] != x.shape[0]:
-                raise ValueError(
-                    f"x has batch {x.shape[0]} and context has {context.shape[0]}: "
-                    "expected the same"
-                )
-            self._check_context()
-        if state is not None and context is not None:
-            raise NotImplementedError(
-                "a state together with a context: keys of a context are not streamed"
-            )
-        if state is not None:
-            self._check_stream()
-
-    def _check_fields(self) -> None:
-        least = {"heads": 1, "kv_heads": 1, "head_dim": 1, "value_dim": 1,
-                 "gate_rank": 1}
-        check_fields(self, least=least)
-        if isinstance(self.attention, type) or not callable(self.attention):
-            raise ValueError(
-                f"attention={self.attention!r}: expected an attention, as Softmax()"
-            )
-        for name, choices in OPTIONS.items():
-            if getattr(self, name) not in choices:
-                raise ValueError(
-                    f"{name}={getattr(self, name)!r}: expected one of {choices}"
-                )
-        if self.heads % (self.kv_heads or self.heads):
-            raise ValueError(
-                f"heads={self.heads}: expected a multiple of kv_heads={self.kv_heads}"
-            )
-        if jax.dtypes.canonicalize_dtype(self.dtype) != jnp.dtype(self.dtype):
-            raise ValueError(
-                f"dtype={jnp.dtype(self.dtype)} is 32 bits wide without "
-                "jax_enable_x64: expected that to be set, or dtype=jnp.float32"
-            )
-        if self.sinks and not _takes(self.attention, "sink"):
-            raise ValueError(
-                f"sinks=True: {type(self.attention).__name__} takes no sink, expected "
-                "an attention that does, as Softmax()"
-            )
-
-    def _check_context(self) -> None:
-        """An attention that reads queries and keys in step has no use for a context."""
-        name = type(self.attention).__name__
-        # what is no attention of this library may take one
-        in_step = getattr(self.attention, "causal", False)
-        crosses = said(self.attention, "crosses")
-        if crosses and (hasattr(self.attention, "of_context") or not in_step):
-            return
-        fields = {f.name for f in dataclasses.fields(self.attention)}
-        expected = f"{name}(causal=False)" if "causal" in fields and crosses else (
-            "one without a causal order, as Softmax()")
-        raise ValueError(
-            f"context: {name} reads queries and keys in step, expected {expected}"
-        )
-
-    def _check_stream(self) -> None:
-        if not streams(self.attention):
-            raise NotImplementedError(
-                f"{type(self.attention).__name__} has no causal order: no stream"
-            )
 
     def _bound(self):
         """The attention as this layer uses it; a learned one is its child."""
@@ -276,7 +210,7 @@ class MultiHead(Layer):
         if pos is not None:
             pair = pos if isinstance(pos, tuple) else (pos, pos)
             for name, a, of in zip(("x", "context"), pair, (x, source)):
-                _check_pos(name, a, of)
+                check_positions(name, a, of)
             return pair
         pair = segments if isinstance(segments, tuple) else (segments, segments)
         if state is None:
@@ -325,38 +259,8 @@ class MultiHead(Layer):
         return q, k, v
 
 
-# the axes of [B,T,H,D] that a norm goes over
-OVER: dict[str, tuple[int, ...]] = {"head": (-1,), "all": (-2, -1)}
-OPTIONS: dict[str, tuple] = {
-    "qk_norm": (False, True, "head", "all"), "qkv_act": (None, "silu"),
-    "use_bias": (False, True, "qkv"),
-}
 # unit variance in, unit variance out, whatever the width
 _INIT = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
-
-
-def _check_tokens(name: str, a: Any, letters: str) -> None:
-    if not hasattr(a, "shape") or not hasattr(a, "dtype"):
-        raise ValueError(f"{name} is a {type(a).__name__}: expected an array {letters}")
-    if len(a.shape) != 3:
-        raise ValueError(f"{name} has shape {a.shape}: expected {letters}")
-    if not jnp.issubdtype(a.dtype, jnp.floating):
-        raise ValueError(f"{name} is {a.dtype}: expected a floating point type")
-
-
-def _check_pos(name: str, pos: Any, x: Any) -> None:
-    """Raises ValueError unless pos are positions [B|1,T] of tokens x [B,T,E]."""
-    b, t = x.shape[:2]
-    if not hasattr(pos, "shape") or pos.shape not in ((b, t), (1, t)):
-        found = f"has shape {pos.shape}" if hasattr(pos, "shape") else f"is {pos!r}"
-        raise ValueError(f"pos of {name} {found}: expected {(b, t)} or {(1, t)}")
-    if not jnp.issubdtype(pos.dtype, jnp.integer):
-        raise ValueError(f"pos of {name} is {pos.dtype}: expected integers")
-
-
-def _takes(attention: Any, name: str) -> bool:
-    """Whether a call of the attention takes the keyword."""
-    return name in inspect.signature(type(attention).__call__).parameters
 
 
 def _count(segments, x) -> TokenPositions:

@@ -44,14 +44,14 @@ from rich.table import Table
 
 from experiments.cli import config
 from experiments.cli.config import FREE, option
-from experiments.data import Corpus, Text
+from experiments.data import Corpus
 from experiments.data.retrieval import NOUNS
-from experiments.evaluate import LEAST, reader_of
+from experiments.evaluate import HELD_OUT, LEAST, reader_of
 from experiments.measure import asked, charts
 from experiments.measure.cache_budgets import NAMES
 from experiments.measure.placing import LeftOut, of_policy
 from experiments.measure.provenance import provenance
-from experiments.sources import loaded
+from experiments.sources import SHIPPED, loaded
 from experiments.training.runs import open_folder, write_whole
 from models.lm import state_bytes
 
@@ -67,12 +67,12 @@ POINTS = ("needle", "needles", "recall", "bits")  # of the picture
 class Config:
     """The model, the policies and what is asked."""
 
-    model: str = option(doc="folder, name on the hub, or folder of a run")
+    model: str = option(SHIPPED, "folder, name on the hub, folder of a run, or small")
     policies: tuple[str, ...] = option(NAMES, "what replaces exact attention, by name")
     shares: tuple[float, ...] = option(
         (1 / 16, 1 / 8, 1 / 4, 1 / 2), "of the tokens of a row")
     tasks: tuple[str, ...] = option(tuple(TASKS), "what is asked")
-    text: Corpus = option(Text(), "hay and text: the valid split, as words")
+    text: Corpus = option(HELD_OUT, "hay and text: the valid split, as words")
     length: int | None = option(
         None, "tokens of a row (None: the model's, at most 4096)", least=LEAST)
     trials: int = option(16, "rows a task")

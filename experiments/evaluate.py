@@ -45,7 +45,7 @@ from experiments.measure.asked import (
     Reader, Row, needle, needles, plain, recall, repeats, score,
     variables,
 )
-from experiments.sources import Ids, Loaded, loaded
+from experiments.sources import SHIPPED, Ids, Loaded, loaded
 from experiments.training.runs import open_folder, write_whole
 from models.lm import loss, state_bytes
 from models.swap import swapped
@@ -59,7 +59,7 @@ LEAST = 8  # tokens of a row: with fewer nothing stands before what is asked
 class Config:
     """Which model, with what in it, and how it is asked."""
 
-    model: str = option(doc="folder, name on the hub, or folder of a run")
+    model: str = option(SHIPPED, "folder, name on the hub, folder of a run, or small")
     attention: tuple | None = option(
         None, "instead of the exact ones: one, or one a layer")
     policy: Any = option(None, "instead of all exact ones that see everything")

@@ -26,7 +26,7 @@ import jax
 
 from experiments.cli import config
 from experiments.cli.config import FREE, option
-from experiments.sources import Loaded, loaded
+from experiments.sources import SHIPPED, Loaded, loaded
 from models.generate import generate
 from models.sampling import Sampling
 from models.session import Session
@@ -42,7 +42,7 @@ SPARE = 1024  # tokens that a conversation grows by before all of it is read aga
 class Config:
     """One model and what it goes on from."""
 
-    model: str = option(doc="folder, name on the hub, or folder of experiments.lm")
+    model: str = option(SHIPPED, "folder, name on the hub, folder of a run, or small")
     prompt: str = option("", "the text that it goes on from", FREE)
     chat: bool = option(False, "a conversation, a line a turn, until the input ends",
                         FREE)

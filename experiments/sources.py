@@ -1,7 +1,8 @@
 """Sources: where the model of a command comes from, and what it runs with.
 
-A folder with `config.json` and safetensors, a name on a hub, or the folder of a run of
-`experiments.lm`; `models.swap` puts others in the place of its exact attentions.
+A folder with `config.json` and safetensors, a name on a hub, the folder of a run of
+`experiments.lm`, or `small`, the model that ships (`models/small`); `models.swap` puts
+others in the place of its exact attentions.
 """
 
 from __future__ import annotations
@@ -18,6 +19,9 @@ from experiments.training.step import TEXT
 from models.checkpoint import load
 from models.checkpoint.tokenizer import Defaults, Tokenizer, defaults, local, longest
 from models.sampling import Sampling
+from models.small import FOLDER
+
+SHIPPED = "small"  # what commands read where nothing else is said
 
 
 class Loaded(NamedTuple):
@@ -35,11 +39,19 @@ def loaded(name: str) -> Loaded:
     """A model by its folder or its name."""
     if (pathlib.Path(name).expanduser() / RECORD).exists():
         return of_run(pathlib.Path(name).expanduser())
-    folder = local(name)
+    folder = folder_of(name)
     model, params = load(folder)
     there = (folder / "tokenizer.json").exists()
     text = Tokenizer(folder, model.vocab) if there else Ids(folder)
     return Loaded(model, params, text, defaults(folder), longest(model))
+
+
+def folder_of(name: str) -> pathlib.Path:
+    """The folder of a checkpoint by its path or its name; `small` is the one that
+    ships, unless there is a folder of that name here."""
+    if name == SHIPPED and not pathlib.Path(name).is_dir():
+        return FOLDER
+    return local(name)
 
 
 class Ids:

@@ -40,6 +40,7 @@ from experiments.data.inside import CUE, NEEDLE, VOCAB, Inside, Pair
 from experiments.measure import head_pictures, heads as measured, patching, seeds
 from experiments.measure.patching import Receivers
 from experiments.measure.provenance import provenance
+from experiments.sources import folder_of
 from experiments.training.loop import fit
 from experiments.training.mesh import whole
 from experiments.training.plan import plan_of
@@ -55,7 +56,8 @@ RETRIEVAL = 0.1  # the least mean score of a retrieval head
 class Config:
     """The network, and how long it is looked at."""
 
-    model: str | None = option(None, "a checkpoint's folder, for retrieval heads alone")
+    model: str | None = option(
+        None, "a folder or name, as small, for retrieval heads alone")
     layers: int = option(4, "layers L of the network that is trained")
     heads: int = option(4, "heads H")
     width: int = option(64, "model width E")
@@ -106,7 +108,7 @@ def once(config_: Config) -> dict[str, Any]:
         model = config_.network()
         params = trained(config_, (1.0,) * 4)
     else:
-        model, params = load(config_.model)
+        model, params = load(folder_of(config_.model))
         check(config_, model)
     found, scores = retrieval(config_, model, params)
     pictures: dict[str, np.ndarray] = {"retrieval": scores}

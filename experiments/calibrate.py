@@ -8,7 +8,7 @@ alone, those that help are kept and calibrated together, and fresh texts judge t
 beside all heads at once and the beginning of the text turned down too.
 
     python -m experiments.calibrate
-    python -m experiments.calibrate --model=FOLDER --held_out=32 --fresh=96
+    python -m experiments.calibrate --model=small --held_out=32 --fresh=96
 
 A model that is given is judged by the bits per byte of text (a change above 0 is so
 many fewer) and by its answers to `experiments.steer`'s questions; each chooses heads of
@@ -18,10 +18,10 @@ draws of texts. By default a network is trained, as texts that are judged as a w
 what the paper calibrates.
 
 Of a network that is trained here no gain was found so far, with one seed. After 150
-steps (`--steps=150 --fresh=1000`) the network judges 93.9% of the texts right; of 16 heads two helped on held-out texts
-and three harmed. On fresh texts the two together change -0.9 points (-2.1 to 0.3), with
-the beginning turned down too 1.2 (-0.1 to 2.5), and all heads cost 19.8 (17.1 to 22.7).
-After the default 1,000 steps all texts are judged right, no head can help, and all
+steps (`--steps=150 --fresh=1000`) the network judges 93.9% of the texts right; of 16
+heads two helped on held-out texts and three harmed. On fresh texts the two together
+change -0.9 points (-2.1 to 0.3), with the beginning turned down too 1.2 (-0.1 to 2.5),
+and all heads cost 19.8 (17.1 to 22.7). After the default 1,000 steps all texts are judged right, no head can help, and all
 together cost 16.5 points. Of the sinks, one a head and text, 4% to 14% are delimiters.
 Of the paper, that all heads are too many shows; that chosen ones gain does not, nor
 that the beginning is of use. Three seeds are still to be run.

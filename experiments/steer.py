@@ -11,7 +11,7 @@ fresh questions are answered without steering, with the right sentence marked, t
 that the network names, one at random, and with all heads steered.
 
     python -m experiments.steer
-    python -m experiments.steer --model=FOLDER --profiled=64 --asked=200
+    python -m experiments.steer --model=small --profiled=64 --asked=200
 
 A model that is given is asked for one of several facts in its own words, whose keys
 share their last word; what it writes first names the sentence that is nearest to it.

@@ -11,14 +11,36 @@ tasks fail, whether weights put elsewhere change the answer as they should, and 
 a network that has learned colours badly is repaired by them.
 
     python -m experiments.circuits                       # trains a network of 4 layers
-    python -m experiments.circuits --model=FOLDER        # retrieval heads of a model
+    python -m experiments.circuits --model=small         # retrieval heads of a model
 
 A model's layers without weights of attention (MLA, Delta) have no scores and are not
 masked; they are named. Heads are masked by zeros and, where all layers are Softmax
 without sinks and scores of their own, by a uniform look. Of three found needles or
 fewer no split-half correlation is given.
 
-Figures of three seeds are not shipped yet: no claim is made of what is found.
+The model that ships, asked for 100 needles in 58 tokens with each of three seeds,
+
+    python -m experiments.circuits --model=small --trials=100 --haystack=58 --top=6
+
+medians, least to greatest behind them: 96% of a needle's tokens are right, and 10 of 32
+heads (9 to 10) have a score of 0.1, the paper's threshold, or more. That is 31%, where
+the spec of this experiment expected 20% at most and the paper has 5%: few is not shown.
+Six have 0.6 or more, the same six with every seed: three in layer 2 (from 0) with 0.95
+to 0.98, three in layer 3 with 0.61 to 0.85. They are also the six best induction heads
+on repeated tokens (0.52 to 0.95); chance would be 19%. Split-half correlation: 0.947
+(0.907 to 0.956). Right tokens with heads masked by zeros, and as many that are not
+among the six:
+
+    masked      1      2     3     4      5     6
+    the best    96%    78%   25%   0.8%   0.2%  0.2%
+    others      99%    99%   99%   95%    94%   80% (26 to 96)
+
+So the three best carry it, as expected (95% before, 30% after), with a uniform look too
+(96, 83, 32, 1, 0.5, 0). Others cost little up to five, of which the worst draw leaves
+82%; six may have the one head that looks at the token before (1.00) among them.
+
+Of the network that is trained here figures of three seeds are not shipped yet: no claim
+is made of its circuits.
 """
 
 from __future__ import annotations

@@ -19,7 +19,25 @@ Its layers of exact attention that see everything are steered, the others stay. 
 are then draws of questions. By default a network is trained, as the two forms of a
 question have to be learned.
 
-Figures of three seeds are not shipped yet: no claim is made of what is found.
+The model that ships, three draws of questions, medians with the least and the greatest:
+
+    python -m experiments.steer --model=small --facts=8 --length=224 --profiled=24 \\
+        --asked=96 --batch=24
+
+    no steering       56% (49 to 67)     all heads, gold     100% (99 to 100)
+    gold              98% (97 to 100)    one by one, gold     98% (97 to 100)
+    self-found        56% (50 to 69)     of 96 questions 10 points either way
+    random            50% (43 to 52)
+
+So one head or two of layer 2 (from 0), which are retrieval heads of
+`experiments.circuits`, answer nearly all when they are pointed at the right sentence;
+that a random one harms is less than what 96 questions can tell. From coarse to fine
+finds heads that are as good with 15 sets tried, not 35. The paper's gain by what the model finds itself does not show: what it writes names
+the right sentence in 56% (50 to 70), hardly more often than it is right, as it was not
+trained to name one. Nor is it worse to steer all heads.
+
+Of the network that is trained here figures of three seeds are not shipped yet: no claim
+is made of it.
 """
 
 from __future__ import annotations

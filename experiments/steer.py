@@ -32,9 +32,10 @@ The model that ships, three draws of questions, medians with the least and the g
 So one head or two of layer 2 (from 0), which are retrieval heads of
 `experiments.circuits`, answer nearly all when they are pointed at the right sentence;
 that a random one harms is less than what 96 questions can tell. From coarse to fine
-finds heads that are as good with 15 sets tried, not 35. The paper's gain by what the model finds itself does not show: what it writes names
-the right sentence in 56% (50 to 70), hardly more often than it is right, as it was not
-trained to name one. Nor is it worse to steer all heads.
+finds heads that are as good with 15 sets tried, not 35. The paper's gain by what the
+model finds itself does not show: what it writes names the right sentence in 56% (50 to
+70), hardly more often than it is right, as it was not trained to name one. Nor is it
+worse to steer all heads.
 
 Of the network that is trained here figures of three seeds are not shipped yet: no claim
 is made of it.

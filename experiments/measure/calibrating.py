@@ -101,6 +101,17 @@ def _judged(model, params, ids, heads, prompt: int) -> jax.Array:
     return jnp.stack([nats, hits.astype(jnp.float32)])
 
 
+def interval(change: np.ndarray, name: str, seed: int, draws: int) -> dict[str, float]:
+    """The mean of what changes in each row [B], with the middle 95% of a bootstrap over
+    rows."""
+    rng = np.random.default_rng((seed, 3))
+    drawn = rng.integers(0, len(change), (draws, len(change)))
+    low, high = np.quantile(change[drawn].mean(1), (0.025, 0.975))
+    return {f"change, {name}": float(change.mean()),
+            f"change, {name}, low": float(low),
+            f"change, {name}, high": float(high)}
+
+
 def sinks(model: Any, found: Loaded, ids: np.ndarray) -> dict[str, float]:
     """Of texts ids [B,T], read at once: sinks that are turned down, a head and text;
     the share of them without a letter or a digit, and what it is of all tokens."""

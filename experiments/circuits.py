@@ -11,14 +11,36 @@ tasks fail, whether weights put elsewhere change the answer as they should, and 
 a network that has learned colours badly is repaired by them.
 
     python -m experiments.circuits                       # trains a network of 4 layers
-    python -m experiments.circuits --model=FOLDER        # retrieval heads of a model
+    python -m experiments.circuits --model=small         # retrieval heads of a model
 
 A model's layers without weights of attention (MLA, Delta) have no scores and are not
 masked; they are named. Heads are masked by zeros and, where all layers are Softmax
 without sinks and scores of their own, by a uniform look. Of three found needles or
 fewer no split-half correlation is given.
 
-Figures of three seeds are not shipped yet: no claim is made of what is found.
+The model that ships, asked for 100 needles in 58 tokens with each of three seeds,
+
+    python -m experiments.circuits --model=small --trials=100 --haystack=58 --top=6
+
+medians, least to greatest behind them: 96% of a needle's tokens are right, and 10 of 32
+heads (9 to 10) have a score of 0.1, the paper's threshold, or more. That is 31%, where
+20% at most were expected here and the paper has 5%: that they are few does not show.
+Six have 0.6 or more, the same six with every seed: three in layer 2 (from 0) with 0.95
+to 0.98, three in layer 3 with 0.61 to 0.85. They are also the six best induction heads
+on repeated tokens (0.52 to 0.95); chance would be 19%. Split-half correlation: 0.947
+(0.907 to 0.956). Right tokens with heads masked by zeros, and as many that are not
+among the six:
+
+    masked      1      2     3     4      5     6
+    the best    96%    78%   25%   0.8%   0.2%  0.2%
+    others      99%    99%   99%   95%    94%   80% (26 to 96)
+
+So the three best carry it, as expected (30% or less), with a uniform look a little less
+(96, 83, 32, 1, 0.5, 0). Others cost little up to five, of which the worst draw leaves
+82%; which six leave 26% was not looked into.
+
+Of the network that is trained here figures of three seeds are not shipped yet: no claim
+is made of its circuits.
 """
 
 from __future__ import annotations
@@ -40,6 +62,7 @@ from experiments.data.inside import CUE, NEEDLE, VOCAB, Inside, Pair
 from experiments.measure import head_pictures, heads as measured, patching, seeds
 from experiments.measure.patching import Receivers
 from experiments.measure.provenance import provenance
+from experiments.sources import folder_of
 from experiments.training.loop import fit
 from experiments.training.mesh import whole
 from experiments.training.plan import plan_of
@@ -55,7 +78,8 @@ RETRIEVAL = 0.1  # the least mean score of a retrieval head
 class Config:
     """The network, and how long it is looked at."""
 
-    model: str | None = option(None, "a checkpoint's folder, for retrieval heads alone")
+    model: str | None = option(
+        None, "a folder or name, as small, for retrieval heads alone")
     layers: int = option(4, "layers L of the network that is trained")
     heads: int = option(4, "heads H")
     width: int = option(64, "model width E")
@@ -106,12 +130,15 @@ def once(config_: Config) -> dict[str, Any]:
         model = config_.network()
         params = trained(config_, (1.0,) * 4)
     else:
-        model, params = load(config_.model)
+        model, params = load(folder_of(config_.model))
         check(config_, model)
     found, scores = retrieval(config_, model, params)
     pictures: dict[str, np.ndarray] = {"retrieval": scores}
+    kinds = measured.of_repeats(
+        model, params, 12, seed=config_.seed, low=min(6, model.vocab // 2))
+    pictures |= kinds
+    found |= kinds_of_heads(scores, kinds, config_.top)
     if config_.model is None:
-        pictures |= measured.of_repeats(model, params, 12, seed=config_.seed, low=6)
         more, stages = circuits(config_, model, params)
         found |= more
         pictures |= {name: a["score"] for name, a in stages.items()}
@@ -200,6 +227,19 @@ def retrieval(config_: Config, model: LM, params: Any) -> tuple[dict, np.ndarray
     every = np.full(shape, np.nan)
     every[layers] = scores
     return found, every
+
+
+def kinds_of_heads(scores: np.ndarray, kinds: dict[str, np.ndarray], top: int
+                   ) -> dict[str, float]:
+    """The greatest score of each kind on repeated tokens, and which share of its best
+    heads is among the best retrieval heads, all [L,H]."""
+    found, low = {}, lambda a: np.nan_to_num(a, nan=-1.0)
+    best = measured.chosen(low(scores), top)
+    for name, a in kinds.items():
+        found[f"{name}, greatest"] = float(np.nanmax(a))
+        shared, chance = measured.overlap(best, measured.chosen(low(a), top))
+        found[f"{name} heads that retrieve"] = shared
+    return found | {"that retrieve by chance": chance}
 
 
 def at_random(rng, but: np.ndarray, count: int) -> np.ndarray:

@@ -1,5 +1,5 @@
 """Tasks whose circuits are known elsewhere, in tokens: the indirect object, coloured
-objects, repeats and needles, and for steering and calibration facts and clauses.
+objects, repeats and needles.
 
 After Merullo et al., 2023, arXiv:2310.08744 (IOI, Coloured Objects), Wu et al., 2024,
 arXiv:2404.15574 (needles): their shapes, on made-up words.

@@ -130,8 +130,11 @@ def variables(reader: Reader, hops: int, trial: int) -> Row:
     return reader.row(rng, [first, *chain], tail, reader.length, None)
 
 
-def recall(reader: Reader, many: int, trial: int) -> Row:
-    """A dictionary, then each of its keys once more."""
+def recall(
+    reader: Reader, many: int, trial: int, length: int | None = None
+) -> Row:
+    """A dictionary, then each of its keys once more; in rows of `length` hay stands
+    before."""
     rng = reader.rng(2, trial)
     keys = rng.choice(NOUNS, many, replace=False)
     entries = [(reader.encode(f"\n'{k}':"), reader.encode(f" {reader.number(rng)},"))
@@ -139,7 +142,8 @@ def recall(reader: Reader, many: int, trial: int) -> Row:
     again = [part for n in rng.permutation(many)
              for part in ((entries[n][0], False), (entries[n][1], True))]
     told = [(ids, False) for entry in entries for ids in entry]
-    length = len(reader.start) + sum(len(ids) for ids, _ in (*told, *again))
+    if length is None:
+        length = len(reader.start) + sum(len(ids) for ids, _ in (*told, *again))
     return reader.row(rng, [], told + again, length, None)
 
 
@@ -167,7 +171,7 @@ def hits(model: Any, params: Any, tokens: jax.Array, prompt: int) -> jax.Array:
 def score(reader: Reader, rows: Sequence[Row], batch: int) -> tuple[float, float]:
     """(share of answers of which each token is the likeliest, share of their tokens):
     an answer is a run of tokens that are asked for."""
-    whole = right = tokens = answers = 0.0
+    counts = np.zeros(4)
     groups: dict[tuple[int, int], list[Row]] = {}
     for row in rows:
         first = int(row.asked.argmax())
@@ -179,13 +183,18 @@ def score(reader: Reader, rows: Sequence[Row], batch: int) -> tuple[float, float
             ids = np.stack([row.ids for row in (part * batch)[:batch]])
             good = hits(reader.model, reader.params, jnp.asarray(ids), first)
             for row, mine in zip(part, np.asarray(good)):
-                asked = row.asked[1:]
-                runs = np.split(mine, np.flatnonzero(np.diff(asked)) + 1)
-                kinds = np.split(asked, np.flatnonzero(np.diff(asked)) + 1)
-                each = [run.all() for run, kind in zip(runs, kinds) if kind[0]]
-                whole, answers = whole + sum(each), answers + len(each)
-                right, tokens = right + mine[asked].sum(), tokens + asked.sum()
+                counts += counted(mine, row.asked[1:])
+    whole, answers, right, tokens = counts
     return float(whole / answers), float(right / tokens)
+
+
+def counted(good: np.ndarray, asked: np.ndarray) -> np.ndarray:
+    """(answers that are right as a whole, answers, tokens of them that are right,
+    tokens of them) of a row: good, asked [T] booleans."""
+    runs = np.split(good, np.flatnonzero(np.diff(asked)) + 1)
+    kinds = np.split(asked, np.flatnonzero(np.diff(asked)) + 1)
+    each = [run.all() for run, kind in zip(runs, kinds) if kind[0]]
+    return np.asarray([sum(each), len(each), good[asked].sum(), asked.sum()], float)
 
 
 def streamed_nats(reader: Reader, rows: int, batch: int) -> tuple[float, float]:

@@ -22,10 +22,13 @@ from attn.flexprefill import FlexPrefill
 from attn.hip import HiP
 from attn.layers import MultiHead
 from attn.masks import Causal, Sink, Window
+from attn.moba import MoBA
 from attn.s2 import S2
 from attn.seer import Seer
+from attn.seerr import SeerR
 from attn.softmax import Softmax
 from attn.topk import TopK
+from models.generate import stream
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +52,13 @@ class Budget:
         # n^2 - (2 T + 1) n + share T (T + 1) = 0
         half = (2 * t + 1) / 2
         return max(round(half - math.sqrt(half**2 - self.share * t * (t + 1))), 1)
+
+    @property
+    def blocks(self) -> int:
+        """Blocks a token, its own one among them, of which it reads a half; 0 if that
+        is too much."""
+        enough = 2 * self.keys >= self.block
+        return round(self.keys / self.block + 0.5) if enough else 0
 
 
 def _window(budget: Budget) -> Softmax:
@@ -102,11 +112,24 @@ def _seer(budget: Budget) -> Seer:
         last_dense=False, diagonal=True, rope=budget.rope)
 
 
+def _moba(budget: Budget) -> MoBA | None:
+    n = budget.blocks
+    return MoBA(block=budget.block, top_k=n) if n else None
+
+
+def _seerr(budget: Budget) -> SeerR | None:
+    n = budget.blocks
+    if not n:
+        return None
+    return SeerR(block=budget.block, gate_dim=budget.width, budget=n * budget.block,
+                 rope=budget.rope)
+
+
 # None: so little cannot be read by it
 METHODS: dict[str, Callable[[Budget], Any]] = {
     "window": _window, "window and sinks": _sinks, "S2": _s2,
     "best tokens": _top_tokens, "best blocks": _top_blocks, "HiP": _hip,
-    "FlexPrefill": _flexprefill, "Seer": _seer,
+    "FlexPrefill": _flexprefill, "MoBA": _moba, "Seer": _seer, "SeerR": _seerr,
 }
 
 
@@ -131,10 +154,37 @@ def matrices(model: nn.Module, params: Any, tokens: jax.Array) -> tuple:
     return tuple(found)
 
 
+@dataclasses.dataclass(frozen=True)
+class Streamed:
+    """A model that reads texts token by token: what is sparse in a stream alone is so
+    from the first token on."""
+
+    model: nn.Module
+
+    def apply(self, params: Any, tokens: jax.Array, segments: Any = None) -> jax.Array:
+        """tokens [B,T] -> logits [B,T,vocab]; segments: None."""
+        if segments is not None:
+            raise NotImplementedError("segments: a stream is one text")
+        return stream(self.model, params, tokens, 1)
+
+
+def as_read(model: nn.Module) -> Any:
+    """What is judged: the model, or if it is sparse in a stream alone, that."""
+    gated = any(isinstance(a, SeerR) for a in model.attention)
+    return Streamed(model) if gated else model
+
+
 def share_read(model: nn.Module, params: Any, tokens: np.ndarray) -> float:
     """The share of the causal pairs that the attentions of a network read of tokens
-    [1,T], the mean over its layers with heads: where their matrices are not 0."""
+    [1,T], the mean over its layers with heads: where their matrices are not 0. Of
+    `SeerR`, whose budget says it, in a stream."""
     t = tokens.shape[1]
-    read = [np.asarray(a) != 0 for a in matrices(model, params, jnp.asarray(tokens))]
+    for attention in model.attention:
+        if isinstance(attention, SeerR):  # all layers are alike
+            at, block = np.arange(t), attention.block
+            others = max(attention.budget // block, 1) - 1
+            read = at % block + 1 + np.minimum(at // block, others) * block
+            return float(read.sum() * 2 / t / (t + 1))
+    found = [np.asarray(a) != 0 for a in matrices(model, params, jnp.asarray(tokens))]
     # of T^2 pairs, T (T + 1) / 2 are causal
-    return float(np.mean([np.tril(a).mean() for a in read])) * 2 * t / (t + 1)
+    return float(np.mean([np.tril(a).mean() for a in found])) * 2 * t / (t + 1)

@@ -71,18 +71,20 @@ def kinds(pattern: jax.Array, period: int, begin: int = 1) -> dict[str, jax.Arra
 
 def of_repeats(model: Any, params: Any, period: int = 16, rows: int = 8, seed: int = 0,
                low: int = 0) -> dict[str, np.ndarray]:
-    """`kinds` [L,H] of a model, on random tokens from `low` on."""
+    """`kinds` [L,H] of a model, on random tokens from `low` on; NaN of layers without
+    weights."""
     key = jax.random.key(seed)
     once = jax.random.randint(key, (rows, period + 1), low, model.vocab)
     tokens = jnp.concatenate([once, once[:, 1:]], 1)
-    layers = range(len(model.blocks()))
+    layers = weighted(model)
 
     @jax.jit
     def call(params):
         _, seen = look(model, params, tokens, read=[f"{n}/pattern" for n in layers])
         each = [kinds(seen[f"{n}/pattern"], period) for n in layers]
-        return {name: jnp.stack([one[name].mean(0) for one in each])
-                for name in each[0]}
+        empty = jnp.full((len(model.blocks()), model.heads), jnp.nan)
+        return {name: empty.at[jnp.array(layers)].set(jnp.stack([
+            one[name].mean(0) for one in each])) for name in each[0]}
 
     return {name: np.asarray(a) for name, a in call(params).items()}
 

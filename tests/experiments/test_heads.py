@@ -16,7 +16,7 @@ from experiments.data import inside
 from experiments.data.inside import Inside
 from experiments.measure import heads, patching
 from experiments.measure.patching import Receivers
-from experiments.steer import SENTENCES, WORDS, facts
+from experiments.data.lookup import SENTENCES, WORDS, facts
 from models.lm import LM
 from models.view import Rows, Site, look
 

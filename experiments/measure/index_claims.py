@@ -87,9 +87,8 @@ def graph_scans(seed: int) -> dict[str, list[tuple[float, float]]]:
     also of a graph of keys that keys ask."""
     rng = np.random.default_rng(seed)
     keys, trained, asking = drawn(rng)
-    options = {"neighbours": 32, "degree": 16, "beam": 64}
-    of_keys = graph_index.build(keys, keys, **options)
-    of_queries = graph_index.build(keys, trained, **options)
+    of_keys, of_queries = (graph_index.build(
+        keys, asked, neighbours=32, degree=16, beam=64) for asked in (keys, trained))
     like_keys = keys[rng.permutation(KEYS)[:QUERIES]]
     return {
         "clusters of keys": _clustered(keys, asking, seed),

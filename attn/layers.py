@@ -66,8 +66,8 @@ class MultiHead(Layer):
     of all ("all"). out_gate: times silu or sigmoid of a projection of x ("silu",
     "sigmoid"), through gate_rank channels if that is given. An attention may ask for
     these three by fields of the same names. norm: what all these norms are. use_bias:
-    True for all projections, a gate's among them, "qkv" for these three. dtype: of the computation;
-    parameters are float32.
+    True for all projections, a gate's among them, "qkv" for these three. dtype: of the
+    computation; parameters are float32.
 
     Cross attention (`context=`): a context is seen whole, unless the attention has been
     given a mask of its own; one that reads queries and keys in step is refused. There
@@ -96,7 +96,8 @@ class MultiHead(Layer):
     sites = ("q", "k", "v", "pattern", "z")
     parameter_axes = {
         "[qkv]/kernel": "EHD", "[qkv]/bias": "HD", "out/kernel": "HDE", "sink": "H",
-        "gate/kernel": "EHD", "gate/bias": "HD", "gate_down/kernel": "ER", "out_norm/scale": "HD",
+        "gate/kernel": "EHD", "gate/bias": "HD", "gate_down/kernel": "ER",
+        "out_norm/scale": "HD",
         "[qk]_norm/scale": "HD",  # over all channels
         "theta": "HD",  # of a learned rotation
     }

@@ -41,8 +41,9 @@ class MLA(Layer):
     (None: it does not, as in Kimi Linear, arXiv:2510.26692); value_dim V. query_rank:
     queries come from a latent of this rank too. scale: of q.k, by default (D+R)^-0.5.
     use_bias: of what makes the latents and of the last projection, but of nothing that
-    is made from a latent, nor of queries that come from none. dtype: of the computation; parameters are float32. A stream keeps C + R numbers and
-    a position a token: `attn.cache.kv.Cache` with keys [B,slots,1,C+R] and no values.
+    is made from a latent, nor of queries that come from none. dtype: of the
+    computation; parameters are float32. A stream keeps C + R numbers and a position a
+    token: `attn.cache.kv.Cache` with keys [B,slots,1,C+R] and no values.
     """
 
     heads: int

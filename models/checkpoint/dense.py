@@ -101,12 +101,11 @@ def smollm3(r: Reader, options: dict[str, Any]) -> LM:
     if not isinstance(turns, list) or len(turns) != count:
         raise ValueError(f"config.json: no_rope_layers={turns!r}: expected one number "
                          f"for each of the {count} layers, 1 for a rotation")
-    size = r.get("sliding_window") if r.flag("use_sliding_window") else None
-    r.ignore("sliding_window", "max_window_layers")
-    kinds = [FULL if turn or size is None else SLIDING for turn in turns]
+    size, slides = r.get("sliding_window"), r.flag("use_sliding_window")
+    r.ignore("max_window_layers")
+    # the flag says what kinds there are, but not to a config that has them
+    kinds = [FULL if turn or size is None or not slides else SLIDING for turn in turns]
     kinds = r.kinds("layer_types", kinds, (FULL, SLIDING))
-    if not r.flag("use_sliding_window"):
-        kinds = [FULL] * count
     return decoder(
         r, options, attention=softmaxes(kinds, size),
         position=tuple(turned if turn else None for turn in turns),

@@ -31,10 +31,9 @@ def gemma(r: Reader, options: dict[str, Any], **fields: Any) -> LM:
 
 
 def scores(r: Reader) -> dict[str, Any]:
-    """The scale and the softcap of Gemma's logits."""
+    """The scale of Gemma's logits."""
     r.only("use_bidirectional_attention", None, False)
-    return {"scale": r.number("query_pre_attn_scalar", 256) ** -0.5,
-            "softcap": r.get("attn_logit_softcapping")}
+    return {"scale": r.number("query_pre_attn_scalar", 256) ** -0.5}
 
 
 def gemma2(r: Reader, options: dict[str, Any]) -> LM:
@@ -42,15 +41,18 @@ def gemma2(r: Reader, options: dict[str, Any]) -> LM:
     attention and logits a softcap."""
     every = [FULL if n % 2 else SLIDING for n in range(layers(r))]
     kinds = r.kinds("layer_types", every, (FULL, SLIDING))
+    cap = r.get("attn_logit_softcapping")
     return gemma(
         r, options, attention=softmaxes(kinds, r.get("sliding_window", 4096),
-                                        **scores(r)), position=rope(r),
+                                        softcap=cap, **scores(r)), position=rope(r),
     )
 
 
 def gemma3(r: Reader, options: dict[str, Any]) -> LM:
     """Gemma 3 (Gemma team, 2025) arXiv:2503.19786: five layers of a window with a
     rotation of their own to one that sees all."""
+    # its config has the key of Gemma 2, and its code in transformers does not read it
+    r.ignore("attn_logit_softcapping")
     period = r.size("sliding_window_pattern", r.data.get("_sliding_window_pattern", 6))
     every = [SLIDING if (n + 1) % period else FULL for n in range(layers(r))]
     kinds = r.kinds("layer_types", every, (FULL, SLIDING))

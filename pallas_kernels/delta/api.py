@@ -9,8 +9,9 @@ system that is inverted on the chip; the state travels from chunk to chunk in fl
 What a token decays, and which tokens belong together, is worked out before the kernel
 as eight numbers a token and head, so that its gradient is XLA's: the kernel returns the
 gradient of these numbers. Decays of channels come as they are, and their sums are made
-in the kernel (`pallas_kernels/delta/channels.py`). The backward pass reads the states that chunks begin with,
-and passes from the last chunk to the first. No atomics: the same bits each time.
+in the kernel (`pallas_kernels/delta/channels.py`). The backward pass reads the states
+that chunks begin with, and passes from the last chunk to the first. No atomics: the
+same bits each time.
 
 Sources: the chunked form of DeltaNet (Yang et al., 2024, arXiv:2406.06484), Gated
 DeltaNet (Yang et al., 2024, arXiv:2412.06464) and, for channels, Kimi Delta Attention
@@ -43,8 +44,9 @@ FLOOR = -128.0  # exp of it is 0 in float32, so a log decay below it says nothin
 class Static(NamedTuple):
     """What is known of one call: T tokens; gated: whether heads decay; channels:
     whether channels of keys do; tiles: on GPU, of the two kernels of the forward pass
-    and the three of the backward pass, rows and columns of the state; pieces: chunks of a grid step, and vmem: bytes of fast memory that a
-    kernel may use, on TPU; variant: candidates that the call asks for."""
+    and the three of the backward pass, rows and columns of the state; pieces: chunks of
+    a grid step, and vmem: bytes of fast memory that a kernel may use, on TPU; variant:
+    candidates that the call asks for."""
 
     t: int
     scale: float
@@ -76,8 +78,9 @@ def delta(
     """The rule over T tokens -> state [B,H,D,V] float32, o [B,T,H,V] in v's dtype.
 
     beta [B,T,H]; q, k [B,T,.,D] and v [B,T,.,V] have a number of heads that divides H;
-    log_decay None, [H], [B,T,H] or, of each channel of the key, [B,T,H,D], at most 0; state [B,H,D,V]: None for zeros; segment
-    [B,T]: 0 is padding, a new number begins with an empty state, 1 sees `state`.
+    log_decay None, [H], [B,T,H] or, of each channel of the key, [B,T,H,D], at most 0;
+    state [B,H,D,V]: None for zeros; segment [B,T]: 0 is padding, a new number begins
+    with an empty state, 1 sees `state`.
     backend: "tpu" or "triton"; tile: chunks of a grid step on TPU; columns of the
     state, warps and stages on GPU; variant: names of candidates
     (`pallas_kernels/candidates.py`). Raises Refused for what the kernel does not do.

@@ -23,7 +23,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.delta import channels
 from pallas_kernels.delta.chunk import CHUNK, Side, decays, strict
-from pallas_kernels.machine.product import F32, NN, NT, TN, dot
+from pallas_kernels.machine.product import NN, NT, TN, dot
 
 
 class HeadDecay:

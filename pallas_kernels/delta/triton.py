@@ -29,7 +29,7 @@ published ones of flash-linear-attention.
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -76,7 +76,7 @@ def inverse(a, block: int):
 
 def _inside(static, heads: int, rows: int, side, q_ref, k_ref, *refs):
     """The inverse of one chunk's system, and the weights of its outputs; with decays of
-    channels also what `Met` has."""
+    channels also what `channels.Met` has."""
     n, h, b = (pl.program_id(a) for a in range(3))
     ctx = ChunkContext(static, b, h, heads)
     own, row = ctx.sides(side, n)
@@ -100,7 +100,7 @@ def _forward(static, heads: int, columns: int, side, q_ref, k_ref, v_ref, x_ref,
              start_ref, *refs):
     """Some columns of the state from the first chunk to the last; with decays of
     channels, q and k are those that meet the state."""
-    late, (o_ref, final_ref, *states_ref) = _split(static, refs)
+    late, (o_ref, final_ref, *states_ref) = channels.split(static, refs)
     c, h, b = (pl.program_id(a) for a in range(3))
     ctx, first = ChunkContext(static, b, h, heads), c * columns
 
@@ -118,8 +118,9 @@ def _forward(static, heads: int, columns: int, side, q_ref, k_ref, v_ref, x_ref,
         o = o + dot(load(p_ref.at[b, h, n], None, 0), u.astype(k.dtype), NN)
         ctx.write(o_ref, o, n, first)
         # S' = keep S + k^T (leave u): [CHUNK,D] by [CHUNK,columns] is [D,columns]
-        state = _kept(ctx, side, n, late) * state
-        return state + dot(_leaving(ctx, n, k, late), (leave * u).astype(k.dtype), TN)
+        state = channels.kept(ctx, side, n, late) * state
+        kl = channels.leaving(ctx, n, k, late)
+        return state + dot(kl, (leave * u).astype(k.dtype), TN)
 
     start = _begin(start_ref, b, h, first, columns)  # [D,columns]
     state = jax.lax.fori_loop(0, side.shape[2], step, start)
@@ -130,7 +131,7 @@ def _reverse(static, heads: int, columns: int, side, q_ref, k_ref, do_ref, x_ref
              end_ref, *refs):
     """The gradient of some columns of the state from the last chunk to the first, and
     y, that of the right side of the chunks' systems."""
-    late, (y_ref, grads_ref, start_ref) = _split(static, refs)
+    late, (y_ref, grads_ref, start_ref) = channels.split(static, refs)
     c, h, b = (pl.program_id(a) for a in range(3))
     ctx, first, many = ChunkContext(static, b, h, heads), c * columns, side.shape[2]
 
@@ -143,11 +144,11 @@ def _reverse(static, heads: int, columns: int, side, q_ref, k_ref, do_ref, x_ref
         put(grads_ref, (b, h, n), first, held)
         # du = P^T do + leave k dS', y = X^T du: [CHUNK,columns]
         du = dot(load(p_ref.at[b, h, n], None, 0), do, TN)
-        du = du + leave * dot(_leaving(ctx, n, k, late), held, NN)
+        du = du + leave * dot(channels.leaving(ctx, n, k, late), held, NN)
         y = dot(load(x_ref.at[b, h, n], None, 0), du.astype(k.dtype), TN)
         ctx.write(y_ref, y, n, first)
         # dS = keep dS' - k^T (enter beta y) + q^T (scale enter do): [D,columns]
-        grad = _kept(ctx, side, n, late) * grad
+        grad = channels.kept(ctx, side, n, late) * grad
         grad = grad - dot(k, (enter * beta * y).astype(k.dtype), TN)
         entered = (static.scale * enter) * do.astype(F32)
         return grad + dot(q, entered.astype(k.dtype), TN)
@@ -155,24 +156,6 @@ def _reverse(static, heads: int, columns: int, side, q_ref, k_ref, do_ref, x_ref
     end = _begin(end_ref, b, h, first, columns)
     grad = jax.lax.fori_loop(0, many, step, end)
     put(start_ref, (b, h), first, grad)
-
-
-def _split(static, refs):
-    """With decays of channels, keys as they enter the next state and what is kept of
-    it; and the other references."""
-    many = 2 if static.channels else 0
-    return refs[:many], refs[many:]
-
-
-def _leaving(ctx: ChunkContext, n, k, late):
-    """Keys as they enter the state that chunk n ends with [CHUNK,D]."""
-    return ctx.tokens(late[0], n) if late else k
-
-
-def _kept(ctx: ChunkContext, side, n, late):
-    """What is kept of the state, a number or [D,1]."""
-    keep = ctx.keep(side, n)
-    return keep * channels.kept(ctx, late[1], n) if late else keep
 
 
 def _begin(ref, b, h, first, columns: int):
@@ -191,7 +174,7 @@ def _launch(static, tile: DeltaTriton, kernel, grid, args, outs, name: str) -> A
 def forward(static, side, q, k, v, g, state, keep: bool):
     """state [B,H,D,V], o [B,T,H,V], and to `keep` for the backward pass: the states
     that chunks begin with [B,H,N,D,V], the inverses and the weights of the outputs
-    [B,H,N,CHUNK,CHUNK], and what `_met` found."""
+    [B,H,N,CHUNK,CHUNK], and what `channels.met` takes."""
     (b, h, many), (d, width) = side.shape[:3], state.shape[2:]
     out, (inside, tile, *_) = jax.ShapeDtypeStruct, static.tiles
     square = out((b, h, many, CHUNK, CHUNK), q.dtype)
@@ -203,7 +186,7 @@ def forward(static, side, q, k, v, g, state, keep: bool):
     x, p, *more = _launch(
         static, inside, functools.partial(_inside, static, h, inside.block_d),
         (many, h, b), given, outs, "delta_inside")
-    met = _met(q, k, more)
+    met = channels.met(q, k, more)
     outs = [out((b, static.t, h, width), v.dtype), out(state.shape, F32)]
     if keep:
         outs.append(out((b, h, many, d, width), q.dtype))
@@ -214,30 +197,12 @@ def forward(static, side, q, k, v, g, state, keep: bool):
     return (final, o, *states, x, p, more) if keep else (final, o)
 
 
-class Met(NamedTuple):
-    """q and k as they meet the state that a chunk begins with [B,T,.,D]; with decays of
-    channels also, in `late`, k as it enters the one that it ends with and what is kept
-    of that state [B,H,N,D], and the weights between keys, [B,H,N,CHUNK,CHUNK]."""
-
-    q: Any
-    k: Any
-    late: tuple[Any, ...]
-    kk: tuple[Any, ...]
-
-
-def _met(q, k, more) -> Met:
-    if not more:
-        return Met(q, k, (), ())
-    kk, q, k, late, whole = more
-    return Met(q, k, (late, whole), (kk,))
-
-
 def backward(static, side, q, k, v, g, kept, d_final, do):
     """The gradients of side, of q, k and v a head [B,T,H,.], of g, and of the state."""
     (b, h, many), (d, width) = side.shape[:3], d_final.shape[2:]
     out, (*_, tile, values, keys) = jax.ShapeDtypeStruct, static.tiles
     states, x, p, more = kept
-    met = _met(q, k, more)
+    met = channels.met(q, k, more)
 
     def wide(a, kind):
         return out((b, static.t, h, a.shape[3]), kind)

@@ -20,6 +20,8 @@ Source: see `pallas_kernels/delta/channels.py`.
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
@@ -29,6 +31,26 @@ from pallas_kernels.delta.channels import Climb, pairs
 from pallas_kernels.delta.chunk import CHUNK, F32
 from pallas_kernels.delta.triton_chunk import ChunkContext, for_each_part
 from pallas_kernels.machine.triton import load, power
+
+
+class Met(NamedTuple):
+    """q and k as they meet the state that a chunk begins with [B,T,.,D]; with decays of
+    channels also, in `late`, k as it enters the one that it ends with and what is kept
+    of that state [B,H,N,D], and the weights between keys, [B,H,N,CHUNK,CHUNK]."""
+
+    q: Any
+    k: Any
+    late: tuple[Any, ...]
+    kk: tuple[Any, ...]
+
+
+def met(q, k, more) -> Met:
+    """What the first kernel found beside inverses and weights, `more`; q and k as they
+    were where it found nothing."""
+    if not more:
+        return Met(q, k, (), ())
+    kk, q, k, late, whole = more
+    return Met(q, k, (late, whole), (kk,))
 
 
 def climb(ctx: ChunkContext, n, q, k, g_ref, first) -> Climb:
@@ -64,12 +86,28 @@ def weights(ctx: ChunkContext, n, rows: int, q_ref, k_ref, g_ref, *refs):
     return for_each_part(k_ref.shape[3], rows, step, (square, square))
 
 
-def kept(ctx: ChunkContext, ref, n):
-    """What is kept of the state over a chunk, of [B,H,N,D], as a column [D,1]."""
-    size, inside = power(ref.shape[3]), None
-    if size != ref.shape[3]:
-        inside = jax.lax.broadcasted_iota(jnp.int32, (size,), 0) < ref.shape[3]
-    return load(ref.at[ctx.b, ctx.h, n, pl.ds(ctx.b * 0, size)], inside, 0)[:, None]
+def split(static, refs):
+    """With decays of channels, keys as they enter the next state and what is kept of
+    it; and the other references."""
+    many = 2 if static.channels else 0
+    return refs[:many], refs[many:]
+
+
+def leaving(ctx: ChunkContext, n, k, late):
+    """Keys as they enter the state that chunk n ends with [CHUNK,D]."""
+    return ctx.tokens(late[0], n) if late else k
+
+
+def kept(ctx: ChunkContext, side, n, late):
+    """What is kept of the state over a chunk, a number or a column [D,1]."""
+    keep = ctx.keep(side, n)
+    if not late:
+        return keep
+    size, inside = power(late[1].shape[3]), None
+    if size != late[1].shape[3]:
+        inside = jax.lax.broadcasted_iota(jnp.int32, (size,), 0) < late[1].shape[3]
+    at = late[1].at[ctx.b, ctx.h, n, pl.ds(ctx.b * 0, size)]
+    return keep * load(at, inside, 0)[:, None]
 
 
 def _sibling(x, s: int):

@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from attn.masks import Causal, Window
+from attn.softmax import Softmax
 from models.checkpoint import load, save
 from models.checkpoint.files import INDEX, WEIGHTS, Files
 from models.checkpoint.mxfp4 import BLOCK, dequantised
@@ -295,3 +297,24 @@ def test_softmax_of_a_hybrid_may_have_biases(name, tmp_path):
     assert again.keys() == tensors.keys()
     for leaf in again:
         np.testing.assert_array_equal(again[leaf], tensors[leaf], err_msg=leaf)
+
+
+@pytest.mark.parametrize("name, change", [
+    ("gemma3", {"attn_logit_softcapping": 20.0}),
+    ("kimi_linear", {"tie_word_embeddings": True}),
+    ("minimax", {"partial_rotary_factor": 0.5}),
+    ("mistral", {"partial_rotary_factor": 0.5}),
+])
+def test_keys_that_the_reference_does_not_read_change_nothing(name, change, tmp_path):
+    """transformers 5.24.0 has them in its config, and gives the same logits."""
+    config, tensors = content(name)
+    alike(load(written(tmp_path, config | change, tensors)), load(NAMED[name]))
+
+
+def test_kinds_of_layers_count_more_than_the_flag_for_windows(tmp_path):
+    config, tensors = content("smollm3")
+    kinds = ["sliding_attention", *config["layer_types"][1:]]
+    config |= {"layer_types": kinds, "sliding_window": 6, "use_sliding_window": False}
+    model, _ = load(written(tmp_path, config, tensors))
+    window = Softmax(mask=Causal() & Window(5))
+    assert model.attention == (window, *[Softmax()] * 3)

@@ -41,6 +41,10 @@ RIGHT: dict[str, dict[str, Any]] = {
     "delta T3001 D80": {"decay": "token", "t": 3001, "d": 80},
     "delta float32": {"decay": "token", "dtype": F32, "t": 1000},
     "delta strong": {"decay": "token", "shift": -6.0},
+    "delta channel": {"decay": "channel"},
+    "delta channel strong": {"decay": "channel", "shift": -6.0},
+    "delta channel packed K2": {
+        "decay": "channel", "k": 2, "packed": True, "t": 1500},
     "scan T1": {"t": 1}, "scan packed": {"packed": True, "t": 1500},
     "scan T3001 V80": {"t": 3001, "d": 80},
 }

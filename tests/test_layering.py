@@ -21,8 +21,8 @@ ORDER = {
     "pallas_kernels": (
         ("__init__", "tile", "tiles", "arrays", "padding"), ("tables", "candidates"),
         ("schedule", "refusals", "machine"),
-        ("flash", "decode", "linear", "delta", "memory", "scan"), ("blocks",), ("matrix",),
-        ("tune",),
+        ("flash", "decode", "linear", "delta", "memory", "scan"), ("blocks",),
+        ("matrix",), ("tune",),
     ),
     "attn": (
         ("contract", "masks", "positions"), ("exact",), ("parallel", "sparse"),

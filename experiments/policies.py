@@ -40,7 +40,7 @@ from experiments.evaluate import HELD_OUT, LEAST, reader_of
 from experiments.measure import cache_claims, index_claims, panels, seeds
 from experiments.measure.cache_claims import Rated
 from experiments.measure.provenance import provenance
-from experiments.sources import SHIPPED, loaded
+from experiments.sources import SHIPPED, Ids, loaded
 from experiments.training.runs import open_folder, write_whole
 
 PARTS = (*cache_claims.PARTS, "probes", "pool", "graphs")
@@ -97,6 +97,9 @@ def run(config_: Config) -> dict[str, Any]:
     """Measures -> medians over seeds; all numbers and a picture in a folder."""
     needed = {*config_.parts} & {*cache_claims.PARTS}
     source = loaded(config_.model) if needed else None
+    if source is not None and isinstance(source.text, Ids):
+        raise ValueError(f"{source.text.folder} has no tokenizer.json: expected a "
+                         "model that reads text")
     folder = open_folder("policies", config_.folder, config.command(config_),
                          config.settings(config_))
     every = range(config_.seed, config_.seed + config_.seeds)

@@ -114,19 +114,24 @@ def recovered(p: np.ndarray, first: int, capacity: int, stride: int) -> float:
     for head in p.reshape(-1, *p.shape[2:]):
         for n, row in enumerate(head):
             if n % stride == 0:
-                kept = list(np.argsort(-row, kind="stable")[:capacity])
+                seen = row[:first + n + 1]
+                kept = list(np.argsort(-seen, kind="stable")[:capacity])
                 continue
             kept = [*kept, first + n]
             rated.append(row[kept].sum())
-            least = kept[int(row[kept[:-1]].argmin())]
-            kept.remove(least)
+            if len(kept) > capacity:
+                kept.pop(int(row[kept[:-1]].argmin()))
     return float(np.mean(rated))
 
 
 def recent_weight(p: np.ndarray, first: int, capacity: int) -> float:
     """The mean weight of the first and last keys of the same number."""
-    own = [row[:SINKS].sum() + row[first + n + 1 - capacity + SINKS:first + n + 1].sum()
-           for head in p.reshape(-1, *p.shape[2:]) for n, row in enumerate(head)]
+    own = []
+    for head in p.reshape(-1, *p.shape[2:]):
+        for n, row in enumerate(head):
+            end = first + n + 1
+            near = row[max(SINKS, end - capacity + SINKS):end]
+            own.append(row[:SINKS].sum() + near.sum())
     return float(np.mean(own))
 
 

@@ -77,3 +77,5 @@ def test_what_is_asked_of_it_wrongly():
         policies.Config(parts=("nothing",))
     with pytest.raises(ValueError, match="facts=1000: expected at most"):
         policies.Config(facts=1000)
+    with pytest.raises(ValueError, match="llama has no tokenizer.json: expected a"):
+        policies.run(policies.Config(model="tests/checkpoints/llama", quiet=True))

@@ -92,6 +92,15 @@ class DeltaTriton:
 
 
 @dataclasses.dataclass(frozen=True)
+class MemoryTriton:
+    """Columns of W and S of a program of the backward pass, at most."""
+
+    block_v: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclasses.dataclass(frozen=True)
 class Scan:
     """Tokens of a chunk."""
 
@@ -102,7 +111,7 @@ KINDS: dict[str, type] = {
     "flash": FlashTpu, "linear": LinearTpu, "delta": DeltaTpu, "scan": Scan,
     "triton_flash": FlashTriton, "triton_blocks": FlashTriton,
     "triton_decode": FlashTriton, "triton_linear": LinearTriton,
-    "triton_delta": DeltaTriton, "triton_scan": Scan,
+    "triton_delta": DeltaTriton, "triton_memory": MemoryTriton, "triton_scan": Scan,
     "mosaic_flash_forward": FlashMosaic, "mosaic_flash_backward": FlashMosaicBackward,
     "blackwell_flash_forward": FlashMosaic,
     "blackwell_flash_backward": FlashMosaicBackward,

@@ -6,6 +6,9 @@ S as chunks began with them, which the forward pass wrote down. Key channels are
 64 at a time, so that few arrays are in registers at once. What programs of other
 columns add to the gradients of q, k and the tokens' numbers is added up by XLA in
 float32. Tiles were chosen by what the compiler spills, not timed: no GPU was at hand.
+On Hopper and Blackwell chunks of 16 at D = 64 spill nothing and those of 64 at D = 128
+do, backward; before Hopper Triton has every warp make all of such small products, so
+that few warps are best there, and both spill (MATRIX.md has the bytes).
 
 Source: see `pallas_kernels/memory/api.py`.
 """
@@ -20,6 +23,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
+from pallas_kernels import tables
 from pallas_kernels.machine.product import F32, NN, NT, TN, dot
 from pallas_kernels.machine.triton import power
 from pallas_kernels.memory.chunk import ROWS, Own
@@ -151,11 +155,11 @@ def _columns(d: int, width: int, itemsize: int) -> int:
     return min(most, power(width))
 
 
-def _launch(static, kernel, grid, args, outs, warps: int, name: str) -> Any:
-    # one stage: a chunk's products wait for the state, and loads would take registers
+def _launch(static, kernel, grid, args, outs, warps: int, stages: int,
+            name: str) -> Any:
     return pl.pallas_call(
         kernel, grid=grid, out_shape=outs, name=name, interpret=static.interpret,
-        compiler_params=triton.CompilerParams(num_warps=warps, num_stages=1),
+        compiler_params=triton.CompilerParams(num_warps=warps, num_stages=stages),
     )(*args)
 
 
@@ -172,14 +176,16 @@ def forward(static, side, q, k, v, weights, momentum, keep: bool):
     o, after, run, *kept = _launch(
         static, functools.partial(_forward, static, columns),
         (-(-width // columns), h, b), (side, q, k, v, weights, momentum), outs,
-        4 if d <= 64 and static.tile <= 32 else 8, "memory_forward")
+        4 if d <= 64 and static.tile <= 32 else 8, 1, "memory_forward")
     return after, run, o, *kept
 
 
 def backward(static, side, q, k, v, kept, d_after, d_run, do):
     """The gradients of side, q, k, v, and of W and S before the first token."""
     (b, h, d, width), out = d_after.shape, jax.ShapeDtypeStruct
-    columns = _columns(d, width, q.dtype.itemsize)
+    shape = tables.Shape(static.t, static.t, d, width, q.dtype.itemsize)
+    tile = tables.chunks(tables.device_kind(), "memory", shape, backend="triton")
+    columns = min(tile.block_v, _columns(d, width, q.dtype.itemsize))
     parts = -(-width // columns)
 
     def several(a):
@@ -190,7 +196,8 @@ def backward(static, side, q, k, v, kept, d_after, d_run, do):
             *[out(d_after.shape, F32)] * 2]
     *found, dv, dw, ds = _launch(
         static, functools.partial(_backward, static, columns), (parts, h, b),
-        (side, q, k, v, do, *kept, d_after, d_run), outs, 8, "memory_backward")
+        (side, q, k, v, do, *kept, d_after, d_run), outs, tile.num_warps,
+        tile.num_stages, "memory_backward")
     dside, dq, dk = (
         a.reshape(parts, b, *a.shape[1:]).sum(0).astype(like.dtype)
         if parts > 1 else a for a, like in zip(found, (side, q, k)))

@@ -19,8 +19,8 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.delta.chunk import CHUNK, F32, grid
-from pallas_kernels.linear.chunk import add_up, levels
 from pallas_kernels.machine.product import NN, NT, TN, dot
+from pallas_kernels.machine.sums import add_up, levels
 
 
 class Level(NamedTuple):

@@ -21,40 +21,9 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.machine.product import F32, NN, NT, TN, dot
+from pallas_kernels.machine.sums import add_columns, add_up, levels
 
-BF16 = jnp.bfloat16
 FLOOR = -128.0  # exp of it is 0 in float32
-
-
-def split_bf16x3(x) -> list[Any]:
-    """x float32 as three bfloat16 arrays whose sum it is."""
-    found = []
-    for _ in range(2):
-        # cut off, not rounded: a conversion there and back may be optimised away
-        bits = jax.lax.bitcast_convert_type(x, jnp.int32) & -65536
-        part = jax.lax.bitcast_convert_type(bits, F32)
-        found.append(part.astype(BF16))
-        x = x - part  # exact: both have the same leading bits
-    return [*found, x.astype(BF16)]
-
-
-def chosen(where):
-    """A boolean matrix as 0 and 1 in bfloat16."""
-    return jnp.where(where, 1.0, 0.0).astype(BF16)
-
-
-def add_up(where, x, contract=NN):
-    """sum_t where[i,t] x[t,n] -> [i,n] float32; TN: where[t,i]."""
-    w = chosen(where)
-    high, middle, low = (dot(w, part, contract) for part in split_bf16x3(x))
-    return (low + middle) + high  # the smallest first
-
-
-def add_columns(x, where):
-    """sum_t x[i,t] where[t,n] -> [i,n] float32."""
-    w = chosen(where)
-    high, middle, low = (dot(part, w, NN) for part in split_bf16x3(x))
-    return (low + middle) + high  # the smallest first
 
 
 def places(c: int):
@@ -295,11 +264,6 @@ class ChannelDecay(NoDecay):
         to_q, to_k = dot(ds, far, NN) * factor, dot(ds, near, TN) * factor
         more = self.spread(s, q.astype(F32) * to_q + k.astype(F32) * to_k)
         return Gradients(found.dq + to_q, found.dk + to_k, found.dg + more)
-
-
-def levels(c: int) -> list[int]:
-    """The levels of a chunk of c tokens."""
-    return [1 << n for n in range((c - 1).bit_length())]
 
 
 def between(i, t, s):

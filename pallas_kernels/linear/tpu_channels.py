@@ -14,10 +14,9 @@ from typing import Any, Sequence
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.linear.chunk import (
-    BF16, ChannelDecay, Gradients, between, levels, split_bf16x3
-)
+from pallas_kernels.linear.chunk import ChannelDecay, Gradients, between
 from pallas_kernels.machine.product import F32, NN, dot
+from pallas_kernels.machine.sums import BF16, levels, split_bf16x3
 
 
 def names(c: int) -> list[Any]:

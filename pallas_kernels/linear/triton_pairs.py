@@ -19,9 +19,10 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
-from pallas_kernels.linear.chunk import ChannelDecay, add_up, levels
+from pallas_kernels.linear.chunk import ChannelDecay
 from pallas_kernels.linear.triton_chunk import Arrays, Call, ChunkContext
 from pallas_kernels.machine.product import F32, NT, dot
+from pallas_kernels.machine.sums import add_up, levels
 
 BLOCK, LIMIT = 16, 80.0
 

@@ -7,8 +7,9 @@ S as chunks began with them, which the forward pass wrote down. Key channels are
 columns add to the gradients of q, k and the tokens' numbers is added up by XLA in
 float32. Tiles were chosen by what the compiler spills, not timed: no GPU was at hand.
 On Hopper and Blackwell chunks of 16 at D = 64 spill nothing and those of 64 at D = 128
-do, backward; before Hopper Triton has every warp make all of such small products, so
-that few warps are best there, and both spill (MATRIX.md has the bytes).
+some kB, backward. Before Hopper Triton has every warp make all of such small products:
+two warps are best for chunks of 16 at D = 64, which spill 0.9 kB, and wider ones spill
+tens of kB there, so that XLA's form is likely faster on them (MATRIX.md).
 
 Source: see `pallas_kernels/memory/api.py`.
 """

@@ -54,8 +54,8 @@ of 2 layers, took 1.7 (forward) and 1.4 times as long as it:
         --base='Delta(gated=True)' \\
         --attentions='(Delta(gated=True), Titans(depth=1), Titans(norm=True))'
 
-Where titans-pytorch is installed its memory of the same sizes takes part. At T = 256, in
-two rounds beside other programs, which torch's threads may have suffered from more,
+Where titans-pytorch is installed its memory of the same sizes takes part. At T = 256,
+in two rounds beside other programs, which torch's threads may have suffered from more,
 
     python -m experiments.speed --lengths='(256,)' --rounds=2 \\
         --base='titans-pytorch depth=2 chunk=16' --attentions='(Titans(norm=True),)'

@@ -77,3 +77,12 @@ def _operations(jaxpr: Any) -> set[str]:
         inner = eqn.params["jaxpr"] if called else None
         found |= {eqn.primitive.name} if inner is None else _operations(inner.jaxpr)
     return found
+
+
+def check_channels(backend: str) -> None:
+    """Raises Refused where the delta rule has no kernel for decays of channels: the
+    products of a chunk's levels ask for more tensor memory than a Blackwell has."""
+    kind = tables.device_kind()
+    if backend == "triton" and any(n in kind for n in ("B100", "B200", "B300")):
+        raise Refused(f"a decay of each key channel on a {kind}: there is no kernel "
+                      "yet, expected one a head, or implementation='xla'")

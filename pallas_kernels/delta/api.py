@@ -32,7 +32,7 @@ from pallas_kernels import Refused, candidates, tables
 from pallas_kernels.delta.chunk import CHUNK, ROWS, Side
 from pallas_kernels.machine.bits import in_32_bits
 from pallas_kernels.padding import blank
-from pallas_kernels.refusals import DTYPES, WIDEST, check_device
+from pallas_kernels.refusals import DTYPES, WIDEST, check_channels, check_device
 from pallas_kernels.tiles import DeltaTriton
 
 F32 = jnp.float32
@@ -106,6 +106,7 @@ def delta(
     g, gated = None, log_decay is not None
     channels = log_decay is not None and log_decay.ndim == 4
     if channels:  # the chunks' numbers then only say which tokens belong together
+        check_channels(backend)
         g, = blank(segment, log_decay.astype(F32))
         g, log_decay, gated = jnp.maximum(g, FLOOR), None, False
     static = Static(
@@ -149,6 +150,9 @@ def _tiles(
     if tile is None:
         # what passes over the chunks takes fewer columns where processors would idle
         found[1:3] = (_narrowed(a, width, heads) for a in found[1:3])
+    if channels and shape.d > 128:
+        # of three arrays of keys and queries a chunk there is no room for the next ones
+        found[1:3] = (dataclasses.replace(a, num_stages=1) for a in found[1:3])
     return tuple(found), 1
 
 

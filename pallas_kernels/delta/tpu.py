@@ -63,9 +63,10 @@ def _cut(refs, m: int):
 
 def _decay(static, sides, q, k, g_ref, m: int) -> HeadDecay | ChannelDecay:
     """What decays in chunk m of a grid step."""
+    own, row = sides
     if static.channels:
-        return ChannelDecay(*sides, q, k, *_cut((g_ref,), m))
-    return HeadDecay(*sides, q, k, static.gated)
+        return ChannelDecay(own, row, q, k, _cut((g_ref,), m)[0])
+    return HeadDecay(own, row, q, k, static.gated)
 
 
 def _forward(static, keep: bool, side_ref, q_ref, k_ref, v_ref, g_ref, start_ref, o_ref,
@@ -80,7 +81,8 @@ def _forward(static, keep: bool, side_ref, q_ref, k_ref, v_ref, g_ref, start_ref
     low, ready, systems = q_ref.dtype, [], []
     for m in range(static.pieces):  # what needs no state: all chunks side by side
         own, row = _sides(side_ref[0, 0, m])
-        decay = _decay(static, (own, row), *_cut((q_ref, k_ref), m), g_ref, m)
+        q, k = _cut((q_ref, k_ref), m)
+        decay = _decay(static, (own, row), q, k, g_ref, m)
         qk, kk = decay.pairs()  # [CHUNK,CHUNK]
         systems.append(own.beta * kk)  # A, j < i
         p = (static.scale * qk).astype(low)

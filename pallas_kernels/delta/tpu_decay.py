@@ -49,7 +49,7 @@ class HeadDecay:
         """What is kept of the state, [1,1] or [D,1]."""
         return self.row.keep[:, :1]
 
-    def back(self, pairs, d_pairs, d_met, held) -> tuple[Any, Any, Any, dict[str, Any]]:
+    def back(self, pairs, d_pairs, d_met, held) -> tuple[Any, ...]:
         """dq, dk and dg, here None, [CHUNK,D], and gradients of the chunk's numbers as
         columns and rows, of what `pairs` and `met` gave; held [D,V]: the state times
         the gradient of the next one."""

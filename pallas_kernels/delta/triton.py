@@ -178,7 +178,8 @@ def forward(static, side, q, k, v, g, state, keep: bool):
     (b, h, many), (d, width) = side.shape[:3], state.shape[2:]
     out, (inside, tile, *_) = jax.ShapeDtypeStruct, static.tiles
     square = out((b, h, many, CHUNK, CHUNK), q.dtype)
-    given, outs = (side, q, k), [square, square]
+    given: tuple[Any, ...] = (side, q, k)
+    outs = [square, square]
     if static.channels:
         given = side, q, k, g
         outs += [square, *[out((b, static.t, h, d), q.dtype)] * 3,
@@ -231,7 +232,7 @@ def backward(static, side, q, k, v, g, kept, d_final, do):
         # a program adds up the heads that share its keys, and nothing is left to XLA
         grid_heads, each = k.shape[2], gradients.shared_keys
         wide_q, wide_k = out(q.shape, q.dtype), out(k.shape, k.dtype)
-    given = side, q, k, do, y, left, states, grads, dp, dkk
+    given: tuple[Any, ...] = side, q, k, do, y, left, states, grads, dp, dkk
     more = out((b, h, parts, many, CHUNK), F32)
     if static.channels:
         given, more = (*given, g), out(g.shape, F32)

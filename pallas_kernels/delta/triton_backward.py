@@ -172,12 +172,14 @@ def _of_a_head(ctx: ChunkContext, n, at, tile: DeltaTriton, side, q_ref, k_ref, 
         return from_state + dot(do, held, NT), *to_k  # do S^T
 
     zeros = jnp.zeros((CHUNK, rows), F32)
-    start = (zeros, zeros)
+    start: tuple[jax.Array, ...] = (zeros, zeros)
     if static.channels:
         start = (*start, zeros, jnp.zeros((rows,), F32))
     from_state, *to_k = for_each_part(do_ref.shape[3], columns, step, start)
     q, k = (ctx.tokens(ref, n, top, rows) for ref in (q_ref, k_ref))
     from_state = static.scale * from_state
+    if not static.channels:  # enter in scale enter q S
+        triton.store(refs[-1].at[b, h, at, n], (q.astype(F32) * from_state).sum(1))
     dp, dkk = (load(ref.at[b, h, n], None, 0) for ref in (dp_ref, dkk_ref))
     if static.channels:
         g_ref, *_, dg_ref = refs
@@ -188,8 +190,6 @@ def _of_a_head(ctx: ChunkContext, n, at, tile: DeltaTriton, side, q_ref, k_ref, 
             ctx.keep(side, n) * kept[None])
         ctx.write(dg_ref, dg, n, top)
         return dq, dk
-    # enter in scale enter q S
-    triton.store(refs[-1].at[b, h, at, n], (q.astype(F32) * from_state).sum(1))
     # dq = scale enter do S^T + d(q k^T) k; dk has d(q k^T)^T q and d(k k^T) k, too
     return (enter * from_state + dot(dp, k, NN),
             to_k[0] + dot(dp, q, TN) + dot(dkk, k, NN))

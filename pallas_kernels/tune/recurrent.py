@@ -62,8 +62,8 @@ def candidates(backend: str, which: str) -> Iterator[tuple[int, ...]]:
         yield from itertools.product((64,), (16, 32, 64), WARPS, (1, 2))
     else:
         columns = (64,) if which.startswith("delta_inside") else (32, 64)
-        keys = (16, 32, 64) if which.endswith("channels") else (32, 64)
-        yield from itertools.product(keys, columns, WARPS, (1,))
+        rows = (16, 32, 64) if which.endswith("channels") else (32, 64)
+        yield from itertools.product(rows, columns, WARPS, (1,))
 
 
 def program(target: Tpu | Gpu, backend: str, which: str, t: int, width: int) -> Any:

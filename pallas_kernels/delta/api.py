@@ -105,7 +105,8 @@ def delta(
         state = jnp.zeros((b, h, d, width), F32)
     g, gated = None, log_decay is not None
     channels = log_decay is not None and log_decay.ndim == 4
-    if channels:  # the chunks' numbers then only say which tokens belong together
+    if log_decay is not None and channels:
+        # the chunks' numbers then only say which tokens belong together
         check_channels(backend)
         g, = blank(segment, log_decay.astype(F32))
         g, log_decay, gated = jnp.maximum(g, FLOOR), None, False

@@ -116,7 +116,8 @@ def learn(
 
     def kernel(backend):
         refuse(
-            rule, gates, chunk, lag_token=lag, axis=axis is not None,
+            rule, gates, chunk, max(q.shape[3], v.shape[3]), backend,
+            lag_token=lag, axis=axis is not None,
             segments=where.segment is not None, **{"a state": state is not None})
         z, s, o = fused(rule, q, k, v, gates, initial["W0"], chunk, dtype, backend)
         return Memory({"W0": z}, {"W0": s}, None), o

@@ -19,14 +19,15 @@ from attn.recurrent.memory_axes import Bias
 from attn.recurrent.memory_chunk import Rule, Tokens, pair_weights
 from attn.recurrent.memory_nets import MLP
 from attn.recurrent.memory_pieces import seen_by
-from pallas_kernels import Refused
+from pallas_kernels import Refused, tables
 from pallas_kernels.memory.api import memory
 from pallas_kernels.memory.chunk import TILES, Numbers
 
 
-def refuse(rule: Rule, gates: Any, chunk: int, **there: bool) -> None:
-    """Raises Refused for what no kernel does, with the reason; there: what a call has,
-    by name."""
+def refuse(rule: Rule, gates: Any, chunk: int, widest: int, backend: str,
+           **there: bool) -> None:
+    """Raises Refused for what no kernel does, with the reason; widest: the greater of D
+    and V; there: what a call has, by name."""
     error = rule.error
     squares = isinstance(error, Bias) and error.kind == "l2"
     wrong = {
@@ -40,10 +41,20 @@ def refuse(rule: Rule, gates: Any, chunk: int, **there: bool) -> None:
         "no momentum: expected gates of one": gates.log_momentum is None,
         "a decay of each channel: expected one of a head":
             gates.log_keep is not None and gates.log_keep.ndim == 4,
+        # there the backward pass of wider tiles spills 9 to 70 kB a program
+        f"chunk={chunk} and widths of {widest} on a GPU before Hopper: expected 16 and "
+        "64 or less": backend == "triton" and _before_hopper()
+            and (chunk > 16 or widest > 64),
     } | {f"{name}: expected whole rows of one sequence on one device": bad
          for name, bad in there.items()}
     if reasons := [text for text, bad in wrong.items() if bad]:
         raise Refused("there is no kernel for such a memory: " + "; ".join(reasons))
+
+
+def _before_hopper() -> bool:
+    """Whether this machine's GPU is NVIDIA's and older than compute capability 9.0."""
+    found = tables.capability()
+    return found is not None and float(found) < 9.0
 
 
 def fused(rule: Rule, q, k, v, gates: Any, initial: jax.Array, chunk: int, dtype: Any,

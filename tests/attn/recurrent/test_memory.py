@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from attn.recurrent import memory_kernel
 from attn.recurrent.memory import Gates, Where, answers, learn
 from attn.recurrent.memory_axes import KL, Bias, Elastic, Lq, sigmoid
 from attn.recurrent.memory_chunk import Rule
@@ -191,3 +192,20 @@ def test_memory_of_t_tokens_is_what_chunks_begin_with():
     states = 2 * 4 * width * width  # bytes of Z and S
     tokens = 12 * 4 * width * chunk  # of a dozen arrays like q
     assert (long - short) / (512 / chunk) < states + tokens
+
+
+@pytest.mark.parametrize("capability, backend, chunk, widest, refused", (
+    ("8.0", "triton", 16, 128, True), ("8.9", "triton", 32, 64, True),
+    ("8.0", "triton", 16, 64, False), ("9.0", "triton", 64, 128, False),
+    (None, "triton", 64, 128, False), ("8.0", "tpu", 64, 128, False)))
+def test_wide_tiles_are_not_for_gpus_before_hopper(
+    capability, backend, chunk, widest, refused, monkeypatch
+):
+    monkeypatch.setattr(memory_kernel.tables, "capability", lambda: capability)
+    some = jnp.zeros((1, T, H))
+    args = Rule(PLAIN, Bias("l2")), Gates(some, some, some), chunk, widest, backend
+    if refused:
+        with pytest.raises(NotImplementedError, match=f"chunk={chunk} and widths of "):
+            memory_kernel.refuse(*args)
+    else:
+        memory_kernel.refuse(*args)

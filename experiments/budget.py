@@ -46,11 +46,11 @@ from experiments.cli import config
 from experiments.cli.config import FREE, option
 from experiments.data import Corpus
 from experiments.data.retrieval import NOUNS
-from experiments.evaluate import HELD_OUT, LEAST, reader_of
 from experiments.measure import asked, charts
 from experiments.measure.cache_budgets import NAMES
 from experiments.measure.placing import LeftOut, of_policy
 from experiments.measure.provenance import provenance
+from experiments.measure.reading import HELD_OUT, LEAST, reader_of
 from experiments.sources import SHIPPED, loaded
 from experiments.training.runs import open_folder, write_whole
 from models.lm import state_bytes

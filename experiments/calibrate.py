@@ -62,9 +62,9 @@ from experiments.cli.config import FREE, option
 from experiments.data import Corpus
 from experiments.data.clauses import STOP, VOCAB, Clauses
 from experiments.data.dataset import Batch
-from experiments.evaluate import HELD_OUT, reader_of
 from experiments.measure import calibrating, seeds, told
 from experiments.measure.provenance import provenance
+from experiments.measure.reading import HELD_OUT, reader_of
 from experiments.sources import loaded
 from experiments.training.loop import fit
 from experiments.training.mesh import whole

@@ -38,21 +38,19 @@ from rich.progress import track
 
 from experiments.cli import config
 from experiments.cli.config import FREE, option
-from experiments.data import Corpus, Text
+from experiments.data import Corpus
 from experiments.data.retrieval import NOUNS
 from experiments.measure import charts
 from experiments.measure.asked import (
-    Reader, Row, needle, needles, plain, recall, repeats, score,
-    variables,
+    Reader, Row, needle, needles, recall, repeats, score, variables
 )
-from experiments.sources import SHIPPED, Ids, Loaded, loaded
+from experiments.measure.reading import HELD_OUT, LEAST, reader_of
+from experiments.sources import SHIPPED, loaded
 from experiments.training.runs import open_folder, write_whole
 from models.lm import loss, state_bytes
 from models.swap import swapped
 
 PARTS = ("text", "needle", "needles", "variables", "recall", "repeats")
-HELD_OUT = Text(held_out=0.1)  # the split of `experiments.small`
-LEAST = 8  # tokens of a row: with fewer nothing stands before what is asked
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,27 +193,6 @@ PART: dict[str, Callable[[Config, Reader, Sequence[str]], dict]] = {
     "recall": functools.partial(of_rows, "recall", recall),
     "repeats": functools.partial(of_rows, "repeats", repeats),
 }
-
-
-def reader_of(found: Loaded, parts: Sequence[str], text: Corpus, length: int | None,
-              seed: int, name: str = "parts") -> tuple[Reader, list[str]]:
-    """A model that can be asked, and the documents that it is asked about: none where
-    parts read ids alone, for models without a tokenizer. name: the option that has
-    them. ValueError for words without a tokenizer, and for rows of less than 8."""
-    length = length or min(found.limit or 4096, 4096)
-    if length < LEAST:
-        raise ValueError(f"length={length}: expected {LEAST} or more tokens")
-    documents, hay = [], np.zeros(0, np.int32)
-    if {*parts} - {"repeats"}:
-        if isinstance(found.text, Ids):
-            raise ValueError(f"{found.text.folder} has no tokenizer.json: expected "
-                             f"--{name}='(\"repeats\",)'")
-        documents = text.parts["valid"]
-        words = "\n".join(documents)[: 64 * length]
-        hay = np.asarray(plain(found.text, words), np.int32)
-    reader = Reader(found.model, found.params, found.text, hay,
-                    list(found.text.encode("")), length, seed)
-    return reader, documents
 
 
 def run(config_: Config) -> dict[str, Any]:

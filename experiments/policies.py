@@ -36,11 +36,11 @@ from experiments.cli import config
 from experiments.cli.config import FREE, option
 from experiments.data import Corpus
 from experiments.data.retrieval import NOUNS
-from experiments.evaluate import HELD_OUT, LEAST, reader_of
 from experiments.measure import cache_claims, index_claims, panels, seeds
 from experiments.measure.cache_claims import Rated
 from experiments.measure.provenance import provenance
-from experiments.sources import SHIPPED, Ids, loaded
+from experiments.measure.reading import HELD_OUT, LEAST, Ids, reader_of
+from experiments.sources import SHIPPED, loaded
 from experiments.training.runs import open_folder, write_whole
 
 PARTS = (*cache_claims.PARTS, "probes", "pool", "graphs")

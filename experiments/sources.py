@@ -10,9 +10,10 @@ from __future__ import annotations
 import json
 import pathlib
 import shlex
-from typing import Any, NamedTuple
+from typing import Any
 
 from experiments.cli import config
+from experiments.measure.reading import Ids, Loaded
 from experiments.training.loop import abstract
 from experiments.training.runs import RECORD, Checkpoints
 from experiments.training.step import TEXT
@@ -22,17 +23,6 @@ from models.sampling import Sampling
 from models.small import FOLDER
 
 SHIPPED = "small"  # what commands read where nothing else is said
-
-
-class Loaded(NamedTuple):
-    """A model, its parameters, its tokenizer (`encode`, `decode`), how it wants to be
-    sampled, and the longest text that it was made for."""
-
-    model: Any
-    params: Any
-    text: Any
-    defaults: Defaults
-    limit: int | None
 
 
 def loaded(name: str) -> Loaded:
@@ -52,25 +42,6 @@ def folder_of(name: str) -> pathlib.Path:
     if name == SHIPPED and not pathlib.Path(name).is_dir():
         return FOLDER
     return local(name)
-
-
-class Ids:
-    """The tokenizer of a folder that has none: ids, with spaces between."""
-
-    def __init__(self, folder: pathlib.Path):
-        self.folder = folder
-
-    def encode(self, text: str) -> list[int]:
-        """The ids that stand in the text."""
-        try:
-            return [int(word) for word in text.split()]
-        except ValueError:
-            raise ValueError(f"prompt={text!r}: the folder has no tokenizer.json, "
-                             "expected ids such as '5 7 9'") from None
-
-    def decode(self, ids: list[int]) -> str:
-        """The ids as text."""
-        return "".join(f" {n}" for n in ids)
 
 
 class OfCorpus:

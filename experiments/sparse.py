@@ -95,6 +95,7 @@ from experiments.measure.budgets import METHODS, as_read
 from experiments.measure.less import Network
 from experiments.measure.placing import LeftOut
 from experiments.measure.provenance import provenance
+from experiments.sources import loaded
 from experiments.training.loop import check, evaluate
 from experiments.training.mesh import whole
 from experiments.training.runs import locked, open_folder, write_whole
@@ -198,8 +199,9 @@ def networks(config_: Config) -> dict[str, Network]:
     """What is judged, by task."""
     if config_.model is None:
         return {"recall": trained_on_recall(config_), "bits": trained_on_text(config_)}
-    return less.given(config_.model, config_.text, config_.length, config_.facts,
-                      config_.rows, config_.batch, config_.seed)
+    return less.given(
+        config_.model, loaded(config_.model), config_.text, config_.length,
+        config_.facts, config_.rows, config_.batch, config_.seed)
 
 
 def once(config_: Config, left_out: dict[str, str]) -> list[dict[str, Any]]:

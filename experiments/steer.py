@@ -61,10 +61,10 @@ from experiments.cli.config import FREE, option
 from experiments.data import Corpus
 from experiments.data.lookup import ASK, AT, FIND, SENTENCES, WORDS, Facts, Lookup
 from experiments.data.lookup import facts
-from experiments.evaluate import HELD_OUT, reader_of
 from experiments.measure import seeds, told
 from experiments.measure.head_search import coarse_to_fine, one_by_one
 from experiments.measure.provenance import provenance
+from experiments.measure.reading import HELD_OUT, reader_of
 from experiments.sources import loaded
 from experiments.training.loop import fit
 from experiments.training.mesh import whole

@@ -18,7 +18,7 @@ from attn.act import ACT, calibrated
 from experiments.measure.asked import Reader
 from experiments.measure.head_choice import exact_layers, placed
 from experiments.measure.told import Told
-from experiments.sources import Loaded
+from experiments.measure.reading import Loaded
 from models.view import look
 
 

@@ -24,11 +24,10 @@ from flax import traverse_util
 from attn.layers import Layer
 from experiments.data import Corpus
 from experiments.data.dataset import Batch
-from experiments.evaluate import reader_of
 from experiments.measure import asked, budgets
 from experiments.measure.budgets import Budget
 from experiments.measure.head_choice import exact_layers, placed
-from experiments.sources import Ids, loaded
+from experiments.measure.reading import Ids, Loaded, reader_of
 
 OTHERS = 2**20  # the seeds of what gates learn from, beside those of what is judged
 WORDS = 2**20  # letters of text that gates learn from
@@ -144,12 +143,11 @@ class InTurn:
         return self.kinds[step % many].batch(step // many, size)
 
 
-def given(name: str, text: Corpus, length: int, facts: int, rows: int, batch: int,
-          seed: int) -> dict[str, Network]:
-    """A model in a folder, by what it is asked: needles, recall (`measure.asked`) and
+def given(name: str, found: Loaded, text: Corpus, length: int, facts: int, rows: int,
+          batch: int, seed: int) -> dict[str, Network]:
+    """A model of that name, by what it is asked: needles, recall (`measure.asked`) and
     bits of text. Gates learn from text of the train split and other questions, all in
     turn. ValueError for one that has no words or no exact attention."""
-    found = loaded(name)
     if not exact_layers(found.model):
         raise ValueError(f"{name}: no layer is exact attention that sees everything: "
                          "expected one or more")

@@ -18,7 +18,7 @@ from attn.pasta import Pasta, highlight
 from experiments.data.retrieval import NOUNS, fact
 from experiments.measure.asked import Reader
 from experiments.measure.head_choice import exact_layers, placed
-from experiments.sources import Ids, Loaded
+from experiments.measure.reading import Ids, Loaded
 
 ROUND = 32  # rows are as long as a multiple, so that few programs are compiled
 

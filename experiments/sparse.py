@@ -37,8 +37,8 @@ tokens; exact attention finds 92% of 48 needles, 88% of the keys, and reads text
     MoBA             35%   21%   1.393 (15%)         56%   46%   1.328 (26%)
     best tokens      92%   88%   1.284 (13%)         92%   88%   1.280 (25%)
 
-Single tokens, if they were known, lose nothing; what chooses blocks, or by a tree, loses
-27 to 58 points of the answers at a quarter of the pairs, where text costs 4 to 6
+Single tokens, if they were known, lose nothing; what chooses blocks, or by a tree,
+loses 27 to 58 points of the answers at a quarter of the pairs, where text costs 4 to 6
 hundredths of a bit, and a window loses nearly all of them. That MoBA, which chooses for
 each token and head by mean keys, is a little before gates that learned for 40 steps
 alone is within chance. (MoBA, arXiv:2502.13189; SeerR, arXiv:2506.08889, is a

@@ -1,5 +1,4 @@
-"""The delta rule, without decay, with that of heads and with that of each channel of
-the key, forward and backward, as a kernel.
+"""The delta rule, with and without decay, forward and backward, as a kernel.
 
     S' = exp(g_t) S_{t-1},  u_t = beta_t (v_t - k_t S'),  S_t = S' + k_t^T u_t,
     o_t = scale q_t S_t
@@ -8,7 +7,7 @@ Inside a chunk of 64 tokens every u depends on those before it, by a lower trian
 system that is inverted on the chip; the state travels from chunk to chunk in float32.
 What a token decays, and which tokens belong together, is worked out before the kernel
 as eight numbers a token and head, so that its gradient is XLA's: the kernel returns the
-gradient of these numbers. Decays of channels come as they are, and their sums are made
+gradient of these numbers. Decays of key channels come as they are; their sums are made
 in the kernel (`pallas_kernels/delta/channels.py`). The backward pass reads the states
 that chunks begin with, and passes from the last chunk to the first. No atomics: the
 same bits each time.
@@ -104,17 +103,16 @@ def delta(
     if state is None:
         state = jnp.zeros((b, h, d, width), F32)
     g, gated = None, log_decay is not None
-    channels = log_decay is not None and log_decay.ndim == 4
-    if log_decay is not None and channels:
-        # the chunks' numbers then only say which tokens belong together
+    if log_decay is not None and log_decay.ndim == 4:
+        # of channels: the chunks' numbers then only say which tokens belong together
         check_channels(backend)
         g, = blank(segment, log_decay.astype(F32))
         g, log_decay, gated = jnp.maximum(g, FLOOR), None, False
+    heads, channels = b * h, g is not None
     static = Static(
-        t, scale, gated, channels, *_tiles(q, v, b * h, channels, tile, backend),
+        t, scale, gated, channels, *_tiles(q, v, heads, channels, tile, backend),
         tables.vmem(tables.device_kind(), backend), backend, interpret,
-        candidates.checked(backend, "delta", variant),
-    )
+        candidates.checked(backend, "delta", variant))
     side = sides(beta, log_decay, segment, static.pieces * CHUNK)
     return _delta(static, side, q, k, v, g, state.astype(F32))
 
@@ -134,9 +132,7 @@ def _alone(q, k, v, beta, log_decay, segment, **options):
     return state, o[:, :1]
 
 
-def _tiles(
-    q, v, heads: int, channels: bool, tile, backend: str
-) -> tuple[tuple[DeltaTriton, ...], int]:
+def _tiles(q, v, heads, channels, tile, backend) -> tuple[tuple[DeltaTriton, ...], int]:
     """Tiles of the kernels on GPU, and chunks of a grid step on TPU."""
     device, width = tables.device_kind(), v.shape[3]
     shape = tables.Shape(q.shape[3], width, q.shape[3], width, q.dtype.itemsize)
@@ -244,8 +240,8 @@ def _back(static: Static, saved, cotangents):
 
     # over the heads that share a query or key head
     def share(a, like):
-        a = a.reshape(*like.shape[:3], -1, like.shape[3])
-        return a.sum(3).astype(like.dtype)
+        heads = a.reshape(*like.shape[:3], -1, like.shape[3])
+        return heads.sum(3).astype(like.dtype)
 
     return d_side, share(dq, q), share(dk, k), share(dv, v), dg, d_state
 

@@ -57,8 +57,7 @@ def _halves(a, bits: int, dtype):
 
 
 def _scores(static, lengths, b, page, real, q, k, rows, beside):
-    """Logits times their unit [R,columns] of one page, and which columns [1,columns]
-    hold a token."""
+    """Logits times their unit [R,columns] of one page, and which are seen."""
     form = static.form
     slot, kv = _columns(static, page)
     groups = static.heads // static.key_heads
@@ -80,38 +79,14 @@ def _scores(static, lengths, b, page, real, q, k, rows, beside):
     limit = jnp.zeros_like(slot)
     for n in range(static.key_heads):
         limit = jnp.where(kv == n, lengths[b * static.key_heads + n], limit)
-    held = (slot < jnp.minimum(limit, static.slots)) & (j >= 0) & real
     # a row keeps the columns of its own key head
-    seen = (local == kv) & held
+    seen = (local == kv) & (slot < jnp.minimum(limit, static.slots)) & (j >= 0) & real
     if form.mask is not None:
         seen = seen & form.mask(h, i, j)
     if beside.segment is not None:
         segment = beside.segment[0]
-        held = held & (segment > 0)
-        seen = seen & (rows.segment[0] == segment) & held
-    return jnp.where(seen, s, NEVER), held
-
-
-def _whole(static, lengths, table, b, first, pages):
-    """Whether each slot of a step's pages holds a token, for every key head."""
-    heads = static.key_heads
-    found, end = True, (first + len(pages)) * static.page
-    for n in range(heads):
-        found = found & (end <= jnp.minimum(lengths[b * heads + n], static.slots))
-    for n, (_, _, beside) in enumerate(pages):
-        found = found & _real(static, table, b, first + n)
-        if beside.pos is not None:
-            found = found & (jnp.min(beside.pos[0]) >= 0)
-        if beside.segment is not None:
-            found = found & (jnp.min(beside.segment[0]) > 0)
-    return found
-
-
-def _upright(held):
-    """[1,columns] -> [columns,1]: which rows of a tile of v hold a token."""
-    # 32 bits and 8 rows are what the unit that turns tiles takes
-    rows = jnp.broadcast_to(held.astype(F32), (8, held.shape[1]))
-    return rows.T[:, :1] > 0
+        seen = seen & (rows.segment[0] == segment) & (segment > 0)
+    return jnp.where(seen, s, NEVER), seen
 
 
 def _step(static, most, table):
@@ -146,35 +121,32 @@ def _attend(static, has_table, most, lengths, table, q, rows, pages, o_ref, top_
         l_ref[...] = jnp.broadcast_to(weight, l_ref.shape).astype(F32)  # [R,1]
         acc_ref[...] = jnp.zeros(acc_ref.shape, F32)  # [R,V]
 
-    def run(whole: bool):
+    @pl.when(some)
+    def _run():
         top, total, acc = m_ref[...], l_ref[...], acc_ref[...]
         for n, (k, v, beside) in enumerate(pages):
             real = _real(static, table, b, first + n)
-            s, held = _scores(static, lengths, b, first + n, real, q[0], k, rows,
+            s, seen = _scores(static, lengths, b, first + n, real, q[0], k, rows,
                               beside)
             new = jnp.maximum(top, s.max(1, keepdims=True))  # m' = max(m, rowmax S)
             exp2 = static.form.exp2
             p, rescale = exp2(s - new), exp2(top - new)  # P, 2^(m - m')
             total = total * rescale + p.sum(1, keepdims=True)
             values = _halves(v[0], static.bits, q.dtype)
-            if static.bits < 16:  # codes are numbers, a scale may be nan
-                p = p * jnp.where(held, beside.v_scale[0], 0)
-            elif not whole:
-                values = [jnp.where(_upright(held), a, 0) for a in values]
+            if static.bits < 16:
+                # chosen, not multiplied by 0: a scale beyond the end may be nan
+                p = jnp.where(seen, p * beside.v_scale[0], 0)
+            if static.slots % static.page:
+                # beyond the last slot lies anything
+                at = jax.lax.broadcasted_iota(jnp.int32, values[0].shape, 0)
+                left = (static.slots - (first + n) * static.page) * static.key_heads
+                values = [jnp.where(at < left, a, 0) for a in values]
             # p v: [rows,columns] by [columns,V] is [rows,V]
             out = [dot(p.astype(q.dtype), a, NN) for a in values]
             # of int4, both halves of V side by side
             acc = acc * rescale + (out[0] if len(out) == 1 else jnp.concatenate(out, 1))
             top = new
         m_ref[...], l_ref[...], acc_ref[...] = top, total, acc
-
-    # where no token stands v may be anything, nan too, of which 0 times is nan: it is
-    # chosen away, in steps alone that have such a slot, as it costs as much as p v
-    if static.bits == 16:
-        whole = _whole(static, lengths, table, b, first, pages)
-        pl.when(some & whole)(functools.partial(run, True))
-        some = some & jnp.logical_not(whole)
-    pl.when(some)(functools.partial(run, False))
 
     @pl.when(pl.program_id(1) == pl.num_programs(1) - 1)
     def _finish():

@@ -60,9 +60,7 @@ def cached(target, *, backend, b=8, h=32, k=8, d=128, s=32768, bits=16, page=Non
     def f(args):
         return decode(**args, bits=bits, statistics=statistics, backend=backend)
 
-    # of 16 bits, steps of which each slot holds a token come first, then the others
-    every = (steps, 0) if bits == 16 else (steps,)
-    trips = {"decode": TripCounts(every, b, steps)}
+    trips = {"decode": TripCounts((steps,), b, steps)}
     return f, (args,), trips if backend == "tpu" and not statistics else {}
 
 

@@ -288,7 +288,7 @@ def test_a_candidate_is_in_the_table_while_it_is_tried(name, backend):
         return tile
 
     row = tune.tuned(target, cost, (backend,))
-    assert len(seen) == (20 if backend == "tpu" else 46)
+    assert len(seen) == (20 if backend == "tpu" else 50)
     assert json.dumps(tables.row(target.kind, backend)) == before
     if backend == "tpu":
         assert row["delta"]["d128 f16"] == {"chunks": 1}

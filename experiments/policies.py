@@ -39,7 +39,7 @@ from experiments.data.retrieval import NOUNS
 from experiments.measure import cache_claims, index_claims, panels, seeds
 from experiments.measure.cache_claims import Rated
 from experiments.measure.provenance import provenance
-from experiments.measure.reading import HELD_OUT, LEAST, Ids, reader_of
+from experiments.measure.reading import HELD_OUT, LEAST, check_asked, reader_of
 from experiments.sources import SHIPPED, loaded
 from experiments.training.runs import open_folder, write_whole
 
@@ -97,9 +97,8 @@ def run(config_: Config) -> dict[str, Any]:
     """Measures -> medians over seeds; all numbers and a picture in a folder."""
     needed = {*config_.parts} & {*cache_claims.PARTS}
     source = loaded(config_.model) if needed else None
-    if source is not None and isinstance(source.text, Ids):
-        raise ValueError(f"{source.text.folder} has no tokenizer.json: expected a "
-                         "model that reads text")
+    if source is not None:
+        check_asked(config_.model, source)
     folder = open_folder("policies", config_.folder, config.command(config_),
                          config.settings(config_))
     every = range(config_.seed, config_.seed + config_.seeds)

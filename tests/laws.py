@@ -324,7 +324,7 @@ ENTRIES = {
     ),
     "delta_channels": Entry(
         Delta(gated=True, channels=True, rank=4, conv=2, chunk=8), flops=1, decode=0,
-        spread=False, wraps="delta", kernel=False, in_v=False,
+        spread=False, wraps="delta", in_v=False,
     ),
     "titans": Entry(
         Titans(depth=1, chunk=4), flops=1, decode=0, spread=False, packed=True,

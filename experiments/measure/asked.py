@@ -160,6 +160,14 @@ def repeats(reader: Reader, vocab: int, trial: int) -> Row:
     return Row(ids, np.arange(len(ids)) > len(reader.start) + len(half))
 
 
+def batches(size: int, batch: int) -> list[np.ndarray]:
+    """The numbers [batch] of rows that are read at once: a last batch that is not full
+    is filled up, so that nothing is compiled; what is behind `size` is to be cut off.
+    """
+    return [np.resize(np.arange(first, min(first + batch, size)), batch)
+            for first in range(0, size, batch)]
+
+
 @functools.partial(jax.jit, static_argnums=(0, 3))
 def hits(model: Any, params: Any, tokens: jax.Array, prompt: int) -> jax.Array:
     """Whether the likeliest token is the next one, [B,T-1], of tokens [B,T] of which

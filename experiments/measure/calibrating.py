@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from attn.act import ACT, calibrated
-from experiments.measure.asked import Reader
+from experiments.measure.asked import Reader, batches
 from experiments.measure.head_choice import exact_layers, placed
 from experiments.measure.told import Told
 from experiments.measure.reading import Loaded
@@ -73,9 +73,7 @@ def judged(model: Any, params: Any, batch: int, rows: Judged, heads: np.ndarray
            ) -> tuple[np.ndarray, np.ndarray]:
     """nats [B] of the judged tokens of each row, and whether all are the likeliest."""
     found, size = [], len(rows.ids)
-    for first in range(0, size, batch):
-        # a last batch that is not full is filled up, so that nothing is compiled
-        at = np.resize(np.arange(first, min(first + batch, size)), batch)
+    for at in batches(size, batch):
         found.append(np.asarray(_judged(
             model, params, rows.ids[at], heads, rows.prompt)))
     nats, hits = np.concatenate(found, 1)[:, :size]

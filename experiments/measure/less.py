@@ -27,7 +27,7 @@ from experiments.data.dataset import Batch
 from experiments.measure import asked, budgets
 from experiments.measure.budgets import Budget
 from experiments.measure.head_choice import exact_layers, placed
-from experiments.measure.reading import Ids, Loaded, reader_of
+from experiments.measure.reading import Loaded, check_asked, reader_of
 
 OTHERS = 2**20  # the seeds of what gates learn from, beside those of what is judged
 WORDS = 2**20  # letters of text that gates learn from
@@ -148,11 +148,7 @@ def given(name: str, found: Loaded, text: Corpus, length: int, facts: int, rows:
     """A model of that name, by what it is asked: needles, recall (`measure.asked`) and
     bits of text. Gates learn from text of the train split and other questions, all in
     turn. ValueError for one that has no words or no exact attention."""
-    if not exact_layers(found.model):
-        raise ValueError(f"{name}: no layer is exact attention that sees everything: "
-                         "expected one or more")
-    if isinstance(found.text, Ids):
-        raise ValueError(f"{name} has no tokenizer.json: expected a model with words")
+    check_asked(name, found)
     if found.limit is not None and length > found.limit:
         raise ValueError(f"length={length}: expected at most {found.limit}, what the "
                          "model was made for")
@@ -203,9 +199,7 @@ def bits(rows: Batch, batch: int, model: Any, params: Any, text: Any) -> float:
 def _judged(rows: Batch, batch: int, model: Any, params: Any):
     """Whether the likeliest token is the target [N,T], and nats [N]."""
     found, size = [], len(rows["tokens"])
-    for first in range(0, size, batch):
-        # a last batch that is not full is filled up, so that nothing is compiled
-        at = np.resize(np.arange(first, min(first + batch, size)), batch)
+    for at in asked.batches(size, batch):
         found.append([np.asarray(a) for a in _of_batch(
             budgets.as_read(model), params, rows["tokens"][at], rows["targets"][at])])
     return (np.concatenate(part)[:size] for part in zip(*found))

@@ -13,6 +13,7 @@ import numpy as np
 
 from experiments.data import Corpus, Text
 from experiments.measure.asked import Reader, plain
+from experiments.measure.head_choice import exact_layers
 from models.checkpoint.tokenizer import Defaults
 
 HELD_OUT = Text(held_out=0.1)  # the split of `experiments.small`
@@ -47,6 +48,16 @@ class Ids:
     def decode(self, ids: list[int]) -> str:
         """The ids as text."""
         return "".join(f" {n}" for n in ids)
+
+
+def check_asked(name: str, found: Loaded) -> None:
+    """ValueError for a model whose attention cannot be replaced, or that has no words.
+    """
+    if not exact_layers(found.model):
+        raise ValueError(f"{name}: no layer is exact attention that sees everything: "
+                         "expected one or more")
+    if isinstance(found.text, Ids):
+        raise ValueError(f"{name} has no tokenizer.json: expected a model with words")
 
 
 def reader_of(found: Loaded, parts: Sequence[str], text: Corpus, length: int | None,

@@ -16,9 +16,9 @@ import numpy as np
 
 from attn.pasta import Pasta, highlight
 from experiments.data.retrieval import NOUNS, fact
-from experiments.measure.asked import Reader
+from experiments.measure.asked import Reader, batches
 from experiments.measure.head_choice import exact_layers, placed
-from experiments.measure.reading import Ids, Loaded
+from experiments.measure.reading import Loaded, check_asked
 
 ROUND = 32  # rows are as long as a multiple, so that few programs are compiled
 
@@ -37,11 +37,7 @@ class Told(NamedTuple):
 
 def check(name: str, found: Loaded, facts: int, shared: int) -> None:
     """ValueError for a model that cannot be steered, or not be asked in words."""
-    if not exact_layers(found.model):
-        raise ValueError(f"{name}: no layer is exact attention that sees everything: "
-                         "expected one or more")
-    if isinstance(found.text, Ids):
-        raise ValueError(f"{name} has no tokenizer.json: expected a model with words")
+    check_asked(name, found)
     if not 1 <= shared <= facts or facts + -(-facts // shared) > len(NOUNS):
         raise ValueError(f"facts={facts}, shared={shared}: expected shared of 1 to "
                          f"facts, and keys of at most {len(NOUNS)} words")
@@ -136,9 +132,7 @@ def written(model: Any, params: Any, asked: Told, begin: int, heads: np.ndarray,
     pasta = next(a for a in model.attention if isinstance(a, Pasta))
     marks = np.asarray(pasta.marks(inside[:, None], asked.question))
     found = []
-    for first in range(0, size, batch):
-        # a last batch that is not full is filled up, so that nothing is compiled
-        rows = np.resize(np.arange(first, min(first + batch, size)), batch)
+    for rows in batches(size, batch):
         found.append(np.asarray(_written(
             model, params, asked.prompt[rows], marks[rows], heads,
             asked.answer.shape[1])))

@@ -58,8 +58,9 @@ from attn.softmax import Softmax
 from experiments.cli import config
 from experiments.cli.config import FREE, option
 from experiments.data import inside
-from experiments.data.inside import CUE, NEEDLE, VOCAB, Inside, Pair
-from experiments.measure import head_pictures, heads as measured, patching, seeds
+from experiments.data.inside import NEEDLE, VOCAB, Inside, Pair
+from experiments.measure import head_pictures, heads as measured, patching, retrieving
+from experiments.measure import seeds
 from experiments.measure.patching import Receivers
 from experiments.measure.provenance import provenance
 from experiments.sources import folder_of
@@ -69,9 +70,7 @@ from experiments.training.plan import plan_of
 from experiments.training.runs import open_folder, write_whole
 from models.checkpoint import load
 from models.lm import LM
-from models.view import Rows, edited, look, masked_heads
-
-RETRIEVAL = 0.1  # the least mean score of a retrieval head
+from models.view import Rows, look, masked_heads
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,12 +131,13 @@ def once(config_: Config) -> dict[str, Any]:
     else:
         model, params = load(folder_of(config_.model))
         check(config_, model)
-    found, scores = retrieval(config_, model, params)
+    found, scores = retrieving.retrieval(
+        model, params, config_.trials, config_.haystack, config_.top, config_.seed)
     pictures: dict[str, np.ndarray] = {"retrieval": scores}
     kinds = measured.of_repeats(
         model, params, 12, seed=config_.seed, low=min(6, model.vocab // 2))
     pictures |= kinds
-    found |= kinds_of_heads(scores, kinds, config_.top)
+    found |= retrieving.kinds_of_heads(scores, kinds, config_.top)
     if config_.model is None:
         more, stages = circuits(config_, model, params)
         found |= more
@@ -174,94 +174,6 @@ def trained(config_: Config, shares: tuple[float, ...]) -> Any:
     fitted = fit(config_.network(), data, plan_of(config_), label="circuits",
                  quiet=config_.quiet)
     return whole(fitted.params)
-
-
-def retrieval(config_: Config, model: LM, params: Any) -> tuple[dict, np.ndarray]:
-    """Scores [L,H] of heads over needles, NaN of layers without weights, and what
-    masking does to the answers; and what was left out, and why."""
-    rng = np.random.default_rng((config_.seed, 1))
-    prompts, needle, start = inside.needles(
-        rng, config_.trials, config_.haystack, model.vocab, min(6, model.vocab // 2))
-    more, size = NEEDLE - CUE, prompts.shape[1]
-    tokens = np.concatenate([prompts, needle[:, CUE:]], 1)
-    written = drawn(model, params, jnp.asarray(prompts), more)
-    rows = jnp.arange(size - 1, size - 1 + more)
-    text = jnp.concatenate([prompts, written], 1)
-    top = np.asarray(jax.jit(lambda p: measured.top_keys(model, p, text, rows))(params))
-    said = np.asarray(written)
-    right = (said == needle[:, CUE:]).mean(1)
-    each = np.stack([
-        measured.retrieval_score(top[n], prompts[n], said[n],
-                                 (start[n], start[n] + NEEDLE)) * NEEDLE / more
-        for n in range(len(said))])  # of the tokens that are asked for
-    counted = each[right > 0.5]  # others say nothing of who copies
-    scores = counted.mean(0) if len(counted) else np.zeros(each.shape[1:])
-    found = {"needles found": float(right.mean()), "trials counted": len(counted),
-             "retrieval heads": float((scores >= RETRIEVAL).mean())}
-    found |= measured.agreement(counted)
-    layers, shape = measured.weighted(model), (len(model.blocks()), model.heads)
-    found |= measured.left_out(model, layers)
-    modes = ("zero",) if "uniform masks left out" in found else ("zero", "uniform")
-    at = np.arange(size - 1, size - 1 + more)
-
-    @jax.jit
-    def accuracy(params, mask, tokens):
-        out = {}
-        for mode in modes:
-            edit = {name: site for name, site in masked_heads(model, mask, mode).items()
-                    if int(name.split("/")[0]) in layers}
-            changed = edited(model, params, edit)
-            logits: Any = model.apply(changed, tokens)
-            answers = logits[:, at].argmax(-1)
-            out[mode] = (answers == tokens[:, at + 1]).mean()
-        return out
-
-    for count in range(1, config_.top + 1):
-        best = measured.chosen(scores, count)
-        other = at_random(rng, measured.chosen(scores, config_.top), count)
-        for name, own in (("top", best), ("random", other)):
-            mask = np.zeros(shape, bool)
-            mask[layers] = own
-            for mode, a in accuracy(params, jnp.asarray(mask), tokens).items():
-                found[f"needles, {name} {count} masked ({mode})"] = float(a)
-    every = np.full(shape, np.nan)
-    every[layers] = scores
-    return found, every
-
-
-def kinds_of_heads(scores: np.ndarray, kinds: dict[str, np.ndarray], top: int
-                   ) -> dict[str, float]:
-    """The greatest score of each kind on repeated tokens, and which share of its best
-    heads is among the best retrieval heads, all [L,H]."""
-    found, low = {}, lambda a: np.nan_to_num(a, nan=-1.0)
-    best = measured.chosen(low(scores), top)
-    for name, a in kinds.items():
-        found[f"{name}, greatest"] = float(np.nanmax(a))
-        shared, chance = measured.overlap(best, measured.chosen(low(a), top))
-        found[f"{name} heads that retrieve"] = shared
-    return found | {"that retrieve by chance": chance}
-
-
-def at_random(rng, but: np.ndarray, count: int) -> np.ndarray:
-    """`count` heads that are not among `but`."""
-    mask = np.zeros(but.size, bool)
-    mask[rng.choice(np.flatnonzero(~but.ravel()), count, replace=False)] = True
-    return mask.reshape(but.shape)
-
-
-def drawn(model: LM, params: Any, prompts: jax.Array, length: int) -> jax.Array:
-    """The tokens [B,length] that are most likely behind the prompts [B,T]."""
-    @jax.jit
-    def next_token(params, tokens, at):
-        logits: Any = model.apply(params, tokens)
-        return jnp.take_along_axis(logits, at[None, None, None], 1)[:, 0].argmax(-1)
-
-    b, t = prompts.shape
-    tokens = jnp.pad(prompts, ((0, 0), (0, length)))
-    for n in range(length):
-        new = next_token(params, tokens, jnp.int32(t + n - 1))
-        tokens = tokens.at[:, t + n].set(new.astype(tokens.dtype))
-    return tokens[:, t:]
 
 
 def circuits(config_: Config, model: LM, params: Any) -> tuple[dict, dict]:
@@ -326,7 +238,7 @@ def effects(config_: Config, model, params, pair: Pair, sets, rng) -> dict[str, 
         params)
     means = {n: seen[name].mean((0, 1)) for n, name in enumerate(names)}
     found = {"accuracy": accuracy_of(model, params, pair)}
-    others = at_random(rng, sets["movers"] | sets["inhibition"], min(
+    others = retrieving.at_random(rng, sets["movers"] | sets["inhibition"], min(
         config_.top, int((~(sets["movers"] | sets["inhibition"])).sum())))
     for name, mask in (("movers", sets["movers"]), ("others", others)):
         edit = masked_heads(model, mask, "mean", means)

@@ -63,6 +63,7 @@ from experiments.data import Corpus
 from experiments.data.clauses import STOP, VOCAB, Clauses
 from experiments.data.dataset import Batch
 from experiments.measure import calibrating, seeds, told
+from experiments.measure.head_choice import everywhere, exact_layers
 from experiments.measure.provenance import provenance
 from experiments.measure.reading import HELD_OUT, reader_of
 from experiments.sources import loaded
@@ -166,9 +167,9 @@ def of_model(config_: Config) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     reader, _ = reader_of(source, ("needles",), config_.text, source.limit,
                           config_.seed)
     act, rng = config_.act(), np.random.default_rng((config_.seed, 1))
-    model, layers = calibrating.calibrable(source.model, act)
-    too, _ = calibrating.calibrable(
-        source.model, dataclasses.replace(act, first="none"))
+    layers = exact_layers(source.model)
+    model, too = (everywhere(source.model, one)
+                  for one in (act, dataclasses.replace(act, first="none")))
     shape, sizes = (len(model.attention), model.heads), (
         config_.held_out, config_.fresh)
     text = [calibrating.of_text(reader, rng, size, config_.length) for size in sizes]

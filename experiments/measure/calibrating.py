@@ -14,9 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attn.act import ACT, calibrated
+from attn.act import calibrated
 from experiments.measure.asked import Reader, batches
-from experiments.measure.head_choice import exact_layers, placed
+from experiments.measure.head_choice import exact_layers
 from experiments.measure.told import Told
 from experiments.measure.reading import Loaded
 from models.view import look
@@ -29,13 +29,6 @@ class Judged(NamedTuple):
     ids: np.ndarray
     prompt: int
     bytes: np.ndarray
-
-
-def calibrable(model: Any, act: ACT) -> tuple[Any, list[int]]:
-    """The model with `act` in its layers of exact attention that see everything, and
-    which these are."""
-    layers = exact_layers(model)
-    return placed(model, (act,) * len(layers)), layers
 
 
 def of_text(reader: Reader, rng: np.random.Generator, size: int, length: int) -> Judged:

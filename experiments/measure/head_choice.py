@@ -44,6 +44,11 @@ def placed(model: Any, entries: tuple) -> Any:
     return model.clone(attention=tuple(layers))
 
 
+def everywhere(model: Any, attention: Any) -> Any:
+    """The model with one attention in all of its `exact_layers`."""
+    return placed(model, (attention,) * len(exact_layers(model)))
+
+
 def razor_scores(reader: Reader, block: int = 64) -> tuple[np.ndarray, np.ndarray]:
     """(induction, echo) [layers,K] of the model, of one first token and `block` random
     ones four times; fewer where its rows are shorter."""

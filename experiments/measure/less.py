@@ -26,7 +26,7 @@ from experiments.data import Corpus
 from experiments.data.dataset import Batch
 from experiments.measure import asked, budgets
 from experiments.measure.budgets import Budget
-from experiments.measure.head_choice import exact_layers, placed
+from experiments.measure.head_choice import everywhere
 from experiments.measure.reading import Loaded, check_asked, reader_of
 
 OTHERS = 2**20  # the seeds of what gates learn from, beside those of what is judged
@@ -72,8 +72,7 @@ class Given(Network):
                 type(attention).__call__).parameters:
             raise ValueError(f"the model has sinks, and {type(attention).__name__} "
                              "takes none")
-        many = len(exact_layers(self.model))
-        return placed(self.model, (attention,) * many)
+        return everywhere(self.model, attention)
 
 
 def learned(network: Network, model: nn.Module, steps: int, batch: int, seed: int

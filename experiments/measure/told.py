@@ -17,7 +17,7 @@ import numpy as np
 from attn.pasta import Pasta, highlight
 from experiments.data.retrieval import NOUNS, fact
 from experiments.measure.asked import Reader, batches
-from experiments.measure.head_choice import exact_layers, placed
+from experiments.measure.head_choice import everywhere, exact_layers
 from experiments.measure.reading import Loaded, check_asked
 
 ROUND = 32  # rows are as long as a multiple, so that few programs are compiled
@@ -116,8 +116,7 @@ def _row(reader: Reader, rng: np.random.Generator, room: int, body: list, left: 
 def steerable(model: Any, alpha: float) -> tuple[Any, list[int]]:
     """The model with `Pasta` in its layers of exact attention that see everything, and
     which these are."""
-    layers = exact_layers(model)
-    return placed(model, (Pasta(alpha=alpha),) * len(layers)), layers
+    return everywhere(model, Pasta(alpha=alpha)), exact_layers(model)
 
 
 def written(model: Any, params: Any, asked: Told, begin: int, heads: np.ndarray,

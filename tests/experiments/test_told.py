@@ -12,6 +12,7 @@ from attn.act import ACT
 from experiments import calibrate, steer
 from experiments.data import Text
 from experiments.measure import asked, calibrating, told
+from experiments.measure.head_choice import everywhere
 from experiments.sources import loaded
 from tests.experiments.test_evaluate import folder  # noqa: F401
 
@@ -57,7 +58,7 @@ def test_what_is_written_without_heads_is_what_the_model_says(reader, rows):
 
 
 def test_a_stream_without_calibrated_heads_is_the_text_at_once(reader):
-    model, _ = calibrating.calibrable(reader.model, ACT())
+    model = everywhere(reader.model, ACT())
     some = calibrating.of_text(reader, np.random.default_rng(0), 3, 32)
     nats, right = calibrating.judged(
         model, reader.params, 2, some, np.zeros((1, 2)))

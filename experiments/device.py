@@ -22,12 +22,16 @@ written), of iid normal numbers. Then, the cases that say most first:
 - layer: attentions as users call them, and a hybrid that takes a step and writes 32
   tokens, against XLA's on this machine's CPU.
 - suite: the tests of the kernels, laws and golden files, compiled for the device.
+- tiles: what `pallas_kernels.tune` would try for a row of tiles.json, beside the tile
+  that stands there; only in runs that have time left for it.
 
 Each case runs in a process that may crash or hang and then costs that case alone. Its
 row is written to `device.json` in the folder at once, and a run that was stopped, or
 had no more time, goes on with what is left; what was done on another device, with other
 versions or another source is kept beside it. --write makes pallas_kernels/MEASURED.md
-of it. On a CPU kernels are interpreted in tiny shapes: that proves the command.
+of it, and puts tiles that were faster than the table's in every round into tiles.json
+under the device's name, which is another source: its cases are measured anew. On a CPU
+kernels are interpreted in tiny shapes: that proves the command.
 """
 
 from __future__ import annotations
@@ -43,9 +47,10 @@ from typing import Any
 import pallas_kernels
 from experiments.cli import config
 from experiments.cli.config import FREE, option
-from experiments.measure.device import pool
+from experiments.measure.device import best_tiles, pool
 from experiments.measure.device.record import Record
 from experiments.measure.device.report import BAD, lines, page
+from pallas_kernels import tables
 
 PAGE = pathlib.Path(pallas_kernels.__file__).with_name("MEASURED.md")
 QUICK = 2.0
@@ -59,7 +64,8 @@ class Config:
     quick: bool = option(False, "at most two minutes, in shapes that are tiny")
     cases: str = option("", "only those with one of these words, parted by commas")
     again: bool = option(False, "run again what has failed")
-    write: bool = option(False, "make pallas_kernels/MEASURED.md of it", FREE)
+    write: bool = option(
+        False, "make pallas_kernels/MEASURED.md of it, and keep the best tiles", FREE)
     folder: str = option("results/device", "where what is known stands", FREE)
     extra: str | None = option(None, "a module whose cases are run instead", FREE)
 
@@ -99,6 +105,8 @@ def run(config_: Config) -> dict[str, Any]:
     if config_.write:
         date = datetime.date.today().isoformat()
         PAGE.write_text(page(found["place"], record.rows, date))
+        for name in best_tiles.write(found["place"]["device"], record.rows):
+            print(f"kept {name} in {tables.TABLE.name}", file=sys.stderr)
     states = ("done", "refused", *BAD)
     counts = {s: sum(r["state"] == s for r in rows.values()) for s in states}
     return counts | {"left": len(left), "seconds": round(time.monotonic() - begun, 1),

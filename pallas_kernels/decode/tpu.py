@@ -45,6 +45,19 @@ def _columns(static, page):
     return page * static.page + at // heads, at % heads
 
 
+def _tokens(static, lengths, b, page, real, beside):
+    """Which columns hold a token, [1,columns]."""
+    slot, kv = _columns(static, page)
+    # each column's limit is the length of its own key head
+    limit = jnp.zeros_like(slot)
+    for n in range(static.key_heads):
+        limit = jnp.where(kv == n, lengths[b * static.key_heads + n], limit)
+    there = (slot < jnp.minimum(limit, static.slots)) & real
+    if beside.pos is not None:
+        there = there & (beside.pos[0] >= 0)
+    return there if beside.segment is None else there & (beside.segment[0] > 0)
+
+
 def _halves(a, bits: int, dtype):
     """A tile of k or v as one matrix, or two that hold the halves of its width."""
     if bits == 16:
@@ -75,17 +88,12 @@ def _scores(static, lengths, b, page, real, q, k, rows, beside):
     h, i = rows.head[0], rows.pos[0]
     bias = None if beside.bias is None else beside.bias[0]
     s, _ = form.logits(raw, h, i, j, bias)
-    # each column's limit is the length of its own key head: [1,columns]
-    limit = jnp.zeros_like(slot)
-    for n in range(static.key_heads):
-        limit = jnp.where(kv == n, lengths[b * static.key_heads + n], limit)
     # a row keeps the columns of its own key head
-    seen = (local == kv) & (slot < jnp.minimum(limit, static.slots)) & (j >= 0) & real
+    seen = (local == kv) & _tokens(static, lengths, b, page, real, beside)
     if form.mask is not None:
         seen = seen & form.mask(h, i, j)
     if beside.segment is not None:
-        segment = beside.segment[0]
-        seen = seen & (rows.segment[0] == segment) & (segment > 0)
+        seen = seen & (rows.segment[0] == beside.segment[0])
     return jnp.where(seen, s, NEVER), seen
 
 
@@ -102,6 +110,26 @@ def _real(static, table, b, page):
         return True
     pages = static.slots // static.page
     return (page < pages) & (table[b * pages + jnp.minimum(page, pages - 1)] >= 0)
+
+
+def _full(static, lengths, table, b, first, pages):
+    """Whether each slot of a step's pages holds a token of every key head."""
+    end = (first + len(pages)) * static.page
+    full = end <= static.slots
+    for n in range(static.key_heads):
+        full = full & (end <= lengths[b * static.key_heads + n])
+    for n, (_, _, beside) in enumerate(pages):
+        full = full & _real(static, table, b, first + n)
+        for array, least in ((beside.pos, 0), (beside.segment, 1)):
+            if array is not None:
+                full = full & (array[0].min() >= least)
+    return full
+
+
+def _cleared(there, a):
+    """A page of v [columns,V], 0 where there is no token, there [1,columns]."""
+    there = jnp.broadcast_to(jnp.where(there, 1.0, 0.0), (8, there.shape[1]))
+    return jnp.where(there.T[:, :1] > 0, a, 0)  # a whole tile turns
 
 
 def _attend(static, has_table, most, lengths, table, q, rows, pages, o_ref, top_ref,
@@ -121,8 +149,7 @@ def _attend(static, has_table, most, lengths, table, q, rows, pages, o_ref, top_
         l_ref[...] = jnp.broadcast_to(weight, l_ref.shape).astype(F32)  # [R,1]
         acc_ref[...] = jnp.zeros(acc_ref.shape, F32)  # [R,V]
 
-    @pl.when(some)
-    def _run():
+    def run(full: bool):
         top, total, acc = m_ref[...], l_ref[...], acc_ref[...]
         for n, (k, v, beside) in enumerate(pages):
             real = _real(static, table, b, first + n)
@@ -136,17 +163,23 @@ def _attend(static, has_table, most, lengths, table, q, rows, pages, o_ref, top_
             if static.bits < 16:
                 # chosen, not multiplied by 0: a scale beyond the end may be nan
                 p = jnp.where(seen, p * beside.v_scale[0], 0)
-            if static.slots % static.page:
-                # beyond the last slot lies anything
-                at = jax.lax.broadcasted_iota(jnp.int32, values[0].shape, 0)
-                left = (static.slots - (first + n) * static.page) * static.key_heads
-                values = [jnp.where(at < left, a, 0) for a in values]
+            if not full:
+                # chosen here too: where there is no token lies anything
+                there = _tokens(static, lengths, b, first + n, real, beside)
+                values = [_cleared(there, a) for a in values]
             # p v: [rows,columns] by [columns,V] is [rows,V]
             out = [dot(p.astype(q.dtype), a, NN) for a in values]
             # of int4, both halves of V side by side
             acc = acc * rescale + (out[0] if len(out) == 1 else jnp.concatenate(out, 1))
             top = new
         m_ref[...], l_ref[...], acc_ref[...] = top, total, acc
+
+    if static.bits < 16:  # integers are finite
+        pl.when(some)(functools.partial(run, full=True))
+    else:
+        full = _full(static, lengths, table, b, first, pages)
+        pl.when(some & full)(functools.partial(run, full=True))
+        pl.when(some & jnp.logical_not(full))(functools.partial(run, full=False))
 
     @pl.when(pl.program_id(1) == pl.num_programs(1) - 1)
     def _finish():

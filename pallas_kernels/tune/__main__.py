@@ -30,19 +30,15 @@ import math
 import pathlib
 import sys
 import tempfile
-import time
 from typing import Any, Callable, Sequence
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 
 from pallas_kernels import tables, tiles
 from pallas_kernels.matrix import metrics, tpu_schedule, ptx
 from pallas_kernels.matrix.targets import TARGETS, Gpu, Tpu, compiled, missing, worker
 from pallas_kernels.tune.rows import FAMILIES, Row, Tile, rows
-
-ROUNDS = 5
+from pallas_kernels.tune.timed import here, timed_cost, write
 
 
 def static_cost(folder: pathlib.Path, target, backend: str, row: Row, tile) -> Any:
@@ -67,29 +63,6 @@ def static_cost(folder: pathlib.Path, target, backend: str, row: Row, tile) -> A
               for start, own in trips.items() if row.reads(backend, n) and start in n]
     known = [n for n in counts if n is not None]
     return sum(known) / target.clock / target.cores if known else None
-
-
-def timed_cost(target, backend: str, row: Row, tile) -> float:
-    """Seconds of a candidate on this machine's device, the median of some runs."""
-    f, args, _ = row.program(target, backend)
-
-    def draw(n, a):
-        if jnp.issubdtype(a.dtype, jnp.integer):
-            return jax.random.randint(jax.random.key(n), a.shape, 0, 100, a.dtype)
-        # short keys, and decays below 1, so that no recurrence grows without bound
-        x = jax.random.normal(jax.random.key(n), a.shape) / a.shape[-1] ** 0.5
-        return (x if a.dtype != np.float32 else -abs(x)).astype(a.dtype)
-
-    leaves, tree = jax.tree.flatten(args)
-    given = jax.tree.unflatten(tree, [draw(n, a) for n, a in enumerate(leaves)])
-    run = jax.jit(f).lower(*given).compile()
-    jax.block_until_ready(run(*given))
-    times = []
-    for _ in range(ROUNDS):
-        clock = time.perf_counter()
-        jax.block_until_ready(run(*given))
-        times.append(time.perf_counter() - clock)
-    return float(np.median(times))
 
 
 def tuned(target: Tpu | Gpu, cost: Callable, backends: Sequence[str],
@@ -131,24 +104,6 @@ def _best(target, cost: Callable, backend: str, row: Row) -> dict[str, int] | No
             costs[tile] = found
             print(f"{said}: {found}", flush=True)
     return fields(min(costs, key=lambda tile: costs[tile])) if costs else None
-
-
-def write(kind: str, row: dict[str, Any]) -> None:
-    """Puts a device's row into the table."""
-    table = json.loads(tables.TABLE.read_text()) | {kind: row}
-    tables.TABLE.write_text(tables.text(table))
-
-
-def here() -> Tpu | Gpu | None:
-    """The target that this machine's own device is, under its own name: one of its
-    kind, or a GPU of its compute capability."""
-    device = jax.devices()[0]
-    own = next((t for t in TARGETS.values() if t.kind == device.device_kind), None)
-    if own is not None or device.platform != "gpu":
-        return own
-    near = next((t for t in TARGETS.values() if isinstance(t, Gpu) and
-                 device.compute_capability == ".".join(map(str, t.capability))), None)
-    return near and dataclasses.replace(near, kind=device.device_kind)
 
 
 def main(arguments: list[str]) -> int:

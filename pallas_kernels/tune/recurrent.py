@@ -12,6 +12,7 @@ import itertools
 from typing import Any, Iterator
 
 from pallas_kernels.matrix.cases_delta import rule
+from pallas_kernels.matrix.cases_memory import learned
 from pallas_kernels.matrix.cases_recurrent import prefixes, recurrence
 from pallas_kernels.matrix.targets import Gpu, Tpu
 
@@ -34,6 +35,8 @@ def rows(family: str, backend: str) -> tuple[str, ...]:
         return ()
     if family == "linear":
         return LINEAR
+    if (family, backend) == ("memory", "tpu"):
+        return ()
     return tuple(DELTA) if (family, backend) == ("delta", "triton") else (family,)
 
 
@@ -58,6 +61,8 @@ def candidates(backend: str, which: str) -> Iterator[tuple[int, ...]]:
             yield c, values, warps, 1, 64, 4, 3, keys, warps, 1
     elif which == "scan":
         yield from ((n,) for n in (16, 32, 64))
+    elif which == "memory":
+        yield from itertools.product((16, 32, 64), (2, *WARPS), (1,))
     elif which in ("delta_forward", "delta_backward"):
         yield from itertools.product((64,), (16, 32, 64), WARPS, (1, 2))
     else:
@@ -75,6 +80,8 @@ def program(target: Tpu | Gpu, backend: str, which: str, t: int, width: int) -> 
                           decay="channel" if "channels" in which else "token")
     if which == "scan":
         return prefixes(target, v=width, backward=True, **call)
+    if which == "memory":
+        return learned(target, d=width, c=16, h=4, backward=True, **call)
     ahead = which.startswith(("delta_inside", "delta_forward"))
     return rule(target, d=width, backward=not ahead,
                 channels=which.endswith("channels"), **call)

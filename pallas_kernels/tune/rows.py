@@ -10,7 +10,7 @@ from pallas_kernels.matrix.targets import Gpu, Tpu
 from pallas_kernels.tune import exact as tune_exact, recurrent as tune_recurrent
 
 WIDTHS = {"d128": 128, "d256": 256}
-FAMILIES = (*tune_exact.ROWS, "linear", "delta", "scan")
+FAMILIES = (*tune_exact.ROWS, "linear", "delta", "scan", "memory")
 SUMS = ("merge", "_sum")  # kernels that add up parts, whatever the tile
 Tile = tuple[int, ...]
 

@@ -9,14 +9,16 @@ import subprocess
 import sys
 import time
 
+import jax
 import jax.numpy as jnp
 import pytest
 
 from experiments import device
-from experiments.measure.device import report
+from experiments.measure.device import best_tiles, report
 from experiments.measure.device.case import F32, Bench, Case, normal
 from experiments.measure.device.place import Place
 from experiments.measure.device.right import Subject, check
+from pallas_kernels import tables
 
 ROOT = pathlib.Path(__file__).parents[2]
 HERE = "tests.experiments.test_device"  # whose `cases` the command runs here
@@ -151,3 +153,57 @@ def test_an_error_in_float32_is_held_against_its_norm(tmp_path):
     row = check(bench, Subject(
         lambda x: (x * (1 + 2e-6),), lambda x: (x,), (x,), 1, ("y", "dx")))
     assert row["bits"] and row["errors"]["y"] == "2.0e-06"
+
+
+def test_a_tile_that_wins_every_round_is_kept(tmp_path, monkeypatch):
+    target = best_tiles.tune.named("TPU v5 lite")
+    row = best_tiles.TableRow("delta", "d128", "f16")
+
+    def program(self, target, backend):
+        chunks = tables.read(target.kind, "delta", "d128 f16").chunks
+
+        def f(x):
+            return jax.lax.fori_loop(0, 9 - chunks, lambda _, x: jnp.sin(x), x)[0] * 0
+
+        def broken(x):
+            return f(x) + 1  # another result than the table's
+
+        if chunks == 4:
+            raise RuntimeError("no room")
+        return broken if chunks == 2 else f, (jax.ShapeDtypeStruct(
+            (64, 4096), jnp.bfloat16),), {}
+
+    monkeypatch.setattr(best_tiles.TableRow, "program", program)
+    bench = Bench(Place("cpu", "cpu", "", True), tmp_path)
+    with tables.trial(target.kind, "delta", "d128 f16", {"chunks": 1}):
+        found = best_tiles._race(target, "tpu", row, bench)
+    assert found["tile"] == {"chunks": 8} and found["ratio"] > 1
+    assert found["absent"].keys() == {"2", "4"}
+    assert "no room" in found["absent"]["4"]
+    # a gain within the spread stays out of the table
+    kept = {"a": found | {"name": "tiles a", "state": "done", "least": 1.2},
+            "b": found | {"name": "tiles b", "state": "done", "least": 0.99,
+                          "tile": {"chunks": 2}}}
+    table = tmp_path / "tiles.json"
+    table.write_text(tables.TABLE.read_text())
+    monkeypatch.setattr(tables, "TABLE", table)
+    assert best_tiles.write("TPU v5 lite", kept) == ["tiles a"]
+    written = json.loads(table.read_text())["TPU v5 lite"]
+    assert written["delta"]["d128 f16"] == {"chunks": 8}
+    assert best_tiles.write("TPU v5 lite", {}) == []
+
+
+@pytest.mark.parametrize("kind, capability, backends", [
+    ("NVIDIA H100 80GB HBM3", "9.0", {"mosaic", "triton"}),
+    ("NVIDIA of tomorrow", "8.0", {"triton"}), ("TPU v6 lite", "", {"tpu"}),
+    ("cpu", "", set())])
+def test_every_row_of_the_table_is_a_case(kind, capability, backends):
+    platform = "tpu" if "TPU" in kind else "gpu" if capability else "cpu"
+    place = Place(platform, kind, capability, platform == "cpu")
+    found = [case.name.split() for case in best_tiles.cases(place)]
+    assert {words[2] if words[2] in backends else words[3] for words in found
+            } == backends
+    if "triton" in backends:
+        assert ["tiles", "memory", "triton", "d128", "f16"] in found
+    if kind.startswith("NVIDIA H100"):  # what matters most comes first
+        assert found[0] == ["tiles", "flash_forward", "mosaic", "d128", "f16"]

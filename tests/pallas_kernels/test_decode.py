@@ -219,12 +219,13 @@ def test_what_lies_beyond_the_length_is_not_read():
         np.testing.assert_array_equal(x, y)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("holes", ("length", "position", "segment", "page"))
-def test_slots_without_a_token_may_hold_anything(holes):
+def test_slots_without_a_token_may_hold_anything(holes, backend):
     a, empty = arrays(2), jnp.arange(S) % 5 == 3
     pos = jnp.broadcast_to(jnp.arange(S, dtype=jnp.int32), (B, S))
     options = {"mask": Causal(), "q_pos": last(2), "statistics": True, "tile": 16,
-               "backend": "triton"}
+               "backend": backend}
     if holes == "length":
         empty = jnp.arange(S) >= 30
         options["lengths"] = jnp.full(B, 30, jnp.int32)

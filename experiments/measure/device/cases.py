@@ -5,15 +5,15 @@ from __future__ import annotations
 import importlib
 
 from experiments.measure.device import (
-    cached, candidates, crossing, exact, exact_fast, layers, recurrent, suite,
-    torch_peers
+    best_tiles, cached, candidates, crossing, exact, exact_fast, layers, memories,
+    recurrent, suite, torch_peers
 )
 from experiments.measure.device.case import Case
 from experiments.measure.device.place import Place
 
-SOURCES = (exact.right_cases, recurrent.cases, cached.cases, exact_fast.cases,
-           candidates.cases, layers.cases, torch_peers.cases, crossing.cases,
-           suite.cases)
+SOURCES = (exact.right_cases, recurrent.cases, cached.cases, memories.cases,
+           exact_fast.cases, candidates.cases, layers.cases, torch_peers.cases,
+           crossing.cases, suite.cases, best_tiles.cases)
 
 
 def cases(place: Place, extra: str | None = None) -> dict[str, Case]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import pathlib
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+from matplotlib.transforms import Bbox
 
 from experiments.measure.report import LINES, plt, style
 
@@ -89,19 +91,56 @@ def leaderboard_picture(rows: Rows, asked: int, path: pathlib.Path) -> None:
 
 
 def leaderboard_figure(rows: Rows, asked: int) -> Any:
-    """The same as a figure."""
-    figure, axes = plt.subplots(figsize=(9, 6), layout="constrained")
-    for n, row in enumerate(sorted(rows, key=lambda row: row["bytes_long"])):
-        at = row["bytes_long"], row["recall"]
-        color = f"C{n % 10}"
-        axes.plot(*at, "o", color=color, ms=7, zorder=3,
+    """The same as a figure; a line from the least to the greatest of several seeds."""
+    figure, axes = plt.subplots(figsize=(9, 6.5), layout="constrained")
+    rows = sorted(rows, key=lambda row: row["bytes_long"])
+    points = [(row["bytes_long"], row["recall"]) for row in rows]
+    colors = [f"C{n % 10}" for n in range(len(rows))]
+    for row, (x, y), color in zip(rows, points, colors):
+        axes.plot(x, y, "o", color=color, ms=6, zorder=3,
                   mfc=color if row["trained"] else "white")
-        axes.annotate(row["attention"].partition("(")[0], at, fontsize=7, color=color,
-                      xytext=(5, 5 if n % 2 else -9), textcoords="offset points")
+        values = row.get("recall_seeds", [y])
+        axes.vlines(x, min(values), max(values), color=color, lw=1, alpha=0.5)
+    for fill, text in (("gray", "network of its own"),
+                       ("white", "network of exact attention")):
+        axes.plot([], [], "o", color="gray", mfc=fill, ms=6, label=text)
+    axes.legend(frameon=False, fontsize=8, loc="center right")
     axes.set(xscale="log", ylim=(-0.04, 1.06), ylabel="recall (share of right answers)",
              xlabel="memory of a sequence of a long text (bytes)",
              title="What is remembered, at what cost: of those that stream "
              f"{len(rows)} of {asked}")
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
+    _named(figure, axes, points, [r["attention"].partition("(")[0] for r in rows],
+           colors)
     return figure
+
+
+ANGLES = np.deg2rad((45, -45, 135, -135, 0, 180, 90, -90, 22, -22, 158, -158))
+DISTANCES = 8, 14, 22, 32, 44, 58  # in points of 1/72 inch
+
+
+def _named(figure: Any, axes: Any, points: list[tuple[float, float]],
+           names: list[str], colors: list[str]) -> None:
+    """Names beside points, each at the nearest place where it covers neither a point
+    nor a name; from farther away a line leads to its point."""
+    figure.canvas.draw()
+    figure.set_layout_engine("none")  # places are known, and stay
+    taken = [Bbox.from_extents(x - 5, y - 5, x + 5, y + 5)
+             for x, y in axes.transData.transform(points)]
+    for point, name, color in zip(points, names, colors):
+        for distance, angle in itertools.product(DISTANCES, ANGLES):
+            place = distance * np.cos(angle), distance * np.sin(angle)
+            side = "left" if place[0] > 1 else "right" if place[0] < -1 else "center"
+            told = {"fontsize": 7, "color": color, "xytext": place, "ha": side,
+                    "va": "center", "textcoords": "offset points"}
+            text = axes.annotate(name, point, **told)
+            box = text.get_window_extent()
+            text.remove()
+            inside = axes.bbox.x0 < box.x0 and box.x1 < figure.bbox.x1
+            if inside and not any(box.overlaps(other) for other in taken):
+                break
+        if distance > DISTANCES[1]:
+            told["arrowprops"] = {"arrowstyle": "-", "lw": 0.5, "color": color}
+        axes.annotate(name, point, **told)
+        taken.append(box)

@@ -3,6 +3,7 @@
 import dataclasses
 import pathlib
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -25,6 +26,7 @@ from experiments.training.checksum import _on_devices as checksums_on_devices
 from experiments.training.checksum import checksum
 from experiments.training.loop import NotFinite, TrainConfig, evaluate, fit
 from experiments.training.plan import decays
+from experiments.training.record import write_whole
 from experiments.training.runs import Checkpoints, Metrics, locked, open_folder
 from models.lm import LM, loss
 
@@ -395,3 +397,27 @@ def test_targets_without_loss_do_not_count():
     nats, count = loss(logits, jnp.array([[-1, 2, -1]]))
     np.testing.assert_allclose(nats, np.log(4), rtol=1e-6)
     assert int(count) == 1
+
+
+def test_a_full_disk_costs_what_was_to_be_written_and_no_more(tmp_path):
+    kept = Checkpoints(tmp_path)
+    state = {"a": jax.random.normal(jax.random.key(0), (100_000,))}
+    write_whole(tmp_path / "record", "old")
+    kept.save(1, state)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    try:  # no file may be longer, as where no room is left
+        with pytest.raises(ValueError, match="2 cannot be written .*: the last one is "
+                                             "1$"):
+            kept.save(2, state)
+        with pytest.raises(OSError):
+            write_whole(tmp_path / "record", "new" * 10_000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["1"]
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "checkpoints", "progress.json", "record"}
+    assert (tmp_path / "record").read_text() == "old"
+    kept.save(3, state)
+    assert kept.steps == [1, 3]
+    np.testing.assert_array_equal(kept.resumed(state)["a"], state["a"])

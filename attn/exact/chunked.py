@@ -36,6 +36,7 @@ from pallas_kernels.schedule import SKIP, Tiling, block_mask, traced_block_mask
 from pallas_kernels.tile import NEVER, LogitSpec as TileSpec, lse_of
 
 KEYS = 512  # of a chunk, forward
+FEWER = 1.5  # tiles of half of that, for one: they pay where a mask leaves so few
 
 
 def attend(
@@ -141,8 +142,11 @@ def _plan(
 
     plan, table = planned(bk)
     if tile is None and bk == KEYS:
+        narrow, its_table = planned(KEYS // 2)
+        if len(narrow.pairs) < FEWER * len(plan.pairs):  # a window fills narrow tiles
+            return narrow, its_table
         # backward a tile has three arrays of its size, not one
-        plan = dataclasses.replace(plan, backward=planned(KEYS // 2)[0])
+        plan = dataclasses.replace(plan, backward=narrow)
     return plan, table
 
 

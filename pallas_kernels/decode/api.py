@@ -75,10 +75,9 @@ def decode(
     returns the sum over a key head's queries of each slot's weight, [B,S,K] float32.
     split_lse: m and l [B,H,T] instead of lse = m + log l, as in `pallas_kernels.flash`.
     Arrays beside slots are [P,page,K] with a table. Slots without a token may hold
-    anything on a GPU, and finite numbers on TPU, where a tile of v is multiplied as a
-    whole. tile: slots a step. backend: "tpu" or "triton"; with that, splits: how many
-    programs share the slots of a row, and variant: names of candidates
-    (`pallas_kernels/candidates.py`).
+    anything; steps of a TPU that have such slots take longer. tile: slots a step.
+    backend: "tpu" or "triton"; with that, splits: how many programs share the slots of
+    a row, and variant: names of candidates (`pallas_kernels/candidates.py`).
     interpret: run on a CPU, slowly.
 
     Raises Refused for what the kernel does not do.

@@ -45,14 +45,18 @@ def _columns(static, page):
     return page * static.page + at // heads, at % heads
 
 
+def _limit(static, lengths, b, kv):
+    """How many slots hold a token of a column's own key head, [1,columns]."""
+    limit = jnp.zeros_like(kv)
+    for n in range(static.key_heads):
+        limit = jnp.where(kv == n, lengths[b * static.key_heads + n], limit)
+    return jnp.minimum(limit, static.slots)
+
+
 def _tokens(static, lengths, b, page, real, beside):
     """Which columns hold a token, [1,columns]."""
     slot, kv = _columns(static, page)
-    # each column's limit is the length of its own key head
-    limit = jnp.zeros_like(slot)
-    for n in range(static.key_heads):
-        limit = jnp.where(kv == n, lengths[b * static.key_heads + n], limit)
-    there = (slot < jnp.minimum(limit, static.slots)) & real
+    there = (slot < _limit(static, lengths, b, kv)) & real
     if beside.pos is not None:
         there = there & (beside.pos[0] >= 0)
     return there if beside.segment is None else there & (beside.segment[0] > 0)
@@ -89,7 +93,13 @@ def _scores(static, lengths, b, page, real, q, k, rows, beside):
     bias = None if beside.bias is None else beside.bias[0]
     s, _ = form.logits(raw, h, i, j, bias)
     # a row keeps the columns of its own key head
-    seen = (local == kv) & _tokens(static, lengths, b, page, real, beside)
+    seen = local == kv
+    if static.bits == 16:
+        seen = seen & _tokens(static, lengths, b, page, real, beside)
+    else:  # the same, but in one mask first it takes 7% more bundles of a v6e here
+        seen = seen & (slot < _limit(static, lengths, b, kv)) & (j >= 0) & real
+        if beside.segment is not None:
+            seen = seen & (beside.segment[0] > 0)
     if form.mask is not None:
         seen = seen & form.mask(h, i, j)
     if beside.segment is not None:

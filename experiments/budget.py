@@ -27,12 +27,14 @@ so is what has no place for a window or a softcap. The command says which, and w
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import pathlib
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -52,7 +54,8 @@ from experiments.measure.placing import LeftOut, of_policy
 from experiments.measure.provenance import provenance
 from experiments.measure.reading import HELD_OUT, LEAST, reader_of
 from experiments.sources import SHIPPED, loaded
-from experiments.training.runs import open_folder, write_whole
+from experiments.training.cells import cell
+from experiments.training.runs import locked, open_folder, write_whole
 from models.lm import state_bytes
 
 TASKS = {
@@ -124,9 +127,13 @@ def run(config_: Config) -> dict[str, Any]:
             if not config_.quiet:
                 Console().print(left_out[name])
     rows: list[dict[str, Any]] = []
-    for name, share, model in track(cases, "budget", disable=config_.quiet):
-        rows.append({"policy": name, "asked": share}
-                    | row(config_, dataclasses.replace(reader, model=model)))
+    texts = questions(config_, reader)
+    with locked(folder):
+        for name, share, model in track(cases, "budget", disable=config_.quiet):
+            one = dataclasses.replace(reader, model=model)
+            made, _ = cell(folder, f"{name} {share:g}",
+                           functools.partial(row, config_, one, texts))
+            rows.append({"policy": name, "asked": share} | made)
     exact = rows[0]["state_bytes"]
     rows = [one | {"memory": one["state_bytes"] / exact} for one in rows]
     result = {"rows": rows, "left_out": left_out, "provenance": provenance(
@@ -140,24 +147,40 @@ def run(config_: Config) -> dict[str, Any]:
     return numbers(rows, config_.tasks) | {"folder": str(folder)}
 
 
-def row(config_: Config, reader: asked.Reader) -> dict[str, float]:
+def questions(config_: Config, reader: asked.Reader) -> dict[str, list[asked.Row]]:
+    """What is asked in each task, the same of all policies."""
+    length, many = reader.length, config_.facts
+    made: dict[str, Callable[[asked.Reader, int], asked.Row]] = {
+        "needle": lambda own, n: asked.needle(own, length, n / config_.trials, n),
+        "needles": lambda own, n: asked.needles(own, many, n),
+        "variables": lambda own, n: asked.variables(own, 1, n),
+        "recall": lambda own, n: asked.recall(own, many, n, length),
+    }
+    told = [task for task in config_.tasks if task in made]
+    trials = range(config_.trials)
+
+    def draw(own: asked.Reader) -> list[asked.Row]:
+        return [made[task](own, n) for task in told for n in trials]
+
+    drawn = iter(asked.aligned(draw, reader) if told else ())
+    found = {task: [next(drawn) for _ in trials] for task in told}
+    if "repeats" in config_.tasks:
+        ids = reader.model.vocab
+        found["repeats"] = [asked.repeats(reader, ids, n) for n in trials]
+    return found
+
+
+def row(config_: Config, reader: asked.Reader, texts: dict[str, list[asked.Row]]
+        ) -> dict[str, float]:
     """Every task, bytes of the memory of a row, those of the program of a token at its
     peak, and milliseconds a token."""
-    made = {
-        "needle": lambda n: asked.needle(reader, reader.length, n / config_.trials, n),
-        "needles": lambda n: asked.needles(reader, config_.facts, n),
-        "variables": lambda n: asked.variables(reader, 1, n),
-        "recall": lambda n: asked.recall(reader, config_.facts, n),
-        "repeats": lambda n: asked.repeats(reader, reader.model.vocab, n),
-    }
     found: dict[str, float] = {}
     for task in config_.tasks:
         if task == "bits":
             nats, tokens = asked.streamed_nats(reader, config_.trials, config_.batch)
             found[task] = nats / math.log(2) / tokens / bytes_per_token(reader)
             continue
-        rows = [made[task](n) for n in range(config_.trials)]
-        whole, right = asked.score(reader, rows, config_.batch)
+        whole, right = asked.score(reader, texts[task], config_.batch)
         found[task] = right if task == "repeats" else whole
     return found | {
         "state_bytes": float(state_bytes(reader.model, reader.length,

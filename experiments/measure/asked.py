@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -29,7 +29,9 @@ class Row(NamedTuple):
 @dataclasses.dataclass(frozen=True)
 class Reader:
     """A model that is asked: what it is, its tokenizer `text`, the hay [n] of its ids,
-    the ids that a text begins with, and the tokens of the longest row."""
+    the ids that a text begins with, and the tokens of the longest row. prompt: how many
+    of a row stand before its first answer, None for all that there is room for; what is
+    left of the row behind its answers is hay."""
 
     model: Any
     params: Any
@@ -38,6 +40,7 @@ class Reader:
     start: list[int]
     length: int
     seed: int
+    prompt: int | None = None
 
     def encode(self, text: str) -> list[int]:
         """Ids without a beginning of the text."""
@@ -70,14 +73,19 @@ class Reader:
         """A row of `length`: the pieces of `body` in hay, then (ids, whether asked)."""
         end = np.concatenate([ids for ids, _ in tail])
         asked = np.concatenate([np.full(len(ids), flag) for ids, flag in tail])
-        room = length - len(self.start) - len(end) - sum(map(len, body))
-        if room < 0:
-            raise ValueError(f"length={length}: expected {length - room} or more for "
-                             "what is hidden and asked")
+        after = 0
+        if self.prompt is not None:
+            after = length - self.prompt - len(end) + int(asked.argmax())
+        room = length - len(self.start) - len(end) - sum(map(len, body)) - after
+        if room < 0 or after < 0:
+            raise ValueError(f"length={length}: expected {length - min(room, after)} "
+                             "or more for what is hidden and asked")
         hay = self.piece(rng, room)
-        ids = np.concatenate([self.start, hidden(rng, hay, body, depths), end])
+        told = hidden(rng, hay, body, depths)
+        ids = np.concatenate([self.start, told, end, self.piece(rng, after)])
+        before = np.zeros(length - len(end) - after, bool)
         return Row(ids.astype(np.int32),
-                   np.concatenate([np.zeros(length - len(end), bool), asked]))
+                   np.concatenate([before, asked, np.zeros(after, bool)]))
 
 
 def plain(text: Any, words: str) -> list[int]:
@@ -158,6 +166,14 @@ def repeats(reader: Reader, vocab: int, trial: int) -> Row:
     ids = np.concatenate([reader.start, half, half]).astype(np.int32)
     # the first of the second time cannot be known
     return Row(ids, np.arange(len(ids)) > len(reader.start) + len(half))
+
+
+def aligned(draw: Callable[[Reader], list[Row]], reader: Reader) -> list[Row]:
+    """The rows that `draw` gives, with as many tokens before the first answer of each,
+    those of the row that has the fewest: one program reads them all."""
+    rows = draw(reader)
+    least = min(int(row.asked.argmax()) for row in rows)
+    return draw(dataclasses.replace(reader, prompt=least))
 
 
 def batches(size: int, batch: int) -> list[np.ndarray]:

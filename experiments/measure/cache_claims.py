@@ -39,6 +39,12 @@ def found(reader: Reader, attention: tuple, rows: list[Row], batch: int) -> floa
     return asked.score(dataclasses.replace(reader, model=model), rows, batch)[0]
 
 
+def several(reader: Reader, trials: int, facts: int) -> list[Row]:
+    """Rows of `facts` facts that are all asked for."""
+    return asked.aligned(
+        lambda own: [asked.needles(own, facts, n) for n in range(trials)], reader)
+
+
 def everywhere(reader: Reader, attention: Any) -> tuple:
     """One attention for each layer of exact attention that sees everything."""
     return (attention,) * len(head_choice.exact_layers(reader.model))
@@ -52,7 +58,8 @@ def window_of(tokens: int) -> Streaming:
 def snapkv(reader: Reader, trials: int, facts: int, batch: int) -> Rated:
     """SnapKV (arXiv:2404.14469): one of many facts is asked for when the prompt's end
     has voted on what stays. Pooling keeps what stands beside a vote."""
-    rows = [asked.one_of(reader, facts, n) for n in range(trials)]
+    rows = asked.aligned(
+        lambda own: [asked.one_of(own, facts, n) for n in range(trials)], reader)
     rated = [("exact", found(reader, everywhere(reader, Softmax()), rows, batch))]
     for part in (16, 8, 4):
         tokens = reader.length // part
@@ -71,7 +78,7 @@ def recycled(reader: Reader, trials: int, facts: int, batch: int) -> Rated:
     anew at every stride-th one; of the weights of full attention it recovers so much.
     """
     tokens = reader.length // 8
-    rows = [asked.needles(reader, facts, n) for n in range(trials)]
+    rows = several(reader, trials, facts)
     policies: dict[str, Any] = {
         "exact": Softmax(), "first and last": window_of(tokens),
         "H2O": H2O(heavy=tokens // 2, recent=tokens - tokens // 2),
@@ -140,7 +147,7 @@ def razor(reader: Reader, trials: int, facts: int, batch: int) -> Rated:
     the others lose little, with as many others whole much; one token for the rest
     brings the model nearer to itself."""
     known = head_choice.razor_scores(reader)
-    rows = [asked.needles(reader, facts, n) for n in range(trials)]
+    rows = several(reader, trials, facts)
     copies = [asked.repeats(reader, reader.model.vocab, n) for n in range(trials)]
     share, own = headed("Razor", 0.3, reader.length, known)
     order = reader.rng(9).permutation(known[0].size)
@@ -190,7 +197,7 @@ def duo_heads(reader: Reader, trials: int, facts: int, batch: int, steps: int) -
     """DuoAttention (arXiv:2410.10819): heads chosen by gates that were trained, against
     heads by the weight they give to what is far, and heads at random."""
     gates = head_choice.duo_gates(reader, steps, facts)
-    rows = [asked.needles(reader, facts, n) for n in range(trials)]
+    rows = several(reader, trials, facts)
     far = np.mean([far_weight(reader, row) for row in rows[:4]], 0)
     drawn = reader.rng(9).random(gates.shape)
     rated = [("gates above 0.9", float((gates > 0.9).mean())),

@@ -79,3 +79,17 @@ def test_what_is_asked_of_it_wrongly():
         policies.Config(facts=1000)
     with pytest.raises(ValueError, match="llama has no tokenizer.json: expected a"):
         policies.run(policies.Config(model="tests/checkpoints/llama", quiet=True))
+
+
+def test_aligned_rows_share_a_prompt_and_lose_only_hay(reader):
+    reader = dataclasses.replace(reader, length=128)
+    rows = [asked.needles(reader, 3, n) for n in range(6)]
+    found = cache_claims.several(reader, 6, 3)
+    first = {int(row.asked.argmax()) for row in rows}
+    assert len(first) > 1 and {len(row.ids) for row in found} == {128}
+    assert {int(row.asked.argmax()) for row in found} == {min(first)}
+    for one, same in zip(rows, found, strict=True):
+        # the same facts and answers
+        assert one.ids[one.asked].tolist() == same.ids[same.asked].tolist()
+    with pytest.raises(ValueError, match="expected .* or more for what is hidden"):
+        asked.needle(dataclasses.replace(reader, prompt=8), 128, 0.5, 0)

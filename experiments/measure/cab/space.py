@@ -62,7 +62,7 @@ class ForecastTask(Task):
     inputs = ("past",)
 
     def network(self, places):
-        return Informer(CHANNELS, self.data.length // 2, self.data.horizon, WIDTH,
+        return Informer(CHANNELS, self.data.length // 4, self.data.horizon, WIDTH,
                         HEADS, LAYERS, places)
 
     @staticmethod

@@ -392,3 +392,13 @@ def test_all_keeps_what_is_set():
     some = cab.whole(cab.Config(all=True, tasks=("lm", "mlm"), seeds=2, minutes=5.0))
     assert (some.tasks, some.seeds, some.minutes) == (("lm", "mlm"), 2, 5.0)
     assert cab.whole(cab.TINY) == cab.TINY
+
+
+def test_each_pattern_is_asked_once_before_any_is_asked_twice():
+    pairs = [(task.name, pattern) for task, pattern in cab.asked(cab.Config())]
+    assert [p for _, p in pairs] == ["NS", "CS", "NC", "CC", "NS", "CS", "NS"]
+    assert pairs[:4] == [("speech", "NS"), ("lm", "CS"), ("series", "NC"),
+                         ("summary", "CC")]
+    turned = cab.Config(tasks=("mlm", "summary", "mlm"), patterns=("NS", "CC"))
+    assert [(task.name, p) for task, p in cab.asked(turned)] == [
+        ("mlm", "NS"), ("summary", "CC"), ("summary", "NS")]

@@ -24,8 +24,8 @@ FULL: tuple[Task, ...] = (
     MaskedLMTask(Text(length=128), steps=400, rate=4e-3, rows=2048, tests=64),
     LMTask(Text(length=128), steps=250, rate=4e-3, rows=2048, tests=32),
     CompletionTask(Clouds(), steps=200, tests=64),
-    ForecastTask(Series(length=48, horizon=24), steps=200, batch=16, rate=4e-3,
-                 rows=2048, tests=192),
+    ForecastTask(Series(length=48, horizon=24), steps=300, batch=16, rate=6e-3,
+                 rows=4096, tests=192),
 )
 _TINY = {"steps": 2, "batch": 2, "rows": 4, "tests": 3}
 SMALL: tuple[Task, ...] = (

@@ -66,7 +66,8 @@ def drawn(result: dict[str, Any]) -> Any:
         if np.isnan(value):
             continue
         weight = "bold" if where[column][1] == "index" else "normal"
-        axes.text(column, row, f"{round(value, 1) + 0:+.1f}", ha="center", va="center", fontsize=8,
+        text = f"{round(value, 1) + 0:+.1f}"  # no -0.0
+        axes.text(column, row, text, ha="center", va="center", fontsize=8,
                   color="white" if abs(value) > 1.3 else "black", weight=weight)
     axes.set_xticks(range(len(where)), [f"{p}\n{name}" for p, name in where],
                     fontsize=8)

@@ -87,8 +87,8 @@ class Config:
         "the list, of any attentions",
     )
     tasks: tuple[str, ...] = option(
-        ("speech", "summary", "mlm", "lm", "series"),
-        "networks, of these and speech_ar, superres, clouds")
+        ("speech", "lm", "series", "summary", "mlm"),
+        "networks, of these and speech_ar, superres, clouds, the first ones first")
     patterns: tuple[str, ...] = option(("NS", "CS", "NC", "CC"), "what is asked")
     all: bool = option(False, "all tasks, three seeds, no end, but for what is set")
     lengths: tuple[int, ...] = option(
@@ -132,9 +132,9 @@ class Config:
 
     @property
     def suite(self) -> tuple[Task, ...]:
-        """The tasks."""
-        return tuple(task for task in (SMALL if self.small else FULL)
-                     if task.name in self.tasks)
+        """The tasks, in the order in which they are named."""
+        each = {task.name: task for task in (SMALL if self.small else FULL)}
+        return tuple(each[name] for name in dict.fromkeys(self.tasks))
 
 
 TINY = Config(
@@ -187,21 +187,31 @@ def grid(config_: Config) -> tuple[list[Run], list[str]]:
     """The trainings, seed by seed, and what a task refuses, in sentences."""
     runs, refused = [], []
     for one in seeds.each(config_):
-        for task in config_.suite:
-            for pattern in task.patterns:
-                if pattern not in config_.patterns:
+        for task, pattern in asked(config_):
+            for attention in config_.attentions:
+                if not allows(attention, pattern):
                     continue
-                for attention in config_.attentions:
-                    if not allows(attention, pattern):
-                        continue
-                    try:
-                        if pattern == "CS":
-                            task.check(in_pattern(attention, pattern))
-                    except ValueError as error:
-                        refused.append(str(error))
-                        continue
-                    runs.append(Run(task, pattern, attention, one.seed))
+                try:
+                    if pattern == "CS":
+                        task.check(in_pattern(attention, pattern))
+                except ValueError as error:
+                    refused.append(str(error))
+                    continue
+                runs.append(Run(task, pattern, attention, one.seed))
     return runs, list(dict.fromkeys(refused))
+
+
+def asked(config_: Config) -> list[tuple[Task, str]]:
+    """Tasks and patterns: a task of each pattern before the second one of any, so that
+    what there is time for says something of all patterns."""
+    ranks: dict[str, list[Task]] = {pattern: [] for pattern in config_.patterns}
+    for task in config_.suite:
+        for pattern in task.patterns:
+            if pattern in ranks:
+                ranks[pattern].append(task)
+    most = max(map(len, ranks.values()))
+    return [(each[n], pattern) for n in range(most) for pattern, each in ranks.items()
+            if n < len(each)]
 
 
 def left_out(config_: Config, refused: list[str]) -> str:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 
 from attn.contract.norm import Norm
@@ -18,7 +19,7 @@ from attn.layers import MultiHead
 from attn.positions import sinusoids
 from models.feed import INIT, Feed
 from models.places import Places
-from models.stack import Block, Layers, Pattern, check_sizes
+from models.stack import Block, Layers, Pattern, check_sizes, stack
 from models.vocabulary import Embed
 
 NORM = Norm("layer")
@@ -55,7 +56,7 @@ class Encoder(nn.Module):
             Block(mixer(self.places.at(self.pattern), self.heads), 0,
                   feed=feed(x.shape[-1]), norm=NORM, parent=None)
             for _ in range(self.layers))
-        _, x = Layers(Pattern(blocks), name="layers")(x)
+        _, x = Layers(Pattern(blocks), scan=True, name="layers")(x)
         return NORM.module(x.dtype, "norm")(x)
 
 
@@ -80,7 +81,7 @@ class DecoderBlock(nn.Module):
 
 
 class Decoder(nn.Module):
-    """`layers` of `DecoderBlock`, and a norm."""
+    """`layers` of `DecoderBlock`, one program for all of them, and a norm."""
 
     places: Places
     layers: int = 2
@@ -91,9 +92,17 @@ class Decoder(nn.Module):
     @nn.compact
     def __call__(self, x, context):
         """x [B,T,E], context [B,S,E] -> [B,T,E]."""
-        for n in range(self.layers):
-            x = DecoderBlock(self.places, self.heads, self.own, self.cross,
-                             name=f"layer_{n}")(x, context)
+        block = DecoderBlock(
+            self.places, self.heads, self.own, self.cross, parent=None)
+        if self.is_initializing():
+            for n in range(self.layers):
+                x = block.clone(parent=self, name=f"layer_{n}")(x, context)
+        else:
+            each = {name: stack({n: one for n, one in own.items() if n != "norm"}, 1)
+                    for name, own in self.variables.items()}  # leaves [layers,...]
+            own = {name: one["layer_0"] for name, one in each.items()}
+            x, _ = jax.lax.scan(
+                lambda x, own: (block.apply(own, x, context), None), x, own)
         return NORM.module(x.dtype, "norm")(x)
 
 

@@ -217,18 +217,20 @@ class Layers(nn.Module):
     def _scanned(self, x, segments, plain):
         blocks, period = plain.blocks, plain.period
         one = Layers(Pattern(blocks[:period]), remat=self.remat, parent=None)
-        params = stack(self.variables["params"], period)  # leaves [repeats,...]
+        # parameters, and what is fixed: leaves [repeats,...]
+        variables = {name: stack(own, period) for name, own in self.variables.items()
+                     if len(own) == len(blocks)}
         repeats = len(blocks) // period
         keys = None
         if self.has_rng("dropout"):
             keys = jax.random.split(self.make_rng("dropout"), repeats)
 
         def body(x, at):
-            params, key = at
+            variables, key = at
             rngs = {} if key is None else {"dropout": key}
-            return one.apply({"params": params}, x, None, segments, rngs=rngs)[1], None
+            return one.apply(variables, x, None, segments, rngs=rngs)[1], None
 
-        return jax.lax.scan(body, x, (params, keys))[0]
+        return jax.lax.scan(body, x, (variables, keys))[0]
 
 
 def _fields(block: Block) -> dict[str, Any]:

@@ -321,6 +321,25 @@ def test_a_whole_training_learns(tmp_path):
     assert other.losses[0] != one.losses[0]
 
 
+def test_a_training_leaves_alone_what_is_fixed():
+    import flax.linen as nn
+
+    class Fixed(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            twos = self.variable("fixed", "twos", lambda: np.full((1,), 2, np.float32))
+            return nn.Dense(1)(x) * twos.value[None]
+
+    x = RNG.normal(size=(8, 3)).astype(np.float32)
+    plan = TrainConfig(steps=2, batch=4, learning_rate=0.3, weight_decay=0)
+    rows = {"x": x, "y": x[:, :1]}
+    params = train(Fixed(), _squares, ("x",), rows, plan).params
+    assert set(params) == {"params", "fixed"} and params["fixed"]["twos"] == 2
+    with pytest.raises(ValueError, match="weight_decay=0.1: all parameters are one"):
+        train(Fixed(), _squares, ("x",), rows, dataclasses.replace(
+            plan, weight_decay=0.1))
+
+
 def _squares(model, params, batch, key):
     return ((model.apply(params, batch["x"]) - batch["y"]) ** 2).mean()
 
@@ -373,3 +392,13 @@ def test_all_keeps_what_is_set():
     some = cab.whole(cab.Config(all=True, tasks=("lm", "mlm"), seeds=2, minutes=5.0))
     assert (some.tasks, some.seeds, some.minutes) == (("lm", "mlm"), 2, 5.0)
     assert cab.whole(cab.TINY) == cab.TINY
+
+
+def test_each_pattern_is_asked_once_before_any_is_asked_twice():
+    pairs = [(task.name, pattern) for task, pattern in cab.asked(cab.Config())]
+    assert [p for _, p in pairs] == ["NS", "CS", "NC", "CC", "NS", "CS", "NS"]
+    assert pairs[:4] == [("speech", "NS"), ("lm", "CS"), ("series", "NC"),
+                         ("summary", "CC")]
+    turned = cab.Config(tasks=("mlm", "summary", "mlm"), patterns=("NS", "CC"))
+    assert [(task.name, p) for task, p in cab.asked(turned)] == [
+        ("mlm", "NS"), ("summary", "CC"), ("summary", "NS")]

@@ -5,9 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from attn.performer import Performer
 from models.informer import Distil, Informer
+from models.places import Places
 from models.pointr import PoinTr, neighbours, spread
-from models.seq2seq import MaskedLM
+from models.seq2seq import NORM, Decoder, DecoderBlock, MaskedLM
 from models.speech import FastSpeech, TransformerTTS, repeated
 from models.sr3 import SR3, levels, sample
 from tests import compiled
@@ -117,3 +119,17 @@ def test_sr3_and_the_masked_model_give_their_shapes():
     masked = MaskedLM(16, 8, 2, 1)
     logits = compiled.apply(masked, compiled.init(masked, KEY, tokens), tokens)
     assert logits.shape == (2, 6, 16)
+
+
+def test_one_program_of_a_decoder_is_its_blocks():
+    """With an attention whose random directions are no parameters."""
+    places = Places(CC=Performer(features=4, causal=False))
+    decoder, x, context = Decoder(places, 2, 2), normal(2, 5, 8), normal(2, 7, 8)
+    made = compiled.init(decoder, KEY, x, context)
+    want = x
+    for n in range(2):
+        own = {name: each[f"layer_{n}"] for name, each in made.items()}
+        want = compiled.apply(DecoderBlock(places, 2), own, want, context)
+    want = NORM.module(x.dtype, None).apply({"params": made["params"]["norm"]}, want)
+    found = compiled.apply(decoder, made, x, context)
+    np.testing.assert_allclose(found, want, atol=1e-5)

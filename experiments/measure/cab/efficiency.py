@@ -39,9 +39,10 @@ def costs(attention: Any, lengths: Sequence[int], width: int, heads: int,
     layer = MultiHead(attention, heads, position=None, use_bias=True)
     found: dict[str, list[float]] = {"ms": [], "mb": []}
     run = jax.jit(layer.apply)
+    all_ = jax.random.normal(jax.random.key(0), (1, max(lengths), width), jnp.float32)
+    params = jax.jit(layer.init)(jax.random.key(1), all_[:, :LEAST])
     for t in lengths:
-        x = jax.random.normal(jax.random.key(0), (1, t, width), jnp.float32)
-        params = jax.jit(layer.init)(jax.random.key(1), x[:, :LEAST])
+        x = all_[:, :t]
         made = run.lower(params, x).compile()
         analysis: Any = made.memory_analysis()
         found["mb"].append(analysis.temp_size_in_bytes / 2**20)

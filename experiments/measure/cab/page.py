@@ -60,12 +60,14 @@ def drawn(result: dict[str, Any]) -> Any:
     figure, axes = plt.subplots(
         figsize=(3.2 + 0.75 * len(where), 1.6 + 0.38 * len(names)),
         layout="constrained")
+    axes.set_facecolor("lightgrey")  # what is not there
     shown = axes.imshow(table, cmap="RdBu", vmin=-2, vmax=2, aspect="auto")
     for (row, column), value in np.ndenumerate(table):
         if np.isnan(value):
             continue
         weight = "bold" if where[column][1] == "index" else "normal"
-        axes.text(column, row, f"{value:+.1f}", ha="center", va="center", fontsize=8,
+        text = f"{round(value, 1) + 0:+.1f}"  # no -0.0
+        axes.text(column, row, text, ha="center", va="center", fontsize=8,
                   color="white" if abs(value) > 1.3 else "black", weight=weight)
     axes.set_xticks(range(len(where)), [f"{p}\n{name}" for p, name in where],
                     fontsize=8)
@@ -73,10 +75,10 @@ def drawn(result: dict[str, Any]) -> Any:
     for n, (pattern, name) in enumerate(where[:-1]):
         if where[n + 1][0] != pattern:
             axes.axvline(n + 0.5, color="black", lw=1)
-    axes.set_title("deviations from the mean of what is compared\n"
-                   "empty: it has not this pattern, or was not run, or with fewer "
-                   "than two others", fontsize=9)
-    figure.colorbar(shown, label="better is positive")
+    figure.suptitle("deviations from the mean of what is compared\n"
+                    "grey: it has not this pattern, or was not run,\n"
+                    "or with fewer than two others", fontsize=9)
+    figure.colorbar(shown, label="better is positive", extend="both")
     return figure
 
 

@@ -16,14 +16,16 @@ from experiments.measure.cab.task import Task
 from experiments.measure.cab.text import LMTask, MaskedLMTask, SummaryTask
 
 FULL: tuple[Task, ...] = (
-    FastSpeechTask(Speech(length=96, count=16), steps=150),
+    FastSpeechTask(Speech(length=96, count=16), steps=120, rate=4e-3),
     TransformerTTSTask(Speech(length=96, count=16), steps=600, batch=16),
-    SummaryTask(Summaries(), steps=700, batch=32, rate=3e-3, rows=8192),
+    SummaryTask(Summaries(length=32, sections=4, vocab=32), steps=400, batch=32,
+                rate=4e-3, rows=8192, tests=64),
     SuperResolutionTask(Shapes(), steps=300),
-    MaskedLMTask(Text(length=128), steps=400, rate=3e-3, rows=4096),
-    LMTask(Text(length=128), steps=200, rows=2048),
+    MaskedLMTask(Text(length=128), steps=400, rate=4e-3, rows=2048, tests=64),
+    LMTask(Text(length=128), steps=250, rate=4e-3, rows=2048, tests=32),
     CompletionTask(Clouds(), steps=200, tests=64),
-    ForecastTask(Series(), steps=200, batch=16, rows=2048, tests=192),
+    ForecastTask(Series(length=48, horizon=24), steps=300, batch=16, rate=6e-3,
+                 rows=4096, tests=192),
 )
 _TINY = {"steps": 2, "batch": 2, "rows": 4, "tests": 3}
 SMALL: tuple[Task, ...] = (

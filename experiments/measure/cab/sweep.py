@@ -79,6 +79,7 @@ def trained(runs: list[Run], folder: pathlib.Path, console: Console,
         found.append((one, made))
         if known is None:
             fresh += 1
+            jax.clear_caches()  # a process may not hold the programs of all networks
             label = " ".join([one.task.name, one.pattern,
                               config.format_value(one.attention)])
             said = made.get("failed") or ", ".join(

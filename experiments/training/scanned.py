@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from experiments.training import step as steps
 from experiments.training.loop import NotFinite
 from experiments.training.plan import TrainConfig
 
@@ -30,6 +31,12 @@ class Trained(NamedTuple):
 
     params: Any
     losses: np.ndarray
+
+
+def next_token(model: nn.Module, params: Any, batch: dict, key: jax.Array) -> jax.Array:
+    """The mean cross entropy in nats of the targets of a batch."""
+    nats, count = steps.next_token(model, params, batch, key)
+    return nats / count
 
 
 def train(model: nn.Module, loss: Loss, inputs: tuple[str, ...], rows: dict,

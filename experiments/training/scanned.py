@@ -18,12 +18,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.flatten_util import ravel_pytree
 
+from experiments.training import step as steps
 from experiments.training.loop import NotFinite
 from experiments.training.plan import TrainConfig
 
-Loss = Callable[[nn.Module, Any, dict, jax.Array], jax.Array]
+Loss = Callable[[nn.Module, Any, dict, jax.Array], Any]
 
 
 class Trained(NamedTuple):
@@ -33,22 +33,35 @@ class Trained(NamedTuple):
     losses: np.ndarray
 
 
+def next_token(model: nn.Module, params: Any, batch: dict, key: jax.Array) -> jax.Array:
+    """The mean cross entropy in nats of the targets of a batch."""
+    nats, count = steps.next_token(model, params, batch, key)
+    return nats / count
+
+
 def train(model: nn.Module, loss: Loss, inputs: tuple[str, ...], rows: dict,
-          plan: TrainConfig) -> Trained:
+          plan: TrainConfig, moving: tuple[str, ...] = (), start: Any = None
+          ) -> Trained:
     """Trains on `rows`, arrays [n,...] by name, `plan.batch` of them a step.
     loss(model, params, batch, key) is a mean over the batch; inputs: the arrays that
     the model is called with. Of the plan steps, batch, seed and optimiser count.
+    moving: collections of variables that no gradient moves but a call, such as
+    centroids, or nothing; the loss is then (mean, {collection: as it is after it}).
+    Others than these and "params" stay.
+    start: the variables to begin with, None for drawn ones.
     `NotFinite` if the last loss or a parameter is not finite; ValueError for weight
-    decay."""
-    if plan.weight_decay:
+    decay of a drawn network."""
+    drawn = start is None
+    if drawn and plan.weight_decay:
         raise ValueError(f"weight_decay={plan.weight_decay}: all parameters are one "
                          "vector here, expected 0")
     any_seed = dataclasses.replace(plan, seed=0)  # one program for all seeds
     rows = {name: jnp.asarray(a) for name, a in rows.items()}
-    start, key = jax.random.split(jax.random.key(plan.seed))
-    first = tuple(rows[name][:1] for name in inputs)
-    variables = _jit(_begin, 0, 1)(model, start, first)
-    params, losses = _jit(_train, 1, 3)(model, loss, any_seed, variables, rows, key)
+    own, key = jax.random.split(jax.random.key(plan.seed))
+    if drawn:
+        start = _jit(_begin, 0, 1)(model, own, tuple(rows[n][:1] for n in inputs))
+    params, losses = _jit(_train, 1, 5)(
+        model, loss, any_seed, moving, drawn, start, rows, key)
     losses = np.asarray(losses)
     finite = all(bool(jnp.isfinite(a).all()) for a in jax.tree.leaves(params))
     if not (finite and np.isfinite(losses[-1])):
@@ -72,24 +85,30 @@ def _begin(model, key, first):
     return model.init(key, *first)
 
 
-def _train(model, loss, plan, variables, rows, key):
-    fixed = {name: own for name, own in variables.items() if name != "params"}
-    # one vector: an optimiser of a hundred small arrays compiles as long as a network
-    flat, tree = ravel_pytree(variables["params"])
-    whole = lambda params: fixed | {"params": tree(params["all"])}
-    adam, params = plan.optimizer(), {"all": flat}
+def _train(model, loss, plan, moving, alike, start, rows, key):
+    params, moved = start["params"], {name: start[name] for name in moving}
+    fixed = {name: own for name, own in start.items() if name not in moved}
+    whole = lambda params, moved: {**fixed, "params": params, **moved}
+    adam = plan.optimizer()
+    if alike:  # one vector: a hundred small arrays compile as long as a network
+        adam = optax.flatten(adam)
     many = next(iter(rows.values())).shape[0]
 
     def step(carry, key):
-        params, moments = carry
+        params, moved, moments = carry
         draw, noise = jax.random.split(key)
         at = jax.random.randint(draw, (plan.batch,), 0, many)
         batch = {name: a[at] for name, a in rows.items()}
-        value, grads = jax.value_and_grad(
-            lambda params: loss(model, whole(params), batch, noise))(params)
+
+        def of(params):
+            found = loss(model, whole(params, moved), batch, noise)
+            return found if moving else (found, {})
+
+        (value, moved), grads = jax.value_and_grad(of, has_aux=True)(params)
         change, moments = adam.update(grads, moments, params)
-        return (optax.apply_updates(params, change), moments), value
+        return (optax.apply_updates(params, change), moved, moments), value
 
     keys = jax.random.split(key, plan.steps)
-    (params, _), losses = jax.lax.scan(step, (params, adam.init(params)), keys)
-    return whole(params), losses
+    first = params, moved, adam.init(params)
+    (params, moved, _), losses = jax.lax.scan(step, first, keys)
+    return whole(params, moved), losses

@@ -49,19 +49,16 @@ def train(model: nn.Module, loss: Loss, inputs: tuple[str, ...], rows: dict,
     centroids, or nothing; the loss is then (mean, {collection: as it is after it}).
     Others than these and "params" stay.
     start: the variables to begin with, None for drawn ones.
-    `NotFinite` if the last loss or a parameter is not finite; ValueError for weight
-    decay of a drawn network."""
-    drawn = start is None
-    if drawn and plan.weight_decay:
-        raise ValueError(f"weight_decay={plan.weight_decay}: all parameters are one "
-                         "vector here, expected 0")
+    `NotFinite` if the last loss or a parameter is not finite."""
+    # weights do not decay alike, nor learn alike in networks that were begun elsewhere
+    alike = start is None and not plan.weight_decay
     any_seed = dataclasses.replace(plan, seed=0)  # one program for all seeds
     rows = {name: jnp.asarray(a) for name, a in rows.items()}
     own, key = jax.random.split(jax.random.key(plan.seed))
-    if drawn:
+    if start is None:
         start = _jit(_begin, 0, 1)(model, own, tuple(rows[n][:1] for n in inputs))
     params, losses = _jit(_train, 1, 5)(
-        model, loss, any_seed, moving, drawn, start, rows, key)
+        model, loss, any_seed, moving, alike, start, rows, key)
     losses = np.asarray(losses)
     finite = all(bool(jnp.isfinite(a).all()) for a in jax.tree.leaves(params))
     if not (finite and np.isfinite(losses[-1])):

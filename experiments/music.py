@@ -211,7 +211,7 @@ def tables(config_: Config, found: dict[str, Any]) -> list[Table]:
     for name in (*KINDS, "gain"):
         losses.add_column(name, justify="right")
     for n in (config_.length, 2 * config_.length):
-        losses.add_row(str(n), *(_cell(found, f"{kind}_{n}")
+        losses.add_row(str(n), *(seeds.spread(found, f"{kind}_{n}", "{:.3f}")
                                  for kind in (*KINDS, "gain")))
     if not config_.memory:
         return [losses]
@@ -223,13 +223,6 @@ def tables(config_: Config, found: dict[str, Any]) -> list[Table]:
         spent.add_row(f"{t:,}", f"{ours / 1e6:,.2f}", f"{theirs / 1e6:,.1f}",
                       f"{theirs / ours:,.0f}")
     return [losses, spent]
-
-
-def _cell(found: dict[str, Any], name: str) -> str:
-    text = f"{found[name]:.3f}"
-    if f"{name} from" in found:
-        text += f" ({found[f'{name} from']:.3f} to {found[f'{name} to']:.3f})"
-    return text
 
 
 def picture(grid: np.ndarray, path: pathlib.Path) -> None:

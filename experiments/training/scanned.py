@@ -20,10 +20,11 @@ import numpy as np
 import optax
 from jax.flatten_util import ravel_pytree
 
+from experiments.training import step as steps
 from experiments.training.loop import NotFinite
 from experiments.training.plan import TrainConfig
 
-Loss = Callable[[nn.Module, Any, dict, jax.Array], jax.Array]
+Loss = Callable[[nn.Module, Any, dict, jax.Array], Any]
 
 
 class Trained(NamedTuple):
@@ -33,22 +34,29 @@ class Trained(NamedTuple):
     losses: np.ndarray
 
 
+def next_token(model: nn.Module, params: Any, batch: dict, key: jax.Array) -> jax.Array:
+    """The mean cross entropy in nats of the targets of a batch."""
+    nats, count = steps.next_token(model, params, batch, key)
+    return nats / count
+
+
 def train(model: nn.Module, loss: Loss, inputs: tuple[str, ...], rows: dict,
-          plan: TrainConfig) -> Trained:
+          plan: TrainConfig, moving: tuple[str, ...] = (), start: Any = None
+          ) -> Trained:
     """Trains on `rows`, arrays [n,...] by name, `plan.batch` of them a step.
     loss(model, params, batch, key) is a mean over the batch; inputs: the arrays that
     the model is called with. Of the plan steps, batch, seed and optimiser count.
-    `NotFinite` if the last loss or a parameter is not finite; ValueError for weight
-    decay."""
-    if plan.weight_decay:
-        raise ValueError(f"weight_decay={plan.weight_decay}: all parameters are one "
-                         "vector here, expected 0")
+    moving: collections of variables that a call moves, such as centroids; the loss is
+    then (mean, {collection: as it is after the call}). No gradient moves any but
+    "params". start: the variables to begin with, None for drawn ones. `NotFinite` if
+    the last loss or a parameter is not finite."""
     any_seed = dataclasses.replace(plan, seed=0)  # one program for all seeds
     rows = {name: jnp.asarray(a) for name, a in rows.items()}
-    start, key = jax.random.split(jax.random.key(plan.seed))
+    own, key = jax.random.split(jax.random.key(plan.seed))
     first = tuple(rows[name][:1] for name in inputs)
-    variables = _jit(_begin, 0, 1)(model, start, first)
-    params, losses = _jit(_train, 1, 3)(model, loss, any_seed, variables, rows, key)
+    variables = _jit(_begin, 0, 1)(model, own, first) if start is None else start
+    params, losses = _jit(_train, 1, 4)(
+        model, loss, any_seed, moving, variables, rows, key)
     losses = np.asarray(losses)
     finite = all(bool(jnp.isfinite(a).all()) for a in jax.tree.leaves(params))
     if not (finite and np.isfinite(losses[-1])):
@@ -72,24 +80,39 @@ def _begin(model, key, first):
     return model.init(key, *first)
 
 
-def _train(model, loss, plan, variables, rows, key):
+def _train(model, loss, plan, moving, variables, rows, key):
+    moved = {name: variables[name] for name in moving}
     fixed = {name: own for name, own in variables.items() if name != "params"}
-    # one vector: an optimiser of a hundred small arrays compiles as long as a network
-    flat, tree = ravel_pytree(variables["params"])
-    whole = lambda params: fixed | {"params": tree(params["all"])}
-    adam, params = plan.optimizer(), {"all": flat}
+    params, tree = _as_one(variables["params"], plan)
+    adam = plan.optimizer()
     many = next(iter(rows.values())).shape[0]
 
     def step(carry, key):
-        params, moments = carry
+        params, moved, moments = carry
         draw, noise = jax.random.split(key)
         at = jax.random.randint(draw, (plan.batch,), 0, many)
         batch = {name: a[at] for name, a in rows.items()}
-        value, grads = jax.value_and_grad(
-            lambda params: loss(model, whole(params), batch, noise))(params)
+
+        def of(params):
+            whole = fixed | moved | {"params": tree(params)}
+            found = loss(model, whole, batch, noise)
+            return found if moving else (found, {})
+
+        (value, moved), grads = jax.value_and_grad(of, has_aux=True)(params)
         change, moments = adam.update(grads, moments, params)
-        return (optax.apply_updates(params, change), moments), value
+        return (optax.apply_updates(params, change), moved, moments), value
 
     keys = jax.random.split(key, plan.steps)
-    (params, _), losses = jax.lax.scan(step, (params, adam.init(params)), keys)
-    return whole(params), losses
+    first = params, moved, adam.init(params)
+    (params, moved, _), losses = jax.lax.scan(step, first, keys)
+    return fixed | moved | {"params": tree(params)}, losses
+
+
+def _as_one(params, plan):
+    """Parameters as the optimiser has them, and the way back. One vector, as an
+    optimiser of a hundred small arrays compiles as long as a network; a tree where
+    weights decay, which asks for their names."""
+    if plan.weight_decay:
+        return params, lambda params: params
+    flat, tree = ravel_pytree(params)
+    return {"all": flat}, lambda params: tree(params["all"])

@@ -41,8 +41,8 @@ from experiments.data import Corpus, Text
 from experiments.measure import cost, seeds
 from experiments.training.loop import measure
 from experiments.training.plan import TrainConfig
-from experiments.training.scanned import train
-from models.lm import LM, loss
+from experiments.training.scanned import next_token, train
+from models.lm import LM
 from models.view import look
 
 
@@ -150,12 +150,6 @@ def own(variables: Any) -> dict[str, Any]:
     return {name: a for name, a in variables.items() if name != "teacher"}
 
 
-def next_token(model: Any, params: Any, batch: dict, key: Any) -> Any:
-    """The mean cross entropy of a batch in nats."""
-    nats, count = loss(model.apply(params, batch["tokens"]), batch["targets"])
-    return nats / count
-
-
 def inside(model: LM, params: Any, tokens: Any) -> tuple:
     """The logits, and q, k, v and outputs z of each layer's heads."""
     names = [f"{n}/{a}" for n in range(len(model.attention)) for a in "qkvz"]
@@ -206,9 +200,9 @@ def estimate(model: LM, variables: Any, teacher: Any, tokens: Any) -> dict[str, 
     found = []
     for n, ((scores, _), (q, k, v, _)) in enumerate(zip(theirs, mine)):
         guess, chosen = of_layer(model, variables, n, stretched, q, k, v)
-        a, b = (jax.nn.softmax(jnp.where(seen, s, -jnp.inf))[..., seen]
+        a, b = (jax.nn.softmax(jnp.where(seen[None, None], s, -jnp.inf))[..., seen]
                 for s in (scores, guess))
-        keys = (chosen & seen).sum(-1).mean()
+        keys = (chosen & seen[None, None]).sum(-1).mean()
         found.append((jnp.corrcoef(a.ravel(), b.ravel())[0, 1], keys))
     correlation, keys = (jnp.stack(a).mean() for a in zip(*found))
     return {"correlation": correlation, "keys": keys}

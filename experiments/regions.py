@@ -35,8 +35,8 @@ from experiments.data.images import Digits
 from experiments.measure import seeds
 from experiments.training.loop import measure
 from experiments.training.plan import plan_of
-from experiments.training.scanned import train
-from models.lm import LM, loss
+from experiments.training.scanned import next_token, train
+from models.lm import LM
 
 SIDE, LEVELS = 8, 17  # pixels of a digit's side, and their levels of grey
 PLANS = {"fixed": "fixed", "axial": "axial_mixture", "logsparse": "logsparse"}
@@ -150,15 +150,9 @@ def digits(split: str) -> dict[str, np.ndarray]:
 
 def bits(config_: Config, model: LM, rows: dict, held: dict) -> float:
     """Bits per pixel of `held` after a training on `rows`."""
-    params = train(model, next_pixel, ("tokens",), rows, plan_of(config_)).params
+    params = train(model, next_token, ("tokens",), rows, plan_of(config_)).params
     nats, _, count = measure(model, params, held)
     return float(nats / count) / math.log(2)
-
-
-def next_pixel(model: Any, params: Any, batch: dict, key: Any) -> Any:
-    """The mean cross entropy of a batch in nats."""
-    nats, count = loss(model.apply(params, batch["tokens"]), batch["targets"])
-    return nats / count
 
 
 def table(config_: Config, found: dict[str, Any]) -> Table:

@@ -34,7 +34,7 @@ from experiments.cli.config import FREE, option
 from experiments.data.dataset import Batch, chosen
 from experiments.measure import seeds
 from experiments.training.plan import plan_of
-from experiments.training.scanned import train
+from experiments.training.scanned import next_token, train
 from models.lm import LM, loss
 from models.view import look
 
@@ -123,7 +123,7 @@ def once(config_: Config) -> dict[str, float]:
     for name, attention in track(each, f"seed {config_.seed}", disable=config_.quiet):
         model = config_.model(attention)
         moving = MOVING.get(name, ())
-        params = train(model, moved if moving else answered, ("tokens",), rows,
+        params = train(model, moved if moving else next_token, ("tokens",), rows,
                        plan_of(config_), moving).params
         told = np.asarray(jax.jit(model.apply)(params, held["tokens"])).argmax(-1)
         asked = held["targets"] >= 0
@@ -154,14 +154,9 @@ def drawn(config_: Config, many: int, split: int) -> Batch:
     return {"tokens": tokens.astype(np.int32), "targets": targets.astype(np.int32)}
 
 
-def answered(model: Any, params: Any, batch: dict, key: Any) -> Any:
-    """The mean cross entropy of answers in nats."""
-    nats, count = loss(model.apply(params, batch["tokens"]), batch["targets"])
-    return nats / count
-
-
 def moved(model: Any, params: Any, batch: dict, key: Any) -> Any:
-    """The same and the commitment loss, and centroids that have followed."""
+    """The mean cross entropy of answers in nats and the commitment loss, and centroids
+    that have followed."""
     logits, after = model.apply(
         params, batch["tokens"], mutable=["centroids", "losses"])
     nats, count = loss(logits, batch["targets"])
@@ -193,10 +188,10 @@ def covered(q: Any, mean: Any, window: int, rows: Any) -> jax.Array:
     where rows [B,T]."""
     k, t = kmeans.normalised(q, "unit"), q.shape[1]
     at = routed.members(kmeans.scores(k, mean), window)  # [B,H,C,w]
-    own = (at[..., None] == jnp.arange(t)).any(-2)  # [B,H,C,T]
+    own = jax.nn.one_hot(at, t, dtype=bool).any(-2)  # [B,H,C,T]
     together = (own[..., :, None] & own[..., None, :]).any(2)  # [B,H,T,T]
     s = jnp.einsum("bthd,bshd->bhts", q, k) * q.shape[-1] ** -0.5
-    earlier = jnp.tril(jnp.ones((t, t), bool), -1)
+    earlier = jnp.tril(jnp.ones((1, 1, t, t), bool), -1)
     p = jax.nn.softmax(jnp.where(earlier, s, -1e30))
     share = jnp.where(together, p, 0).sum(-1).mean(1)  # [B,T]
     return jnp.where(rows, share, 0).sum() / rows.sum()

@@ -2,12 +2,17 @@
 
 import dataclasses
 
+import chex
 import jax
 import numpy as np
 import pytest
 
-from experiments import regions
+from attn.softmax import Softmax
+from experiments import distil, extend, regions, routed
 from experiments.measure import seeds
+from experiments.training.plan import plan_of
+from experiments.training.scanned import next_token, train
+from models.lora import kernels_of
 from tests import compiled
 
 
@@ -40,9 +45,91 @@ def test_pixels_are_predicted_from_those_before():
     whole = dataclasses.replace(regions.TINY, block=64)
     model = whole.model(regions.Combiner(block=64))
     params = compiled.init(model, jax.random.key(0), tokens[:1])
-    exact = whole.model(regions.Softmax())
+    exact = whole.model(Softmax())
     np.testing.assert_allclose(*(compiled.apply(m, params, tokens[:2]) for m in (
         model, exact)), atol=1e-5)
+
+
+def test_facts_stand_further_back_than_local_heads_reach():
+    c = dataclasses.replace(routed.Config(), layers=2, length=160)
+    batch = routed.drawn(c, 20, 0)
+    tokens, targets = batch["tokens"], batch["targets"]
+    facts = c.noise + c.types
+    answers = facts + c.types * c.values
+    assert tokens.min() == 0 and tokens.max() < answers <= targets.max()
+    assert (targets >= 0).sum() == 20 * 2 * c.types
+    for row, at in np.argwhere(targets >= 0):
+        kind = tokens[row, at] - c.noise
+        told = (tokens[row] - facts) // c.values == kind
+        assert told.sum() == 1 and (fact := told.argmax()) <= at - c.reach - 1
+        value = (tokens[row, fact] - facts) % c.values
+        assert targets[row, at] == answers + value
+    model = c.model(c.attentions()["local"])
+    params = compiled.init(model, jax.random.key(0), tokens[:1])
+    other = np.where(np.arange(c.length) < c.first, 0, tokens)
+    one, two = (compiled.apply(model, params, a[:4])[:, c.length // 2:]
+                for a in (tokens, other))
+    np.testing.assert_array_equal(one, two)
+
+
+def test_centroids_follow_where_they_are_said_to():
+    c = routed.TINY
+    model, rows = c.model(c.attentions()["routed"]), routed.drawn(c, c.rows, 0)
+    first = compiled.init(model, jax.random.split(jax.random.key(0))[0],
+                          rows["tokens"][:1])
+    moved = train(model, routed.moved, ("tokens",), rows, plan_of(c), ("centroids",))
+    still = train(model, next_token, ("tokens",), rows, plan_of(c))
+    chex.assert_trees_all_equal(still.params["centroids"], first["centroids"])
+    gaps = jax.tree.map(lambda a, b: np.abs(a - b).max(), moved.params["centroids"],
+                        first["centroids"])
+    assert max(jax.tree.leaves(gaps)) > 1e-4
+
+
+def test_the_weight_in_clusters_by_loops():
+    rng = np.random.default_rng(0)
+    q, mean = rng.normal(size=(1, 12, 1, 4)), rng.normal(size=(1, 3, 4))
+    k = q / np.linalg.norm(q, axis=-1, keepdims=True)
+    clusters = [{*np.argsort(-k[0, :, 0] @ own)[:5].tolist()} for own in mean[0]]
+    shares = []
+    for t in (4, 11):
+        weight = np.exp(k[0, :t, 0] @ q[0, t, 0] / 2)
+        own = [any({t, j} <= of for of in clusters) for j in range(t)]
+        shares.append((weight * own).sum() / weight.sum())
+    rows = np.isin(np.arange(12), (4, 11))[None]
+    found = routed.covered(*(a.astype(np.float32) for a in (q, mean)), 5, rows)
+    np.testing.assert_allclose(found, np.mean(shares), rtol=1e-5)
+
+
+def test_a_student_begins_with_the_teacher_who_stays():
+    c = distil.TINY
+    exact, rows = c.model(Softmax()), c.text.batch(0, 4)
+    teacher = compiled.init(exact, jax.random.key(1), rows["tokens"])
+    model = c.model(c.students()["SEA"])
+    start = distil.begun(model, teacher, rows["tokens"], 0)
+    moving = tuple(name for name in start if name != "params")
+    assert {*moving} == {"fixed", "teacher"}
+    after = train(model, distil.imitated, ("tokens",), rows, c.plan(2, 1e-3), moving,
+                  start).params
+    for name in moving:
+        chex.assert_trees_all_equal(after[name], start[name])
+    taught = exact.apply({"params": start["params"]}, rows["tokens"])
+    np.testing.assert_allclose(
+        taught, exact.apply(teacher, rows["tokens"]), atol=1e-6)
+    found = distil.estimate(model, distil.own(after), teacher, rows["tokens"])
+    assert abs(found["keys"] - c.keep) < 0.5 and -1 <= found["correlation"] <= 1
+
+
+def test_only_adapters_embeddings_and_norms_are_fine_tuned():
+    c = dataclasses.replace(extend.TINY, seeds=1, more=2)
+    base = extend.pretrained(c)
+    found = extend.extended(c, base, "sf")["params"]
+    targets = {"q", "k", "v", "out"}
+    old, new = kernels_of(base), kernels_of(found)
+    for path in old:
+        same = np.array_equal(old[path], new[path])
+        assert same == (path.split("/")[-1] not in targets), path
+    for name in ("embed", "norm"):
+        assert not np.array_equal(*(jax.tree.leaves(a[name])[0] for a in (base, found)))
 
 
 def test_the_spread_of_seeds_in_words():
@@ -53,6 +140,7 @@ def test_the_spread_of_seeds_in_words():
 
 @pytest.mark.parametrize("wrong, message", [
     (lambda: regions.Config(plans=("strided",)), "'strided': expected of"),
+    (lambda: routed.Config(length=60), "length=60: expected 64 or more"),
 ])
 def test_wrong_settings_say_what_was_expected(wrong, message):
     with pytest.raises(ValueError, match=message):

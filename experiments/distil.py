@@ -24,7 +24,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import traverse_util
 from rich import box
 from rich.console import Console
 from rich.progress import track
@@ -39,11 +38,13 @@ from experiments.cli import config
 from experiments.cli.config import FREE, option
 from experiments.data import Corpus, Text
 from experiments.measure import cost, seeds
+from experiments.training.imitation import (
+    begun, imitated, inside, of_layer, of_teacher, own,
+)
 from experiments.training.loop import measure
 from experiments.training.plan import TrainConfig
 from experiments.training.scanned import next_token, train
 from models.lm import LM
-from models.view import look
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,59 +138,6 @@ def once(config_: Config) -> dict[str, float]:
     return found
 
 
-def begun(model: LM, teacher: Any, tokens: Any, seed: int) -> dict[str, Any]:
-    """A student's variables: drawn, but for what the teacher has; and the teacher's."""
-    made = jax.jit(model.init)(jax.random.key(seed), tokens)
-    old, new = (traverse_util.flatten_dict(p["params"]) for p in (teacher, made))
-    params = traverse_util.unflatten_dict(new | old)
-    return {**made, "params": params, "teacher": teacher["params"]}
-
-
-def own(variables: Any) -> dict[str, Any]:
-    """A student's variables without its teacher's."""
-    return {name: a for name, a in variables.items() if name != "teacher"}
-
-
-def inside(model: LM, params: Any, tokens: Any) -> tuple:
-    """The logits, and q, k, v and outputs z of each layer's heads."""
-    names = [f"{n}/{a}" for n in range(len(model.attention)) for a in "qkvz"]
-    logits, seen = look(model, params, tokens, read=names)
-    return logits, [[seen[f"{n}/{a}"] for a in "qkvz"]
-                    for n in range(len(model.attention))]
-
-
-def of_teacher(model: LM, params: Any, tokens: Any) -> tuple:
-    """The teacher's logits, and its scores q.k D^-1/2 and outputs by layer."""
-    exact = model.clone(attention=(Softmax(),) * len(model.attention))
-    logits, layers = jax.lax.stop_gradient(inside(exact, {"params": params}, tokens))
-    return logits, [(jnp.einsum("bthd,bshd->bhts", q, k) * q.shape[-1] ** -0.5, z)
-                    for q, k, _, z in layers]
-
-
-def imitated(model: Any, variables: Any, batch: dict, key: Any) -> Any:
-    """The divergence from the teacher's logits, and in each layer the loss of SEA, or
-    the mean squared difference of what heads give; and what does not move."""
-    told, theirs = of_teacher(model, variables["teacher"], batch["tokens"])
-    logits, mine = inside(model, own(variables), batch["tokens"])
-    ours, told = jax.nn.log_softmax(logits), jax.nn.log_softmax(told)
-    total = (jnp.exp(told) * (told - ours)).sum(-1).mean()
-    for n, ((scores, context), (q, k, v, z)) in enumerate(zip(theirs, mine)):
-        if isinstance(model.attention[n], SEA):
-            total += of_layer(model, own(variables), n, "distil", q, k, v, scores,
-                              context)
-        else:
-            total += jnp.square(z - context).mean()
-    return total, {name: a for name, a in variables.items() if name != "params"}
-
-
-def of_layer(model: LM, variables: Any, n: int, method: Any, *args: Any) -> Any:
-    """A method of the attention of layer n with its variables."""
-    attention: Any = model.attention[n]
-    return attention.apply({
-        name: a["layers"][f"layer_{n}"]["mixer"]["attention"]
-        for name, a in variables.items()}, *args, method=method)
-
-
 @functools.partial(jax.jit, static_argnums=0)
 def estimate(model: LM, variables: Any, teacher: Any, tokens: Any) -> dict[str, Any]:
     """correlation: of the estimated and the teacher's weights over all pairs of a token
@@ -224,7 +172,7 @@ def memory(config_: Config) -> dict[str, float]:
     shape = config_.heads, config_.width // config_.heads
     sea = config_.students()["SEA"]
     for name, attention in (("SEA", sea), ("matrix", Softmax(implementation="dense"))):
-        each = []
+        each: list[float] = []
         for t in config_.lengths:
             call: Any = attention
             given: tuple = (jax.ShapeDtypeStruct((1, t, *shape), jnp.float32),) * 3

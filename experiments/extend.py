@@ -22,6 +22,7 @@ import sys
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 from rich import box
 from rich.console import Console
@@ -184,7 +185,7 @@ def cached(config_: Config, params: Any, batch: Batch) -> dict[str, float]:
     def second(attention: Any) -> float:
         logits = stream(c.model(attention, c.times), params, batch["tokens"],
                         c.long // 4)
-        nats, count = loss(logits[:, half:], batch["targets"][:, half:])
+        nats, count = loss(logits[:, half:], jnp.asarray(batch["targets"][:, half:]))
         return per_byte(c, nats / count)
 
     found = {"cache exact 1": second(Softmax())}

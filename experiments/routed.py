@@ -31,7 +31,8 @@ from attn.softmax import Softmax
 from attn.sparse import kmeans, routed
 from experiments.cli import config
 from experiments.cli.config import FREE, option
-from experiments.data.dataset import Batch, chosen
+from experiments.data import Batch
+from experiments.data.typed import Typed
 from experiments.measure import seeds
 from experiments.training.plan import plan_of
 from experiments.training.scanned import next_token, train
@@ -66,21 +67,14 @@ class Config:
 
     def __post_init__(self):
         seeds.check(self)
-        least = 2 * (self.types + max(self.types, self.reach))
-        if self.length < least:
-            raise ValueError(
-                f"length={self.length}: expected {least} or more, for types="
-                f"{self.types} and what local heads reach, {self.reach} tokens")
+        self.data()
 
-    @property
-    def reach(self) -> int:
-        """Tokens that local heads reach back, over all layers."""
-        return self.layers * (2 * self.block - 1)
-
-    @property
-    def first(self) -> int:
-        """The tokens at the beginning among which facts stand."""
-        return self.length // 2 - self.reach
+    def data(self, split: str = "train") -> Typed:
+        """The rows: facts stand further from questions than local heads reach."""
+        reach = self.layers * (2 * self.block - 1)
+        return Typed(length=self.length, first=self.length // 2 - reach,
+                     types=self.types, values=self.values, noise=self.noise,
+                     seed=self.seed, split=split)
 
     def attentions(self) -> dict[str, Any]:
         """What is compared, by name."""
@@ -94,8 +88,7 @@ class Config:
 
     def model(self, attention: Any) -> LM:
         """The network; nothing but masks tells it where a token is."""
-        vocab = self.noise + self.types * (1 + self.values) + self.values
-        return LM(vocab=vocab, width=self.width, heads=self.heads,
+        return LM(vocab=self.data().vocab, width=self.width, heads=self.heads,
                   attention=(attention,) * self.layers, position=None, hidden=0,
                   tied=False)
 
@@ -118,7 +111,8 @@ def once(config_: Config) -> dict[str, float]:
     clusters hold of exact attention's, and NAME weight at random, what others would
     that are drawn at random."""
     found: dict[str, float] = {"chance": 1 / config_.values}
-    rows, held = drawn(config_, config_.rows, 0), drawn(config_, 128, 1)
+    rows = config_.data().batch(0, config_.rows)
+    held = config_.data("valid").batch(0, 128)
     each = config_.attentions().items()
     for name, attention in track(each, f"seed {config_.seed}", disable=config_.quiet):
         model = config_.model(attention)
@@ -133,25 +127,6 @@ def once(config_: Config) -> dict[str, float]:
                            for which in ("own", "random"))
             found |= {f"{name} weight": own, f"{name} weight at random": random}
     return found
-
-
-def drawn(config_: Config, many: int, split: int) -> Batch:
-    """tokens and targets [N,T]: each type as a fact among the first tokens, and twice
-    as a question in the second half, further away than local heads reach; the target
-    at a question is the fact's value. Ids are noise, questions, facts, values."""
-    c, rng = config_, np.random.default_rng((config_.seed, split))
-    half, types = c.length // 2, np.arange(c.types)
-    tokens = rng.integers(c.noise, size=(many, c.length))
-    targets = np.full_like(tokens, -1)
-    value = rng.integers(c.values, size=(many, c.types))
-    asked, facts = c.noise, c.noise + c.types
-    np.put_along_axis(tokens, chosen(rng, many, c.first, c.types),
-                      facts + types * c.values + value, 1)
-    at = half + chosen(rng, many, half, 2 * c.types)
-    np.put_along_axis(tokens, at, np.tile(asked + types, (many, 2)), 1)
-    np.put_along_axis(targets, at, np.tile(
-        facts + c.types * c.values + value, (1, 2)), 1)
-    return {"tokens": tokens.astype(np.int32), "targets": targets.astype(np.int32)}
 
 
 def moved(model: Any, params: Any, batch: dict, key: Any) -> Any:

@@ -10,6 +10,7 @@ import pytest
 from attn.softmax import Softmax
 from experiments import distil, extend, regions, routed
 from experiments.measure import seeds
+from experiments.training import imitation
 from experiments.training.plan import plan_of
 from experiments.training.scanned import next_token, train
 from models.lora import kernels_of
@@ -52,21 +53,20 @@ def test_pixels_are_predicted_from_those_before():
 
 def test_facts_stand_further_back_than_local_heads_reach():
     c = dataclasses.replace(routed.Config(), layers=2, length=160)
-    batch = routed.drawn(c, 20, 0)
+    data = c.data()
+    batch = data.batch(0, 20)
     tokens, targets = batch["tokens"], batch["targets"]
-    facts = c.noise + c.types
-    answers = facts + c.types * c.values
-    assert tokens.min() == 0 and tokens.max() < answers <= targets.max()
-    assert (targets >= 0).sum() == 20 * 2 * c.types
+    assert tokens.min() == 0 and tokens.max() < data.answers <= targets.max()
+    assert targets.max() < data.vocab and (targets >= 0).sum() == 20 * 2 * c.types
     for row, at in np.argwhere(targets >= 0):
         kind = tokens[row, at] - c.noise
-        told = (tokens[row] - facts) // c.values == kind
-        assert told.sum() == 1 and (fact := told.argmax()) <= at - c.reach - 1
-        value = (tokens[row, fact] - facts) % c.values
-        assert targets[row, at] == answers + value
+        told = (tokens[row] - data.facts) // c.values == kind
+        assert told.sum() == 1 and told.argmax() < data.first
+        value = (tokens[row, told.argmax()] - data.facts) % c.values
+        assert targets[row, at] == data.answers + value
     model = c.model(c.attentions()["local"])
     params = compiled.init(model, jax.random.key(0), tokens[:1])
-    other = np.where(np.arange(c.length) < c.first, 0, tokens)
+    other = np.where(np.arange(c.length) < data.first, 0, tokens)
     one, two = (compiled.apply(model, params, a[:4])[:, c.length // 2:]
                 for a in (tokens, other))
     np.testing.assert_array_equal(one, two)
@@ -74,7 +74,7 @@ def test_facts_stand_further_back_than_local_heads_reach():
 
 def test_centroids_follow_where_they_are_said_to():
     c = routed.TINY
-    model, rows = c.model(c.attentions()["routed"]), routed.drawn(c, c.rows, 0)
+    model, rows = c.model(c.attentions()["routed"]), c.data().batch(0, c.rows)
     first = compiled.init(model, jax.random.split(jax.random.key(0))[0],
                           rows["tokens"][:1])
     moved = train(model, routed.moved, ("tokens",), rows, plan_of(c), ("centroids",))
@@ -105,17 +105,17 @@ def test_a_student_begins_with_the_teacher_who_stays():
     exact, rows = c.model(Softmax()), c.text.batch(0, 4)
     teacher = compiled.init(exact, jax.random.key(1), rows["tokens"])
     model = c.model(c.students()["SEA"])
-    start = distil.begun(model, teacher, rows["tokens"], 0)
+    start = imitation.begun(model, teacher, rows["tokens"], 0)
     moving = tuple(name for name in start if name != "params")
     assert {*moving} == {"fixed", "teacher"}
-    after = train(model, distil.imitated, ("tokens",), rows, c.plan(2, 1e-3), moving,
+    after = train(model, imitation.imitated, ("tokens",), rows, c.plan(2, 1e-3), moving,
                   start).params
     for name in moving:
         chex.assert_trees_all_equal(after[name], start[name])
     taught = exact.apply({"params": start["params"]}, rows["tokens"])
     np.testing.assert_allclose(
         taught, exact.apply(teacher, rows["tokens"]), atol=1e-6)
-    found = distil.estimate(model, distil.own(after), teacher, rows["tokens"])
+    found = distil.estimate(model, imitation.own(after), teacher, rows["tokens"])
     assert abs(found["keys"] - c.keep) < 0.5 and -1 <= found["correlation"] <= 1
 
 
@@ -141,6 +141,7 @@ def test_the_spread_of_seeds_in_words():
 @pytest.mark.parametrize("wrong, message", [
     (lambda: regions.Config(plans=("strided",)), "'strided': expected of"),
     (lambda: routed.Config(length=60), "length=60: expected 64 or more"),
+    (lambda: routed.Config(block=64), "first=-63: expected types=16 to half"),
 ])
 def test_wrong_settings_say_what_was_expected(wrong, message):
     with pytest.raises(ValueError, match=message):

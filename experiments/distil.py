@@ -59,8 +59,9 @@ class Config:
     layers: int = option(2, "layers")
     rows: int = option(4096, "rows that are trained on")
     steps: int = option(600, "training steps of the teacher")
-    distil_steps: int = option(300, "training steps of each student")
-    batch: int = option(16, "rows a step")
+    distil_steps: int = option(200, "training steps of each student")
+    batch: int = option(16, "rows a step of the teacher")
+    distil_batch: int = option(8, "rows a step of a student")
     rate: float = option(1e-2, "peak learning rate of the teacher")
     distil_rate: float = option(3e-3, "peak learning rate of students")
     lengths: tuple[int, int, int] = option(
@@ -86,14 +87,14 @@ class Config:
         return LM(vocab=self.text.vocab, width=self.width, heads=self.heads,
                   attention=(attention,) * self.layers)
 
-    def plan(self, steps: int, rate: float) -> TrainConfig:
+    def plan(self, steps: int, batch: int, rate: float) -> TrainConfig:
         """A training."""
-        return TrainConfig(steps=steps, batch=self.batch, learning_rate=rate,
+        return TrainConfig(steps=steps, batch=batch, learning_rate=rate,
                            warmup=steps // 10, seed=self.seed)
 
 
 TINY = Config(text=Text(length=32), columns=8, keep=4, width=16, heads=2, layers=1,
-              rows=4, steps=2, distil_steps=1, batch=2, lengths=(8, 16, 32), seeds=1,
+              rows=4, steps=2, distil_steps=1, batch=2, distil_batch=2, lengths=(8, 16, 32), seeds=1,
               quiet=True)
 
 
@@ -120,9 +121,11 @@ def once(config_: Config) -> dict[str, float]:
         return float(nats / count) / math.log(2) / text.bytes_per_token
 
     teacher = train(exact, next_token, ("tokens",), rows,
-                    config_.plan(config_.steps, config_.rate)).params
+                    config_.plan(
+                        config_.steps, config_.batch, config_.rate)).params
     found = {"bits teacher": bits(exact, teacher)}
-    plan = config_.plan(config_.distil_steps, config_.distil_rate)
+    plan = config_.plan(
+        config_.distil_steps, config_.distil_batch, config_.distil_rate)
     for name, attention in track(config_.students().items(), f"seed {config_.seed}",
                                  disable=config_.quiet):
         model = config_.model(attention)

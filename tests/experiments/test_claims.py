@@ -108,8 +108,8 @@ def test_a_student_begins_with_the_teacher_who_stays():
     start = imitation.begun(model, teacher, rows["tokens"], 0)
     moving = tuple(name for name in start if name != "params")
     assert {*moving} == {"fixed", "teacher"}
-    after = train(model, imitation.imitated, ("tokens",), rows, c.plan(2, 1e-3), moving,
-                  start).params
+    after = train(model, imitation.imitated, ("tokens",), rows, c.plan(2, 2, 1e-3),
+                  moving, start).params
     for name in moving:
         chex.assert_trees_all_equal(after[name], start[name])
     taught = exact.apply({"params": start["params"]}, rows["tokens"])

@@ -11,6 +11,18 @@ grows with T, not with its square. All students begin with the teacher's paramet
 learn its logits and the outputs of its heads; SEA alone its matrix, too.
 
     python -m experiments.distil
+
+The defaults, three seeds, were not run yet; one seed with more training of the students,
+
+    python -m experiments.distil --seeds=1 --distil_steps=300 --distil_batch=16
+
+took 6 minutes of computing. The teacher reads held-out text at 2.810 bits per byte,
+and so does SEA (2.809, with 300 steps that the teacher did not have); the window of 8
+tokens comes to 2.816, the Performer to 3.245. Correlation goes from 0.15 to 0.61, a
+head reads 7.7 keys, memory grows as T^1.00 where the matrix grows as T^2.00. So the
+Performer is far behind, but a teacher of E = 32, trained for 600 steps, looks hardly
+further back than a window: before it learns anything the window reads at 2.847, and the
+7 thousandths that SEA is before it at last are, with one seed, no result.
 """
 
 from __future__ import annotations
@@ -94,8 +106,8 @@ class Config:
 
 
 TINY = Config(text=Text(length=32), columns=8, keep=4, width=16, heads=2, layers=1,
-              rows=4, steps=2, distil_steps=1, batch=2, distil_batch=2, lengths=(8, 16, 32), seeds=1,
-              quiet=True)
+              rows=4, steps=2, distil_steps=1, batch=2, distil_batch=2,
+              lengths=(8, 16, 32), seeds=1, quiet=True)
 
 
 def run(config_: Config) -> dict[str, Any]:

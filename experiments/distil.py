@@ -12,7 +12,7 @@ learn its logits and the outputs of its heads; SEA alone its matrix, too.
 
     python -m experiments.distil
 
-The defaults, three seeds, were not run yet; one seed with more training of the students,
+The defaults, three seeds, were not run yet; one seed, students trained for longer,
 
     python -m experiments.distil --seeds=1 --distil_steps=300 --distil_batch=16
 

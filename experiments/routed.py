@@ -52,7 +52,7 @@ class Config:
     values: int = option(4, "values that a fact may have; chance is one of them")
     noise: int = option(16, "ids of noise")
     clusters: int = option(8, "clusters C of a routed head")
-    window: int = option(16, "tokens w of a cluster")
+    window: int = option(32, "tokens w of a cluster")
     block: int = option(8, "tokens of a local head's block; it sees the one before too")
     width: int = option(64, "model width E")
     heads: int = option(4, "heads H, half of them local")

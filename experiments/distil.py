@@ -142,8 +142,8 @@ def once(config_: Config) -> dict[str, float]:
                                  disable=config_.quiet):
         model = config_.model(attention)
         start = begun(model, teacher, rows["tokens"][:1], config_.seed)
-        moving = tuple(key for key in start if key != "params")
-        after = train(model, imitated, ("tokens",), rows, plan, moving, start).params
+        after = train(
+            model, imitated, ("tokens",), rows, plan, start=start).params
         for when, all_of_it in ((" before", start), ("", after)):
             params = own(all_of_it)
             found[f"bits {name}{when}"] = bits(model, params)

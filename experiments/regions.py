@@ -11,6 +11,20 @@ the own block and the last token of each earlier one ("fixed"), the row and the 
 tokens ("logsparse").
 
     python -m experiments.regions
+
+took 6 minutes of computing. Bits per pixel of held-out digits after 400 steps, E = 32,
+two layers; medians of three seeds, with the least and the greatest:
+
+    pattern      sparse                   Combiner
+    exact        1.946 (1.938 to 1.947)
+    fixed        2.032 (2.003 to 2.039)   1.974 (1.972 to 1.977)
+    axial        2.098 (2.090 to 2.099)   1.937 (1.935 to 1.958)
+    logsparse    1.989 (1.980 to 2.023)   1.978 (1.960 to 1.996)
+
+Each Combiner is better than its base, and within 2% of exact attention; axial, whose
+base is the worst, gains most and is as good as exact attention. The paper's largest
+gain, that of logsparse (4.25 to 3.37 bits per dimension on CIFAR-10), does not show: it
+is the least here, within the spread of seeds, where spans of 64 pixels have few tokens.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
 The student begins with the teacher's parameters. It learns the teacher's logits and, in
 each layer, what its heads give; attention that says itself how it learns from scores
 and outputs (SEA's `distil`) does that in the place of the latter. The teacher lies
-among the student's variables, as "teacher", and does not move, so that one program
-serves all teachers (`experiments.training.scanned`).
+among the student's variables, as "teacher", where no gradient moves it, so that one
+program serves all teachers (`experiments.training.scanned`).
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def of_teacher(model: LM, params: Any, tokens: Any) -> tuple:
 
 def imitated(model: Any, variables: Any, batch: dict, key: Any) -> Any:
     """The divergence from the teacher's logits, and in each layer the attention's own
-    loss, or the mean squared difference of what heads give; and what does not move."""
+    loss, or the mean squared difference of what heads give."""
     told, theirs = of_teacher(model, variables["teacher"], batch["tokens"])
     logits, mine = inside(model, own(variables), batch["tokens"])
     ours, told = jax.nn.log_softmax(logits), jax.nn.log_softmax(told)
@@ -62,7 +62,7 @@ def imitated(model: Any, variables: Any, batch: dict, key: Any) -> Any:
                               context)
         else:
             total += jnp.square(z - context).mean()
-    return total, {name: a for name, a in variables.items() if name != "params"}
+    return total
 
 
 def of_layer(model: LM, variables: Any, n: int, method: Any, *args: Any) -> Any:

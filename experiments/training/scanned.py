@@ -45,20 +45,17 @@ def train(model: nn.Module, loss: Loss, inputs: tuple[str, ...], rows: dict,
     """Trains on `rows`, arrays [n,...] by name, `plan.batch` of them a step.
     loss(model, params, batch, key) is a mean over the batch; inputs: the arrays that
     the model is called with. Of the plan steps, batch, seed and optimiser count.
-    moving: collections of variables that no gradient moves but a call, such as
-    centroids, or nothing; the loss is then (mean, {collection: as it is after it}).
-    Others than these and "params" stay.
-    start: the variables to begin with, None for drawn ones.
-    `NotFinite` if the last loss or a parameter is not finite."""
-    # weights do not decay alike, nor learn alike in networks that were begun elsewhere
-    alike = start is None and not plan.weight_decay
+    moving: collections of variables that a call moves, such as centroids; the loss is
+    then (mean, {collection: as it is after the call}). No gradient moves any but
+    "params". start: the variables to begin with, None for drawn ones. `NotFinite` if
+    the last loss or a parameter is not finite."""
     any_seed = dataclasses.replace(plan, seed=0)  # one program for all seeds
     rows = {name: jnp.asarray(a) for name, a in rows.items()}
     own, key = jax.random.split(jax.random.key(plan.seed))
-    if start is None:
-        start = _jit(_begin, 0, 1)(model, own, tuple(rows[n][:1] for n in inputs))
-    params, losses = _jit(_train, 1, 5)(
-        model, loss, any_seed, moving, alike, start, rows, key)
+    first = tuple(rows[name][:1] for name in inputs)
+    variables = _jit(_begin, 0, 1)(model, own, first) if start is None else start
+    params, losses = _jit(_train, 1, 4)(
+        model, loss, any_seed, moving, variables, rows, key)
     losses = np.asarray(losses)
     finite = all(bool(jnp.isfinite(a).all()) for a in jax.tree.leaves(params))
     if not (finite and np.isfinite(losses[-1])):
@@ -82,13 +79,11 @@ def _begin(model, key, first):
     return model.init(key, *first)
 
 
-def _train(model, loss, plan, moving, alike, start, rows, key):
-    params, moved = start["params"], {name: start[name] for name in moving}
-    fixed = {name: own for name, own in start.items() if name not in moved}
-    whole = lambda params, moved: {**fixed, "params": params, **moved}
+def _train(model, loss, plan, moving, variables, rows, key):
+    moved = {name: variables[name] for name in moving}
+    fixed = {name: own for name, own in variables.items() if name != "params"}
+    params, tree = _as_one(variables["params"], plan)
     adam = plan.optimizer()
-    if alike:  # one vector: a hundred small arrays compile as long as a network
-        adam = optax.flatten(adam)
     many = next(iter(rows.values())).shape[0]
 
     def step(carry, key):
@@ -98,7 +93,8 @@ def _train(model, loss, plan, moving, alike, start, rows, key):
         batch = {name: a[at] for name, a in rows.items()}
 
         def of(params):
-            found = loss(model, whole(params, moved), batch, noise)
+            whole = fixed | moved | {"params": tree(params)}
+            found = loss(model, whole, batch, noise)
             return found if moving else (found, {})
 
         (value, moved), grads = jax.value_and_grad(of, has_aux=True)(params)
@@ -108,4 +104,14 @@ def _train(model, loss, plan, moving, alike, start, rows, key):
     keys = jax.random.split(key, plan.steps)
     first = params, moved, adam.init(params)
     (params, moved, _), losses = jax.lax.scan(step, first, keys)
-    return whole(params, moved), losses
+    return fixed | moved | {"params": tree(params)}, losses
+
+
+def _as_one(params, plan):
+    """Parameters as the optimiser has them, and the way back. One vector, as an
+    optimiser of a hundred small arrays compiles as long as a network; a tree where
+    weights decay, which asks for their names."""
+    if plan.weight_decay:
+        return params, lambda params: params
+    flat, tree = ravel_pytree(params)
+    return {"all": flat}, lambda params: tree(params["all"])

@@ -335,9 +335,14 @@ def test_a_training_leaves_alone_what_is_fixed():
     rows = {"x": x, "y": x[:, :1]}
     params = train(Fixed(), _squares, ("x",), rows, plan).params
     assert set(params) == {"params", "fixed"} and params["fixed"]["twos"] == 2
-    with pytest.raises(ValueError, match="weight_decay=0.1: all parameters are one"):
-        train(Fixed(), _squares, ("x",), rows, dataclasses.replace(
-            plan, weight_decay=0.1))
+    # without a gradient the kernel decays, and the bias does not
+    start = {"params": {"Dense_0": {"kernel": np.ones((3, 1), np.float32),
+                                    "bias": np.ones(1, np.float32)}},
+             "fixed": {"twos": np.zeros(1, np.float32)}}
+    decays = dataclasses.replace(plan, weight_decay=0.1)
+    after = train(Fixed(), _squares, ("x",), rows, decays, start=start).params
+    dense = after["params"]["Dense_0"]
+    assert (dense["kernel"] < 0.99).all() and dense["bias"] == 1
 
 
 def _squares(model, params, batch, key):

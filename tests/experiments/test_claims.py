@@ -106,11 +106,10 @@ def test_a_student_begins_with_the_teacher_who_stays():
     teacher = compiled.init(exact, jax.random.key(1), rows["tokens"])
     model = c.model(c.students()["SEA"])
     start = imitation.begun(model, teacher, rows["tokens"], 0)
-    moving = tuple(name for name in start if name != "params")
-    assert {*moving} == {"fixed", "teacher"}
+    assert {*start} == {"params", "fixed", "teacher"}
     after = train(model, imitation.imitated, ("tokens",), rows, c.plan(2, 2, 1e-3),
-                  moving, start).params
-    for name in moving:
+                  start=start).params
+    for name in ("fixed", "teacher"):
         chex.assert_trees_all_equal(after[name], start[name])
     taught = exact.apply({"params": start["params"]}, rows["tokens"])
     np.testing.assert_allclose(

@@ -22,7 +22,7 @@ from experiments.data.series import Series
 from experiments.data.shapes import Shapes
 from experiments.data.speech import LASTS, Speech
 from experiments.data.summaries import Summaries
-from experiments.measure.cab import index, scores, sweep
+from experiments.measure.cab import grid, index, scores, sweep
 from experiments.measure.cab.efficiency import efficiency_length
 from experiments.measure.cab.suite import FULL, NAMES, SMALL
 from experiments.training.cells import cell, slug
@@ -400,10 +400,10 @@ def test_all_keeps_what_is_set():
 
 
 def test_each_pattern_is_asked_once_before_any_is_asked_twice():
-    pairs = [(task.name, pattern) for task, pattern in cab.asked(cab.Config())]
+    pairs = [(task.name, pattern) for task, pattern in grid.asked(cab.Config())]
     assert [p for _, p in pairs] == ["NS", "CS", "NC", "CC", "NS", "CS", "NS"]
     assert pairs[:4] == [("speech", "NS"), ("lm", "CS"), ("series", "NC"),
                          ("summary", "CC")]
     turned = cab.Config(tasks=("mlm", "summary", "mlm"), patterns=("NS", "CC"))
-    assert [(task.name, p) for task, p in cab.asked(turned)] == [
+    assert [(task.name, p) for task, p in grid.asked(turned)] == [
         ("mlm", "NS"), ("summary", "CC"), ("summary", "NS")]

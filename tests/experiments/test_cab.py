@@ -333,11 +333,13 @@ def test_a_training_leaves_alone_what_is_fixed():
     x = RNG.normal(size=(8, 3)).astype(np.float32)
     plan = TrainConfig(steps=2, batch=4, learning_rate=0.3, weight_decay=0)
     rows = {"x": x, "y": x[:, :1]}
-    params = train(Fixed(), _squares, ("x",), rows, plan).params
-    assert set(params) == {"params", "fixed"} and params["fixed"]["twos"] == 2
-    with pytest.raises(ValueError, match="weight_decay=0.1: all parameters are one"):
-        train(Fixed(), _squares, ("x",), rows, dataclasses.replace(
-            plan, weight_decay=0.1))
+    one, other = (train(Fixed(), _squares, ("x",), rows, dataclasses.replace(
+        plan, weight_decay=decay)) for decay in (0.0, 0.1))
+    for found in (one.params, other.params):
+        assert set(found) == {"params", "fixed"} and found["fixed"]["twos"] == 2
+    # one vector or many arrays: the first step has not decayed yet
+    assert one.losses[0] == pytest.approx(other.losses[0], rel=1e-6)
+    assert one.losses[1] != other.losses[1]
 
 
 def _squares(model, params, batch, key):

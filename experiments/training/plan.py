@@ -97,9 +97,11 @@ MATRICES = ("kernel", "embedding", "keys", "values", "weight")
 
 
 def decays(params: Any) -> Any:
-    """Which parameters weight decay makes smaller: a tree of booleans."""
+    """Which parameters weight decay makes smaller: a tree of booleans, none of those
+    that are one vector without a name."""
     return jax.tree_util.tree_map_with_path(
-        lambda path, _: getattr(path[-1], "key", None) in MATRICES, params
+        lambda path, _: bool(path) and getattr(path[-1], "key", None) in MATRICES,
+        params
     )
 
 

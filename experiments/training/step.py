@@ -23,7 +23,9 @@ from models.placement import lay
 
 
 class State(NamedTuple):
-    """All that a run needs to go on. bad: the first step with a loss, a gradient or a
+    """All that a run needs to go on. params: all of a model's variables, of which
+    "params" are learned, "fixed" stay and others, such as "centroids", follow what the
+    model reads. bad: the first step with a loss, a gradient or a
     parameter that was not finite, -1 if there was none. key: two words, from which
     each step draws its own."""
 
@@ -74,13 +76,15 @@ def _step(model, plan, state, batch, objective):
     key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
     keys = jax.random.split(key, plan.accumulate)
 
+    learned = _learned(state.params)
+
     def add(carry, at):
-        one = lambda params: objective.loss(model, params, *at)
-        (total, count), grads = jax.value_and_grad(one, has_aux=True)(state.params)
+        one = lambda own: objective.loss(model, state.params | own, *at)
+        (total, count), grads = jax.value_and_grad(one, has_aux=True)(learned)
         grads = meshes.constrain(grads, plan.fsdp)
         return jax.tree.map(jnp.add, carry, (total, count, grads)), None
 
-    zeros = meshes.constrain(jax.tree.map(jnp.zeros_like, state.params), plan.fsdp)
+    zeros = meshes.constrain(jax.tree.map(jnp.zeros_like, learned), plan.fsdp)
     first = jax.tree.map(lambda a: a[0], (parts, keys))
     kind = jax.eval_shape(lambda: objective.loss(model, state.params, *first)[1])
     zero = (jnp.float32(0), jnp.zeros((), kind.dtype), zeros)
@@ -91,12 +95,31 @@ def _step(model, plan, state, batch, objective):
     count = jnp.maximum(count, 1)
     mean = total / count
     grads = jax.tree.map(lambda g: g / count, grads)
-    change, moments = plan.optimizer().update(grads, state.moments, state.params)
-    params = optax.apply_updates(state.params, change)
+    change, moments = plan.optimizer().update(grads, state.moments, learned)
+    params = _followed(model, state.params, parts, keys, objective)
+    params = params | optax.apply_updates(learned, change)
     good = jnp.isfinite(mean) & _finite(grads) & _finite(params)
     bad = jnp.where((state.bad < 0) & ~good, state.step, state.bad)
     after = State(params, moments, state.step + 1, bad, state.key)
     return meshes.constrain(after, plan.fsdp), mean
+
+
+def _learned(params: Any) -> dict:
+    """The variables that a gradient moves."""
+    return {"params": params["params"]}
+
+
+def _followed(model, params: Any, parts: dict, keys: Any, objective) -> dict:
+    """The variables after the model has read the parts of a batch: those move that are
+    neither learned nor fixed, such as the centroids of `attn.routing`."""
+    moving = [name for name in params if name not in ("params", "fixed")]
+    for n in range(len(keys) if moving else 0):
+        part = jax.tree.map(lambda a: a[n], parts)
+        more = {"segments": part["segments"]} if "segments" in part else {}
+        _, moved = model.apply(params, part[objective.inputs], mutable=moving,
+                               rngs={"dropout": keys[n]}, **more)
+        params = params | moved
+    return dict(params)
 
 
 def _finite(tree: Any) -> jax.Array:
@@ -134,7 +157,7 @@ def _placed(model: nn.Module, plan: TrainConfig, like: Any, key: jax.Array) -> S
 def _initial(model: nn.Module, plan: TrainConfig, like: Any, key: jax.Array) -> State:
     inputs = jnp.zeros(like.shape, like.dtype)
     params = model.init(jax.random.wrap_key_data(key), inputs)
-    moments = plan.optimizer().init(params)
+    moments = plan.optimizer().init(_learned(params))
     return State(params, moments, jnp.int32(0), jnp.int32(-1), key)
 
 

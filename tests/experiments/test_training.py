@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,7 +20,9 @@ from attn.aaren import Aaren
 from attn.delta import Delta
 from attn.gla import GLA
 from attn.masks import Causal, Window
+from attn.performer import Performer
 from attn.rat import RAT
+from attn.routing import Routing
 from attn.softmax import Softmax
 from experiments.training import loop as train
 from experiments.training.checksum import _on_devices as checksums_on_devices
@@ -421,3 +424,19 @@ def test_a_full_disk_costs_what_was_to_be_written_and_no_more(tmp_path):
     kept.save(3, state)
     assert kept.steps == [1, 3]
     np.testing.assert_array_equal(kept.resumed(state)["a"], state["a"])
+
+
+@pytest.mark.parametrize("accumulate", (1, 2))
+def test_a_gradient_moves_parameters_alone(accumulate):
+    layers = Performer(features=4), Routing(clusters=2, window=4, local=1)
+    model = LM(vocab=16, width=16, heads=2, hidden=16, attention=layers)
+    plan = dataclasses.replace(PLAN, steps=2, accumulate=accumulate)
+    first = train.start(model, plan, Counting()).params
+    after = fit(model, Counting(), plan, quiet=True).params
+    chex.assert_trees_all_equal(after["fixed"], first["fixed"])  # random directions
+    # those follow the vectors that were read
+    for name in ("params", "centroids"):
+        assert any((a != b).any() for a, b in zip(
+            jax.tree.leaves(after[name]), jax.tree.leaves(first[name])))
+    one = jax.tree.leaves(after["centroids"])
+    assert all(np.isfinite(a).all() for a in one)

@@ -25,10 +25,10 @@ quarters of it compiling): with a quarter of the memory Razor and Duo, whose hea
 found on the model, keep what exact attention knows (a needle 100%, four needles 91%
 of 94%, text 1.18 bits per byte of 1.17), codes of 4 bits as well with 44%; of those
 that judge tokens alone AdaKV finds 88% of the needles and TOVA 38%, StreamingLLM 25%,
-SnapKV 12%, H2O none, though their text loses less than 0.11 bits. With a sixteenth
-Razor is the best of those that free memory (38%, needles 56%). Of those that keep all,
-the best tokens and RetrievalAttention lose nearly nothing at a sixteenth of the reading, Quest
-finds 38%, ActQKV and Recycled none.
+SnapKV 12%, H2O none, though their text loses at most 0.11 bits. With a sixteenth Razor
+is the best of those that free memory (38%, needles 56%). Of those that keep all, the
+best tokens and RetrievalAttention lose nearly nothing at a sixteenth of the reading,
+Quest finds 38%, ActQKV and Recycled none.
 
 Policies stand where exact attention sees everything, windows stay as they are. In a
 model of windows alone they stand in these, but for Razor and Duo, which are left out;

@@ -84,6 +84,16 @@ def merged(found: list[dict[str, Any]], claims: Iterable[str] = ()) -> dict[str,
     return result | ({"not_converged": why} if why else {})
 
 
+def spread(found: dict[str, Any], name: str, text: str) -> str:
+    """A number of what `merged` gave, with the least and the greatest of its seeds:
+    "0.52 (0.50 to 0.61)"."""
+    shown = text.format(found[name])
+    if f"{name} from" not in found:
+        return shown
+    least, most = (text.format(found[f"{name} {end}"]) for end in ("from", "to"))
+    return f"{shown} ({least} to {most})"
+
+
 def unsettled(found: list[dict[str, Any]], claims: Iterable[str] = ()) -> str:
     """Why the numbers of several seeds are no result yet; "" if they are."""
     why = []

@@ -9,6 +9,7 @@ from typing import Any, Callable, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from attn.masks import Causal
 from attn.softmax import Softmax
@@ -150,6 +151,15 @@ def seconds(call: Callable[[], Any], times: int) -> float:
         out = call()
     jax.block_until_ready(out)
     return (time.perf_counter() - clock) / times
+
+
+def ratio(one: Callable[[], Any], other: Callable[[], Any], rounds: int) -> float:
+    """How many times as long `other` takes as `one`, both compiled: the median of
+    rounds in which they take turns."""
+    calls = one, other
+    times = [repeats(call) for call in calls]
+    spent = [[seconds(call, n) for call, n in zip(calls, times)] for _ in range(rounds)]
+    return float(np.median([b / a for a, b in spent]))
 
 
 def exact(attention: Any) -> bool:

@@ -87,6 +87,23 @@ class TrainConfig:
         )
 
 
+@dataclasses.dataclass(frozen=True)
+class Faster(TrainConfig):
+    """The same, in which parameters whose last word is one of `names` learn `times` as
+    fast as the others."""
+
+    names: tuple[str, ...] = ()
+    times: float = 1.0
+
+    def optimizer(self) -> optax.GradientTransformation:
+        """The optimiser of this plan."""
+        def scaled(path, a):
+            return self.times * a if getattr(path[-1], "key", None) in self.names else a
+
+        return optax.chain(super().optimizer(), optax.stateless(
+            lambda updates, _: jax.tree_util.tree_map_with_path(scaled, updates)))
+
+
 # a parameter is a matrix that tokens are multiplied by if the last word of its path is
 # one of these: kernels of dense layers and of convolutions over pictures, the
 # embedding, which is the head too, Linformer's maps of keys and values, the matrix over

@@ -1,0 +1,213 @@
+"""Reweave: facts of earlier segments, found in hidden states that come back.
+
+Contextual Memory Reweaving (Dillon et al., 2025, arXiv:2502.02046) claims that states
+of several layers, captured while reading and woven in later, help to recall what stands
+far back, rare facts and numbers above all. There is no official code, and the equations
+were not found: what is tried is the instance proposed in `attn/cmr.py`. A document has
+8 segments, and attention ends at the segment's border. In each segment two names get a
+number, once, and names of earlier segments are asked for. Networks of two layers, each
+trained from nothing:
+
+- local: attention in the segment alone, which cannot know.
+- cache: Transformer-XL's (Dai et al., 2019, arXiv:1901.02860), the hidden states of the
+  segment before, of as many bytes as the buffers of CMR; gradients go through it.
+- CMR: buffers for both layers, with gradients through all segments of a row.
+- one layer: the same with the first layer's buffer alone, nothing to weigh.
+- no gate: relevance stays 1/2, so that the latest states are kept.
+- cut: what is captured passes no gradient on, the default of `CMR()`.
+
+    python -m experiments.reweave
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import sys
+from typing import Any
+
+import jax
+import numpy as np
+from rich import box
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from attn.cmr import CMR
+from attn.masks import BlockCausal, Causal
+from attn.softmax import Softmax
+from experiments.cli import config
+from experiments.cli.config import FREE, option
+from experiments.data.segmented import Segmented
+from experiments.measure import charts, seeds
+from experiments.measure.provenance import provenance
+from experiments.measure.timing import ratio
+from experiments.training import step
+from experiments.training.plan import Faster, plan_of
+from experiments.training.runs import locked, open_folder, write_whole
+from experiments.training.scanned import train
+from models.lm import LM
+
+NETWORKS = "local", "cache", "CMR", "one layer", "no gate", "cut"
+RELEVANCE = "w_rho", "b_rho"
+OPENING = "Wo", "bg"  # what lets a memory in: at first 0, and a gate almost closed
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """The documents, and the networks that read them."""
+
+    networks: tuple[str, ...] = option(NETWORKS, "what is compared, by name")
+    segments: int = option(8, "segments of a document", least=2)
+    segment: int = option(16, "tokens of a segment, and entries of a buffer")
+    facts: int = option(2, "facts stated in a segment")
+    asked: int = option(4, "questions of a segment")
+    values: int = option(4, "numbers that a name may have; chance is one of them")
+    width: int = option(64, "model width E")
+    layers: int = option(2, "layers, of all of which states are captured", least=1)
+    rows: int = option(2048, "documents that are trained on")
+    steps: int = option(300, "training steps of each network")
+    batch: int = option(16, "documents a step")
+    rate: float = option(1e-2, "peak learning rate")
+    opening: float = option(10.0, "how much faster the way out of the memory learns")
+    rounds: int = option(9, "times that a step with CMR and one without are timed")
+    seed: int = option(0, "of data and parameters; the first of several")
+    seeds: int = option(3, "networks trained of each, with seeds one after the other")
+    quiet: bool = option(False, "no progress bar and no table", FREE)
+    folder: str | None = option(
+        None, "where results go; None makes a new folder", FREE)
+
+    def __post_init__(self):
+        seeds.check(self)
+        self.data()
+        if unknown := set(self.networks) - {*NETWORKS}:
+            raise ValueError(
+                f"networks={sorted(unknown)}: expected some of {NETWORKS}")
+
+    def data(self, split: str = "train") -> Segmented:
+        """The documents."""
+        return Segmented(length=self.segments * self.segment, segment=self.segment,
+                         facts=self.facts, asked=self.asked, values=self.values,
+                         seed=self.seed, split=split)
+
+    def model(self, name: str) -> LM:
+        """A network: attention in the segment, and the one before for "cache"."""
+        mask = Causal() & BlockCausal(self.segment, int(name == "cache"))
+        memory = CMR(
+            features=self.width, entries=self.segment, segment=self.segment,
+            layers=1 if name == "one layer" else self.layers, through=name != "cut",
+            captured=(0,) if name == "one layer" else tuple(range(self.layers)))
+        return LM(vocab=self.data().vocab, width=self.width, heads=2, hidden=0,
+                  attention=(Softmax(mask=mask),) * self.layers, tied=False,
+                  embed_scale=self.width ** 0.5,
+                  memory=None if name in ("local", "cache") else memory)
+
+    def plan(self) -> Faster:
+        """The training."""
+        return Faster(**vars(plan_of(self)), names=OPENING, times=self.opening)
+
+
+TINY = Config(networks=("no gate",), segments=3, segment=4, facts=1, asked=2, width=8,
+              rows=8, steps=2, batch=2, rounds=1, seeds=2, quiet=True)
+
+
+def run(config_: Config) -> dict[str, Any]:
+    """The numbers of `once`: of several seeds their medians, with the least and the
+    greatest; and `overhead`."""
+    command = config.command(config_)
+    folder = open_folder("reweave", config_.folder, command, config.settings(config_))
+    with locked(folder):
+        each = seeds.each(config_)
+        found = seeds.merged([once(one) for one in each], ("",))
+        found["overhead"] = overhead(config_)
+        result = provenance(command, [one.seed for one in each]) | found
+        write_whole(folder / "reweave.json", json.dumps(result, indent=1) + "\n")
+        charts.distance_picture(
+            {name: line(config_, found, name) for name in config_.networks},
+            1 / config_.values, "segments back", folder / "reweave.png")
+    if not config_.quiet:
+        Console().print(table(config_, found))
+    return found | {"folder": str(folder)}
+
+
+def once(config_: Config) -> dict[str, float]:
+    """NAME N: the share of right answers about what stands N segments back; NAME: about
+    all; NAME kept: the share of facts among the entries of its buffers at the end."""
+    found: dict[str, float] = {}
+    rows = config_.data().batch(0, config_.rows)
+    held = config_.data("valid").batch(0, 512)
+    facts, far = config_.data().states(held["tokens"]), held["distance"]
+    each = track(config_.networks, f"seed {config_.seed}", disable=config_.quiet)
+    for name in each:
+        model, loss = config_.model(name), ungated if name == "no gate" else answered
+        params = train(model, loss, ("tokens",), rows, config_.plan()).params
+        told, pos = read(model, params, held["tokens"])
+        right = told == held["targets"]
+        found[name] = float(right[far > 0].mean())
+        for n in range(1, config_.segments):
+            found[f"{name} {n}"] = float(right[far == n].mean())
+        if model.memory is not None:
+            kept = np.take_along_axis(facts[:, None], np.asarray(pos), 2)
+            found[f"{name} kept"] = float(kept.mean())
+    return found
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def read(model: LM, params: Any, tokens: Any) -> tuple[jax.Array, Any]:
+    """The likeliest answers [B,T], and the positions [B,m,M] in the buffers behind the
+    whole, which are full; None without memory."""
+    empty = model.init_state(tokens.shape[1], tokens)
+    states, logits = model.apply(params, tokens, empty)
+    return logits.argmax(-1), None if model.memory is None else states[-1].buffer.pos
+
+
+def answered(model: LM, params: Any, batch: dict, key: Any) -> jax.Array:
+    """The mean cross entropy of answers in nats."""
+    nats, count = step.next_token(model, params, batch, key)
+    return nats / count
+
+
+def ungated(model: LM, params: Any, batch: dict, key: Any) -> jax.Array:
+    """The same, of which relevance learns nothing."""
+    def still(path, a):
+        return jax.lax.stop_gradient(a) if path[-1].key in RELEVANCE else a
+
+    return answered(model, jax.tree_util.tree_map_with_path(still, params), batch, key)
+
+
+def overhead(config_: Config) -> float:
+    """How much longer the gradients of a batch take with CMR than without: a share."""
+    batch, key = config_.data().batch(0, config_.batch), jax.random.key(config_.seed)
+    grads, calls = jax.jit(jax.grad(answered, 1), static_argnums=0), []
+    for model in map(config_.model, ("local", "CMR")):
+        params = jax.jit(model.init)(key, batch["tokens"])
+        calls.append(functools.partial(grads, model, params, batch, key))
+        jax.block_until_ready(calls[-1]())
+    return ratio(*calls, config_.rounds) - 1
+
+
+def line(config_: Config, found: dict[str, Any], name: str) -> np.ndarray:
+    """The medians, the least and the greatest [3,n] at each distance."""
+    return np.array([[found.get(f"{name} {n}{end}", found[f"{name} {n}"])
+                      for n in range(1, config_.segments)]
+                     for end in ("", " from", " to")])
+
+
+def table(config_: Config, found: dict[str, Any]) -> Table:
+    """Right answers by distance, and what is kept, for the terminal."""
+    shown = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True,
+                  title=f"Right by segments back; chance {1 / config_.values:.1%}; "
+                  f"a step with CMR takes {found['overhead']:+.0%}")
+    for title in ("", *map(str, range(1, config_.segments)), "all", "facts kept"):
+        shown.add_column(title, justify="right" if title else "left")
+    for name in config_.networks:
+        shown.add_row(
+            name, *(f"{share:.0%}" for share in line(config_, found, name)[0]),
+            *(seeds.spread(found, key, "{:.0%}") if key in found else ""
+              for key in (name, f"{name} kept")))
+    return shown
+
+
+if __name__ == "__main__":
+    config.main(run, Config, __doc__, sys.argv[1:])

@@ -17,6 +17,8 @@ trained from nothing:
 - cut: what is captured passes no gradient on, the default of `CMR()`.
 
     python -m experiments.reweave
+
+The defaults, three seeds, were not run yet: no figure is given.
 """
 
 from __future__ import annotations
@@ -158,17 +160,18 @@ def read(model: LM, params: Any, tokens: Any) -> tuple[jax.Array, Any]:
     """The likeliest answers [B,T], and the positions [B,m,M] in the buffers behind the
     whole, which are full; None without memory."""
     empty = model.init_state(tokens.shape[1], tokens)
-    states, logits = model.apply(params, tokens, empty)
+    found: Any = model.apply(params, tokens, empty)
+    states, logits = found
     return logits.argmax(-1), None if model.memory is None else states[-1].buffer.pos
 
 
-def answered(model: LM, params: Any, batch: dict, key: Any) -> jax.Array:
+def answered(model: Any, params: Any, batch: dict, key: Any) -> jax.Array:
     """The mean cross entropy of answers in nats."""
     nats, count = step.next_token(model, params, batch, key)
     return nats / count
 
 
-def ungated(model: LM, params: Any, batch: dict, key: Any) -> jax.Array:
+def ungated(model: Any, params: Any, batch: dict, key: Any) -> jax.Array:
     """The same, of which relevance learns nothing."""
     def still(path, a):
         return jax.lax.stop_gradient(a) if path[-1].key in RELEVANCE else a
@@ -184,7 +187,8 @@ def overhead(config_: Config) -> float:
         params = jax.jit(model.init)(key, batch["tokens"])
         calls.append(functools.partial(grads, model, params, batch, key))
         jax.block_until_ready(calls[-1]())
-    return ratio(*calls, config_.rounds) - 1
+    without, with_it = calls
+    return ratio(without, with_it, config_.rounds) - 1
 
 
 def line(config_: Config, found: dict[str, Any], name: str) -> np.ndarray:

@@ -6,7 +6,8 @@ to the text of its own block and to the landmarks of earlier ones; what a landma
 is dealt out among its block's tokens (`attn/sparse/grouped_softmax.py`). So the model
 learns to point at blocks while it learns to read, and at inference it needs only the
 `top_k` blocks whose landmarks a query likes best, at positions that stay small however
-long the text.
+long the text. Rows of one sequence pass by in chunks as in exact attention
+(`attn/exact/gated_groups.py`).
 
 `interleave` puts the landmarks into a text; `models.lm.LM` does that by itself.
 """
@@ -26,7 +27,9 @@ from attn.contract.dispatch import pick
 from attn.contract.fields import check_fields
 from attn.contract.segments import TokenPositions, locate
 from attn.contract.shapes import check
-from attn.exact.logits import Dropout
+from attn.exact import chunked
+from attn.exact.logits import Dropout, LogitSpec, Where
+from attn.masks import Causal
 from attn.parallel.sharding import Axis, gather, over_mesh, spread_heads
 from attn.positions import RoPE
 from attn.sparse.grouped_softmax import grouped
@@ -125,8 +128,22 @@ class Landmark(Attention):
             grouped, q, k, v, queries, keys, size=size, scale=self._scale(q),
             ordered=self.axis is None, dropout=Dropout(self.dropout, key),
         )
-        return pick(self.implementation, xla=form,
+
+        def best():
+            if size is None or keys.spills is not None or key is not None:
+                return form()
+            counted = self.axis is None
+            where = Where() if counted else Where(q_pos=queries.pos, kv_pos=keys.pos)
+            return self._by_gates(q, k, v, where)
+
+        return pick(self.implementation, xla=best,
                     dense=functools.partial(form, by_hand=False))
+
+    def _by_gates(self, q, k, v, where: Where):
+        """Attention to keys whose groups begin where they would in a row of their own:
+        that is exact attention but for its gates."""
+        spec = LogitSpec(Causal(), self._scale(q))
+        return chunked.attend(q, k, v, spec, where, group=self.size)[0]
 
     def init_state(self, size, q, k, v, *, x=None):
         """An empty memory for `size` tokens, landmarks included, rounded up to blocks:
@@ -151,15 +168,20 @@ class Landmark(Attention):
             state, o = self._retrieving(state, q, k, v, now)
         else:
             state, o = pick(
-                self.implementation, xla=lambda: self._exact(state, q, k, v, now))
+                self.implementation,
+                xla=lambda: self._exact(state, q, k, v, now, segments is not None))
         return state, o.astype(dtype)
 
-    def _exact(self, state, q, k, v, now: TokenPositions):
+    def _exact(self, state, q, k, v, now: TokenPositions, packed: bool):
         """The cache holds all tokens, rotated, and a query sees every block."""
         slots = state.k.shape[1]
         caches.check_room(now.next_pos, slots)
         q, k = self._rotated(q, k, now.pos)
         after = caches.append(state, k, v, now, now.pos)
+        if q.shape[1] > 1 and not packed:
+            where = Where(q_pos=now.pos, kv_pos=after.pos[..., 0])
+            o = self._by_gates(q, after.k, after.v, where)
+            return after, caches.poison(o, now.next_pos, slots)
         both, segment = caches.concat(state, k, v, now)
         if q.shape[1] == 1:
             # the token's own sequence is all that is left in the cache

@@ -53,6 +53,7 @@ def attend(
     split_lse: bool = False,
     tile: tuple[int, int] | None = None,
     distances: Distances | None = None,
+    group: int | None = None,
 ) -> tuple[jax.Array, ...]:
     """Exact attention in memory linear in T: o [B,T,H,V] and lse [B,H,T] float32.
 
@@ -68,7 +69,8 @@ def attend(
     exp(given - lse). split_lse: m and l [B,H,T] instead of lse = m + log l, which a
     large m leaves nothing of l; no gradient flows through m, on which nothing depends.
     tile: queries and keys of a chunk. distances: learned vectors of them, beside k and
-    v; not of a part. Source: see the module.
+    v; not of a part. group: keys of a group, from key 0 on, whose last one is the gate
+    of the others (`attn/exact/gated_groups.py`). Source: see the module.
     """
     check_given(q, k, where, bias, sink, dropout, given)
     (b, t, h, _), heads = q.shape, k.shape[2]
@@ -76,7 +78,7 @@ def attend(
         where = dataclasses.replace(where, kv_pos=where.kv_pos[..., None])
     if distances is not None:
         check_distances(distances, q, k, v)
-    plan, table = _plan(q, k, spec, where, dropout, tile, distances)
+    plan, table = _plan(q, k, spec, where, dropout, tile, distances, group)
     const = _constants(plan, where, dropout, (b, h, heads))
     first = None if distances is None else distances.first
     const = const._replace(busy=_busy(plan, table, where), first=first)
@@ -120,33 +122,37 @@ def check_given(q, k, where: Where, bias, sink, dropout, given=None) -> None:
 
 def _plan(
     q, k, spec: LogitSpec, where: Where, dropout: Dropout | None, tile,
-    distances: Distances | None = None,
+    distances: Distances | None = None, group: int | None = None,
 ) -> tuple[Plan, np.ndarray]:
     """What is known before the call runs, and what the mask leaves of each tile."""
     t, s = q.shape[1], k.shape[1]
     # where positions are arrays, only the data says which tiles are hidden
     offset = s - t + where.shift if where.counted else None
-    bq, bk = tile or tile_for(t, s)
+    bq, bk = tile or tile_for(t, s, group)
     mask = None if spec.mask == Full() else spec.mask
     scale = q.shape[3] ** -0.5 if spec.scale is None else spec.scale
     rate = 0.0 if dropout is None else dropout.rate
     form = TileSpec(mask, scale, spec.softcap, spec.score, rate)
 
-    def planned(columns: int) -> tuple[Plan, np.ndarray]:
-        tiling = Tiling(t, s, bq, columns, offset)
+    def planned(columns: int, rows: int = bq) -> tuple[Plan, np.ndarray]:
+        tiling = Tiling(t, s, rows, columns, offset)
         table = block_mask(spec.mask, tiling)
         # tiles to visit, row by row
         pairs = tuple((int(i), int(j)) for i, j in np.argwhere(table != SKIP))
         zero = 0 if distances is None else distances.zero
-        return Plan(form, tiling, pairs, zero=zero), table
+        return Plan(form, tiling, pairs, zero=zero, group=group), table
 
     plan, table = planned(bk)
-    if tile is None and bk == KEYS:
-        narrow, its_table = planned(KEYS // 2)
+    unit = group or 1
+    if tile is None and s >= KEYS and bk > unit:
+        half = -(-bk // unit // 2) * unit
+        narrow, its_table = planned(half)
         if len(narrow.pairs) < FEWER * len(plan.pairs):  # a window fills narrow tiles
             return narrow, its_table
-        # backward a tile has three arrays of its size, not one
-        plan = dataclasses.replace(plan, backward=narrow)
+        # backward dk and dv of few keys are added up over many queries
+        tall, _ = planned(half, 2 * bq)
+        tall = tall if tall.padded[0] == plan.padded[0] else narrow
+        plan = dataclasses.replace(plan, backward=tall)
     return plan, table
 
 
@@ -191,9 +197,14 @@ def key_words(key: Any) -> jax.Array:
     return jax.random.key_data(key).astype(jnp.uint32)[-2:]  # the hash takes two words
 
 
-def tile_for(t: int, s: int) -> tuple[int, int]:
-    """Chunks (queries, keys) of the XLA path: its logits fit in a core's cache."""
-    return min(t, 256), min(s, KEYS)
+def tile_for(t: int, s: int, group: int | None = None) -> tuple[int, int]:
+    """Chunks (queries, keys) of the XLA path: its logits fit in a core's cache. Keys
+    are whole groups, if they are in groups."""
+    if group is None:
+        return min(t, 256), min(s, KEYS)
+    groups = -(-s // group)
+    chunks = -(-groups // max(KEYS // group, 1))
+    return min(t, 256), -(-groups // chunks) * group
 
 
 def _pad(a, axis: int, size: int, value=0):

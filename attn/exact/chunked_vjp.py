@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from attn.contract.varying import varying
+from attn.exact import gated_groups
 from attn.exact.distances import Tables, pulled, term, weighted
 from attn.exact.online import (
     EMPTY, OnlineSoftmax, empty, output, rescale
@@ -29,13 +30,14 @@ from pallas_kernels.tile import (
 class Plan:
     """What is known of one call before it runs: the tiles and the form of a logit.
     backward: the same in the tiles of the backward pass, if those are others. zero: the
-    row of distance 0 in tables of distances."""
+    row of distance 0 in tables of distances. group: keys of a group that has a gate."""
 
     form: LogitSpec
     tiling: Tiling
     pairs: tuple[tuple[int, int], ...]
     backward: Plan | None = None
     zero: int = 0
+    group: int | None = None
 
     @property
     def tile(self) -> tuple[int, int]:
@@ -128,6 +130,14 @@ def _term(plan: Plan, const: Constants, i, j) -> Callable:
     return term(plan.zero, const.first, plan.tile, (i, j), places)
 
 
+def _groups(plan: Plan, const: Constants, s, i, j) -> gated_groups.Groups | None:
+    """The groups of the tile's logits, if they have gates."""
+    if plan.group is None:
+        return None
+    _, _, q_pos, kv_pos = _seen(plan, const, i, j)
+    return gated_groups.by_group(s, q_pos, kv_pos, plan.group)
+
+
 def _tile_keep(plan: Plan, const: Constants, i, j):
     """What dropout multiplies the weights of tile (i, j) with; None for nothing."""
     bq, bk = plan.tile
@@ -192,11 +202,16 @@ def _forward_tile(plan: Plan, const: Constants, arrays, state, i, j) -> OnlineSo
     q_i, k_j, v_j = _cut(q, 3, i, bq), _cut(k, 2, j, bk), _cut(v, 2, j, bk)
     s, _ = _tile_logits(plan, const, q_i, k_j, bias, tables, i, j)
     old = OnlineSoftmax(*(_cut(a, 3, i, bq) for a in state))
-    m = jnp.maximum(old.m, s.max(-1))  # [B,K,G,bq]
+    groups = _groups(plan, const, s, i, j)
+    top = s if groups is None else groups.c
+    m = jnp.maximum(old.m, top.max(-1))  # [B,K,G,bq]
     # exp(s_j - m'): m' is finite, so a row that sees nothing is no NaN
-    p = jnp.exp(s - m[..., None])
+    if groups is None:
+        parts = p = jnp.exp(s - m[..., None])
+    else:
+        parts, p = gated_groups.weights(groups, m[..., None])
     _, l, acc = rescale(old, m)  # l and acc times exp(m - m')
-    l = l + p.sum(-1)  # dropout leaves the sum as it is
+    l = l + parts.sum(-1)  # dropout leaves the sum as it is
     keep = _tile_keep(plan, const, i, j)
     p = p if keep is None else p * keep
     # [B,K,G,bq,bk] x [B,K,bk,V] -> [B,K,G,bq,V]
@@ -252,8 +267,12 @@ def _backward_tile(plan: Plan, const: Constants, arrays, rows, carry, i, j):
     q_i, k_j, v_j = _cut(q, 3, i, bq), _cut(k, 2, j, bk), _cut(v, 2, j, bk)
     do, delta, base = (_cut(a, 3, i, bq) for a in rows)
     s, slope = _tile_logits(plan, const, q_i, k_j, bias, tables, i, j)
+    groups = _groups(plan, const, s, i, j)
     # no logit is above base; of large ones, one that was rounded otherwise here may be
-    p = jnp.exp(jnp.minimum(s - base[..., None], 0))  # [B,K,G,bq,bk]
+    if groups is None:
+        p = jnp.exp(jnp.minimum(s - base[..., None], 0))  # [B,K,G,bq,bk]
+    else:
+        share, p = gated_groups.weights(groups, base[..., None])
     # [B,K,G,bq,V] x [B,K,bk,V] -> [B,K,G,bq,bk]
     dp = jnp.einsum("bkgiv,bkjv->bkgij", do, v_j, preferred_element_type=jnp.float32)
     by_value = tables is not None and tables.values is not None
@@ -263,7 +282,10 @@ def _backward_tile(plan: Plan, const: Constants, arrays, rows, carry, i, j):
     # dropout acts behind the softmax: on p for dv, on dp for ds
     dropped = p if keep is None else p * keep
     dp = dp if keep is None else dp * keep
-    ds = p * (dp - delta[..., None])
+    if groups is None:
+        ds = p * (dp - delta[..., None])
+    else:
+        ds = gated_groups.pulled(groups, share, p, dp, delta[..., None])
     # [B,K,G,bq,bk] x [B,K,G,bq,V] -> [B,K,bk,V], summed over G
     dv_j = jnp.einsum("bkgij,bkgiv->bkjv", dropped.astype(v.dtype), do,
                       preferred_element_type=jnp.float32)

@@ -4,7 +4,7 @@ Contextual Memory Reweaving (Dillon et al., 2025, arXiv:2502.02046) claims that 
 of several layers, captured while reading and woven in later, help to recall what stands
 far back, rare facts and numbers above all. There is no official code, and the equations
 were not found: what is tried is the instance proposed in `attn/cmr.py`. A document has
-8 segments, and attention ends at the segment's border. In each segment two names get a
+8 segments, and attention ends at the segment's border. In each segment a name gets a
 number, once, and names of earlier segments are asked for. Networks of two layers, each
 trained from nothing:
 
@@ -31,10 +31,8 @@ from typing import Any
 
 import jax
 import numpy as np
-from rich import box
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 
 from attn.cmr import CMR
 from attn.masks import BlockCausal, Causal
@@ -42,7 +40,7 @@ from attn.softmax import Softmax
 from experiments.cli import config
 from experiments.cli.config import FREE, option
 from experiments.data.segmented import Segmented
-from experiments.measure import charts, seeds
+from experiments.measure import distances, seeds
 from experiments.measure.provenance import provenance
 from experiments.measure.timing import ratio
 from experiments.training import step
@@ -62,17 +60,17 @@ class Config:
 
     networks: tuple[str, ...] = option(NETWORKS, "what is compared, by name")
     segments: int = option(8, "segments of a document", least=2)
-    segment: int = option(16, "tokens of a segment, and entries of a buffer")
-    facts: int = option(2, "facts stated in a segment")
-    asked: int = option(4, "questions of a segment")
+    segment: int = option(8, "tokens of a segment, and entries of a buffer")
+    facts: int = option(1, "facts stated in a segment")
+    asked: int = option(5, "questions of a segment")
     values: int = option(4, "numbers that a name may have; chance is one of them")
     width: int = option(64, "model width E")
     layers: int = option(2, "layers, of all of which states are captured", least=1)
     rows: int = option(2048, "documents that are trained on")
-    steps: int = option(300, "training steps of each network")
+    steps: int = option(600, "training steps of each network")
     batch: int = option(16, "documents a step")
-    rate: float = option(1e-2, "peak learning rate")
-    opening: float = option(10.0, "how much faster the way out of the memory learns")
+    rate: float = option(5e-3, "peak learning rate")
+    opening: float = option(3.0, "how much faster the way out of the memory learns")
     rounds: int = option(9, "times that a step with CMR and one without are timed")
     seed: int = option(0, "of data and parameters; the first of several")
     seeds: int = option(3, "networks trained of each, with seeds one after the other")
@@ -125,11 +123,13 @@ def run(config_: Config) -> dict[str, Any]:
         found["overhead"] = overhead(config_)
         result = provenance(command, [one.seed for one in each]) | found
         write_whole(folder / "reweave.json", json.dumps(result, indent=1) + "\n")
-        charts.distance_picture(
-            {name: line(config_, found, name) for name in config_.networks},
-            1 / config_.values, "segments back", folder / "reweave.png")
+        shown = found, config_.networks, config_.segments - 1
+        distances.picture(*shown, 1 / config_.values, "segments back",
+                          folder / "reweave.png")
     if not config_.quiet:
-        Console().print(table(config_, found))
+        Console().print(distances.table(
+            *shown, f"Right by segments back; chance {1 / config_.values:.1%}; a step "
+            f"with CMR takes {found['overhead']:+.0%}"))
     return found | {"folder": str(folder)}
 
 
@@ -189,28 +189,6 @@ def overhead(config_: Config) -> float:
         jax.block_until_ready(calls[-1]())
     without, with_it = calls
     return ratio(without, with_it, config_.rounds) - 1
-
-
-def line(config_: Config, found: dict[str, Any], name: str) -> np.ndarray:
-    """The medians, the least and the greatest [3,n] at each distance."""
-    return np.array([[found.get(f"{name} {n}{end}", found[f"{name} {n}"])
-                      for n in range(1, config_.segments)]
-                     for end in ("", " from", " to")])
-
-
-def table(config_: Config, found: dict[str, Any]) -> Table:
-    """Right answers by distance, and what is kept, for the terminal."""
-    shown = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True,
-                  title=f"Right by segments back; chance {1 / config_.values:.1%}; "
-                  f"a step with CMR takes {found['overhead']:+.0%}")
-    for title in ("", *map(str, range(1, config_.segments)), "all", "facts kept"):
-        shown.add_column(title, justify="right" if title else "left")
-    for name in config_.networks:
-        shown.add_row(
-            name, *(f"{share:.0%}" for share in line(config_, found, name)[0]),
-            *(seeds.spread(found, key, "{:.0%}") if key in found else ""
-              for key in (name, f"{name} kept")))
-    return shown
 
 
 if __name__ == "__main__":

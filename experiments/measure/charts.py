@@ -59,24 +59,6 @@ def _lines(rows: Rows, tasks: dict[str, str], path: pathlib.Path, name: str,
     plt.close(figure)
 
 
-def distance_picture(lines: dict[str, Any], chance: float, xlabel: str,
-                     path: pathlib.Path) -> None:
-    """Recall against distance, a line a network; lines: {name: array [3,n] of the
-    medians, the least and the greatest at distances 1 to n}."""
-    figure, axes = plt.subplots(figsize=(7.5, 4.5), layout="constrained")
-    for n, (name, (middle, least, most)) in enumerate(lines.items()):
-        at = np.arange(1, len(middle) + 1) + 0.04 * (n - len(lines) / 2)  # side by side
-        axes.plot(at, middle, label=name, lw=1, ls=LINES[n % len(LINES)], **style(n))
-        axes.vlines(at, least, most, color=f"C{n % 10}", lw=1)
-    axes.axhline(chance, color="gray", lw=1, ls=":", label="chance")
-    axes.set(ylim=(-0.03, 1.03), xlabel=xlabel, ylabel="right answers")
-    axes.grid(alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(fontsize=8, frameon=False, loc="outside lower center", ncols=4)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
-
-
 def needle_picture(cells: Rows, path: pathlib.Path) -> None:
     """Where a fact is found again: a cell a length and depth, with the share."""
     lengths = sorted({cell["length"] for cell in cells})

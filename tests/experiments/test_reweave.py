@@ -15,7 +15,7 @@ C = dataclasses.replace(reweave.TINY, segments=4, networks=reweave.NETWORKS)
 
 
 def test_a_fact_stands_once_and_so_far_back():
-    data = reweave.Config().data()
+    data = reweave.Config(segment=16, facts=2, asked=4).data()
     batch = data.batch(0, 20)
     tokens, far = (batch[n].reshape(20, 8, 16) for n in ("tokens", "distance"))
     targets = batch["targets"].reshape(tokens.shape)
@@ -86,7 +86,7 @@ def test_named_parameters_learn_faster():
 
 @pytest.mark.parametrize("fields, message", [
     ({"networks": ("gate",)}, r"networks=\['gate'\]: expected some of"),
-    ({"facts": 14}, "segment=16: expected facts=14 and asked=4 to fit in it"),
+    ({"facts": 4}, "segment=8: expected facts=4 and asked=5 to fit in it"),
 ])
 def test_wrong_settings_say_what_was_expected(fields, message):
     with pytest.raises(ValueError, match=message):

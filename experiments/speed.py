@@ -120,6 +120,7 @@ from typing import Any, Callable, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from rich import box
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -213,9 +214,9 @@ def run(config_: Config) -> dict[str, Any]:
     }
     (folder / "speed.json").write_text(json.dumps(found, indent=1) + "\n")
     picture(found, folder / "speed.png")
-    Console().print(table(rows, config_.base), f"{device.device_kind}, jax "
-                    f"{jax.__version__}: matrix product {rates[0] / 1e12:.3g} TFLOP/s, "
-                    f"copy {rates[1] / 1e9:.4g} GB/s", highlight=False)
+    Console().print(*tables(rows, config_.base), f"{device.device_kind}, jax "
+                    f"{jax.__version__}; limits: matrix product {rates[0] / 1e12:.3g} "
+                    f"TFLOP/s, copy {rates[1] / 1e9:.4g} GB/s", highlight=False)
     if crossed:
         Console().print(breakeven.table(crossed))
     numbers: dict[str, Any] = {
@@ -304,27 +305,31 @@ def _inputs(config_: Config, subject: Any, t: int) -> Inputs:
                   config_.dtype)
 
 
-def table(rows: list[dict[str, Any]], base: str = PEER) -> Table:
-    """The rows for the terminal: milliseconds, the ratio to `base` in brackets, and the
-    share of what the device can do."""
-    names = list(dict.fromkeys(row["name"] for row in rows))
-    found = Table(title=f"milliseconds (times as fast as {base}), share of a large "
-                  "matrix product or copy")
-    found.add_column("T", justify="right")
-    found.add_column("pass")
-    for name in names:
-        found.add_column(name, justify="right", overflow="fold")
-    for t, which in dict.fromkeys((row["length"], row["pass"]) for row in rows):
-        own = {r["name"]: r for r in rows if (r["length"], r["pass"]) == (t, which)}
-        found.add_row(f"{t:,}", which, *(_cell(own.get(n)) for n in names))
+def tables(rows: list[dict[str, Any]], base: str = PEER) -> list[Table]:
+    """The rows for the terminal, a table a pass, a line a candidate: milliseconds, the
+    ratio to `base` in brackets, and the share of the product or copy."""
+    found = []
+    for which in dict.fromkeys(row["pass"] for row in rows):
+        of = [row for row in rows if row["pass"] == which]
+        one = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True,
+                    title=f"{which}: ms (times as fast as {base}), share of the limit")
+        one.add_column("candidate", overflow="fold")
+        lengths = list(dict.fromkeys(row["length"] for row in of))
+        for t in lengths:
+            one.add_column(f"T = {t:,}", justify="right")
+        for name in dict.fromkeys(row["name"] for row in of):
+            own = {row["length"]: row for row in of if row["name"] == name}
+            one.add_row(name, *(_cell(own.get(t)) for t in lengths))
+        found.append(one)
     return found
 
 
 def _cell(row: dict[str, Any] | None) -> str:
     if row is None:
         return ""
+    ms = f"{row['ms']:.3g}" if row["ms"] < 100 else f"{row['ms']:,.0f}"
     share = f", {row['share']:.0%}" if "share" in row else ""
-    return f"{row['ms']:.3g} ({row['ratio']:.2f}){share}"
+    return f"{ms} ({row['ratio']:.2f}){share}"
 
 
 def picture(found: dict[str, Any], path) -> None:

@@ -18,14 +18,14 @@ lengths.
     python -m experiments.speed --lengths='(2048, 4096)' --attentions='(Softmax(),)'
 
 takes half a minute on 2 cores (float32, B1 H4 D64). With torch 2.13 (its build for
-CPUs) installed, exact attention at T = 4096 took 147 ms where torch's SDPA took 137,
-and 459 with backward where torch took 307 (176 and 129, 454 and 333 in another run;
-jax.nn 496 and 1,530); one token against a memory of 32,768,
+CPUs) installed, exact attention at T = 4096 took 127 ms where torch's SDPA took 103,
+and 405 with backward where torch took 330 (jax.nn 380 and 1,496; Landmark() 163 and
+648); one token against a memory of 32,768,
 
     python -m experiments.speed --lengths='(32768,)' --passes='("decode",)' \\
         --attentions='(Softmax(),)'
 
-9.5 ms where torch took 19.5 and jax.nn 32. All candidates over all lengths,
+10.1 ms where torch took 19.2 and jax.nn 36. All candidates over all lengths,
 
     python -m experiments.speed
 
@@ -65,28 +65,24 @@ gradients at the weights of each chunk, as ours, titans-pytorch itself was 0.2 a
 times as fast as without. (T = 2048 was not run to its end.)
 
 What chooses blocks, at 12% of the causal pairs of T = 8192 (HiP 12.1%, FlexPrefill
-11.6% of the 28% that it asks for, Seer 10% and the own block, PrFlash 12.1%), forward:
+11.6% of the 28% that it asks for, Seer 10% and the own block, PrFlash 12.1%, S2's
+shards of the past 11.4%, MoBA's blocks of each token 10.7%), forward:
 
     python -m experiments.speed --lengths='(8192,)' --passes='("forward",)' \\
-        --rounds=3 --attentions='(Softmax(), HiP(384, 256, 32),
+        --rounds=5 --attentions='(Softmax(), HiP(384, 256, 32),
         FlexPrefill(capacity=6, min_budget=128, gamma=0.5), PrFlash(),
-        Seer(64, 64, ratio=0.1, last_dense=False, diagonal=True))'
+        Seer(64, 64, ratio=0.1, last_dense=False, diagonal=True), S2(64, 1, 10),
+        MoBA(128, 4))'
 
-was 4.3 (HiP), 4.4 (FlexPrefill), 5.5 (Seer) and 10 (PrFlash) times as fast as
-Softmax(); and one token against 32,768 keys,
+was 2.1 (MoBA), 2.8 (HiP), 4.1 (FlexPrefill), 4.8 (S2), 5.1 (Seer) and 5.5 times
+(PrFlash) as fast as Softmax(), which took 547 ms on 2 cores; and one token against
+32,768 keys,
 
     python -m experiments.speed --lengths='(32768,)' --passes='("decode",)' \\
         --rounds=5 --attentions='(Softmax(), TopK(), HiP())'
 
-18.5 (TopK) and 7.5 times (HiP) as fast as jax.nn, the faster exact one of the two. Both
-ran on 2 cores while other programs ran: HiP's 4.3 was 3.2 in another run. Shards of the
-past (S2, 11.4% of the pairs) and blocks that each token chooses (MoBA, 10.7%),
-
-    python -m experiments.speed --lengths='(8192,)' --passes='("forward",)' \\
-        --rounds=3 --attentions='(Softmax(), S2(64, 1, 10), MoBA(128, 4))'
-
-were 1.6 (S2) and 0.76 times (MoBA) as fast as Softmax() while other programs ran,
-which small operations suffer from: MoBA was slower than exact attention there.
+4.4 (TopK) and 2.5 times (HiP) as fast as Softmax(), 15 and 8.8 times as jax.nn. While
+other programs run small operations wait, and all of these are slower (MoBA was 0.76).
 
 Cache policies at a quarter of 8,192 tokens, one token more and a whole prompt:
 
@@ -96,12 +92,10 @@ Cache policies at a quarter of 8,192 tokens, one token more and a whole prompt:
         H2O(heavy=1024, recent=1024), TOVA(capacity=2048),
         Duo(retrieval=(0,), sinks=4, recent=252), Quest(budget=2048))'
 
-A token took 1.83 ms with Softmax(), and 3.8 (TOVA) to 4.6 (Duo) times less with what
-frees memory; Quest(), which gathers pages of a whole cache, 1.8 times more. A prompt
-took 1.1 to 2.1 s with all of them and 2.4 s with Softmax() itself, so that what they
-add is within the noise of a run beside other programs; with H2O, which adds up all
-rows in a second pass, 13 s (before parts of a prompt left out what later ones hold, not
-timed since).
+A token took 1.84 ms with Softmax(), and 4.4 (TOVA) to 5.3 (AdaKV) times less with what
+frees memory; Quest(), which gathers pages of a whole cache, 1.7 times more. A prompt
+took 472 ms with Softmax() and 406 (TOVA) to 473 (AdaKV) with all but H2O, which adds up
+all rows in a second pass: 2,175.
 
 On a GPU, the shapes of the field's tables:
 

@@ -12,7 +12,10 @@ one is attended to while the other is computed.
     state, logits = pools.step(state, token)           # one token, on both
 
 The host of an accelerator can be the second pool, `Pools(model, params, devices,
-jax.devices("cpu"))`, which was not run on one. On a CPU, where pools are devices of one
+jax.devices("cpu"))`, which was not run on one; a cache in pinned host memory inside one
+program is not there, as memory spaces are part of types: every constant of an attention
+would have to say its own, and `compute_on` is called otherwise from one release of jax
+to the next (0.10.2, 0.11.2). On a CPU, where pools are devices of one
 machine, the split is right and what moves is counted; that says nothing of time. Rows
 go on together, without padding, and every batch size has a graph of its own; exact
 attention without sinks is split, what is not that, or has a memory beside its layers,

@@ -7,7 +7,9 @@ each earlier group; the landmark's share of the first is dealt out by the second
     w_ij = p_ij                       j in the own group
     w_ij = p_ij|group * p_i,m(group)  j in an earlier group with landmark m; w_im = 0
 
-The rows of queries are taken by tiles, so that memory is linear in T.
+The rows of queries are taken by tiles, so that memory is linear in T. This is the form
+for groups that begin anywhere, are retrieved or dropped; where each fills a window of
+its own, `attn/exact/gated_groups.py` has them in the chunks of exact attention.
 Source: Mohtashami and Jaggi, 2023, arXiv:2305.16300.
 """
 

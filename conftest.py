@@ -9,6 +9,7 @@ from tests import on_device
 
 # bytes of a process from which on compiled programs are let go: behind a file, inside
 LARGE, FULL = 3 * 2**29, 5 * 2**29
+BY_ROW = "laws.py", "test_commands.py"
 
 if not on_device.ASKED:
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -54,14 +55,15 @@ def pytest_collection_modifyitems(config, items):
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
     """A file of tests, or a row of laws, stays in one process: its tests share what
-    they compile. (Groups by a mark, which xdist has too, pytest 9.2 does not see.)"""
+    they compile; commands share nothing. (Groups by a mark, which xdist has too, pytest
+    9.2 does not see.)"""
     from xdist.scheduler import LoadScopeScheduling
 
     class Scheduling(LoadScopeScheduling):
         def _split_scope(self, nodeid):
             file, _, test = nodeid.partition("::")
             row = test.rstrip("]").rpartition("[")[2].rpartition("-")[2]
-            return f"{file} {row}" if file.endswith("laws.py") else file
+            return f"{file} {row}" if file.endswith(BY_ROW) else file
 
     return Scheduling(config, log)
 

@@ -170,11 +170,13 @@ def test_malformed_calls_end_before_any_training(words, capsys, tmp_path, monkey
 
 @pytest.mark.parametrize("name, word", [
     ("leaderboard", "--attentions=(Softmax(mask=Full()),)"),
-    ("leaderboard", "--attentions=(FNet(),)"), ("leaderboard", "--attentions=(Essa(),)"),
+    ("leaderboard", "--attentions=(FNet(),)"),
+    ("leaderboard", "--attentions=(Essa(),)"),
     ("leaderboard", "--attentions=(Softmax,)"), ("stream", "--attentions=(FNet(),)"),
     ("stream", "--attentions=(Essa(),)"), ("competition", "--attentions=(Softmax,)"),
     ("competition", "--attentions=((5,),)"), ("cab", "--attentions=(Softmax,)"),
-    ("music", "--rate=nan"), ("hull", "--steps=4294967296"), ("algorithms", "--rate=-1"),
+    ("music", "--rate=nan"), ("hull", "--steps=4294967296"),
+    ("algorithms", "--rate=-1"),
     ("regression", "--rate=inf"), ("scansnap", "--steps=4294967296"),
     ("distil", "--distil_rate=nan"),
 ])

@@ -14,6 +14,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from attn.positions import learned_angles
 from attn.recurrent.linear import recurrence
 
 _INIT = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
@@ -95,9 +96,9 @@ class MDLRPE(nn.Module):
                 f"MDLRPE: {h} heads of x: expected a multiple of heads={shape[0]}"
             )
         theta = jnp.repeat(theta, h // shape[0], 0)
-        at = coordinates(pos, self.dims, self.extra).astype(jnp.float32)
+        at = coordinates(pos, self.dims, self.extra)
         # [B,T,1,m,1] x [1,1,H,1,e] -> [B,T,H,m,e], side by side up to `width`
-        angle = at[:, :, None, :, None] * theta[None, None, :, None]
+        angle = learned_angles(at[:, :, None, :, None], theta[None, None, :, None])
         # [B,T,H,m e] -> [B,T,H,width]
         angle = angle.reshape(*at.shape[:2], h, -1)[..., :width]
         return _turned(x, angle, self.doubles)

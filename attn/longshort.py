@@ -199,11 +199,12 @@ class LongShort(nn.Module, Attention):
             made.append(rows.reshape(rows.shape[0], -1, *rows.shape[3:]))
         put = jax.vmap(lambda a, at, new: a.at[at.reshape(-1)].set(new, mode="drop"))
         far = [put(a, slot, new) for a, new in zip((state.k, state.v), made)]
-        front = [jnp.concatenate(pair, 1)
-                 for pair in zip((state.near_k, state.near_v), (k, v))]
-        near = self._normed("near", Keys(*(a.astype(jnp.float32) for a in front)))
+        near_held = state.near_k, state.near_v
+        front = [jnp.concatenate([a.astype(jnp.float32) for a in pair], 1)
+                 for pair in zip(near_held, (k, v))]
+        near = self._normed("near", Keys(*front))
         o = self._ordered(end[0], q, near, self._normed("far", self._behind(far)), x)
-        last = [a[:, t:] for a in front]
+        last = [a[:, t:].astype(b.dtype) for a, b in zip(front, near_held)]
         return LongShortState(
             far[0], far[1], last[0], last[1], held[0], held[1], end + t,
             jnp.ones_like(end)), o

@@ -209,6 +209,11 @@ def angles(pos: jax.Array, frequencies: np.ndarray) -> jax.Array:
         jnp.asarray(np.array(a, np.uint32).reshape(*lead, -1))
         for a in zip(*(divmod(n, 2**32) for n in fixed))
     )
+    return _turned_by(pos, high, low)
+
+
+def _turned_by(pos: jax.Array, high: jax.Array, low: jax.Array) -> jax.Array:
+    """pos int times a share of a turn, 2^-32 high + 2^-64 low, in radians."""
     n = jnp.abs(pos).astype(jnp.uint32)
     # in 2^-32 turns; uint32 wraps around, which is whole turns
     turns = n * high + _upper(n, low)
@@ -216,6 +221,37 @@ def angles(pos: jax.Array, frequencies: np.ndarray) -> jax.Array:
     share = jax.lax.bitcast_convert_type(turns, jnp.int32).astype(jnp.float32)
     angle = share * jnp.float32(2 * math.pi / 2**32)
     return jnp.where(pos < 0, -angle, angle)
+
+
+# 2^224 / (2 pi), and of it what a float32 of each exponent is multiplied with: in
+# 2^-96 turns, modulo one turn, by words of 32 bits [256,3], the upper one first
+_TURN = 0x28BE60DB9391054A7F09D5F47D4D377036D8A5664F10E4107F9458EA
+_TURNS = np.array(
+    [[(_TURN >> 278 - e) >> shift & 0xFFFFFFFF for shift in (64, 32, 0)]
+     for e in range(256)], np.uint32)
+
+
+def learned_angles(pos: jax.Array, theta: jax.Array) -> jax.Array:
+    """pos times theta in radians, as `angles`, for integer positions to 2^31 and
+    frequencies theta float32 that are arrays, learned ones, of a shape that goes with
+    that of pos; its gradient is that of the product.
+
+    theta = +-m 2^(e - 150) with m below 2^24; its share of a turn as a fixed point
+    number of 64 bits is m times the table's number of 96.
+    """
+    plain = pos.astype(jnp.float32) * theta
+    if not jnp.issubdtype(pos.dtype, jnp.integer):
+        return plain
+    bits = jax.lax.bitcast_convert_type(theta, jnp.uint32)
+    exponent = bits >> jnp.uint32(23) & jnp.uint32(0xFF)
+    m = bits & jnp.uint32(0x7FFFFF) | jnp.uint32(1 << 23)
+    c2, c1, c0 = jnp.moveaxis(jnp.asarray(_TURNS)[exponent.astype(jnp.int32)], -1, 0)
+    low = m * c1 + _upper(m, c0)
+    carry = (low < m * c1).astype(jnp.uint32)
+    angle = _turned_by(pos, m * c2 + _upper(m, c1) + carry, low)
+    angle = jax.lax.stop_gradient(jnp.where(theta < 0, -angle, angle))
+    # 0 but for the gradient, and for what is no number
+    return angle + (plain - jax.lax.stop_gradient(plain))
 
 
 def sinusoids(pos: jax.Array, width: int, *, interleaved: bool = False) -> jax.Array:

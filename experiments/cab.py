@@ -90,6 +90,7 @@ from experiments.measure.cab.task import Task
 from experiments.measure.provenance import provenance
 from experiments.training.runs import locked, open_folder, write_whole
 from models.places import allows
+from models.stack import check_layers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,6 +138,7 @@ class Config:
                 raise ValueError(f"{name}=(): expected one or more of {known}")
         if not self.attentions:
             raise ValueError("attentions=(): expected one or more")
+        check_layers("attentions", self.attentions)
         if len(self.lengths) in (1, 2) or (self.lengths and min(self.lengths) < 16):
             raise ValueError(f"lengths={self.lengths}: expected three or more of 16 or "
                              "more, to fit a parabola, or ()")

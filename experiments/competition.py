@@ -39,6 +39,7 @@ from experiments.measure import seeds
 from experiments.training.loop import TrainConfig, fit
 from experiments.training.objectives import LABELS, accuracy
 from models.pixels import PixelNet
+from models.stack import check_layers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +64,7 @@ class Config:
 
     def __post_init__(self):
         seeds.check(self)
+        check_layers("attentions", self.attentions)
 
     def data(self, split: str = "train") -> Digits:
         """The pictures."""

@@ -88,7 +88,9 @@ from experiments.measure.provenance import provenance
 from experiments.training.cells import cell, kept
 from experiments.training.loop import NotFinite
 from experiments.training.runs import locked, open_folder, write_whole
+from models.generate import check_stream
 from models.lm import state_bytes
+from models.stack import check_layers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,6 +138,7 @@ class Config:
         seeds.check(self)
         if not self.attentions:
             raise ValueError("attentions=(): expected one or more")
+        check_layers("attentions", self.attentions)
         if self.long < self.length:
             raise ValueError(f"long={self.long}: expected length={self.length} or more")
         if self.heads < 1 or self.width % self.heads:
@@ -159,6 +162,9 @@ TINY = Config(
 
 def run(config_: Config) -> dict[str, Any]:
     """Trains and reads -> recall and bytes by attention, folder."""
+    for attention in config_.attentions:  # what cannot stream ends here, no folder made
+        task = config_.recall(attention, config_.seed)
+        check_stream(task.model(), task.length)
     command = config.command(config_)
     folder = open_folder(
         "leaderboard", config_.folder, command, config.settings(config_))

@@ -35,6 +35,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -121,6 +122,9 @@ class Classifier(nn.Module):
 def run(config_: Config) -> dict[str, Any]:
     """The numbers of `once`: of several seeds their medians, with the least and the
     greatest."""
+    x = jax.ShapeDtypeStruct((1, 1, config_.width), jnp.float32)
+    for attention in config_.attentions:  # what cannot stream ends here, no folder made
+        config_.layer(attention).init_state(1, x)
     return seeds.repeated(config_, once, "stream", ("accuracy",))
 
 

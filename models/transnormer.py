@@ -24,6 +24,7 @@ import jax.numpy as jnp
 from attn.contract.segments import locate
 from attn.layers import Layer
 from attn.lightning import Lightning
+from attn.positions import learned_angles
 from attn.recurrent.linear import LinearState
 from models.placement import lay
 from models.stack import INIT, check_sizes
@@ -43,8 +44,8 @@ def lrpe(x: jax.Array, theta: jax.Array, pos: jax.Array) -> jax.Array:
     """LRPE-d (Qin et al., 2023) arXiv:2307.09270: x [B,T,H,D] -> [B,T,H,2D], x times
     the cosine and the sine of theta [H,D] (radians a token) times pos [B,T], so that
     q.k becomes sum_d q_d k_d cos(theta_d (t - j))."""
-    at = pos.astype(jnp.float32)[:, :, None, None]
-    angle = at * theta.astype(jnp.float32)[None, None]  # [B,T,1,1] x [1,1,H,D]
+    # [B,T,1,1] x [1,1,H,D]
+    angle = learned_angles(pos[:, :, None, None], theta.astype(jnp.float32)[None, None])
     y = x.astype(jnp.float32)
     both = jnp.concatenate([y * jnp.cos(angle), y * jnp.sin(angle)], -1)  # [B,T,H,2D]
     return both.astype(x.dtype)

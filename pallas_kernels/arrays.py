@@ -57,6 +57,14 @@ def check_logits(
     )
 
 
+def check_heads(h: int, **heads: int) -> None:
+    """Raises ValueError unless each number of heads divides H."""
+    for name, n in heads.items():
+        if n < 1 or h % n:
+            raise ValueError(f"{name} has {n} heads: expected a number that divides "
+                             f"H={h}")
+
+
 def check_pairs(**pairs: tuple) -> None:
     """Raises ValueError if one of a pair is missing: it would be ignored."""
     for name, (mine, other) in pairs.items():

@@ -1250,6 +1250,20 @@ def test_a_state_of_other_tokens_is_refused(name):
 
 
 @LAW
+def test_a_stream_keeps_its_types(name):
+    """Told tokens of another type than it began with, a state stays what it is, and
+    the output has the type of v; under strict promotion, traced and not run."""
+    stateless(name)
+    attention, low = ENTRIES[name].attention, inputs(dtype=jnp.bfloat16)
+    for held, told in ((low, inputs()), (inputs(), low)):
+        with jax.numpy_dtype_promotion("strict"):
+            state = jax.eval_shape(lambda *a: attention.init_state(T, *a), *held)
+            after, o = jax.eval_shape(attention.step, state, *told)
+        chex.assert_trees_all_equal_shapes_and_dtypes(state, after)
+        assert o.dtype == told[2].dtype
+
+
+@LAW
 def test_a_step_past_the_memory_is_never_silent(name):
     stateless(name)
     q, k, v = inputs()

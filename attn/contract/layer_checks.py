@@ -55,6 +55,11 @@ def check_layer(layer: Any) -> None:
         raise ValueError(
             f"attention={attention!r}: expected an attention, as Softmax()"
         )
+    if list(inspect.signature(type(attention).__call__).parameters)[1:2] == ["x"]:
+        raise ValueError(
+            f"attention={attention!r} is a layer of its own: expected an attention, of "
+            "q, k and v, as Softmax()"
+        )
     for name, choices in OPTIONS.items():
         if getattr(layer, name) not in choices:
             raise ValueError(

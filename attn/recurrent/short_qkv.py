@@ -61,8 +61,9 @@ def short_qkv(
 
     found = over_mesh(local, letters, axis)(
         *flat, *weights, *unread(wide_tails), segment)
-    # tails are remembered in the dtype of their tokens
-    after = [b if b is None else b.astype(a.dtype) for a, b in zip(arrays, found)]
+    # tails are remembered in the dtype that the stream began with
+    held = arrays if tails is None else tails
+    after = [b if b is None else b.astype(a.dtype) for a, b in zip(held, found)]
     # [B,T,H D] -> [B,T,H,D]
     return after, [nn.silu(b).reshape(a.shape) for a, b in zip(arrays, found[3:])]
 

@@ -28,6 +28,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import Refused, candidates, tables
+from pallas_kernels.arrays import FLOAT, INT, check_arrays, check_heads
 from pallas_kernels.delta.chunk import CHUNK, ROWS, Side
 from pallas_kernels.machine.bits import in_32_bits
 from pallas_kernels.padding import blank
@@ -84,6 +85,7 @@ def delta(
     state, warps and stages on GPU; variant: names of candidates
     (`pallas_kernels/candidates.py`). Raises Refused for what the kernel does not do.
     """
+    check_arrays(dict(zip("BT", q.shape)), beta=(beta, FLOAT, "B T H"))
     (b, t, h), (d, width) = beta.shape, (q.shape[3], v.shape[3])
     if not q.dtype == k.dtype == v.dtype or q.dtype not in DTYPES:
         raise Refused(f"q, k, v are {q.dtype}, {k.dtype}, {v.dtype}: one of "
@@ -91,6 +93,13 @@ def delta(
     for name, n in (("D", d), ("V", width)):
         if n > WIDEST:
             raise Refused(f"{name}={n}: at most {WIDEST}")
+    check_arrays(
+        {"B": b, "T": t, "H": h, "D": d, "V": width},
+        q=(q, FLOAT, "B T Q D"), k=(k, FLOAT, "B T K D"), v=(v, FLOAT, "B T W V"),
+        log_decay=(log_decay, FLOAT, "H", "B T H", "B T H D"),
+        state=(state, FLOAT, "B H D V"), segment=(segment, INT, "B|1 T"),
+    )
+    check_heads(h, q=q.shape[2], k=k.shape[2], v=v.shape[2])
     check_device(backend, (q, k, v), interpret)
     if t == 1:
         return _alone(q, k, v, beta, log_decay, segment, state=state, scale=scale,

@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import Refused, candidates, tables
+from pallas_kernels.arrays import FLOAT, INT, check_arrays, check_heads
 from pallas_kernels.linear.chunk import FLOOR
 from pallas_kernels.machine.bits import in_32_bits
 from pallas_kernels.machine.product import F32
@@ -76,7 +77,7 @@ def linear(
     "tpu" or "triton"; interpret: run on a CPU, slowly. Raises Refused for what the
     kernel does not do.
     """
-    check(q, k, v, log_decay)
+    check(q, k, v, log_decay, state, segment)
     check_device(backend, (q, k, v), interpret)
     q, k, v = blank(segment, q, k, v)
     if log_decay is not None and log_decay.ndim > 1:
@@ -106,8 +107,9 @@ def linear(
     return turned.swapaxes(2, 3), o
 
 
-def check(q, k, v, log_decay) -> None:
-    """Raises Refused for widths and types that no kernel takes."""
+def check(q, k, v, log_decay, state, segment) -> None:
+    """Raises Refused for widths and types that no kernel takes, ValueError for arrays
+    that do not go together."""
     if not q.dtype == k.dtype == v.dtype or q.dtype not in DTYPES:
         raise Refused(f"q, k, v are {q.dtype}, {k.dtype}, {v.dtype}: bfloat16 or "
                       "float32 for all three")
@@ -116,6 +118,14 @@ def check(q, k, v, log_decay) -> None:
             raise Refused(f"{name}={n}: at most {WIDEST}")
     if min(q.shape) < 1:
         raise Refused(f"q has shape {q.shape}: it holds nothing")
+    (b, t, h, d), heads = q.shape, k.shape[2]
+    check_arrays(
+        {"B": b, "T": t, "H": h, "D": d, "K": heads, "V": v.shape[3]},
+        k=(k, FLOAT, "B T K D"), v=(v, FLOAT, "B T K V"),
+        log_decay=(log_decay, FLOAT, "H", "B|1 T H", "B T H D"),
+        state=(state, FLOAT, "B H D V"), segment=(segment, INT, "B|1 T"),
+    )
+    check_heads(h, k=heads)
 
 
 def flagged(segment: jax.Array) -> jax.Array:

@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import Refused, tables
+from pallas_kernels.arrays import FLOAT, INT, check_arrays, check_heads
 from pallas_kernels.machine.bits import in_32_bits
 from pallas_kernels.machine.product import F32, NN, NT, dot
 from pallas_kernels.padding import blank
@@ -73,10 +74,16 @@ def scan(
                       "float16 or float32")
     if v.shape[3] > WIDEST:
         raise Refused(f"V={v.shape[3]}: at most {WIDEST}")
+    (b, t, heads, width), h = v.shape, scores.shape[-1]
+    check_arrays(
+        {"B": b, "T": t, "H": h, "V": width}, scores=(scores, FLOAT, "B T H"),
+        segment=(segment, INT, "B|1 T"), m=(state[0], FLOAT, "B H"),
+        u=(state[1], FLOAT, "B H"), w=(state[2], FLOAT, "B H V"),
+    )
+    check_heads(h, v=heads)
     check_device(backend, (v, scores), interpret)
     scores, v = blank(segment, scores, v)
     short = 128 if backend == "tpu" else 16
-    t, width = scores.shape[1], v.shape[3]
     shape = tables.Shape(t, t, width, width, v.dtype.itemsize)
     size = chunk or min(
         tables.chunks(tables.device_kind(), "scan", shape, backend=backend).chunk,

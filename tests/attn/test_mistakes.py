@@ -10,6 +10,7 @@ import pytest
 from attn.based import Based
 from attn.layers import MultiHead
 from attn.masks import Causal, Full, Sink, Window
+from attn.mixers import FNet
 from attn.positions import ALiBi, RoPE
 from attn.snapkv import SnapKV
 from attn.softmax import Softmax
@@ -60,6 +61,7 @@ MISTAKES = {
     "kv_heads": (lambda: layer(kv_heads=0), "kv_heads=0: expected 1 or more"),
     "sinks": (lambda: layer(Based(), sinks=True), "Based takes no sink"),
     "layer_class": (lambda: layer(Softmax), "expected an attention, as Softmax"),
+    "layer_of_x": (lambda: layer(FNet()), "layer of its own: expected an attention"),
     "layer_none": (lambda: layer(None), "expected an attention, as Softmax"),
     "ids": (lambda: layer(x=jnp.zeros((B, T, 16), jnp.int32)), "x is int32: expected"),
     "list": (lambda: layer(x=[1.0]), r"x is a list: expected an array \[B,T,E\]"),

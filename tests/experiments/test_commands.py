@@ -168,6 +168,30 @@ def test_malformed_calls_end_before_any_training(words, capsys, tmp_path, monkey
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("name, word", [
+    ("leaderboard", "--attentions=(Softmax(mask=Full()),)"),
+    ("leaderboard", "--attentions=(FNet(),)"),
+    ("leaderboard", "--attentions=(Essa(),)"),
+    ("leaderboard", "--attentions=(Softmax,)"), ("stream", "--attentions=(FNet(),)"),
+    ("stream", "--attentions=(Essa(),)"), ("competition", "--attentions=(Softmax,)"),
+    ("competition", "--attentions=((5,),)"), ("cab", "--attentions=(Softmax,)"),
+    ("music", "--rate=nan"), ("hull", "--steps=4294967296"),
+    ("algorithms", "--rate=-1"),
+    ("regression", "--rate=inf"), ("scansnap", "--steps=4294967296"),
+    ("distil", "--distil_rate=nan"),
+])
+def test_other_malformed_calls_end_before_a_folder_is_made(
+        name, word, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    module = importlib.import_module(f"experiments.{name}")
+    with pytest.raises(SystemExit) as end:
+        config.main(module.run, module.Config, "doc", ["--tiny", word])
+    said = capsys.readouterr().err
+    assert end.value.code == 2 and len(said.strip().splitlines()) == 1, said
+    assert "expected" in said or "stream" in said, said
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_run_is_its_text_and_settings_and_not_its_place(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "texts").mkdir()

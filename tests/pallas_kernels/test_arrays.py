@@ -10,7 +10,10 @@ from attn.exact.attend import attend
 from attn.softmax import Softmax
 from pallas_kernels.blocks.api import blocks
 from pallas_kernels.decode.api import decode
+from pallas_kernels.delta.api import delta
 from pallas_kernels.flash.api import flash
+from pallas_kernels.linear.api import linear
+from pallas_kernels.scan.api import scan
 from tests.on_device import INTERPRET
 from tests.oracles.softmax import by_keywords, chunks
 
@@ -69,6 +72,41 @@ def test_wrong_arrays_are_refused(call, name, given):
     q, k, v = (a.astype(dtype) for a in (Q, KV, KV))
     with pytest.raises(ValueError, match=f"^{name}.*(expected|go together)"):
         call(q, k, v, **given)
+
+
+# what recurrent kernels are given, H = 4 heads of K = 2 keys
+RECURRENT = [("segment", {"segment": a}) for a in (
+    ones(B, T + 1), ones(3, T), ones(T), floats(B, T))]
+DECAYS = [("log_decay", {"log_decay": a}) for a in (
+    ones(H), floats(K), floats(B, T), floats(B, T, K), floats(3, T, H),
+    floats(B, T, H, 1), floats(B, T, H, D + 1))]
+STATES = [("state", {"state": floats(*a)}) for a in (
+    (B, K, D, D), (1, H, D, D), (B, H, D, 1), (H, D, D))]
+OTHERS = [("k", {"k": floats(B, T, K, D + 1)}), ("v", {"v": floats(B, T + 1, K, D)}),
+          ("k", {"k": floats(B, T, 3, D), "v": floats(B, T, 3, D)})]
+BETAS = [("beta", {"beta": floats(*a)}) for a in ((B, T), (B, T + 1, H), (1, T, H))]
+TRIPLES = [(name, {"state": given}) for name, given in (
+    ("m", (floats(1, H), floats(B, H), floats(B, H, D))),
+    ("u", (floats(B, H), floats(B, K), floats(B, H, D))),
+    ("w", (floats(B, H), floats(B, H), floats(B, H, D + 1))))]
+TRIPLES += [("scores", {"scores": floats(*a)}) for a in ((B, T), (3, T, H))]
+TRIPLES += [("v", {"v": floats(B, T, 3, D)})]
+
+
+@pytest.mark.parametrize("backend", ("tpu", "triton"))
+def test_wrong_arrays_of_recurrent_kernels_are_refused(backend):
+    plain = {"q": Q, "k": KV, "v": KV}
+    triple = floats(B, H), floats(B, H), floats(B, H, D)
+    for kernel, own, wrong in (
+        (linear, plain, RECURRENT + DECAYS + STATES + OTHERS),
+        (delta, plain | {"beta": floats(B, T, H)},
+         RECURRENT + DECAYS + STATES + OTHERS + BETAS),
+        (scan, {"scores": floats(B, T, H), "v": KV, "state": triple},
+         RECURRENT + TRIPLES),
+    ):
+        for name, given in wrong:
+            with pytest.raises(ValueError, match=f"^{name} .*expected"):
+                kernel(**own | given, backend=backend, interpret=INTERPRET)
 
 
 def test_a_list_is_no_array():

@@ -33,8 +33,8 @@ class Pattern(NamedTuple):
     """What the last queries of a prompt of n blocks say, float32: vertical, slash
     [B,H,S], the mean weight of each column and of the diagonal that ends there in the
     last row; divergence [B,H], the square root; query_aware [B,H] bool; columns,
-    diagonals [B,H]: tokens that hold gamma; active [B,H,n,n] bool; worth [B,H,n,n]: in
-    which order a row drops what it has no room for."""
+    diagonals [B,H]: tokens that hold gamma; active [B,H,n,n] bool; importance
+    [B,H,n,n]: in which order a row drops what it has no room for."""
 
     vertical: jax.Array
     slash: jax.Array
@@ -43,7 +43,7 @@ class Pattern(NamedTuple):
     columns: jax.Array
     diagonals: jax.Array
     active: jax.Array
-    worth: jax.Array
+    importance: jax.Array
 
 
 class Share(NamedTuple):
@@ -178,9 +178,10 @@ class FlexPrefill(Attention):
         pooled = jax.nn.softmax(jnp.where(tri, pooled, -jnp.inf))
         pairs = scores.best_sum(pooled.reshape(b, h, n * n), self.gamma * n)
         active = active | (aware[..., None, None] & pairs.reshape(b, h, n, n) & tri)
-        worth = jnp.where(aware[..., None, None], pooled, scores.by_pair(*per_block))
+        by_pair = scores.by_pair(*per_block)
+        importance = jnp.where(aware[..., None, None], pooled, by_pair)
         return Pattern(vertical, slash, divergence, aware, columns, diagonals, active,
-                       worth)
+                       importance)
 
     def _blocks(self, tokens: jax.Array, n: int) -> jax.Array:
         """How many blocks stand for so many tokens, within the budgets."""
@@ -193,9 +194,9 @@ class FlexPrefill(Attention):
         """The active blocks of each row [B,H,n,c], -1 for none."""
         n = pattern.active.shape[-1]
         own = jnp.eye(n, dtype=bool) | (jnp.arange(n) == 0)[None]
-        worth = jnp.where(own[None, None], jnp.inf, pattern.worth)
-        worth = jnp.where(pattern.active, worth, -1)
-        top, chosen = jax.lax.top_k(worth, min(self.capacity or n, n))
+        importance = jnp.where(own[None, None], jnp.inf, pattern.importance)
+        importance = jnp.where(pattern.active, importance, -1)
+        top, chosen = jax.lax.top_k(importance, min(self.capacity or n, n))
         return jnp.where(top < 0, -1, chosen)
 
     def share(self, q, k) -> Share:

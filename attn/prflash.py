@@ -220,15 +220,15 @@ class PrFlash(Softmax):
             if fixed:
                 # log p plus a Gumbel number: the largest are a draw in proportion to p
                 noise = -jnp.log(-jnp.log(jnp.maximum(u, 1e-20)))
-                worth = jnp.log(jnp.where(here > 0, here, 1))[None] + noise
+                importance = jnp.log(jnp.where(here > 0, here, 1))[None] + noise
             else:
                 near = -jnp.abs(far).astype(jnp.float32)[None]
-                worth = jnp.broadcast_to(near, u.shape)
+                importance = jnp.broadcast_to(near, u.shape)
                 some = some[:, None] & ((u < here[None]) | own[None])[None]
             some = some if some.ndim == 3 else some[:, None]
-            worth = jnp.where(own[None], jnp.inf, worth)
-            worth = jnp.where(some, worth[None], -jnp.inf)  # [B,heads,n]
-            top, at = jax.lax.top_k(worth, min(most, n))
+            importance = jnp.where(own[None], jnp.inf, importance)
+            importance = jnp.where(some, importance[None], -jnp.inf)  # [B,heads,n]
+            top, at = jax.lax.top_k(importance, min(most, n))
             return jnp.where(top > -jnp.inf, at, -1), jnp.log(
                 jnp.where(top > -jnp.inf, here[at], 1))
 

@@ -154,28 +154,29 @@ class Recycled(Softmax):
     def _full(self, cache: Cache, q, now: TokenPositions, sink):
         """(what is recycled, o) of a full step of q [B,1,H,D]; cache has its token."""
         segment = jnp.broadcast_to(now.segment, cache.k.shape[:2])
-        o, worth = self._found(cache, segment, q, now, sink)
+        o, importance = self._found(cache, segment, q, now, sink)
         budget = min(self.capacity, cache.k.shape[1])
-        pos = jnp.broadcast_to(cache.pos, worth.shape)
-        every = Scored(cache._replace(pos=pos), jnp.zeros_like(worth))
-        few = evict.best(every, worth, budget, budget + 1)
+        pos = jnp.broadcast_to(cache.pos, importance.shape)
+        every = Scored(cache._replace(pos=pos), jnp.zeros_like(importance))
+        few = evict.best(every, importance, budget, budget + 1)
         return few, o
 
     def _recycle(self, few: Scored, q, k, v, now: TokenPositions, sink):
         """(what is recycled, o) of a recycle step."""
         few = evict.put(few, k, v, now)
         segment = jnp.broadcast_to(now.segment, few.cache.k.shape[:2])
-        o, worth = self._found(few.cache, segment, q, now, sink)
-        worth = jnp.where(few.cache.pos == now.pos[..., None], jnp.inf, worth)
-        return evict.drop_one(few, worth, few.cache.k.shape[1] - 1), o
+        o, importance = self._found(few.cache, segment, q, now, sink)
+        importance = jnp.where(few.cache.pos == now.pos[..., None], jnp.inf, importance)
+        return evict.drop_one(few, importance, few.cache.k.shape[1] - 1), o
 
     def _found(self, cache: Cache, segment, q, now: TokenPositions, sink):
         """o [B,1,H,V], and the weight that each slot gets from a group [B,C,K]."""
         cache, wide = caches.of_one_type(cache, q)
         p = observed.row_weights(wide, cache, segment, now, self._spec(), sink)
         group = observed.by_group(p, cache.k.shape[2])  # [B,C,K,G]
-        worth = group.max(3) if self.group == "max" else group.mean(3)
-        return dense.values(p, cache.v).astype(q.dtype), jax.lax.stop_gradient(worth)
+        importance = group.max(3) if self.group == "max" else group.mean(3)
+        o = dense.values(p, cache.v).astype(q.dtype)
+        return o, jax.lax.stop_gradient(importance)
 
     def trained(self, q, k, v) -> jax.Array:
         """All tokens as the stream reads them, for training that goes on: [B,T,H,V].
@@ -195,8 +196,8 @@ class Recycled(Softmax):
         p = jax.lax.stop_gradient(weights(s, causal[None, None]))
         ends = jnp.arange(self.stride - 1, t, self.stride)
         p = p[:, :, ends].reshape(b, heads, h // heads, len(ends), t)
-        worth = p.max(2) if self.group == "max" else p.mean(2)
-        best, at = jax.lax.top_k(worth, min(self.capacity, t))
+        importance = p.max(2) if self.group == "max" else p.mean(2)
+        best, at = jax.lax.top_k(importance, min(self.capacity, t))
         set_ = at[..., None] == i[None, None, None, None]  # [B,K,N,capacity,T]
         set_ = (set_ & (best > 0)[..., None]).any(-2)  # [B,K,N,T]
         # of stride n what stride n - 1 chose; in the first one all that is causal

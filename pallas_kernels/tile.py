@@ -39,7 +39,7 @@ class LogitSpec:
     dropout: float = 0.0
     unit: float = 1.0
 
-    def again(self, s, base):
+    def recompute(self, s, base):
         """Weights made again from logits, times `unit`, and the base of their row."""
         # no logit is above base; of large ones, one that was rounded otherwise here may
         # be, and then by so much that 2^x is infinite

@@ -68,8 +68,8 @@ def drop_one(state: Scored, importance: jax.Array, budget: int) -> Scored:
     """Without the least important token [B,C,K|1] of each head that holds more than
     `budget`; of equal ones the latest goes."""
     pos = state.cache.pos
-    worth = jnp.where(pos >= 0, importance, jnp.inf)
-    least = (worth == worth.min(1, keepdims=True)) & (pos >= 0)
+    importance = jnp.where(pos >= 0, importance, jnp.inf)
+    least = (importance == importance.min(1, keepdims=True)) & (pos >= 0)
     gone = jnp.argmax(jnp.where(least, pos, -1), 1)[:, None]  # [B,1,K|1]
     many = (pos >= 0).sum(1, keepdims=True) > budget
     here = jnp.arange(pos.shape[1])[None, :, None] == gone
@@ -82,10 +82,11 @@ def best(state: Scored, importance: jax.Array, budget: int, slots: int) -> Score
     ones the earliest, in `slots` slots. importance [B,C,K|1]."""
     cache = state.cache
     size = min(budget, slots, cache.k.shape[1])
-    worth = jnp.where(cache.pos >= 0, importance, -jnp.inf)
-    number = jnp.broadcast_to(jnp.arange(cache.k.shape[1])[None, :, None], worth.shape)
+    importance = jnp.where(cache.pos >= 0, importance, -jnp.inf)
+    number = jnp.arange(cache.k.shape[1])[None, :, None]
+    number = jnp.broadcast_to(number, importance.shape)
     late = jnp.where(cache.pos < 0, caches.FOREVER, cache.pos)
-    *_, at = jax.lax.sort((-worth, late, number), dimension=1, num_keys=2)
+    *_, at = jax.lax.sort((-importance, late, number), dimension=1, num_keys=2)
     at = at[:, :size]
     order = jnp.argsort(jnp.take_along_axis(late, at, 1), axis=1)
     at = jnp.take_along_axis(at, order, 1)  # [B,size,K|1]

@@ -189,7 +189,7 @@ def _dropped(p: jax.Array, dropout: Dropout | None, head: jax.Array) -> jax.Arra
     return p if keep is None else p * keep / (1 - dropout.rate)
 
 
-def partial(
+def online_softmax(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,

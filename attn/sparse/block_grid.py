@@ -80,13 +80,13 @@ class Grid(NamedTuple):
             return o
         blocks, size = self.pos.shape[1:3]
 
-        def crowded(_) -> ValueError:
+        def too_many(_) -> ValueError:
             return ValueError(
                 f"segments: a row holds more sequences than fit on {blocks} blocks of "
                 f"{size} tokens: expected fewer, longer ones"
             )
 
-        refuse(self.full.any(), None, crowded)
+        refuse(self.full.any(), None, too_many)
         full = self.full.reshape((-1,) + (1,) * (o.ndim - 1))
         return jnp.where(full, jnp.nan, o).astype(o.dtype)
 

@@ -142,7 +142,7 @@ def _parts(refs, outs: int):
 def _weights(static, k, v, q, do, rows, parts, number, info):
     """p and ds [block,R], made again from q, k and base; parts [2,R]: base, delta."""
     # P = exp(S - L), dP = dO V^T, dS = P (dP - D)
-    p = static.form.again(logits(static, k, q, rows, number, info), parts[:1])
+    p = static.form.recompute(logits(static, k, q, rows, number, info), parts[:1])
     return p, p * (dot(v, do, NT) - parts[1:])  # [block,V] [R,V] -> [block,R]
 
 

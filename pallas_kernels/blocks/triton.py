@@ -192,7 +192,7 @@ def _recompute(static, x: Arrays, b, query: Queries, key: Keys, tiles, turned: b
 
     # rows that are not there get weights 2^(s + LOW) = 0
     s = logits(static, product(q, k), query, key, turned)
-    p = static.form.again(s, of(x.lse, -LOW))
+    p = static.form.recompute(s, of(x.lse, -LOW))
     # P = exp(S - L), dP = dO V^T, dS = P (dP - D)
     return p, p * (product(do, v) - of(x.delta, 0.0))
 

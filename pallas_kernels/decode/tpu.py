@@ -210,7 +210,7 @@ def _weights(static, has_table, most, lengths, table, q, rows, pages, base, fact
         for m, (k, _, beside) in enumerate(pages):
             real = _real(static, table, b, first + m)
             s, _ = _scores(static, lengths, b, first + m, real, q[0], k, rows, beside)
-            p = static.form.again(s, base[0]) * factor[0]  # P = exp(S - L)
+            p = static.form.recompute(s, base[0]) * factor[0]  # P = exp(S - L)
             # rows of other key heads are hidden here, and so are 0
             w_ref[0, :, m * n:(m + 1) * n] = p.sum(0, keepdims=True)
 

@@ -264,7 +264,7 @@ def _weights(call: Call, x: Arrays, w_ref):
             queries = ctx.queries(row) if first is None else first
             s = ctx.logits(queries, k, place)
             # P = exp(S - L)
-            p = call.form.again(s, queries.base) * queries.factor
+            p = call.form.recompute(s, queries.base) * queries.factor
             return found + p.sum(0)
 
         found = jnp.zeros((size,), F32)

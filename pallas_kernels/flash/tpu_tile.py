@@ -192,7 +192,7 @@ class TileContext:
         x = self.x
         s, slope = self.logits(part, masked)
         # P = exp(S - L), dP = dO V^T, dS = P (dP - D): Dao, 2023, algorithm 2
-        p = self.call.form.again(s, x.lse[0, 0, :, part.queries])  # lse [1,queries]
+        p = self.call.form.recompute(s, x.lse[0, 0, :, part.queries])  # lse [1,queries]
         # v do^T: [keys,V] by [queries,V] is [keys,queries]
         dp = dot(x.v[0, 0, part.keys], x.do[0, 0, part.queries], NT)
         drop = self.drop(part)

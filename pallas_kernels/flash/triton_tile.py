@@ -248,7 +248,7 @@ class TileContext:
 
         # queries beyond the end get weights 2^(s + LOW) = 0
         # P = exp(S - L), dP = dO V^T, dS = P (dP - D): Dao, 2023, algorithm 2
-        p = self.call.form.again(s, of(self.x.lse, -LOW))
+        p = self.call.form.recompute(s, of(self.x.lse, -LOW))
         # do v^T, [rows,columns] as the logits
         dp = self.product(do, v)
         drop = self.drop(row, column)

@@ -43,7 +43,7 @@ class Joint(ChannelDecay):
         super().__init__(c, scale, g)
         self.known, self.masks = known, masks
         self.gradients: dict[Any, Any] = {}
-        self.faded: dict[Any, Any] = {}
+        self.decayed: dict[Any, Any] = {}
 
     def decays(self, s):
         return self.known[s]
@@ -58,9 +58,9 @@ class Joint(ChannelDecay):
         return self.masks[s]
 
     def at(self, s, q, k):
-        if s not in self.faded:
-            self.faded[s] = super().at(s, q, k)
-        return self.faded[s]
+        if s not in self.decayed:
+            self.decayed[s] = super().at(s, q, k)
+        return self.decayed[s]
 
 
 def joint(c: int, scale: float, g: Sequence[Any], matrix) -> list[Joint]:

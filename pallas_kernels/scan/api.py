@@ -1,9 +1,9 @@
 """Softmax over every prefix, forward and backward, as a kernel.
 
 A head's scores do not depend on who asks, so token t's answer is a recurrence over the
-triple (m, u, w): the greatest score, the sum of exp(s - m), that of v exp(s - m). In a
+state (m, u, w): the greatest score, the sum of exp(s - m), that of v exp(s - m). In a
 chunk all prefixes come from one triangular matrix P[t,i] = exp(s_i - m_t) of exponents
-<= 0 and a product P v; between chunks the triple travels. The backward pass reads the
+<= 0 and a product P v; between chunks the state is carried. The backward pass reads the
 chunks from the last to the first and hands on what later tokens ask for.
 
 Source: Feng et al., 2024, arXiv:2405.13956; the passes in chunks and the reverse scan
@@ -154,7 +154,7 @@ def inverse(u, code):
 
 def score_gradients(p, a, r, share, before, u_in):
     """ds, P r and delta of a tile [i,t] of P and a = v_i.do_t; the rest [1,t]: r = 1/u,
-    the share of the triple that came in, its w.do, and its u [1,1].
+    the share of the state that came in, its w.do, and its u [1,1].
 
     Where one token has nearly all of the weight, a - delta is a small difference: both
     are measured from a of the token with the greatest score.

@@ -1,9 +1,9 @@
 """Softmax over every prefix on TPU (Mosaic): chunks are grid steps, in order.
 
-The triple stays in fast memory from chunk to chunk, one for each query head; the heads
-of a group take turns on the innermost axis of the grid, so that v is fetched once for
-all of them. Tiles of P lie as [t,i] on the way there, where o = P v needs no transpose,
-and as [i,t] on the way back, where dv = P do needs none.
+The state (m, u, w) stays in fast memory from chunk to chunk, one for each query head;
+the heads of a group take turns on the innermost axis of the grid, so that v is fetched
+once for all of them. Tiles of P lie as [t,i] on the way there, where o = P v needs no
+transpose, and as [i,t] on the way back, where dv = P do needs none.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def _forward(has_code, *refs):
     m_in, enters, real = m_now[g], True, None
     if code is not None:
         real = _column(code)
-        # the triple that came in counts for its own segment
+        # the state that came in counts for its own segment
         enters = jnp.abs(real) == segment[g]
         m_in = jnp.where(enters, m_in, LOWEST)
     seen = _seen(c, code, 0)  # [t,i]
@@ -206,7 +206,7 @@ def _call(static, body, grid, ins, outs, scratch, name: str) -> Any:
         out_shape=[a for a, _ in outs], scratch_shapes=scratch,
         interpret=static.interpret, name=name,
         compiler_params=pltpu.CompilerParams(
-            # chunks in order, heads of a group in turn: triples wait in scratch
+            # chunks in order, heads of a group in turn: states wait in scratch
             dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary")),
     )(*(a for a, _ in ins))
 

@@ -1,9 +1,9 @@
 """Softmax over every prefix on GPU by Triton: chunks are programs, side by side.
 
-Every chunk's own triple is made first; a scan over the chunks, logarithmic in their
-number, gives what each begins with, and then all chunks are computed at once. On the
-way back a chunk computes what its tokens ask of each other and of those before it, a
-scan from the last chunk to the first adds that up, and a last pass adds what has
+Every chunk's own state (m, u, w) is made first; a scan over the chunks, logarithmic in
+their number, gives what each begins with, and then all chunks are computed at once. On
+the way back a chunk computes what its tokens ask of each other and of those before it,
+a scan from the last chunk to the first adds that up, and a last pass adds what has
 reached each chunk. Arrays are read where they lie, [B,T,H] and [B,T,K,V].
 """
 
@@ -144,13 +144,13 @@ def _forward(c, x: Arrays, o_ref, m_ref, u_ref):
     h, group = ctx.head, x.s.shape[2] // x.v.shape[2]
     s, code, m_in = ctx.scores(h), ctx.code(), ctx.one(x.m_in, h)
     if code is not None:
-        # the triple that came in counts for its own segment
+        # the state that came in counts for its own segment
         enters = jnp.abs(code) == x.segment_in[ctx.b, ctx.n]
         m_in = jnp.where(enters, m_in, LOWEST)
     seen = ctx.seen(code, 0)  # [t,i]
     # m_t: the greatest score of a prefix, and of what came in
     m = jnp.maximum(jnp.where(seen, s[None], LOWEST).max(1), m_in)
-    # P [t,i] = exp(s_i - m_t); what is left of the triple that came in [t]
+    # P [t,i] = exp(s_i - m_t); what is left of the state that came in [t]
     p, share = weights(s[None], m[:, None], seen), exp_diff(m_in, m)
     u = p.sum(1) + share * ctx.one(x.u_in, h)  # [t]
     r = inverse(u, code)[:, None]  # 1/u [c,1]
@@ -163,7 +163,7 @@ def _forward(c, x: Arrays, o_ref, m_ref, u_ref):
         ctx.put_line(ref.at[ctx.b, h, pl.ds(ctx.start, c)], value)
 
 
-def _inside(c, x: Arrays, ds_ref, dv_ref, g_ref, h_ref):
+def _intra_chunk(c, x: Arrays, ds_ref, dv_ref, g_ref, h_ref):
     """What a chunk's tokens ask of each other, for the heads of a group in turn, and of
     those before."""
     ctx = ChunkContext(c, x)
@@ -312,7 +312,7 @@ def backward(static, code, s, v, saved: Saved, do, du, dw):
     x = Arrays(s, v, code, saved.m, saved.u, do, *saved[2:], ref=ref, segment=starts)
     outs = [_struct(b, t, h), _struct(*v.shape), _struct(b, h, many, v.shape[3]),
             _struct(b, h, many)]
-    ds, dv, g, gap = _launch(static, _inside, k, x, outs, "scan_backward")
+    ds, dv, g, gap = _launch(static, _intra_chunk, k, x, outs, "scan_backward")
     segment = jnp.ones((b, many), jnp.int32) if starts is None else starts
     final = segment[:, -1:] if ends is None else ends[:, -1:]
 

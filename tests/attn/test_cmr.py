@@ -61,11 +61,11 @@ def test_the_most_relevant_entries_stay_and_old_ones_fade(params):
     w, b = (np.asarray(drawn["params"][n], np.float64) for n in ("w_rho", "b_rho"))
     x = np.concatenate(everything, 2).astype(np.float64)
     x = x / np.sqrt((x * x).mean(-1, keepdims=True) + 1e-6)
-    worth = -np.log1p(np.exp(-(x @ w + b))) + rate * np.concatenate(when)
+    importance = -np.log1p(np.exp(-(x @ w + b))) + rate * np.concatenate(when)
     for row in range(B):
         real = np.concatenate([np.asarray(pads[row]) > 0] * 3)
         for layer in range(2):
-            own = np.where(real, worth[row, layer], -np.inf)
+            own = np.where(real, importance[row, layer], -np.inf)
             # what is out of the buffer once stays out: with one rate that is the same
             want = np.sort(np.argsort(-own)[:M])
             assert buffer.pos[row, layer].tolist() == want.tolist()

@@ -112,9 +112,9 @@ def test_the_state_is_that_of_the_recurrence_whatever_the_pieces():
     whole, o = attention.step(attention.init_state(13, q, k, v), q, k, v)
     close(o, attention(q, k, v))
     s = slopes(H, "code", 1, 4)
-    fade = np.exp(-s[None] * np.arange(12, -1, -1)[:, None])
+    decay = np.exp(-s[None] * np.arange(12, -1, -1)[:, None])
     keys, values = (np.repeat(a, 2, 2).astype(np.float64) for a in (k, v))
-    close(whole.memory, np.einsum("bthd,th,bthv->bhdv", keys, fade, values))
+    close(whole.memory, np.einsum("bthd,th,bthv->bhdv", keys, decay, values))
     for piece in (1, 4):
         state = attention.init_state(13, q, k, v)
         for at in range(0, 13, piece):

@@ -99,8 +99,8 @@ def test_training_that_goes_on_reads_the_same_pattern():
     close(o[:, 7::4], attend(Softmax(), q, k, v)[:, 7::4])
     p = weights(jnp.einsum(
         "bhd,bshd->bhs", q[:, 3], jnp.repeat(k[:, :4], 2, 2)) / 8**.5)
-    worth = np.asarray(p).reshape(B, K, 2, 4).max(2)
-    at = np.sort(np.argsort(-worth, 2)[..., :3], 2)
+    importance = np.asarray(p).reshape(B, K, 2, 4).max(2)
+    at = np.sort(np.argsort(-importance, 2)[..., :3], 2)
     for b, c in np.ndindex(B, K):
         own = jnp.asarray([*at[b, c], 4, 5])
         heads = slice(2 * c, 2 * c + 2)

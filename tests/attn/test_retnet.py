@@ -14,8 +14,8 @@ def test_it_is_the_definition():
     at = np.arange(50)
     apart = at[:, None] - at
     gamma = 1 - 2.0 ** (-5 - np.arange(4))
-    fade = np.where(apart >= 0, gamma[:, None, None] ** np.maximum(apart, 0), 0)
-    pairs = np.einsum("bthd,bshd->bhts", q, k) * 8**-0.5 * fade
+    decay = np.where(apart >= 0, gamma[:, None, None] ** np.maximum(apart, 0), 0)
+    pairs = np.einsum("bthd,bshd->bhts", q, k) * 8**-0.5 * decay
     want = np.einsum("bhts,bshv->bthv", pairs, v)
     close(RetNet(chunk=16)(*(jnp.asarray(a, jnp.float32) for a in (q, k, v))), want)
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attn.exact.dense import partial
+from attn.exact.dense import online_softmax
 from attn.exact.logits import LogitSpec, Where
 from attn.exact.online import EMPTY, merge, output
 from attn.lineartransformer import LinearTransformer
@@ -66,8 +66,8 @@ def _dist(case: Mapping[str, Any]) -> dict[str, jax.Array]:
     t, s = q.shape[1], k.shape[1]
     size, pos, spec = s // shards, jnp.arange(s)[None], LogitSpec(mask, scale)
     parts = [
-        partial(q, k[:, at:at + size], v[:, at:at + size], spec,
-                Where(jnp.arange(s - t, s)[None], pos[:, at:at + size]))
+        online_softmax(q, k[:, at:at + size], v[:, at:at + size], spec,
+                       Where(jnp.arange(s - t, s)[None], pos[:, at:at + size]))
         for at in range(0, s, size)
     ]
     stacked = jax.tree.map(lambda *a: jnp.stack(a), *parts)

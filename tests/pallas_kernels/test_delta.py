@@ -124,16 +124,16 @@ def plain(q, k, v, beta, g, state, cotangents):
         k, v, q = (jnp.repeat(a, H // a.shape[2], 2) for a in (k, v, q))
         # [B,T,H,1|D]
         g = g if g.ndim == 4 else g[..., None]
-        beta, fade = beta.astype(q.dtype), jnp.exp(g).astype(q.dtype)
+        beta, decay = beta.astype(q.dtype), jnp.exp(g).astype(q.dtype)
 
         def step(s, token):
-            q, k, v, beta, fade = token
-            s = s * fade[..., None]
+            q, k, v, beta, decay = token
+            s = s * decay[..., None]
             u = beta[..., None] * (v - jnp.einsum("bhd,bhdv->bhv", k, s))
             s = s + k[..., None] * u[:, :, None]
             return s, jnp.einsum("bhd,bhdv->bhv", q, s) * jnp.asarray(SCALE, q.dtype)
 
-        tokens = [a.swapaxes(0, 1) for a in (q, k, v, beta, fade)]
+        tokens = [a.swapaxes(0, 1) for a in (q, k, v, beta, decay)]
         s, o = jax.lax.scan(step, state.astype(q.dtype), tokens)
         return s.astype(jnp.float32), o.swapaxes(0, 1)
 

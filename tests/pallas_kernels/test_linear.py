@@ -104,11 +104,11 @@ def plain(q, k, v, g):
     clock = jnp.cumsum(jnp.broadcast_to(g, (*q.shape[:3], g.shape[3])), 1)
     order = jnp.tril(jnp.ones((t, t), bool))[None, :, :, None, None]
     apart = jnp.where(order, clock[:, :, None] - clock[:, None], -jnp.inf)
-    fade = jnp.exp(apart)
+    decay = jnp.exp(apart)
     if g.shape[3] == 1:
-        s = product("bihd,bjhd->bhij", q, k) * fade[..., 0].transpose(0, 3, 1, 2)
+        s = product("bihd,bjhd->bhij", q, k) * decay[..., 0].transpose(0, 3, 1, 2)
     else:
-        keys = low(fade) * k[:, None]
+        keys = low(decay) * k[:, None]
         s = product("bihd,bijhd->bhij", q, keys)
     return product("bhij,bjhv->bihv", low(s), v).astype(q.dtype)
 

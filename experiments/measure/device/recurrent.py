@@ -179,14 +179,14 @@ def rough(kernel: str, segment=None) -> Callable:
         beta = args[3].astype(kind) if kernel == "delta" else None
         b, t, _, d = q.shape
         g = token_decays(args[-1], t) if len(args) > 3 + (beta is not None) else None
-        fade = jnp.ones((1, t, h, 1), kind) if g is None else jnp.exp(g).astype(kind)
+        decay = jnp.ones((1, t, h, 1), kind) if g is None else jnp.exp(g).astype(kind)
         row = jnp.ones((1, t), jnp.int32) if segment is None else segment
 
         def step(carry, token):
             state, present = carry
-            q, k, v, beta, fade, now = token
+            q, k, v, beta, decay, now = token
             old = jnp.where((now == present)[:, None, None, None], state, 0)
-            old = old * fade[..., None]
+            old = old * decay[..., None]
             if beta is not None:
                 v = beta[..., None] * (v - jnp.einsum("bhd,bhdv->bhv", k, old))
             new = old + k[..., None] * v[:, :, None]
@@ -197,7 +197,7 @@ def rough(kernel: str, segment=None) -> Callable:
 
         tokens = jax.tree.map(lambda a: jnp.moveaxis(a, 1, 0),
                               (q, k, v, beta, jnp.broadcast_to(
-                                  fade, (fade.shape[0], t, *fade.shape[2:])), row))
+                                  decay, (decay.shape[0], t, *decay.shape[2:])), row))
         first = jnp.zeros((b, h, d, v.shape[3]), kind), jnp.ones((1,), jnp.int32)
         (state, _), o = jax.lax.scan(step, first, tokens)
         return state.astype(F32), jnp.moveaxis(o, 0, 1)

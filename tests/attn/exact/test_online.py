@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from attn.exact.attend import attend
-from attn.exact.dense import partial
+from attn.exact.dense import online_softmax
 from attn.exact.logits import LogitSpec, Where
 from attn.exact.online import (
     EMPTY, OnlineSoftmax, empty, join, logsumexp, merge, output, state_of
@@ -32,7 +32,7 @@ def test_parts_merge_to_the_whole(cuts, chunked):
             args, at = (q, k[:, a:b], v[:, a:b]), where[:, a:b]
             parts.append(
                 state_of(*attend(*args, CAUSAL, Where(where, at)))
-                if chunked else partial(*args, CAUSAL, Where(where, at))
+                if chunked else online_softmax(*args, CAUSAL, Where(where, at))
             )
         found = parts[0]
         for part in parts[1:]:  # one after the other
@@ -53,7 +53,7 @@ def test_nothing_seen_is_the_neutral_state():
     q, k, v = inputs()
     later = Where(jnp.zeros((2, 16), jnp.int32),
                   jnp.broadcast_to(1 + jnp.arange(16)[None], (2, 16)))
-    none = partial(q, k, v, CAUSAL, later)
+    none = online_softmax(q, k, v, CAUSAL, later)
     assert (none.m == np.float32(EMPTY)).all()
     assert (none.l == 0).all() and (none.acc == 0).all()
     o, lse = attend(q, k, v, CAUSAL, later)
@@ -61,7 +61,7 @@ def test_nothing_seen_is_the_neutral_state():
         for a, b in zip(state, none):
             np.testing.assert_array_equal(a, b)
     assert (logsumexp(none) == -np.inf).all()
-    some = partial(q, k, v)
+    some = online_softmax(q, k, v)
     stacked = lambda *parts: jax.tree.map(lambda *a: jnp.stack(a), *parts)
     for both in (merge(stacked(none, some)), join(some, none)):
         for a, b in zip(both, some):
@@ -80,7 +80,7 @@ def test_the_maximum_is_subtracted_before_anything_is_summed():
     wide = lambda a, first: jnp.concatenate([jnp.full_like(a[..., :1], first), a], -1)
     q_wide, late = wide(q, 1.0), jnp.arange(16) >= 8
     k_wide = wide(k, 0.0).at[:, 8:, :, 0].set(4e3)
-    parts = [partial(q_wide, k_wide[:, at], v[:, at], LogitSpec(scale=0.25))
+    parts = [online_softmax(q_wide, k_wide[:, at], v[:, at], LogitSpec(scale=0.25))
              for at in (slice(0, 8), slice(8, 16))]
     o = output(merge(jax.tree.map(lambda *a: jnp.stack(a), *parts)))
     scaled = np.asarray(q, np.float64) * 0.25 * q.shape[-1] ** 0.5

@@ -59,9 +59,9 @@ def recurrence(s, v, state, segment, d_o, d_state):
                 seen[n], carried[n] = [], False
             present[n] = segment[n, i]
             new = np.maximum(m[n], s[n, i])
-            fade, mine = np.exp(m[n] - new), np.exp(s[n, i] - new)
-            u[n] = u[n] * fade + mine
-            w[n] = w[n] * fade[:, None] + v[n, i] * mine[:, None]
+            decay, mine = np.exp(m[n] - new), np.exp(s[n, i] - new)
+            u[n] = u[n] * decay + mine
+            w[n] = w[n] * decay[:, None] + v[n, i] * mine[:, None]
             m[n] = new
             seen[n].append(i)
             o[n, i] = w[n] / u[n][:, None]

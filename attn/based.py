@@ -32,6 +32,7 @@ from attn.parallel.sharding import Axis, gather, over_mesh, splits, spread_heads
 from attn.recurrent.chunks import (
     ChunkSegments, filled, from_chunks, only, segments_of, to_chunks
 )
+from attn.recurrent.factors import beside_one
 from attn.recurrent.lasp import carry_in
 from attn.recurrent.linear import LinearState, empty, naive
 from attn.recurrent.noncausal import by_segment
@@ -124,9 +125,7 @@ class Based(Attention):
 
     def _summed(self, v: jax.Array) -> jax.Array:
         """v as float32, with a column of ones behind it for the sum of weights."""
-        v = v.astype(jnp.float32)
-        ones = jnp.ones_like(v[..., :1])
-        return jnp.concatenate([v, ones], -1) if self.normalize else v  # [B,T,K,V+1]
+        return beside_one(v) if self.normalize else v.astype(jnp.float32)
 
     def _divided(self, o: jax.Array) -> jax.Array:
         if not self.normalize:

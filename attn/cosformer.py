@@ -15,21 +15,19 @@ negative. In causal order the sums end at t, one state of 2D x (V + 1) numbers a
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 
 import jax
 import jax.numpy as jnp
 
 from attn.contract.attention import FACTORS, Attention, TemplateRow
-from attn.contract.dispatch import pick
 from attn.contract.eager import refuse
 from attn.contract.fields import check_fields
-from attn.contract.segments import count, locate, segment_indices
+from attn.contract.segments import count, locate
 from attn.contract.shapes import check
-from attn.parallel.sharding import Axis, over_mesh, splits, spread_heads
-from attn.recurrent.linear import LinearState, empty, recurrence
-from attn.recurrent.noncausal import noncausal
+from attn.parallel.sharding import Axis
+from attn.recurrent.factors import factor_sums, factor_sums_step
+from attn.recurrent.linear import LinearState, empty
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,10 +67,9 @@ class CosFormer(Attention):
         lengths = self._lengths(q, k, pair)
         lost = [self._refused(a) for a in (at, of)]
         q, k = (_turned(a, pos, m) for a, pos, m in zip((q, k), (at, of), lengths))
-        where = segment_indices(segments, q, self.causal)
-        k, v = (spread_heads(a, q.shape[2], self.axis) for a in (k, v))
-        letters = "BTHD BSKD BSKV BT BS -> BTHV"
-        o = over_mesh(self._local, letters, self.axis)(q, k, v, *where)
+        o = factor_sums(
+            q, k, v, causal=self.causal, segments=segments, **self._how(q))
+        o = self._divided(o)
         return jnp.where(lost[0] | lost[1], jnp.nan, o).astype(v.dtype)
 
     def init_state(self, size, q, k, v, *, x=None) -> LinearState:
@@ -90,16 +87,8 @@ class CosFormer(Attention):
         now = locate(segments, q.shape[0], q.shape[1], state.end, state.segment)
         lost = self._refused(now.pos)
         q, k = (_turned(a, now.pos, self.length) for a in (q, k))
-        axis = splits(self.axis, q.shape[1])
-        k, v = (spread_heads(a, q.shape[2], axis) for a in (k, v))
-        f = over_mesh(
-            functools.partial(self._sums, axis), "BHDV BTHD BTKD BTKV BT -> BHDV BTHV",
-            axis,
-        )
-        segment = None if segments is None else now.segment
-        memory, o = f(state.memory, q, k, v, segment)
-        o = jnp.where(lost, jnp.nan, self._divided(o)).astype(v.dtype)
-        return LinearState(memory, now.next_pos, now.last_segment), o
+        state, o = factor_sums_step(state, q, k, v, segments=segments, **self._how(q))
+        return state, jnp.where(lost, jnp.nan, self._divided(o)).astype(v.dtype)
 
     def _lengths(self, q, k, pair) -> tuple:
         """M of each query [B,T] and of each key [B,S], or one number for all."""
@@ -127,24 +116,6 @@ class CosFormer(Attention):
             f"{int(value)} tokens of a sequence: expected at most length={self.length}"
         )
 
-    def _sums(self, axis, state, q, k, v, segment) -> tuple:
-        # sum_s (q'_t.k'_s) [v_s | 1], s <= t: [B,T,H,V+1]
-        return recurrence(
-            q, k, _beside_one(v), state=state, segment=segment, chunk=self.chunk,
-            axis=axis, implementation=self.implementation,
-        )
-
-    def _local(self, q, k, v, q_segment, kv_segment) -> jax.Array:
-        if self.causal:
-            _, o = self._sums(self.axis, None, q, k, v, kv_segment)
-        else:
-            xla = functools.partial(
-                noncausal, q, k, _beside_one(v), q_segment=q_segment,
-                kv_segment=kv_segment, axis=self.axis,
-            )
-            o = pick(self.implementation, xla=xla)
-        return self._divided(o)
-
     def _divided(self, o: jax.Array) -> jax.Array:
         # sum_s w_ts [B,T,H,1]; where all features are 0 so is what is divided
         return o[..., :-1] / jnp.maximum(o[..., -1:], self.eps)
@@ -156,8 +127,3 @@ def _turned(x: jax.Array, pos: jax.Array, length) -> jax.Array:
     angle = math.pi / 2 * (pos + 1).astype(jnp.float32) / jnp.float32(length)
     angle = angle[..., None, None]  # pi t/2M
     return jnp.concatenate([x * jnp.sin(angle), x * jnp.cos(angle)], -1)
-
-
-def _beside_one(v: jax.Array) -> jax.Array:
-    v = v.astype(jnp.float32)
-    return jnp.concatenate([v, jnp.ones_like(v[..., :1])], -1)  # [B,S,K,V+1]

@@ -16,7 +16,6 @@ The more tokens there are, the less a new one counts: decays tend to 1, shares t
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from typing import Any, NamedTuple
 
@@ -24,7 +23,6 @@ import jax
 import jax.numpy as jnp
 
 from attn.contract.attention import RECURRENT, Attention, TemplateRow
-from attn.contract.dispatch import pick
 from attn.contract.fields import check_fields
 from attn.contract.segments import locate, segment_indices
 from attn.contract.shapes import check
@@ -32,7 +30,7 @@ from attn.parallel.sharding import Axis, over_mesh, splits
 from attn.recurrent.causal import linear_attention, linear_attention_step
 from attn.recurrent.chunks import only
 from attn.recurrent.linear import LinearState
-from attn.recurrent.noncausal import noncausal
+from attn.recurrent.noncausal import noncausal, noncausal_attention
 from attn.recurrent.time_softmax import largest, nothing, shares
 
 ACTIVATIONS = ("silu", None)
@@ -177,16 +175,11 @@ class LightNet(Attention):
         places = [locate(g, *a.shape[:2]) for g, a in zip(pair, (q, k))]
         share = self._softmax(k, None if segments is None else places[1].segment)
         turned = self._turned(q, share, *(p.pos for p in places))
-        of = segment_indices(segments, q, ordered=False)
-
-        def local(q, share, v, q_segment, kv_segment):
-            return noncausal(
-                q, share, v, q_segment=q_segment, kv_segment=kv_segment, axis=self.axis
-            )
-
-        f = over_mesh(local, "BTHD BSHD BSHV BT BS -> BTHV", self.axis)
-        o = pick(self.implementation, xla=functools.partial(f, *turned, v, *of))
-        return o * self._factor(q.shape[-1])  # c silu(q_t) sum_s exp(k_s - z)^T v_s
+        # c silu(q_t) sum_s exp(k_s - z)^T v_s
+        return noncausal_attention(
+            *turned, v, segments=segments, axis=self.axis,
+            scale=self._factor(q.shape[-1]), implementation=self.implementation,
+        )
 
     def _softmax(self, k, segment) -> jax.Array:
         """exp(k_s - z) [B,S,H,D], z over all keys of the segment."""

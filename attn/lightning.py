@@ -13,7 +13,6 @@ Speed" (Qin et al., 2024, arXiv:2405.17381), which `models/transnormer.py` build
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 
 import jax
@@ -21,14 +20,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from attn.contract.attention import RECURRENT, Attention, TemplateRow
-from attn.contract.dispatch import pick
 from attn.contract.fields import check_fields
 from attn.contract.segments import segment_indices
 from attn.contract.shapes import check
 from attn.parallel.sharding import Axis, over_mesh, spread_heads
 from attn.recurrent.causal import linear_attention, linear_attention_step
 from attn.recurrent.linear import LinearState, empty, recurrence
-from attn.recurrent.noncausal import noncausal
+from attn.recurrent.noncausal import noncausal_attention
 
 RULES = ("code", "paper", "fla", "minimax", "none")
 
@@ -125,13 +123,15 @@ class Lightning(Attention):
             return linear_attention(
                 q, k, v, log_decay, segments=segments, **self._how(q)
             )
-        q_segment, kv_segment = segment_indices(segments, q, ordered)
+        if log_decay is None:  # o = q (K^T V)
+            return noncausal_attention(
+                q, k, v, segments=segments, axis=self.axis, scale=self.scale,
+                implementation=self.implementation,
+            ).astype(v.dtype)
+        segment, _ = segment_indices(segments, q)
         k, v = (spread_heads(a, q.shape[2], self.axis) for a in (k, v))
-        letters = "BTHD BSKD BSKV H BT BS -> BTHV"
-        o = over_mesh(self._two_sided, letters, self.axis)(
-            q, k, v, log_decay, q_segment, kv_segment
-        )
-        return (o * self.scale).astype(v.dtype)
+        f = over_mesh(self._two_sided, "BTHD BSKD BSKV H BT -> BTHV", self.axis)
+        return (f(q, k, v, log_decay, segment) * self.scale).astype(v.dtype)
 
     def init_state(self, size, q, k, v, *, x=None) -> LinearState:
         """An empty memory for `size` tokens; q, k, v give shapes."""
@@ -153,21 +153,15 @@ class Lightning(Attention):
         s = slopes(q.shape[2], self.slopes, self.layer, self.layers)
         return jnp.asarray(-s, jnp.float32)  # log of exp(-s_h) [H]
 
-    def _two_sided(self, q, k, v, log_decay, q_segment, kv_segment) -> jax.Array:
-        if log_decay is None:  # o = q (K^T V)
-            xla = functools.partial(
-                noncausal, q, k, v, q_segment=q_segment, kv_segment=kv_segment,
-                axis=self.axis,
-            )
-            return pick(self.implementation, xla=xla)
+    def _two_sided(self, q, k, v, log_decay, segment) -> jax.Array:
         forth, back = (  # j <= t, and j >= t
             recurrence(
-                q, k, v, log_decay, segment=q_segment, chunk=self.chunk, axis=self.axis,
+                q, k, v, log_decay, segment=segment, chunk=self.chunk, axis=self.axis,
                 reverse=reverse, implementation=self.implementation,
             )[1]
             for reverse in (False, True)
         )
-        return forth + back - _own(q, k, v, q_segment)  # both hold j = t
+        return forth + back - _own(q, k, v, segment)  # both hold j = t
 
 
 def _own(q, k, v, segment) -> jax.Array:

@@ -18,7 +18,7 @@ which is the same quotient: a state of m means and their masses a head.
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -31,8 +31,9 @@ from attn.contract.segments import locate, segment_indices
 from attn.contract.shapes import check
 from attn.parallel.sharding import Axis, gather, mesh_of, over_mesh, splits
 from attn.recurrent.causal import linear_attention, linear_attention_step
+from attn.recurrent.factors import beside_one
 from attn.recurrent.linear import LinearState, recurrence
-from attn.recurrent.noncausal import by_segment, noncausal
+from attn.recurrent.noncausal import by_segment, noncausal_attention
 from attn.recurrent.time_softmax import LOW, largest, nothing, running, shares
 from attn.sparse import favor
 
@@ -132,10 +133,6 @@ class Performer(favor.Directions, nn.Module, Attention):
             held.memory, found.top, found.total, held.end, held.segment)
         return state, o.astype(v.dtype)
 
-    def _how(self, q) -> dict[str, Any]:
-        return {"chunk": self.chunk, "axis": self.axis,
-                "implementation": self.implementation}
-
     def _features(self, d: int) -> int:
         return self.features
 
@@ -148,12 +145,12 @@ class Performer(favor.Directions, nn.Module, Attention):
         return jax.random.normal(key, (heads, self.features, d), jnp.float32)
 
     def _noncausal(self, q, k, v, w, segments) -> jax.Array:
-        where = segment_indices(segments, q, ordered=False)
         if self.eps or self.least:
-            xla = functools.partial(self._as_code, q, k, v, w, segments, where)
+            xla = functools.partial(self._as_code, q, k, v, w, segments)
         elif segments is None:
             xla = functools.partial(self._whole, *_logs(q, k, v, w))
         else:
+            where = segment_indices(segments, q, ordered=False)
             letters = "BTHD BSHD BSHV BT BS -> BTHV"
             f = over_mesh(self._by_segment, letters, self.axis)
             xla = functools.partial(f, *_logs(q, k, v, w), *where)
@@ -164,9 +161,8 @@ class Performer(favor.Directions, nn.Module, Attention):
         if self.axis is not None:
             mesh_of(self.axis)  # raises without a mesh
         z = jax.nn.logsumexp(stored, 1, keepdims=True)
-        f = functools.partial(noncausal, axis=self.axis)
-        sums = over_mesh(f, "BTHD BSHD BSHV -> BTHV", self.axis)
-        return sums(nn.softmax(asked + z), jnp.exp(stored - z), v)
+        return noncausal_attention(
+            nn.softmax(asked + z), jnp.exp(stored - z), v, axis=self.axis)
 
     def _by_segment(self, asked, stored, v, q_segment, kv_segment) -> jax.Array:
         """The sums of each query's own segment: keys stand in front of the queries of
@@ -185,7 +181,7 @@ class Performer(favor.Directions, nn.Module, Attention):
 
         return by_segment(read, asked, stored, v, q_segment, kv_segment)
 
-    def _as_code(self, q, k, v, w, segments, where) -> jax.Array:
+    def _as_code(self, q, k, v, w, segments) -> jax.Array:
         """m^-1/2 (exp(w.x' - |x'|^2/2 - top) + eps): top is the greatest w.x' of the
         query, or of all keys of the segment; the denominator is at least `least`."""
         h = q.shape[2]
@@ -203,16 +199,8 @@ class Performer(favor.Directions, nn.Module, Attention):
         factor = self.features**-0.5
         q = factor * (jnp.exp(s_q - half_q - top_q) + self.eps)
         k = factor * (jnp.exp(s_k - half_k - top) + self.eps)
-        v = v.astype(jnp.float32)
-        v = jnp.concatenate([v, jnp.ones_like(v[..., :1])], -1)
-        k, v = (jnp.repeat(a, copies, 2) for a in (k, v))
-
-        def sums(q, k, v, q_segment, kv_segment):
-            return noncausal(q, k, v, q_segment=q_segment, kv_segment=kv_segment,
-                             axis=self.axis)
-
-        f = over_mesh(sums, "BTHD BSHD BSHV BT BS -> BTHV", self.axis)
-        o = f(q, k, v, *where)
+        o = noncausal_attention(
+            q, k, beside_one(v), segments=segments, axis=self.axis)
         total = jnp.maximum(o[..., -1:], self.least)
         return o[..., :-1] / jnp.where(total > 0, total, 1)
 

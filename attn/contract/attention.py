@@ -107,8 +107,10 @@ class Attention:
             )
 
     def _how(self: Any, q: Any) -> dict[str, Any]:
-        """What the linear recurrence is told; scale: of q.k, by default D^-0.5."""
-        scale = q.shape[-1] ** -0.5 if self.scale is None else self.scale
+        """What the linear recurrence is told; scale: of q.k, by default D^-0.5, and 1
+        where there is no such field."""
+        scale = getattr(self, "scale", 1.0)
+        scale = q.shape[-1] ** -0.5 if scale is None else scale
         return {
             "chunk": self.chunk, "scale": scale, "axis": self.axis,
             "implementation": self.implementation,

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from attn.contract.varying import gelu
+from attn.recurrent.factors import beside_one
 from attn.recurrent.linear import recurrence
 from attn.sparse import estimated, favor
 from attn.sparse.column_decoder import Decoder, layer_norm
@@ -96,16 +97,14 @@ class Estimator(favor.Directions, nn.Module):
 
     def _performer(self: Any, q, k, v, w, state, counted):
         """The Performer's sums and contexts [B,T,H,D+V] float32."""
-        one = jnp.ones_like(v[..., :1])
         if self.causal:
             q, k = favor.relu_features(q, w), favor.relu_features(k, w)
             memory, o = recurrence(
-                q, k, jnp.concatenate([v, one], -1),
-                state=None if state is None else state.memory)
+                q, k, beside_one(v), state=None if state is None else state.memory)
             return memory, o[..., :-1] / (o[..., -1:] + 1e-6 * q.sum(-1, keepdims=True))
         q = favor.softmax_features(q, w, (3,))
         k = favor.softmax_features(k, w, (1, 3), counted)
-        sums = jnp.einsum("bshm,bshv->bhmv", k, jnp.concatenate([v, one], -1))
+        sums = jnp.einsum("bshm,bshv->bhmv", k, beside_one(v))
         o = jnp.einsum("bthm,bhmv->bthv", q, sums)
         return None, o[..., :-1] / o[..., -1:]
 

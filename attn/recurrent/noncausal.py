@@ -7,13 +7,40 @@ that the recurrences of this library can read.
 
 from __future__ import annotations
 
-from typing import Callable
+import functools
+from typing import Any, Callable
 
 import jax
 import jax.numpy as jnp
 
-from attn.parallel.sharding import Axis, gather
+from attn.contract.dispatch import pick
+from attn.contract.segments import segment_indices
+from attn.parallel.sharding import Axis, gather, over_mesh, spread_heads
 from attn.recurrent.linear import recurrence
+
+
+def noncausal_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    segments: Any = None,
+    axis: Axis | None = None,
+    scale: float = 1.0,
+    implementation: str | None = None,
+) -> jax.Array:
+    """scale o [B,T,H,V] float32, o of `noncausal`, over a mesh if there is an axis.
+    segments [B,T], or a pair of [B,T] and [B,S]. There is XLA for it, and no kernel."""
+    where = segment_indices(segments, q, ordered=False)
+    k, v = (spread_heads(a, q.shape[2], axis) for a in (k, v))
+
+    def local(q, k, v, q_segment, kv_segment):
+        return noncausal(
+            q, k, v, q_segment=q_segment, kv_segment=kv_segment, axis=axis)
+
+    f = over_mesh(local, "BTHD BSKD BSKV BT BS -> BTHV", axis)
+    o = pick(implementation, xla=functools.partial(f, q, k, v, *where))
+    return o if scale == 1 else scale * o
 
 
 def noncausal(

@@ -20,7 +20,7 @@ BELOW = {
 ORDER = {
     "pallas_kernels": (
         ("__init__", "tile", "tiles", "arrays", "padding"), ("tables", "candidates"),
-        ("schedule", "refusals", "machine"),
+        ("schedule", "refusals", "machine"), ("tile_patterns",),
         ("flash", "decode", "linear", "delta", "memory", "scan"), ("blocks",),
         ("matrix",), ("tune",),
     ),

@@ -26,10 +26,11 @@ from pallas_kernels.padding import blank
 from pallas_kernels.refusals import (
     CARDS, DTYPES, WIDEST, check_device, check_elementwise, check_mosaic
 )
-from pallas_kernels.schedule import Side, Static, Tiling, shrink_to_fit
+from pallas_kernels.schedule import Side, Static, Tiling
 from pallas_kernels.tile import (
     LOG2E, LogitSpec, base_and_factor, lse_of, sink_logit, unit_of
 )
+from pallas_kernels.tile_patterns import shrink_to_fit
 
 F32 = jnp.float32
 

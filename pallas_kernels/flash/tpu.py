@@ -33,10 +33,9 @@ from pallas_kernels.flash.tpu_tile import (
     listed_row, own_head, put, scalars, specs
 )
 from pallas_kernels.machine.product import F32, NN, TN, dot
-from pallas_kernels.schedule import (
-    Side, Static, TilePatterns, Tiling, all_tiles, grid_order, tile_patterns
-)
+from pallas_kernels.schedule import Side, Static, Tiling, all_tiles, grid_order
 from pallas_kernels.tile import LOW, NEVER, sink_logit
+from pallas_kernels.tile_patterns import TilePatterns, tile_patterns
 
 
 def forward(static: Static, side: Side, q, k, v, bias, sink):

@@ -17,8 +17,9 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.machine.product import F32, NT, dot
 from pallas_kernels.machine.tpu import column
-from pallas_kernels.schedule import FULL, MASKED, Part, TilePatterns, Tiling, GridOrder
+from pallas_kernels.schedule import FULL, MASKED, GridOrder, Tiling
 from pallas_kernels.tile import NEVER, LogitSpec, both, dropout_keep
+from pallas_kernels.tile_patterns import Part, TilePatterns
 
 # the bits of a word of `Scalars.plan`: what is asked of a tile, whether it opens and
 # whether it closes its line, and above them which tile of the inner axis to hold

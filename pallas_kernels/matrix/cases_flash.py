@@ -10,9 +10,8 @@ import jax.numpy as jnp
 from pallas_kernels import tables
 from pallas_kernels.flash.api import flash
 from pallas_kernels.matrix.case import BF16, F32, TripCounts, struct, with_gradients
-from pallas_kernels.schedule import (
-    FULL, LANES, MASKED, Tiling, block_mask, shrink_to_fit, tile_patterns
-)
+from pallas_kernels.schedule import FULL, MASKED, Tiling, block_mask
+from pallas_kernels.tile_patterns import LANES, shrink_to_fit, tile_patterns
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,13 +13,13 @@ import pytest
 from attn.masks import Causal, Full, Mask, Sink, Window
 from attn.positions import ALiBi
 from attn.softmax import Softmax
-from pallas_kernels import Refused, refusals, schedule, tables
+from experiments.measure import cost
+from pallas_kernels import Refused, refusals, schedule, tables, tile_patterns
 from pallas_kernels.flash import (
     blackwell as flash_blackwell, mosaic as flash_mosaic, tpu as flash_tpu,
     tpu_portions as portions_tpu, triton as flash_triton
 )
 from pallas_kernels.flash.api import flash
-from experiments.measure import cost
 from tests.on_device import INTERPRET
 from tests.oracles.softmax import chunks as attend
 
@@ -150,7 +150,7 @@ def test_the_kernel_is_the_function(name, backend):
 @pytest.mark.parametrize("name", ("causal", "aligned", "window", "sink_tokens", "runs",
                                   "keep", "bias_2x4x37x37"))
 def test_what_a_mask_cuts_off_a_tile_is_not_missed(name, monkeypatch):
-    monkeypatch.setattr(schedule, "LANES", 8)
+    monkeypatch.setattr(tile_patterns, "LANES", 8)
     kernel = functools.partial(flash, tile=(16, 16, 8), interpret=INTERPRET)
     close(results(kernel, *given(name)), wanted(name))
 
@@ -159,27 +159,27 @@ def test_programs_stay_short():
     """A mask that cuts tiles in many ways, wide heads and data that decide make tiles
     smaller."""
     whole = schedule.Tiling(8192, 8192, 2048, 2048, 0)
-    size = lambda mask, width, traced: schedule.shrink_to_fit(
+    size = lambda mask, width, traced: tile_patterns.shrink_to_fit(
         mask, whole, 256, width, traced, False)[2:4]
     assert size(Causal(), 128, False) == (2048, 2048)
     assert size(Causal(), 128, True) == (2048, 1024)
     assert size(Causal(), 256, False) == (2048, 1024)
     assert size(Causal() & Window(4096), 256, True) == (1024, 1024)
     short = whole._replace(t=200, s=200, rows=256, columns=256)
-    assert schedule.shrink_to_fit(Causal(), short, 256, 256, True, True) == short
+    assert tile_patterns.shrink_to_fit(Causal(), short, 256, 256, True, True) == short
 
 
 def test_tiles_on_the_diagonal_are_cut_alike():
     mask, tiling = Causal(), schedule.Tiling(1000, 1000, 256, 256, 0)
     table = schedule.block_mask(mask, tiling)
-    ways, codes, _ = schedule.tile_patterns(mask, tiling, 128, table, None)
+    ways, codes, _ = tile_patterns.tile_patterns(mask, tiling, 128, table, None)
     assert (np.diag(codes)[:3] == schedule.MASKED + 1).all()
     assert (codes[np.tril_indices(4, -1)] == schedule.FULL).all()
     assert [p[1:] for p in ways.partial[0]] == [(128, 0, 256), (256, 128, 256)]
     assert sum(p.area for p in ways.partial[0]) == 0.75 * 256**2
     # nothing is cut off where the mask is not known before the run
     unknown = schedule.Tiling(1000, 1000, 256, 256, None)
-    assert not schedule.tile_patterns(mask, unknown, 128, table, None)[0].partial
+    assert not tile_patterns.tile_patterns(mask, unknown, 128, table, None)[0].partial
 
 
 @functools.cache

@@ -47,7 +47,8 @@ from experiments.cli.config import FREE, option
 from experiments.measure import seeds
 from experiments.training.loop import TrainConfig
 from experiments.training.runs import open_folder
-from models.stack import Block, Layers, Pattern, check_layers, unbound
+from models.block import Block
+from models.stack import Layers, Pattern, check_layers, unbound
 
 
 @dataclasses.dataclass(frozen=True)

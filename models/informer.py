@@ -11,10 +11,11 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from attn.contract.norm import Norm
+from models.block import Block
 from models.feed import INIT
 from models.places import Places
 from models.seq2seq import Decoder, feed, mixer, with_places
-from models.stack import Block, check_sizes
+from models.stack import check_sizes
 
 
 class Distil(nn.Module):

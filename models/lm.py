@@ -17,15 +17,17 @@ import numpy as np
 
 from attn.cmr import CMR
 from attn.contract.attention import said
+from attn.contract.norm import Norm
 from attn.contract.segments import locate
 from attn.contract.view import opened
 from attn.layers import Layer, MultiHead
 from attn.positions import RoPE
 from attn.softmax import Softmax
+from models.block import Block, Residual
 from models.carried import numbered
+from models.feed import INIT
 from models.placement import lay
-from models.stack import INIT, Block, Layers, Norm, Pattern, Residual, check_layers
-from models.stack import check_sizes, unbound
+from models.stack import Layers, Pattern, check_layers, check_sizes, unbound
 from models.vocabulary import Embed
 
 

@@ -17,8 +17,9 @@ import jax.numpy as jnp
 from attn.layers import Layer, MultiHead
 from attn.masks import Full
 from attn.softmax import Softmax
-from models.stack import INIT, Block, Layers, Pattern, check_layers, check_sizes
-from models.stack import unbound
+from models.block import Block
+from models.feed import INIT
+from models.stack import Layers, Pattern, check_layers, check_sizes, unbound
 
 _TABLE = nn.initializers.normal(0.02)
 

@@ -17,9 +17,10 @@ import jax.numpy as jnp
 from attn.contract.norm import Norm
 from attn.layers import MultiHead
 from attn.positions import sinusoids
+from models.block import Block
 from models.feed import INIT, Feed
 from models.places import Places
-from models.stack import Block, Layers, Pattern, check_sizes, stack
+from models.stack import Layers, Pattern, check_sizes, stack
 from models.vocabulary import Embed
 
 NORM = Norm("layer")

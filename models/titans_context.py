@@ -19,7 +19,8 @@ from attn.layers import Layer
 from attn.masks import Full
 from attn.positions import RoPE
 from attn.softmax import Softmax
-from models.stack import INIT, unbound
+from models.feed import INIT
+from models.stack import unbound
 from models.titans import TitansLayer
 
 

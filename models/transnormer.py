@@ -26,8 +26,9 @@ from attn.layers import Layer
 from attn.lightning import Lightning
 from attn.positions import learned_angles
 from attn.recurrent.linear import LinearState
+from models.feed import INIT
 from models.placement import lay
-from models.stack import INIT, check_sizes
+from models.stack import check_sizes
 from models.vocabulary import Embed
 
 VARIANTS, WHERE = ("paper", "example"), ("first", "rest", None)

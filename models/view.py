@@ -40,7 +40,7 @@ from attn.contract.attention import said
 from attn.contract.heads import check_rows
 from attn.contract.view import SEEN, VIEW, Rows, Site, variable
 from attn.softmax import Softmax
-from models.stack import Block
+from models.block import Block
 
 __all__ = ["Rows", "Site", "edited", "look", "masked_heads", "sites", "view"]
 MODES = ("zero", "mean", "uniform")

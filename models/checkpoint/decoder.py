@@ -7,13 +7,13 @@ from typing import Any, Callable, NamedTuple, Sequence
 
 import jax.numpy as jnp
 
+from attn.contract.norm import Norm
 from attn.masks import Causal, Window
 from attn.softmax import Softmax
 from models.checkpoint.config import Config, Reader
 from models.checkpoint.tensors import Entry, flat, linear, norm, same
 from models.feed import Feed
 from models.lm import LM
-from models.stack import Norm
 
 FULL, SLIDING, LINEAR = "full_attention", "sliding_attention", "linear_attention"
 ACTIVATIONS = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from models.block import Residual
 from models.checkpoint.config import Reader
 from models.checkpoint.decoder import (
     FULL, SLIDING, Architecture, attention, decoder, feed, layers, mlp, outside, place,
@@ -12,7 +13,6 @@ from models.checkpoint.decoder import (
 from models.checkpoint.rope import rope
 from models.checkpoint.tensors import Entry, fused, linear, norm
 from models.lm import LM
-from models.stack import Residual
 
 PRE = (("input_layernorm", "mixer_norm"), ("post_attention_layernorm", "mlp_norm"))
 POST = (("post_attention_layernorm", "mixer_out_norm"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from models.block import Residual
 from models.checkpoint.config import Reader
 from models.checkpoint.decoder import (
     FULL, SLIDING, decoder, feed, layers, rms, softmaxes,
@@ -12,7 +13,6 @@ from models.checkpoint.decoder import (
 from models.checkpoint.dense import BUFFERS, LLAMA
 from models.checkpoint.rope import rope
 from models.lm import LM
-from models.stack import Residual
 
 
 def gemma(r: Reader, options: dict[str, Any], **fields: Any) -> LM:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+from attn.contract.norm import Norm
 from attn.softmax import Softmax
 from models.checkpoint.config import Config, Reader
 from models.checkpoint.decoder import ACTIVATIONS, Architecture
 from models.checkpoint.tensors import Entry, fused, linear, norm, same
 from models.feed import Feed
 from models.lm import LM
-from models.stack import Norm
 
 
 def gpt2(r: Reader, options: dict[str, Any]) -> LM:

@@ -9,8 +9,10 @@ from typing import Any, Sequence
 import jax.numpy as jnp
 import numpy as np
 
+from attn.contract.norm import Norm
 from attn.delta import Delta
 from attn.layers import MultiHead
+from models.block import Residual
 from models.checkpoint.config import Reader
 from models.checkpoint.decoder import (
     FULL, LINEAR, Architecture, attention, decoder, feed, heads, layers, mlp, outside,
@@ -22,7 +24,6 @@ from models.checkpoint.tensors import (
     Entry, Shapes, flat, fused, kernel, linear, norm,
 )
 from models.lm import LM
-from models.stack import Norm, Residual
 
 
 def delta_layer(

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from attn.contract.norm import Norm
 from attn.delta import Delta
 from attn.layers import MultiHead
 from attn.mla import MLA
@@ -20,7 +21,6 @@ from models.checkpoint.tensors import Entry, flat, fused, kernel, linear, norm
 from models.experts import Experts
 from models.feed import Feed
 from models.lm import LM
-from models.stack import Norm
 
 DENSE, SPARSE = "dense", "sparse"
 

@@ -7,8 +7,10 @@ from typing import Any
 
 import numpy as np
 
+from attn.contract.norm import Norm
 from attn.layers import MultiHead
 from attn.lightning import Lightning, slopes
+from models.block import Residual
 from models.checkpoint.config import Reader
 from models.checkpoint.decoder import (
     FULL, LINEAR, SLIDING, Architecture, attention, decoder, head_dim, heads, layers,
@@ -19,7 +21,6 @@ from models.checkpoint.rope import rope
 from models.checkpoint.sparse import W123, experts_of, mixture, norms
 from models.checkpoint.tensors import Entry, fused, kernel, norm
 from models.lm import LM
-from models.stack import Norm, Residual
 
 
 def minimax(r: Reader, options: dict[str, Any]) -> LM:

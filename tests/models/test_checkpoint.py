@@ -12,13 +12,13 @@ import pytest
 
 from attn.lightning import Lightning
 from attn.softmax import Softmax
+from models.block import Residual
 from models.checkpoint import load, save
 from models.checkpoint.architectures import described
 from models.checkpoint.files import Files
 from models.feed import Feed
 from models.generate import generate, stream
 from models.lm import LM
-from models.stack import Residual
 from tests import compiled
 
 FOLDERS = sorted(path.parent for path in (

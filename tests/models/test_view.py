@@ -21,9 +21,9 @@ from attn.positional import Positional
 from attn.positions import ALiBi
 from attn.softmax import Softmax
 from experiments.measure import cost
+from models.block import Residual
 from models.generate import generate
 from models.lm import LM
-from models.stack import Residual
 from models.view import Rows, edited, look, masked_heads, sites
 from tests import compiled
 

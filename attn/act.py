@@ -35,7 +35,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from attn.cache import kv as caches
+from attn.cache import kv as caches, reading
+from attn.cache.rolling_slots import rolling_slots
 from attn.contract.attention import EXACT, TemplateRow
 from attn.contract.calls import refuse_keywords
 from attn.contract.heads import check_rows, chosen as chosen_heads
@@ -167,10 +168,10 @@ class ACT(Softmax):
                     1 if segments is None else t + 2)
         # what the sequence that the cache held has received so far
         held = (keys.segment == 1)[:, None]
-        sums, rows = (jnp.where(held, caches.of_slots(a, read, h)[:, :, 0], 0)
+        sums, rows = (jnp.where(held, reading.of_slots(a, read, h)[:, :, 0], 0)
                       for a in (state.sums, state.rows))
         where = Where(now.pos, pos, now.segment, segment)
-        more = None if key_bias is None else caches.of_slots(key_bias, read, h)
+        more = None if key_bias is None else reading.of_slots(key_bias, read, h)
         o, sums, rows = self._calibrated(
             q, read.k, read.v, where, keys, more, sink, sums, rows, state.chosen)
         newest = now.segment.max(1, keepdims=True)
@@ -247,7 +248,7 @@ class ACT(Softmax):
         return detected & (pos != first)
 
     def _check_whole(self, slots: int) -> None:
-        if caches.rolling_slots(self.visible, slots).endless:
+        if rolling_slots(self.visible, slots).endless:
             raise NotImplementedError(
                 f"step: {self.visible} forgets keys, whose attention is no longer "
                 "known: expected a mask that keeps all"

@@ -21,7 +21,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from attn.cache import flat, kv as caches
+from attn.cache import flat, kv as caches, reading
 from attn.cache.flat import Flat
 from attn.cache.votes import Voting
 from attn.contract.attention import MASKED, TemplateRow
@@ -103,7 +103,7 @@ class AdaKV(Voting, Softmax):
         cache, wide = caches.of_one_type(caches.Cache(*state), q)
         old = flat.read(Flat(*cache), wide, now, spec, split_lse=True, **how)
         own = caches.Cache(k, v, now.pos[..., None], *now[2:])
-        new = caches.read(own, now.segment, q, now, spec, split_lse=True, **how)
+        new = reading.read(own, now.segment, q, now, spec, split_lse=True, **how)
         both = join(state_of(*old), state_of(*new))
         if sink is not None:
             both = join(both, without_value(sink, both))

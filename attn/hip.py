@@ -18,7 +18,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from attn.cache import kv as caches
+from attn.cache import kv as caches, reading
 from attn.cache.few import at_slots
 from attn.cache.kv import Cache
 from attn.contract.attention import MASKED, Attention, TemplateRow
@@ -243,8 +243,8 @@ class HiP(Attention):
         few = self._gathered(after, chosen, reach, seen)
         segment = jnp.broadcast_to(now.segment, few.k.shape[:2])
         few, asking = caches.of_one_type(few, q)
-        o = caches.read(few, segment, asking, now, LogitSpec(Causal(), self.scale),
-                        implementation=self.implementation)[0]
+        o = reading.read(few, segment, asking, now, LogitSpec(Causal(), self.scale),
+                         implementation=self.implementation)[0]
         return HiPState(after, chosen, reach, age), o
 
     def _gathered(self, cache: Cache, chosen, reach, seen) -> Cache:

@@ -17,7 +17,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from attn.cache import kv as caches
+from attn.cache import kv as caches, reading
 from attn.contract.fields import check_fields
 from attn.contract.norm import Norm
 from attn.contract.segments import TokenPositions, locate
@@ -164,6 +164,6 @@ class MLA(Layer):
             read, segment = caches.concat(state, k, nothing, now)
         read = read._replace(v=read.k[..., : self.rank])
         read, q = caches.of_one_type(read, q)
-        o = caches.read(read, segment, q, now, self._spec(),
-                        implementation=self.implementation)[0]
+        o = reading.read(read, segment, q, now, self._spec(),
+                         implementation=self.implementation)[0]
         return after, caches.poison(o.astype(self.dtype), now.next_pos, slots)

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from attn.cache import block_sums
+from attn.cache import block_sums, reading
 from attn.cache import kv as caches
 from attn.cache.few import at_slots, of_blocks
 from attn.cache.kv import Cache
@@ -171,8 +171,8 @@ class MoBA(Attention):
         few = at_slots(state.cache, self.chosen_slots(state, q[:, 0], now.pos[:, 0]))
         segment = jnp.broadcast_to(now.segment, few.k.shape[:2])
         few, q = caches.of_one_type(few, q)
-        return caches.read(few, segment, q, now, LogitSpec(Causal(), self.scale),
-                           implementation=self.implementation)[0]
+        return reading.read(few, segment, q, now, LogitSpec(Causal(), self.scale),
+                            implementation=self.implementation)[0]
 
     def chosen_slots(self, state: MoBAState, q, pos) -> jax.Array:
         """The slots [B,top_k block,H] that q [B,H,D] at pos [B] reads, -1 for none."""

@@ -22,7 +22,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from attn.cache import kv as caches
+from attn.cache import kv as caches, reading
 from attn.cache.compressed import completed
 from attn.cache.few import at_slots, of_blocks
 from attn.cache.kv import Cache
@@ -245,7 +245,7 @@ class NSA(nn.Module, Attention):
         for name in [n for n in self.branches if n != "compressed"]:
             few, wide = caches.of_one_type(at_slots(state.cache, slots[name]), q)
             segment = jnp.broadcast_to(now.segment, few.k.shape[:2])
-            found[name] = caches.read(
+            found[name] = reading.read(
                 few, segment, wide, now, LogitSpec(Causal(), self.scale),
                 implementation=self.implementation)[0]
         return found

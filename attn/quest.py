@@ -19,7 +19,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from attn.cache import kv as caches
+from attn.cache import kv as caches, reading
 from attn.cache.few import at_slots
 from attn.cache.kv import Cache
 from attn.contract.attention import MASKED, TemplateRow
@@ -92,8 +92,8 @@ class Quest(Softmax):
             few = at_slots(after.cache, self.chosen_slots(after, q[:, 0]))
             few, wide = caches.of_one_type(few, q)
             segment = jnp.broadcast_to(now.segment, few.k.shape[:2])
-            o = caches.read(few, segment, wide, now, self._spec(), sink=sink,
-                            implementation=self.implementation)[0]
+            o = reading.read(few, segment, wide, now, self._spec(), sink=sink,
+                             implementation=self.implementation)[0]
         else:
             read = caches.concat(cache, k, v, now)
             o = self.read(*read, q, now, sink=sink)

@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 
 from attn.cache import kv as caches
+from attn.cache.rolling_slots import rolling_slots
 from attn.contract.attention import EXACT, Attention, TemplateRow
 from attn.contract.fields import check_fields
 from attn.contract.segments import locate
@@ -133,7 +134,7 @@ class Relative(nn.Module, Attention):
         give shapes and dtypes."""
         self.check_stream()
         caches.check_size(size)
-        return caches.empty(k, v, caches.rolling_slots(self.visible, size).slots)
+        return caches.empty(k, v, rolling_slots(self.visible, size).slots)
 
     def step(self, state, q, k, v, *, x=None, segments=None):
         """The next T tokens -> state, [B,T,H,V]."""
@@ -144,7 +145,7 @@ class Relative(nn.Module, Attention):
             mesh_of(self.axis)  # how a step is split is left to the compiler
         (b, t), slots = q.shape[:2], state.k.shape[1]
         now = locate(segments, b, t, state.end, state.segment)
-        ring = caches.rolling_slots(self.visible, slots)
+        ring = rolling_slots(self.visible, slots)
         if not ring.endless:
             caches.check_room(now.next_pos, slots)
         tables = self._tables(q, v)

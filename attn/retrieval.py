@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attn.cache import graph_index, kv as caches
+from attn.cache import graph_index, kv as caches, reading
 from attn.cache.graph_index import Graph
 from attn.cache.kv import Cache
 from attn.contract.attention import MASKED, TemplateRow
@@ -176,8 +176,8 @@ class Retrieval(Softmax):
         caches.check_room(used, near.k.shape[1])
         newest = jnp.broadcast_to(now.segment, near.k.shape[:2])
         cache, wide = caches.of_one_type(near, q)
-        own = caches.read(cache, newest, wide, now, self._spec(), split_lse=True,
-                          implementation=self.implementation)
+        own = reading.read(cache, newest, wide, now, self._spec(), split_lse=True,
+                           implementation=self.implementation)
         both = join(state_of(*own), state_of(*found))
         if sink is not None:
             both = join(both, without_value(sink, both))

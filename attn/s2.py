@@ -19,7 +19,7 @@ import dataclasses
 import jax.numpy as jnp
 import numpy as np
 
-from attn.cache import kv as caches
+from attn.cache import kv as caches, reading
 from attn.cache import shards
 from attn.cache.kv import Cache
 from attn.cache.shards import S2State
@@ -206,7 +206,7 @@ class S2(Attention):
             newest = now.segment.max(1, keepdims=True)
             both, kv_segment = after, jnp.broadcast_to(newest, after.k.shape[:2])
         both, q = caches.of_one_type(both, q)
-        o, _ = caches.read(
+        o, _ = reading.read(
             both, kv_segment, q, now, LogitSpec(mask, self.scale),
             implementation=self.implementation,
         )

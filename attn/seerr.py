@@ -18,7 +18,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from attn.cache import block_pools
+from attn.cache import block_pools, reading
 from attn.cache import kv as caches
 from attn.cache.few import at_slots, of_blocks
 from attn.cache.kv import Cache
@@ -135,8 +135,8 @@ class SeerR(TokenGate, Attention):
             few = at_slots(after.cache, of_blocks(chosen, self.block, now.pos[:, 0]))
             few, asked = caches.of_one_type(few, asked)
             segment = jnp.broadcast_to(now.segment, few.k.shape[:2])
-            o = caches.read(few, segment, asked, now, LogitSpec(Causal(), self.scale),
-                            implementation=self.implementation)[0]
+            o = reading.read(few, segment, asked, now, LogitSpec(Causal(), self.scale),
+                             implementation=self.implementation)[0]
         else:
             o = self.exact.read(*caches.concat(cache, turned, v, now), asked, now)
         return after, caches.poison(o.astype(v.dtype), now.next_pos, slots)

@@ -16,8 +16,9 @@ from typing import Any, Callable
 
 import jax.numpy as jnp
 
-from attn.cache import kv as caches
+from attn.cache import kv as caches, reading
 from attn.cache import sharded as shardcache
+from attn.cache.rolling_slots import rolling_slots
 from attn.contract.attention import EXACT, Attention, TemplateRow
 from attn.contract.calls import refuse_keywords
 from attn.contract.effective import by_derivative
@@ -151,7 +152,7 @@ class Softmax(Attention):
         """An empty memory for `size` tokens; q, k, v give shapes and dtypes."""
         caches.check_size(size)
         # a window never needs more slots than it is long
-        need = caches.rolling_slots(self.visible, max(size, 1)).slots
+        need = rolling_slots(self.visible, max(size, 1)).slots
         return caches.empty(k, v, need)
 
     def step(
@@ -181,7 +182,7 @@ class Softmax(Attention):
         b, t = q.shape[:2]
         slots = state.k.shape[1]
         now = locate(segments, b, t, state.end, state.segment)
-        ring = caches.rolling_slots(self.visible, slots)
+        ring = rolling_slots(self.visible, slots)
         if not ring.endless:
             caches.check_room(now.next_pos, slots)
         after = self._append(state, k, v, now, ring.slot(now))
@@ -225,7 +226,7 @@ class Softmax(Attention):
             args = cache, kv_segment, q, now, self._spec()
             if shardcache.splits(cache, self.axis):
                 return shardcache.read(*args, self.axis, **how)
-            return caches.read(*args, **how)[0]
+            return reading.read(*args, **how)[0]
         # a prompt: keys are exchanged, as in `__call__`
         streamed = dataclasses.replace(self, axis=self._split(q, cache.k))
         where = Where(now.pos, cache.pos, now.segment, kv_segment)
@@ -234,7 +235,7 @@ class Softmax(Attention):
     def _read_biased(self, cache, kv_segment, q, now, key_bias, sink=None):
         """o [B,T,H,V] and lse [B,H,T], with a bias of each key position."""
         where = Where(now.pos, cache.pos, now.segment, kv_segment)
-        bias = caches.of_slots(key_bias, cache, q.shape[2])
+        bias = reading.of_slots(key_bias, cache, q.shape[2])
         # a bias does not travel with its keys: over a mesh XLA says what moves
         implementation = self.implementation if self.axis is None else "xla"
         return attend(q, cache.k, cache.v, self._spec(), where, bias=bias, sink=sink,

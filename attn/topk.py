@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from attn.cache import block_sums
+from attn.cache import block_sums, reading
 from attn.cache import kv as caches
 from attn.cache.few import at_slots
 from attn.cache.kv import Cache
@@ -145,7 +145,7 @@ class TopK(Attention):
         segment = jnp.broadcast_to(now.segment, few.k.shape[:2])
         few, q = caches.of_one_type(few, q)
         spec = LogitSpec(Causal(), self.scale)
-        return caches.read(
+        return reading.read(
             few, segment, q, now, spec, implementation=self.implementation)[0]
 
     def chosen_slots(self, state: TopKState, q, length) -> jax.Array:

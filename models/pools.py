@@ -32,7 +32,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 
-from attn.cache import kv as caches
+from attn.cache import kv as caches, reading
+from attn.cache.rolling_slots import rolling_slots
 from attn.contract.segments import locate
 from attn.exact.attend import attend
 from attn.exact.logits import Where
@@ -202,7 +203,7 @@ class _Attention:
         now = locate(None, q.shape[0], q.shape[1], state.end, state.segment)
         segment = jnp.broadcast_to(now.segment, state.k.shape[:2])
         cache, wide = caches.of_one_type(state, q)
-        return state_of(*caches.read(
+        return state_of(*reading.read(
             cache, segment, wide, now, self.inner._spec(), split_lse=True,
             implementation=self.inner.implementation))
 
@@ -213,7 +214,7 @@ class _Attention:
         own = state_of(*attend(q, k, v, self.inner._spec(), where, split_lse=True,
                                implementation="xla"))
         slots = state.k.shape[1]
-        ring = caches.rolling_slots(self.inner.visible, slots)
+        ring = rolling_slots(self.inner.visible, slots)
         held = caches.append(state, k, v, now, ring.slot(now))
         o = output(join(before, own)).astype(v.dtype)
         return held, o if ring.endless else caches.poison(o, now.next_pos, slots)

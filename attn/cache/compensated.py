@@ -16,8 +16,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from attn.cache import kv as caches
-from attn.cache.kv import Cache, RollingSlots
+from attn.cache import kv as caches, reading
+from attn.cache.kv import Cache
+from attn.cache.rolling_slots import RollingSlots
 from attn.contract.calls import refuse_keywords
 from attn.contract.segments import TokenPositions, locate
 from attn.contract.shapes import check
@@ -113,7 +114,7 @@ class Compensating:
         spec, how = self._spec(), {
             "split_lse": True, "implementation": self.implementation}
         if few(q.shape[1] * q.shape[2], wide.dtype) or q.shape[1] == 1:
-            found = caches.read(cache, segment, wide, now, spec, **how)
+            found = reading.read(cache, segment, wide, now, spec, **how)
         else:
             where = Where(now.pos, cache.pos, now.segment, segment)
             found = attend(wide, cache.k, cache.v, spec, where, **how)

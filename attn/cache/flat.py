@@ -15,7 +15,7 @@ from typing import Any, Callable, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from attn.cache import kv as caches
+from attn.cache import kv as caches, reading
 from attn.cache.kv import Cache
 from attn.contract.segments import TokenPositions
 from attn.contract.varying import varying
@@ -147,7 +147,7 @@ def read(
     flat: Flat, q, now: TokenPositions, spec: LogitSpec, **how: Any
 ) -> tuple[jax.Array, ...]:
     """What queries q [B,T,H,D] at `now`, of the sequence that goes on (segment index 1,
-    or that of a token that begins another), find: `attn.cache.kv.read`."""
+    or that of a token that begins another), find: `attn.cache.reading.read`."""
     heads = flat.pos.shape[2]
     score = None if spec.score is None else ScoreOfHead(spec.score, heads)
     spec = dataclasses.replace(
@@ -156,7 +156,7 @@ def read(
     segment = jnp.ones(one.k.shape[:2], jnp.int32)
     if q.shape[1] == 1:
         segment = jnp.broadcast_to(now.segment, segment.shape)
-    return caches.read(one, segment, q, now, spec, **how)
+    return reading.read(one, segment, q, now, spec, **how)
 
 
 def _one_head(flat: Flat) -> Cache:

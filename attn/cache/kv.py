@@ -8,7 +8,6 @@ segment begins, what came before can no longer be seen and is dropped.
 
 from __future__ import annotations
 
-import functools
 import operator
 from typing import NamedTuple
 
@@ -16,15 +15,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attn.contract.dispatch import interpreted, pick
-from attn.contract.segments import TokenPositions
+from attn.contract.dispatch import interpreted
 from attn.contract.eager import refuse
+from attn.contract.segments import TokenPositions
 from attn.contract.varying import varying
-from attn.exact import chunked, dense
-from attn.exact.attend import kernel_options
-from attn.exact.logits import LogitSpec, Where
-from attn.masks import FOREVER, Mask
-from pallas_kernels.decode.api import decode
+from attn.masks import FOREVER
 
 
 class Cache(NamedTuple):
@@ -168,69 +163,6 @@ def only_current(cache: Cache, segments: jax.Array) -> Cache:
     [B,C]."""
     now = segments == segments.max(1, keepdims=True)
     return cache._replace(pos=jnp.where(now[..., None], cache.pos, -1))
-
-
-class RollingSlots(NamedTuple):
-    """How a mask lets slots be used again: the first `first` tokens stay where they
-    are, the others share the rest by turns. `endless`: no visible token is lost."""
-
-    slots: int
-    first: int
-    endless: bool
-
-    def slot(self, place: TokenPositions) -> jax.Array:
-        """The slot [B,T] of each token; -1 if a later token of the call takes it."""
-        if not self.endless:
-            return place.pos
-        around = self.slots - self.first  # slots that are shared by turns
-        later = self.first + (place.pos - self.first) % around
-        stays = place.pos >= place.next_pos[:, None] - around
-        return jnp.where(
-            place.pos < self.first, place.pos, jnp.where(stays, later, -1)
-        )
-
-
-def rolling_slots(mask: Mask, slots: int) -> RollingSlots:
-    """The slots that `mask` needs, in at most `slots` slots."""
-    left, first = mask.reach()
-    # the window and the token itself
-    need = first + left + 1 if 0 <= left < FOREVER else FOREVER
-    return RollingSlots(min(slots, need), first, need <= slots)
-
-
-def read(
-    cache: Cache, kv_segment: jax.Array, q: jax.Array, now: TokenPositions,
-    spec: LogitSpec, *, head: jax.Array | None = None, sink: jax.Array | None = None,
-    split_lse: bool = False, implementation: str | None = None,
-) -> tuple[jax.Array, ...]:
-    """What a few queries q [B,T,H,D] at `now` find in a cache whose slots have segment
-    indices kv_segment [B,C] -> o [B,T,H,V], lse [B,H,T]. head, sink, split_lse: see
-    `attend`."""
-    where = Where(now.pos, cache.pos, now.segment, kv_segment, head)
-
-    def kernel(backend):
-        return decode(
-            q, cache.k, cache.v, sink=sink, backend=backend, interpret=interpreted(),
-            split_lse=split_lse, **kernel_options(spec, where),
-        )
-
-    tpu, gpu = (functools.partial(kernel, name) for name in ("tpu", "triton"))
-    form = dense if dense.few(q.shape[1] * q.shape[2], q.dtype) else chunked
-    xla = functools.partial(
-        form.attend, q, cache.k, cache.v, spec, where, sink=sink, split_lse=split_lse
-    )
-    return pick(implementation, xla=xla, tpu=tpu, gpu=gpu)
-
-
-def of_slots(by_position: jax.Array, cache: Cache, heads: int) -> jax.Array:
-    """Numbers of positions [B|1,H|1,P] at the slots of a cache, [B,H,1,C] as a bias of
-    H = `heads` query heads; 0 for empty slots and positions behind the last."""
-    b, c, own = cache.pos.shape
-    size = by_position.shape[2]
-    pos = jnp.repeat(cache.pos, heads // own, 2).swapaxes(1, 2)  # [B,H,C]
-    wide = jnp.broadcast_to(by_position, (b, heads, size))
-    found = jnp.take_along_axis(wide, jnp.clip(pos, 0, size - 1), 2)
-    return jnp.where((pos >= 0) & (pos < size), found, 0)[:, :, None]
 
 
 def in_order(cache: Cache) -> Cache:

@@ -48,8 +48,9 @@ def read(
     cache: Cache, kv_segment, q, now: TokenPositions, spec: LogitSpec, *,
     sink: Any = None, implementation: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """What a few queries find, as `attn.cache.kv.read`: o [B,T,H,V], and what each slot
-    receives of them [B,C,K] float32, added up over queries and the heads of a group."""
+    """What a few queries find, as `attn.cache.reading.read`: o [B,T,H,V], and what each
+    slot receives of them [B,C,K] float32, added up over queries and the heads of a
+    group."""
     heads = cache.k.shape[2]
 
     def kernel(backend):

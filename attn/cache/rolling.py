@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 
 from attn.cache import kv as caches
-from attn.cache.kv import Cache, RollingSlots
+from attn.cache.kv import Cache
+from attn.cache.rolling_slots import RollingSlots
 from attn.contract.calls import refuse_keywords
 from attn.contract.segments import locate
 from attn.contract.shapes import check

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from attn.cache import kv as caches
+from attn.cache import kv as caches, reading
 from attn.cache.kv import Cache
 from attn.contract.segments import TokenPositions
 from attn.exact.logits import LogitSpec
@@ -60,14 +60,14 @@ def read(
     spec: LogitSpec, axis: Any, *, sink: jax.Array | None = None,
     implementation: str | None = None,
 ) -> jax.Array:
-    """`attn.cache.kv.read`, o [B,T,H,V], where each device reads its own slots."""
+    """`attn.cache.reading.read`, o [B,T,H,V], where each device reads its own slots."""
     heads = jnp.arange(q.shape[2], dtype=jnp.int32)
 
     def local(q, head, kv_segment, *rest):
         k, v, pos, *place = rest
         now = TokenPositions(*place)
         part = Cache(k, v, pos, now.next_pos, now.last_segment)
-        found = caches.read(
+        found = reading.read(
             part, kv_segment, q, now, spec, head=head, split_lse=True,
             implementation=implementation,
         )

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attn.cache import graph_index, kv as caches
+from attn.cache import graph_index, reading
 from attn.contract.segments import locate
 from attn.exact.attend import attend
 from attn.exact.logits import LogitSpec
@@ -35,7 +35,7 @@ def merge(case, config):
     now = locate(None, q.shape[0], 1, after.end - 1, after.segment)
     near = after.near
     own = jnp.broadcast_to(now.segment, near.k.shape[:2])
-    o, lse = caches.read(near, own, q, now, LogitSpec())
+    o, lse = reading.read(near, own, q, now, LogitSpec())
     far = [np.asarray(a) for a in (
         q, after.far.k, after.far.v, after.far.pos[..., 0], after.links, after.entry)]
     far_o, far_lse = policy._host_read(*far)

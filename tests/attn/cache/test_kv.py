@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from attn.cache import kv as caches
+from attn.cache.rolling_slots import RollingSlots, rolling_slots
 from attn.contract.segments import locate
 from attn.masks import FOREVER, Causal, Sink, Window
 
@@ -80,14 +81,14 @@ def test_keeping_the_best_of_each_head_in_order():
     (Causal() & Window(30), 20, (20, 0, False)),
 ])
 def test_rolling_slots(mask, slots, want):
-    assert tuple(caches.rolling_slots(mask, slots)) == want
+    assert tuple(rolling_slots(mask, slots)) == want
 
 
 def test_rolling_slots_are_used_again_and_the_first_stay():
-    rolling = caches.RollingSlots(5, 2, True)
+    rolling = RollingSlots(5, 2, True)
     now = locate(None, 1, 9)
     assert rolling.slot(now)[0].tolist() == [0, 1, -1, -1, -1, -1, 3, 4, 2]
-    assert caches.rolling_slots(Causal(), 4).slots == 4 and FOREVER > 10**9
+    assert rolling_slots(Causal(), 4).slots == 4 and FOREVER > 10**9
 
 
 def test_no_room_is_never_silent():

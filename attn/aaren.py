@@ -91,8 +91,6 @@ class Aaren(nn.Module, Attention):
     def init_state(self, size, q, k, v, *, x=None) -> AarenState:
         """An empty memory for `size` tokens; q, k, v give shapes."""
         self.check_stream()
-        if size < 1:
-            raise ValueError(f"size: a memory for {size} tokens, expected 1 or more")
         b, _, h, _ = q.shape
         clock = jnp.zeros((b,), jnp.int32)
         # the segment before the first is -1

@@ -87,8 +87,6 @@ class ABC(nn.Module, Attention):
     def init_state(self, size, q, k, v, *, x=None) -> ABCState:
         """An empty memory for `size` tokens; q, k, v give shapes."""
         self.check_stream()
-        if size < 1:
-            raise ValueError(f"size: a memory for {size} tokens, expected 1 or more")
         b, slots = k.shape[0], k.shape[2] * self.landmarks
         clock = jnp.zeros((b,), jnp.int32)
         # the segment before the first is -1

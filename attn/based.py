@@ -97,7 +97,7 @@ class Based(Attention):
         last column of phi(k), for P features. q, k, v give shapes."""
         self.check_stream()
         # one column more if sums of weights are held
-        return empty(size, *self._memory(q, v.shape[-1] + self.normalize))
+        return empty(*self._memory(q, v.shape[-1] + self.normalize))
 
     def step(self, state, q, k, v, *, x=None, segments=None):
         """The next T tokens -> state, [B,T,H,V]; the state does not grow."""

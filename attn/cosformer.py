@@ -78,7 +78,7 @@ class CosFormer(Attention):
         `length` is that of several sequences: `step` refuses one that is longer."""
         self.check_stream()
         b, _, h, d = q.shape
-        return empty(size, b, h, 2 * d, v.shape[-1] + 1)
+        return empty(b, h, 2 * d, v.shape[-1] + 1)
 
     def step(self, state, q, k, v, *, x=None, segments=None):
         """The next T tokens -> state, [B,T,H,V]; the state does not grow."""

@@ -103,8 +103,6 @@ class Delta(nn.Module, Attention):
     def init_state(self, size, q, k, v, *, x=None) -> DeltaState:
         """An empty memory for `size` tokens, which does not grow; q, k, v give shapes.
         """
-        if size < 1:
-            raise ValueError(f"size: a memory for {size} tokens, expected 1 or more")
         b, _, h, d = q.shape
         self._check_values(v)
         return DeltaState(

@@ -109,8 +109,6 @@ class Flow(Attention):
     def init_state(self, size, q, k, v, *, x=None) -> FlowState:
         """An empty memory for `size` tokens; q, k, v give shapes."""
         self.check_stream()
-        if size < 1:
-            raise ValueError(f"size: a memory for {size} tokens, expected 1 or more")
         named = zip(FlowState._fields, self._shapes(q, v))
         zeros = {name: jnp.zeros(shape, jnp.float32) for name, shape in named}
         b = q.shape[0]

@@ -111,8 +111,6 @@ class LightNet(Attention):
     def init_state(self, size, q, k, v, *, x=None) -> LightNetState:
         """An empty memory for `size` tokens; q, k, v give shapes."""
         self.check_stream()
-        if size < 1:
-            raise ValueError(f"size: a memory for {size} tokens, expected 1 or more")
         b, _, h, d = q.shape
         memory = jnp.zeros((b, h, self._rows(d), v.shape[-1]), jnp.float32)
         return LightNetState(

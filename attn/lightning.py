@@ -137,7 +137,7 @@ class Lightning(Attention):
         """An empty memory for `size` tokens; q, k, v give shapes."""
         self.check_stream()
         b, _, h, d = q.shape
-        return empty(size, b, h, d, v.shape[-1])  # S [B,H,D,V]
+        return empty(b, h, d, v.shape[-1])  # S [B,H,D,V]
 
     def step(self, state, q, k, v, *, x=None, segments=None):
         """The next T tokens -> state, [B,T,H,V]; the state does not grow."""

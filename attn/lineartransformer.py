@@ -56,7 +56,7 @@ class LinearTransformer(Attention):
         last column of phi(k). q, k, v give shapes."""
         self.check_stream()
         b, _, h, d = q.shape
-        return empty(size, b, h, d, v.shape[-1] + 1)
+        return empty(b, h, d, v.shape[-1] + 1)
 
     def step(self, state, q, k, v, *, x=None, segments=None):
         """The next T tokens -> state, [B,T,H,V]; the state does not grow."""

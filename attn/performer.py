@@ -107,8 +107,6 @@ class Performer(favor.Directions, nn.Module, Attention):
     def init_state(self, size, q, k, v, *, x=None) -> PerformerState:
         """An empty memory for `size` tokens; q, k, v give shapes."""
         self.check_stream()
-        if size < 1:
-            raise ValueError(f"size: a memory for {size} tokens, expected 1 or more")
         b, _, h, _ = q.shape
         clock = jnp.zeros((b,), jnp.int32)
         memory = jnp.zeros((b, h, self.features, v.shape[-1]), jnp.float32)

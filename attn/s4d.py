@@ -113,8 +113,6 @@ class S4D(nn.Module, Attention):
     def init_state(self, size, q, k, v, *, x=None) -> S4DState:
         """An empty memory for `size` tokens; q, k, v give shapes."""
         self.check_stream()
-        if size < 1:
-            raise ValueError(f"size: a memory for {size} tokens, expected 1 or more")
         b, _, h, _ = q.shape
         zeros = jnp.zeros((b, h, v.shape[-1], self.state // 2), jnp.float32)
         clock = jnp.zeros((b,), jnp.int32)

@@ -19,7 +19,7 @@ FAR = 2**20  # tokens: a size at which what grows with it differs from that of o
 
 def sized(method: Callable) -> Callable:
     """`init_state(self, size, q, k, v, ...)` that raises ValueError for arguments that
-    are no number of tokens and no arrays, as swapped ones."""
+    are no number of tokens from 1 on and no arrays, as swapped ones."""
     signature = inspect.signature(method)
 
     @functools.wraps(method)
@@ -32,6 +32,9 @@ def sized(method: Callable) -> Callable:
                 f"size is {_said(given['size'])}: expected a number of tokens, "
                 "init_state(size, q, k, v)"
             ) from None
+        if given["size"] < 1:
+            raise ValueError(
+                f"size: a memory for {given['size']} tokens, expected 1 or more")
         for name in ("q", "k", "v"):
             if name in given and len(getattr(given[name], "shape", ())) != 4:
                 raise ValueError(

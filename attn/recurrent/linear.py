@@ -39,11 +39,9 @@ class LinearState(NamedTuple):
     segment: jax.Array
 
 
-def empty(size: int, batch: int, *shape: int) -> LinearState:
-    """The state before the first token, memory [B,*shape]. It does not grow with
-    `size`, the number of tokens to come."""
-    if size < 1:
-        raise ValueError(f"size: a memory for {size} tokens, expected 1 or more")
+def empty(batch: int, *shape: int) -> LinearState:
+    """The state before the first token, memory [B,*shape]. It does not grow with the
+    number of tokens to come."""
     return LinearState(
         jnp.zeros((batch, *shape), jnp.float32),
         jnp.zeros((batch,), jnp.int32),

@@ -94,8 +94,6 @@ class MemoryAttention(nn.Module, Attention):
     def init_state(self, size, q, k, v, *, x=None) -> MemoryState:
         """An empty memory for `size` tokens, which does not grow; q, k, v give shapes.
         """
-        if size < 1:
-            raise ValueError(f"size: a memory for {size} tokens, expected 1 or more")
         b, _, h, d = q.shape
         learned, _ = self._shapes(h, d, v.shape[3])
         memory = empty(learned, b, self.sums_updates, self.chunk)

@@ -25,7 +25,7 @@ from attn.contract.dispatch import pick
 from attn.contract.fields import check_fields
 from attn.contract.segments import locate, segment_indices
 from attn.contract.shapes import check
-from attn.exact.online import OnlineSoftmax
+from attn.exact.online import OnlineSoftmax, output
 from attn.parallel.sharding import Axis, over_mesh, splits, spread_heads, stacked
 from attn.recurrent.pooled_softmax import pooled_softmax
 from attn.recurrent.scan import empty, merge, prefix_softmax, total
@@ -143,8 +143,7 @@ class Aaren(nn.Module, Attention):
             parts = stacked(found, self.axis)  # of each shard [W,B,H,.]
             first = empty(b, h, v.shape[-1])
             found, _ = jax.lax.scan(lambda a, b: (merge(a, b), None), first, parts)
-        o = found.acc / jnp.where(found.l > 0, found.l, 1)[..., None]  # o = acc / l
-        return o.astype(v.dtype)
+        return output(found).astype(v.dtype)
 
     def _pool_segments(self, scores, v, q_segment, kv_segment) -> jax.Array:
         """The answer over all keys of each token's segment [B,T,H,V]."""

@@ -25,7 +25,7 @@ from attn.contract.dispatch import pick
 from attn.contract.fields import check_fields
 from attn.contract.segments import locate, segment_indices
 from attn.contract.shapes import check
-from attn.exact.online import OnlineSoftmax
+from attn.exact.online import OnlineSoftmax, output
 from attn.parallel.sharding import Axis, home, mesh_of, over_mesh, splits
 from attn.recurrent.pooled_softmax import pooled_softmax
 from attn.recurrent.scan import empty, prefix_softmax, total
@@ -144,9 +144,7 @@ class ABC(nn.Module, Attention):
             mesh_of(self.axis)  # raises without a mesh
         slots = []
         for scores, a in both:
-            found = total(_merged(scores), a)
-            # a row has keys: l is 1 or more
-            held = found.acc / found.l[..., None]
+            held = output(total(_merged(scores), a))
             slots.append(held.reshape(a.shape[0], 1, *scores.shape[2:], -1))
         return slots
 

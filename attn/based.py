@@ -32,7 +32,7 @@ from attn.parallel.sharding import Axis, gather, over_mesh, splits, spread_heads
 from attn.recurrent.chunks import (
     ChunkSegments, filled, from_chunks, only, segments_of, to_chunks
 )
-from attn.recurrent.factors import beside_one
+from attn.recurrent.factors import beside_one, normalized
 from attn.recurrent.lasp import carry_in
 from attn.recurrent.linear import LinearState, empty, naive
 from attn.recurrent.noncausal import by_segment
@@ -128,11 +128,8 @@ class Based(Attention):
         return beside_one(v) if self.normalize else v.astype(jnp.float32)
 
     def _divided(self, o: jax.Array) -> jax.Array:
-        if not self.normalize:
-            return o
-        total = o[..., -1:]
-        # each w is at least 1/2: the total is 0 only where no key is seen
-        return o[..., :-1] / jnp.where(total > 0, total + self.eps, 1)
+        # each w is at least 1/2: the sum is 0 only where no key is seen
+        return normalized(o, self.eps) if self.normalize else o
 
     def _local(self, q, k, v, q_segment, kv_segment) -> jax.Array:
         def xla():

@@ -20,7 +20,7 @@ from attn.contract.attention import FACTORS, Attention, TemplateRow
 from attn.contract.fields import check_fields
 from attn.contract.shapes import check
 from attn.parallel.sharding import Axis
-from attn.recurrent.factors import factor_sums, factor_sums_step
+from attn.recurrent.factors import factor_sums, factor_sums_step, normalized
 from attn.recurrent.linear import LinearState, empty
 
 
@@ -49,7 +49,7 @@ class LinearTransformer(Attention):
         o = factor_sums(
             _phi(q), _phi(k), v, causal=self.causal, segments=segments, **self._how(q)
         )
-        return self._divided(o).astype(v.dtype)
+        return normalized(o, self.eps).astype(v.dtype)
 
     def init_state(self, size, q, k, v, *, x=None) -> LinearState:
         """An empty memory for `size` tokens [B,H,D,V+1]: sums of phi(k) v, and in the
@@ -65,12 +65,7 @@ class LinearTransformer(Attention):
         state, o = factor_sums_step(
             state, _phi(q), _phi(k), v, segments=segments, **self._how(q)
         )
-        return state, self._divided(o).astype(v.dtype)
-
-    def _divided(self, o: jax.Array) -> jax.Array:
-        total = o[..., -1:]  # sum_j phi(q_t).phi(k_j)
-        # phi is positive: the sum is 0 only where no key is seen
-        return o[..., :-1] / jnp.where(total > 0, total + self.eps, 1)
+        return state, normalized(o, self.eps).astype(v.dtype)
 
 
 def _phi(x: jax.Array) -> jax.Array:

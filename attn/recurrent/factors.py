@@ -3,7 +3,7 @@
     sum_j (q'_t.k'_j) [v_j | 1],    q', k' features of q and k
 
 over j <= t in causal order, else over all j. A column of ones beside v makes both sums
-at once; what is done with the second one is the paper's.
+at once. `normalized` divides by the second one; what else papers do with it is theirs.
 """
 
 from __future__ import annotations
@@ -41,3 +41,10 @@ def factor_sums_step(
     """The next T tokens -> state, the sums [B,T,H,V+1] float32, in causal order. The
     state's memory [B,H,D,V+1] holds sums of k' v, and in the last column of k'."""
     return linear_attention_step(state, q, k, beside_one(v), **how)
+
+
+def normalized(sums: jax.Array, eps: float) -> jax.Array:
+    """The sums of values over (those of weights + eps) [B,T,H,V], of weights above 0;
+    0 where no key is seen."""
+    total = sums[..., -1:]  # sum_j q'_t.k'_j
+    return sums[..., :-1] / jnp.where(total > 0, total + eps, 1)

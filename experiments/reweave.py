@@ -18,7 +18,24 @@ trained from nothing:
 
     python -m experiments.reweave
 
-The defaults, three seeds, were not run yet: no figure is given.
+takes three minutes of computing. Medians of three seeds, chance 25%; "kept" is the
+share of facts among the entries of the buffers at the end, least to greatest behind:
+
+    segments back    1     2     3     4     5     6     7    kept
+    local           25%   27%   25%   25%   24%   25%   25%
+    cache          100%   99%   24%   25%   25%   25%   24%
+    CMR             91%   85%   74%   65%   55%   49%   50%   40% (34 to 87)
+    one layer       87%   82%   73%   62%   55%   49%   46%   47% (28 to 52)
+    no gate         98%   27%   25%   26%   23%   24%   23%   12%
+    cut             47%   45%   40%   38%   32%   30%   23%   24% (17 to 25)
+
+So the claim shows: of equal bytes a cache ends with the segment before, and buffers
+that keep what is relevant answer half of what stands seven segments back. It is the
+relevance that does it, which has to be learned through the memory (without it, and with
+gradients cut, little is kept), and seeds differ: in the best all distances are answered
+(100%), in the worst 44% of the farthest. A second layer's buffer gains nothing that
+three seeds can tell, 79% (66 to 100) of all against 75% (69 to 81). Gradients of a
+batch take 1.7 times as long with CMR (beside other programs 3.7).
 """
 
 from __future__ import annotations

@@ -180,10 +180,14 @@ class Performer(favor.Directions, nn.Module, Attention):
         return by_segment(read, asked, stored, v, q_segment, kv_segment)
 
     def _as_code(self, q, k, v, w, segments) -> jax.Array:
+        """The quotient of the authors' code, whose denominator is at least `least`."""
+        q, k = self._code_features(q, k, w, segments)
+        return self._code_quotient(q, k, v, segments)
+
+    def _code_features(self, q, k, w, segments) -> tuple[jax.Array, jax.Array]:
         """m^-1/2 (exp(w.x' - |x'|^2/2 - top) + eps): top is the greatest w.x' of the
-        query, or of all keys of the segment; the denominator is at least `least`."""
-        h = q.shape[2]
-        copies = h // k.shape[2]
+        query, or of all keys of the segment."""
+        copies = q.shape[2] // k.shape[2]
         (s_q, half_q), (s_k, half_k) = (
             favor.projected(a, n) for a, n in ((q, jnp.repeat(w, copies, 0)), (k, w)))
         # beside eps it does not cancel, and so has a gradient
@@ -195,8 +199,11 @@ class Performer(favor.Directions, nn.Module, Attention):
             top = largest(top, locate(of, *k.shape[:2]).segment)
         top_q = s_q.max(-1, keepdims=True)
         factor = self.features**-0.5
-        q = factor * (jnp.exp(s_q - half_q - top_q) + self.eps)
-        k = factor * (jnp.exp(s_k - half_k - top) + self.eps)
+        return (factor * (jnp.exp(s_q - half_q - top_q) + self.eps),
+                factor * (jnp.exp(s_k - half_k - top) + self.eps))
+
+    def _code_quotient(self, q, k, v, segments) -> jax.Array:
+        """Sums of values over sums of weights, of features."""
         o = noncausal_attention(
             q, k, beside_one(v), segments=segments, axis=self.axis)
         total = jnp.maximum(o[..., -1:], self.least)

@@ -89,10 +89,11 @@ def _performer_code(case) -> Callable:
     w = jnp.asarray(case["proj"], jnp.float32)
     module = Performer(features=w.shape[1], causal=False, eps=1e-4, least=0.1)
 
+    def read(self, q, k, v, segments):
+        return self._code_quotient(*self._code_features(q, k, w, None), v, segments)
+
     def attend(q, k, v, segments):
-        where = (None, None) if segments is None else segments
-        return module.apply(
-            {}, q, k, v, w, None, where, method=Performer._as_code)
+        return module.apply({}, q, k, v, segments, method=read)
 
     return attend
 

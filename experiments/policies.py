@@ -20,7 +20,7 @@ after the prompt was read in one piece.
     python -m experiments.policies
 
 The model that ships, rows of 1,024 tokens, medians of three seeds with the least and
-the greatest behind them (of duo, probes, pool and graphs these are still to be run):
+the greatest behind them (of duo these are still to be run):
 
 - snapkv: 88% (81 to 100) of facts are found with the whole cache; with a quarter 31%
   (25 to 38) by pooled votes, 0% (0 to 6) without pooling, 31% (6 to 38) by first and
@@ -36,6 +36,12 @@ the greatest behind them (of duo, probes, pool and graphs these are still to be 
   none 27%; of repeats 98, 98, 0.3 and 0.3%: the claim shows. What the others drop,
   folded into one token, leaves 0.016 nats (0.015 to 0.017) to full attention, dropped
   0.019 (0.019 to 0.021).
+- probes: of drawn windows whose queries differ by a noise of 1, 0.75 and 0.5 the mean
+  finds 68, 82 and 94% of the blocks, the probe 60, 98 and 100%: it helps unless noise
+  is as large as what is looked for. pool: 53% shared alike, 71% by entropy.
+- graphs: for 90% of the best 32 keys an index of clusters looks at 37% of all (29 to
+  56), a graph of keys at 33% (27 to 38), one made for queries at 21% (20 to 26): that
+  helps, though less than the paper's 1 to 3% of keys that are many more.
 """
 
 from __future__ import annotations

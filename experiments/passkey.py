@@ -11,13 +11,16 @@ however long it is. Both networks are alike, a short convolution and the attenti
 
     python -m experiments.passkey
 
-The claim did not show in a short run:
+The claim did not show so far. One seed at a higher rate,
 
-    python -m experiments.passkey --layers=1 --steps=300 --rate=1e-2 --rows=32 --seeds=1
+    python -m experiments.passkey --seeds=1 --rate=1e-2
 
-Of the keys' tokens Landmark has 0 to 4.7% right, where chance is 3.1%, and exact
-attention 65.6%, 60.9%, 57.8% and 40.6% at 1, 2, 4 and 8 times the training's length.
-Two layers, as above, were not run.
+took six minutes of computing. Of the keys' tokens Landmark has 26%, 7%, 10% and 8%
+right at 1, 2, 4 and 8 times the training's length, where chance is 3.1%, and exact
+attention 100%, 98%, 76% and 38%. After 600 steps Landmark still learns, at 1.53 nats of
+at first 3.5, where exact attention has 0.002; more steps were not tried. With one layer
+(`--layers=1 --steps=300 --rate=1e-2 --rows=32 --seeds=1`), in which landmarks know
+little of their blocks, it has 0 to 4.7%, and exact attention 66% to 41%.
 """
 
 from __future__ import annotations

@@ -1,6 +1,8 @@
 """The house rules that a machine can check: imports go down, names say the paper."""
 
 import ast
+import configparser
+import fnmatch
 import pathlib
 import re
 import subprocess
@@ -124,3 +126,13 @@ def test_an_attention_is_imported_without_flax():
     code = "import sys, attn.softmax, attn.lightning, attn.based, attn.landmark, "
     code += "attn.snapkv; assert 'flax' not in sys.modules, 'flax was imported'"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def test_a_wheel_holds_what_does_not_collide():
+    """`models` and `experiments` are names of the user's own, too."""
+    settings = configparser.ConfigParser()
+    settings.read(ROOT / "setup.cfg")
+    patterns = settings["options.packages.find"]["include"].split()
+    packages = {path.parent.name for path in ROOT.glob("*/__init__.py")}
+    held = {p for p in packages if any(fnmatch.fnmatch(p, a) for a in patterns)}
+    assert held == {"attn", "pallas_kernels"} and "models" in packages

@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 
 from experiments.measure import seeds
+from experiments.measure.report import style
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,3 +67,8 @@ def test_a_number_that_some_seeds_have_is_that_of_these():
     found = seeds.merged([{"a": 1.0}, {"a": 2.0, "b": 3.0}, {"a": 6.0, "b": 5.0}])
     assert found == {"a": 2.0, "a from": 1.0, "a to": 6.0,
                      "b": 4.0, "b from": 3.0, "b to": 5.0, "b seeds": 2}
+
+
+def test_rows_of_a_picture_differ_by_shape_and_not_by_colour_alone():
+    shapes = [style(n)["marker"] for n in range(15)]
+    assert len({*shapes}) == 15

@@ -205,9 +205,10 @@ def _forward_tile(plan: Plan, const: Constants, arrays, state, i, j) -> OnlineSo
     groups = _groups(plan, const, s, i, j)
     top = s if groups is None else groups.c
     m = jnp.maximum(old.m, top.max(-1))  # [B,K,G,bq]
-    # exp(s_j - m'): m' is finite, so a row that sees nothing is no NaN
+    # exp(s_j - m'): m' is finite, so a row that sees nothing is no NaN; no s_j is above
+    # it, but a product and a difference in one instruction may round a large one so
     if groups is None:
-        parts = p = jnp.exp(s - m[..., None])
+        parts = p = jnp.exp(jnp.minimum(s - m[..., None], 0))
     else:
         parts, p = gated_groups.weights(groups, m[..., None])
     _, l, acc = rescale(old, m)  # l and acc times exp(m - m')

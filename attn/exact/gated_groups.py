@@ -42,7 +42,8 @@ def by_group(s: jax.Array, q_pos: jax.Array, kv_pos: jax.Array, size: int) -> Gr
     gate = cut[..., -1]
     text = jnp.where(jnp.arange(size) == size - 1, NEVER, cut)
     peak = text.max(-1, keepdims=True)
-    e = jnp.exp(text - jnp.where(peak > NEVER, peak, 0))
+    # none is above the peak: see `chunked_vjp`
+    e = jnp.exp(jnp.minimum(text - jnp.where(peak > NEVER, peak, 0), 0))
     l = e.sum(-1, keepdims=True)
     own = q_pos // size == kv_pos[..., ::size] // size
     # a group is its own queries' until its gate has passed: none of it is hidden there

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from attn.exact.online import join, output, state_of
+from attn.softmax import Softmax
 from pallas_kernels.decode.api import decode
 from pallas_kernels.flash.api import flash
 from tests.on_device import INTERPRET
@@ -178,3 +179,21 @@ def _weight(q, k, bias, sink):
     """The sum of all weights that keys get."""
     ones = np.ones((B, S, K, 1))
     return exact(q, k, ones, bias, np.ones((B, T, H, 1)), sink)["o"].sum()
+
+
+@pytest.mark.parametrize("sign", (1, -1))
+def test_logits_that_are_rounded_by_thousands_are_not_above_their_maximum(sign):
+    """A multiple and a difference may be one instruction, and round otherwise than the
+    maximum was: at 3e11 by so much that the exponential is infinite."""
+    q, k, v = (jax.random.normal(jax.random.key(n), (1, 16, 2, 8)) for n in range(3))
+    q, k = q.at[..., 0].set(1e6), k.at[..., 0].set(sign * 1e6)
+
+    def both(q, k, v):
+        o, back = jax.vjp(Softmax(), q, k, v)
+        return o, back(v)
+
+    # at the level of tests no two operations become one
+    usual = {"xla_backend_optimization_level": 3}
+    o, grads = jax.jit(both, compiler_options=usual)(q, k, v)
+    assert all(jnp.isfinite(a).all() for a in (o, *grads))
+    assert (o <= v.max(1, keepdims=True)).all()

@@ -130,7 +130,8 @@ class Landmark(Attention):
         )
 
         def best():
-            if size is None or keys.spills is not None or key is not None:
+            dropped = key is not None and self.dropout > 0
+            if size is None or keys.spills is not None or dropped:
                 return form()
             counted = self.axis is None
             where = Where() if counted else Where(q_pos=queries.pos, kv_pos=keys.pos)
@@ -178,7 +179,7 @@ class Landmark(Attention):
         caches.check_room(now.next_pos, slots)
         q, k = self._rotated(q, k, now.pos)
         after = caches.append(state, k, v, now, now.pos)
-        if q.shape[1] > 1 and not packed:
+        if not packed:
             where = Where(q_pos=now.pos, kv_pos=after.pos[..., 0])
             o = self._by_gates(q, after.k, after.v, where)
             return after, caches.poison(o, now.next_pos, slots)

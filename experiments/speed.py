@@ -22,7 +22,8 @@ CPUs) installed, exact attention at T = 4096 took 127 ms where torch's SDPA took
 and 405 with backward where torch took 330 (in another run 121 and 97, 375 and 289;
 jax.nn 380 and 1,496); at T = 1024 13.7 and 12.0, 64 and 29. Landmark() took 2.0, 1.4,
 1.4 and 1.2 times as long as Softmax() at 64, 256, 1024 and 4096 tokens (1.3 in another
-run), with backward 2.2, 1.3, 1.0 and 1.5 times (1.6). One token against a memory of 32,768,
+run), with backward 2.2, 1.3, 1.0 and 1.5 times (1.6). One token against a memory of
+32,768,
 
     python -m experiments.speed --lengths='(32768,)' --passes='("decode",)' \\
         --attentions='(Softmax(),)'

@@ -25,6 +25,7 @@ from attn.contract.dispatch import pick
 from attn.contract.fields import check_fields
 from attn.contract.segments import locate, segment_indices
 from attn.contract.shapes import check
+from attn.exact.dense import weights
 from attn.exact.online import OnlineSoftmax, output
 from attn.parallel.sharding import Axis, home, mesh_of, over_mesh, splits
 from attn.recurrent.pooled_softmax import pooled_softmax
@@ -169,7 +170,7 @@ class ABC(nn.Module, Attention):
         same = "bt" if keys.shape[1] == t else "b"
         keys, values = (a if same == "bt" else a[:, 0] for a in (keys, values))
         logits: Any = jnp.einsum(f"btkgd,{same}kcd->btkgc", q, keys)  # [G,D] [D,c]
-        p = jax.nn.softmax(scale * logits)
+        p = weights(scale * logits)
         o = jnp.einsum(f"btkgc,{same}kcv->btkgv", p, values)  # [G,c] [c,V]
         return o.reshape(b, t, h, -1)
 

@@ -24,7 +24,7 @@ from attn.contract.dispatch import pick
 from attn.contract.fields import check_fields
 from attn.contract.one_sequence import one_sequence
 from attn.contract.shapes import check
-from attn.exact.dense import weights
+from attn.exact.dense import logsumexp, weights
 from attn.parallel.sharding import Axis, mesh_of
 from attn.sparse.landmark_means import spans
 
@@ -83,8 +83,7 @@ class LARA(Attention):
         half = (k * k).sum(-1).swapaxes(1, 2)[:, :, None] / 2  # |k_s|^2/2 [B,H,1,S]
         lk = n * (dots(w, k) - half)
         kv = jnp.einsum("bhcs,bshv->bhcv", weights(lk, real[:, None, None]), v)
-        some = counted[:, None, None]
-        lse = jax.nn.logsumexp(jnp.where(some, lk, -1e30), -1, keepdims=True)
+        lse = logsumexp(lk, counted[:, None, None])[..., None]
         own = n * ((mu * w).sum(-1) - (mu * mu).sum(-1) / 2)  # [B,c,H]
         # what all landmarks share, n |q_t|^2/2, the softmax over them removes
         ratio = n * (dots(mu, q) + dots(w, q)) + lse - own.swapaxes(1, 2)[..., None]

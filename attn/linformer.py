@@ -25,6 +25,7 @@ from attn.contract.dispatch import pick
 from attn.contract.fields import check_fields
 from attn.contract.segments import locate, segment_indices
 from attn.contract.shapes import check
+from attn.exact.dense import weights
 from attn.parallel.sharding import Axis, over_mesh, spread_heads
 from attn.recurrent.noncausal import noncausal
 
@@ -83,7 +84,7 @@ class Linformer(nn.Module, Attention):
         keys, values = (_columns(mix, pos, k.shape[2]) for mix in (keys, values))
         scale = q.shape[-1] ** -0.5 if self.scale is None else self.scale
         # logits_t = D^-0.5 sum_s (q_t.k_s) E_s
-        p = jax.nn.softmax(scale * sums(q, k, keys))  # over r: [B,T,H,r]
+        p = weights(scale * sums(q, k, keys))  # over r: [B,T,H,r]
         return sums(p, values, v)  # o_t = sum_s (p_t.F_s) v_s
 
 

@@ -29,6 +29,7 @@ from attn.contract.dispatch import pick
 from attn.contract.fields import check_fields
 from attn.contract.segments import locate, segment_indices
 from attn.contract.shapes import check
+from attn.exact.dense import logsumexp, weights
 from attn.parallel.sharding import Axis, gather, mesh_of, over_mesh, splits
 from attn.recurrent.causal import linear_attention, linear_attention_step
 from attn.recurrent.factors import beside_one
@@ -158,9 +159,10 @@ class Performer(favor.Directions, nn.Module, Attention):
         """Every query sees every key: one sum of each feature a row [B,1,H,m]."""
         if self.axis is not None:
             mesh_of(self.axis)  # raises without a mesh
-        z = jax.nn.logsumexp(stored, 1, keepdims=True)
-        return noncausal_attention(
-            nn.softmax(asked + z), jnp.exp(stored - z), v, axis=self.axis)
+        stored = jnp.moveaxis(stored, 1, -1)  # [B,H,m,S]: a softmax over keys
+        z = logsumexp(stored)[:, None]
+        share = jnp.moveaxis(weights(stored), -1, 1)
+        return noncausal_attention(nn.softmax(asked + z), share, v, axis=self.axis)
 
     def _by_segment(self, asked, stored, v, q_segment, kv_segment) -> jax.Array:
         """The sums of each query's own segment: keys stand in front of the queries of

@@ -35,7 +35,7 @@ from pallas_kernels.arrays import check_logits
 from pallas_kernels.schedule import SKIP, Tiling, block_mask, traced_block_mask
 from pallas_kernels.tile import NEVER, LogitSpec as TileSpec, lse_of
 
-KEYS = 512  # of a chunk, forward
+KEYS = 512  # of a chunk of 256 queries
 FEWER = 1.5  # tiles of half of that, for one: they pay where a mask leaves so few
 
 
@@ -134,7 +134,7 @@ def _plan(
     rate = 0.0 if dropout is None else dropout.rate
     form = TileSpec(mask, scale, spec.softcap, spec.score, rate)
 
-    def planned(columns: int, rows: int = bq) -> tuple[Plan, np.ndarray]:
+    def planned(rows: int, columns: int) -> tuple[Plan, np.ndarray]:
         tiling = Tiling(t, s, rows, columns, offset)
         table = block_mask(spec.mask, tiling)
         # tiles to visit, row by row
@@ -142,17 +142,18 @@ def _plan(
         zero = 0 if distances is None else distances.zero
         return Plan(form, tiling, pairs, zero=zero, group=group), table
 
-    plan, table = planned(bk)
+    plan, table = planned(bq, bk)
     unit = group or 1
     if tile is None and s >= KEYS and bk > unit:
         half = -(-bk // unit // 2) * unit
-        narrow, its_table = planned(half)
+        narrow, its_table = planned(bq, half)
         if len(narrow.pairs) < FEWER * len(plan.pairs):  # a window fills narrow tiles
             return narrow, its_table
-        # backward dk and dv of few keys are added up over many queries
-        tall, _ = planned(half, 2 * bq)
-        tall = tall if tall.padded[0] == plan.padded[0] else narrow
-        plan = dataclasses.replace(plan, backward=tall)
+        # backward dk and dv of few keys are added up over many queries, and forward
+        # their exponentials too are no slower than those of as many pairs
+        tall, its_table = planned(2 * bq, half)
+        if tall.padded[0] == plan.padded[0]:
+            return tall, its_table
     return plan, table
 
 

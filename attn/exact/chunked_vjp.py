@@ -18,7 +18,7 @@ from attn.contract.varying import varying
 from attn.exact import gated_groups
 from attn.exact.distances import Tables, pulled, term, weighted
 from attn.exact.online import (
-    EMPTY, OnlineSoftmax, empty, output, rescale
+    EMPTY, OnlineSoftmax, empty, exp_below, output, rescale
 )
 from pallas_kernels.schedule import Tiling
 from pallas_kernels.tile import (
@@ -29,13 +29,12 @@ from pallas_kernels.tile import (
 @dataclasses.dataclass(frozen=True)
 class Plan:
     """What is known of one call before it runs: the tiles and the form of a logit.
-    backward: the same in the tiles of the backward pass, if those are others. zero: the
-    row of distance 0 in tables of distances. group: keys of a group that has a gate."""
+    zero: the row of distance 0 in tables of distances. group: keys of a group that has
+    a gate."""
 
     form: LogitSpec
     tiling: Tiling
     pairs: tuple[tuple[int, int], ...]
-    backward: Plan | None = None
     zero: int = 0
     group: int | None = None
 
@@ -205,10 +204,9 @@ def _forward_tile(plan: Plan, const: Constants, arrays, state, i, j) -> OnlineSo
     groups = _groups(plan, const, s, i, j)
     top = s if groups is None else groups.c
     m = jnp.maximum(old.m, top.max(-1))  # [B,K,G,bq]
-    # exp(s_j - m'): m' is finite, so a row that sees nothing is no NaN; no s_j is above
-    # it, but a product and a difference in one instruction may round a large one so
+    # exp(s_j - m'): m' is finite, so a row that sees nothing is no NaN
     if groups is None:
-        parts = p = jnp.exp(jnp.minimum(s - m[..., None], 0))
+        parts = p = exp_below(s, m[..., None])
     else:
         parts, p = gated_groups.weights(groups, m[..., None])
     _, l, acc = rescale(old, m)  # l and acc times exp(m - m')
@@ -236,8 +234,6 @@ def _backward(plan, saved, cotangents):
 def _gradients(plan, arrays, base, delta, do):
     """The gradients, with weights exp(s - base): base, delta [B,K,G,T]; do."""
     const, q, k, v, bias, sink, tables = arrays
-    # which tiles are busy was found for those of the forward pass
-    plan = plan if const.busy is not None else plan.backward or plan
     rows = do.astype(v.dtype), delta, base
     given = q, k, v, bias, tables
     body = functools.partial(_backward_tile, plan, const, given, rows)
@@ -271,7 +267,7 @@ def _backward_tile(plan: Plan, const: Constants, arrays, rows, carry, i, j):
     groups = _groups(plan, const, s, i, j)
     # no logit is above base; of large ones, one that was rounded otherwise here may be
     if groups is None:
-        p = jnp.exp(jnp.minimum(s - base[..., None], 0))  # [B,K,G,bq,bk]
+        p = exp_below(s, base[..., None])  # [B,K,G,bq,bk]
     else:
         share, p = gated_groups.weights(groups, base[..., None])
     # [B,K,G,bq,V] x [B,K,bk,V] -> [B,K,G,bq,bk]

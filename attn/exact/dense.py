@@ -15,7 +15,7 @@ from attn.contract.dispatch import platform
 from attn.contract.shapes import check
 from attn.exact.chunked import check_given, key_words
 from attn.exact.logits import Dropout, LogitSpec, Where
-from attn.exact.online import EMPTY, OnlineSoftmax
+from attn.exact.online import EMPTY, OnlineSoftmax, exp_below
 from attn.masks import Mask
 from pallas_kernels.tile import NEVER, dropout_keep, lse_of, sink_logit
 
@@ -86,9 +86,16 @@ def _sums(s, seen, sink):
         top = jax.lax.stop_gradient(jnp.maximum(top, own))
     # where no key is seen, the least float, and exp(-inf - m) = 0
     top = jnp.maximum(top, EMPTY)
-    p = jnp.exp(s - top)
+    p = exp_below(s, top)
     total = p.sum(-1, keepdims=True)
-    return p, top, total if own is None else total + jnp.exp(own - top)
+    return p, top, total if own is None else total + exp_below(own, top)
+
+
+def logsumexp(s: jax.Array, seen: jax.Array | None = None) -> jax.Array:
+    """log sum_j exp(s_j) of logits [...,S] over the keys that are `seen`, [...];
+    -inf if none is."""
+    _, top, total = _sums(s, seen, None)
+    return lse_of(top, total)[..., 0]
 
 
 def values(p: jax.Array, v: jax.Array) -> jax.Array:
@@ -205,6 +212,6 @@ def online_softmax(
     x = jnp.where(seen, logits(q, k, spec.scale), EMPTY)  # [B,H,T,S]
     m = jax.lax.stop_gradient(x.max(-1))  # o does not depend on it
     # where nothing is seen exp(EMPTY - EMPTY) is 1: the mask acts again
-    p = jnp.where(seen, jnp.exp(x - m[..., None]), 0)
+    p = jnp.where(seen, exp_below(x, m[..., None]), 0)
     l, acc = p.sum(-1), values(p, v.astype(jnp.float32))
     return OnlineSoftmax(m.swapaxes(1, 2), l.swapaxes(1, 2), acc)

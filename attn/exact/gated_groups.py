@@ -23,6 +23,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from attn.exact.online import exp_below
 from pallas_kernels.tile import NEVER
 
 
@@ -42,8 +43,7 @@ def by_group(s: jax.Array, q_pos: jax.Array, kv_pos: jax.Array, size: int) -> Gr
     gate = cut[..., -1]
     text = jnp.where(jnp.arange(size) == size - 1, NEVER, cut)
     peak = text.max(-1, keepdims=True)
-    # none is above the peak: see `chunked_vjp`
-    e = jnp.exp(jnp.minimum(text - jnp.where(peak > NEVER, peak, 0), 0))
+    e = exp_below(text, jnp.where(peak > NEVER, peak, 0))
     l = e.sum(-1, keepdims=True)
     own = q_pos // size == kv_pos[..., ::size] // size
     # a group is its own queries' until its gate has passed: none of it is hidden there
@@ -53,7 +53,7 @@ def by_group(s: jax.Array, q_pos: jax.Array, kv_pos: jax.Array, size: int) -> Gr
 
 def weights(groups: Groups, base: jax.Array) -> tuple[jax.Array, jax.Array]:
     """exp(c - base) [...,bq,n], at most 1, and that of each key [...,bq,bk]."""
-    share = jnp.exp(jnp.minimum(groups.c - base, 0))
+    share = exp_below(groups.c, base)
     return share, _flat(groups.inside * share[..., None])
 
 

@@ -33,6 +33,24 @@ class OnlineSoftmax(NamedTuple):
     acc: jax.Array
 
 
+@jax.custom_jvp
+def exp_below(s: jax.Array, m: jax.Array) -> jax.Array:
+    """exp(s - m), where m is the largest of logits s, or near it: at most 1.
+
+    The choice between them keeps XLA from making one instruction of a product in s and
+    the difference, which rounds s otherwise than m was: at 3e9 by more than 88, so that
+    the weights of a row would all be 0, or infinite.
+    """
+    return jnp.exp(jnp.where(s > m, m, s) - m)
+
+
+@exp_below.defjvp
+def _exp_below_jvp(primals, tangents):
+    # dp = p (ds - dm), of a logit that stands above m by rounding too
+    p, (ds, dm) = exp_below(*primals), tangents
+    return p, p * (ds - dm)
+
+
 def empty(shape: tuple[int, ...], width: int) -> OnlineSoftmax:
     """The state of no keys, of queries [...] = `shape` and V = width."""
     zeros = jnp.zeros((*shape, width), jnp.float32)

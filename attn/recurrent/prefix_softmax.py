@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 
 from attn.contract.varying import varying
+from attn.exact.online import exp_below
 from attn.recurrent.chunks import only, from_chunks
 
 F32 = jnp.float32
@@ -32,7 +33,7 @@ einsum = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
 
 def exp(a: jax.Array, m: jax.Array) -> jax.Array:
     """exp(a - m) for a <= m, and 0 where both are -inf."""
-    return jnp.exp(a - jnp.where(m == -jnp.inf, 0, m))
+    return exp_below(a, jnp.where(m == -jnp.inf, 0, m))
 
 
 class Chunks(NamedTuple):

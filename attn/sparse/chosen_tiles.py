@@ -23,7 +23,7 @@ import jax.numpy as jnp
 
 from attn.contract.varying import varying
 from attn.exact.logits import LogitSpec, Where
-from attn.exact.online import EMPTY
+from attn.exact.online import EMPTY, exp_below
 from pallas_kernels.tile import NEVER, base_and_factor, lse_of
 
 LOGITS = 2**19  # of the rows that are visited at once, over batch and heads
@@ -188,7 +188,7 @@ def _forward(plan: Plan, rows: Rows, side: Side, q, k, v):
         s = _logits(plan, row, side, q_i, keys)
         # finite where nothing is seen: exp(-inf - m) is 0 then
         m = s.max(-1, initial=EMPTY)
-        p = jnp.exp(s - m[..., None])
+        p = exp_below(s, m[..., None])
         l = p.sum(-1)
         # [B,C,G,I,J] x [B,C,J,V] -> [B,C,G,I,V]
         acc = jnp.einsum("bcgij,bcjv->bcgiv", p.astype(v.dtype), vals,
@@ -212,7 +212,7 @@ def _backward(plan: Plan, saved, cotangents):
         keys, vals = (taken(a, row.chosen) for a in (k, v))
         s = _logits(plan, row, side, q_i, keys)
         # no logit is above base, but by how it was rounded
-        p = jnp.exp(jnp.minimum(s - base_i[..., None], 0))
+        p = exp_below(s, base_i[..., None])
         dp = jnp.einsum("bcgiv,bcjv->bcgij", do_i, vals,
                         preferred_element_type=jnp.float32)
         ds = (p * (dp - delta_i[..., None]) * plan.scale).astype(q.dtype)

@@ -23,6 +23,7 @@ import jax.numpy as jnp
 
 from attn.contract.varying import varying
 from attn.exact.logits import Dropout
+from attn.exact.online import exp_below
 from attn.sparse.groups import Row, reducers
 from pallas_kernels.tile import NEVER
 
@@ -180,11 +181,11 @@ def _weights(how: How, s, kinds: Kinds, keys: Row, noise=None, beside=None) -> t
     top = _finite(top)
     base = jnp.where(kinds.far, _finite(peak(jnp.where(kinds.far, s, NEVER))), top)
     # one exponential for both softmaxes: a key takes part in one of them
-    e = jnp.exp(jnp.where(near | kinds.far, s, NEVER) - base)
+    e = exp_below(jnp.where(near | kinds.far, s, NEVER), base)
     z = _row_sum(jnp.where(near, e, 0))
     others = None
     if beside is not None:
-        others = jnp.exp(beside - top)
+        others = exp_below(beside, top)
         z = z + _row_sum(others)
     z = jnp.where(z > 0, z, 1)
     p = jnp.where(near, e / z, 0)

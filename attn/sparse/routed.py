@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from attn.exact.attend import attend
 from attn.exact.logits import LogitSpec, Where
-from attn.exact.online import OnlineSoftmax, join, output, state_of
+from attn.exact.online import OnlineSoftmax, exp_below, join, output, state_of
 from attn.masks import Causal, Full, Mask, Window
 
 
@@ -120,7 +120,7 @@ def _remembered(asked, routes: Routes, b, h, clusters) -> OnlineSoftmax:
     asked = asked.astype(jnp.float32).reshape(b, h, clusters, -1, asked.shape[-1])
     s = jnp.einsum("bhcmd,hcnd->bhcmn", asked, keys) * routes.scale
     m = jax.lax.stop_gradient(s.max(-1))
-    p = jnp.exp(s - m[..., None])
+    p = exp_below(s, m[..., None])
     acc = jnp.einsum("bhcmn,hcnv->bhcmv", p, values)
     shape = b * h * clusters, -1, 1
     return OnlineSoftmax(

@@ -8,10 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from attn.exact import dense
 from attn.exact.online import join, output, state_of
-from attn.softmax import Softmax
 from pallas_kernels.decode.api import decode
 from pallas_kernels.flash.api import flash
+from tests import laws
 from tests.on_device import INTERPRET
 from tests.oracles.softmax import best, chunks
 
@@ -181,19 +182,36 @@ def _weight(q, k, bias, sink):
     return exact(q, k, ones, bias, np.ones((B, T, H, 1)), sink)["o"].sum()
 
 
-@pytest.mark.parametrize("sign", (1, -1))
-def test_logits_that_are_rounded_by_thousands_are_not_above_their_maximum(sign):
-    """A multiple and a difference may be one instruction, and round otherwise than the
-    maximum was: at 3e11 by so much that the exponential is infinite."""
-    q, k, v = (jax.random.normal(jax.random.key(n), (1, 16, 2, 8)) for n in range(3))
-    q, k = q.at[..., 0].set(1e6), k.at[..., 0].set(sign * 1e6)
+MEANS = (
+    "softmax", "local_normal", "abc", "abc_normal", "aaren", "combiner",
+    "combiner_spans", "landmark", "lara", "performer_normal", "probsparse",
+)
+
+
+@pytest.mark.parametrize("name", MEANS)
+def test_weights_add_up_to_one_whatever_rounding_does_to_large_logits(name):
+    """A product and a difference may be one instruction, which rounds a logit otherwise
+    than the largest one was: at 3e10 by so much that weights are infinite, or all 0."""
+    q, k, v = laws.inputs()
+    do = jax.random.normal(jax.random.key(1), (*q.shape[:3], v.shape[3]))
 
     def both(q, k, v):
-        o, back = jax.vjp(Softmax(), q, k, v)
-        return o, back(v)
+        o, back = jax.vjp(laws.ENTRIES[name].attention, q, k, v)
+        return o, back(do)
 
     # at the level of tests no two operations become one
     usual = {"xla_backend_optimization_level": 3}
-    o, grads = jax.jit(both, compiler_options=usual)(q, k, v)
-    assert all(jnp.isfinite(a).all() for a in (o, *grads))
-    assert (o <= v.max(1, keepdims=True)).all()
+    run = jax.jit(both).lower(q, k, v).compile(compiler_options=usual)
+    for large in (3e5, -1e6):
+        q, k = q.at[..., 0].set(abs(large)), k.at[..., 0].set(large)
+        o, grads = run(q, k, jnp.ones_like(v))
+        np.testing.assert_allclose(o, 1, rtol=1e-5)
+        assert all(jnp.isfinite(a).all() for a in grads)
+
+
+def test_weights_of_the_matrix_add_up_to_one():
+    """As above, of dense attention and its gradients."""
+    q, k, v = (jnp.full((1, 16, 2, 8), a) for a in (3e5, 3e5, 1.0))
+    usual = {"xla_backend_optimization_level": 3}
+    o = jax.jit(lambda *qkv: dense.attend(*qkv)[0], compiler_options=usual)(q, k, v)
+    np.testing.assert_allclose(o, 1, rtol=1e-5)

@@ -26,6 +26,7 @@ import jax
 import jax.numpy as jnp
 
 from attn.cache import kv as caches
+from attn.contract.angles import sinusoids
 from attn.contract.attention import LOW, Attention, TemplateRow
 from attn.contract.dispatch import pick
 from attn.contract.fields import check_fields
@@ -33,7 +34,6 @@ from attn.contract.one_sequence import one_sequence
 from attn.contract.shapes import check
 from attn.exact.online import OnlineSoftmax
 from attn.parallel.sharding import Axis, mesh_of
-from attn.positions import sinusoids
 from attn.recurrent import scan
 from attn.sparse import long_short
 from attn.sparse.long_short import Keys

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from attn.cache import kv as caches
+from attn.contract.angles import sinusoids
 from attn.contract.attention import EXACT, Attention, TemplateRow
 from attn.contract.fields import check_fields
 from attn.contract.segments import locate
@@ -30,7 +31,6 @@ from attn.exact.attend import attend
 from attn.exact.logits import LogitSpec, Where
 from attn.masks import Causal, Full, Mask
 from attn.parallel.sharding import Axis, gather, over_mesh
-from attn.positions import sinusoids
 from attn.softmax import Softmax
 
 ONE_HOT, SINUSOID, LEARNED = "onehot", "sinusoid", "learned"

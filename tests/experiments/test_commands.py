@@ -192,6 +192,16 @@ def test_other_malformed_calls_end_before_a_folder_is_made(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_every_training_has_steps_and_a_rate_that_can_be_done(name):
+    module = importlib.import_module(f"experiments.{name}")
+    wrong = {"steps": ("0", "2147483648"), "rate": ("0", "nan", "inf")}
+    for field in dataclasses.fields(module.Config):
+        for value in wrong.get(field.name.rpartition("_")[2], ()):
+            with pytest.raises(ValueError, match=f"^--{field.name}=.+: expected "):
+                config.read(module.Config, [f"--{field.name}={value}"], module.TINY)
+
+
 def test_a_run_is_its_text_and_settings_and_not_its_place(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "texts").mkdir()

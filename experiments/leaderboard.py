@@ -163,8 +163,9 @@ TINY = Config(
 def run(config_: Config) -> dict[str, Any]:
     """Trains and reads -> recall and bytes by attention, folder."""
     for attention in config_.attentions:  # what cannot stream ends here, no folder made
-        task = config_.recall(attention, config_.seed)
-        check_stream(task.model(), task.length)
+        model = config_.recall(attention, config_.seed).model()
+        for length in (config_.length, config_.long):  # what is read, what is counted
+            check_stream(model, length)
     command = config.command(config_)
     folder = open_folder(
         "leaderboard", config_.folder, command, config.settings(config_))

@@ -172,6 +172,8 @@ def test_malformed_calls_end_before_any_training(words, capsys, tmp_path, monkey
     ("leaderboard", "--attentions=(Softmax(mask=Full()),)"),
     ("leaderboard", "--attentions=(FNet(),)"),
     ("leaderboard", "--attentions=(Essa(),)"),
+    # reads the task's 16 tokens, but not the 32 of which the memory is counted
+    ("leaderboard", "--attentions=(SEA(columns=4, keep=2, length=16),)"),
     ("leaderboard", "--attentions=(Softmax,)"), ("stream", "--attentions=(FNet(),)"),
     ("stream", "--attentions=(Essa(),)"), ("competition", "--attentions=(Softmax,)"),
     ("competition", "--attentions=((5,),)"), ("cab", "--attentions=(Softmax,)"),

@@ -222,7 +222,7 @@ class LongShort(nn.Module, Attention):
 
     def _logits(self, x, k) -> jax.Array:
         """Of the compression [B,T,K,r] float32."""
-        return nn.DenseGeneral(
+        return nn.DenseGeneral(  # [B,T,E] [E,K,r]
             (k.shape[2], self.rank), dtype=jnp.float32, name="compress")(x)
 
     def _normed(self, name: str, keys: Keys) -> Keys:
@@ -245,6 +245,7 @@ class LongShort(nn.Module, Attention):
         far = nn.DenseGeneral((h, d), dtype=jnp.float32, name="place_far")
         zeros = nn.initializers.zeros_init()
         asks, turns = (self.param(n, zeros, (h, d)) for n in ("asks", "turns"))
+        # [w,E] x [E,H,D] -> [w,H,D], and [M,E] [E,H,D] of far rows
         near = jnp.einsum("we,ehd->whd", sinusoids(jnp.arange(self.window), e), place)
         return long_short.Places(near, far(sinusoids(jnp.arange(rows), e)), asks, turns)
 

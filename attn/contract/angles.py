@@ -25,6 +25,7 @@ def ramp_of_pairs(
     """What yarn keeps of each frequency [D/2]: 1 for pairs of more than `fast` turns in
     `original` tokens, 0 for fewer than `slow`, linear in the pair's number between;
     `truncate`: between whole pairs."""
+    # frequencies fall with m: more turns are lower numbers
     low, high = (_pair(turns, theta, width, original) for turns in (fast, slow))
     if truncate:
         low, high = math.floor(low), math.ceil(high)
@@ -116,6 +117,7 @@ def learned_angles(pos: jax.Array, theta: jax.Array) -> jax.Array:
     bits = jax.lax.bitcast_convert_type(theta, jnp.uint32)
     exponent = bits >> jnp.uint32(23) & jnp.uint32(0xFF)
     m = bits & jnp.uint32(0x7FFFFF) | jnp.uint32(1 << 23)
+    # the table's words for the exponent of each theta, the upper one first
     c2, c1, c0 = jnp.moveaxis(jnp.asarray(_TURNS)[exponent.astype(jnp.int32)], -1, 0)
     low = m * c1 + _upper(m, c0)
     carry = (low < m * c1).astype(jnp.uint32)

@@ -187,6 +187,7 @@ class ACT(Softmax):
             devices_of(self.axis)  # ValueError without a mesh
             implementation = "xla"
         more, count = self._received(q, k, where, bias, sink)
+        # all rows vote that have come, these among them
         sums, rows = sums + more, rows + count
         sinks = self._sinks(sums, rows, keys) & (chosen[:, :, None] > 0)
         plain = jnp.zeros((1, 1, 1, 1), jnp.float32) if bias is None else bias
@@ -200,10 +201,12 @@ class ACT(Softmax):
             lse = jnp.maximum(lse, EMPTY).swapaxes(1, 2)[..., None]
             return o.astype(jnp.float32), lse
 
+        # o_S and o_N, each the answer of exact attention to some of the keys alone
         (o_s, lse_s), (o_n, lse_n) = only(sinks), only(~sinks)
         lse = jnp.logaddexp(lse_s, lse_n)
         if sink is not None:
             lse = jnp.logaddexp(lse, sink[None, None, :, None].astype(jnp.float32))
+        # the share of a row that its sinks have, and that of its other keys [B,T,H,1]
         m, rest = jnp.exp(lse_s - lse), jnp.exp(lse_n - lse)
         # what a row gives its keys, without a logit that has no value: m + rest
         return self.beta * m * o_s + ((1 - self.beta) * m + rest) * o_n, sums, rows
@@ -219,6 +222,7 @@ class ACT(Softmax):
 
         def one(carry, own):
             at = jnp.maximum(own, 0)
+            # the weights of these rows [B,H,tile,S]
             p, seen = self._few_rows(q, k, where, heads, at, bias, sink)
             real = (own >= 0)[None, None, :, None]
             seen = jnp.broadcast_to(seen & real, p.shape)
@@ -236,12 +240,14 @@ class ACT(Softmax):
         if bound is None:
             size = _per_run("max", keys.pos + 1, keys)  # N of each key's
             bound = self.factor / jnp.maximum(size, 1).astype(jnp.float32)[:, None]
+        # the mean that a key received, sums / rows, is above the bound
         detected = (sums > bound * rows.astype(jnp.float32)) & (rows >= self.min_rows)
         detected = detected & (keys.segment > 0)[:, None]
         if self.first == "none":
             return detected
         if self.first == "token0":
             return detected & (keys.pos > 0)[:, None]
+        # "first_detected": the first sink of each segment is left alone
         late = jnp.iinfo(jnp.int32).max
         pos = jnp.where(detected, keys.pos[:, None], late)
         first = jax.vmap(lambda a: _per_run("min", a, keys), 1, 1)(pos)

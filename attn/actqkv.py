@@ -204,6 +204,7 @@ class ActQKV(Turned, Softmax):
     def split(self, end: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Of `end` [B] tokens: where what is near begins, and how many whole blocks
         stand between it and the first `sinks`; 0 and 0 while all is near."""
+        # the last `local` tokens, and what fills no whole block, are near
         older = end - self.local - self.sinks
         many = jnp.maximum(older, 0) // self.block
         return jnp.where(many > 0, self.sinks + many * self.block, 0), many
@@ -225,6 +226,7 @@ class ActQKV(Turned, Softmax):
         number = jnp.arange(blocks, dtype=jnp.int32)[None]
         score = jnp.where(number < many[:, None], score, -jnp.inf)
         most = self.top_k if pool is None else 2 * self.top_k
+        # the blocks of the greatest cosine with the probe [B,n]
         best, top = jax.lax.top_k(score, min(most, blocks))
         there = best > -jnp.inf
         if pool is not None:
@@ -235,6 +237,7 @@ class ActQKV(Turned, Softmax):
             # of a window without blocks nothing is taken
             left = left - own.astype(jnp.float32)
         inside = jnp.arange(self.block, dtype=jnp.int32)[None, None]
+        # all tokens of these blocks: [B,n,block]
         middle = self.sinks + top[..., None] * self.block + inside
         middle = jnp.where(there[..., None], middle, -1)
         middle = middle.reshape(len(middle), -1)
@@ -245,6 +248,7 @@ class ActQKV(Turned, Softmax):
         and how many blocks [B] this layer takes of what is `left` [B]. `many` is 0
         where there are none, and of windows without a real token."""
         even = entropy_of(score, many)
+        # by turns; outside, and so dropped, where there was nothing to note
         slot = jnp.where(many > 0, state.seen % self.samples, self.samples)
         row = jnp.arange(len(slot))
         flat = state.flat.at[row, slot].set(even, mode="drop")
@@ -280,8 +284,10 @@ class ActQKV(Turned, Softmax):
         if self.rope is None:
             return logits(q, k, self.scale)
         at = jnp.maximum(pos, 0)
+        # turned to their positions, of which q.k knows the difference alone
         true = logits(
             self.rope.rotate(q, now.pos), self.rope.rotate(k, at), self.scale)
+        # a far key as if `local` tokens away: q at `local`, k at 0
         far = jnp.full_like(now.pos, self.local)
         away = logits(self.rope.rotate(q, far),
                       self.rope.rotate(k, jnp.zeros_like(at)), self.scale)

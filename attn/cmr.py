@@ -67,20 +67,27 @@ def read(
     """
     hn, mn = normed(h, eps), normed(buffer.states, eps)
     q = hn @ w["Wq"]  # [B,T,d]
+    # each captured layer has a Wk and a Wv: [B,m,M,E] x [m,E,d] -> [B,m,M,d]
     k = jnp.einsum("bmje,med->bmjd", mn, w["Wk"])
     v = jnp.einsum("bmje,med->bmjd", mn, w["Wv"])
+    # [B,T,d] x [B,m,M,d] -> [B,m,T,M]
     logit = jnp.einsum("btd,bmjd->bmtj", q, k) * q.shape[-1] ** -0.5
     age = pos[:, None, :, None] - buffer.pos[:, :, None]  # [B,m,T,M]
+    # q.k / sqrt(d) + log rho - decay age: what is relevant counts rho times
     logit = logit + jnp.log(jnp.maximum(rho, LEAST))[:, :, None]
     logit = logit - decay * age.astype(jnp.float32)
     there = jnp.broadcast_to((buffer.pos >= 0)[:, :, None], logit.shape)
+    # [B,m,T,M] x [B,m,M,d] -> [B,T,m,d]
     # of an empty buffer nothing is read
     found = jnp.einsum("bmtj,bmjd->btmd", weights(logit, there), v)
     some = jnp.broadcast_to((buffer.pos >= 0).any(2)[:, None], found.shape[:3])
     a = weights(hn @ w["Wl"], some)  # [B,T,m]
+    # [B,T,m] x [B,T,m,d] -> [B,T,d]
     r = jnp.einsum("btm,btmd->btd", a, found)
     gate = jax.nn.sigmoid(
+        # [B,T,E+d] [E+d,E]
         jnp.concatenate([hn, r], -1) @ w["Wg"] + w["bg"][None, None])
+    # [B,T,d] [d,E]
     out = h + (gate * (r @ w["Wo"])).astype(h.dtype)
     return Reading(out, r, a, gate)
 
@@ -182,6 +189,7 @@ class CMR(nn.Module):
             states = jax.lax.stop_gradient(states)
         states, at, rho = (jnp.concatenate([a, c.astype(a.dtype)], 2) for a, c in zip(
             buffer, (states, new, jax.lax.stop_gradient(rho))))
+        # from the newest entry of the layer [B,m,M+T]
         age = (at.max(2, keepdims=True) - at).astype(jnp.float32)
         score = jnp.log(jnp.maximum(rho, LEAST)) - jax.nn.softplus(self.rate) * age
         score = jax.lax.stop_gradient(jnp.where(at >= 0, score, -jnp.inf))
@@ -192,12 +200,14 @@ class CMR(nn.Module):
 
     def relevance(self, states) -> jax.Array:
         """rho [...] in (0, 1) of states [...,E]."""
+        # [...,E] [E]
         return jax.nn.sigmoid(normed(states) @ self.w_rho + self.b_rho)
 
     def reconstruction_loss(self, buffer: Buffer) -> jax.Array:
         """mean |norm(s) - decode(k)|^2 over entries: how much of a state its key tells.
         Its weight is 0.1."""
         own = jax.lax.stop_gradient(normed(buffer.states))
+        # [B,m,M,E] x [m,E,d] -> [B,m,M,d], and by `decode` [d,E] back to [B,m,M,E]
         k = jnp.einsum("bmje,med->bmjd", own, self.w["Wk"])
         gap = ((own - k @ self.decode) ** 2).mean(-1)
         there = buffer.pos >= 0

@@ -205,6 +205,7 @@ class Compose(Softmax):
             k, v = self.selection._stored(q, k), self.selection._stored(q, v)
         if isinstance(state.store, Cache):
             caches.check_fits(state.store, k, v)
+        # the storage counts slots: of what was kept, and of each token since then
         slot = locate(segments, b, t, state.store.end, state.store.segment)
         room = _room(state.store)
         if self.selection is not None and t > 1:
@@ -229,6 +230,7 @@ class Compose(Softmax):
             heads = state.pos.shape[2]
             wide = max(heads, slot.shape[2])
             slot = jnp.broadcast_to(slot, (*slot.shape[:2], wide))
+            # [B,C,K] -> [B,C,K|H], of which slots [B,N,K|H] take their positions
             table = jnp.repeat(state.pos, wide // heads, 2)
             at = jnp.clip(slot, 0, table.shape[1] - 1)
             found = jnp.take_along_axis(table, at, 1)
@@ -264,6 +266,7 @@ class Compose(Softmax):
         empty = empty._replace(segment=jnp.full_like(empty.segment, -1))
         if isinstance(empty, Cache):
             empty = empty._replace(pos=jnp.full_like(empty.pos, -1))
+        # what is kept is stored anew, from slot 0 on, and marked anew
         fresh = Composed(
             empty, None, jax.tree.map(jnp.zeros_like, state.marks), *empty[-2:])
         b, t = there.shape
@@ -283,6 +286,7 @@ class Compose(Softmax):
                 *caches.concat(self._cache(before), k, v, now), q, now, sink=sink)
         cache = self._store.cache(after.store)
         if self.reading is not None:
+            # the reading names slots: token n has to lie at index n
             cache = cache if self.storage is None else _by_slot(cache)
             chosen = self.reading.picked(after.marks, cache, q, slot)
             cache = at_slots(cache, chosen)

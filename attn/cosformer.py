@@ -64,6 +64,8 @@ class CosFormer(Attention):
         check(q, k, v, segments=segments, aligned=self.causal)
         pair = segments if isinstance(segments, tuple) else (segments, segments)
         at, of = (locate(g, *a.shape[:2]).pos for g, a in zip(pair, (q, k)))
+        # M of each token's sequence, and who stands beyond it, where a cosine turns
+        # negative
         lengths = self._lengths(q, k, pair)
         lost = [self._refused(a) for a in (at, of)]
         q, k = (_turned(a, pos, m) for a, pos, m in zip((q, k), (at, of), lengths))
@@ -126,4 +128,5 @@ def _turned(x: jax.Array, pos: jax.Array, length) -> jax.Array:
     x = jax.nn.relu(x.astype(jnp.float32))
     angle = math.pi / 2 * (pos + 1).astype(jnp.float32) / jnp.float32(length)
     angle = angle[..., None, None]  # pi t/2M
+    # q'.k' = relu(q).relu(k) cos(pi (t - s)/2M), as cos(a - b) = sin sin + cos cos
     return jnp.concatenate([x * jnp.sin(angle), x * jnp.cos(angle)], -1)

@@ -170,6 +170,7 @@ class Delta(nn.Module, Attention):
             return nn.DenseGeneral(
                 width, use_bias=False, dtype=jnp.float32, name=name)(of)
 
+        # in (0, 1), or (0, 2): I - beta k k^T has the eigenvalue 1 - beta along k
         beta = nn.sigmoid(dense("beta", h)) * (2.0 if self.negative else 1.0)
         if not self.gated:
             return beta, None
@@ -182,6 +183,7 @@ class Delta(nn.Module, Attention):
         rate = jnp.exp(log_rate).reshape(1, 1, h)  # exp(A)
         if self.channels:
             low = dense("decay_down", self.rank or d)
+            # by channel, through a low rank: [B,T,E] [E,R], then [B,T,R] [R,H,D]
             step = dense("decay_up", h, d, of=low) + bias.reshape(1, 1, h, d)
             return beta, -rate[..., None] * nn.softplus(step)
         # g = -exp(A) softplus(x W' + b)

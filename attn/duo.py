@@ -105,6 +105,7 @@ def mixed(
     else:
         full = exact(q, k, v)
     gate = jnp.repeat(opened(alpha), q.shape[2] // k.shape[2])[None, None, :, None]
+    # alpha full + (1 - alpha) stream, head by head
     return gate * full + (1 - gate) * stream
 
 
@@ -125,6 +126,7 @@ def learning_rate(step: int, steps: int, peak: float = 0.02) -> float:
     """The authors' schedule: a fifth of all steps up, a fifth down, never below a tenth
     of the peak."""
     fifth = steps / 5
+    # shares of the peak; between the two fifths both are 1 or more
     up, down = max((step + 1) / fifth, 0.1), max((steps - step) / fifth, 0.1)
     return peak * min(1.0, up, down)
 
@@ -136,4 +138,5 @@ def selected(alphas, sparsity: float, seed: int = 0) -> np.ndarray:
         return np.full(np.shape(alphas), sparsity <= 0)
     noise = np.random.default_rng(seed).uniform(0, 1e-6, np.shape(alphas))
     alphas = np.asarray(alphas, np.float64) + noise
+    # over all layers and heads together
     return alphas >= np.quantile(alphas, sparsity)

@@ -155,6 +155,7 @@ class FlexPrefill(Attention):
         i = jnp.arange(t - last.shape[1], t)[:, None]
         seen = jnp.arange(t)[None] <= i
         a = jax.nn.softmax(jnp.where(seen[None, None], s, -jnp.inf))
+        # the mean weight of each column and of each diagonal [B,H,S]
         vertical, slash = a.mean(2), scores.diagonals(a) / a.shape[2]
         columns, diagonals = (
             scores.count_to(p, self.gamma) + 1 for p in (vertical, slash))
@@ -164,6 +165,7 @@ class FlexPrefill(Attention):
         guess = logits(last.astype(jnp.float32).mean(1, keepdims=True), kv, scale)
         guess = jax.nn.softmax(guess[:, :, 0])  # [B,H,n]
         divergence = scores.root_divergence(guess, per_block[0])
+        # heads whose mean keys predict what is read are query-aware
         aware = divergence < self.tau
         least = min(-(-self.min_budget // size), n)
         limits = [jnp.where(aware, least, self._blocks(c, n))
@@ -172,7 +174,9 @@ class FlexPrefill(Attention):
         forced = (per_block[0].at[..., 0].set(jnp.inf),
                   per_block[1].at[..., -1].set(jnp.inf))
         kept = [scores.best(p, most) for p, most in zip(forced, limits)]
+        # [B,H,n] and [B,H,n] -> pairs [B,H,n,n]
         active = scores.union(*kept)
+        # mean queries against mean keys; the best pairs hold gamma of all n rows
         pooled = logits(scores.mean_keys(q, size), kv, scale)  # [B,H,n,n]
         tri = jnp.tril(jnp.ones((n, n), bool))[None, None]
         pooled = jax.nn.softmax(jnp.where(tri, pooled, -jnp.inf))

@@ -14,7 +14,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from attn.positions import learned_angles
+from attn.contract.angles import learned_angles
 from attn.recurrent.linear import recurrence
 
 _INIT = nn.initializers.variance_scaling(1.0, "fan_in", "normal")

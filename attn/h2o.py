@@ -68,13 +68,16 @@ def simulated(p: jax.Array, heavy: int, recent: int = -1) -> jax.Array:
     """
     t = p.shape[-1]
     at = jnp.arange(t)
+    # what the first tokens received among themselves [B,H,T]
     score = jnp.where((at < heavy)[None, None], p[..., :heavy, :].sum(-2), 0)
 
     def token(score, given):
         row, here = given  # [B,H,T], the token's index
         _, top = jax.lax.top_k(score, min(heavy - 1, t))
+        # [B,H,heavy-1,1] == [1,1,1,T] -> [B,H,T]
         kept = (top[..., None] == at[None, None, None]).any(-2)
         kept = kept | (at == here)[None, None]
+        # what is not kept loses its sum
         return (score + row) * kept, kept
 
     first = jnp.broadcast_to(
@@ -82,5 +85,6 @@ def simulated(p: jax.Array, heavy: int, recent: int = -1) -> jax.Array:
     rows = jnp.moveaxis(p[..., heavy:, :], 2, 0), at[heavy:]
     _, kept = jax.lax.scan(token, score, rows)
     kept = jnp.concatenate([first, jnp.moveaxis(kept, 0, 2)], 2)
+    # how far a key is behind [T,T]
     far = at[:, None] - at[None]
     return kept | ((far >= 0) & (far <= recent))[None, None]

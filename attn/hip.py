@@ -133,6 +133,7 @@ class HiP(Attention):
         """q [B,N,I,H,D] of query blocks, k and v [B,S,K,.] -> [B,N,I,H,V]."""
         pos, segment, first, seen = rows
         b, n, size, h, _ = q.shape
+        # what the window shows anyway is not searched
         tree = Tree(first, jnp.maximum(seen - self.window, 0), seen)
         chosen = search(
             self._asking(q, segment), k, tree, self.found, self.block_k,
@@ -251,11 +252,13 @@ class HiP(Attention):
         """The slots that one token reads: chosen [B,H,M] blocks, the tokens from
         min(reach, seen - window) [B] on, and the first ones, each once."""
         b, h, m = chosen.shape
+        # the window, and what came since the last search
         begin = jnp.maximum(jnp.minimum(reach, seen - self.window), 0)[:, None, None]
         inside = jnp.arange(self.block_k, dtype=jnp.int32).reshape(1, 1, 1, -1)
         chosen = chosen_blocks.distinct(chosen)
         far = jnp.where(chosen < 0, -1, chosen * self.block_k)[..., None] + inside
         far = jnp.where((chosen >= 0)[..., None], far, -1).reshape(b, h, -1)
+        # each slot once: what the window or the first tokens have is no far one
         far = jnp.where((far < begin) & (far >= self.sink), far, -1)
         sinks = jnp.arange(self.sink, dtype=jnp.int32)[None, None]
         sinks = jnp.where(sinks < begin, sinks, -1)  # [B,1,sink]

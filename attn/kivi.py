@@ -116,6 +116,7 @@ class KIVI(Coded, Softmax):
             return state._replace(
                 rest_k=rest_k, rest_v=rest_v, end=now.next_pos,
                 segment=now.last_segment)
+        # keys become codes block by block, as a channel's scale is of `group` tokens
         blocks = quantised.blocks_of((state.rest_k,), (k,), state.end, now, size)
         new = quantised.quantise(blocks.rows[0], self.bits, *self._axes[0])
         per = blocks.rows[0].shape[1] // size
@@ -128,6 +129,7 @@ class KIVI(Coded, Softmax):
             return a.at[row, jnp.where(there, at, a.shape[1])].set(new, mode="drop")
 
         keys = jax.tree.map(put, state.keys, new)
+        # a value's scales are its own, of `group` channels: coded at once
         new = quantised.quantise(v.astype(rest_v.dtype), self.bits, *self._axes[1])
         own = jnp.where(mine, now.pos, slots)
         values = jax.tree.map(

@@ -236,7 +236,7 @@ class Landmark(Attention):
         """The cached blocks that each query retrieves, as ages [B,H,T,n] in order, -1
         for none behind them."""
         k = self._turned(ring.landmarks(), ring.place() * self.size + self.block)
-        q = q.reshape(*q.shape[:2], k.shape[2], -1, q.shape[-1])
+        q = q.reshape(*q.shape[:2], k.shape[2], -1, q.shape[-1])  # [B,T,K,G,D]
         # [B,T,K,G,D] x [B,N,K,D] -> [B,K,G,T,N]: what queries think of landmarks
         s = jnp.einsum("btkgd,bnkd->bkgtn", q, k, preferred_element_type=jnp.float32)
         s = s.reshape(s.shape[0], -1, *s.shape[3:]) * self._scale(q)

@@ -183,6 +183,7 @@ class LightNet(Attention):
         """exp(k_s - z) [B,S,H,D], z over all keys of the segment."""
         top = jax.lax.stop_gradient(k)  # it cancels: no gradient
         top = top.max(1, keepdims=True) if segment is None else largest(top, segment)
+        # log(exp(init_lse) + sum_s exp(k_s)) below one maximum
         top = jnp.maximum(top, self.init_lse)
         each = jnp.exp(k - top)  # [B,S,H,D]
         if segment is None:

@@ -46,6 +46,7 @@ class LinearTransformer(Attention):
     def __call__(self, q, k, v, *, x=None, segments=None):
         """All tokens at once. q [B,T,H,D], k [B,S,K,D], v [B,S,K,V] -> [B,T,H,V]."""
         check(q, k, v, segments=segments, aligned=self.causal)
+        # sum_s phi(q_t).phi(k_s) (v_s, 1): [B,T,H,V+1]
         o = factor_sums(
             _phi(q), _phi(k), v, causal=self.causal, segments=segments, **self._how(q)
         )

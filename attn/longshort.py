@@ -26,6 +26,7 @@ import jax
 import jax.numpy as jnp
 
 from attn.cache import kv as caches
+from attn.contract.angles import sinusoids
 from attn.contract.attention import LOW, Attention, TemplateRow
 from attn.contract.dispatch import pick
 from attn.contract.fields import check_fields
@@ -33,7 +34,6 @@ from attn.contract.one_sequence import one_sequence
 from attn.contract.shapes import check
 from attn.exact.online import OnlineSoftmax
 from attn.parallel.sharding import Axis, mesh_of
-from attn.positions import sinusoids
 from attn.recurrent import scan
 from attn.sparse import long_short
 from attn.sparse.long_short import Keys
@@ -222,7 +222,7 @@ class LongShort(nn.Module, Attention):
 
     def _logits(self, x, k) -> jax.Array:
         """Of the compression [B,T,K,r] float32."""
-        return nn.DenseGeneral(
+        return nn.DenseGeneral(  # [B,T,E] [E,K,r]
             (k.shape[2], self.rank), dtype=jnp.float32, name="compress")(x)
 
     def _normed(self, name: str, keys: Keys) -> Keys:
@@ -245,6 +245,7 @@ class LongShort(nn.Module, Attention):
         far = nn.DenseGeneral((h, d), dtype=jnp.float32, name="place_far")
         zeros = nn.initializers.zeros_init()
         asks, turns = (self.param(n, zeros, (h, d)) for n in ("asks", "turns"))
+        # [w,E] x [E,H,D] -> [w,H,D], and [M,E] [E,H,D] of far rows
         near = jnp.einsum("we,ehd->whd", sinusoids(jnp.arange(self.window), e), place)
         return long_short.Places(near, far(sinusoids(jnp.arange(rows), e)), asks, turns)
 

@@ -61,6 +61,7 @@ def overlap(p: jax.Array, other: jax.Array) -> jax.Array:
 def cosine(a: jax.Array, b: jax.Array) -> jax.Array:
     """[...,N,M]: the cosine of each vector of a [...,N,E] with each of b [...,M,E]; 0
     for a vector of zeros."""
+    # [...,N,E] x [...,M,E] -> [...,N,M]
     return jnp.einsum("...ne,...me->...nm", unit(a), unit(b))
 
 
@@ -78,6 +79,7 @@ def spread_out(x: jax.Array, clusters: int) -> jax.Array:
 
     def take(nearest, _):
         at = nearest.argmin()
+        # [N,E] [E]: cosines with the one that is taken
         return jnp.maximum(nearest, x @ x[at]), x[at]
 
     # a cosine below all others: of equals the first is taken
@@ -98,10 +100,12 @@ def cluster(
     x = unit(x)
 
     def step(centres, _):
+        # [N,E] [E,clusters]: each vector goes to the centre of the greatest cosine
         own = jax.nn.one_hot((x @ centres.T).argmax(-1), clusters, dtype=x.dtype)
         sums = own.T @ x  # [clusters,N] [N,E]
         # an empty cluster stays where it is
         return jnp.where(own.sum(0)[:, None] > 0, unit(sums), centres), None
 
     centres, _ = jax.lax.scan(step, spread_out(x, clusters), None, steps)
+    # [N,E] [E,clusters]
     return (x @ centres.T).argmax(-1).astype(jnp.int32), centres

@@ -48,6 +48,7 @@ class Mask:
         `every=False` costs time; the opposite would be an error: hence this default.
         """
         some = (i[0] == i[0]) & (j[0] == j[0])  # True, as wide as both
+        # some: it may be; every: it is not said
         return some, some ^ True
 
     def reach(self) -> Reach:

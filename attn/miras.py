@@ -188,6 +188,7 @@ class Miras(MemoryAttention):
         if self.algorithm == "implicit":
             length = (k * k).sum(-1)[..., None]  # |k|^2 [B,T,K,1], of K G heads
             each = eta.reshape(*length.shape[:3], -1)
+            # the implicit step: eta / (1 + eta |k|^2)
             eta = (each / (1 + each * length)).reshape(eta.shape)
         run = nn.log_sigmoid(logit("momentum")) if self.sums_updates else None
         delta = nn.softplus(logit("delta")) if self.bias in NEEDS_DELTA else None
@@ -207,6 +208,7 @@ class Miras(MemoryAttention):
             rate = jnp.exp(self.param("A_log", log_rates, (h,))).reshape(1, 1, h)
             bias = self.param("dt_bias", small_steps, (h,)).reshape(1, 1, h)
             return -rate * nn.softplus(logit("forget") + bias)
+        # by channel, through a low rank: [B,T,E] [E,R]
         low = nn.Dense(RANK, use_bias=False, dtype=jnp.float32, name="forget_down")(x)
         up = nn.DenseGeneral(shape, dtype=jnp.float32, name="forget_up")(low)
         return nn.log_sigmoid(up) / 16.0  # [B,T,R] [R,H,D]

@@ -189,12 +189,14 @@ class MeanPool(Mixer):
             return jnp.broadcast_to(x.mean(1, keepdims=True), x.shape)
         # tokens so far [1,T,1]
         count = jnp.arange(1, x.shape[1] + 1, dtype=x.dtype)[None, :, None]
+        # y_t = (x_1 + .. + x_t) / t
         return jnp.cumsum(x, 1) / count
 
     def matrix(self, x):
         t = x.shape[1]
         ones = jnp.ones((t, t), _wide(x).dtype)
         a = jnp.tril(ones) if self.causal else ones
+        # every row sums to 1
         return (a / a.sum(1, keepdims=True))[None]
 
 

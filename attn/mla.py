@@ -92,6 +92,7 @@ class MLA(Layer):
             state, mean = self._read(state, q, k, now, segments)
             # (sum_t p_t c_t) V_h: [B,T,H,C] [C,H,V]
             o = jnp.einsum("bthc,chv->bthv", mean, v_up)
+        # [B,T,H,V] [H,V,E]
         y = nn.DenseGeneral(
             x.shape[-1], axis=(-2, -1), use_bias=self.use_bias, dtype=self.dtype,
             kernel_init=_INIT, name="out",
@@ -122,13 +123,15 @@ class MLA(Layer):
         """[B,T,H,D+R]."""
         width = self.heads, self.head_dim + self.shared_dim
         if self.query_rank is None:
-            return self._dense("q", *width)(x)
+            return self._dense("q", *width)(x)  # [B,T,E] [E,H,D+R]
+        # [B,T,E] [E,query_rank], then [query_rank,H,D+R]
         low = self._dense("q_down", self.query_rank, bias=self.use_bias)(x)
         return self._dense("q_up", *width)(self.norm.module(self.dtype, "q_norm")(low))
 
     def _latents(self, x) -> tuple[jax.Array, jax.Array]:
         """The latent [B,T,C] and the key that all heads share [B,T,1,R]."""
         width = self.rank + self.shared_dim
+        # [B,T,E] [E,C+R]
         down = self._dense("kv_down", width, bias=self.use_bias)(x)
         latent = self.norm.module(self.dtype, "kv_norm")(down[..., : self.rank])
         return latent, down[..., None, self.rank:]
@@ -140,6 +143,7 @@ class MLA(Layer):
 
     def _whole(self, own, turned, latent, shared, k_up, v_up, now, segments):
         """o [B,T,H,V] of a whole text, with keys and values of every head."""
+        # [B,T,C] x [C,H,D] -> [B,T,H,D], and values [B,T,H,V]
         k = jnp.einsum("btc,chd->bthd", latent, k_up)
         v = jnp.einsum("btc,chv->bthv", latent, v_up)
         k = jnp.concatenate([k, jnp.broadcast_to(shared, turned.shape)], -1)

@@ -121,6 +121,7 @@ class MoBA(Attention):
 
         def row(args):
             q, own, first = args  # [B,I,H,D], [B|1,I] each
+            # [B,I,H,D] x [B,M,H,D] -> [B,H,I,M]: q.mean of the block's keys
             s = jnp.einsum("bihd,bmhd->bhim", q.astype(jnp.float32), means)
             return self._best(s, first[:, None, :, None], own[:, None, :, None])
 
@@ -185,6 +186,7 @@ class MoBA(Attention):
         found = own
         if self.top_k > 1:
             s = jax.lax.stop_gradient(s).reshape(b, h, -1)
+            # the own block, and the best before it: [B,H,top_k]
             found = jnp.concatenate([own, self._best(s, 0, own)], -1)
         return of_blocks(found, self.block, pos)
 

@@ -141,7 +141,7 @@ class NSA(nn.Module, Attention):
         mesh in different ways."""
         parts = [found[name].astype(jnp.float32) for name in self.branches]
         if gates is not None:
-            parts = [gates[..., c, None] * o for c, o in enumerate(parts)]
+            parts = [gates[..., c, None] * o for c, o in enumerate(parts)]  # g_c o_c
         return functools.reduce(jnp.add, parts).astype(v.dtype)
 
     @nn.compact
@@ -151,7 +151,7 @@ class NSA(nn.Module, Attention):
         if self.gated:
             if x is None:
                 raise ValueError("x is None: NSA makes gates of the tokens [B,T,E]")
-            dense = nn.DenseGeneral(
+            dense = nn.DenseGeneral(  # [B,T,E] [E,H,c]
                 (q.shape[2], len(self.branches)), name="branch_gate")
             gates = jax.nn.sigmoid(dense(x.astype(jnp.float32)))
         make = functools.partial(
@@ -181,7 +181,7 @@ class NSA(nn.Module, Attention):
         told = rows.pos, rows.segment, first, own
         o = over_rows(local, self.axis, rows.put(q), told, None, keys, vals,
                       (found, pos, segment))
-        o = columns.poison(rows.poison(rows.take(o, q.shape[1])))
+        o = columns.poison(rows.poison(rows.take(o, q.shape[1])))  # [B,T,H,c V]
         names = [name for name in self.branches if name != "window"]
         return dict(zip(names, jnp.split(o, len(names), -1)))
 
@@ -231,8 +231,8 @@ class NSA(nn.Module, Attention):
         found, slots = {}, {}
         if self._far:
             last = jnp.arange(state.keys.shape[1], dtype=jnp.int32)[None] * self.stride
-            last = last + (self.compress - 1)
-            there = jnp.ones_like(last)
+            last = last + (self.compress - 1)  # of block i the last token
+            there = jnp.ones_like(last)  # the cache holds one sequence
             values = state.values if "compressed" in self.branches else None
             o, chosen = compressed_blocks.read(
                 q, pos, jnp.ones_like(pos), jnp.zeros_like(pos), pos // self.block,

@@ -83,15 +83,20 @@ class Nystrom(nn.Module, Attention):
         cut = spans(counted, min(self.landmarks, q.shape[1]))
         few_q, few_k = cut.means(q), cut.means(k)  # [B,c,H,D]
         there = cut.there[:, None, None]
+        # F: [B,T,H,D] x [B,c,H,D] -> [B,H,T,c]
         f = weights(jnp.einsum("bthd,bchd->bhtc", q, few_k), there)
         # where tokens are their own landmarks F v is exact attention
+        # [B,H,T,c] x [B,c,H,V] -> [B,T,H,V]
         o = jnp.einsum("bhtc,bchv->bthv", f, cut.means(v))
         if q.shape[1] > self.landmarks:
+            # A: [B,c,H,D] x [B,c,H,D] -> [B,H,c,c]
             a = weights(jnp.einsum("bchd,bjhd->bhcj", few_q, few_k), there)
             a = jnp.where(cut.there[:, None, :, None], a, 0)
+            # B: [B,c,H,D] x [B,S,H,D] -> [B,H,c,S]
             b = weights(
                 jnp.einsum("bchd,bshd->bhcs", few_q, k), real[:, None, None])
             bv = jnp.einsum("bhcs,bshv->bhcv", b, v)  # [c,S] [S,V]
+            # F A^+ B v: [T,c] [c,c] [c,V] of each head
             mixed = jnp.einsum("bhtc,bhcj,bhjv->bthv", f, self._inverse(a), bv)
             o = jnp.where(cut.whole[:, None, None, None], o, mixed)
         if self.conv:
@@ -105,6 +110,7 @@ class Nystrom(nn.Module, Attention):
         greatest = greatest.reshape(greatest.shape[:1] + (-1, 1, 1))
         z = a.swapaxes(-1, -2) / jnp.where(greatest > 0, greatest, 1)
         one = jnp.eye(a.shape[-1], dtype=a.dtype)[None, None]
+        # Z <- Z/4 (13 I - AZ (15 I - AZ (7 I - AZ))), all [B,H,c,c]
         for _ in range(self.iterations):
             az = a @ z
             z = z / 4 @ (13 * one - az @ (15 * one - az @ (7 * one - az)))
@@ -116,5 +122,6 @@ class Nystrom(nn.Module, Attention):
         init = nn.initializers.normal(taps**-0.5)
         w = self.param("conv", init, (v.shape[2], taps), jnp.float32)
         wide = jnp.pad(v, ((0, 0), (taps // 2, taps // 2), (0, 0), (0, 0)))
+        # [1,1,H,1] x [B,T,H,V], tap by tap
         taken = [w[None, None, :, i, None] * wide[:, i:i + t] for i in range(taps)]
         return functools.reduce(jnp.add, taken)

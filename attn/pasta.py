@@ -94,12 +94,15 @@ class Pasta(Softmax):
         number: of the prompt; what is generated behind it is left alone.
         """
         inside = jnp.asarray(spans, bool)
+        # [1,P] < [B|1,1]: j < L
         prompt = jnp.arange(inside.shape[2])[None] < jnp.reshape(length, (-1, 1))
         if self.spans == "union":
             inside = inside.any(1, keepdims=True)
         if self.position == "exclude":
+            # log alpha for what is outside, of "official" once for each span: [B,P]
             found = (~inside).sum(1)
         elif self.position == "include":
+            # -log alpha for what is outside of all spans
             found = inside.sum(1) - 1
         else:
             found = jnp.ones((inside.shape[0], inside.shape[2]))
@@ -127,6 +130,8 @@ class Pasta(Softmax):
 
     def _bias(self, marks, steered) -> jax.Array:
         """[B,H,P] from marks [B,P] and heads [B,H]."""
+        # alpha exp(s) = exp(s + log alpha), and the softmax divides by the new sum
+        # [B,H,1] x [B,1,P] -> [B,H,P]
         return math.log(self.alpha) * steered[:, :, None] * marks[:, None]
 
 

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from attn.cache import kv as caches
+from attn.contract.angles import sinusoids
 from attn.contract.attention import EXACT, Attention, TemplateRow
 from attn.contract.fields import check_fields
 from attn.contract.segments import locate
@@ -30,7 +31,6 @@ from attn.exact.attend import attend
 from attn.exact.logits import LogitSpec, Where
 from attn.masks import Causal, Full, Mask
 from attn.parallel.sharding import Axis, gather, over_mesh
-from attn.positions import sinusoids
 from attn.softmax import Softmax
 
 ONE_HOT, SINUSOID, LEARNED = "onehot", "sinusoid", "learned"
@@ -96,6 +96,7 @@ class Positional(nn.Module, Attention):
         v = jnp.repeat(v, heads // v.shape[2], 2)
         if segments is not None:
             return self._packed(tables, v, queries, segments)
+        # [length,H,d] -> [1,n,H,d]: of all rows of the batch
         q, k = (table[self._places(n)][None]
                 for table, n in zip(tables, (queries, keys)))
         letters = ".THD .SHD BSHV .T .S -> BTHV"
@@ -106,11 +107,13 @@ class Positional(nn.Module, Attention):
         """q [1,T,H,d], k [1,S,H,d], v [B,S,H,V] -> [B,T,H,V]: one A for all rows."""
         k, v, kv_pos = (gather(a, self.axis) for a in (k, v, kv_pos))
         b, s, h, width = v.shape
+        # one A [T,S] a head, whatever the batch: values of all rows side by side
         where = Where() if self.axis is None else Where(q_pos, kv_pos)
         # [B,S,H,V] -> [1,S,H,B V]
         side_by_side = v.transpose(1, 2, 0, 3).reshape(1, s, h, b * width)
         o = attend(q, k, side_by_side, LogitSpec(self.visible, self.scale), where,
                    implementation=self.implementation)[0]
+        # [1,T,H,B V] -> [B,T,H,V]
         return o.reshape(-1, h, b, width).transpose(2, 0, 1, 3)
 
     def _packed(self, tables, v, queries: int, segments) -> jax.Array:
@@ -175,6 +178,7 @@ class Positional(nn.Module, Attention):
     @staticmethod
     def _at(table, pos) -> jax.Array:
         """Rows [B,T,H,d] of a table [length,H,d]; NaN beyond its end."""
+        # [length,H,d] at [B,T] -> [B,T,H,d]
         return table.at[pos].get(mode="fill", fill_value=jnp.nan)
 
     @nn.compact

@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from attn.contract.angles import angles, dynamic_angles, powers
+from attn.contract.angles import ramp_of_pairs, ramp_of_turns
 
 FAST = {"yarn": 32.0, "llama3": 4.0}  # turns, as published
 
@@ -66,9 +68,8 @@ class RoPE:
         if self.factor < 1:
             raise ValueError(f"RoPE: factor={self.factor}: expected 1 or more")
         if self.theta <= 0 or self.original < 1:
-            raise ValueError(
-                f"RoPE: theta={self.theta}, original={self.original}: expected above 0"
-            )
+            raise ValueError(f"RoPE: theta={self.theta}, original={self.original}: "
+                             "expected above 0")
         if self.fast is not None and not self.fast > self.slow:
             raise ValueError(
                 f"RoPE: fast={self.fast}, slow={self.slow}: expected fast above slow"
@@ -90,26 +91,19 @@ class RoPE:
         if self.scaling == "ntk" and width > 2:
             # the slowest channel turns `factor` times slower, the fastest as before
             theta = theta * self.factor ** (width / (width - 2))
-        plain = theta ** (-np.arange(0, width, 2) / width)  # theta^(-2m/D) [D/2]
+        plain = powers(theta, width)
         if self.scaling in (None, "ntk", "dynamic"):
             return plain
         if self.scaling == "linear":
             return plain / self.factor
         if self.scaling == "longrope":
             return self._divided(plain, "short")
-        # how often each channel turns within the length that the model was trained on
-        turns = self.original * plain / (2 * math.pi)
         fast = FAST[self.scaling] if self.fast is None else self.fast
         if self.scaling == "yarn":
-            # the ramp runs over channel numbers, between those with `fast` and `slow`
-            low, high = self._channel(fast, width), self._channel(self.slow, width)
-            if self.truncate:
-                low, high = math.floor(low), math.ceil(high)
-            low, high = max(low, 0), min(high, width - 1)
-            own = (np.arange(width // 2) - low) / max(high - low, 1e-3)
-            keep = 1 - np.clip(own, 0, 1)
+            keep = ramp_of_pairs(
+                theta, width, self.original, self.slow, fast, self.truncate)
         else:
-            keep = np.clip((turns - self.slow) / (fast - self.slow), 0, 1)
+            keep = ramp_of_turns(plain, self.original, self.slow, fast)
         # keep 1: as trained; 0: divided by the factor, as "linear" does
         return plain * (keep + (1 - keep) / self.factor)
 
@@ -121,18 +115,9 @@ class RoPE:
                              f"{plain.size}, one for each pair of channels")
         return plain / factors
 
-    def _channel(self, turns: float, width: int) -> float:
-        """The channel number, not a whole one, that makes so many turns in `original`
-        tokens: theta^(-2m/D) original = 2 pi turns, solved for m."""
-        return (
-            width * math.log(self.original / (turns * 2 * math.pi))
-            / (2 * math.log(self.theta))
-        )
-
     @property
     def magnitude(self) -> float:
-        """What q and k are multiplied with: the temperature of yarn or longrope, or 1.
-        """
+        """What q and k are multiplied with: yarn's or longrope's temperature, or 1."""
         if self.temperature is not None:
             return self.temperature
         if self.scaling == "longrope" and self.factor > 1:
@@ -157,20 +142,12 @@ class RoPE:
         """The angles [...,width/2] at pos [...,1]."""
         own = self.frequencies(width)
         if self.moving and self.scaling == "longrope":
-            far = self._divided(RoPE(self.theta).frequencies(width), "long")
+            far = self._divided(powers(self.theta, width), "long")
             beyond = pos.max() >= self.original
             return jnp.where(beyond, angles(pos, far), angles(pos, own))
         if not self.moving or width < 4:
             return angles(pos, own)
-        # theta (factor L / original - (factor - 1))^(D/(D-2)), L the longest text
-        over = jnp.maximum(pos.max() + 1, self.original) / self.original
-        theta = self.theta * (self.factor * over - (self.factor - 1)) ** (
-            width / (width - 2)
-        )
-        share = jnp.asarray(-np.arange(0, width, 2) / width, jnp.float32)  # -2m/D
-        turned = jnp.exp(share * jnp.log(theta))
-        lead = (1,) * (pos.ndim - 1)
-        return pos.astype(jnp.float32) * turned.reshape(*lead, -1)
+        return dynamic_angles(pos, width, self.theta, self.factor, self.original)
 
     def rotate(self, x: jax.Array, pos: jax.Array) -> jax.Array:
         """x [B,T,H,D] turned to its positions: pos [B|1,T], or [B,T,H] per head."""
@@ -189,87 +166,6 @@ class RoPE:
             a, b = jnp.split(y, 2, -1)
             y = jnp.concatenate([a * cos - b * sin, a * sin + b * cos], -1)
         return jnp.concatenate([y.astype(x.dtype), rest], -1)
-
-
-def angles(pos: jax.Array, frequencies: np.ndarray) -> jax.Array:
-    """pos [...,1] times frequencies [n] in radians, float32, in [-pi, pi], for integer
-    positions to 2^31 with an error below 1e-6.
-
-    As one product of float32 the error is that of the product, 1e-7 of an angle of
-    many turns. Whole turns do not matter: of the share of a turn a token, as a fixed
-    point number of 64 bits, pos times the upper 32 is exact modulo one turn, and of pos
-    times the lower 32 the upper half is added. Other positions are multiplied.
-    """
-    lead = (1,) * (pos.ndim - 1)
-    if not jnp.issubdtype(pos.dtype, jnp.integer):
-        factor = jnp.asarray(frequencies, jnp.float32).reshape(*lead, -1)
-        return pos.astype(jnp.float32) * factor
-    fixed = [round(f / (2 * math.pi) * 2.0**64) % 2**64 for f in frequencies.tolist()]
-    high, low = (
-        jnp.asarray(np.array(a, np.uint32).reshape(*lead, -1))
-        for a in zip(*(divmod(n, 2**32) for n in fixed))
-    )
-    return _turned_by(pos, high, low)
-
-
-def _turned_by(pos: jax.Array, high: jax.Array, low: jax.Array) -> jax.Array:
-    """pos int times a share of a turn, 2^-32 high + 2^-64 low, in radians."""
-    n = jnp.abs(pos).astype(jnp.uint32)
-    # in 2^-32 turns; uint32 wraps around, which is whole turns
-    turns = n * high + _upper(n, low)
-    # as a signed number, the nearer way round
-    share = jax.lax.bitcast_convert_type(turns, jnp.int32).astype(jnp.float32)
-    angle = share * jnp.float32(2 * math.pi / 2**32)
-    return jnp.where(pos < 0, -angle, angle)
-
-
-# 2^224 / (2 pi), and of it what a float32 of each exponent is multiplied with: in
-# 2^-96 turns, modulo one turn, by words of 32 bits [256,3], the upper one first
-_TURN = 0x28BE60DB9391054A7F09D5F47D4D377036D8A5664F10E4107F9458EA
-_TURNS = np.array(
-    [[(_TURN >> 278 - e) >> shift & 0xFFFFFFFF for shift in (64, 32, 0)]
-     for e in range(256)], np.uint32)
-
-
-def learned_angles(pos: jax.Array, theta: jax.Array) -> jax.Array:
-    """pos times theta in radians, as `angles`, for integer positions to 2^31 and
-    frequencies theta float32 that are arrays, learned ones, of a shape that goes with
-    that of pos; its gradient is that of the product.
-
-    theta = +-m 2^(e - 150) with m below 2^24; its share of a turn as a fixed point
-    number of 64 bits is m times the table's number of 96.
-    """
-    plain = pos.astype(jnp.float32) * theta
-    if not jnp.issubdtype(pos.dtype, jnp.integer):
-        return plain
-    bits = jax.lax.bitcast_convert_type(theta, jnp.uint32)
-    exponent = bits >> jnp.uint32(23) & jnp.uint32(0xFF)
-    m = bits & jnp.uint32(0x7FFFFF) | jnp.uint32(1 << 23)
-    c2, c1, c0 = jnp.moveaxis(jnp.asarray(_TURNS)[exponent.astype(jnp.int32)], -1, 0)
-    low = m * c1 + _upper(m, c0)
-    carry = (low < m * c1).astype(jnp.uint32)
-    angle = _turned_by(pos, m * c2 + _upper(m, c1) + carry, low)
-    angle = jax.lax.stop_gradient(jnp.where(theta < 0, -angle, angle))
-    # 0 but for the gradient, and for what is no number
-    return angle + (plain - jax.lax.stop_gradient(plain))
-
-
-def sinusoids(pos: jax.Array, width: int, *, interleaved: bool = False) -> jax.Array:
-    """sin and cos of pos [...] int times 10000^(-2i/E), i < E/2 (Vaswani et al., 2017,
-    arXiv:1706.03762), [...,E] float32 for E = `width`: all sines first, or one sine and
-    one cosine in turn if `interleaved`."""
-    angle = angles(pos[..., None], 10000.0 ** (-np.arange(0, width, 2) / width))
-    both = jnp.stack([jnp.sin(angle), jnp.cos(angle)], -1 if interleaved else -2)
-    return both.reshape(*pos.shape, -1)[..., :width]
-
-
-def _upper(a: jax.Array, b: jax.Array) -> jax.Array:
-    """The upper 32 bits of the product of two uint32, by halves of 16 bits."""
-    half, low = jnp.uint32(16), jnp.uint32(0xFFFF)
-    a1, a0, b1, b0 = a >> half, a & low, b >> half, b & low
-    middle = a1 * b0 + (a0 * b0 >> half)  # below 2^32
-    other = a0 * b1 + (middle & low)
-    return a1 * b1 + (middle >> half) + (other >> half)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -321,11 +217,9 @@ class HarmonicALiBi:
 
     def __post_init__(self):
         if self.heads < 1:
-            raise ValueError(
-                f"HarmonicALiBi: heads={self.heads}: expected 1 or more")
+            raise ValueError(f"HarmonicALiBi: heads={self.heads}: expected 1 or more")
         if not 0 < self.gamma <= 1:
-            raise ValueError(
-                f"HarmonicALiBi: gamma={self.gamma}: expected in (0, 1]")
+            raise ValueError(f"HarmonicALiBi: gamma={self.gamma}: expected in (0, 1]")
         if self.bias not in ("harmonic", "linear"):
             raise ValueError(
                 f"HarmonicALiBi: bias={self.bias!r}: expected 'harmonic' or 'linear'")

@@ -142,7 +142,9 @@ class PrFlash(Softmax):
             p = self.ratio ** t.astype(float)
         else:
             factor = self.factor if self.budget is None else self._factor(n)
+            # p(t) = min(1, a / (t + 1)^s)
             p = np.minimum(1, factor / (t + 1.0) ** self.power)
+        # the own block is always read
         p[0] = 1
         return p
 
@@ -152,6 +154,7 @@ class PrFlash(Softmax):
         t = np.arange(1, n)
 
         def read(a):
+            # n - t pairs of blocks are t blocks apart
             return n + ((n - t) * np.minimum(1, a / (t + 1.0) ** self.power)).sum()
 
         low, high = 0.0, float(n) ** self.power
@@ -213,6 +216,7 @@ class PrFlash(Softmax):
             if u is None:
                 u = jax.random.uniform(
                     jax.random.fold_in(key, number), (heads, n), jnp.float32)
+            # how far each block is behind the row's own [n]
             far = number - columns
             here = jnp.where(far >= 0, p[jnp.maximum(far, 0)], 0)  # [n]
             some = (here > 0)[None] & (columns[None] >= first[:, None])  # [B,n]
@@ -222,6 +226,7 @@ class PrFlash(Softmax):
                 noise = -jnp.log(-jnp.log(jnp.maximum(u, 1e-20)))
                 importance = jnp.log(jnp.where(here > 0, here, 1))[None] + noise
             else:
+                # where there is no room for all the nearest stay
                 near = -jnp.abs(far).astype(jnp.float32)[None]
                 importance = jnp.broadcast_to(near, u.shape)
                 some = some[:, None] & ((u < here[None]) | own[None])[None]

@@ -80,10 +80,13 @@ def budgets(
     mean, there = capacity - window, prompt - window
     if prompt <= capacity:
         return (mean,) * layers
+    # k of the last layer, and of the first, with `mean` in the mean of both
     low = mean // beta
     high = 2 * mean - low
+    # no more than there is: the pyramid is flatter
     if high >= there:
         high, low = there, 2 * mean - there
+    # k_l = k_0 - l step
     step = (high - low) // (layers - 1) if layers > 1 else 0
     # a single layer has the mean
     high = high if layers > 1 else mean

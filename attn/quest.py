@@ -142,6 +142,7 @@ class Quest(Softmax):
         there = number < state.cache.end[:, None]  # [B,P]
         if self.newest:
             last = there & (number + self.page >= state.cache.end[:, None])
+            # above every bound, and so always among the greatest
             u = jnp.where(last[:, None, None], jnp.inf, u)
         return jnp.where(there[:, None, None], u, -jnp.inf).reshape(b, h, -1)
 

@@ -107,8 +107,10 @@ def head_scores(p: jax.Array, block: int) -> tuple[jax.Array, jax.Array]:
     echo is the mean weight of a row on all earlier occurrences of its token, induction
     that on the tokens behind them, over rows from the second block on.
     """
+    # the first token is no part of what repeats
     a = p[..., 1:, 1:]
     i, j = np.ogrid[:a.shape[-1], :a.shape[-1]]
+    # column j holds the token of row i, or the one behind an earlier occurrence of it
     echo = ((i - j) % block == 0) & (j < i)
     induction = ((i - j + 1) % block == 0) & (j - 1 < i) & (j >= 1)
 
@@ -122,6 +124,7 @@ def head_scores(p: jax.Array, block: int) -> tuple[jax.Array, jax.Array]:
 def by_key_head(score: jax.Array, heads: int) -> jax.Array:
     """Scores [layers,H] of query heads as those of K key heads: the greatest of a
     group."""
+    # [layers,K,G] -> [layers,K]
     return score.reshape(score.shape[0], heads, -1).max(-1)
 
 
@@ -147,6 +150,7 @@ def scopes(wq, wk, gamma, beta, slopes, eps: float = 1e-5, scale: float = 1.0):
 
     C_h = (2 ||W_Q W_K^T||_2 (||gamma||^2 + ||beta||^2) - log eps) / slope_h
     """
+    # |q.k| <= ||W_Q W_K^T||_2 |x_i| |x_j|, and an ALiBi bias falls by slope a token
     norm = scale * spectral_norms(wq, wk)
     size = (np.asarray(gamma) ** 2).sum() + (np.asarray(beta) ** 2).sum()
     return (2 * norm * size - np.log(eps)) / np.asarray(slopes)
@@ -154,5 +158,6 @@ def scopes(wq, wk, gamma, beta, slopes, eps: float = 1e-5, scale: float = 1.0):
 
 def spectral_norms(wq, wk) -> np.ndarray:
     """||W_Q W_K^T||_2 [H] of wq, wk [H,E,D]."""
+    # [H,E,D] x [H,E,D] -> [H,E,E]
     product = np.einsum("hed,hfd->hef", np.asarray(wq), np.asarray(wk))
     return np.linalg.norm(product, 2, axis=(1, 2))

@@ -127,6 +127,7 @@ class Recycled(Softmax):
             new, old = (a.astype(jnp.float32).reshape(a.shape[0], -1)
                         for a in (q, state.asked))
             size = jnp.linalg.norm(new, axis=1) * jnp.linalg.norm(old, axis=1)
+            # the cosine of all heads' queries side by side [B,H D]
             like = (new * old).sum(1) / jnp.where(size > 0, size, 1)
             due = (many % self.check_every == 0) & (like < self.threshold)
         real = now.segment[:, 0] > 0
@@ -158,6 +159,7 @@ class Recycled(Softmax):
         budget = min(self.capacity, cache.k.shape[1])
         pos = jnp.broadcast_to(cache.pos, importance.shape)
         every = Scored(cache._replace(pos=pos), jnp.zeros_like(importance))
+        # C_r: the keys with the greatest weights, and one free slot
         few = evict.best(every, importance, budget, budget + 1)
         return few, o
 
@@ -166,6 +168,7 @@ class Recycled(Softmax):
         few = evict.put(few, k, v, now)
         segment = jnp.broadcast_to(now.segment, few.cache.k.shape[:2])
         o, importance = self._found(few.cache, segment, q, now, sink)
+        # the token itself stays in its own step
         importance = jnp.where(few.cache.pos == now.pos[..., None], jnp.inf, importance)
         return evict.drop_one(few, importance, few.cache.k.shape[1] - 1), o
 
@@ -195,7 +198,7 @@ class Recycled(Softmax):
         s = logits(q, k, self.scale)
         p = jax.lax.stop_gradient(weights(s, causal[None, None]))
         ends = jnp.arange(self.stride - 1, t, self.stride)
-        p = p[:, :, ends].reshape(b, heads, h // heads, len(ends), t)
+        p = p[:, :, ends].reshape(b, heads, h // heads, len(ends), t)  # [B,K,G,N,T]
         importance = p.max(2) if self.group == "max" else p.mean(2)
         best, at = jax.lax.top_k(importance, min(self.capacity, t))
         set_ = at[..., None] == i[None, None, None, None]  # [B,K,N,capacity,T]
@@ -203,7 +206,9 @@ class Recycled(Softmax):
         # of stride n what stride n - 1 chose; in the first one all that is causal
         first = jnp.zeros((b, heads, 1, t), bool)
         set_ = jnp.concatenate([first, set_], 2)[:, :, i // self.stride]
+        # [T,T]: of one stride
         own = i[None] // self.stride == i[:, None] // self.stride
+        # the last token of a stride takes a full step
         whole = (i % self.stride == self.stride - 1)[:, None]
         seen = causal[None, None] & (set_ | (own | whole)[None, None])
         return values(weights(s, jnp.repeat(seen, h // heads, 1)), v)

@@ -167,11 +167,13 @@ class Relative(nn.Module, Attention):
     def _tables(self, q, v) -> tuple[jax.Array, Any]:
         """e [H|1,R,D], and w [H|1,R,V] or None."""
         heads = 1 if self.shared else q.shape[2]
+        # distances 0 to reach - 1, without an order -(reach - 1) to reach - 1
         rows = self.reach if self.causal else 2 * self.reach - 1
         draw = functools.partial(self._drawn, heads, rows)
         values = draw("distance_values", v.shape[3]) if self.by_value else None
         return draw("distances", q.shape[3]), values
 
     def _drawn(self, heads: int, rows: int, name: str, width: int) -> jax.Array:
+        # e and w [H|1,R,width]
         init = nn.initializers.normal(width**-0.5)
         return self.param(name, init, (heads, rows, width), jnp.float32)

@@ -105,7 +105,9 @@ class Retrieval(Softmax):
         """An empty memory for a prompt as long as q and the rest of `size` tokens."""
         caches.check_size(size)
         prompt = min(q.shape[1], size)
+        # near: what stays of the prompt, and everything that is generated
         near = min(self.sinks + self.recent, prompt) + size - prompt
+        # M links of queries and 2M that connect
         width = 3 * self.degree if self.index == "graph" else 0
         b, _, heads, _ = k.shape
         return RetrievalState(
@@ -178,6 +180,7 @@ class Retrieval(Softmax):
         cache, wide = caches.of_one_type(near, q)
         own = reading.read(cache, newest, wide, now, self._spec(), split_lse=True,
                            implementation=self.implementation)
+        # near keys of the device and far ones of the host, in one softmax
         both = join(state_of(*own), state_of(*found))
         if sink is not None:
             both = join(both, without_value(sink, both))
@@ -222,6 +225,7 @@ class Retrieval(Softmax):
                 asked, k[row, :, own], pos[row], links[row, own], entry[row, own])
             if not len(at):
                 continue
+            # [n,D] [D], of the n keys that were found; then [n] [n,V]
             s = scale * (k[row, at, own].astype(np.float32) @ asked)
             top = s.max()
             e = np.exp(s - top)
@@ -235,6 +239,7 @@ class Retrieval(Softmax):
         if len(far) <= self.top_k:
             return far  # everything fits
         if self.index == "flat":
+            # [n,D] [D]
             best = np.argsort(-(k[far].astype(np.float32) @ q), kind="stable")
             return np.sort(far[best[:self.top_k]])
         found, _ = graph_index.search(

@@ -288,5 +288,6 @@ class Routing(nn.Module, Attention):
 
     def _mean(self, o, count, v) -> jax.Array:
         """What a token gets, of its clusters; 0 if it is in none."""
+        # a mean over its clusters, with eps beside their number
         many = jnp.where(count > 0, count + self.eps, 1)
         return (o / many[..., None]).astype(v.dtype)

@@ -97,6 +97,7 @@ class S2(Attention):
                 self.block, self.local, ahead, self.stride, group, dense_from)
         if self.stride == 1 or self.dense >= kv_heads:
             return Causal()
+        # shards of neighbouring key heads are g = max(1, stride // H) blocks apart
         step = 0 if self.homogeneous else max(1, self.stride // heads)
         return Sharding(
             self.block, self.local, self.stride, step, self.offset, group, dense_from)
@@ -106,6 +107,7 @@ class S2(Attention):
     ) -> np.ndarray:
         """Which blocks [H,M,N] the query blocks of `tokens` tokens see, [1,M,N] if all
         heads are alike; of query blocks, those from token `past` on."""
+        # a block of keys is seen where its first token is, by the last query of a block
         n = np.arange(-(-tokens // self.block)) * self.block
         rows = n[-(-past // self.block):] + self.block - 1  # the last token of each
         same = self.homogeneous or not (self.causal or self.dense)
@@ -138,6 +140,7 @@ class S2(Attention):
         # queries count from 0, as blocks of a shard do
         where = Where(shift=q.shape[1] - far_k.shape[1])
         shard = self._attend(q, far_k, far_v, Behind(mask), where)
+        # no key is in both: one softmax over their union
         return output(join(window, shard)).astype(v.dtype)
 
     @property
@@ -183,6 +186,7 @@ class S2(Attention):
         few_q, few_k, few_v = heads_of(mask, q, k, v, dense=False)
         slot = shards.slots_of(mask, now, state.sharded)
         after = shards.append(state.sharded, few_k, few_v, now, slot)
+        # worth it for long pieces, and where the memory is shorter than the text
         apart = segments is None and q.shape[1] > FEW and room > state.k.shape[1]
         read = self._prompt if apart else self._read
         held, parts = None, [read(state.sharded, after, few_q, few_k, few_v, now, mask)]
@@ -219,6 +223,7 @@ class S2(Attention):
         where = Where(now.pos, near.pos, now.segment, kv_segment)
         near, asked = caches.of_one_type(near, q)
         found = self._attend(asked, near.k, near.v, self._near, where)
+        # slots of the window come first, those of the shard behind them
         far_k, far_v, far_pos = (a[:, mask.block * mask.local:] for a in after[:3])
         far = after._replace(k=far_k, v=far_v, pos=far_pos)
         where = Where(now.pos, far.pos)

@@ -151,7 +151,9 @@ class S4D(nn.Module, Attention):
         grown = jnp.exp(step[0])
         top = grown * jnp.cos(step[1]) - 1, grown * jnp.sin(step[1])
         square = real * real + imag * imag
+        # 1 / w = conj(w) / |w|^2
         hold = _times(top, (real / square, -imag / square))
+        # 2 C~ = 2 C (exp(dt w) - 1) / w: [H,V,N/2] times [1,V,N/2]
         out = _times((2 * c[..., 0], 2 * c[..., 1]), tuple(a[None] for a in hold))
         filters = [Filter(step, (out[0][at:at + h], out[1][at:at + h]))
                    for at in range(0, sides * h, h)]
@@ -164,6 +166,7 @@ class S4D(nn.Module, Attention):
 
     def _scanned(self, x, filters, segment) -> jax.Array:
         """y [B,T,H,V] by the recurrence."""
+        # h_t = exp(dt w) h_{t-1} + x_t,  y_t = Re(2 C~ h_t)
         y = self._over(x, filters[0], segment, None, self.axis)[1]
         if len(filters) == 1:
             return y
@@ -213,6 +216,7 @@ def _joined(a, b):
     and its state: those decay by what the second says."""
     (log_a, h_a), (log_b, h_b) = a, b
     decay = jnp.exp(log_b[0])
+    # exp(log_b) h_a + h_b
     h = _times(h_a, (decay * jnp.cos(log_b[1]), decay * jnp.sin(log_b[1])))
     return _sum(log_a, log_b), _sum(h, h_b)
 
@@ -248,6 +252,7 @@ def _kernel(filt: Filter, t: int) -> jax.Array:
     decay = jnp.exp(real)
     kernel = functools.partial(
         jnp.einsum, "hvn,vnl->hvl", precision=jax.lax.Precision.HIGHEST)
+    # Re(a b) = Re a Re b - Im a Im b: [H,V,N/2] x [V,N/2,t] -> [H,V,t]
     return kernel(filt.out[0], decay * jnp.cos(imag)) - kernel(
         filt.out[1], decay * jnp.sin(imag))
 

@@ -151,6 +151,7 @@ class SAQ(Coded, Softmax):
         after = []
         for bits, held in zip(self.bits, steps):
             after.append(self._coded(falls, bits))
+            # read back from its codes, and coded anew with fewer bits
             falls = self._rows(held, bits)
         last = self._coded(falls, self.bits[-1])
         # the segment that reaches the last step is as much older
@@ -179,6 +180,7 @@ class SAQ(Coded, Softmax):
         n, end = state.rest_k.shape[1], state.end[:, None]
         at = jnp.arange(n, dtype=jnp.int32)[None]
         done = jnp.zeros_like(end) if state.short else end // n
+        # the last tokens, of no whole segment, begin where whole ones end
         rest = jnp.where(at < end - done * n, done * n + at, -1)
         if state.short:
             return Cache(state.rest_k, state.rest_v, rest[..., None], *state[4:])
@@ -186,6 +188,7 @@ class SAQ(Coded, Softmax):
         where = [rest]
         for age, (bits, held) in enumerate(zip(self.bits, state.steps), 1):
             parts.append(self._rows(held, bits))
+            # the segment of age a begins at (done - a) n
             where.append(jnp.where(done >= age, (done - age) * n + at, -1))
         parts.append(self._rows(state.old, self.bits[-1]))
         long = jnp.arange(parts[-1][0].shape[1], dtype=jnp.int32)[None]

@@ -149,6 +149,7 @@ class Seer(PromptGate, Attention):
         owner = kv_segment.max(2)
         pick = functools.partial(self._picked, k_gate, owner)
         first = lambda a: jnp.moveaxis(jnp.broadcast_to(a, (b, *a.shape[1:])), 1, 0)
+        # a row of blocks at a time: [N,B,H,c]
         chosen = jax.lax.map(
             pick, jax.tree.map(first, (q_gate, segment.max(2), number)),
             batch_size=min(n, 64))
@@ -165,6 +166,7 @@ class Seer(PromptGate, Attention):
         """The blocks that one row of blocks reads: [B,H,c], -1 for none. row: its gate
         [B,H,Dg], its segment index [B] and its number [B]."""
         gate, segment, number = row
+        # [B,H,Dg] x [B,M,H,Dg] -> [B,H,M]
         s = jnp.einsum("bhd,bmhd->bhm", gate, k_gate) * self.gate_dim**-0.5
         m = jnp.arange(s.shape[-1], dtype=jnp.int32)[None]
         seen = (owner == segment[:, None]) & (owner > 0) & (m <= number[:, None])
@@ -185,6 +187,7 @@ class Seer(PromptGate, Attention):
         chosen = jnp.where(kept, chosen, -1)
         if not self.diagonal:
             return chosen
+        # the row's own block last, and once: [B,H,c] and [B,H,1]
         own = jnp.broadcast_to(number[:, None, None], (*chosen.shape[:2], 1))
         return jnp.concatenate([jnp.where(chosen == own, -1, chosen), own], -1)
 

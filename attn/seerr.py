@@ -132,6 +132,7 @@ class SeerR(TokenGate, Attention):
         asked = self._turned(q, now.pos)
         if t == 1:
             chosen = self._chosen(weights, after, q, now.pos[:, 0])
+            # the tokens of the chosen blocks, of each key head
             few = at_slots(after.cache, of_blocks(chosen, self.block, now.pos[:, 0]))
             few, asked = caches.of_one_type(few, asked)
             segment = jnp.broadcast_to(now.segment, few.k.shape[:2])
@@ -146,9 +147,11 @@ class SeerR(TokenGate, Attention):
         (b, t, _, d), many = k.shape, state.pools.shape[1]
         had = jnp.where((now.segment > 1).any(1), 0, state.cache.end)
         pools = block_pools.added(state.pools, self.pool_k, k, now, had, self.block)
+        # the blocks that the piece may complete: [B,T/block+1]
         done = had[:, None] // self.block + jnp.arange(
             t // self.block + 1, dtype=jnp.int32)[None]
         whole = (done + 1) * self.block <= now.next_pos[:, None]
+        # [B,N,K,c D] at [B,T/block+1,1,1]
         found = jnp.take_along_axis(pools, done[..., None, None], 1, mode="clip")
         if self.pool_k[-1] == "avg":  # the last one, in their order
             found = found.at[..., -d:].divide(self.block)
@@ -159,8 +162,10 @@ class SeerR(TokenGate, Attention):
 
     def _chosen(self, weights, state: SeerRState, q, pos) -> jax.Array:
         """The blocks [B,K,n] that q [B,1,H,D] at pos [B] reads, the own one first."""
+        # the block of the token itself [B,1,1], which is always read
         own = (pos // self.block)[:, None, None]
         gate = self._of_queries(weights, q, pos[:, None], state.gates.shape[2])[:, 0]
+        # [B,K,Dg] x [B,N,K,Dg] -> [B,K,N]
         s = jnp.einsum("bkd,bnkd->bkn", gate, state.gates) * self.gate_dim**-0.5
         s = jax.lax.stop_gradient(s)
         seen = jnp.arange(s.shape[2], dtype=jnp.int32)[None, None] < own
@@ -171,5 +176,6 @@ class SeerR(TokenGate, Attention):
             room, least = self.capacity or s.shape[2], self.threshold
         top, best = jax.lax.top_k(
             jnp.where(seen, s, -jnp.inf), min(max(room, 0), s.shape[2]))
+        # -1: a block that is not seen, or too improbable
         best = jnp.where(top > least, best, -1).astype(jnp.int32)
         return jnp.concatenate([jnp.broadcast_to(own, (*s.shape[:2], 1)), best], 2)

@@ -55,6 +55,7 @@ class Groups(Mask):
     def _together(self, half: int, i, j):
         """Whether tokens are in one group, of groups that begin so much later."""
         if self.length is None:
+            # of shifted heads the first group is a half
             return (i + half) // self.size == (j + half) // self.size
         # rolled back: the end of the text stands beside its start
         i, j = (i - half) % self.length, (j - half) % self.length
@@ -65,6 +66,7 @@ class Groups(Mask):
         some, every = j0 < self.sinks, j1 < self.sinks
         alike = every ^ True | every  # True, as wide as both
         for half in (0, size // 2):
+            # the groups of the first and last query, and of the first and last key
             a0, a1, b0, b1 = ((a + half) // size for a in (i0, i1, j0, j1))
             some = some | (a0 <= b1) & (b0 <= a1)
             alike = alike & (a0 == a1) & (b0 == b1) & (a0 == b0)
@@ -138,6 +140,7 @@ class SinkLoRA(Attention):
                 raise ValueError(
                     f"SinkLoRA: a group of {size} tokens of {tokens}, ratio="
                     f"{self.ratio}: expected an even number, or group=")
+        # SF-Attn shifts a quarter of the heads, S2-Attn the greater half
         few = heads // 4 if self.form == SINK else heads - heads // 2
         few = few if self.shifted is None else min(self.shifted, heads)
         sinks = self.sinks if self.form == SINK else 0

@@ -84,6 +84,7 @@ class Titans(MemoryAttention):
 
     def rule(self, d: int, v: int) -> Rule:
         """A sum of squares, whose gradient carries the factor 2."""
+        # ||M(W; k) - v||^2, not half of it
         return Rule(self.network(d, v), Bias("l2", factor=2.0), read=self.read)
 
     def learned_vectors(self, v: int) -> dict[str, tuple[int, ...]]:
@@ -121,4 +122,5 @@ class Titans(MemoryAttention):
                 step = step * nn.sigmoid(-eta)  # 1 - eta
         if most is None:
             most = 1 / self.chunk if flat else 0.1
+        # theta = theta_max sigmoid(x W + b) [B,T,H], by default times 1 - eta
         return Gates(most * step, keep, run)

@@ -153,6 +153,7 @@ class TopK(Attention):
         N = sink + top_k block + local + block - 1."""
         b, h, d = q.shape
         heads = state.cache.k.shape[2]
+        # the mean of q.k over the group is that of its mean query
         asked = q.astype(jnp.float32).reshape(b, heads, h // heads, d).mean(2)
         keys, shift = state.sums, 0
         if keys is None:
@@ -160,6 +161,7 @@ class TopK(Attention):
         # [B,K,D] x [B,N,K,D] -> [B,K,N]
         score = jnp.einsum("bkd,bnkd->bkn", asked, keys.astype(jnp.float32))
         score = jax.lax.stop_gradient(score)[:, :, min(shift, keys.shape[1] - 1):]
+        # whole blocks between the first tokens and the local ones
         many = jnp.maximum(length - self.sink - self.local, 0) // self.block  # [B]
         many = many[:, None, None]
         number = jnp.arange(score.shape[2], dtype=jnp.int32)[None, None]

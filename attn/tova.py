@@ -45,6 +45,7 @@ class TOVA(Evicting, Softmax):
 
     def scored(self, score, got, q):
         """The mean weight over all heads: of the last query alone."""
+        # [B,C,K] -> [B,C,1]: one set of tokens for all heads of the layer
         return got.sum(2, keepdims=True) / q.shape[2]
 
     def watched(self, cache, segment, q, now, sink):

@@ -44,7 +44,7 @@ from rich.table import Table
 
 from attn.positions import RoPE
 from experiments.cli import config
-from experiments.cli.config import FREE, option
+from experiments.cli.config import FREE, STEPS, option
 from experiments.data.lists import TASKS, Lists
 from experiments.measure import seeds
 from experiments.measure.provenance import provenance
@@ -70,9 +70,9 @@ class Config:
     hidden: int = option(64, "width of the MLPs")
     examples: int = option(10_000, "lists of the training set")
     tests: int = option(1000, "lists of a scale that are asked about")
-    steps: int = option(600, "training steps of a network")
+    steps: int = option(600, "training steps of a network", most=STEPS)
     batch: int = option(250, "lists a step")
-    rate: float = option(2e-3, "peak learning rate")
+    rate: float = option(2e-3, "peak learning rate", above=0)
     seed: int = option(0, "of data and parameters; the first of several")
     seeds: int = option(3, "networks trained, with seeds one after the other")
     quiet: bool = option(False, "no progress bars and no table", FREE)

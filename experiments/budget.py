@@ -56,7 +56,7 @@ from rich.progress import track
 from rich.table import Table
 
 from experiments.cli import config
-from experiments.cli.config import FREE, option
+from experiments.cli.config import FREE, STEPS, option
 from experiments.data import Corpus
 from experiments.data.retrieval import NOUNS
 from experiments.measure import asked, charts
@@ -91,7 +91,7 @@ class Config:
         None, "tokens of a row (None: the model's, at most 4096)", least=LEAST)
     trials: int = option(16, "rows a task")
     facts: int = option(4, "needles in a row of `needles`, keys of `recall`")
-    gate_steps: int = option(200, "steps that gates of Duo are trained")
+    gate_steps: int = option(200, "steps that gates of Duo are trained", most=STEPS)
     batch: int = option(4, "rows at once", FREE)
     seed: int = option(0, "of what is hidden where")
     quiet: bool = option(False, "no progress bar and no table", FREE)

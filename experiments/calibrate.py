@@ -62,7 +62,7 @@ import numpy as np
 from attn.act import ACT, calibrated
 from attn.softmax import Softmax
 from experiments.cli import config
-from experiments.cli.config import FREE, option
+from experiments.cli.config import FREE, STEPS, option
 from experiments.data import Corpus
 from experiments.data.clauses import STOP, VOCAB, Clauses
 from experiments.data.dataset import Batch
@@ -91,9 +91,9 @@ class Config:
     layers: int = option(4, "layers L")
     heads: int = option(4, "heads H")
     width: int = option(64, "model width E")
-    steps: int = option(1000, "training steps")
+    steps: int = option(1000, "training steps", most=STEPS)
     batch: int = option(64, "sequences a step")
-    rate: float = option(3e-3, "peak learning rate")
+    rate: float = option(3e-3, "peak learning rate", above=0)
     beta: float = option(0.4, "the share of a sink's attention that stays")
     factor: float = option(5.0, "a sink receives more than factor / N")
     held_out: int = option(300, "texts that heads are chosen with")

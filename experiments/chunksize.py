@@ -48,7 +48,7 @@ from attn.rat import RAT
 from attn.softmax import Softmax
 from experiments import lm, recall
 from experiments.cli import config
-from experiments.cli.config import FREE, option
+from experiments.cli.config import FREE, STEPS, option
 from experiments.data import Corpus, Text
 from experiments.measure import seeds
 from experiments.measure.timing import keep_memory, repeats, seconds
@@ -69,13 +69,13 @@ class Config:
     chunk: int = option(16, "L of the language model beside softmax and L = T")
     layers: int = option(2, "layers of the language models")
     width: int = option(96, "their model width E, of 4 heads")
-    text_steps: int = option(300, "training steps on text")
+    text_steps: int = option(300, "training steps on text", most=STEPS)
     recall_chunks: tuple[int, ...] = option((1, 4, 16, 64), "L of the recall networks")
     pairs: int = option(16, "keys with values of the recall task")
     length: int = option(64, "tokens of a sequence of it")
     recall_width: int = option(64, "model width E of its networks")
-    recall_steps: int = option(800, "training steps on recall")
-    rate: float = option(1e-2, "peak learning rate on recall")
+    recall_steps: int = option(800, "training steps on recall", most=STEPS)
+    rate: float = option(1e-2, "peak learning rate on recall", above=0)
     seed: int = option(0, "of data and parameters; the first of several")
     seeds: int = option(1, "networks trained, with seeds one after the other")
     quiet: bool = option(False, "no progress bars and no table", FREE)

@@ -56,7 +56,7 @@ import numpy as np
 
 from attn.softmax import Softmax
 from experiments.cli import config
-from experiments.cli.config import FREE, option
+from experiments.cli.config import FREE, STEPS, option
 from experiments.data import inside
 from experiments.data.inside import NEEDLE, VOCAB, Inside, Pair
 from experiments.measure import head_pictures, heads as measured, patching, retrieving
@@ -82,9 +82,9 @@ class Config:
     layers: int = option(4, "layers L of the network that is trained")
     heads: int = option(4, "heads H")
     width: int = option(64, "model width E")
-    steps: int = option(2500, "training steps")
+    steps: int = option(2500, "training steps", most=STEPS)
     batch: int = option(64, "sequences a step")
-    rate: float = option(3e-3, "peak learning rate")
+    rate: float = option(3e-3, "peak learning rate", above=0)
     scarce: int = option(10, "how many times rarer colours are, to be repaired")
     trials: int = option(200, "needles")
     haystack: int = option(26, "tokens of a prompt, its needle among them")

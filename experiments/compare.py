@@ -44,7 +44,7 @@ from attn.snapkv import SnapKV
 from attn.softmax import Softmax
 from experiments import lm, recall
 from experiments.cli import config
-from experiments.cli.config import FREE, option
+from experiments.cli.config import FREE, STEPS, option
 from experiments.data import Corpus, Text
 from experiments.measure import report, seeds, shipped
 from experiments.measure.provenance import provenance
@@ -82,12 +82,12 @@ class Config:
         "the list; an entry may be a tuple with one attention per layer",
     )
     pairs: int = option(16, "keys with values of the recall task")
-    recall_steps: int = option(800, "training steps on recall")
+    recall_steps: int = option(800, "training steps on recall", most=STEPS)
     recall_batch: int = option(8, "sequences of a step on recall")
     text: Corpus = option(Text(length=128), "the text, and the tokens of a row")
     layers: int = option(2, "layers of the language model")
     width: int = option(128, "width of the language model")
-    text_steps: int = option(150, "training steps on text")
+    text_steps: int = option(150, "training steps on text", most=STEPS)
     seed: int = option(0, "of data and parameters; the first of several")
     seeds: int = option(1, "networks trained of each, with seeds one after the other")
     quiet: bool = option(False, "no progress bars", FREE)

@@ -33,7 +33,7 @@ from attn.flow import Flow
 from attn.masks import Full
 from attn.softmax import Softmax
 from experiments.cli import config
-from experiments.cli.config import FREE, option
+from experiments.cli.config import FREE, STEPS, option
 from experiments.data.images import Digits
 from experiments.measure import seeds
 from experiments.training.loop import TrainConfig, fit
@@ -55,9 +55,9 @@ class Config:
     width: int = option(32, "model width E")
     heads: int = option(4, "heads H")
     layers: int = option(2, "layers")
-    steps: int = option(200, "training steps")
+    steps: int = option(200, "training steps", most=STEPS)
     batch: int = option(16, "pictures a step")
-    rate: float = option(5e-3, "peak learning rate")
+    rate: float = option(5e-3, "peak learning rate", above=0)
     seed: int = option(0, "of data and parameters; the first of several")
     seeds: int = option(1, "networks trained of each, with seeds one after the other")
     quiet: bool = option(False, "no progress bar and no table", FREE)

@@ -31,7 +31,7 @@ from rich.table import Table
 from attn.lightning import Lightning
 from attn.softmax import Softmax
 from experiments.cli import config
-from experiments.cli.config import FREE, option
+from experiments.cli.config import FREE, STEPS, option
 from experiments.data import Corpus, Text
 from experiments.measure import seeds
 from experiments.training.loop import TrainConfig, evaluate, fit
@@ -48,9 +48,9 @@ class Config:
     width: int = option(96, "model width E")
     heads: int = option(4, "heads H")
     slopes: str = option("code", "the decays of TransNormer: code, paper or fla")
-    steps: int = option(300, "training steps")
+    steps: int = option(300, "training steps", most=STEPS)
     batch: int = option(8, "rows a step")
-    rate: float = option(3e-3, "peak learning rate")
+    rate: float = option(3e-3, "peak learning rate", above=0)
     seed: int = option(0, "of data and parameters; the first of several")
     seeds: int = option(1, "networks trained, with seeds one after the other")
     quiet: bool = option(False, "no progress bars and no table", FREE)

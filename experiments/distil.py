@@ -53,7 +53,7 @@ from attn.sea import SEA
 from attn.softmax import Softmax
 from attn.sparse import estimated
 from experiments.cli import config
-from experiments.cli.config import FREE, option
+from experiments.cli.config import FREE, STEPS, option
 from experiments.data import Corpus, Text
 from experiments.measure import cost, seeds
 from experiments.training.imitation import (
@@ -76,12 +76,12 @@ class Config:
     heads: int = option(4, "heads H")
     layers: int = option(2, "layers")
     rows: int = option(4096, "rows that are trained on")
-    steps: int = option(600, "training steps of the teacher")
-    distil_steps: int = option(200, "training steps of each student")
+    steps: int = option(600, "training steps of the teacher", most=STEPS)
+    distil_steps: int = option(200, "training steps of each student", most=STEPS)
     batch: int = option(16, "rows a step of the teacher")
     distil_batch: int = option(8, "rows a step of a student")
-    rate: float = option(1e-2, "peak learning rate of the teacher")
-    distil_rate: float = option(3e-3, "peak learning rate of students")
+    rate: float = option(1e-2, "peak learning rate of the teacher", above=0)
+    distil_rate: float = option(3e-3, "peak learning rate of students", above=0)
     lengths: tuple[int, int, int] = option(
         (512, 1024, 2048), "T, 2T and 4T at which memory is read off the programs")
     seed: int = option(0, "of data and parameters; the first of several")

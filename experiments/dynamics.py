@@ -51,7 +51,7 @@ from attn.masks import Full
 from attn.mixers import Depthwise, FNet, LongConv
 from attn.softmax import Softmax
 from experiments.cli import config
-from experiments.cli.config import FREE, option
+from experiments.cli.config import FREE, STEPS, option
 from experiments.data.images import Digits
 from experiments.data.majority import Majority
 from experiments.data.dataset import Cycle
@@ -95,11 +95,11 @@ class Config:
     layers: int = option(2, "layers of the network that reads digits")
     coin_layers: int = option(1, "layers of the network that counts coins")
     length: int = option(512, "tokens of a row of coins")
-    steps: int = option(150, "training steps on digits")
-    coin_steps: int = option(150, "training steps on coins")
+    steps: int = option(150, "training steps on digits", most=STEPS)
+    coin_steps: int = option(150, "training steps on coins", most=STEPS)
     batch: int = option(32, "digits a step")
     coin_batch: int = option(16, "rows of coins a step")
-    rate: float = option(5e-3, "peak learning rate")
+    rate: float = option(5e-3, "peak learning rate", above=0)
     seed: int = option(0, "of data and parameters; the first of several")
     seeds: int = option(1, "networks trained, with seeds one after the other")
     tokens: int = option(

@@ -46,7 +46,7 @@ from attn.positions import RoPE
 from attn.sinklora import SinkLoRA
 from attn.softmax import Softmax
 from experiments.cli import config
-from experiments.cli.config import FREE, option
+from experiments.cli.config import FREE, STEPS, option
 from experiments.data import Batch, Corpus, Text
 from experiments.measure import seeds
 from experiments.training.loop import measure
@@ -72,11 +72,11 @@ class Config:
     layers: int = option(2, "layers")
     rank: int = option(8, "rank of the adapters")
     rows: int = option(1024, "rows that are trained on, longer ones; shorter: 4 times")
-    steps: int = option(600, "training steps on short rows")
+    steps: int = option(600, "training steps on short rows", most=STEPS)
     more: int = option(150, "training steps on long rows, of each")
     batch: int = option(4, "long rows a step; of short ones as many tokens")
-    rate: float = option(1e-2, "peak learning rate on short rows")
-    lora_rate: float = option(3e-3, "peak learning rate on long rows")
+    rate: float = option(1e-2, "peak learning rate on short rows", above=0)
+    lora_rate: float = option(3e-3, "peak learning rate on long rows", above=0)
     held: int = option(32, "long rows that are judged by")
     seed: int = option(0, "of data and parameters; the first of several")
     seeds: int = option(3, "models, with seeds one after the other")

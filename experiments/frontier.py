@@ -55,7 +55,7 @@ from attn.masks import Causal, Window
 from attn.softmax import Softmax
 from experiments import recall
 from experiments.cli import config
-from experiments.cli.config import FREE, option
+from experiments.cli.config import FREE, STEPS, option
 from experiments.measure import report, seeds
 from experiments.measure.provenance import provenance
 from experiments.measure.timing import inputs, prepared, repeats, seconds
@@ -92,9 +92,9 @@ class Config:
         256, "token ids; the lower half are keys, the upper half values"
     )
     width: int = option(64, "model width E")
-    steps: int = option(800, "training steps")
+    steps: int = option(800, "training steps", most=STEPS)
     batch: int = option(16, "sequences a step")
-    rate: float = option(1e-2, "peak learning rate")
+    rate: float = option(1e-2, "peak learning rate", above=0)
     lengths: tuple = option((256, 1024, 4096, 16384), "at which memory is counted")
     stream: int = option(4096, "tokens in memory where a step of decoding is timed")
     rounds: int = option(9, "how often each step is timed")

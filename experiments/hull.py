@@ -54,7 +54,7 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments.cli import config
-from experiments.cli.config import FREE, option
+from experiments.cli.config import FREE, STEPS, option
 from experiments.data import points as data
 from experiments.data.points import Points
 from experiments.measure import seeds
@@ -79,9 +79,9 @@ class Config:
     spread: float = option(0.2, "parameters begin within it; the paper has 0.08")
     dictionary: int | None = option(
         20, "indices of the baseline, which does not point; None for no baseline")
-    steps: int = option(1500, "training steps")
+    steps: int = option(1500, "training steps", most=STEPS)
     batch: int = option(128, "lists a step")
-    rate: float = option(5e-3, "peak learning rate")
+    rate: float = option(5e-3, "peak learning rate", above=0)
     tests: int = option(500, "lists of a length that are asked about")
     beam: int = option(3, "answers that are kept while one is written")
     seed: int = option(0, "of data and parameters; the first of several")

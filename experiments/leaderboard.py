@@ -81,7 +81,7 @@ from attn.topk import TopK
 from attn.tova import TOVA
 from experiments import recall
 from experiments.cli import config
-from experiments.cli.config import FREE, option
+from experiments.cli.config import FREE, STEPS, option
 from experiments.compare import trained_as
 from experiments.measure import charts, report, seeds, shipped
 from experiments.measure.provenance import provenance
@@ -121,9 +121,9 @@ class Config:
     vocab: int = option(128, "token ids: keys the lower half, values the upper half")
     width: int = option(64, "model width E")
     heads: int = option(2, "heads H")
-    steps: int = option(500, "training steps")
+    steps: int = option(500, "training steps", most=STEPS)
     batch: int = option(16, "sequences a step")
-    rate: float = option(5e-3, "peak learning rate")
+    rate: float = option(5e-3, "peak learning rate", above=0)
     long: int = option(4096, "tokens of the memory that is counted as well")
     seed: int = option(0, "of data and parameters; the first of several")
     seeds: int = option(1, "networks trained of each, with seeds one after the other")
@@ -163,8 +163,9 @@ TINY = Config(
 def run(config_: Config) -> dict[str, Any]:
     """Trains and reads -> recall and bytes by attention, folder."""
     for attention in config_.attentions:  # what cannot stream ends here, no folder made
-        task = config_.recall(attention, config_.seed)
-        check_stream(task.model(), task.length)
+        model = config_.recall(attention, config_.seed).model()
+        for length in (config_.length, config_.long):  # what is read, what is counted
+            check_stream(model, length)
     command = config.command(config_)
     folder = open_folder(
         "leaderboard", config_.folder, command, config.settings(config_))

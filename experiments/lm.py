@@ -26,7 +26,7 @@ import numpy as np
 
 from attn.softmax import Softmax
 from experiments.cli import config
-from experiments.cli.config import FREE, GROWS, option
+from experiments.cli.config import FREE, GROWS, STEPS, option
 from experiments.data import Corpus, Text
 from experiments.measure import seeds
 from experiments.measure.dtypes import checked_dtype
@@ -46,9 +46,11 @@ class Config:
     width: int = option(128, "model width E")
     heads: int = option(4, "heads H")
     kv_heads: int | None = option(None, "key heads K (None: H)")
-    steps: int = option(200, "training steps; an old run may get more", GROWS)
+    steps: int = option(
+        200, "training steps; an old run may get more", GROWS, most=STEPS
+    )
     batch: int = option(8, "rows a step")
-    rate: float = option(3e-3, "peak learning rate")
+    rate: float = option(3e-3, "peak learning rate", above=0)
     accumulate: int = option(1, "parts of a batch, one after the other")
     remat: bool = option(False, "compute layers again in the backward pass")
     dtype: Any = option(jnp.float32, "of the computation; parameters are float32")
@@ -63,11 +65,13 @@ class Config:
     )
     seeds: int = option(1, "networks trained, with seeds one after the other", FREE)
     prompt: str = option("def ", "what the sample begins with", FREE)
-    sample: int = option(120, "tokens of the sample", FREE, 0)
+    sample: int = option(120, "tokens of the sample", FREE, 0, most=LARGEST)
     temperature: float = option(
         0.7, "of the sample; 0 takes the likeliest token", FREE
     )
-    decode: int = option(64, "tokens over which decoding is timed", FREE)
+    decode: int = option(
+        64, "tokens over which decoding is timed", FREE, most=LARGEST
+    )
     save_every: float | None = option(
         None, "minutes between checkpoints (None: by steps alone)", FREE
     )
@@ -78,12 +82,6 @@ class Config:
 
     def __post_init__(self):
         seeds.check(self)
-        for name, least in (("sample", 0), ("decode", 1)):
-            value = getattr(self, name)
-            if not least <= value <= LARGEST:
-                raise ValueError(
-                    f"{name}={value}: expected {least} or more, at most {LARGEST}"
-                )
         Sampling(self.temperature).checked()
         if self.sample and not self.prompt:
             raise ValueError("prompt='': expected a text that a sample can begin with, "

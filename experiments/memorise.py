@@ -51,7 +51,7 @@ from attn.miras import Memora, Moneta, Yaad
 from attn.softmax import Softmax
 from attn.titans import Titans
 from experiments.cli import config
-from experiments.cli.config import FREE, option
+from experiments.cli.config import FREE, STEPS, option
 from experiments.data import Needles, Recall, Text
 from experiments.measure import seeds
 from experiments.measure.online import collisions, outliers, redrawn
@@ -80,9 +80,9 @@ class Config:
                            "end")
     width: int = option(64, "model width E")
     heads: int = option(2, "heads H")
-    steps: int = option(300, "training steps of each network")
+    steps: int = option(300, "training steps of each network", most=STEPS)
     batch: int = option(8, "rows a step")
-    rate: float = option(3e-3, "peak learning rate")
+    rate: float = option(3e-3, "peak learning rate", above=0)
     seed: int = option(0, "of data and parameters; the first of several")
     seeds: int = option(1, "runs, with seeds one after the other")
     quiet: bool = option(False, "no progress bars", FREE)

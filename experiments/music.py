@@ -48,7 +48,7 @@ from rich.table import Table
 from attn.relative import Relative
 from attn.softmax import Softmax
 from experiments.cli import config
-from experiments.cli.config import FREE, option
+from experiments.cli.config import FREE, STEPS, option
 from experiments.data.dataset import Dataset
 from experiments.data.music import REST, VOCAB, VOICES, Bach, Chorales, grid_of, midi
 from experiments.measure import cost, seeds
@@ -74,9 +74,9 @@ class Config:
     heads: int = option(4, "heads H")
     layers: int = option(2, "layers of each network")
     reach: int = option(128, "distances that have a vector")
-    steps: int = option(400, "training steps of each network")
+    steps: int = option(400, "training steps of each network", most=STEPS)
     batch: int = option(8, "rows a step")
-    rate: float = option(3e-3, "peak learning rate")
+    rate: float = option(3e-3, "peak learning rate", above=0)
     memory: bool = option(True, "also compile the table of bytes")
     write: int = option(256, "tokens of the piece that is written")
     seed: int = option(0, "of data and parameters; the first of several")

@@ -44,7 +44,7 @@ from attn.lightnet import LightNet
 from attn.recurrent.causal import linear_attention
 from attn.recurrent.linear import recurrence
 from experiments.cli import config
-from experiments.cli.config import FREE, option
+from experiments.cli.config import FREE, STEPS, option
 from experiments.data.images import Digits
 from experiments.measure import seeds
 from experiments.measure.timing import repeats, seconds
@@ -66,9 +66,9 @@ class Config:
     width: int = option(32, "model width E")
     layers: int = option(2, "layers")
     heads: int = option(4, "heads H")
-    steps: int = option(1200, "training steps")
+    steps: int = option(1200, "training steps", most=STEPS)
     batch: int = option(64, "digits a step")
-    rate: float = option(4e-3, "peak learning rate")
+    rate: float = option(4e-3, "peak learning rate", above=0)
     decay: float = option(0.1, "weight decay")
     seed: int = option(0, "of data and parameters; the first of several")
     seeds: int = option(1, "networks trained, with seeds one after the other")

@@ -39,7 +39,7 @@ from attn.landmark import Landmark
 from attn.positions import RoPE
 from attn.softmax import Softmax
 from experiments.cli import config
-from experiments.cli.config import FREE, option
+from experiments.cli.config import FREE, STEPS, option
 from experiments.data import Needles
 from experiments.measure import seeds
 from experiments.training.loop import TrainConfig, check, fit
@@ -62,9 +62,9 @@ class Config:
     width: int = option(64, "model width E")
     heads: int = option(2, "heads H")
     layers: int = option(2, "layers of attention, behind a short convolution")
-    steps: int = option(600, "training steps of each network")
+    steps: int = option(600, "training steps of each network", most=STEPS)
     batch: int = option(16, "rows a step")
-    rate: float = option(3e-3, "peak learning rate")
+    rate: float = option(3e-3, "peak learning rate", above=0)
     rows: int = option(64, "rows read at each length")
     seed: int = option(0, "of data and parameters; the first of several")
     seeds: int = option(3, "networks trained, with seeds one after the other")

@@ -57,7 +57,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from experiments.cli import config
-from experiments.cli.config import FREE, option
+from experiments.cli.config import FREE, STEPS, option
 from experiments.data import Corpus
 from experiments.data.retrieval import NOUNS
 from experiments.measure import cache_claims, index_claims, panels, seeds
@@ -82,7 +82,9 @@ class Config:
         None, "tokens of a row (None: the model's, at most 1024)", least=LEAST)
     trials: int = option(16, "rows of each setting", least=1)
     facts: int = option(8, "facts in a row", least=1)
-    gate_steps: int = option(150, "steps that the gates of duo are trained", least=1)
+    gate_steps: int = option(
+        150, "steps that the gates of duo are trained", least=1, most=STEPS
+    )
     draws: int = option(200, "windows of probes, pools of pool", least=1)
     batch: int = option(4, "rows at once", FREE, least=1)
     seed: int = option(0, "of what is hidden where; the first of several")

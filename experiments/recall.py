@@ -25,7 +25,7 @@ import numpy as np
 from attn.baseconv import BaseConv
 from attn.softmax import Softmax
 from experiments.cli import config
-from experiments.cli.config import FREE, GROWS, option
+from experiments.cli.config import FREE, GROWS, STEPS, option
 from experiments.data import Cycle, Recall
 from experiments.measure import seeds
 from experiments.training.loop import TrainResult, TrainConfig, check, evaluate, fit
@@ -47,9 +47,11 @@ class Config:
     )
     width: int = option(64, "model width E")
     heads: int = option(1, "heads H")
-    steps: int = option(800, "training steps; an old run may get more", GROWS)
+    steps: int = option(
+        800, "training steps; an old run may get more", GROWS, most=STEPS
+    )
     batch: int = option(16, "sequences a step")
-    rate: float = option(1e-2, "peak learning rate")
+    rate: float = option(1e-2, "peak learning rate", above=0)
     mesh: tuple[int, int, int] = option(
         (1, 1, 1), "devices along data, seq and model", FREE
     )

@@ -44,7 +44,7 @@ from attn.combiner import Combiner
 from attn.masks import BlockCausal, Causal, Mask
 from attn.softmax import Softmax
 from experiments.cli import config
-from experiments.cli.config import FREE, option
+from experiments.cli.config import FREE, STEPS, option
 from experiments.data.images import Digits
 from experiments.measure import seeds
 from experiments.training.loop import measure
@@ -104,9 +104,9 @@ class Config:
     width: int = option(32, "model width E")
     heads: int = option(4, "heads H")
     layers: int = option(2, "layers")
-    steps: int = option(400, "training steps of each network")
+    steps: int = option(400, "training steps of each network", most=STEPS)
     batch: int = option(32, "digits a step")
-    rate: float = option(1e-2, "peak learning rate")
+    rate: float = option(1e-2, "peak learning rate", above=0)
     seed: int = option(0, "of parameters and batches; the first of several")
     seeds: int = option(3, "networks trained of each, with seeds one after the other")
     quiet: bool = option(False, "no progress bar and no table", FREE)

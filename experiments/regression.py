@@ -53,7 +53,7 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments.cli import config
-from experiments.cli.config import FREE, option
+from experiments.cli.config import FREE, STEPS, option
 from experiments.data.regression import Prompts, Regression
 from experiments.measure import panels, regression, seeds
 from experiments.measure.provenance import provenance
@@ -74,9 +74,9 @@ class Config:
     noise: float = option(0.1, "variance of the noise of y")
     heads: tuple[int, ...] = option((1, 2, 4), "of the softmax layers")
     lengths: tuple[int, ...] = option((20, 40, 80, 160), "examples of prompts judged")
-    steps: int = option(12000, "of Adam")
+    steps: int = option(12000, "of Adam", most=STEPS)
     batch: int = option(256, "prompts a step, the same for all layers")
-    rate: float = option(3e-3, "learning rate, by a cosine to a fifteenth")
+    rate: float = option(3e-3, "learning rate, by a cosine to a fifteenth", above=0)
     prompts: int = option(40000, "prompts a layer is judged on", least=4000)
     seed: int = option(0, "of prompts and weights; the first of several")
     seeds: int = option(3, "trainings, with seeds one after the other")

@@ -55,7 +55,7 @@ from attn.cmr import CMR
 from attn.masks import BlockCausal, Causal
 from attn.softmax import Softmax
 from experiments.cli import config
-from experiments.cli.config import FREE, option
+from experiments.cli.config import FREE, STEPS, option
 from experiments.data.segmented import Segmented
 from experiments.measure import distances, seeds
 from experiments.measure.provenance import provenance
@@ -84,9 +84,9 @@ class Config:
     width: int = option(64, "model width E")
     layers: int = option(2, "layers, of all of which states are captured", least=1)
     rows: int = option(2048, "documents that are trained on")
-    steps: int = option(600, "training steps of each network")
+    steps: int = option(600, "training steps of each network", most=STEPS)
     batch: int = option(16, "documents a step")
-    rate: float = option(5e-3, "peak learning rate")
+    rate: float = option(5e-3, "peak learning rate", above=0)
     opening: float = option(3.0, "how much faster the way out of the memory learns")
     rounds: int = option(9, "times that a step with CMR and one without are timed")
     seed: int = option(0, "of data and parameters; the first of several")

@@ -40,7 +40,7 @@ from attn.routing import Routing
 from attn.softmax import Softmax
 from attn.sparse import kmeans, routed
 from experiments.cli import config
-from experiments.cli.config import FREE, option
+from experiments.cli.config import FREE, STEPS, option
 from experiments.data import Batch
 from experiments.data.typed import Typed
 from experiments.measure import seeds
@@ -68,9 +68,9 @@ class Config:
     heads: int = option(4, "heads H, half of them local")
     layers: int = option(1, "layers")
     rows: int = option(4096, "rows that are trained on")
-    steps: int = option(500, "training steps of each network")
+    steps: int = option(500, "training steps of each network", most=STEPS)
     batch: int = option(32, "rows a step")
-    rate: float = option(1e-2, "peak learning rate")
+    rate: float = option(1e-2, "peak learning rate", above=0)
     seed: int = option(0, "of data and parameters; the first of several")
     seeds: int = option(3, "networks trained of each, with seeds one after the other")
     quiet: bool = option(False, "no progress bar and no table", FREE)

@@ -51,7 +51,7 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments.cli import config
-from experiments.cli.config import FREE, option
+from experiments.cli.config import FREE, STEPS, option
 from experiments.data.cooccurrence import Cooccurrence
 from experiments.measure import panels, seeds
 from experiments.measure.provenance import provenance
@@ -75,7 +75,7 @@ class Config:
     ratios: tuple[float, ...] = option((1.0, 2.0, 5.0, 10.0), "of Y's rate to Z's")
     momentum: float = option(0.9, "of both")
     batch: int = option(128, "texts a step")
-    steps: int = option(100, "of gradient descent")
+    steps: int = option(100, "of gradient descent", most=STEPS)
     seed: int = option(0, "of texts and weights; the first of several")
     seeds: int = option(3, "trainings, with seeds one after the other")
     quiet: bool = option(False, "no table", FREE)

@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 
 from experiments.cli import config
-from experiments.cli.config import FREE, option
+from experiments.cli.config import FREE, STEPS, option
 from experiments.data import Corpus, Cycle, Grown, Text, bpe
 from experiments.data.retrieval import Facts, Names, Opened, Pairs, Repeated
 from experiments.training.loop import TrainConfig, fit
@@ -48,9 +48,9 @@ class Config:
     hidden: int = option(512, "width of the MLPs")
     layers: int = option(4, "layers")
     heads: int = option(8, "heads H; each has keys of its own")
-    steps: int = option(2800, "training steps")
+    steps: int = option(2800, "training steps", most=STEPS)
     batch: int = option(8, "rows a step")
-    rate: float = option(2e-3, "peak learning rate")
+    rate: float = option(2e-3, "peak learning rate", above=0)
     seed: int = option(0, "of data and parameters")
     save_every: float | None = option(10, "minutes between checkpoints", FREE)
     digest: str | None = option(

@@ -88,7 +88,7 @@ from rich.table import Table
 from attn.softmax import Softmax
 from experiments import lm, recall
 from experiments.cli import config
-from experiments.cli.config import FREE, option
+from experiments.cli.config import FREE, STEPS, option
 from experiments.data import Corpus, Text
 from experiments.measure import budgets, charts, less, report, seeds
 from experiments.measure.budgets import METHODS, as_read
@@ -118,12 +118,12 @@ class Config:
     length: int = option(256, "tokens of a row, of both tasks")
     pairs: int = option(16, "keys with values of the recall task")
     heads: int = option(4, "heads H of both networks")
-    recall_steps: int = option(800, "training steps on recall")
+    recall_steps: int = option(800, "training steps on recall", most=STEPS)
     text: Corpus = option(
         Text(length=256), "the text; its rows have `length` tokens, of a model that is "
         "given in its own words")
-    text_steps: int = option(300, "training steps on text")
-    gate_steps: int = option(200, "training steps of a gate")
+    text_steps: int = option(300, "training steps on text", most=STEPS)
+    gate_steps: int = option(200, "training steps of a gate", most=STEPS)
     batch: int = option(16, "sequences a step")
     seed: int = option(0, "of data and parameters; the first of several")
     seeds: int = option(3, "networks trained, with seeds one after the other")

@@ -57,7 +57,7 @@ import numpy as np
 from attn.pasta import Pasta, highlight
 from attn.softmax import Softmax
 from experiments.cli import config
-from experiments.cli.config import FREE, option
+from experiments.cli.config import FREE, STEPS, option
 from experiments.data import Corpus
 from experiments.data.lookup import ASK, AT, FIND, SENTENCES, WORDS, Facts, Lookup
 from experiments.data.lookup import facts
@@ -85,9 +85,9 @@ class Config:
     layers: int = option(3, "layers L")
     heads: int = option(4, "heads H")
     width: int = option(64, "model width E")
-    steps: int = option(2500, "training steps: few enough to leave room")
+    steps: int = option(2500, "training steps: few enough to leave room", most=STEPS)
     batch: int = option(64, "sequences a step")
-    rate: float = option(3e-3, "peak learning rate")
+    rate: float = option(3e-3, "peak learning rate", above=0)
     alpha: float = option(0.01, "what an unmarked token counts for")
     profiled: int = option(500, "questions that heads are chosen with")
     asked: int = option(1000, "fresh questions of the test")

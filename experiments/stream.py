@@ -43,7 +43,7 @@ from attn.aaren import Aaren
 from attn.layers import MultiHead
 from attn.softmax import Softmax
 from experiments.cli import config
-from experiments.cli.config import FREE, option
+from experiments.cli.config import FREE, STEPS, option
 from experiments.measure import seeds
 from experiments.training.loop import TrainConfig
 from experiments.training.runs import open_folder
@@ -69,9 +69,9 @@ class Config:
     distractors: bool = option(
         False, "every vector has a class, not the marked one only"
     )
-    steps: int = option(600, "training steps")
+    steps: int = option(600, "training steps", most=STEPS)
     batch: int = option(32, "sequences a step")
-    rate: float = option(1e-2, "peak learning rate")
+    rate: float = option(1e-2, "peak learning rate", above=0)
     seed: int = option(0, "of data and parameters; the first of several")
     seeds: int = option(1, "networks trained, with seeds one after the other")
     folder: str | None = option(

@@ -32,7 +32,7 @@ from rich.table import Table
 
 from attn.essa import Essa
 from experiments.cli import config
-from experiments.cli.config import FREE, option
+from experiments.cli.config import FREE, STEPS, option
 from experiments.data.images import Pairs, Photos, Spectra
 from experiments.measure import seeds
 from experiments.training.loop import Objective, TrainConfig, fit
@@ -69,9 +69,9 @@ class Config:
 
     data: Pairs = option(Photos(size=8), "the images: Photos() or Spectra()")
     width: int = option(16, "channels inside the network")
-    steps: int = option(1000, "training steps")
+    steps: int = option(1000, "training steps", most=STEPS)
     batch: int = option(8, "images a step")
-    rate: float = option(3e-3, "peak learning rate")
+    rate: float = option(3e-3, "peak learning rate", above=0)
     seed: int = option(0, "of data and parameters; the first of several")
     seeds: int = option(1, "networks trained, with seeds one after the other")
     dropout: float = option(0.0, "share of channels dropped; the authors' code has 0.2")

@@ -13,9 +13,9 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
+from attn.contract.angles import sinusoids
 from attn.contract.norm import Norm
 from attn.contract.segments import locate
-from attn.positions import sinusoids
 from attn.relative import Relative
 from models.feed import INIT, Feed
 from models.lm import LM

@@ -14,9 +14,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from attn.contract.angles import sinusoids
 from attn.contract.norm import Norm
 from attn.layers import MultiHead
-from attn.positions import sinusoids
 from models.block import Block
 from models.feed import INIT, Feed
 from models.places import Places

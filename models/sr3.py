@@ -15,7 +15,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from attn.positions import sinusoids
+from attn.contract.angles import sinusoids
 from models.feed import INIT
 from models.places import Places
 from models.seq2seq import mixer

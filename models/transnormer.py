@@ -21,10 +21,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from attn.contract.angles import learned_angles
 from attn.contract.segments import locate
 from attn.layers import Layer
 from attn.lightning import Lightning
-from attn.positions import learned_angles
 from attn.recurrent.linear import LinearState
 from models.feed import INIT
 from models.placement import lay

@@ -27,7 +27,7 @@ ORDER = {
         ("matrix",), ("tune",),
     ),
     "attn": (
-        ("contract", "masks", "positions"), ("exact",), ("parallel", "sparse"),
+        ("contract", "masks"), ("positions",), ("exact",), ("parallel", "sparse"),
         ("recurrent", "cache"),
     ),
     "experiments": (("cli", "data", "training"), ("measure",)),

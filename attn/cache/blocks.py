@@ -107,6 +107,7 @@ class Blocks:
         """
         (b, t, h, d), n, size = q.shape, chosen.shape[3], self.size
         back = pos[:, None, :, None] - self.places(chosen) * size
+        # [B,T,H,D] -> [B,H,T,n,D]: a copy of the query for each of its blocks
         rows = jnp.broadcast_to(q.swapaxes(1, 2)[:, :, :, None], (b, h, t, n, d))
         rows = turned(rows.reshape(b, -1, 1, d), back.reshape(b, -1))
         rows = rows.reshape(b, h, t, n, d)
@@ -120,6 +121,7 @@ class Blocks:
         marks = jnp.repeat(k[:, size - 1::size], h // k.shape[2], 2).swapaxes(1, 2)
         at = jnp.maximum(where, 0).reshape(b, h, -1, 1)
         marks = jnp.take_along_axis(marks, at, 2).reshape(b, h, t, n, d)
+        # [B,H,T,n,D] x [B,H,T,n,D] -> [B,H,T,n]: each query and its block's landmark
         s = how["scale"] * jnp.einsum(
             "bhtnd,bhtnd->bhtn", rows, marks, preferred_element_type=jnp.float32)
         s = jnp.where(chosen >= 0, s, -jnp.inf)

@@ -50,9 +50,11 @@ class Coded:
         after = self.stored(state, k, v, now)
         if q.shape[1] == 1:
             cache = self.cache(after)
+            # of one token the cache holds its own sequence alone
             newest = now.segment.max(1, keepdims=True)
             read = cache, jnp.broadcast_to(newest, cache.k.shape[:2])
         else:
+            # what was held, as codes stand for it, and the piece as it is [B,C+T,K,.]
             read = caches.concat(self.cache(state), k, v, now)
         o = self.read(*read, q, now, sink=sink).astype(v.dtype)
         return after, caches.poison(o, now.next_pos, state.room)

@@ -86,6 +86,7 @@ class Compensating:
         began = (now.segment > 1).any(1)
         rest = Rest(*(jnp.where(began.reshape(-1, *(1,) * (a.ndim - 1)), 0, a)
                       for a in state.rest))
+        # positions before this one, behind the first tokens, leave the window
         left = now.next_pos[:, None, None] - (slots - ring.first)
         slot = ring.slot(now)
         if q.shape[1] > 1:
@@ -128,6 +129,7 @@ class Compensating:
         b, t, h, d = q.shape
         heads = rest.k.shape[1]
         wide = q.astype(jnp.float32).reshape(b, t, heads, h // heads, d)
+        # [B,T,K,G,D] x [B,K,D] -> [B,T,K,G]: q.k^ of the mean key
         s = jnp.einsum("btkgd,bkd->btkg", wide, rest.k).reshape(b, t, h)
         s = s * (d**-0.5 if self.scale is None else self.scale)
         if self.softcap is not None:
@@ -135,6 +137,7 @@ class Compensating:
         some = rest.many[:, None] > 0
         mine = now.segment > 0 if only is None else now.segment == only
         some = (some & mine)[..., None]  # [B,T,1]
+        # N e^(q.k^) = e^(q.k^ + log N)
         many = jnp.log(jnp.maximum(rest.many, 1).astype(jnp.float32))
         s = s + many[:, None, None]
         v = jnp.repeat(rest.v, h // heads, 1)[:, None]  # [B,1,H,V]

@@ -47,7 +47,9 @@ def put(state: Scored, k, v, now: TokenPositions) -> Scored:
     pos = jnp.where(began, -1, cache.pos)
     score = jnp.where(began, 0, state.score)
     room = (pos < 0).any(1) & (now.segment > 0)  # [B,K|1]
+    # the first free slot of each head; outside, and so dropped, without one
     slot = jnp.where(room, jnp.argmax(pos < 0, 1), slots)
+    # k and v have K heads, pos and score may have one for all: [B,K], [B,K|1]
     row, head = jnp.ogrid[:k.shape[0], :k.shape[2]]
     own = jnp.broadcast_to(slot, (k.shape[0], k.shape[2]))
 
@@ -70,6 +72,7 @@ def drop_one(state: Scored, importance: jax.Array, budget: int) -> Scored:
     pos = state.cache.pos
     importance = jnp.where(pos >= 0, importance, jnp.inf)
     least = (importance == importance.min(1, keepdims=True)) & (pos >= 0)
+    # of equal ones the one at the greatest position
     gone = jnp.argmax(jnp.where(least, pos, -1), 1)[:, None]  # [B,1,K|1]
     many = (pos >= 0).sum(1, keepdims=True) > budget
     here = jnp.arange(pos.shape[1])[None, :, None] == gone
@@ -86,6 +89,7 @@ def best(state: Scored, importance: jax.Array, budget: int, slots: int) -> Score
     number = jnp.arange(cache.k.shape[1])[None, :, None]
     number = jnp.broadcast_to(number, importance.shape)
     late = jnp.where(cache.pos < 0, caches.FOREVER, cache.pos)
+    # the most important first, of equal ones the earliest; then back in order
     *_, at = jax.lax.sort((-importance, late, number), dimension=1, num_keys=2)
     at = at[:, :size]
     order = jnp.argsort(jnp.take_along_axis(late, at, 1), axis=1)
@@ -157,6 +161,7 @@ class Evicting:
             full, o, got = self._one(state, q, k, v, now, sink)
         else:
             full, o, got = self._piece(state, q, k, v, now, sink)
+        # [B,C,K|1], 0 for an empty slot
         score = jnp.where(full.cache.pos >= 0, self.scored(full.score, got, q), 0)
         full = full._replace(score=score)
         if q.shape[1] > 1:

@@ -60,6 +60,7 @@ class OfHead(Mask):
     group: int
 
     def __call__(self, h, i, j):
+        # a code j = p K + h' is of key head j % K at position j // K
         return (h // self.group == j % self.heads) & self.mask(h, i, j // self.heads)
 
 
@@ -83,6 +84,7 @@ def flatten(cache: Cache) -> Flat:
     """The slots of a cache, with or without positions of each head."""
     heads = cache.k.shape[2]
     pos = jnp.broadcast_to(cache.pos, cache.k.shape[:3])
+    # p K + h, of which order is that of positions, and then of heads
     code = jnp.where(pos < 0, -1, pos * heads + _numbers(heads)[None])
     return Flat(*cache._replace(pos=code))
 
@@ -92,6 +94,7 @@ def by_head(flat: Flat) -> Cache:
     own. For choosing among slots, not for reading: nothing is copied, only named."""
     b, c, heads = flat.pos.shape
     row, own = flat.tokens.reshape(b, -1), flat.heads.reshape(b, -1)
+    # [B,C K,1] == [1,1,K] -> [B,C K,K]
     pos = jnp.where(own[..., None] == _numbers(heads)[None], row[..., None], -1)
     k, v = (jnp.broadcast_to(a.reshape(b, c * heads, 1, -1), (b, c * heads, heads,
             a.shape[3])) for a in (flat.k, flat.v))
@@ -103,6 +106,7 @@ def keep(flat: Flat, kept: jax.Array, slots: int) -> Flat:
     finds no room, which are the latest tokens, is dropped."""
     b, _, heads = flat.pos.shape
     pos = flat.pos.reshape(b, -1)
+    # what is not kept stands behind all others
     late = jnp.where(kept.reshape(b, -1) & (pos >= 0), pos, FOREVER)
     at = jnp.argsort(late, axis=1)[:, :slots * heads]
     more = slots * heads - at.shape[1]
@@ -136,6 +140,7 @@ def append(flat: Flat, k, v, now: TokenPositions) -> tuple[Flat, jax.Array]:
 
     held = varying((flat.k, flat.v), k, v, *slot)
     keys, vals = caches.in_place(write, held, real.any())
+    # [B,1] K + [1,K] -> [B,K]
     code = now.pos * heads + _numbers(heads)
     pos = jnp.where(began[:, None, None], -1, flat.pos)
     pos = pos.at[row, *slot].set(code, mode="drop")
@@ -150,6 +155,7 @@ def read(
     or that of a token that begins another), find: `attn.cache.reading.read`."""
     heads = flat.pos.shape[2]
     score = None if spec.score is None else ScoreOfHead(spec.score, heads)
+    # one head of C K slots, of which a query sees those of its own key head
     spec = dataclasses.replace(
         spec, mask=OfHead(spec.mask, heads, q.shape[2] // heads), score=score)
     one = _one_head(flat)

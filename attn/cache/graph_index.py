@@ -32,14 +32,16 @@ def build(
     query, `degree` M links of a key, and up to 2M more that connect it, found with a
     `beam`. connect=False leaves these out."""
     n = len(keys)
-    dots = keys @ keys.T
+    dots = keys @ keys.T  # [n,D] [D,n]
     links: list[list[int]] = [[] for _ in range(n)]
+    # [m,D] [D,n] -> [m,N_q]: the keys nearest to each query, the nearest first
     near = np.argsort(-(queries @ keys.T), axis=1, kind="stable")[:, :neighbours]
     for row in near:
         pivot, others = int(row[0]), [int(x) for x in row[1:]]
         links[pivot] = pruned(dots, pivot, links[pivot] + others, degree)
         for x in links[pivot]:
             _link(dots, links, x, pivot, degree)
+    # a walk begins at the key nearest to the mean of all
     middle = keys.mean(0)
     entry = int(((keys - middle) ** 2).sum(1).argmin())
     more: list[list[int]] = [[] for _ in range(n)]
@@ -52,6 +54,7 @@ def build(
                     more[v].append(x)
                 if len(more[x]) < 2 * degree and v not in links[x] + more[x]:
                     more[x].append(v)
+    # M links of queries and up to 2M that connect
     table = np.full((n, 3 * degree), -1, np.int32)
     for v in range(n):
         own = list(dict.fromkeys(links[v] + more[v]))[:3 * degree]
@@ -73,6 +76,7 @@ def pruned(dots: np.ndarray, p: int, candidates: list[int], degree: int) -> list
     order = sorted(set(candidates) - {p}, key=lambda x: (-dots[p, x], x))
     kept: list[int] = []
     for x in order:
+        # a kept y that is nearer to x than p is leads there already
         if all(dots[x, y] <= dots[x, p] for y in kept):
             kept.append(x)
             if len(kept) == degree:
@@ -104,6 +108,7 @@ def walk(
     look(entry)
     while ahead:
         dot, x = heapq.heappop(ahead)
+        # what lies ahead is worse than all that was found
         if len(best) == beam and -dot < best[0][0]:
             break
         followed.append(x)

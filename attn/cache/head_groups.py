@@ -187,6 +187,7 @@ class HeadGroups:
         found = []
         for whole in (True, False):
             own = [n for n in range(heads) if (n in self.retrieval) == whole]
+            # key head n is read by the query heads n G, ..., n G + G - 1
             asked = [n * (h // heads) + g for n in own for g in range(h // heads)]
             made = None
             if own:
@@ -198,6 +199,7 @@ class HeadGroups:
         """An empty memory for `size` tokens of each group."""
         caches.check_size(size)
 
+        # the shape of the heads `at` of a [B,T,H|K,.]
         def of(a, at):
             return jax.ShapeDtypeStruct((*a.shape[:2], len(at), a.shape[3]), a.dtype)
 
@@ -237,5 +239,6 @@ class HeadGroups:
             states.append(own)
             outs.append(o)
             order.append(asked)
+        # from the order of groups to that of heads
         back = np.argsort(np.concatenate(order))
         return Grouped(*states), jnp.concatenate(outs, 2)[:, :, back]

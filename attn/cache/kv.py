@@ -83,6 +83,7 @@ def of_one_type(cache: Cache, q: jax.Array) -> tuple[Cache, jax.Array]:
 
 def current(place: TokenPositions) -> jax.Array:
     """Which of the new tokens [B,T] belong to the sequence that goes on afterwards."""
+    # segments rise along a row: the last one goes on
     return (place.segment == place.segment.max(1, keepdims=True)) & (place.segment > 0)
 
 

@@ -40,6 +40,7 @@ def row_weights(
 def by_group(p: jax.Array, heads: int) -> jax.Array:
     """Weights [B,H,T,C] as [B,C,K,G]: added up over queries, by the K groups of H."""
     b, h, _, c = p.shape
+    # [B,H,T,C] -> [B,K,G,C]
     p = p.sum(2).reshape(b, heads, h // heads, c)
     return jnp.moveaxis(p, 3, 1)
 

@@ -35,6 +35,7 @@ def piece(
 ) -> Piece:
     """Tokens q, k, v at `now` and a cache of all tokens, `before` and `after` them.
     packed: they may hold padding and several sequences, of which `after` has one."""
+    # one sequence, the cache's: segment 1 where a slot holds a token
     both, segment = after, (after.pos[..., 0] >= 0).astype(jnp.int32)
     if packed:
         both, segment = caches.concat(before, k, v, now)

@@ -91,6 +91,7 @@ class Policy:
         mine = caches.in_order(caches.only_current(both, slot_segments))
         size = min(self.kept_of(q.shape[1]), slots, mine.k.shape[1])
         given = (q, mine, now) if sink is None else (q, mine, now, sink)
+        # the `size` most important of each head, in order of position
         after = caches.keep(mine, self.importance(*given), size)
         return caches.pad_slots(after, slots), o
 

@@ -25,6 +25,7 @@ def probe(h: jax.Array, real: jax.Array | None = None) -> tuple[jax.Array, jax.A
     even = real.astype(jnp.float32) / jnp.maximum(n, 1)
     whole = dev.sum(1, keepdims=True)
     w = jnp.where(whole > 0, dev / jnp.where(whole > 0, whole, 1), even)
+    # [B,T] x [B,T,C] -> [B,C]
     return w, jnp.einsum("bt,btc->bc", w, own)
 
 
@@ -39,7 +40,7 @@ def represented(k: jax.Array, score: jax.Array, many: int) -> jax.Array:
 def block_scores(z: jax.Array, p: jax.Array) -> jax.Array:
     """cos(z_B, p) [B,N] of blocks z [B,N,C] and probes p [B,C]; 0 for one of zeros."""
     size = jnp.linalg.norm(z, axis=2) * jnp.linalg.norm(p, axis=1)[:, None]
-    dot = jnp.einsum("bnc,bc->bn", z, p)
+    dot = jnp.einsum("bnc,bc->bn", z, p)  # [B,N,C] x [B,C] -> [B,N]
     return jax.lax.stop_gradient(dot / jnp.where(size > 0, size, 1))
 
 

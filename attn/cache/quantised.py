@@ -54,6 +54,7 @@ def quantise(x: jax.Array, bits: int, group: int, axis: int, word: int = 32) -> 
     scale = jnp.where(scale > 0, scale, 1)
     # codes are read with what is stored
     low, scale = (a.astype(x.dtype) for a in (low, scale))
+    # round((x - min) / scale)
     code = (wide - low.astype(jnp.float32)) / scale.astype(jnp.float32)
     code = jnp.round(jnp.clip(code, 0, 2**bits - 1)).astype(jnp.uint32)
     return Codes(pack(code.reshape(x.shape), bits, axis, word), scale.squeeze(axis + 1),
@@ -66,6 +67,7 @@ def dequantise(codes: Codes, bits: int, group: int, axis: int) -> jax.Array:
     code = _grouped(unpack(codes.code, bits, axis), group, axis).astype(jnp.float32)
     scale, low = (
         jnp.expand_dims(a, axis + 1).astype(jnp.float32) for a in codes[1:])
+    # x = scale code + min
     x = code * scale + low
     shape = (*x.shape[:axis], -1, *x.shape[axis + 2:])
     return x.reshape(shape).astype(codes.scale.dtype)
@@ -109,6 +111,7 @@ def unpack(words: jax.Array, bits: int, axis: int) -> jax.Array:
     shape = [1] * wide.ndim
     shape[axis + 1] = per
     shift = (jnp.arange(per, dtype=jnp.uint32) * bits).reshape(shape)
+    # code n of a word begins at its bit n * bits
     code = jnp.right_shift(wide, shift) & jnp.uint32(2**bits - 1)
     return code.reshape(*words.shape[:axis], -1, *words.shape[axis + 1:])
 
@@ -165,6 +168,7 @@ def blocks_of(
     began = now.segment.max(1) > 1
     start = now.next_pos - count  # position of the first new token
     first = jnp.where(began, 0, start // block * block)
+    # as many blocks as block - 1 old tokens and T new ones may need
     slots = -(-(block - 1 + t) // block) * block
     row = jnp.arange(b)[:, None]
     old = jnp.arange(rest[0].shape[1], dtype=jnp.int32)[None]

@@ -70,6 +70,7 @@ def held(state: BlocksState) -> Regions:
 def present(state: BlocksState, new: Tokens) -> Tokens:
     """The tokens of the present block, and new ones behind them, without gaps."""
     block = state.own_k.shape[1]
+    # [B]: how many tokens the present block has
     used = state.end % block
     index = jnp.arange(block, dtype=jnp.int32)[None]
     own = Tokens(
@@ -88,6 +89,7 @@ def after(
     b, block = state.end.shape[0], state.own_k.shape[1]
     newest = now.segment.max(1, keepdims=True)
     newest = jnp.where(newest > 0, newest, 1)  # of padding alone nothing changes
+    # a sequence that begins empties the memory
     pos = jnp.where((newest > 1)[..., None], -1, state.pos)
     cache = Cache(state.k, state.v, pos, state.end, state.segment)
     mine = (fresh.segment == newest) & (fresh.number >= 0)
@@ -127,6 +129,7 @@ def through(
         k, v, counter = carry
         new_q, new_k, new_v, pos, segment = given
         real = segment > 0
+        # padding is dropped
         slot = jnp.where(real, pos, slots)
         k = k.at[row, slot].set(new_k.astype(k.dtype), mode="drop")
         v = v.at[row, slot].set(new_v.astype(v.dtype), mode="drop")

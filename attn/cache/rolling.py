@@ -87,6 +87,7 @@ class Rolling:
         and those behind the sinks stand that much nearer."""
         if not self.rebase:
             return self.read(cache, segment, q, now, sink=sink)
+        # as many tokens have gone as came beyond sinks + window
         shift = jnp.maximum(end - self.budget, 0)
         # a sequence that began with this piece, of an index above 1, was not cut
         moved = based(cache.pos, shift, self.sinks)
@@ -96,6 +97,7 @@ class Rolling:
         now = now._replace(pos=pos)
         cache = cache._replace(pos=moved)
         if self.rope is not None:
+            # keys were stored before the rotation: they are turned to their slots anew
             turned = self.rope.rotate(cache.k, jnp.maximum(moved, 0))
             cache, q = cache._replace(k=turned), self.rope.rotate(q, now.pos)
         return self.read(cache, segment, q, now, sink=sink)
@@ -110,6 +112,7 @@ def rerotated(k: jax.Array, pos: jax.Array, rope: Any) -> jax.Array:
     """Keys k [B,C,K,D] that were rotated at pos [B,C,K|1], -1 for none, as if they had
     been at 0, 1, ... in the order in which they lie (re-rotation, as in kvpress)."""
     slot = jnp.arange(pos.shape[1], dtype=pos.dtype)[None, :, None]
+    # rotations add up: from pos by slot - pos to slot
     return rope.rotate(k, jnp.where(pos < 0, 0, slot - pos))
 
 

@@ -78,6 +78,7 @@ def slots_of(mask: Sharding, now: TokenPositions, cache: Cache) -> jax.Array:
         return jnp.broadcast_to(near, (*now.pos.shape, heads))
     number = pos // mask.block
     mine = number % mask.stride == jnp.asarray(first_blocks(mask, heads))[None, None]
+    # block r + stride m of the text is block m of the shard, behind the window
     at = window + number // mask.stride * mask.block + pos % mask.block
     return jnp.where(mine, at, near)
 

@@ -88,6 +88,7 @@ class Attention:
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
+        # around every method that reads tokens, the last one outermost
         door = on_automatic_axes, padding_unread
         guard(cls, ("__call__",), *door, compiled_outside)
         guard(cls, ("step",), *door, stateful, compiled_outside)

@@ -65,7 +65,9 @@ def compiled_outside(method: Callable) -> Callable:
     @functools.wraps(method)
     def call(self, *args, **named):
         leaves, form = jax.tree.flatten((args, named))
+        # arrays alone can be arguments of a program that is kept
         known = leaves and all(map(_known, leaves)) and _ids(named.get("segments"))
+        # a program is kept for equal fields, not for one object: `_lasting`
         function = _function(self) if known else None
         with _forward_mode_refused(type(self).__name__):
             if function is None:
@@ -98,6 +100,7 @@ def _forward_mode_refused(name: str):
 def _program(attention, method, form, variables, *leaves):
     """The method's result, and the questions that were asked on the way."""
     asked: list = []
+    # what `refuse` asks while this is traced comes out with the result, as arrays
     token = _questions.set(asked)
     args, named = jax.tree.unflatten(form, leaves)
     try:
@@ -123,6 +126,7 @@ def _function(attention: Any) -> tuple[Any, Any] | None:
 def _known(a: Any) -> bool:
     """Whether it is an array outside of `jit`, of a type that a program keeps as it is;
     below a gradient or `vmap` outside of `jit` there is one."""
+    # below `grad` and `vmap` the array that is traced is known
     while isinstance(a, jax.core.Tracer):
         a = getattr(a, "primal", getattr(a, "val", None))
     if not isinstance(a, (jax.Array, np.ndarray)):
@@ -152,5 +156,6 @@ def _constant(value: Any) -> bool:
     if isinstance(value, tuple):
         return all(map(_constant, value))
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        # what has no hash is no key of a cache
         return type(value).__hash__ is not None and _lasting(value)
     return value is None or isinstance(value, PLAIN)

@@ -55,6 +55,7 @@ def check_layer(layer: Any) -> None:
         raise ValueError(
             f"attention={attention!r}: expected an attention, as Softmax()"
         )
+    # a call of x, and not of q, k and v, is that of a layer: FNet, BaseConv
     if list(inspect.signature(type(attention).__call__).parameters)[1:2] == ["x"]:
         raise ValueError(
             f"attention={attention!r} is a layer of its own: expected an attention, of "

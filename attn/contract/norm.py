@@ -68,6 +68,7 @@ class OffsetRMSNorm(nn.Module):
         shape = tuple(x.shape[axis] for axis in self.axes)
         scale = self.param("scale", nn.initializers.zeros_init(), shape, jnp.float32)
         y = x.astype(jnp.float32)
+        # x / sqrt(mean(x^2) + eps) (offset + scale), in float32
         y = y * jax.lax.rsqrt((y * y).mean(self.axes, keepdims=True) + self.eps)
         scale = scale.astype(jnp.float32) + self.offset
         y = y * scale.reshape((1,) * (x.ndim - len(shape)) + shape)

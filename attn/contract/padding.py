@@ -32,6 +32,7 @@ def blank(a: Any, segments: Any) -> Any:
     whole = getattr(segments, "shape", None)
     if not jnp.issubdtype(a.dtype, jnp.floating) or a.shape[:2] != whole:
         return a
+    # 0 and no gradient: what stands at padding may be NaN
     return padding.blank(segments, a)[0]
 
 

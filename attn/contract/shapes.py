@@ -93,6 +93,7 @@ def _check_segments(segments: Any, queries: tuple, keys: tuple) -> None:
 
 def _check_ids(what: str, a: Any) -> None:
     """Raises ValueError for ids that int32 does not hold: they would be padding."""
+    # int32 holds all that the type can say
     if jnp.iinfo(a.dtype).max <= MOST:
         return
     known = isinstance(a, np.ndarray) or concrete(a)

@@ -118,6 +118,7 @@ def with_pattern(
         p = replaced(made(rows), site)  # [B,n,m,S]
         found = p if site.of is None else site.of(p)
         own = v[:, :, heads // (h // v.shape[2])].astype(p.dtype)  # [B,S,n,V]
+        # [B,n,m,S] x [B,S,n,V] -> [B,m,n,V]
         new = jnp.einsum("bnms,bsnv->bmnv", p, own)
         o = o.at[:, rows[:, None], heads[None]].set(new.astype(o.dtype))
     if site.read:

@@ -82,6 +82,7 @@ def with_mask(q, k, bias, mask) -> jax.Array | None:
     (b, t, h, _), s = q.shape, k.shape[1]
     form = "B|1 H|1 T|1 S|1"
     check_arrays({"B": b, "H": h, "T": t, "S": s}, mask=(mask, BOOL, form))
+    # -inf beside a logit: its weight is 0
     return jnp.where(mask, 0.0 if bias is None else bias, NEVER)
 
 

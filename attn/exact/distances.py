@@ -79,6 +79,7 @@ def _skewed(zero: int, most, tile, x, table) -> jax.Array:
     (bq, bk), rows, many = tile, table.shape[2], sum(tile)
     # zeros on both sides: what is out of reach has no vector
     wide = jnp.pad(table, ((0, 0), (0, 0), (many, many), (0, 0)))
+    # row zero - most of the table, behind `many` rows of zeros
     start = jnp.clip(zero - most, -many, rows) + many
     # e of the distances most, most - 1, ...: [K|1,G|1,bq+bk,D]
     part = jax.lax.dynamic_slice_in_dim(wide, start, many, 2)
@@ -99,6 +100,7 @@ def _by_position(zero: int, q_pos, kv_pos, x, table) -> jax.Array:
 
 def _product(x, table) -> jax.Array:
     """x [B,K,G,bq,D] times rows [K|1,G|1,r,D] -> [B,K,G,bq,r]."""
+    # [B,K,G,bq,D] [1,K|1,G|1,D,r]
     return jnp.matmul(
         x, table.swapaxes(2, 3)[None].astype(x.dtype),
         preferred_element_type=jnp.float32)

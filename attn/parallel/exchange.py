@@ -80,6 +80,7 @@ def exchanged(
             q, k, v, spec, where, bias=bias, sink=sink, implementation=implementation
         )
     elif exchange in GATHER:
+        # [B,S/P,...] -> [B,S,...]: keys come, and where they stand
         everywhere = dataclasses.replace(
             where, kv_pos=gather(where.kv_pos, along),
             kv_segment=gather(where.kv_segment, along),
@@ -115,6 +116,7 @@ def _of_heads(where: Where, sink, axis: Axis, heads: int):
 
 def _to_tokens(a: jax.Array, axis: Axis) -> jax.Array:
     """[B,T/P,H,D] -> [B,T,H/P,D]."""
+    # each shard sends the n-th part of its heads to shard n, and gets its own of all
     return jax.lax.all_to_all(a, axis, split_axis=2, concat_axis=1, tiled=True)
 
 

@@ -155,6 +155,7 @@ def _backward(plan: RingPlan, saved, cotangents):
     # what the gradients of all pairs share is made once: d(lse) - rowsum(do o)
     do = do.astype(jnp.float32)
     dlse -= (do * o.astype(jnp.float32)).sum(-1).swapaxes(1, 2)
+    # weights are exp(s - base); do and d(lse) are times factor, exp(base - lse)
     base, factor = base_and_factor(m, l)  # [B,T,H]
     do = (do * factor[..., None]).astype(v.dtype)
     base, factor = (a.swapaxes(1, 2) for a in (base, factor))

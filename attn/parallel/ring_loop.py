@@ -105,6 +105,7 @@ def _loop_over_pairs(same, arrived, state, add: Callable):
 
 def move(plan: RingPlan, tree: Any, distance: int) -> Any:
     """Everything goes `distance` shards on."""
+    # from shard p to shard p + distance, around the ring
     to = [(p, (p + distance) % plan.shards) for p in range(plan.shards)]
     return jax.tree.map(lambda a: jax.lax.ppermute(a, plan.axis, to), tree)
 

@@ -69,5 +69,6 @@ def _over(axis, state, q, k, v, log_decay, segment, how) -> tuple[Any, jax.Array
             **how,
         )
 
+    # state, q, k, v, log_decay, segment -> state, o
     letters = f"BHDV BTHD BTKD BTKV {form} BT -> BHDV BTHV"
     return over_mesh(local, letters, axis)(state, q, k, v, log_decay, segment)

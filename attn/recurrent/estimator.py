@@ -59,12 +59,13 @@ class Estimator(favor.Directions, nn.Module):
         counted = valid | self.count_padding
         v = jnp.where(valid[..., None, None], v, 0)
         memory, context = self._performer(q, k, beside, w, state, counted)
-        u = jnp.concatenate([context, v], -1)
-        z = nn.Dense(2 * d, name="enc")(u)
+        u = jnp.concatenate([context, v], -1)  # [B,T,H,D+2V]
+        z = nn.Dense(2 * d, name="enc")(u)  # [D+2V,2D]
         z = gelu(layer_norm("enc_norm")(z))  # [B,T,H,2D]
         decoder = Decoder(self.columns, self.causal, name="decoder")
         tails = None if state is None else state.tails
         scores, tails = decoder(z, tails)
+        # [B,T,H,2D] [2D,2]
         gates = nn.sigmoid(nn.Dense(2, name="gate")(z))
         total = (0 if state is None else state.total) + jnp.where(
             valid[..., None, None], wide[2], 0).sum(1)
@@ -104,7 +105,9 @@ class Estimator(favor.Directions, nn.Module):
             return memory, o[..., :-1] / (o[..., -1:] + 1e-6 * q.sum(-1, keepdims=True))
         q = favor.softmax_features(q, w, (3,))
         k = favor.softmax_features(k, w, (1, 3), counted)
+        # [B,S,H,m] x [B,S,H,D+V+1] -> [B,H,m,D+V+1], the last one the sum of weights
         sums = jnp.einsum("bshm,bshv->bhmv", k, beside_one(v))
+        # [B,T,H,m] x [B,H,m,D+V+1] -> [B,T,H,D+V+1]
         o = jnp.einsum("bthm,bhmv->bthv", q, sums)
         return None, o[..., :-1] / o[..., -1:]
 

@@ -21,6 +21,7 @@ from attn.recurrent.noncausal import noncausal_attention
 def beside_one(v: jax.Array) -> jax.Array:
     """[v | 1] [B,S,K,V+1] float32."""
     v = v.astype(jnp.float32)
+    # the last channel of a sum of weights times [v | 1] is the sum of weights
     return jnp.concatenate([v, jnp.ones_like(v[..., :1])], -1)
 
 

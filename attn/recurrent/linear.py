@@ -165,6 +165,7 @@ def _kernel_shard(call: Callable, q, g, segment, join: Callable) -> tuple:
     them is added. The gather follows the kernel, which makes state and o at once."""
     final, o = call()
     begun = join(final, None if g is None else g.sum(1))
+    # o is linear in the state: what it gives alone is added
     return begun.after, o + inter_shard(q, g, segment, begun)
 
 
@@ -184,6 +185,7 @@ def _shard_carry_in(
     """What this shard begins with, given its state at the end [B,H,D,V] and log decay
     [B|1,H,1|D]. Without decay the query heads of a key head have one state, and one is
     gathered; a decay is of query heads, and then so are the states that it makes."""
+    # without decay those of a group are alike: [B,H,D,V] -> [B,K,D,V]
     copies = final.shape[1] // heads if total is None else 1
     factor = None if total is None else jnp.exp(total)
     found = carry_in(

@@ -109,6 +109,7 @@ def learn(
         whole = state is None and where.segment is None and not lag
         # each piece is a chunk of its own
         if chunk == 1 or whole and (axis is None or q.shape[1] % chunk == 0):
+            # what a piece begins with is what its chunk begins with
             first = first._replace(frozen=None)
         if axis is None:
             return run(first)
@@ -216,6 +217,7 @@ def _pass(rule: Rule, memory: Memory, tokens: Tokens, segment, masks: Passes,
         return jax.tree.map(lambda x, y: jnp.where(
             where.reshape(where.shape + (1,) * (y.ndim - 1)), x, y), a, b)
 
+    # a sequence that begins in this pass finds an empty memory: Z anew, S = 0
     if masks.new is not None:
         z = choose(masks.new, anew, z)
         s = None if s is None else choose(masks.new, jax.tree.map(jnp.zeros_like, s), s)
@@ -227,6 +229,8 @@ def _pass(rule: Rule, memory: Memory, tokens: Tokens, segment, masks: Passes,
     tokens = tokens._replace(
         step=only(member, tokens.step), log_momentum=_only(member, tokens.log_momentum),
         log_keep=_only(member, tokens.log_keep), applied=_only(member, tokens.applied))
+    # A, f and G s of the chunk; its writes u_i at frozen weights; what is read of
+    # Z_t; and Z and S at its end
     pairs = pair_weights(tokens, seen)
     factors = written(rule, at, fixed, tokens, pairs)
     o = read(rule, z, s, at, fixed, factors, tokens, pairs)

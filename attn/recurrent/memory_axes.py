@@ -45,6 +45,7 @@ class Bias:
             return -v
         r = answer - v
         if self.kind == "l2":
+            # d/dy factor/2 ||y - v||^2
             return self.factor * r
         if self.kind == "lp":
             return self._lp(r)
@@ -52,14 +53,18 @@ class Bias:
             raise ValueError(f"bias={self.kind!r} without delta: expected [B,T,H]")
         bound = delta[..., None]
         if self.kind == "huber_coord":
+            # equation 14: r up to delta, delta sign(r) past it, channel by channel
             return jnp.clip(r, -bound, bound)
         # the length, and a number that can be divided by where r is 0
         square = (r * r).sum(-1, keepdims=True)
         length = jnp.sqrt(jnp.maximum(square, TINY))
         if self.kind == "robust":
+            # equation 17: r + delta r / ||r||
             return r + bound * r / length
+        # equation 15: delta r / ||r|| past the length delta
         far = bound * r / length
         if self.kind == "huber_switch":
+            # equation 16: delta sign(r)
             far = bound * self._sign(r)
         return jnp.where(length <= bound, self.factor * r, far)
 
@@ -103,6 +108,7 @@ class KL:
 
     def __call__(self, z: jax.Array) -> jax.Array:
         """Z [...,in,out] -> W."""
+        # over `in` of [...,in,out]
         return self.total * jax.nn.softmax(z, axis=-2)
 
 
@@ -114,6 +120,7 @@ class Elastic:
 
     def __call__(self, z: jax.Array) -> jax.Array:
         """Z [...,in,out] -> W."""
+        # z - gamma sign(z) where |z| > gamma, else 0
         return z - jnp.clip(z, -self.gamma, self.gamma)
 
 

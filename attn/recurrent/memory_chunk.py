@@ -131,6 +131,7 @@ def written(rule: Rule, frozen: Weights, fixed: Weights, tokens: Tokens, pairs: 
     def predict(moves):
         def dot(name, x):
             inputs[name] = x
+            # [c,in] [in,out]; moves are 0, and their gradient is d
             return scale * (x @ weights[name]) + moves[name]
 
         def vec(name):
@@ -158,27 +159,34 @@ def read(rule: Rule, z: Weights, s: Any, frozen: Weights, fixed: Weights,
         """x Z_t."""
         before, d = factors[name]
         if tokens.log_keep is not None and tokens.log_keep.ndim == 4:
+            # x A_t Z: [c,in] [in,out]
             met, begun = _by_channel(x, before, tokens, pair), (x * enter) @ z[name]
         else:
             met = pair * jnp.einsum("bhtd,bhid->bhti", x, before)  # [c,D] [D,c]
+            # A_t x Z: [c,in] [in,out]
             begun = enter[..., None] * (x @ z[name])
         y = begun - met @ d  # [c,c] [c,out]
+        # f_t x S: [c,in] [in,out]
         return y if s is None else y + carry * (x @ s[name])
 
     def whole(name):
         """Z_t itself, of every token [B,H,c,in,out]."""
         before, d = factors[name]
+        # sum_i G_ti s_i x_i d_i^T: [B,H,c,c] x [B,H,c,in] x [B,H,c,out] ->
+        # [B,H,c,in,out]
         made = jnp.einsum("bhti,bhid,bhif->bhtdf", pair, before, d)
         y = enter[..., None, None] * z[name][:, :, None] - made
         return y if s is None else y + carry[..., None] * s[name][:, :, None]
 
     def dot(name, x):
         if at_start is not None:
+            # [c,in] [in,out]
             return x @ at_start[name]
         if rule.link is None:
             return linear(name, x)
         if rule.read == "norm":
             return linear(name, x) / rule.link.norm(frozen[name])
+        # [B,H,c,in] x [B,H,c,in,out] -> [B,H,c,out]
         return jnp.einsum("bhtd,bhtdf->bhtf", x, rule.link(whole(name)))
 
     def vec(name):
@@ -186,6 +194,7 @@ def read(rule: Rule, z: Weights, s: Any, frozen: Weights, fixed: Weights,
             return fixed[name]
         if at_start is not None:
             return at_start[name][..., None, :]
+        # [c,c] [c,out]
         y = enter[..., None] * z[name][..., None, :] - pair @ factors[name][1]
         return y if s is None else y + carry * s[name][..., None, :]
 

@@ -62,6 +62,7 @@ def fused(rule: Rule, q, k, v, gates: Any, initial: jax.Array, chunk: int, dtype
     """Z and S behind the tokens [B,H,D,V], and o [B,T,H,V] float32; q, k [B,T,H,D],
     v [B,T,H,V], initial [H,D,V]; dtype: of what products are made of."""
     b, d, width = q.shape[0], q.shape[3], v.shape[3]
+    # [H,D,V] -> [B,H,D,V]
     weights = jnp.broadcast_to(initial[None], (b, q.shape[2], d, width))
     error: Any = rule.error
     q, k, v = (a.astype(dtype) for a in (q, k, v))

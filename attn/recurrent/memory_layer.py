@@ -155,6 +155,7 @@ class MemoryAttention(nn.Module, Attention):
     ):
         """The state after the tokens, and o [B,T,H,V]."""
         if recalled is not None:
+            # reading alone, y = M(W; q) without an update
             rule, like = self.rule(q.shape[3], recalled), q.dtype
             initial, fixed = self._parameters(
                 q.shape[2], q.shape[3], recalled)
@@ -173,6 +174,7 @@ class MemoryAttention(nn.Module, Attention):
         (h, d), width = q.shape[2:], v.shape[3]
         rule = self.rule(d, width)
         tails, (q, k, v) = self.short_arrays((q, k, v), tails, segment, axis)
+        # of keys after their convolution, K heads of them
         gates, begun = self.gates(x.astype(jnp.float32), k, h), None
         if getattr(self, "by_chunk", False):
             gates, begun = self._of_chunks(gates, now, state)
@@ -180,6 +182,7 @@ class MemoryAttention(nn.Module, Attention):
         k, v = (spread_heads(a, h, axis) for a in (k, v))
 
         def local(state, q, k, v, gates, initial, fixed, where):
+            # [B,T,K,.] -> [B,T,H,.]: each query head has a memory of its own
             k, v = (jnp.repeat(a, q.shape[2] // a.shape[2], 2) for a in (k, v))
             return learn(
                 rule, q, k, v, gates, initial, where, state=state, fixed=fixed,
@@ -199,6 +202,7 @@ class MemoryAttention(nn.Module, Attention):
         has begun. (The mean of a chunk would tell its first tokens of later ones.)"""
         t = now.pos.shape[1]
         begins = (now.segment > 0) & (now.pos % self.chunk == 0)
+        # where the token's chunk begins in the row; -1: it began before
         at = jnp.where(begins, jnp.arange(t, dtype=jnp.int32)[None], -1)
         at = jax.lax.cummax(at, axis=1)[..., None]  # [B,T,1]
         begun = {}
@@ -207,6 +211,7 @@ class MemoryAttention(nn.Module, Attention):
             a = getattr(gates, name)
             if name not in self.shared:
                 return a
+            # [B,T,H] at [B,T,1]
             own = jnp.take_along_axis(a, jnp.maximum(at, 0), 1)
             before = 0.0 if state is None else state.gates[name][:, None]
             found = jnp.where(at < 0, before, own)

@@ -56,6 +56,7 @@ class MLP:
         if self.norm:
             y = _normed(y)
             gain = vec("gamma")
+            # gain and bias [...,1,V], or of each token [...,c,V] where they are learned
             y = y * (1 + gain) if self.unit else y * gain + vec("beta")
         return y + _fitted(x, y.shape[-1]) if self.residual else y
 
@@ -79,6 +80,7 @@ class Diagonal:
 
 def _normed(y: jax.Array) -> jax.Array:
     y = y - y.mean(-1, keepdims=True)
+    # y - mean, over its deviation
     return y * jax.lax.rsqrt((y * y).mean(-1, keepdims=True) + EPS)
 
 

@@ -50,14 +50,18 @@ def passes_of(
         return Passes(real[:, None], None if new is None else new[:, None, :, -1], None)
     pos = pieces(where.pos) % chunk
     real = jnp.broadcast_to(real, pos.shape)
+    # with a lag token the second token of a chunk begins it, too
     begins = real & ((pos == 0) | lag & (pos == 1))
     new = real & (pieces(where.pos) == 0) if packed else jnp.zeros_like(begins)
     if c == 1:
         new, begins = (a[:, None, :, 0] for a in (new, begins))
         member = jnp.broadcast_to(real[:, None], (*new.shape, 1))
         return Passes(member, new if packed else None, begins)
+    # tokens of sequences that begin in this piece: one pass for all of them
     fresh = jax.lax.cummax(new.astype(jnp.int32), axis=2) > 0
     phase = jnp.cumsum(begins & ~fresh, 2)  # how often a chunk has begun in this piece
+    # of the sequence that goes on: one pass before each beginning of a chunk, and
+    # one behind the last
     old = [real & ~fresh & (phase == n) for n in range(3 if lag else 2)]
     frozen = [jnp.zeros_like(real[..., 0]), *((begins & a).any(2) for a in old[1:])]
     anew = [jnp.zeros_like(a) for a in frozen]

@@ -32,6 +32,7 @@ def one_after_another(
 
     @jax.checkpoint
     def mine(memory, n):
+        # turn n is shard n's; the others hand on what they have
         return jax.lax.cond(n == me, run, wait, memory)
 
     def turn(carry, n):

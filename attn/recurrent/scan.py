@@ -21,7 +21,7 @@ import jax.numpy as jnp
 
 from attn.contract.dispatch import interpreted, pick
 from attn.contract.varying import varying
-from attn.exact.online import OnlineSoftmax
+from attn.exact.online import OnlineSoftmax, join
 from attn.parallel.sharding import Axis
 from attn.recurrent.lasp import exclusive_prefix, tagged
 from attn.recurrent.prefix_softmax import chunked, einsum, exp
@@ -37,13 +37,9 @@ def empty(batch: int, heads: int, width: int) -> OnlineSoftmax:
 
 
 def merge(a: OnlineSoftmax, b: OnlineSoftmax) -> OnlineSoftmax:
-    """The state of a stretch and the one behind it. No gradient flows through m, on
-    which acc/l does not depend."""
-    m = jax.lax.stop_gradient(jnp.maximum(a.m, b.m))
-    # both sums are measured from the new maximum: exp(m_a - m), exp(m_b - m) [...,H]
-    scale_a, scale_b = (exp(jax.lax.stop_gradient(x.m), m) for x in (a, b))
-    acc = a.acc * scale_a[..., None] + b.acc * scale_b[..., None]
-    return OnlineSoftmax(m, a.l * scale_a + b.l * scale_b, acc)
+    """The state of a stretch and the one behind it, by the online softmax's `join`. No
+    gradient flows through m, on which acc/l does not depend."""
+    return join(*(x._replace(m=jax.lax.stop_gradient(x.m)) for x in (a, b)))
 
 
 def prefix_scan(

@@ -125,6 +125,7 @@ def _tails(xs, states, segment, count: int, axis: Axis):
     ids, before = flat(row[0]), flat(jnp.where(here[None, :, None], row[0], 0))
     tokens = flat(row[1])  # [B,shards count,C]
     if states is not None:
+        # [B,W-1,C] in front, of segment 1
         tokens = jnp.concatenate([jnp.concatenate(states, -1), tokens], 1)
         one = jnp.ones((b, count), ids.dtype)
         ids, before = (jnp.concatenate([one, a], 1) for a in (ids, before))
@@ -133,6 +134,7 @@ def _tails(xs, states, segment, count: int, axis: Axis):
     if states is None:
         return begun, before, None
     own, after = _last(count, ids, tokens)
+    # the next state is of the last segment alone
     own = own == jnp.maximum(ids.max(1, keepdims=True), 1)
     return begun, before, _apart(jnp.where(own[..., None], after, 0), xs)
 

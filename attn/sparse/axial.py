@@ -36,6 +36,7 @@ def attend(
     q, k, v = (_grid(a, length) for a in (q, k, v))
     read = functools.partial(_read, scale, implementation)
     columns, lines = _along(1), _along(2)
+    # the own row up to the token, and the own column above it
     state = join(read(lines, q, k, v, Causal()), read(columns, q, k, v, ABOVE))
     if vertical:
         far_k, far_v = _running(read, columns, 1, q, k, v)
@@ -46,6 +47,7 @@ def attend(
     if horizontal:
         for flip in (False, True):
             turned = (a[:, :, ::-1] if flip else a for a in (q, k, v))
+            # of each row above, what is left of the column, or right of it if turned
             far_k, far_v = _running(read, lines, 2, *turned)
             there = jnp.arange(length) > 0
             far_k, far_v, there = (

@@ -79,6 +79,7 @@ def _maxima(q, k, block: int, scale: float | None, pool: Callable) -> jax.Array:
         i = number * block + jnp.arange(block, dtype=jnp.int32)
         seen = (j[None] <= i[:, None]) & (i < t)[:, None]  # [I,S]
         p = weights(logits(q, k, scale), seen[None, None])  # [B,H,I,S]
+        # [B,H,I,n,I] -> [B,H,I,n]: of each query the largest weight in each block
         return pool(p.reshape(b, h, block, n, block).max(4))
 
     found = jax.lax.map(one, (rows, jnp.arange(n, dtype=jnp.int32)))
@@ -89,5 +90,6 @@ def divergence(target: jax.Array, s: jax.Array) -> jax.Array:
     """The mean over all numbers of t (log t - log softmax(s)), t [...,n]; 0 log 0 is
     0."""
     some = target > 0
+    # KL(target || softmax(s)), term by term
     gap = jnp.log(jnp.where(some, target, 1)) - jax.nn.log_softmax(s)
     return jnp.where(some, target * gap, 0).mean()

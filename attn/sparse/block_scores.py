@@ -52,6 +52,7 @@ def union(columns: jax.Array, ends: jax.Array) -> jax.Array:
     on a chosen diagonal [...,n], numbered by the column at which it ends."""
     n = columns.shape[-1]
     far = jnp.arange(n)[:, None] - jnp.arange(n)[None]  # how far a key block is behind
+    # a pair on the diagonal `far` below the main one ends at column n - 1 - far
     on = ends[..., jnp.clip(n - 1 - far, 0, n - 1)]
     past = (far >= 0).reshape((1,) * (columns.ndim - 1) + far.shape)
     return past & (columns[..., None, :] | on)

@@ -30,6 +30,7 @@ def gather(a: jax.Array, chosen: jax.Array, block: int) -> jax.Array:
     b, h, rows, n = chosen.shape
     found = chosen_tiles.taken(
         chosen_tiles.by_blocks(a, block), chosen.reshape(b, h, rows * n))
+    # [B,H,N n block,X] -> [B,H,N,n,block,X]
     return found.reshape(*chosen.shape, block, a.shape[3])
 
 
@@ -79,6 +80,7 @@ def attend(
 
     def kernel(backend: str) -> Callable:
         told = kernel_options(spec, where)
+        # the kernels of blocks have neither, and `attend` has refused them
         told = {n: a for n, a in told.items() if n not in ("softcap", "score")}
         return lambda: kernels.blocks(
             q, k, v, chosen, block=block, backend=backend, interpret=interpreted(),

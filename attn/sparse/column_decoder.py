@@ -51,6 +51,7 @@ class Decoder(nn.Module):
     def _image(self, z, parts: int, width: int) -> jax.Array:
         """[B,T,width,parts H]: channel h * parts + part."""
         b, t, h, _ = z.shape
+        # [B,T,H,2D] [2D,parts width]
         a = nn.Dense(parts * width, name="columns")(z)
         a = a.reshape(b, t, h, parts, width)
         return a.transpose(0, 1, 4, 2, 3).reshape(b, t, width, h * parts)
@@ -75,7 +76,8 @@ class Decoder(nn.Module):
         a = jnp.repeat(a, 4, 2)  # [B,T,K,2H]
         # a column of nothing on both sides, as the authors have it
         a = jnp.pad(a, ((0, 0), (0, 0), (1, 1), (0, 0)))
-        a = nn.Conv(h, (1, 1), name="conv3")(a)
+        a = nn.Conv(h, (1, 1), name="conv3")(a)  # [B,T,K+2,H]
+        # [B,T,K+2,H] x [K+2,K] -> [B,T,H,K]
         a = jnp.einsum("btnh,nk->bthk", a, jnp.asarray(
             area(self.columns + 2, self.columns)))
         return layer_norm("norm_out")(a), tuple(after)
@@ -84,8 +86,10 @@ class Decoder(nn.Module):
         b, t, h, _ = z.shape
         a = self._image(z, 4, self.columns // 2)
         conv = functools.partial(nn.Conv, kernel_size=(3, 3), padding=((1, 1), (1, 1)))
+        # every second row: [B,ceil(T/2),K/2,4H]
         a = nn.relu(conv(4 * h, strides=(2, 1), name="conv1")(a))
         a = nn.relu(conv(4 * h, name="conv2")(a))
+        # rows again twice: [B,T or T+1,K/2,H]
         a = conv(h, name="conv3")(jnp.repeat(a, 2, 1))
         shape = b, t, self.columns, h
         a = jax.image.resize(a, shape, "linear", antialias=False)

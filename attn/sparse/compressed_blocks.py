@@ -77,12 +77,16 @@ def compress(a: jax.Array, phi: Compressor, stride: int) -> jax.Array:
     # the first layer stride by stride, so that tokens are not copied l / d times
     into = phi.into.reshape(heads, length // stride, stride, width, -1)
     strides = a.astype(jnp.float32).reshape(b, n, stride, heads, width)
+    # stride n as part p of a block: [B,n,d,K,X] x [K,l/d,d,X,R] -> [l/d,B,n,K,R]
     found = jnp.einsum("bndkx,kpdxr->pbnkr", strides, into)
     parts = found.shape[0]
     found = jnp.pad(found, ((0, 0), (0, 0), (0, parts - 1), (0, 0), (0, 0)))
+    # block i holds the strides i, i + 1, ..., as its parts 0, 1, ...
     total = sum(found[p, :, p:p + n] for p in range(parts))
+    # the positions' own share, the same for all blocks: [K,R]
     bias = jnp.einsum(
         "kpdx,kpdxr->kr", phi.position.reshape(into.shape[:-1]), into)
+    # [B,n,K,R] x [K,R,X'] -> [B,n,K,X']
     return jnp.einsum("bnkr,krx->bnkx", jax.nn.gelu(total + bias[None, None]), phi.out)
 
 
@@ -101,6 +105,7 @@ def inside(pos, segment, length: int, stride: int) -> tuple[jax.Array, jax.Array
     """last and segment [B|1,N] of compressed blocks, of slots at pos and segment
     [B|1,S]: those that lie in one sequence."""
     n = pos.shape[1] // stride
+    # a block lies in one sequence where its first and last token do
     begin = segment[:, ::stride]
     ends = jnp.pad(segment, ((0, 0), (0, length)))[:, length - 1::stride][:, :n]
     there = (begin > 0) & (begin == ends)
@@ -168,6 +173,7 @@ def read(
     p = weights(s, seen[:, None, None])  # equation 8; 0 where nothing is seen
     o = None
     if found.v is not None:
+        # [B,K,G,I,N] x [B,N,K,V] -> [B,I,K,G,V]
         o = jnp.einsum("bkgin,bnkv->bikgv", p, found.v).reshape(b, size, h, -1)
     # equation 10: one choice for all heads that share keys
     shared = jax.lax.stop_gradient(p).sum(2)

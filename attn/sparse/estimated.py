@@ -39,6 +39,7 @@ def first_rank(column, length, columns: int) -> jax.Array:
     """The first rank whose column is this one or a later one, in float32 as
     `column_of` has it."""
     scale = length.astype(jnp.float32) / columns
+    # `column_of` solved for the rank
     guess = jnp.ceil((column.astype(jnp.float32) + 1e-4) * scale - 0.5)
     guess = guess.astype(jnp.int32)
     # how it was rounded may move it by one
@@ -55,6 +56,7 @@ def first_rank(column, length, columns: int) -> jax.Array:
 def most_kept(length: int, heads: int, columns: int, keep: int) -> int:
     """How many keys a row of at most `length` keys keeps, at most, over all heads."""
     n = np.arange(1, length + 1)
+    # columns that are chosen, and keys that one stands for, of every length n
     chosen = np.minimum(np.maximum(np.round(heads * keep * columns / n), 1),
                         heads * columns)
     each = -(-n // columns) + 1
@@ -68,6 +70,7 @@ def selected(p: jax.Array, length: jax.Array, keep: int) -> jax.Array:
     b, t, heads, columns = p.shape
     most = number_selected(length, heads, columns, keep)
     flat = p.reshape(b, t, heads * columns)
+    # the rank of each entry in its row, 0 for the best
     order = jnp.argsort(-flat, axis=-1, stable=True)
     rank = jnp.argsort(order, axis=-1)
     return (rank < most[..., None]).reshape(p.shape)
@@ -119,6 +122,7 @@ def read(
         top = jax.lax.stop_gradient(jnp.where(jnp.isfinite(top), top, 0))
         # where there is no key, exp of nothing large: its gradient would be no number
         below = jnp.where(list_of.there, s - top[list_of.head], 0)
+        # a softmax for each head of the list: exp(s - top_h) / sum_h
         e = jnp.where(list_of.there, jnp.exp(below), 0)
         total = jnp.where(mine, e[:, None], 0).sum(0)
         w = e / jnp.where(total > 0, total, 1)[list_of.head]

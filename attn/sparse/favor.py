@@ -35,6 +35,7 @@ def projection(key: jax.Array, features: int, width: int) -> jax.Array:
     groups = -(-features // width)
     of_directions, of_lengths = jax.random.split(key)
     square = jax.random.normal(of_directions, (groups, width, width), jnp.float32)
+    # rows [m,D], orthonormal in groups of D; then each as long as a normal vector
     rows = jnp.linalg.qr(square)[0].swapaxes(1, 2).reshape(-1, width)[:features]
     normal = jax.random.normal(of_lengths, (features, width), jnp.float32)
     return rows * jnp.linalg.norm(normal, axis=1, keepdims=True)
@@ -69,4 +70,5 @@ def softmax_features(
 def relu_features(x: jax.Array, w: jax.Array) -> jax.Array:
     """relu(w.x) + 1e-3 of x [B,T,H,D] D^-1/4: [B,T,H,m]."""
     x = x.astype(jnp.float32) * x.shape[-1] ** -0.25
+    # [B,T,H,D] x [m,D] -> [B,T,H,m]
     return jax.nn.relu(jnp.einsum("bthd,md->bthm", x, w)) + 1e-3

@@ -75,6 +75,7 @@ def reducers(keys: Row, size: int | None) -> tuple[Callable, Callable]:
 def _by_group(keys: Row, reduce: Callable) -> Callable:
     """Groups of any lengths."""
     def row(x, group):
+        # [K,G,q,S] -> of each group [S,K,G,q] -> of each key's group [S,K,G,q]
         return reduce(jnp.moveaxis(x, -1, 0), group, group.shape[0])[group]
 
     return lambda x: jnp.moveaxis(jax.vmap(row)(x, keys.group), 1, -1)
@@ -100,8 +101,10 @@ def _by_two_windows(reduce, join, nothing: float, spills: jax.Array) -> Callable
         def part(there):
             return reduce(jnp.where(there, cut, nothing), axis=-1)
 
+        # [...,n]: what of the group that began in a window lies in the next one
         behind = jnp.pad(part(spills)[..., 1:], right, constant_values=nothing)
         each = join(part(~spills), behind)  # of the groups that begin in each window
+        # for keys that spill: the group that began in the window before
         before = jnp.pad(each[..., :-1], left, constant_values=nothing)
         return jnp.where(spills, before[..., None], each[..., None]).reshape(x.shape)
 

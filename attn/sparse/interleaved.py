@@ -40,7 +40,9 @@ def interleave(
         if last_segment is not None:
             before = jnp.maximum(last_segment, 1)
         segments = jnp.broadcast_to(before[:, None], (b, t))
+    # the last token of a block, behind which its landmark stands
     closes = (now.segment > 0) & (now.pos % block == block - 1)
+    # a token stands as much further on as blocks were closed before it
     index = jnp.arange(t)[None] + jnp.cumsum(closes, 1) - closes
     row = jnp.arange(b)[:, None]
     marks = jnp.where(closes, index + 1, length)  # length: no landmark, dropped

@@ -53,6 +53,7 @@ def scores(x: jax.Array, mean: jax.Array) -> jax.Array:
     """x.mu of vectors [B,T,H,D] and centroids [H,C,D]: [B,H,C,T]. Without a gradient;
     what is no number scores highest, so that it cannot hide."""
     x, mean = jax.lax.stop_gradient((x, mean))
+    # [B,T,H,D] x [H,C,D] -> [B,H,C,T]
     a = jnp.einsum("bthd,hcd->bhct", x, mean)
     return jnp.where(jnp.isnan(a), jnp.inf, a)
 
@@ -62,6 +63,7 @@ def commitment(x: jax.Array, mean: jax.Array, real: jax.Array | None) -> jax.Arr
     which tokens count, None for all."""
     own = scores(x, mean).argmax(2)  # [B,H,T]
     nearest = jax.vmap(lambda mean, at: mean[at], (0, 1), 1)(mean, own)  # [B,H,T,D]
+    # [B,T,H,D]: vectors are drawn to centroids, which have no gradient
     gap = jnp.square(x - jax.lax.stop_gradient(nearest).swapaxes(1, 2))
     if real is None:
         return gap.mean()
@@ -79,6 +81,7 @@ def assigned(x: jax.Array, mean: jax.Array, real: jax.Array | None) -> tuple:
     best = scores(x, mean).argmax(2)  # [B,H,T]
     own = jax.nn.one_hot(best, mean.shape[1])  # [B,H,T,C]
     own = jnp.where(there.swapaxes(1, 2)[..., None], own, 0)
+    # [B,H,T,C] x [B,T,H,D] -> [H,C,D]
     return own.sum((0, 2)), jnp.einsum("bhtc,bthd->hcd", own, x)
 
 
@@ -100,6 +103,7 @@ def follow(
     total = decay * centroids.total + (1 - decay) * total
     whole = number.sum(-1, keepdims=True)
     clusters = number.shape[-1]
+    # counts that sum to what they did
     smooth = (number + SMALL) / (whole + clusters * SMALL) * whole
     # before anything was assigned there is nothing to divide by
     mean = jnp.where(

@@ -95,9 +95,11 @@ def _chunk(lists: Lists, q, k, v, segment, k_score, q_score, routes: Routes):
     same = (segment[:, :, None] == theirs[:, None]) & (segment > 0)[:, :, None]
     there = there & same[:, None, None] & asks[..., None]
     qf = q.astype(jnp.float32)
+    # of the tokens here [B,H,1,T,T], of the members before [B,H,C,T,W]
     near = jnp.einsum("bthd,bshd->bhts", qf, k.astype(jnp.float32))[:, :, None]
     far = jnp.einsum("bthd,bhcwd->bhctw", qf, lists.k.astype(jnp.float32))
     s = jnp.concatenate([far, jnp.broadcast_to(near, (*far.shape[:4], t))], -1)
+    # [B,H,C,W+T,V]
     vals = jnp.concatenate([
         lists.v.astype(jnp.float32), jnp.broadcast_to(
             v.astype(jnp.float32).swapaxes(1, 2)[:, :, None],
@@ -105,11 +107,13 @@ def _chunk(lists: Lists, q, k, v, segment, k_score, q_score, routes: Routes):
     ], 3)
     s, vals, there = _with_memory(s, vals, there, asks, qf, routes)
     p = weights(s * routes.scale, there)
+    # [B,H,C,T,W+T] x [B,H,C,W+T,V] -> [B,H,C,T,V]
     o = jnp.einsum("bhcts,bhcsv->bhctv", p, vals)
     if routes.alone:
         nobody = asks & ~there.any(-1)
         o = jnp.where(nobody[..., None], v.astype(jnp.float32).swapaxes(1, 2)[
             :, :, None], o)
+    # over the clusters: [B,H,T,V] and [B,H,T]
     o, count = o.sum(2), asks.sum(2).astype(jnp.float32)
     after = Lists(
         _kept(lists.k, k, at), _kept(lists.v, v, at), score, asked, last)
@@ -121,6 +125,7 @@ def _with_memory(s, vals, there, asks, q, routes: Routes):
     if routes.memory is None:
         return s, vals, there
     keys, more = (a.astype(jnp.float32) for a in routes.memory)
+    # [B,T,H,D] x [H,C,n,D] -> [B,H,C,T,n]
     first = jnp.einsum("bthd,hcnd->bhctn", q, keys)
     seen = jnp.broadcast_to(asks[..., None], first.shape)
     more = jnp.broadcast_to(more[None], (vals.shape[0], *more.shape))
@@ -145,6 +150,7 @@ def _entries(held, held_segment, score, segment):
         real = segment > 0
         begins = (real & (segment != last))[:, None, None, None]
         held, who = jnp.where(begins, -jnp.inf, held), jnp.where(begins, -1, who)
+        # a token enters where it scores higher than the worst member [B,H,C,1]
         low = held.min(-1, keepdims=True)
         # of equally low ones the newest goes
         newest = jnp.where(held == low, who, -2).argmax(-1)[..., None]
@@ -160,6 +166,7 @@ def _entries(held, held_segment, score, segment):
     carry, (enters, gone) = jax.lax.scan(
         token, *varying(((held, who, held_segment), given)))
     enters, gone = jnp.moveaxis(enters, 0, -1), jnp.moveaxis(gone, 0, -1)
+    # members stay until a better one comes: expires is when, `never` if none does
     never = jnp.iinfo(jnp.int32).max
     here = jnp.concatenate([held > -jnp.inf, enters], -1)
     expires = jnp.where(here, never, 0)
@@ -177,6 +184,7 @@ def _kept(held, new, at):
     [B,T,H,X]; what -1 names is some member that nobody sees."""
     w = held.shape[3]
     at = jnp.maximum(at, 0)
+    # [B,H,C,W,X] at [B,H,C,W,1]
     old = jnp.take_along_axis(held, jnp.minimum(at, w - 1)[..., None], 3)
     new = new.astype(held.dtype).swapaxes(1, 2)  # [B,H,T,X]
     take = jax.vmap(jax.vmap(lambda a, at: a[at]))

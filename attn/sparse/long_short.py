@@ -34,6 +34,7 @@ def read(logits: list[jax.Array], seen: list, values: list[jax.Array]) -> jax.Ar
     broadcasts to it, values [B,S,K,V]."""
     seen = [jnp.broadcast_to(a, s.shape) for a, s in zip(seen, logits)]
     p = weights(jnp.concatenate(logits, -1), jnp.concatenate(seen, -1))
+    # [B,K,G,c,S] x [B,S,K,V] -> [B,c,K,G,V]
     o = jnp.einsum("bkgcs,bskv->bckgv", p, jnp.concatenate(values, 1))
     return o.reshape(*o.shape[:2], -1, o.shape[-1])
 
@@ -41,11 +42,13 @@ def read(logits: list[jax.Array], seen: list, values: list[jax.Array]) -> jax.Ar
 def dots(q: jax.Array, k: jax.Array) -> jax.Array:
     """q.k [B,K,G,c,S] of q [B,c,H,D] and k [B,S,K,D]."""
     grouped = q.reshape(*q.shape[:2], k.shape[2], -1, q.shape[-1])
+    # [B,c,K,G,D] x [B,S,K,D] -> [B,K,G,c,S]
     return jnp.einsum("bckgd,bskd->bkgcs", grouped, k)
 
 
 def place_dots(q: jax.Array, table: jax.Array, heads: int) -> jax.Array:
     """q.R [B,K,G,c,W] of q [B,c,H,D] with what distances are [W,H,D]."""
+    # [B,c,H,D] x [W,H,D] -> [B,H,c,W], then by key head
     s = jnp.einsum("bchd,whd->bhcw", q, table)
     return s.reshape(s.shape[0], heads, -1, *s.shape[2:])
 
@@ -113,6 +116,7 @@ def row(q, near: Keys, far: Keys, places: Places, at: jax.Array, first, memory: 
     seen = (back >= 0) & (back < w) & (here >= -memory)[None]
     # [c,M]
     age = known[:, None] - 1 - jnp.arange(far.k.shape[1], dtype=jnp.int32)[None]
+    # (q + b_w).k_j + (q + b_r).R_(i-j) of near keys, q.k + q.R of far rows
     s = dots(q + places.asks[None, None], near.k)
     s = s + _at(place_dots(q + places.turns[None, None], places.near, heads), back)
     long = dots(q, far.k) + _at(place_dots(q, places.far, heads), age)

@@ -50,7 +50,9 @@ class PromptGate(nn.Module):
         if of_q is None:
             k = jnp.repeat(k, h // k.shape[2], 2)
         else:
+            # [B,N,H,c D] x [H,c D,Dg] -> [B,N,H,Dg]
             q = jnp.einsum("bnhc,hcd->bnhd", q, of_q)
+        # [B,N,K|H,c D] x [K|H,c D,Dg] -> [B,N,K|H,Dg]
         k = jnp.einsum("bnkc,kcd->bnkd", k, of_k)
         k = jnp.repeat(k, h // k.shape[2], 2)
         pos = jnp.maximum(on.pos[..., 0], 0)  # of the block's first token
@@ -69,6 +71,7 @@ class PromptGate(nn.Module):
         now = locate(None, 1, q.shape[1])
         on = grid(now.pos, now.segment, self.block, packed=False)
         q_gate, k_gate = self._gates(weights, on.put(q), on.put(k), on)
+        # [B,n,H,Dg] x [B,n,H,Dg] -> [B,H,n,n]
         s = jnp.einsum("bmhd,bnhd->bhmn", q_gate, k_gate) * self.gate_dim**-0.5
         tri = jnp.tril(jnp.ones(s.shape[-2:], bool))[None, None]
         return jnp.where(tri, s, -1e9)
@@ -99,6 +102,7 @@ class PromptGate(nn.Module):
         n = s.shape[-1]
         tri = jnp.tril(jnp.ones((n, n), bool))[None, None]
         if self.threshold is None:
+            # the rank of each block in its row, 0 for the best
             top = jnp.argsort(jnp.argsort(-s, axis=-1, stable=True), axis=-1)
             asked = top < int(self._most(n)[n])
         else:

@@ -58,6 +58,7 @@ def pooled(
     # [B,n,H,D] x [B,n,j,H,D] -> [B,n,H,j]
     s = jnp.einsum("bnhd,bnjhd->bnhj", most(q), k) * scale
     p = weights(s, None if there is None else there[:, :, None])
+    # [B,n,H,j] x [B,n,j,H,V] -> [B,n,H,V]
     return most(k), jnp.einsum("bnhj,bnjhv->bnhv", p, v)
 
 
@@ -92,7 +93,9 @@ def complete(row: Tokens, block: int, scale: float, partly: bool = False) -> Reg
     last = jnp.argsort(~end, axis=1, stable=True)[:, :max(most, 1)]
     found = jnp.take_along_axis(end, last, 1)
     pos = jnp.take_along_axis(row.pos, last, 1)
+    # where the tokens of a block stand in the row, from its first one on: [B,n,j]
     index = last[..., None] - pos[..., None] % block + jnp.arange(block)[None, None]
+    # an unfinished block ends before its last place: [B,n,j]
     there = (index <= last[..., None]) & found[..., None]
     index = jnp.clip(index, 0, t - 1).reshape(b, -1, 1, 1)
 

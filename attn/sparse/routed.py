@@ -103,6 +103,7 @@ def whole(
     add = jax.vmap(jax.vmap(lambda at, o: jnp.zeros((t, o.shape[-1])).at[at].add(
         o, mode="drop")))
     flat = q_at.reshape(b, h, -1)
+    # the sum of what a token's clusters say, and beside it of how many
     both = jnp.concatenate([o, jnp.ones_like(o[..., :1])], -1)
     both = add(flat, both.reshape(b, h, -1, both.shape[-1])).swapaxes(1, 2)
     return both[..., :-1], both[..., -1]
@@ -118,6 +119,7 @@ def _remembered(asked, routes: Routes, b, h, clusters) -> OnlineSoftmax:
     """What members asked [B H C,M,1,D] get from the memory of their cluster."""
     keys, values = (a.astype(jnp.float32) for a in routes.memory or ())
     asked = asked.astype(jnp.float32).reshape(b, h, clusters, -1, asked.shape[-1])
+    # [B,H,C,M,D] x [H,C,n,D] -> [B,H,C,M,n], and with [H,C,n,V] -> [B,H,C,M,V]
     s = jnp.einsum("bhcmd,hcnd->bhcmn", asked, keys) * routes.scale
     m = jax.lax.stop_gradient(s.max(-1))
     p = exp_below(s, m[..., None])

@@ -34,8 +34,10 @@ class Sharding(Mask):
     dense_from: int | None = None
 
     def __call__(self, h, i, j):
+        # the window: the query's own block and local - 1 before it
         near = i // self.block - j // self.block < self.local
         head = h // self.group
+        # the shard: blocks r, r + stride, ... with r = -(head g + offset) mod stride
         mine = (j // self.block + head * self.step + self.offset) % self.stride == 0
         seen = near | mine
         if self.dense_from is not None:
@@ -84,6 +86,7 @@ class BothWays(Mask):
         # max(0, a), of any array: positive on one side of the window, 0 inside
         back, on = gap - self.local + 1, -gap - self.ahead + 1
         away = (back + abs(back) + on + abs(on)) // 2
+        # 0 in the window, and every stride-th block away from it
         seen = away % self.stride == 0
         if self.dense_from is not None:
             seen = seen | (h // self.group >= self.dense_from)
@@ -132,6 +135,7 @@ def compact(mask: Sharding, a: jax.Array) -> jax.Array:
     # [B,T/span,stride,block,K,X]
     a = a.reshape(b, -1, mask.stride, mask.block, heads, width)
     own = [a[:, :, r, :, h] for h, r in enumerate(first_blocks(mask, heads))]
+    # K times [B,T/span,block,X] -> [B,T/span,block,K,X] -> [B,F,K,X]
     return jnp.stack(own, 3).reshape(b, -1, heads, width)
 
 

@@ -59,6 +59,7 @@ def attend(q, k, v, pos: jax.Array, scale: float) -> jax.Array:
         logits.append(s.reshape(b, size, h))
         values.append(span_v)
     s = jnp.stack(logits, -1)  # [B,T,H,1+levels]
+    # a token at pos reads a span of 2^n tokens for each bit n of pos that is set
     reads = (pos[..., None] >> jnp.arange(high)[None, None]) & 1
     reads = jnp.concatenate([jnp.ones_like(pos[..., None]), reads], -1) > 0
     p = weights(s, reads[:, :, None])
@@ -117,9 +118,11 @@ def step(counter: Counter, k, v, q, pos, real, scale: float):
     q = q.astype(jnp.float32)
     bits = (pos[:, None] >> jnp.arange(high)[None]) & 1 > 0  # [B,L]
     s = jnp.concatenate([
+        # of the token itself, and [B,H,D] x [B,L,H,D] -> [B,H,L]
         (q * own_k).sum(-1)[..., None], jnp.einsum("bhd,blhd->bhl", q, counter.k)], -1)
     seen = jnp.concatenate([jnp.ones_like(bits[:, :1]), bits], 1)
     p = weights(s * scale, seen[:, None])
+    # [B,H,L] x [B,L,H,V] -> [B,H,V]
     o = p[..., :1] * own_v + jnp.einsum("bhl,blhv->bhv", p[..., 1:], counter.v)
     # the spans of the bits that are set, from the lowest on, become one with the token
     top_q, top_k, carry = q, own_k, jnp.ones_like(real)
@@ -151,6 +154,7 @@ def _value(k, v, q, pos, rank, high: int, scale: float) -> jax.Array:
             keys, vals = (
                 jnp.repeat(a, group, 2).astype(jnp.float32) for a in near)
             p = weights(
+                # [B,H,D] x [B,2^level,H,D] -> [B,H,2^level]
                 jnp.einsum("bhd,bjhd->bhj", q, keys) * scale, there[:, None])
             return jnp.einsum("bhj,bjhv->bhv", p, vals)
 

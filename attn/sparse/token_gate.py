@@ -47,6 +47,7 @@ class TokenGate(nn.Module):
 
     def _of_keys(self: Any, weights, pools, pos) -> jax.Array:
         """Pools [B,N,K,c D] of blocks that begin at pos [B|1,N] -> [B,N,K,Dg]."""
+        # [B,N,K,c D] x [K,c D,Dg] -> [B,N,K,Dg]
         gate = jnp.einsum("bnkc,kcd->bnkd", pools, weights["k"])
         return self._turned(self._normed(gate, weights.get("norm_k")), pos)
 
@@ -55,6 +56,7 @@ class TokenGate(nn.Module):
         b, t, h, d = q.shape
         q = q.astype(jnp.float32).reshape(b, t, heads, h // heads, d)
         q = q.reshape(b, t, heads, -1) if self.group == "proj" else q.mean(3)
+        # [B,T,K,G D|D] x [K,G D|D,Dg] -> [B,T,K,Dg]
         gate = q if self.group == "avg" else jnp.einsum(
             "btkc,kcd->btkd", q, weights["q"])
         return self._turned(self._normed(gate, weights.get("norm_q")), pos)
@@ -81,6 +83,7 @@ class TokenGate(nn.Module):
         pools = block_gate.pooled(k, (pos < t).reshape(1, n, block), self.pool_k)
         of_k = self._of_keys(weights, pools, pos[None, ::block])
         of_q = self._of_queries(weights, q, pos[None, :t], heads)
+        # [B,T,K,Dg] x [B,n,K,Dg] -> [B,K,T,n]
         s = jnp.einsum("btkd,bnkd->bktn", of_q, of_k) * self.gate_dim**-0.5
         past = jnp.arange(n)[None] < (pos[:t] // block)[:, None]
         return jnp.where(past[None, None], s, HIDDEN)
@@ -91,6 +94,7 @@ class TokenGate(nn.Module):
         of unturned q and k, without gradient. Time T^2."""
         pos = jnp.arange(q.shape[1], dtype=jnp.int32)[None]
         q, k = (jax.lax.stop_gradient(self._turned(a, pos)) for a in (q, k))
+        # [B,K,T,n]: a group's largest weight in each block
         p = block_gate.token_maxima(q, k, self.block, self.scale)
         past = jnp.arange(p.shape[3])[None] < (pos[0] // self.block)[:, None]
         p = jnp.where(past[None, None], p, 0)

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from experiments.cli import compile_cache, ending
+from experiments.cli.bounds import STEPS, check_number, options
 from experiments.cli.ending import one_sentence
 from experiments.cli.fields import construct, default, coerce, hints, required, spelled
 from experiments.cli.fields import unknown
@@ -27,19 +28,21 @@ from experiments.cli.parse import parse
 from experiments.cli.usage import HELP, OPTIONS, formatted
 
 __all__ = [
-    "FREE", "GROWS", "command", "option", "main", "parse", "read", "format_value",
-    "settings",
+    "FREE", "GROWS", "STEPS", "command", "option", "main", "parse", "read",
+    "format_value", "settings",
 ]
 
 
 def option(
-    default: Any = dataclasses.MISSING, doc: str = "", run: str = FIXED, least: int = 1
+    default: Any = dataclasses.MISSING, doc: str = "", run: str = FIXED, least: int = 1,
+    *, most: int | None = None, above: float | None = None,
 ) -> Any:
     """A field of a Config with its default (none: it must be given) and its help. run:
     whether a run that goes on has to have the same value (FIXED), may have a larger one
-    (GROWS) or any (FREE). least: of a field of whole numbers, 0 if it is by default."""
+    (GROWS) or any (FREE). least, most: of a field of whole numbers, `least` 0 if it is
+    by default. above: numbers are finite and greater."""
     least = 0 if type(default) is int and default == 0 else least
-    known = {"doc": doc, "run": run, "least": least}
+    known = {"doc": doc, "run": run, "least": least, "most": most, "above": above}
     return dataclasses.field(default=default, metadata=known)
 
 
@@ -61,21 +64,21 @@ def read(cls: type, argv: Sequence[str], start: Any = None) -> Any:
     Fields that are not given come from `start`, or are the defaults. Raises ValueError.
     """
     known = hints(cls)
-    names = [f.name for f in dataclasses.fields(cls) if f.init]
+    fields = {f.name: f for f in dataclasses.fields(cls) if f.init}
     given: dict[str, Any] = {}
     for word in argv:
         if any("\ud800" <= letter <= "\udfff" for letter in word):
             raise ValueError(f"{word!r}: expected text in UTF-8")
     for name, text in _pairs(argv, known):
-        if name not in names:
-            options = [f"--{n}" for n in (*names, *OPTIONS)]
-            raise ValueError(unknown("option", f"--{name}", options))
+        if name not in fields:
+            there_is = [f"--{n}" for n in (*fields, *OPTIONS)]
+            raise ValueError(unknown("option", f"--{name}", there_is))
         if name in given:
             raise ValueError(f"--{name} is given twice")
         given[name] = _typed(name, text, known.get(name, Any), _module(cls))
-        _check_size(cls, name, given[name], known.get(name, Any))
+        check_number(fields[name], given[name], known.get(name, Any), f"--{name}")
     if start is not None:
-        given = {n: getattr(start, n) for n in names} | given
+        given = {n: getattr(start, n) for n in fields} | given
     return construct(cls, [], given)
 
 
@@ -92,14 +95,14 @@ def main(
     file that has its traceback. A number that is NaN ends with code 1 too.
     """
     words = list(sys.argv[1:] if argv is None else argv)
-    options = {name for name in OPTIONS if f"--{name}" in words}
+    asked = {name for name in OPTIONS if f"--{name}" in words}
     if {*HELP} & {*words}:
         ending.Output().line(usage(Config, doc))
         raise SystemExit(0)
     words = [w for w in words if w[:2] != "--" or w[2:] not in OPTIONS]
-    title, trace, output = _title(Config), "traceback" in options, ending.Output()
+    title, trace, output = _title(Config), "traceback" in asked, ending.Output()
     with one_sentence(title, True, trace):
-        config = read(Config, words, _tiny(Config) if "tiny" in options else None)
+        config = read(Config, words, _tiny(Config) if "tiny" in asked else None)
         output.line(command(config))
     with one_sentence(title, False, trace):
         compile_cache.use()
@@ -145,46 +148,27 @@ def _typed(name: str, text: str, hint: Any, module: types.ModuleType | None) -> 
     try:
         value = parse(text, module)
     except ValueError as error:
-        plain = {*_options(hint)} <= {bool, int, float, type(None)}
+        plain = {*options(hint)} <= {bool, int, float, type(None)}
         if plain and "64 bits" not in str(error):
             raise ValueError(f"--{name}={text}: expected {spelled(hint)}") from None
         raise ValueError(f"--{name}: {error}") from error
     return coerce(value, hint, f"--{name}", text)
 
 
-def _check_size(cls: type, name: str, value: Any, hint: Any) -> None:
-    """ValueError for a whole number below what its field allows, alone or in a tuple.
-    """
-    many = typing.get_origin(hint) is tuple
-    kinds = {*typing.get_args(hint)} - {...} if many else {*_options(hint)}
-    if not kinds <= {int, type(None)}:
-        return
-    fields = {field.name: field for field in dataclasses.fields(cls)}
-    least = fields[name].metadata.get("least", value)
-    for one in value if many else (value,):
-        if one is not None and one < least:
-            raise ValueError(f"--{name}={value}: expected {least} or more")
-
-
-def _options(hint: Any) -> tuple:
-    union = typing.get_origin(hint) in (typing.Union, types.UnionType)
-    return typing.get_args(hint) if union else (hint,)
-
-
 def _is_words(hint: Any) -> bool:
     """Whether a field takes its text as it stands: it is a string, a path or None."""
-    options = {*_options(hint)} - {type(None)}
-    return bool(options) and all(
+    kinds = {*options(hint)} - {type(None)}
+    return bool(kinds) and all(
         o in (str, pathlib.Path)
         or typing.get_origin(o) is typing.Literal
         and all(isinstance(a, str) for a in typing.get_args(o))
-        for o in options
+        for o in kinds
     )
 
 
 def _word(text: str, hint: Any) -> str | None:
     """The text, without its quotes if it has them; None where the field can be None."""
-    if text == "None" and type(None) in _options(hint):
+    if text == "None" and type(None) in options(hint):
         return None
     if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"":
         with contextlib.suppress(SyntaxError, ValueError):

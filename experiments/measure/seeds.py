@@ -8,13 +8,13 @@ seed stands for everything that is drawn: data, parameters, dropout.
 from __future__ import annotations
 
 import dataclasses
-import math
 import pathlib
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
 
+from experiments.cli.bounds import check_bounds
 from experiments.training.runs import new_folder
 
 APART = 0.05  # points of a share, or parts of a median above 1, that seeds may differ
@@ -22,19 +22,13 @@ FALLING = 0.05  # of all that a loss has fallen by, in the last fifth of a train
 
 
 def check(config: Any) -> None:
-    """ValueError unless there is a seed or more, and none below 0, and what says how
-    long and how fast to train (`steps`, `rate`, and fields that end so) can be done."""
+    """ValueError unless there is a seed or more, and none below 0, and every field is
+    within the bounds of its `option`."""
+    check_bounds(config)
     if config.seeds < 1:
         raise ValueError(f"seeds={config.seeds}: expected 1 or more")
     if not 0 <= config.seed < 2**31 - config.seeds:
         raise ValueError(f"seed={config.seed}: expected 0 or more, below 2^31")
-    for field in dataclasses.fields(config):
-        value, kind = getattr(config, field.name), field.name.rpartition("_")[2]
-        if kind == "steps" and not 1 <= value < 2**31:
-            raise ValueError(
-                f"{field.name}={value}: expected 1 or more, less than 2^31")
-        if kind == "rate" and not 0 < value < math.inf:
-            raise ValueError(f"{field.name}={value}: expected a finite number above 0")
 
 
 def each(config: Any) -> list[Any]:

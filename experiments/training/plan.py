@@ -104,12 +104,13 @@ class Faster(TrainConfig):
             lambda updates, _: jax.tree_util.tree_map_with_path(scaled, updates)))
 
 
-# a parameter is a matrix that tokens are multiplied by if the last word of its path is
-# one of these: kernels of dense layers and of convolutions over pictures, the
-# embedding, which is the head too, Linformer's maps of keys and values, the matrix over
-# tokens of a mixer. What else there is has no reason to decay: biases and scales of
-# norms, whatever their shape, queries, angles, logits of gates and rates, tables of
-# places, and the taps of convolutions along the tokens
+# what decays, by the last word of a parameter's path: kernels of dense layers and of
+# convolutions over pictures, embeddings of tokens (the head too) and, as in BERT and
+# nanoGPT, of the places of a text (`LM(learned=...)`), Linformer's maps of keys and
+# values, the matrix over tokens of a mixer. What else there is does not: biases and
+# scales of norms, whatever their shape, queries, angles, logits of gates and rates,
+# tables of distances and, as in ViT, of the places of a picture, and the taps of
+# convolutions along the tokens
 MATRICES = ("kernel", "embedding", "keys", "values", "weight")
 
 

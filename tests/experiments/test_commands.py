@@ -172,6 +172,8 @@ def test_malformed_calls_end_before_any_training(words, capsys, tmp_path, monkey
     ("leaderboard", "--attentions=(Softmax(mask=Full()),)"),
     ("leaderboard", "--attentions=(FNet(),)"),
     ("leaderboard", "--attentions=(Essa(),)"),
+    # reads the task's 16 tokens, but not the 32 of which the memory is counted
+    ("leaderboard", "--attentions=(SEA(columns=4, keep=2, length=16),)"),
     ("leaderboard", "--attentions=(Softmax,)"), ("stream", "--attentions=(FNet(),)"),
     ("stream", "--attentions=(Essa(),)"), ("competition", "--attentions=(Softmax,)"),
     ("competition", "--attentions=((5,),)"), ("cab", "--attentions=(Softmax,)"),
@@ -190,6 +192,16 @@ def test_other_malformed_calls_end_before_a_folder_is_made(
     assert end.value.code == 2 and len(said.strip().splitlines()) == 1, said
     assert "expected" in said or "stream" in said, said
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_training_has_steps_and_a_rate_that_can_be_done(name):
+    module = importlib.import_module(f"experiments.{name}")
+    wrong = {"steps": ("0", "2147483648"), "rate": ("0", "nan", "inf")}
+    for field in dataclasses.fields(module.Config):
+        for value in wrong.get(field.name.rpartition("_")[2], ()):
+            with pytest.raises(ValueError, match=f"^--{field.name}=.+: expected "):
+                config.read(module.Config, [f"--{field.name}={value}"], module.TINY)
 
 
 def test_a_run_is_its_text_and_settings_and_not_its_place(tmp_path, monkeypatch):

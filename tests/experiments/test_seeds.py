@@ -1,9 +1,11 @@
 """Several seeds: medians, spread, and what has not come to an end."""
 
 import dataclasses
+import math
 
 import pytest
 
+from experiments.cli.config import STEPS, option
 from experiments.measure import seeds
 from experiments.measure.report import style
 
@@ -15,6 +17,10 @@ class Config:
     seed: int = 4
     seeds: int = 3
     folder: str | None = None
+    steps: int = option(10, most=STEPS)
+    lengths: tuple[int, ...] = option((1, 2), least=1)
+    rate: float = option(1e-3, above=0)
+    scale: float | None = option(None, above=-1)
 
 
 def test_each_seed_is_run_alone_and_the_median_is_told(tmp_path):
@@ -57,10 +63,18 @@ def test_seeds_disagree_by_five_points(values, far):
 
 @pytest.mark.parametrize("fields, said", [
     ({"seeds": 0}, "seeds=0"), ({"seed": -1}, "seed=-1"), ({"seed": 2**31}, "below"),
+    ({"steps": 0}, "steps=0: expected 1 or more, at most 2147483647"),
+    ({"steps": 2**31}, "steps=2147483648: expected 1 or more, at most 2147483647"),
+    ({"lengths": (4, 0)}, r"lengths=\(4, 0\): expected 1 or more$"),
+    ({"rate": 0}, "rate=0: expected a finite number above 0"),
+    ({"rate": math.inf}, "rate=inf: expected a finite"),
+    ({"rate": math.nan}, "rate=nan: expected a finite"),
+    ({"scale": -1.0}, "scale=-1.0: expected a finite number above -1"),
 ])
-def test_wrong_seeds(fields, said):
+def test_numbers_beyond_their_bounds(fields, said):
     with pytest.raises(ValueError, match=said):
         seeds.check(Config(**fields))
+    seeds.check(Config(steps=2**31 - 1, lengths=(), rate=1, scale=0.0))
 
 
 def test_a_number_that_some_seeds_have_is_that_of_these():

@@ -32,6 +32,7 @@ from experiments.training.plan import decays
 from experiments.training.record import write_whole
 from experiments.training.runs import Checkpoints, Metrics, locked, open_folder
 from models.lm import LM, loss
+from models.pixels import PixelNet
 
 ROOT = pathlib.Path(__file__).parents[2]
 MODEL = LM(vocab=16, width=16, heads=2, hidden=16,
@@ -347,7 +348,7 @@ def test_folders_that_cannot_be_made(tmp_path, monkeypatch):
 def test_what_weight_decay_reaches():
     attentions = (Softmax(), GLA(), RAT(chunk=4), Aaren(), Delta(conv=2))
     model = LM(vocab=16, width=16, heads=2, attention=attentions, qk_norm=True,
-               out_norm="all")
+               out_norm="all", learned=8)
     like = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 8), jnp.int32))
     flags = jax.tree_util.tree_leaves_with_path(decays(like))
     named = [(jax.tree_util.keystr(path, simple=True, separator="/"), yes)
@@ -356,6 +357,11 @@ def test_what_weight_decay_reaches():
     assert {p for p in every if p.endswith(("kernel", "embedding"))} == reached
     for name in ("bias", "scale", "query", "_conv"):
         assert any(path.endswith(name) for path in every - reached), name
+    # a text's places decay as in nanoGPT, a picture's do not, as in ViT
+    assert {"params/embed/embedding", "params/positions/embedding"} <= reached
+    picture = PixelNet(width=16, table=True)
+    like = jax.eval_shape(picture.init, jax.random.key(0), jnp.zeros((1, 4, 4, 1)))
+    assert not decays(like)["params"]["places"]
 
 
 def test_the_first_step_of_warm_up_does_something():

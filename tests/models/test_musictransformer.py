@@ -3,11 +3,9 @@
 import dataclasses
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from attn.positions import sinusoids
 from attn.relative import Relative
 from models.feed import Feed
 from models.generate import generate, stream
@@ -45,14 +43,6 @@ def test_only_absolute_places_know_where_a_text_begins():
 def test_it_writes():
     params = compiled.init(SMALL, jax.random.key(0), TOKENS)
     assert len(generate(SMALL, params, [[3, 4]], length=5)[0]) == 5
-
-
-def test_sinusoids():
-    found = np.asarray(sinusoids(jnp.asarray([[0, 3]]), 6))
-    np.testing.assert_allclose(found[0, 0], [0, 0, 0, 1, 1, 1], atol=1e-6)
-    rate = 10000.0 ** (-np.arange(3) / 3)
-    want = [*np.sin(3 * rate), *np.cos(3 * rate)]
-    np.testing.assert_allclose(found[0, 1], want, atol=1e-5)
 
 
 def test_a_wrong_setting_says_what_was_expected():

@@ -6,24 +6,35 @@ ratios to the `base`, jax.nn.dot_product_attention, in the same round: 2 is twic
 fast. Inputs are iid normal and attention is causal. The pass "both" is forward and
 backward; "decode" is one token more for a memory of T, "prompt" all of T for an empty
 one, with what a cache policy then keeps. Peers take part where they are installed:
-cuDNN, tokamax, torch, ejkernel, and beside MLPs that learn titans-pytorch. What does
-the whole of causal attention is also given as a share of a large matrix product that
-the same process timed, a decoding step by the bytes of its memory as a share of a large
-copy. Attentions that learn something read tokens [B,T,H V] as well, iid normal, and
-their backward pass is also that of their parameters. A second table says from how many
-tokens on a candidate stays faster than the best exact one, peers included: "< T" if
-from the first length on, "> T" if not even at the last, else on a line between two
-lengths.
+cuDNN, tokamax and torch, ejkernel beside what is not exact, and titans-pytorch beside
+MLPs that learn. What does the whole of causal attention is also given as a share of a
+large matrix product that the same process timed, a decoding step by the bytes of its
+memory as a share of a large copy. Attentions that learn something read tokens [B,T,H V]
+as well, iid normal, and their backward pass is also that of their parameters. A second
+table says from how many tokens on a candidate stays faster than the best exact one,
+peers included: "< T" if from the first length on, "> T" if not even at the last, else
+on a line between two lengths.
 
-    python -m experiments.speed --lengths='(2048, 4096)' --attentions='(Softmax(),)'
+    python -m experiments.speed --lengths='(1024, 2048, 4096)' \\
+        --passes='("forward", "both")' --attentions='(Softmax(),)'
 
 takes half a minute on 2 cores (float32, B1 H4 D64). With torch 2.13 (its build for
-CPUs) installed, exact attention at T = 4096 took 127 ms where torch's SDPA took 103,
-and 405 with backward where torch took 330 (in another run 121 and 97, 375 and 289;
-jax.nn 380 and 1,496); at T = 1024 13.7 and 12.0, 64 and 29. Landmark() took 2.0, 1.4,
-1.4 and 1.2 times as long as Softmax() at 64, 256, 1024 and 4096 tokens (1.3 in another
-run), with backward 2.2, 1.3, 1.0 and 1.5 times (1.6). One token against a memory of
-32,768,
+CPUs) installed, milliseconds of two runs:
+
+                           T = 1,024       T = 2,048        T = 4,096
+    forward   torch SDPA    9.2  8.7      33.7  31.7        124   111
+              Softmax()    16.5 13.6      30.6  43.9        124    94
+              jax.nn       29.8 26.3      97.8 102.0        441   412
+    both      torch SDPA   29.9 37.6       102   105        323   365
+              Softmax()    51.5 36.7       123   120        359   397
+              jax.nn       86.0 79.8       424   421      1,653 1,712
+
+so that exact attention takes 0.8 to 1.1 times torch's time at 4,096 tokens and up to
+1.8 times at 1,024. A tile of 512 queries by 256 keys is 15 operations, backward 20,
+that XLA starts one by one and of which 3 and 6 write arrays as large as its logits, 2
+MB of 4 heads; torch's loop is one program. Landmark() took 1.9, 1.5, 1.5 and 1.5 times
+as long as Softmax() at 64, 256, 1024 and 4096 tokens, with backward 1.9, 1.4, 1.7 and
+1.3 times. One token against a memory of 32,768,
 
     python -m experiments.speed --lengths='(32768,)' --passes='("decode",)' \\
         --attentions='(Softmax(),)'
@@ -283,7 +294,10 @@ def _makers(config_: Config, which: str) -> dict[str, Maker]:
     """All candidates of a pass by name, jax.nn first."""
     found = {name: Maker(make, None, name != PEER, True)
              for name, make in peers(which).items()}
-    more = linear_peers(which) | memory_peers(which, config_.attentions)
+    more = memory_peers(which, config_.attentions)
+    # beside exact attention alone recurrences say nothing, and they slow it down
+    if not all(map(exact, config_.attentions)):
+        more = linear_peers(which) | more
     for name, make in more.items():
         found[name] = Maker(make, None, True, False)
     for attention in config_.attentions:

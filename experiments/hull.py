@@ -72,6 +72,7 @@ class Config:
     """The task, and the network."""
 
     task: str = option("hull", "hull, tsp or delaunay")
+    direction: str = option("plane", "of tours: plane (counter-clockwise) or index")
     least: int = option(5, "points of the shortest lists of the training")
     most: int = option(10, "points of the longest")
     asked: tuple[int, ...] = option((5, 10, 15, 20, 25), "points of the lists asked")
@@ -93,6 +94,9 @@ class Config:
         seeds.check(self)
         if self.task not in data.TASKS:
             raise ValueError(f"task={self.task!r}: expected one of {data.TASKS}")
+        if self.direction not in data.DIRECTIONS:
+            raise ValueError(f"direction={self.direction!r}: expected one of "
+                             f"{data.DIRECTIONS}")
         if not 3 <= self.least <= self.most:
             raise ValueError(f"least={self.least}, most={self.most}: expected 3 or "
                              "more, and least of at most most")
@@ -107,6 +111,7 @@ class Config:
         """The lists of the training, or those of n points that are asked."""
         least, most = (self.least, self.most) if n is None else (n, n)
         return Points(length=most, least=least, task=self.task, seed=self.seed,
+                      direction=self.direction,
                       split="train" if n is None else "valid")
 
     def plan(self) -> TrainConfig:

@@ -32,6 +32,22 @@ def test_shortest_tours_by_all_of_them():
         assert length <= points.length(p[None], near[None])[0] + 1e-12 < 1.2 * length
 
 
+def test_tours_go_counter_clockwise_unless_by_index():
+    """A direction by index left the network on the plateau of tours at random."""
+    for n in (5, points.EXACT + 1):
+        left, low = (Points(task="tsp", least=n, length=n, direction=d).batch(0, 8)
+                     for d in ("plane", "index"))
+        assert (left["points"] == low["points"]).all()
+        turned = 0
+        for p, a, b in zip(left["points"], left["targets"], low["targets"]):
+            a, b = a[:n], b[:n]
+            x, y = p[a - 1].astype(float).T
+            assert x @ np.roll(y, -1) > y @ np.roll(x, -1) and a[0] == b[0] == 1
+            assert b[1] < b[-1] and a.tolist() in (b.tolist(), [1, *b[:0:-1].tolist()])
+            turned += a[1] != b[1]
+        assert 0 < turned < 8
+
+
 def test_triangles_are_in_order_and_hulls_are_simple():
     p = RNG.uniform(size=(9, 2))
     found = points.delaunay(p)

@@ -154,8 +154,9 @@ def _improved(tour: np.ndarray, far: np.ndarray) -> np.ndarray:
 
 def steps_of(task: str, n: int) -> int:
     """The most steps of an answer for n points, its end included."""
-    # a hull and a tour are closed; triangles are fewer than 2 n
-    return 6 * n + 1 if task == "delaunay" else n + 2
+    # a hull and a tour are closed; there are 2 n - 2 triangles less one for each corner
+    # of the hull, which are three or more
+    return 3 * (2 * n - 5) + 1 if task == "delaunay" else n + 2
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -57,6 +57,9 @@ def test_triangles_are_in_order_and_hulls_are_simple():
     assert points.area(p[corners - 1]) == pytest.approx(spatial.ConvexHull(p).volume)
     total = sum(points.area(p[one - 1]) for one in found)
     assert total == pytest.approx(points.area(p[corners - 1]))
+    # three corners, and the most triangles: the answer and its end fill its steps
+    p[:3] = [0, 0], [9, 0], [0, 9]
+    assert points.delaunay(p).size + 1 == points.steps_of("delaunay", len(p))
     square = np.array([[0, 0], [1, 1], [1, 0], [0, 1]], float)
     assert not points.simple(square) and points.simple(square[[0, 2, 1, 3]])
     assert not points.simple(square[:2])

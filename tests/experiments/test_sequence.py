@@ -7,13 +7,14 @@ import numpy as np
 import pytest
 from scipy import spatial
 
-from experiments import algorithms, hull
+from experiments import algorithms
 from experiments import music as command
 from experiments.cli import config
 from experiments.data import lists, music, points
 from experiments.data.lists import Lists
 from experiments.data.music import REST, Chorales, Note
 from experiments.data.points import Points
+from experiments.measure import pointing
 
 RNG = np.random.default_rng(0)
 
@@ -75,7 +76,7 @@ def test_lists_of_points_are_their_own_answers(task):
         ends = row.tolist().index(0)
         assert (row[:ends] > 0).all() and (row[:ends] <= n).all()
         assert (row[ends + 1:] == -1).all()
-    scores = hull.SCORES[task](
+    scores = pointing.SCORES[task](
         {**batch, "points": batch["points"]} if task != "tsp" else
         Points(task=task, least=5, length=5).batch(0, 4),
         np.maximum(batch["targets"], 0) if task != "tsp" else

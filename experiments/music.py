@@ -124,6 +124,7 @@ def run(config_: Config) -> dict[str, Any]:
     """Trains, judges, writes -> nats a token of both networks at the training length
     and at twice that, and bytes by length: medians over seeds."""
     command = config.command(config_)
+    config_.task().batch(0, 1)  # Bach's need a package: said before there is a folder
     folder = open_folder("music", config_.folder, command, config.settings(config_))
     each = [once(one, folder) for one in seeds.each(config_)]
     found = seeds.merged(each, ("gain",))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import sys
 
 import numpy as np
 import pytest
@@ -165,3 +166,13 @@ def test_bach_is_asked_for_by_name():
         return
     batch = music.Bach(length=64).batch(0, 2)
     assert batch["tokens"].shape == (2, 64) and batch["tokens"].max() <= REST
+
+
+def test_bach_without_music21_is_one_sentence_and_no_folder(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "music21", None)  # import: ImportError
+    monkeypatch.chdir(tmp_path)
+    music.bach.cache_clear()
+    config_ = dataclasses.replace(command.TINY, data=music.Bach())
+    with pytest.raises(ValueError, match=r"not installed: .*attn\[music\]"):
+        command.run(config_)
+    assert not list(tmp_path.iterdir())

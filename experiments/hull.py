@@ -28,13 +28,25 @@ expected of so small a network, more than 60% at 5 points and 40% at 10, is reac
 of the area is not. It needs parameters that begin wider and faster steps: with the
 paper's spread (`--spread=0.08 --hidden=64 --rate=2e-3 --steps=2500`) it stayed on its
 plateau, with 3.6% at 5 points, and so did the dictionary (4.2%), which has not been
-trained with the settings here: nothing is said of it. Tours are not learned:
+trained with the settings here: nothing is said of it.
 
     python -m experiments.hull --task=tsp --least=5 --most=5 --asked='(5,)' \\
-        --dictionary=None
+        --dictionary=None --steps=1000 --seeds=3
 
-gives a mean length of 2.658, as long as the points in the order in which they come
-(2.658; the best 2.139). Triangles were not tried.
+learns tours: a mean length of 2.148 (2.128 to 2.154 by seed), the best 2.133 (2.110 to
+2.139), 2.636 in the order in which the points come. Each seed is 0.7% to 0.8% above the
+best; the paper has 2.12 of 2.12. This needs tours that go counter-clockwise. Where the
+second index has to be below the last one (`--direction=index`), whatever the places of
+the points, one seed stayed for 2,000 steps on the plateau of tours at random: 2.615,
+and 2.658 as they come.
+
+    python -m experiments.hull --task=delaunay --least=5 --most=5 --asked='(5,)' \\
+        --dictionary=None --steps=2000
+
+does not learn triangles so soon: with one seed 4.4% of the answers are right and 53% of
+the triangles are there, where the paper has 80.7% and 93.0%. The ten triangles that 5
+points have hold 3.8 right ones, so it is more than chance. Other settings, and longer
+trainings, were not tried.
 """
 
 from __future__ import annotations

@@ -25,8 +25,23 @@ on 2 cores. Nats a token, medians, and bytes:
 
 Both claims show, on rows that repeat phrases and begin anywhere in a piece: relative
 attention reads twice the length as well, the sinusoids do not. So short a training is
-not the end of either network; Bach's chorales have not been tried. (2,048 tokens are
-whole tiles; other lengths are filled up in copies, hence 4.48 for 650.)
+not the end of either network. (2,048 tokens are whole tiles; other lengths are filled
+up in copies, hence 4.48 for 650.)
+
+    python -m experiments.music --data='Bach()' --memory=False
+
+reads the 351 chorales of four parts that music21 10.5 has (minutes the first time;
+it keeps them in a cache of its own), and trains as many networks. Nats a token of the
+held-out pieces, medians of three seeds:
+
+    tokens of a row     absolute    relative      gain
+    128                    1.643       0.990     0.646 (0.643 to 0.711)
+    256, not trained on    2.187       0.952     1.239 (1.205 to 1.245)
+
+The claim shows here too, and relative attention makes use of twice the length. What it
+wrote holds notes, moves by steps and keeps the voices apart for half of its 4 bars,
+then the bass goes above the soprano: 400 steps make no Bach. The held-out pieces are
+whole ones, but some melodies come in several settings, of which one may be known.
 """
 
 from __future__ import annotations
@@ -124,6 +139,7 @@ def run(config_: Config) -> dict[str, Any]:
     """Trains, judges, writes -> nats a token of both networks at the training length
     and at twice that, and bytes by length: medians over seeds."""
     command = config.command(config_)
+    config_.task().batch(0, 1)  # Bach's need a package: said before there is a folder
     folder = open_folder("music", config_.folder, command, config.settings(config_))
     each = [once(one, folder) for one in seeds.each(config_)]
     found = seeds.merged(each, ("gain",))
@@ -235,8 +251,10 @@ def picture(grid: np.ndarray, path: pathlib.Path) -> None:
         steps = np.nonzero(pitches != REST)[0]
         axes.barh(pitches[steps], 1, left=steps, height=0.9, color=f"C{voice}",
                   label=name)
-    axes.set(xlabel="step (a sixteenth)", ylabel="MIDI pitch", title="a written piece")
-    axes.legend(frameon=False, ncols=VOICES, loc="upper right")
+    axes.set(xlabel="step (a sixteenth)", ylabel="MIDI pitch")
+    axes.set_title("a written piece", loc="left")
+    # above the notes, whose highest voice may be at the top right
+    axes.legend(frameon=False, ncols=VOICES, loc="lower right", bbox_to_anchor=(1, 1))
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150)
     plt.close(figure)

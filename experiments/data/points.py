@@ -16,6 +16,7 @@ from scipy import spatial
 from experiments.data.dataset import Batch, Dataset
 
 TASKS = "hull", "delaunay", "tsp"
+DIRECTIONS = "plane", "index"
 EXACT = 10  # points up to which a tour is exact
 
 
@@ -101,6 +102,14 @@ def one_way(tour: np.ndarray) -> np.ndarray:
     return np.where(tour[:, 1:2] < tour[:, -1:], tour, other)
 
 
+def leftwards(points: np.ndarray, tour: np.ndarray) -> np.ndarray:
+    """A closed tour [n] of points [n,2] counter-clockwise, from its first point on. The
+    shortest tours cross nowhere, so they have one such direction."""
+    x, y = points[tour - 1].T
+    twice = x @ np.roll(y, -1) - y @ np.roll(x, -1)  # its area, above 0 to the left
+    return tour if twice >= 0 else np.append(tour[:1], tour[:0:-1])
+
+
 def distances(points: np.ndarray) -> np.ndarray:
     """[...,n,n] of points [...,n,2]."""
     return np.linalg.norm(points[..., :, None, :] - points[..., None, :, :], axis=-1)
@@ -145,23 +154,30 @@ def _improved(tour: np.ndarray, far: np.ndarray) -> np.ndarray:
 
 def steps_of(task: str, n: int) -> int:
     """The most steps of an answer for n points, its end included."""
-    # a hull and a tour are closed; triangles are fewer than 2 n
-    return 6 * n + 1 if task == "delaunay" else n + 2
+    # a hull and a tour are closed; there are 2 n - 2 triangles less one for each corner
+    # of the hull, which are three or more
+    return 3 * (2 * n - 5) + 1 if task == "delaunay" else n + 2
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Points(Dataset):
     """Lists of `least` to `length` points and the answers of `task`: points [B,n,2]
     float32 uniform in the unit square, there [B,n] bool, targets [B,steps] int32, -1
-    behind the end 0. A hull and a tour end with their first point again."""
+    behind the end 0. A hull and a tour end with their first point again.
+
+    direction: of tours; "plane" is counter-clockwise, as hulls are; "index" has the
+    second index below the last one, which says nothing of where the points lie.
+    """
 
     length: int = 10
     least: int = 5
     task: str = "hull"
+    direction: str = "plane"
 
     def __post_init__(self):
         super().__post_init__()
         self.require("task", self.task in TASKS, f"one of {TASKS}")
+        self.require("direction", self.direction in DIRECTIONS, f"one of {DIRECTIONS}")
         self.require("least", 3 <= self.least <= self.length,
                      f"3 or more, at most length={self.length}")
 
@@ -181,6 +197,8 @@ class Points(Dataset):
         if self.task == "delaunay":
             return [delaunay(one).reshape(-1) for one in own]
         found = [hull(one) for one in own] if self.task == "hull" else tours(own)
+        if self.task == "tsp" and self.direction == "plane":
+            found = [leftwards(one, tour) for one, tour in zip(own, found)]
         return [np.append(one, one[0]) for one in found]
 
 

@@ -178,6 +178,7 @@ def test_malformed_calls_end_before_any_training(words, capsys, tmp_path, monkey
     ("stream", "--attentions=(Essa(),)"), ("competition", "--attentions=(Softmax,)"),
     ("competition", "--attentions=((5,),)"), ("cab", "--attentions=(Softmax,)"),
     ("music", "--rate=nan"), ("hull", "--steps=4294967296"),
+    ("hull", "--direction=up"), ("hull", "--dictionary=3"),
     ("algorithms", "--rate=-1"),
     ("regression", "--rate=inf"), ("scansnap", "--steps=4294967296"),
     ("distil", "--distil_rate=nan"),

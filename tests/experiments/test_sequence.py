@@ -2,18 +2,20 @@
 
 import dataclasses
 import itertools
+import sys
 
 import numpy as np
 import pytest
 from scipy import spatial
 
-from experiments import algorithms, hull
+from experiments import algorithms
 from experiments import music as command
 from experiments.cli import config
 from experiments.data import lists, music, points
 from experiments.data.lists import Lists
 from experiments.data.music import REST, Chorales, Note
 from experiments.data.points import Points
+from experiments.measure import pointing
 
 RNG = np.random.default_rng(0)
 
@@ -32,6 +34,22 @@ def test_shortest_tours_by_all_of_them():
         assert length <= points.length(p[None], near[None])[0] + 1e-12 < 1.2 * length
 
 
+def test_tours_go_counter_clockwise_unless_by_index():
+    """A direction by index left the network on the plateau of tours at random."""
+    for n in (5, points.EXACT + 1):
+        left, low = (Points(task="tsp", least=n, length=n, direction=d).batch(0, 8)
+                     for d in ("plane", "index"))
+        assert (left["points"] == low["points"]).all()
+        turned = 0
+        for p, a, b in zip(left["points"], left["targets"], low["targets"]):
+            a, b = a[:n], b[:n]
+            x, y = p[a - 1].astype(float).T
+            assert x @ np.roll(y, -1) > y @ np.roll(x, -1) and a[0] == b[0] == 1
+            assert b[1] < b[-1] and a.tolist() in (b.tolist(), [1, *b[:0:-1].tolist()])
+            turned += a[1] != b[1]
+        assert 0 < turned < 8
+
+
 def test_triangles_are_in_order_and_hulls_are_simple():
     p = RNG.uniform(size=(9, 2))
     found = points.delaunay(p)
@@ -41,6 +59,9 @@ def test_triangles_are_in_order_and_hulls_are_simple():
     assert points.area(p[corners - 1]) == pytest.approx(spatial.ConvexHull(p).volume)
     total = sum(points.area(p[one - 1]) for one in found)
     assert total == pytest.approx(points.area(p[corners - 1]))
+    # three corners, and the most triangles: the answer and its end fill its steps
+    p[:3] = [0, 0], [9, 0], [0, 9]
+    assert points.delaunay(p).size + 1 == points.steps_of("delaunay", len(p))
     square = np.array([[0, 0], [1, 1], [1, 0], [0, 1]], float)
     assert not points.simple(square) and points.simple(square[[0, 2, 1, 3]])
     assert not points.simple(square[:2])
@@ -56,7 +77,7 @@ def test_lists_of_points_are_their_own_answers(task):
         ends = row.tolist().index(0)
         assert (row[:ends] > 0).all() and (row[:ends] <= n).all()
         assert (row[ends + 1:] == -1).all()
-    scores = hull.SCORES[task](
+    scores = pointing.SCORES[task](
         {**batch, "points": batch["points"]} if task != "tsp" else
         Points(task=task, least=5, length=5).batch(0, 4),
         np.maximum(batch["targets"], 0) if task != "tsp" else
@@ -145,3 +166,13 @@ def test_bach_is_asked_for_by_name():
         return
     batch = music.Bach(length=64).batch(0, 2)
     assert batch["tokens"].shape == (2, 64) and batch["tokens"].max() <= REST
+
+
+def test_bach_without_music21_is_one_sentence_and_no_folder(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "music21", None)  # import: ImportError
+    monkeypatch.chdir(tmp_path)
+    music.bach.cache_clear()
+    config_ = dataclasses.replace(command.TINY, data=music.Bach())
+    with pytest.raises(ValueError, match=r"not installed: .*attn\[music\]"):
+        command.run(config_)
+    assert not list(tmp_path.iterdir())

@@ -40,8 +40,8 @@ held-out pieces, medians of three seeds:
 
 The claim shows here too, and relative attention makes use of twice the length. What it
 wrote holds notes, moves by steps and keeps the voices apart for half of its 4 bars,
-then the bass goes above the soprano: 400 steps make no Bach. The held-out pieces are
-whole ones, but some melodies come in several settings, of which one may be known.
+then the bass goes above the soprano: 400 steps make no Bach. Held-out pieces are whole
+ones.
 """
 
 from __future__ import annotations

@@ -145,8 +145,8 @@ def repeats(call: Callable[[], Any]) -> int:
 
 
 def seconds(call: Callable[[], Any], times: int) -> float:
-    """Seconds of one call, of as many that are made one behind the other: on a CPU calls
-    that were not waited for would run beside each other, and beside what comes next."""
+    """Seconds of one call, of as many that are made one behind the other: on a CPU
+    calls that were not waited for would run beside each other, and beside the next."""
     wait = jax.default_backend() == "cpu"
     clock = time.perf_counter()
     for _ in range(times):

@@ -1,5 +1,6 @@
 """Test settings: 8 CPU devices, exact arithmetic, strict shapes, a compile cache."""
 
+import gc
 import os
 
 import pytest
@@ -28,6 +29,8 @@ import jax  # noqa: E402
 
 from tests import memory  # noqa: E402
 
+# a trace is many objects and little garbage: looking for it was a sixth of the time
+gc.set_threshold(100_000, 20, 20)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")
 

@@ -85,6 +85,7 @@ from attn.topk import TopK
 from attn.tova import TOVA
 from experiments.measure import cost
 from models import placement
+from tests.compiled import attend
 
 # relative errors; never loosened in a test of one attention
 TOLERANCE = {"float32": 1e-5, "gradient": 2e-5, "low": 2.0, "rounding": 2.5}
@@ -1087,7 +1088,7 @@ def test_the_limit(name, claim):
     if pair is None:
         pytest.skip("it claims none")
     q, k, v = inputs()
-    close(*(jax.jit(a)(q, k, v) for a in pair))
+    close(*(attend(a, q, k, v) for a in pair))
 
 
 @pytest.mark.parametrize("sizes, name", on_meshes())
@@ -1119,7 +1120,7 @@ def test_stepping_over_a_mesh_is_stepping(name):
     attention = ENTRIES[name].attention
 
     def streamed(attention, segments):
-        f = stepper.__wrapped__(attention)  # a program of its own for the mesh
+        f = stepper(attention)
         state, outs = attention.init_state(2 * T, q[:, :1], k, v), []
         for part in (slice(0, T), *(slice(T + i, T + i + 1) for i in range(3))):
             seg = None if segments is None else segments[:, part]

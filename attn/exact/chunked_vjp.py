@@ -13,6 +13,7 @@ from typing import Any, Callable, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from attn.contract.varying import varying
 from attn.exact import gated_groups
@@ -160,7 +161,8 @@ def _over_tiles(plan: Plan, const: Constants, body: Callable, carry):
     # one tile needs no loop, and its slices become no operations at all
     if len(plan.pairs) == 1:
         return body(carry, *plan.pairs[0])
-    pairs = jnp.asarray(plan.pairs, jnp.int32).reshape(-1, 2)
+    # by numpy: jax looks at each number of nested tuples by itself
+    pairs = jnp.asarray(np.asarray(plan.pairs, np.int32).reshape(-1, 2))
 
     def step(carry, at):
         pair, busy = at

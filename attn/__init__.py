@@ -38,6 +38,7 @@ _AROUND = {
     "layers": ("MultiHead",),
     "compose": ("Compose",),
     "miras": ("Memora", "Moneta", "Yaad"),
+    "retrieval": ("HostKeys",),
 }
 _HOME = {name: file for file, names in _AROUND.items() for name in names}
 

@@ -10,20 +10,28 @@ merged with the device's: what is looked up and what stays are different keys.
     lse = logaddexp(lse_W, lse_R),  o = e^(lse_W - lse) o_W + e^(lse_R - lse) o_R
 
 Keys that are neither near nor found have weight 0. Prompts are read exactly; nothing is
-learned. What is near does not wait for the host: the two do not depend on each other.
+learned. What is near does not wait for the host.
+
+A state is plain arrays, which on an accelerator lie in its own memory: far keys too,
+and each token sends all of them to the host. With `host=HostKeys()` they leave it once,
+when the prompt has been read, and a state has their number alone. A token's search is
+then begun before what is near is attended to, and waited for behind it, whatever a
+compiler makes of the program.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import io_callback
 
-from attn.cache import graph_index, kv as caches, reading
-from attn.cache.graph_index import Graph
+from attn.cache import host_search, kv as caches, reading
+from attn.cache.host_keys import HostKeys
 from attn.cache.kv import Cache
 from attn.contract.attention import MASKED, TemplateRow
 from attn.contract.calls import refuse_keywords
@@ -40,7 +48,8 @@ INDEXES = ("graph", "flat")
 class RetrievalState(NamedTuple):
     """near: the keys of the device, in order; far: all keys [B,C,K,D] by position, with
     pos -1 for what is near. links [B,K,C,W] and entry [B,K] int32 of the graphs; W = 0
-    for a flat index. An entry of -1: far keys are of a sequence that has ended."""
+    for a flat index. An entry of -1: far keys are of a sequence that has ended. Of host
+    keys k and v are [B,C,K,0], W is 0 and entry the row's number, 0 before a prompt."""
 
     near: Cache
     far: Cache
@@ -71,7 +80,9 @@ class Retrieval(Softmax):
     generated; top_k: keys that a query head looks up. index: "graph"
     (`attn/cache/graph_index.py`: neighbours, degree, beam; made by at most `queries`
     queries of a group, evenly spaced), or "flat", the exact best. The search is a
-    callback to the host. Neither score, softcap nor a mask but `Causal()`.
+    callback to the host. host: where far keys are then kept; one for all layers of a
+    model, None for arrays of the state. Neither score, softcap nor a mask but
+    `Causal()`.
     """
 
     sinks: int = 128
@@ -82,6 +93,7 @@ class Retrieval(Softmax):
     degree: int = 35
     beam: int = 500
     queries: int = 1024
+    host: HostKeys | None = None
     part = "reading"
     refuses = {
         "selection": "what it looks up is what a selection drops",
@@ -110,8 +122,11 @@ class Retrieval(Softmax):
         # M links of queries and 2M that connect
         width = 3 * self.degree if self.index == "graph" else 0
         b, _, heads, _ = k.shape
+        far = caches.empty(k, v, size)
+        if self.host is not None:
+            width, far = 0, _gone(far)
         return RetrievalState(
-            caches.empty(k, v, near), caches.empty(k, v, size),
+            caches.empty(k, v, near), far,
             jnp.full((b, heads, size, width), -1, jnp.int32),
             jnp.zeros((b, heads), jnp.int32))
 
@@ -128,7 +143,7 @@ class Retrieval(Softmax):
         now = locate(segments, q.shape[0], q.shape[1], state.end, state.segment)
         caches.check_room(now.next_pos, slots)
         if q.shape[1] > 1:
-            both, segment = caches.concat(_all(state), k, v, now)
+            both, segment = caches.concat(self._all(state), k, v, now)
             o = self.read(both, segment, q, now, sink=sink)
             held = caches.only_current(both, segment)
             state = self._dealt(state, held, q, now)
@@ -151,17 +166,25 @@ class Retrieval(Softmax):
         first = pos < self.sinks
         near = put(state.near, jnp.where(
             first, pos, jnp.where(pos >= cut, self.sinks + pos - cut, -1)))
-        far = put(state.far, jnp.where(first | (pos >= cut), -1, pos))
-        links, entry = state.links, jnp.zeros_like(state.entry)
+        slots = state.far.k.shape[1]
+        whole = caches.empty(*state.near[:2], slots)
+        far = put(whole, jnp.where(first | (pos >= cut), -1, pos))
+        (b, t, h, d), heads = q.shape, held.k.shape[2]
+        width = 3 * self.degree if self.index == "graph" else 0
+        links = jnp.full((b, heads, slots, width), -1, jnp.int32)
+        entry = jnp.zeros_like(state.entry)
         if self.index == "graph":
-            b, t, h, d = q.shape
-            heads = far.k.shape[2]
             some = np.unique(np.linspace(0, t - 1, min(t, self.queries)).astype(int))
             asked = q[:, some].reshape(b, len(some), heads, h // heads, d)
             links, entry = jax.pure_callback(
-                self._host_build, (like(links), like(entry)), asked, far.k,
-                far.pos[..., 0], now.segment[:, some] == now.segment.max(
+                self._on_host(host_search.build), (like(links), like(entry)), asked,
+                far.k, far.pos[..., 0], now.segment[:, some] == now.segment.max(
                     1, keepdims=True), vmap_method="sequential")
+        if self.host is not None:
+            entry = io_callback(
+                functools.partial(host_search.put, self.host), like(entry), far.k,
+                far.v, far.pos[..., 0], links, entry)
+            far, links = _gone(far), links[..., :0]
         return RetrievalState(near, far, links, entry)
 
     def _token(self, state: RetrievalState, q, k, v, now: TokenPositions, sink):
@@ -169,17 +192,29 @@ class Retrieval(Softmax):
         # of a sequence that has ended nothing is looked up
         entry = jnp.where(now.segment > 1, -1, state.entry)
         (b, _, h, _), far = q.shape, state.far
-        found = jax.pure_callback(
-            self._host_read, (jax.ShapeDtypeStruct((b, 1, h, v.shape[3]), jnp.float32),
-                              jax.ShapeDtypeStruct((b, h, 1), jnp.float32)),
-            q, far.k, far.v, far.pos[..., 0], state.links, entry,
-            vmap_method="sequential")
+        answer = (jax.ShapeDtypeStruct((b, 1, h, v.shape[3]), jnp.float32),
+                  jax.ShapeDtypeStruct((b, h, 1), jnp.float32))
+        if self.host is None:
+            found = jax.pure_callback(
+                self._on_host(host_search.read), answer, q, far.k, far.v,
+                far.pos[..., 0], state.links, entry, vmap_method="sequential")
+        else:
+            begin = self._on_host(host_search.begin, self.host, v.shape[3])
+            ticket = io_callback(
+                begin, jax.ShapeDtypeStruct((), jnp.int32), q, entry)
         near, used = caches.append_next(state.near, k, v, now)
         caches.check_room(used, near.k.shape[1])
         newest = jnp.broadcast_to(now.segment, near.k.shape[:2])
         cache, wide = caches.of_one_type(near, q)
+        if self.host is not None:
+            # near keys are read once the search has begun
+            wide, ticket = jax.lax.optimization_barrier((wide, ticket))
         own = reading.read(cache, newest, wide, now, self._spec(), split_lse=True,
                            implementation=self.implementation)
+        if self.host is not None:
+            # which is waited for once they have been read
+            ticket, own = jax.lax.optimization_barrier((ticket, own))
+            found = io_callback(self.host.end, answer, ticket)
         # near keys of the device and far ones of the host, in one softmax
         both = join(state_of(*own), state_of(*found))
         if sink is not None:
@@ -188,71 +223,31 @@ class Retrieval(Softmax):
         o = caches.poison(output(both), used, near.k.shape[1])
         return RetrievalState(near, far, state.links, entry), jnp.where(real, o, 0.0)
 
-    def _host_build(self, q, k, pos, real):
-        """Graphs of far keys k [B,C,K,D] for queries q [B,N,K,G,D] that are `real`
-        [B,N] -> links [B,K,C,W], entry [B,K]. On the host."""
-        q, k, pos, real = (np.asarray(a) for a in (q, k, pos, real))
-        (b, slots, heads, d), width = k.shape, 3 * self.degree
-        links = np.full((b, heads, slots, width), -1, np.int32)
-        entry = np.zeros((b, heads), np.int32)
-        for row, head in np.ndindex(b, heads):
-            at = np.nonzero(pos[row] >= 0)[0]
-            asked = q[row, real[row], head].reshape(-1, d).astype(np.float32)
-            if not len(at) or not len(asked):
-                continue
-            graph = graph_index.build(
-                k[row, at, head].astype(np.float32), asked, degree=self.degree,
-                neighbours=self.neighbours, beam=self.beam)
-            own = graph.links
-            links[row, head, at] = np.where(own >= 0, at[own], -1)
-            entry[row, head] = at[graph.entry]
-        return links, entry
+    def _all(self, state: RetrievalState) -> Cache:
+        """What is near and what is far, as one cache."""
+        far = state.far
+        if self.host is not None:
+            kinds = tuple(
+                jax.ShapeDtypeStruct((*far.k.shape[:3], a.shape[3]), a.dtype)
+                for a in state.near[:2])
+            get = functools.partial(host_search.get, self.host, kinds)
+            far_k, far_v = io_callback(get, kinds, state.entry)
+            far = far._replace(k=far_k, v=far_v)
+        ended = state.entry[:, :1, None] < 0
+        far = far._replace(pos=jnp.where(ended, -1, far.pos))
+        k, v, pos = (jnp.concatenate(pair, 1) for pair in zip(state.near[:3], far[:3]))
+        return Cache(k, v, pos, *state.near[3:])
 
-    def _host_read(self, q, k, v, pos, links, entry):
-        """o [B,1,H,V] and lse [B,H,1] of the far keys that q [B,1,H,D] finds; -inf
-        where there are none. On the host."""
-        q, k, v, pos, links, entry = (
-            np.asarray(a) for a in (q, k, v, pos, links, entry))
-        b, _, h, d = q.shape
-        heads = k.shape[2]
-        scale = d**-0.5 if self.scale is None else self.scale
-        o = np.zeros((b, 1, h, v.shape[3]), np.float32)
-        lse = np.full((b, h, 1), -np.inf, np.float32)
-        for row, head in np.ndindex(b, h):
-            own = head // (h // heads)
-            asked = q[row, 0, head].astype(np.float32)
-            at = self._looked_up(
-                asked, k[row, :, own], pos[row], links[row, own], entry[row, own])
-            if not len(at):
-                continue
-            # [n,D] [D], of the n keys that were found; then [n] [n,V]
-            s = scale * (k[row, at, own].astype(np.float32) @ asked)
-            top = s.max()
-            e = np.exp(s - top)
-            o[row, 0, head] = e @ v[row, at, own].astype(np.float32) / e.sum()
-            lse[row, head] = top + np.log(e.sum())
-        return o, lse
-
-    def _looked_up(self, q, k, pos, links, entry) -> np.ndarray:
-        """The slots of the far keys k [C,D] that q [D] finds, in order."""
-        far = np.nonzero((pos >= 0) & (entry >= 0))[0]
-        if len(far) <= self.top_k:
-            return far  # everything fits
-        if self.index == "flat":
-            # [n,D] [D]
-            best = np.argsort(-(k[far].astype(np.float32) @ q), kind="stable")
-            return np.sort(far[best[:self.top_k]])
-        found, _ = graph_index.search(
-            Graph(links, int(entry)), k.astype(np.float32), q, self.top_k, self.beam)
-        return np.sort(np.array(found, int))
+    def _on_host(self, f, *more):
+        """f of `host_search`, as it is set here."""
+        how = host_search.Search(self.index, self.top_k, self.degree, self.neighbours,
+                                 self.beam, self.scale)
+        return functools.partial(f, how, *more)
 
 
-def _all(state: RetrievalState) -> Cache:
-    """What is near and what is far, as one cache."""
-    ended = state.entry[:, :1, None] < 0
-    far = state.far._replace(pos=jnp.where(ended, -1, state.far.pos))
-    k, v, pos = (jnp.concatenate(pair, 1) for pair in zip(state.near[:3], far[:3]))
-    return Cache(k, v, pos, *state.near[3:])
+def _gone(far: Cache) -> Cache:
+    """Where far keys stand, without them."""
+    return far._replace(k=far.k[..., :0], v=far.v[..., :0])
 
 
 def like(a: jax.Array) -> jax.ShapeDtypeStruct:

@@ -138,7 +138,7 @@ def _plan(
         tiling = Tiling(t, s, rows, columns, offset)
         table = block_mask(spec.mask, tiling)
         # tiles to visit, row by row
-        pairs = tuple(map(tuple, np.argwhere(table != SKIP).tolist()))
+        pairs = tuple((i, j) for i, j in np.argwhere(table != SKIP).tolist())
         zero = 0 if distances is None else distances.zero
         return Plan(form, tiling, pairs, zero=zero, group=group), table
 

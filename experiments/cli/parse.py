@@ -28,6 +28,7 @@ from experiments.cli.fields import construct, unknown
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 # every class of these files has a name; of the packages, one class a file
 FILES = (
+    "attn/cache/host_keys.py",
     "attn/masks.py",
     "attn/miras.py",
     "attn/mixers.py",

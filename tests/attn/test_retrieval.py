@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from attn.cache import graph_index
+from attn.cache.host_keys import HostKeys
 from attn.positions import ALiBi
 from attn.retrieval import Retrieval
 from attn.softmax import Softmax
@@ -115,6 +116,73 @@ def test_ragged_rows_and_new_sequences():
     assert (o[1] == 0).all()
 
 
+@pytest.mark.parametrize("index", ["flat", "graph"])
+def test_keys_that_the_host_keeps_are_read_as_those_of_the_state(index):
+    """A prompt in two pieces, tokens, a sequence that ends, in one program and out of
+    it; far keys are in the host's memory alone, and a state may be gone on with twice.
+    """
+    policy = dataclasses.replace(
+        FLAT, index=index, neighbours=10, degree=6, beam=16)
+    kept = dataclasses.replace(policy, host=HostKeys())
+    q, k, v = inputs()
+    state, _ = stream_state(policy, q, k, v)
+    own, o = stream_state(kept, q, k, v)
+    close(o, stream_state(policy, q, k, v)[1])
+    assert own.far.k.size == own.far.v.size == own.links.size == 0
+    assert (own.far.pos == state.far.pos).all()
+    one = inputs(1, 1)
+    for _ in range(2):
+        close(step(kept, own, *one)[1], step(policy, state, *one)[1])
+
+    def three(attention, state):
+        def next_one(state, _):
+            return attention.step(state, *one)
+        return jax.lax.scan(next_one, state, None, length=3)
+
+    ends = [jax.jit(three, static_argnums=0)(a, s) for a, s in (
+        (kept, own), (policy, state))]
+    close(ends[0][1], ends[1][1])
+    news = jnp.asarray([[7], [0]])
+    close(*(step(a, s, *one, segments=news)[1] for a, s in (
+        (kept, own), (policy, state))))
+    # both pieces of both rows: keys and values, and what finds them
+    assert kept.host.nbytes >= 4 * (T + 4) * K * (D + V) * 4
+    kept.host.clear()
+    with pytest.raises(Exception, match="was cleared"):
+        jax.block_until_ready(step(kept, own, *one))
+
+
+def stream_state(policy, q, k, v):
+    """The state after a prompt in two pieces, and their outputs."""
+    state, outs = policy.init_state(T + 4, q, k, v), []
+    for part in (slice(0, 20), slice(20, T)):
+        state, o = step(policy, state, *(a[:, part] for a in (q, k, v)))
+        outs.append(o)
+    return state, jnp.concatenate(outs, 1)
+
+
+def test_what_is_near_is_read_between_the_two_halves_of_a_search():
+    """In the program of a token with keys of the host, near keys' logits need the
+    ticket, and the answer is asked for with what they gave."""
+    kept = dataclasses.replace(FLAT, host=HostKeys())
+    state = jax.eval_shape(lambda: kept.init_state(T + 4, *inputs()))
+    jaxpr = jax.make_jaxpr(kept.step)(state, *inputs(1, 1)).jaxpr
+    begin, end = [e for e in jaxpr.eqns if e.primitive.name == "io_callback"]
+    near = [e for e in jaxpr.eqns if "dot_general" in str(e)]
+    assert near
+    assert all(e in follows(jaxpr, begin) and end in follows(jaxpr, e) for e in near)
+
+
+def follows(jaxpr, eqn):
+    """What needs the equation's outputs."""
+    made, found = set(eqn.outvars), []
+    for e in jaxpr.eqns:
+        if any(not hasattr(v, "val") and v in made for v in e.invars):
+            made |= set(e.outvars)
+            found.append(e)
+    return found
+
+
 @pytest.mark.parametrize("fields, message", [
     ({"index": "tree"}, "index"), ({"top_k": 0}, "top_k"),
     ({"score": ALiBi(4)}, "score"), ({"softcap": 3.0}, "softcap"),
@@ -146,16 +214,6 @@ def test_the_search_and_what_is_near_do_not_wait_for_each_other():
     (search,) = [e for e in jaxpr.eqns if e.primitive.name == "pure_callback"]
     near = [e for e in jaxpr.eqns if "dot_general" in str(e)]
     assert near
-
-    def follows(eqn):
-        """What needs the equation's outputs."""
-        made, found = set(eqn.outvars), []
-        for e in jaxpr.eqns:
-            if any(not hasattr(v, "val") and v in made for v in e.invars):
-                made |= set(e.outvars)
-                found.append(e)
-        return found
-
-    after = follows(search)
+    after = follows(jaxpr, search)
     assert not [e for e in near if e in after]
-    assert not [e for e in near if search in follows(e)]
+    assert not [e for e in near if search in follows(jaxpr, e)]

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attn.cache import graph_index, reading
+from attn.cache import graph_index, host_search, reading
 from attn.contract.segments import locate
 from attn.exact.attend import attend
 from attn.exact.logits import LogitSpec
@@ -36,11 +36,12 @@ def merge(case, config):
     near = after.near
     own = jnp.broadcast_to(now.segment, near.k.shape[:2])
     o, lse = reading.read(near, own, q, now, LogitSpec())
+    how = host_search.Search("flat", config["topk"], 1, 1, 1, None)
     far = [np.asarray(a) for a in (
         q, after.far.k, after.far.v, after.far.pos[..., 0], after.links, after.entry)]
-    far_o, far_lse = policy._host_read(*far)
-    idx = [[policy._looked_up(
-        far[0][b, 0, h], far[1][b, :, h // (q.shape[2] // k.shape[2])], far[3][b],
+    far_o, far_lse = host_search.read(how, *far)
+    idx = [[host_search.find(
+        how, far[0][b, 0, h], far[1][b, :, h // (q.shape[2] // k.shape[2])], far[3][b],
         None, 0) for h in range(q.shape[2])] for b in range(q.shape[0])]
     return {"retrieved_idx": np.array(idx), "out_static": o[:, 0],
             "lse_static": lse[..., 0], "out_retrieved": far_o[:, 0],

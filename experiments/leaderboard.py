@@ -81,7 +81,7 @@ from attn.topk import TopK
 from attn.tova import TOVA
 from experiments import recall
 from experiments.cli import config
-from experiments.cli.config import FREE, STEPS, option
+from experiments.cli.config import FREE, GROWS, STEPS, option
 from experiments.compare import trained_as
 from experiments.measure import charts, report, seeds, shipped
 from experiments.measure.provenance import provenance
@@ -126,7 +126,9 @@ class Config:
     rate: float = option(5e-3, "peak learning rate", above=0)
     long: int = option(4096, "tokens of the memory that is counted as well")
     seed: int = option(0, "of data and parameters; the first of several")
-    seeds: int = option(1, "networks trained of each, with seeds one after the other")
+    seeds: int = option(
+        1, "networks trained of each, with seeds one after the other; an old run may "
+        "get more", GROWS)
     minutes: float | None = option(
         None, "after which no network is begun; None: no end", FREE)
     quiet: bool = option(False, "no progress and no table", FREE)
@@ -176,12 +178,20 @@ def run(config_: Config) -> dict[str, Any]:
     with locked(folder):
         for n, attention in enumerate(config_.attentions, 1):
             label = config.format_value(attention)
-            spent = (time.perf_counter() - clock) / 60
-            late = config_.minutes is not None and spent >= config_.minutes
-            if late and kept(folder, label) is None:
+            parts, known = [], True
+            for one in seeds.each(config_):
+                name = f"{label} seed={one.seed}"
+                spent = (time.perf_counter() - clock) / 60
+                late = config_.minutes is not None and spent >= config_.minutes
+                if late and kept(folder, name) is None:
+                    break
+                part, there = cell(
+                    folder, name, functools.partial(network, one, attention, fits))
+                parts.append(part)
+                known = known and there
+            if len(parts) < config_.seeds:
                 continue
-            found, known = cell(
-                folder, label, functools.partial(row, config_, attention, fits))
+            found = row(parts)
             rows.append({"attention": label} | found)
             if not known:
                 said = found.get("failed") or (
@@ -214,25 +224,33 @@ def source(attention: Any) -> Any:
     return Softmax() if free else trained_as(attention)
 
 
-def row(config_: Config, attention: Any, fits: dict) -> dict[str, Any]:
-    """recall, the median over seeds, bytes of memory and seconds, or why there are
-    none; fits: networks that are trained already, by attention and seed."""
-    clock, recalls = time.perf_counter(), []
-    learns = source(attention)
+def network(config_: Config, attention: Any, fits: dict) -> dict[str, Any]:
+    """recall, bytes of memory and seconds of one seed, or why there are none; fits:
+    networks that are trained already, by attention and seed."""
+    clock, learns = time.perf_counter(), source(attention)
+    task = config_.recall(attention, config_.seed)
     try:
-        for one in seeds.each(config_):
-            task = config_.recall(attention, one.seed)
-            model = task.model()
-            bytes_ = [state_bytes(model, n) for n in (task.length, config_.long)]
-            key = config.format_value(learns), one.seed
-            if key not in fits:
-                fits[key] = recall.trained(config_.recall(learns, one.seed))
-            recalls.append(recall.scores(task, model, fits[key])["recall"])
+        model = task.model()
+        bytes_ = [state_bytes(model, n) for n in (task.length, config_.long)]
+        key = config.format_value(learns), config_.seed
+        if key not in fits:
+            fits[key] = recall.trained(config_.recall(learns, config_.seed))
+        right = recall.scores(task, model, fits[key])["recall"]
     except (NotFinite, NotImplementedError, ValueError) as error:
         return {"failed": str(error), "seconds": time.perf_counter() - clock}
-    return {"recall": float(np.median(recalls)), "recall_seeds": recalls,
-            "bytes": bytes_[0], "bytes_long": bytes_[1], "trained": learns == attention,
-            "seconds": time.perf_counter() - clock}
+    return {"recall": right, "bytes": bytes_[0], "bytes_long": bytes_[1],
+            "trained": learns == attention, "seconds": time.perf_counter() - clock}
+
+
+def row(parts: list[dict[str, Any]]) -> dict[str, Any]:
+    """The networks of all seeds: recall is the median; failed if one has."""
+    seconds = sum(one["seconds"] for one in parts)
+    failed = [one["failed"] for one in parts if "failed" in one]
+    if failed:
+        return {"failed": failed[0], "seconds": seconds}
+    recalls = [one["recall"] for one in parts]
+    return parts[0] | {"recall": float(np.median(recalls)), "recall_seeds": recalls,
+                       "seconds": seconds}
 
 
 def table(result: dict[str, Any]) -> Table:

@@ -391,6 +391,25 @@ def test_a_board_that_does_not_fit_is_refused(given, words):
         leaderboard.Config(**given)
 
 
+def test_a_board_of_one_seed_may_get_more(tmp_path, monkeypatch):
+    config_ = dataclasses.replace(
+        leaderboard.TINY, attentions=leaderboard.TINY.attentions[:1],
+        folder=str(tmp_path / "board"))
+    first = leaderboard.run(config_)["Softmax() recall"]
+    trained = []
+    was = leaderboard.recall.trained
+    monkeypatch.setattr(
+        leaderboard.recall, "trained", lambda task: trained.append(task) or was(task))
+    leaderboard.run(dataclasses.replace(config_, seeds=2))
+    assert [one.seed for one in trained] == [1]
+    made = json.loads((tmp_path / "board" / "leaderboard.json").read_text())
+    assert made["rows"][0]["recall_seeds"][0] == first and made["seeds"] == [0, 1]
+    # what is not to be begun leaves a row out
+    leaderboard.run(dataclasses.replace(config_, seeds=3, minutes=0.0))
+    assert json.loads(
+        (tmp_path / "board" / "leaderboard.json").read_text())["rows"] == []
+
+
 def test_all_keeps_what_is_set():
     every = cab.whole(cab.Config(all=True))
     assert (every.tasks, every.seeds, every.minutes) == (NAMES, 3, None)

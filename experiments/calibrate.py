@@ -52,6 +52,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import pathlib
 import sys
 from typing import Any
 
@@ -136,17 +137,21 @@ def once(config_: Config) -> dict[str, Any]:
     command = config.command(config_)
     folder = open_folder("calibrate", config_.folder, command,
                          config.settings(config_))
-    found, change = (of_training if config_.model is None else of_model)(config_)
+    found, change = (
+        of_training(config_, folder) if config_.model is None else of_model(config_))
     kept = {name: a.tolist() for name, a in change.items()}
     text = provenance(command, [config_.seed]) | found | kept
     write_whole(folder / "calibrate.json", json.dumps(text, indent=1) + "\n")
     return found | {"folder": str(folder)}
 
 
-def of_training(config_: Config) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """A network that is trained here: its numbers, and what each head changes."""
+def of_training(
+    config_: Config, folder: pathlib.Path
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """A network that is trained here, its checkpoints in the run's folder: its numbers,
+    and what each head changes."""
     fitted = fit(config_.network(), Clauses(seed=config_.seed), plan_of(config_),
-                 label="calibrate", quiet=config_.quiet)
+                 folder / "network", label="calibrate", quiet=config_.quiet)
     params = whole(fitted.params)
     act = config_.act()
     model = config_.network().clone(attention=(act,) * config_.layers)

@@ -47,6 +47,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import pathlib
 import sys
 from typing import Any
 
@@ -127,7 +128,7 @@ def once(config_: Config) -> dict[str, Any]:
     folder = open_folder("circuits", config_.folder, command, config.settings(config_))
     if config_.model is None:
         model = config_.network()
-        params = trained(config_, (1.0,) * 4)
+        params = trained(config_, (1.0,) * 4, folder / "network")
     else:
         model, params = load(folder_of(config_.model))
         check(config_, model)
@@ -139,7 +140,7 @@ def once(config_: Config) -> dict[str, Any]:
     pictures |= kinds
     found |= retrieving.kinds_of_heads(scores, kinds, config_.top)
     if config_.model is None:
-        more, stages = circuits(config_, model, params)
+        more, stages = circuits(config_, model, params, folder)
         found |= more
         pictures |= {name: a["score"] for name, a in stages.items()}
         head_pictures.graphs(stages, config_.top, folder / "circuits.png")
@@ -168,16 +169,21 @@ def check(config_: Config, model: LM) -> None:
                          "positions")
 
 
-def trained(config_: Config, shares: tuple[float, ...]) -> Any:
-    """Parameters of a network trained on the tasks in these shares."""
+def trained(
+    config_: Config, shares: tuple[float, ...], folder: pathlib.Path
+) -> Any:
+    """Parameters of a network trained on the tasks in these shares; its checkpoints in
+    a folder of their own, from which a run that was stopped goes on."""
     data = Inside(seed=config_.seed, shares=shares)
-    fitted = fit(config_.network(), data, plan_of(config_), label="circuits",
+    fitted = fit(config_.network(), data, plan_of(config_), folder, label="circuits",
                  quiet=config_.quiet)
     return whole(fitted.params)
 
 
-def circuits(config_: Config, model: LM, params: Any) -> tuple[dict, dict]:
-    """Numbers of both tasks, and scores of all stages by name."""
+def circuits(
+    config_: Config, model: LM, params: Any, folder: pathlib.Path
+) -> tuple[dict, dict]:
+    """Numbers of both tasks, and scores of all stages by name; folder: of the run."""
     found: dict[str, float] = {}
     stages: dict[str, Any] = {}
     sets: dict[str, dict[str, np.ndarray]] = {}
@@ -193,7 +199,8 @@ def circuits(config_: Config, model: LM, params: Any) -> tuple[dict, dict]:
     both = {task: a["movers"] | a["inhibition"] for task, a in sets.items()}
     shared, chance = measured.overlap(both["ioi"], both["colours"])
     found |= {"heads shared": shared, "heads shared by chance": chance}
-    scarce = trained(config_, (1.0, 1 / config_.scarce, 1.0, 1.0))
+    shares = 1.0, 1 / config_.scarce, 1.0, 1.0
+    scarce = trained(config_, shares, folder / "scarce")
     return found | repair(config_, model, scarce, pairs), stages
 
 

@@ -46,6 +46,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import pathlib
 import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -144,7 +145,7 @@ def once(config_: Config) -> dict[str, Any]:
     """The same with one seed."""
     command = config.command(config_)
     folder = open_folder("steer", config_.folder, command, config.settings(config_))
-    task = of_training(config_) if config_.model is None else of_model(config_)
+    task = of_training(config_, folder) if config_.model is None else of_model(config_)
     asked, shape = task.asked, task.shape
 
     def score(heads):
@@ -177,10 +178,11 @@ def once(config_: Config) -> dict[str, Any]:
     return found | {"folder": str(folder)}
 
 
-def of_training(config_: Config) -> Task:
-    """A network that is trained here, and its questions."""
+def of_training(config_: Config, folder: pathlib.Path) -> Task:
+    """A network that is trained here, its checkpoints in the run's folder, and its
+    questions."""
     fitted = fit(config_.network(), Lookup(seed=config_.seed), plan_of(config_),
-                 label="steer", quiet=config_.quiet)
+                 folder / "network", label="steer", quiet=config_.quiet)
     model, params = config_.network().clone(
         attention=(config_.steered(),) * config_.layers), whole(fitted.params)
     rng = np.random.default_rng((config_.seed, 1))

@@ -220,3 +220,12 @@ def test_the_tasks_have_the_answers_that_they_say():
         assert (own[:3] == found.tokens[n, -3:]).all() and own[3] == found.answer[n]
         text = found.tokens[n, :SENTENCES * WORDS].reshape(-1, WORDS)
         assert len({tuple(s[:3]) for s in text}) == SENTENCES
+
+
+def test_a_network_that_was_trained_is_not_trained_again(tmp_path):
+    """A run that was stopped goes on from its network's checkpoint."""
+    config_ = dataclasses.replace(steer.TINY, folder=str(tmp_path / "steer"))
+    metrics = tmp_path / "steer" / "network" / "metrics.jsonl"
+    first = steer.run(config_)
+    was = metrics.read_text()
+    assert steer.run(config_) == first and metrics.read_text() == was

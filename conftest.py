@@ -29,7 +29,7 @@ import jax  # noqa: E402
 
 from tests import memory  # noqa: E402
 
-# a trace is many objects and little garbage: looking for it was a sixth of the time
+# a trace is many objects and little garbage
 gc.set_threshold(100_000, 20, 20)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")

@@ -106,6 +106,9 @@ class Retrieval(Softmax):
         least = ("recent", "top_k", "neighbours", "degree", "beam", "queries")
         check_fields(self, least={"sinks": 0, **dict.fromkeys(least, 1)},
                      choices={"index": INDEXES})
+        if self.host is not None and self.axis is not None:
+            raise ValueError(
+                f"Retrieval: axis={self.axis!r} with host keys: expected one of them")
         for name in ("mask", "score", "softcap"):
             if getattr(self, name) is not None:
                 raise ValueError(

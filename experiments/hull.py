@@ -47,8 +47,7 @@ and 2.658 as they come.
         --dictionary=None --steps=2000
 
 does not learn triangles so soon: with one seed 4.4% of the answers are right and 53% of
-the triangles are there, where the paper has 80.7% and 93.0%. The ten triangles that 5
-points have hold 3.8 right ones, so it is more than chance. Other settings, and longer
+the triangles are there, where the paper has 80.7% and 93.0%. Other settings, and longer
 trainings, were not tried.
 """
 

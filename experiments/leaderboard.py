@@ -178,22 +178,13 @@ def run(config_: Config) -> dict[str, Any]:
     with locked(folder):
         for n, attention in enumerate(config_.attentions, 1):
             label = config.format_value(attention)
-            parts, known = [], True
-            for one in seeds.each(config_):
-                name = f"{label} seed={one.seed}"
-                spent = (time.perf_counter() - clock) / 60
-                late = config_.minutes is not None and spent >= config_.minutes
-                if late and kept(folder, name) is None:
-                    break
-                part, there = cell(
-                    folder, name, functools.partial(network, one, attention, fits))
-                parts.append(part)
-                known = known and there
-            if len(parts) < config_.seeds:
+            parts = [cell_of(one, attention, folder, fits, clock)
+                     for one in seeds.each(config_)]
+            if None in parts:
                 continue
-            found = row(parts)
+            found = row([part for part, _ in parts])
             rows.append({"attention": label} | found)
-            if not known:
+            if not all(known for _, known in parts):
                 said = found.get("failed") or (
                     f"recall {found['recall']:.1%}, {found['bytes']:,} bytes")
                 console.print(f"{n}/{len(config_.attentions)} {label}: {said}",
@@ -222,6 +213,17 @@ def source(attention: Any) -> Any:
     exact = isinstance(attention, TopK) and attention.prefill == "dense"
     free = exact or isinstance(attention, HiP)
     return Softmax() if free else trained_as(attention)
+
+
+def cell_of(config_: Config, attention, folder, fits: dict, clock: float):
+    """(the cell of one seed's network, whether it was there already); None where it is
+    not and `minutes` since `clock` are over."""
+    name = f"{config.format_value(attention)} seed={config_.seed}"
+    spent = (time.perf_counter() - clock) / 60
+    late = config_.minutes is not None and spent >= config_.minutes
+    if late and kept(folder, name) is None:
+        return None
+    return cell(folder, name, functools.partial(network, config_, attention, fits))
 
 
 def network(config_: Config, attention: Any, fits: dict) -> dict[str, Any]:

@@ -30,11 +30,10 @@ CPUs) installed, milliseconds of two runs:
               jax.nn       86.0 79.8       424   421      1,653 1,712
 
 so that exact attention takes 0.8 to 1.1 times torch's time at 4,096 tokens and up to
-1.8 times at 1,024. A tile of 512 queries by 256 keys is 15 operations, backward 20,
-that XLA starts one by one and of which 3 and 6 write arrays as large as its logits, 2
-MB of 4 heads; torch's loop is one program. Landmark() took 1.9, 1.5, 1.5 and 1.5 times
-as long as Softmax() at 64, 256, 1024 and 4096 tokens, with backward 1.9, 1.4, 1.7 and
-1.3 times. One token against a memory of 32,768,
+1.8 times at 1,024: XLA starts the operations of a tile one by one, and some write an
+array as large as its logits, where torch's loop is one program. Landmark() took 1.9,
+1.5, 1.5 and 1.5 times as long as Softmax() at 64, 256, 1024 and 4096 tokens, with
+backward 1.9, 1.4, 1.7 and 1.3 times. One token against a memory of 32,768,
 
     python -m experiments.speed --lengths='(32768,)' --passes='("decode",)' \\
         --attentions='(Softmax(),)'
@@ -128,10 +127,8 @@ from typing import Any, Callable, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from rich import box
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 
 from attn.based import Based
 from attn.delta import Delta
@@ -147,6 +144,7 @@ from experiments.cli.config import FREE, option
 from experiments.measure import breakeven
 from experiments.measure.dtypes import checked_dtype
 from experiments.measure.peers import PEER, linear_peers, memory_peers, peers
+from experiments.measure.speed_table import picture, tables
 from experiments.measure.timing import (
     PASSES, PROMPT, Inputs, exact, flops, inputs, limits, prepared, repeats, seconds
 )
@@ -295,7 +293,7 @@ def _makers(config_: Config, which: str) -> dict[str, Maker]:
     found = {name: Maker(make, None, name != PEER, True)
              for name, make in peers(which).items()}
     more = memory_peers(which, config_.attentions)
-    # beside exact attention alone recurrences say nothing, and they slow it down
+    # beside exact attention alone recurrences say nothing
     if not all(map(exact, config_.attentions)):
         more = linear_peers(which) | more
     for name, make in more.items():
@@ -314,51 +312,6 @@ def _inputs(config_: Config, subject: Any, t: int) -> Inputs:
     heads = config_.heads
     return inputs(config_.batch, t, heads, config_.kv_heads or heads, d, config_.width,
                   config_.dtype)
-
-
-def tables(rows: list[dict[str, Any]], base: str = PEER) -> list[Table]:
-    """The rows for the terminal, a table a pass, a line a candidate: milliseconds, the
-    ratio to `base` in brackets, and the share of the product or copy."""
-    found = []
-    for which in dict.fromkeys(row["pass"] for row in rows):
-        of = [row for row in rows if row["pass"] == which]
-        one = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True,
-                    title=f"{which}: ms (times as fast as {base}), share of the limit")
-        one.add_column("candidate", overflow="fold")
-        lengths = list(dict.fromkeys(row["length"] for row in of))
-        for t in lengths:
-            one.add_column(f"T = {t:,}", justify="right")
-        for name in dict.fromkeys(row["name"] for row in of):
-            own = {row["length"]: row for row in of if row["name"] == name}
-            one.add_row(name, *(_cell(own.get(t)) for t in lengths))
-        found.append(one)
-    return found
-
-
-def _cell(row: dict[str, Any] | None) -> str:
-    if row is None:
-        return ""
-    ms = f"{row['ms']:.3g}" if row["ms"] < 100 else f"{row['ms']:,.0f}"
-    share = f", {row['share']:.0%}" if "share" in row else ""
-    return f"{ms} ({row['ratio']:.2f}){share}"
-
-
-def picture(found: dict[str, Any], path) -> None:
-    """Time against length, a line a candidate."""
-    from experiments.measure.panels import Panel, curves
-
-    axes = {"xscale": "log", "yscale": "log", "xlabel": "tokens T",
-            "ylabel": f"ms ({found['dtype']}, {found['device']})"}
-    panels = []
-    for which in dict.fromkeys(row["pass"] for row in found["rows"]):
-        lines: dict[str, tuple[list, list]] = {}
-        for row in found["rows"]:
-            if row["pass"] == which:
-                lengths, times = lines.setdefault(row["name"], ([], []))
-                lengths.append(row["length"])
-                times.append(row["ms"])
-        panels.append(Panel(which, lines, axes))
-    curves(panels, path)
 
 
 if __name__ == "__main__":

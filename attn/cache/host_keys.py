@@ -23,15 +23,22 @@ class HostKeys:
     """Arrays in the host's memory, by number, until they are cleared.
 
     What is stored is not changed, so any number of states may have the same number. A
-    new prompt is stored beside the old one: `clear` when no state is to go on.
+    new prompt, and every piece of one, is stored beside what was there. rows: the most
+    that stay, the newest, None for all; rows of a batch times layers is enough where no
+    older state goes on.
     """
 
+    rows: int | None = None
     _held: dict[int, tuple[np.ndarray, ...]] = _own(default_factory=dict)
     _asked: dict[int, concurrent.futures.Future] = _own(default_factory=dict)
     _numbers: Iterator[int] = _own(default_factory=lambda: itertools.count(1))
     # one after another: the search is numpy's, which has threads of its own
     _pool: concurrent.futures.Executor = _own(
         default_factory=lambda: concurrent.futures.ThreadPoolExecutor(1))
+
+    def __post_init__(self):
+        if self.rows is not None and self.rows < 1:
+            raise ValueError(f"HostKeys: rows={self.rows}: expected 1 or more, or None")
 
     @property
     def nbytes(self) -> int:
@@ -42,6 +49,8 @@ class HostKeys:
         """Stores copies of the arrays -> their number, 1 or more."""
         number = next(self._numbers)
         self._held[number] = tuple(np.array(a) for a in arrays)
+        if self.rows is not None and len(self._held) > self.rows:
+            del self._held[min(self._held)]
         return number
 
     def get(self, number: int) -> tuple[np.ndarray, ...]:
@@ -50,8 +59,8 @@ class HostKeys:
             return self._held[int(number)]
         except KeyError:
             raise ValueError(
-                f"HostKeys: row {number} was cleared, expected the state of a prompt "
-                "that was read since") from None
+                f"HostKeys: row {number} was cleared, or rows={self.rows} newer ones "
+                "came: expected the state of a prompt that was read since") from None
 
     def clear(self) -> None:
         """Lets all of it go."""

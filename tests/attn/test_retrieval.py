@@ -125,9 +125,9 @@ def test_keys_that_the_host_keeps_are_read_as_those_of_the_state(index):
         FLAT, index=index, neighbours=10, degree=6, beam=16)
     kept = dataclasses.replace(policy, host=HostKeys())
     q, k, v = inputs()
-    state, _ = stream_state(policy, q, k, v)
-    own, o = stream_state(kept, q, k, v)
-    close(o, stream_state(policy, q, k, v)[1])
+    (o, state), (kept_o, own) = (
+        stream(a, q, k, v, T + 4, 20) for a in (policy, kept))
+    close(kept_o, o)
     assert own.far.k.size == own.far.v.size == own.links.size == 0
     assert (own.far.pos == state.far.pos).all()
     one = inputs(1, 1)
@@ -152,13 +152,14 @@ def test_keys_that_the_host_keeps_are_read_as_those_of_the_state(index):
         jax.block_until_ready(step(kept, own, *one))
 
 
-def stream_state(policy, q, k, v):
-    """The state after a prompt in two pieces, and their outputs."""
-    state, outs = policy.init_state(T + 4, q, k, v), []
-    for part in (slice(0, 20), slice(20, T)):
-        state, o = step(policy, state, *(a[:, part] for a in (q, k, v)))
-        outs.append(o)
-    return state, jnp.concatenate(outs, 1)
+def test_the_newest_rows_stay():
+    host = HostKeys(rows=2)
+    numbers = [host.put(np.ones(n)) for n in (1, 2, 3)]
+    assert host.nbytes == 5 * 8 and host.get(numbers[-1])[0].size == 3
+    with pytest.raises(ValueError, match="rows=2 newer"):
+        host.get(numbers[0])
+    with pytest.raises(ValueError, match="rows=0"):
+        HostKeys(rows=0)
 
 
 def test_what_is_near_is_read_between_the_two_halves_of_a_search():
@@ -186,6 +187,7 @@ def follows(jaxpr, eqn):
 @pytest.mark.parametrize("fields, message", [
     ({"index": "tree"}, "index"), ({"top_k": 0}, "top_k"),
     ({"score": ALiBi(4)}, "score"), ({"softcap": 3.0}, "softcap"),
+    ({"host": HostKeys(), "axis": "seq"}, "host keys: expected one of them"),
 ])
 def test_wrong_fields(fields, message):
     with pytest.raises(ValueError, match=message):

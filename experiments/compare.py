@@ -37,6 +37,7 @@ from rich.console import Console
 from rich.table import Table
 
 from attn.based import Based
+from attn.delta import Delta
 from attn.landmark import Landmark
 from attn.lightning import Lightning
 from attn.masks import Causal, Window
@@ -76,7 +77,7 @@ class Config:
             SnapKV(capacity=24, window=8),
             Landmark(block=15, top_k=2),
             Lightning(),
-            Based(feature_dim=4),
+            Delta(),
             Based(feature_dim=8),
         ),
         "the list; an entry may be a tuple with one attention per layer",

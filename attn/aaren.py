@@ -94,6 +94,7 @@ class Aaren(nn.Module, Attention):
         b, _, h, _ = q.shape
         clock = jnp.zeros((b,), jnp.int32)
         # the segment before the first is -1
+        # m begins at -inf: from the paper's 0 scores far below would underflow
         return AarenState(empty(b, h, v.shape[-1]), clock, clock - 1)
 
     def step(self, state, q, k, v, *, x=None, segments=None):
@@ -118,7 +119,7 @@ class Aaren(nn.Module, Attention):
             "bskd,kgd->bskg", k.astype(jnp.float32), query.reshape(heads, -1, d),
             # scores are exponentiated: their absolute error counts
             precision=jax.lax.Precision.HIGHEST)
-        return s.reshape(*s.shape[:2], h)
+        return s.reshape(*s.shape[:2], h)  # [B,S,H]
 
     def _prefixes(self, state, scores, v, segment, axis: Axis | None):
         """The state of all tokens, None for none over an axis; and o [B,T,H,V]."""
@@ -137,7 +138,7 @@ class Aaren(nn.Module, Attention):
 
     def _pool(self, scores, v) -> jax.Array:
         """The answer over all keys [B,H,V]."""
-        found: Any = total(scores, v)
+        found: Any = total(scores, v)  # m, l [B,H], acc [B,H,V]
         if self.axis is not None:
             b, h = found.l.shape
             parts = stacked(found, self.axis)  # of each shard [W,B,H,.]

@@ -77,6 +77,7 @@ class ABC(nn.Module, Attention):
         where = segment_indices(segments, q, self.causal)
         both = zip(self._scores(k, v), (k, v))
         if self.causal:
+            # sums over all s <= t, as in the paper: CAB's code has the token t alone
             slots = [self._prefixes(None, *a, where[1], self.axis)[1] for a in both]
         elif where[0] is None:
             f = functools.partial(self._whole, list(both))
@@ -130,7 +131,7 @@ class ABC(nn.Module, Attention):
                 segment=segment, axis=axis, chunk=self.chunk,
                 implementation=self.implementation,
             )
-            slots = slots.reshape(*scores.shape, -1)
+            slots = slots.reshape(*scores.shape, -1)  # [B,T,K,c,D]
             return *(after or [None] * 3), slots
 
         heads = home("K", a.shape[2], axis)
@@ -145,7 +146,7 @@ class ABC(nn.Module, Attention):
             mesh_of(self.axis)  # raises without a mesh
         slots = []
         for scores, a in both:
-            held = output(total(_merged(scores), a))
+            held = output(total(_merged(scores), a))  # [B,K c,D]
             slots.append(held.reshape(a.shape[0], 1, *scores.shape[2:], -1))
         return slots
 
@@ -167,6 +168,7 @@ class ABC(nn.Module, Attention):
         b, t, h, d = q.shape
         heads, scale = keys.shape[2], d**-0.5 if self.scale is None else self.scale
         q = q.astype(jnp.float32).reshape(b, t, heads, -1, d)  # [B,T,K,G,D]
+        # without an order and segments the slots are those of all tokens [B,1,K,c,.]
         same = "bt" if keys.shape[1] == t else "b"
         keys, values = (a if same == "bt" else a[:, 0] for a in (keys, values))
         logits: Any = jnp.einsum(f"btkgd,{same}kcd->btkgc", q, keys)  # [G,D] [D,c]

@@ -122,7 +122,7 @@ class AdaKV(Voting, Softmax):
         early = (cache.pos >= 0) & (cache.pos < window)
         score = self.head_scores(q, cache, now, early, sink)  # [B,K,C]
         early, many = jnp.moveaxis(early, 1, 2), self.budgets(score)
-        rank = jnp.argsort(jnp.argsort(-score, axis=2, stable=True), axis=2)
+        rank = jnp.argsort(jnp.argsort(-score, axis=2, stable=True), axis=2)  # [B,K,C]
         # fewer than b tokens before the window: all are kept
         few = early.sum(2, keepdims=True) < self.capacity - self.window
         kept = (early & (few | (rank < many[..., None]))) | ~early
@@ -135,6 +135,7 @@ class AdaKV(Voting, Softmax):
         heads, early = early.shape[2], jnp.moveaxis(early, 1, 2)
         vote = self.votes(q, cache.k, cache.pos, now, sink)  # [B,H,C]
         vote = vote.reshape(b, heads, h // heads, -1).mean(2) / self.window
+        # pooled behind the mean of the group: a maximum does not commute with it
         return jnp.where(early, self.pooled(vote, early), -jnp.inf)
 
     def budgets(self, score) -> jax.Array:
@@ -142,9 +143,10 @@ class AdaKV(Voting, Softmax):
         b, heads, slots = score.shape
         mean = self.capacity - self.window
         many = min(heads * mean, heads * slots)
+        # all heads of the layer in one list [B,K C]
         best, at = jax.lax.top_k(score.reshape(b, -1), many)
         of = jnp.where(best > -jnp.inf, at // slots, heads)  # [B,K b]
-        count = (of[:, None] == jnp.arange(heads)[None, :, None]).sum(2)
+        count = (of[:, None] == jnp.arange(heads)[None, :, None]).sum(2)  # n_h [B,K]
         least = int(mean * self.floor)
         # round half to even
         share = count.astype(jnp.float32) * (1 - self.floor)

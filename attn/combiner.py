@@ -91,6 +91,7 @@ class Combiner(Attention):
         if isinstance(self.plan, tuple):
             each = (dataclasses.replace(self, plan=plan) for plan in self.plan)
             found = [a(q, k, v, segments=segments).astype(jnp.float32) for a in each]
+            # plans share no softmax: the mean is of their outputs (section 3.3)
             return (sum(found) / len(found)).astype(v.dtype)
         now = locate(segments, q.shape[0], q.shape[1])
         segment = None if segments is None else now.segment
@@ -121,6 +122,7 @@ class Combiner(Attention):
         row = Tokens(q, k, v, pos, segment)
         aligned = segment is None and q.shape[1] % self.block == 0
         if self.axis is not None and not aligned:
+            # a block may begin on one shard and end on another
             row = jax.tree.map(lambda a: gather(a, self.axis), row)
         if segment is None:
             far = regions.regular(row, self.block, self._scale(q))
@@ -152,12 +154,12 @@ class Combiner(Attention):
 
     def _joined(self, near, q, far: Regions, pos, segment, dtype) -> jax.Array:
         """What the direct tokens and the regions give."""
-        number = pos // self.block
+        number = pos // self.block  # [B,T]
         # strictly earlier blocks, or without an order all others
         mask, number = (Causal(), number - 1) if self.causal else (
             ~Window(0, 0), number)
         of = None if segment is None else far.segment
-        far_k, far_v = far.k.astype(q.dtype), far.v.astype(dtype)
+        far_k, far_v = far.k.astype(q.dtype), far.v.astype(dtype)  # [B,n,H,.]
         found = self._attend(
             q, far_k, far_v, mask, Where(number, far.number, segment, of))
         return output(join(near, found)).astype(dtype)
@@ -192,7 +194,7 @@ class Combiner(Attention):
         self.check_stream()
         now = locate(segments, q.shape[0], q.shape[1], state.end, state.segment)
         log = self.plan == LOGSPARSE
-        room = state.k.shape[1] * (1 if log else self.block)
+        room = state.k.shape[1] * (1 if log else self.block)  # of tokens, or of regions
         caches.check_room(now.next_pos, room)
         step = self._step_spans if log else self._step_fixed
         state, o = step(state, q, k, v, now)

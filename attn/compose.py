@@ -180,7 +180,7 @@ class Compose(Softmax):
         if self.selection is not None:
             k, v = (jax.eval_shape(self.selection._stored, q, a) for a in (k, v))
             slots = min(prompt, self.selection.kept_of(prompt)) + size - prompt
-            pos = jnp.full((k.shape[0], slots, k.shape[2]), -1, jnp.int32)
+            pos = jnp.full((k.shape[0], slots, k.shape[2]), -1, jnp.int32)  # [B,C,K]
         store = self._store.init_state(slots, q, k, v)
         marks = None if self.reading is None else self.reading.marks(slots, k)
         return Composed(store, pos, marks, store.end, store.segment)
@@ -209,7 +209,7 @@ class Compose(Softmax):
         slot = locate(segments, b, t, state.store.end, state.store.segment)
         room = _room(state.store)
         if self.selection is not None and t > 1:
-            read = caches.concat(self._cache(state), k, v, now)
+            read = caches.concat(self._cache(state), k, v, now)  # k [B,C+T,K,D]
             o = self.read(*read, q, now, sink=sink)
             after = self._selected(state, *read, q, now, sink)
         else:
@@ -260,7 +260,7 @@ class Compose(Softmax):
         mine = caches.in_order(caches.only_current(both, segment))
         size = min(selection.kept_of(q.shape[1]), slots, mine.k.shape[1])
         given = (q, mine, now) if sink is None else (q, mine, now, sink)
-        kept = caches.keep(mine, selection.importance(*given), size)
+        kept = caches.keep(mine, selection.importance(*given), size)  # k [B,size,K,D]
         there = (kept.pos[..., 0] >= 0).astype(jnp.int32)  # as many of every head
         empty = jax.tree.map(jnp.zeros_like, state.store)
         empty = empty._replace(segment=jnp.full_like(empty.segment, -1))

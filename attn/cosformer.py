@@ -69,7 +69,7 @@ class CosFormer(Attention):
         lengths = self._lengths(q, k, pair)
         lost = [self._refused(a) for a in (at, of)]
         q, k = (_turned(a, pos, m) for a, pos, m in zip((q, k), (at, of), lengths))
-        o = factor_sums(
+        o = factor_sums(  # [B,T,H,V+1]
             q, k, v, causal=self.causal, segments=segments, **self._how(q))
         o = self._divided(o)
         return jnp.where(lost[0] | lost[1], jnp.nan, o).astype(v.dtype)
@@ -126,6 +126,7 @@ class CosFormer(Attention):
 def _turned(x: jax.Array, pos: jax.Array, length) -> jax.Array:
     """x' [B,T,.,2D] float32 of x [B,T,.,D] at positions pos [B,T] from 0."""
     x = jax.nn.relu(x.astype(jnp.float32))
+    # t counts from 1, pos from 0
     angle = math.pi / 2 * (pos + 1).astype(jnp.float32) / jnp.float32(length)
     angle = angle[..., None, None]  # pi t/2M
     # q'.k' = relu(q).relu(k) cos(pi (t - s)/2M), as cos(a - b) = sin sin + cos cos

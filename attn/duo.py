@@ -36,7 +36,7 @@ class _Stream(Rolling, Softmax):
 
     sinks: int = 64
     window: int = 256
-    evict: str = "after"
+    evict: str = "after"  # sinks + recent tokens that it holds, and itself
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,12 +72,14 @@ class Duo(HeadGroups, Softmax):
 def streaming_mask(sinks: int, recent: int):
     """What a streaming head sees while gates are trained: j < sinks or i - j < recent.
     """
+    # i - j < recent counts the token itself
     return Causal() & (Window(recent - 1) | Sink(sinks))
 
 
 def opened(alpha: jax.Array) -> jax.Array:
     """Gates clipped to [0, 1], with a gradient of 1 on the whole closed interval: they
     begin at 1, where a rule without one would leave them."""
+    # at a tie jnp.clip has another gradient than the authors' clamp
     clipped = jnp.clip(alpha, 0, 1)
     inside = (alpha >= 0) & (alpha <= 1)
     # the value of either, the gradient of alpha where it is inside
@@ -99,11 +101,12 @@ def mixed(
         raise ValueError(
             f"full_source={full_source!r}: expected 'teacher' or 'student'")
     mask = streaming_mask(sinks, recent)
-    stream = dataclasses.replace(exact, mask=mask)(q, k, v)
+    stream = dataclasses.replace(exact, mask=mask)(q, k, v)  # [B,T,H,V]
     if full_source == "teacher":
         full = jax.lax.stop_gradient(full)
     else:
         full = exact(q, k, v)
+    # of each key head, for the query heads of its group: [1,1,H,1]
     gate = jnp.repeat(opened(alpha), q.shape[2] // k.shape[2])[None, None, :, None]
     # alpha full + (1 - alpha) stream, head by head
     return gate * full + (1 - gate) * stream

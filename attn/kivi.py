@@ -98,7 +98,7 @@ class KIVI(Coded, Softmax):
     @property
     def _axes(self) -> tuple:
         """Group and axis of keys, of values."""
-        return (self.group, 1), (self.group, 3)
+        return (self.group, 1), (self.group, 3)  # along tokens, along channels
 
     def stored(self, state: KIVIState, k, v, now: TokenPositions) -> KIVIState:
         """The state with tokens k [B,T,K,D], v [B,T,K,V]."""
@@ -119,12 +119,12 @@ class KIVI(Coded, Softmax):
         # keys become codes block by block, as a channel's scale is of `group` tokens
         blocks = quantised.blocks_of((state.rest_k,), (k,), state.end, now, size)
         new = quantised.quantise(blocks.rows[0], self.bits, *self._axes[0])
-        per = blocks.rows[0].shape[1] // size
+        per = blocks.rows[0].shape[1] // size  # blocks of the piece
 
         def put(a, new):  # [B,C/n,K,D], [B,per size/n,K,D]
             n = new.shape[1] // per  # entries of a block
             number = jnp.arange(new.shape[1], dtype=jnp.int32)[None]
-            there = number // n < blocks.done[:, None]
+            there = number // n < blocks.done[:, None]  # in complete blocks
             at = (blocks.first // size * n)[:, None] + number
             return a.at[row, jnp.where(there, at, a.shape[1])].set(new, mode="drop")
 
@@ -150,9 +150,9 @@ class KIVI(Coded, Softmax):
         done = end // size * size  # keys before it are codes
         at = jnp.arange(slots, dtype=jnp.int32)[None]
         # values of the last tokens as they are, by turns
-        turns = jnp.tile(state.rest_v, (1, slots // size, 1, 1))
+        turns = jnp.tile(state.rest_v, (1, slots // size, 1, 1))  # [B,C,K,V]
         vals = jnp.where((at >= end - size)[..., None, None], turns, vals)
-        pos = jnp.concatenate([
+        pos = jnp.concatenate([  # [B,C+R]
             jnp.where(at < done, at, -1), jnp.where(tail < end - done, done + tail, -1)
         ], 1)
         return Cache(jnp.concatenate([keys, state.rest_k], 1),

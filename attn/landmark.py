@@ -216,7 +216,7 @@ class Landmark(Attention):
         at = join(tail.pos - ring.shift[:, None], now.pos - shift)
         keys = join(tail.k, k)
         plain, q = q, self._turned(q, now.pos - shift)
-        keys = self._turned(keys, at)
+        keys = self._turned(keys, at)  # cached before their rotation
         row = compact(
             join(tail.segment, now.segment), join(tail.pos, now.pos), keys,
             join(tail.v, v),
@@ -235,11 +235,12 @@ class Landmark(Attention):
     def _chosen(self, q, ring: Blocks, now: TokenPositions) -> jax.Array:
         """The cached blocks that each query retrieves, as ages [B,H,T,n] in order, -1
         for none behind them."""
+        # the last token of its place; all far blocks share place 0
         k = self._turned(ring.landmarks(), ring.place() * self.size + self.block)
         q = q.reshape(*q.shape[:2], k.shape[2], -1, q.shape[-1])  # [B,T,K,G,D]
         # [B,T,K,G,D] x [B,N,K,D] -> [B,K,G,T,N]: what queries think of landmarks
         s = jnp.einsum("btkgd,bnkd->bkgtn", q, k, preferred_element_type=jnp.float32)
-        s = s.reshape(s.shape[0], -1, *s.shape[3:]) * self._scale(q)
+        s = s.reshape(s.shape[0], -1, *s.shape[3:]) * self._scale(q)  # [B,H,T,N]
         return ring.best(s, now.segment == 1, self.selection)
 
     def _row(self, now: TokenPositions, packed: bool = True, landmark=None) -> Row:

@@ -143,6 +143,7 @@ class LightNet(Attention):
         return (jax.nn.silu(q) if self.activation else q), k, v
 
     def _factor(self, d: int) -> float:
+        # hidden in the default of fla's kernel; the first author's code has 1
         return d ** -0.5 if self.scale is None else self.scale
 
     def _rows(self, d: int) -> int:
@@ -151,11 +152,13 @@ class LightNet(Attention):
     def _turned(self, q, share, q_pos, kv_pos) -> tuple[jax.Array, jax.Array]:
         if self.rope is None:
             return q, share
+        # exp(k - z), not k: behind the normalisation, as in the first author's code
         return self.rope.rotate(q, q_pos), self.rope.rotate(share, kv_pos)
 
     def _spread(self, log_decay) -> jax.Array:
         """One decay for each row of the memory."""
         d = log_decay.shape[-1]
+        # both halves of a channel that a rotation doubles decay alike
         copies = [log_decay] * (self._rows(d) // d)
         return jnp.concatenate(copies, -1)  # [B,T,H,D] -> [B,T,H,rows]
 
@@ -187,7 +190,7 @@ class LightNet(Attention):
         top = jnp.maximum(top, self.init_lse)
         each = jnp.exp(k - top)  # [B,S,H,D]
         if segment is None:
-            total = each.sum(1, keepdims=True)
+            total = each.sum(1, keepdims=True)  # [B,1,H,D]
         else:
             each = only((segment > 0)[..., None, None], each)
             total = over_mesh(self._sums, "BSHD BS -> BSHD", self.axis)(each, segment)
@@ -195,6 +198,7 @@ class LightNet(Attention):
         return each / jnp.where(total > 0, total, 1)
 
     def _sums(self, each, segment) -> jax.Array:
+        # with q = k = 1 linear attention is the sum of v over a segment
         one = jnp.ones_like(each[..., :1])
         return noncausal(
             one, one, each, q_segment=segment, kv_segment=segment, axis=self.axis

@@ -172,7 +172,8 @@ class LongShort(nn.Module, Attention):
         # by chunks [B,N,l,...], of which only whole ones are seen by later queries
         p, k, v = (long_short.blocks(a, self.chunk).swapaxes(0, 1) for a in (p, k, v))
         made = long_short.compress(jax.nn.softmax(p, 2), Keys(k, v))  # [B,N,r,K,.]
-        rows = [a.reshape(a.shape[0], -1, *a.shape[3:]) for a in made]
+        rows = [a.reshape(a.shape[0], -1, *a.shape[3:]) for a in made]  # [B,N r,K,.]
+        # compressed before the norm of near keys; without an order behind it
         far = self._normed("far", self._behind(rows))
         return self._ordered(0, scaled, near, far, x)
 
@@ -186,7 +187,7 @@ class LongShort(nn.Module, Attention):
         slot = pos // self.chunk * self.rank  # of its first row
         slot = jnp.where(done, slot, state.k.shape[1])[..., None]
         slot = slot + jnp.arange(self.rank, dtype=jnp.int32)[None, None]  # [B,T,r]
-        scores = p.reshape(*p.shape[:2], -1)
+        scores = p.reshape(*p.shape[:2], -1)  # [B,T,K r]
         held: list = []
         made: list = []
         for part, a in zip((state.keys, state.values), (k, v)):
@@ -196,12 +197,12 @@ class LongShort(nn.Module, Attention):
                 segment=chunk, implementation="xla")
             held.append(after)
             rows = rows.reshape(*p.shape, -1).swapaxes(2, 3)  # [B,T,r,K,D]
-            made.append(rows.reshape(rows.shape[0], -1, *rows.shape[3:]))
+            made.append(rows.reshape(rows.shape[0], -1, *rows.shape[3:]))  # [B,T r,K,.]
         put = jax.vmap(lambda a, at, new: a.at[at.reshape(-1)].set(new, mode="drop"))
         far = [put(a, slot, new) for a, new in zip((state.k, state.v), made)]
         near_held = state.near_k, state.near_v
         front = [jnp.concatenate([a.astype(jnp.float32) for a in pair], 1)
-                 for pair in zip(near_held, (k, v))]
+                 for pair in zip(near_held, (k, v))]  # [B,w-1+T,K,.]
         near = self._normed("near", Keys(*front))
         o = self._ordered(end[0], q, near, self._normed("far", self._behind(far)), x)
         last = [a[:, t:].astype(b.dtype) for a, b in zip(front, near_held)]

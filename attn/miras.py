@@ -137,6 +137,7 @@ class Miras(MemoryAttention):
         if self.memory == "linear":
             return MLP(depth=1)
         whole = self.memory == "mlp2"
+        # M(k) = k + LN(gelu(k W0) W1), or gelu(k W0) W1 alone
         return MLP(2, self.expansion * d, residual=whole, norm=whole)
 
     def rule(self, d: int, v: int) -> Rule:
@@ -148,7 +149,7 @@ class Miras(MemoryAttention):
         bias = Bias(self.bias, self.p, self.l2_factor, self.smooth)
         return Rule(
             self.network(d, v), bias, links.get(self.retention), self.read,
-            self.point == "decayed",
+            self.point == "decayed",  # phi(alpha Z), as in the gated delta rule
         )
 
     def learned_vectors(self, v: int) -> dict[str, tuple[int, ...]]:
@@ -182,12 +183,13 @@ class Miras(MemoryAttention):
         if self.steps == "gate":
             flat, most = self.memory in ("linear", "vector"), self.eta_max
             if most is None:
+                # b gradients of one point add up: with 1/b, and |k| = 1, that is stable
                 most = 1 / self.chunk if flat else 0.1
             bias = 0.0 if flat else -math.log(self.chunk)
             eta = most * nn.sigmoid(logit("step", bias))
         if self.algorithm == "implicit":
             length = (k * k).sum(-1)[..., None]  # |k|^2 [B,T,K,1], of K G heads
-            each = eta.reshape(*length.shape[:3], -1)
+            each = eta.reshape(*length.shape[:3], -1)  # [B,T,K,G]
             # the implicit step: eta / (1 + eta |k|^2)
             eta = (each / (1 + each * length)).reshape(eta.shape)
         run = nn.log_sigmoid(logit("momentum")) if self.sums_updates else None
@@ -211,23 +213,24 @@ class Miras(MemoryAttention):
         # by channel, through a low rank: [B,T,E] [E,R]
         low = nn.Dense(RANK, use_bias=False, dtype=jnp.float32, name="forget_down")(x)
         up = nn.DenseGeneral(shape, dtype=jnp.float32, name="forget_up")(low)
+        # the 16th root, as GLA has it, holds alpha near to 1
         return nn.log_sigmoid(up) / 16.0  # [B,T,R] [R,H,D]
 
 
 class Moneta(Miras):
     """Moneta: an MLP, the l_p error (p = 3) and the l_q retention (q = 4)."""
 
-    bias: str = "lp"
-    retention: str = "lq"
+    bias: str = "lp"  # equations 10 and 11
+    retention: str = "lq"  # equation 24
 
 
 class Yaad(Miras):
     """Yaad: an MLP, Huber's error with a threshold of each token, and decay."""
 
-    bias: str = "huber_switch"
+    bias: str = "huber_switch"  # equation 16
 
 
 class Memora(Miras):
     """Memora: an MLP, squared error, and the KL retention: weights are a softmax."""
 
-    retention: str = "kl"
+    retention: str = "kl"  # equations 21 and 27

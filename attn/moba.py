@@ -103,7 +103,7 @@ class MoBA(Attention):
         (pos, own, first), (means, kv_pos, kv_segment) = told, at
         b, n, size, h, _ = q.shape
         flat = lambda a: a.reshape(a.shape[0], -1)  # [B,N,I] -> [B,N I]
-        tokens = q.reshape(b, n * size, h, -1)
+        tokens = q.reshape(b, n * size, h, -1)  # [B,N I,H,D]
         chosen = None
         if self.top_k > 1:
             chosen = self._chosen(q, own, first, means[:, :, head])
@@ -181,11 +181,12 @@ class MoBA(Attention):
         heads = state.sums.shape[2]
         asked = q.astype(jnp.float32).reshape(b, heads, h // heads, d)
         # [B,K,G,D] x [B,M,K,D] -> [B,K,G,M]
+        # blocks before the own one are whole: their sum over `block` is their mean
         s = jnp.einsum("bkgd,bmkd->bkgm", asked, state.sums / self.block)
         own = jnp.broadcast_to((pos // self.block)[:, None, None], (b, h, 1))
         found = own
         if self.top_k > 1:
-            s = jax.lax.stop_gradient(s).reshape(b, h, -1)
+            s = jax.lax.stop_gradient(s).reshape(b, h, -1)  # [B,H,M]
             # the own block, and the best before it: [B,H,top_k]
             found = jnp.concatenate([own, self._best(s, 0, own)], -1)
         return of_blocks(found, self.block, pos)

@@ -169,7 +169,7 @@ class NSA(nn.Module, Attention):
         """The far readings, by name, of tokens on `rows` of those on `columns`."""
         check_groups(k.shape[2], self.axis)
         first, own = columns.blocks_of(rows)
-        keys, vals = columns.put(k), columns.put(v)
+        keys, vals = columns.put(k), columns.put(v)  # [B,N I,K,.]
         pos, segment = (
             a.reshape(a.shape[0], -1) for a in (columns.pos, columns.segment))
         found = compressed_blocks.compressed(
@@ -188,8 +188,8 @@ class NSA(nn.Module, Attention):
     def init_state(self, size, q, k, v, *, x=None):
         """An empty memory for `size` tokens: keys, values, and compressed ones."""
         caches.check_size(size)
-        blocks = -(-size // self.block) * (self.block // self.stride)
-        keys, values = (
+        blocks = -(-size // self.block) * (self.block // self.stride)  # one a stride
+        keys, values = (  # [B,N,K,D], [B,N,K,V]
             jnp.zeros((a.shape[0], blocks, *a.shape[2:]), jnp.float32) for a in (k, v))
         return NSAState(caches.empty(k, v, size), keys, values)
 
@@ -234,13 +234,13 @@ class NSA(nn.Module, Attention):
             last = last + (self.compress - 1)  # of block i the last token
             there = jnp.ones_like(last)  # the cache holds one sequence
             values = state.values if "compressed" in self.branches else None
-            o, chosen = compressed_blocks.read(
+            o, chosen = compressed_blocks.read(  # [B,1,H,V], [B,K,1,n]
                 q, pos, jnp.ones_like(pos), jnp.zeros_like(pos), pos // self.block,
                 Compressed(state.keys, values, last, there), self._choice(d))
             found["compressed"] = o
             slots["selected"] = of_blocks(chosen[:, :, 0], self.block, pos[:, 0])
         back = jnp.arange(self.window, dtype=jnp.int32)[None, :, None]
-        slots["window"] = jnp.broadcast_to(
+        slots["window"] = jnp.broadcast_to(  # [B,w,K]
             jnp.maximum(pos[..., None] - back, -1), (len(pos), self.window, heads))
         for name in [n for n in self.branches if n != "compressed"]:
             few, wide = caches.of_one_type(at_slots(state.cache, slots[name]), q)

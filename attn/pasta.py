@@ -97,7 +97,7 @@ class Pasta(Softmax):
         # [1,P] < [B|1,1]: j < L
         prompt = jnp.arange(inside.shape[2])[None] < jnp.reshape(length, (-1, 1))
         if self.spans == "union":
-            inside = inside.any(1, keepdims=True)
+            inside = inside.any(1, keepdims=True)  # [B,1,P]
         if self.position == "exclude":
             # log alpha for what is outside, of "official" once for each span: [B,P]
             found = (~inside).sum(1)
@@ -116,7 +116,7 @@ class Pasta(Softmax):
         return PastaState(inner, jnp.zeros((b, size), jnp.float32), steered)
 
     def _step(self, state, q, k, v, *, key_bias, **more):
-        own = self._bias(state.marks, state.steered)
+        own = self._bias(state.marks, state.steered)  # [B,H,P]
         own = own if key_bias is None else own + key_bias
         cache, o = super()._step(state.cache, q, k, v, key_bias=own, **more)
         return state._replace(cache=cache), o
@@ -125,6 +125,7 @@ class Pasta(Softmax):
         """The bias of a call [B|1,H|1,T|1,S], with that of marks [B|1,S]."""
         if marks is None:
             return bias
+        # [B|1,H,1,S]
         own = self._bias(marks, chosen(self.heads, q.shape[2])[None])[:, :, None]
         return own if bias is None else bias + own
 
@@ -170,4 +171,5 @@ def spans_of(ranges: Any, positions: int) -> jax.Array:
     """[N,P] booleans of N ranges (start, end), the end exclusive."""
     ranges = jnp.asarray(ranges, jnp.int32).reshape(-1, 2)
     at = jnp.arange(positions)[None]
+    # [1,P] against [N,1] -> [N,P]
     return (at >= ranges[:, :1]) & (at < ranges[:, 1:])

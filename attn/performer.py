@@ -101,6 +101,7 @@ class Performer(favor.Directions, nn.Module, Attention):
         found = shares(
             stored, segment, begun, chunk=self.chunk, axis=self.axis, ends=False)
         o = linear_attention(
+            # p_t = softmax_j(w_j.q'_t + z_tj), exp(log phi_j(k_t) - z_tj): [B,T,H,m]
             nn.softmax(asked + found.z), found.share, values, found.log_decay,
             segments=segments, **self._how(q))
         return o.astype(v.dtype)
@@ -160,14 +161,15 @@ class Performer(favor.Directions, nn.Module, Attention):
         if self.axis is not None:
             mesh_of(self.axis)  # raises without a mesh
         stored = jnp.moveaxis(stored, 1, -1)  # [B,H,m,S]: a softmax over keys
-        z = logsumexp(stored)[:, None]
-        share = jnp.moveaxis(weights(stored), -1, 1)
+        z = logsumexp(stored)[:, None]  # [B,1,H,m]
+        share = jnp.moveaxis(weights(stored), -1, 1)  # [B,S,H,m]
         return noncausal_attention(nn.softmax(asked + z), share, v, axis=self.axis)
 
     def _by_segment(self, asked, stored, v, q_segment, kv_segment) -> jax.Array:
         """The sums of each query's own segment: keys stand in front of the queries of
         their segment, in causal order. A query is a key that weighs nothing."""
         stored, v, kv_segment = (gather(a, self.axis) for a in (stored, v, kv_segment))
+        # a last channel of 1 tells keys from queries, where `by_segment` fills in 0
         stored = jnp.concatenate([stored, jnp.ones_like(stored[..., :1])], -1)
 
         def read(asked, stored, v, segment):
@@ -200,12 +202,14 @@ class Performer(favor.Directions, nn.Module, Attention):
             of = segments[1] if isinstance(segments, tuple) else segments
             top = largest(top, locate(of, *k.shape[:2]).segment)
         top_q = s_q.max(-1, keepdims=True)
+        # m^-1/2 is a factor of eps too, as in the benchmark's code
         factor = self.features**-0.5
         return (factor * (jnp.exp(s_q - half_q - top_q) + self.eps),
                 factor * (jnp.exp(s_k - half_k - top) + self.eps))
 
     def _code_quotient(self, q, k, v, segments) -> jax.Array:
         """Sums of values over sums of weights, of features."""
+        # [B,T,H,V+1], in the last channel the sum of weights
         o = noncausal_attention(
             q, k, beside_one(v), segments=segments, axis=self.axis)
         total = jnp.maximum(o[..., -1:], self.least)
@@ -216,6 +220,7 @@ def _logs(q, k, v, w) -> tuple[jax.Array, jax.Array, jax.Array]:
     """w.q' [B,T,H,m], which is log phi(q) but for what a query's features share, log
     phi(k) [B,S,H,m] without m^-1/2, which cancels, and v [B,S,H,V], float32."""
     copies = q.shape[2] // k.shape[2]
+    # directions are of key heads: [K,m,D] -> [H,m,D]
     asked, _ = favor.projected(q, jnp.repeat(w, copies, 0))
     s, half = favor.projected(k, w)
     stored, v = (jnp.repeat(a, copies, 2) for a in (s - half, v.astype(jnp.float32)))

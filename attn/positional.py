@@ -124,6 +124,7 @@ class Positional(nn.Module, Attention):
                 "expected scratch=0")
         pair = segments if isinstance(segments, tuple) else (segments,) * 2
         b, lengths = v.shape[0], (queries, v.shape[1])
+        # [length,H,d] at [B,T] and at [B,S]
         q, k = (self._at(table, locate(a.astype(jnp.int32), b, n).pos)
                 for table, a, n in zip(tables, pair, lengths))
         return self._exact(q, k, v, segments=segments)
@@ -149,10 +150,11 @@ class Positional(nn.Module, Attention):
         after = caches.append(state, none, v, now, now.pos)
         both, segment = caches.concat(state, none, v, now)
         pos = both.pos[..., 0]
-        k = self._at(key, jnp.maximum(pos, 0))
+        k = self._at(key, jnp.maximum(pos, 0))  # [B,C+T,H,d]
         held = both.v.astype(v.dtype)
-        held = jnp.repeat(held, q.shape[2] // held.shape[2], 2)
+        held = jnp.repeat(held, q.shape[2] // held.shape[2], 2)  # [B,C+T,H,V]
         where = Where(now.pos, pos, now.segment, segment)
+        # None is d^-0.5 of the encodings' width, not of the values'
         spec = LogitSpec(self.visible, self.scale)
         o = attend(self._at(query, now.pos), k, held, spec, where,
                    implementation=self.implementation)[0]

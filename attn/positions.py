@@ -91,7 +91,7 @@ class RoPE:
         if self.scaling == "ntk" and width > 2:
             # the slowest channel turns `factor` times slower, the fastest as before
             theta = theta * self.factor ** (width / (width - 2))
-        plain = powers(theta, width)
+        plain = powers(theta, width)  # theta^(-2m/D)
         if self.scaling in (None, "ntk", "dynamic"):
             return plain
         if self.scaling == "linear":
@@ -160,10 +160,10 @@ class RoPE:
         # (a, b) -> (a cos - b sin, a sin + b cos), in float32
         y = turned.astype(jnp.float32)
         if self.interleaved:
-            a, b = y[..., 0::2], y[..., 1::2]
+            a, b = y[..., 0::2], y[..., 1::2]  # pairs (2m, 2m + 1)
             y = jnp.stack([a * cos - b * sin, a * sin + b * cos], -1).reshape(y.shape)
         else:
-            a, b = jnp.split(y, 2, -1)
+            a, b = jnp.split(y, 2, -1)  # pairs (m, m + D/2)
             y = jnp.concatenate([a * cos - b * sin, a * sin + b * cos], -1)
         return jnp.concatenate([y.astype(x.dtype), rest], -1)
 
@@ -245,5 +245,6 @@ def harmonic(n: jax.Array) -> jax.Array:
     # the asymptotic series at n + 4, where it is exact to float32, and four steps back
     y = n + 4.5
     z = 1 / (y * y)
+    # log y + gamma + 1/(24 y^2) - 7/(960 y^4) + 31/(8064 y^6), y = n + 4 + 1/2
     far = jnp.log(y) + 0.5772156649015329 + z * (1 / 24 - z * (7 / 960 - z * 31 / 8064))
     return far - (1 / (n + 1) + 1 / (n + 2) + 1 / (n + 3) + 1 / (n + 4))

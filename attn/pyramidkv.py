@@ -39,7 +39,7 @@ class PyramidKV(Voting, Softmax):
     window: int = 64
     kernel: int = 5
     pool: str = "avg"
-    beta: int = 20
+    beta: int = 20  # the authors'
     layers: int | None = None
     layer: int = 0
     share_group: bool = True
@@ -77,7 +77,7 @@ def budgets(
 ) -> tuple[int, ...]:
     """How many keys before the window each layer keeps of a prompt of so many tokens;
     the same for all of one that is no longer than `capacity`."""
-    mean, there = capacity - window, prompt - window
+    mean, there = capacity - window, prompt - window  # C - W, S - W
     if prompt <= capacity:
         return (mean,) * layers
     # k of the last layer, and of the first, with `mean` in the mean of both

@@ -102,6 +102,7 @@ class Quest(Softmax):
     def _bounded(self, state: QuestState, k, now: TokenPositions) -> tuple:
         """low and high with new keys k [B,T,K,D]."""
         pages = state.low.shape[1]
+        # tokens that are not kept name a page outside, and are dropped
         page = jnp.where(caches.current(now), now.pos // self.page, pages)
         row = jnp.arange(k.shape[0])[:, None]
         # pages that no token had before hold zeros, which bound nothing
@@ -133,7 +134,7 @@ class Quest(Softmax):
         """U [B,H,P] float32 of queries q [B,H,D]; -inf for a page without a token."""
         b, h, d = q.shape
         heads = state.cache.k.shape[2]
-        q = q.astype(jnp.float32).reshape(b, heads, h // heads, d)
+        q = q.astype(jnp.float32).reshape(b, heads, h // heads, d)  # [B,K,G,D]
         low, high = (a.astype(jnp.float32) for a in (state.low, state.high))
         # max(q l, q h) = q h where q > 0, else q l: [B,K,G,D] x [B,P,K,D] -> [B,K,G,P]
         u = jnp.einsum("bkgd,bpkd->bkgp", jnp.maximum(q, 0), high)
@@ -153,11 +154,11 @@ class Quest(Softmax):
         best, page = jax.lax.top_k(u, many)  # [B,H,N]
         page = jnp.where(best > -jnp.inf, page, -1)[..., None]
         inside = jnp.arange(self.page, dtype=jnp.int32)
-        slot = page * self.page + inside.reshape(1, 1, 1, -1)
+        slot = page * self.page + inside.reshape(1, 1, 1, -1)  # [B,H,N,page]
         # the last page may reach past the memory
         there = (page >= 0) & (slot < state.cache.end[:, None, None, None])
         slot = jnp.where(there, slot, -1).reshape(*u.shape[:2], -1)
-        return jnp.moveaxis(slot, 1, 2)
+        return jnp.moveaxis(slot, 1, 2)  # [B,H,N page] -> [B,N page,H]
 
 
 def _clock(end: jax.Array) -> Cache:

@@ -87,6 +87,7 @@ class Razor(HeadGroups, Softmax):
 
     def init_state(self, size, q, k, v, *, x=None):
         """An empty memory for a prompt as long as q and the rest of `size` tokens."""
+        # S0 = max(4000, N / 5), N the prompt's length
         long = dataclasses.replace(self, buffer=max(
             self.buffer, int(self.share * min(q.shape[1], size))))
         return HeadGroups.init_state(long, size, q, k, v)
@@ -116,6 +117,7 @@ def head_scores(p: jax.Array, block: int) -> tuple[jax.Array, jax.Array]:
 
     def mean(seen):
         seen = jnp.where(np.broadcast_to(seen, a.shape), a, 0)
+        # over all earlier occurrences, not the last alone: [...,H,i,j] -> [...,H]
         return seen[..., block:, :].sum(-1).mean(-1)
 
     return mean(induction), mean(echo)
@@ -152,6 +154,7 @@ def scopes(wq, wk, gamma, beta, slopes, eps: float = 1e-5, scale: float = 1.0):
     """
     # |q.k| <= ||W_Q W_K^T||_2 |x_i| |x_j|, and an ALiBi bias falls by slope a token
     norm = scale * spectral_norms(wq, wk)
+    # the paper's bound of |x|^2 behind a layer norm; beta is 0 of an RMS norm
     size = (np.asarray(gamma) ** 2).sum() + (np.asarray(beta) ** 2).sum()
     return (2 * norm * size - np.log(eps)) / np.asarray(slopes)
 

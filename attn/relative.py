@@ -120,6 +120,7 @@ class Relative(nn.Module, Attention):
         # key 0 stands at the row's beginning, query 0 where this shard begins; where
         # padding may stand inside a sequence, places in the row do not count
         first = index[0, 0] if segment is None else None
+        # row reach - 1 is e_0
         distances = Distances(keys, values, self.reach - 1, first)
         return attend(
             q, k, v, self._spec, where, bias=bias, distances=distances,
@@ -127,6 +128,7 @@ class Relative(nn.Module, Attention):
 
     @property
     def _spec(self) -> LogitSpec:
+        # one scale, of q.k and of q.e
         return LogitSpec(self.visible, self.scale)
 
     def init_state(self, size, q, k, v, *, x=None):

@@ -167,10 +167,11 @@ class Retrieval(Softmax):
             return Cache(k, v, at, *held[3:])
 
         first = pos < self.sinks
-        near = put(state.near, jnp.where(
+        near = put(state.near, jnp.where(  # the last ones behind the first
             first, pos, jnp.where(pos >= cut, self.sinks + pos - cut, -1)))
         slots = state.far.k.shape[1]
         whole = caches.empty(*state.near[:2], slots)
+        # what is near is under no index, or it would count twice
         far = put(whole, jnp.where(first | (pos >= cut), -1, pos))
         (b, t, h, d), heads = q.shape, held.k.shape[2]
         width = 3 * self.degree if self.index == "graph" else 0
@@ -178,6 +179,7 @@ class Retrieval(Softmax):
         entry = jnp.zeros_like(state.entry)
         if self.index == "graph":
             some = np.unique(np.linspace(0, t - 1, min(t, self.queries)).astype(int))
+            # [B,N,K,G,D]: the queries of all heads of a group ask its graph
             asked = q[:, some].reshape(b, len(some), heads, h // heads, d)
             links, entry = jax.pure_callback(
                 self._on_host(host_search.build), (like(links), like(entry)), asked,
@@ -195,6 +197,7 @@ class Retrieval(Softmax):
         # of a sequence that has ended nothing is looked up
         entry = jnp.where(now.segment > 1, -1, state.entry)
         (b, _, h, _), far = q.shape, state.far
+        # o and lse are all that comes back: the host attends next to its keys
         answer = (jax.ShapeDtypeStruct((b, 1, h, v.shape[3]), jnp.float32),
                   jax.ShapeDtypeStruct((b, h, 1), jnp.float32))
         if self.host is None:

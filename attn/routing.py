@@ -163,7 +163,7 @@ class Routing(nn.Module, Attention):
         q, k, v, by_q, by_k, q_seg, kv_seg = (
             gather(a, self.axis) for a in (*others, q_seg, kv_seg))
         w, t = routes.window, q.shape[1]
-        q_at = k_at = routed.members(kmeans.scores(by_q, mean), w, q_seg)
+        q_at = k_at = routed.members(kmeans.scores(by_q, mean), w, q_seg)  # [B,H,C,M]
         if by_k is not None:
             k_at = routed.members(kmeans.scores(by_k, mean), w, kv_seg)
         routes = routes._replace(memory=memory)
@@ -173,6 +173,7 @@ class Routing(nn.Module, Attention):
         mine = jnp.pad(q_at, ((0, 0),) * 3 + ((0, number.size),), constant_values=t)
         found = routed.whole(
             q, k, v, mine[..., number], k_at, routes, (q_seg, kv_seg))
+        # the sum over all devices' members: [B,T,H,.] -> this shard's rows of it
         return tuple(jax.lax.psum_scatter(
             a, self.axis, scatter_dimension=1, tiled=True) for a in found)
 
@@ -184,12 +185,12 @@ class Routing(nn.Module, Attention):
             gather(a, self.axis) for a in (*others, segment))
         if segment is None:
             segment = jnp.ones(q.shape[:2], jnp.int32)
-        score = kmeans.scores(by_q, mean)
+        score = kmeans.scores(by_q, mean)  # [B,H,C,T]
         other = score if by_k is None else kmeans.scores(by_k, mean)
         lists = listed.empty(k, v, mean.shape[1], routes.window)
         _, *found = listed.prefix(
             lists, q, k, v, score, other, segment, routes._replace(memory=memory))
-        return tuple(a[:, number] for a in found)
+        return tuple(a[:, number] for a in found)  # this shard's rows
 
     def init_state(self, size, q, k, v, *, x=None) -> RoutingState:
         """An empty memory: lists of `window` members (None: size / clusters, up) a
@@ -219,7 +220,7 @@ class Routing(nn.Module, Attention):
             q, k, found = self._vectors(q, k)
             mean, memory = self._learned(found, v)
             routes = self._routes(state.lists.score.shape[-1], q, memory)
-            score = kmeans.scores(found[0], mean)
+            score = kmeans.scores(found[0], mean)  # [B,H,C,T]
             other = score if len(found) == 1 else kmeans.scores(found[1], mean)
             # the sequence that goes on has index 1
             held = state.lists._replace(segment=jnp.ones_like(state.end))

@@ -131,12 +131,12 @@ class S2(Attention):
         if self.dense:
             exact = Softmax(scale=self.scale, implementation=self.implementation)
             parts.append(exact(*heads_of(mask, q, k, v, dense=True)))
-        return jnp.concatenate(parts, 2)
+        return jnp.concatenate(parts, 2)  # dense heads are the last
 
     def _sharded(self, mask: Sharding, q, k, v):
         """The window and the shards, apart."""
         window = self._attend(q, k, v, self._near)
-        far_k, far_v = (compact(mask, a) for a in (k, v))
+        far_k, far_v = (compact(mask, a) for a in (k, v))  # [B,F,K,.]
         # queries count from 0, as blocks of a shard do
         where = Where(shift=q.shape[1] - far_k.shape[1])
         shard = self._attend(q, far_k, far_v, Behind(mask), where)
@@ -184,7 +184,7 @@ class S2(Attention):
         room = shards.room(mask, state)
         caches.check_room(now.next_pos, room)
         few_q, few_k, few_v = heads_of(mask, q, k, v, dense=False)
-        slot = shards.slots_of(mask, now, state.sharded)
+        slot = shards.slots_of(mask, now, state.sharded)  # [B,T,K]
         after = shards.append(state.sharded, few_k, few_v, now, slot)
         # worth it for long pieces, and where the memory is shorter than the text
         apart = segments is None and q.shape[1] > FEW and room > state.k.shape[1]
@@ -228,6 +228,7 @@ class S2(Attention):
         far = after._replace(k=far_k, v=far_v, pos=far_pos)
         where = Where(now.pos, far.pos)
         far, asked = caches.of_one_type(far, q)
+        # a block of the shard that is in the window too is read there, and not twice
         behind = Causal() & ~BlockCausal(self.block, self.local - 1)
         shard = self._attend(asked, far.k, far.v, behind, where)
         return output(join(found, shard)).astype(v.dtype)

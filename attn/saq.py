@@ -126,6 +126,7 @@ class SAQ(Coded, Softmax):
             return SAQState(state.steps, state.old, rest_k, rest_v, now.next_pos,
                             now.last_segment)
         blocks = quantised.blocks_of(rest, (k, v), state.end, now, n)
+        # [B,N n,K,.] -> [N,B,n,K,.], segment by segment
         whole = tuple(jnp.moveaxis(
             a.reshape(a.shape[0], -1, n, *a.shape[2:]), 1, 0) for a in blocks.rows)
 
@@ -141,7 +142,7 @@ class SAQ(Coded, Softmax):
         number = jnp.arange(whole[0].shape[0], dtype=jnp.int32)
         carry = varying((state.steps, state.old), whole, blocks.done)
         (steps, old), _ = jax.lax.scan(push, carry, (whole, number))
-        rest_k, rest_v = quantised.rest_of(blocks, n)
+        rest_k, rest_v = quantised.rest_of(blocks, n)  # [B,n,K,.]
         return SAQState(steps, old, rest_k, rest_v, now.next_pos, now.last_segment)
 
     def _pushed(self, steps, old: Pair, rows, segment) -> tuple:
@@ -159,9 +160,9 @@ class SAQ(Coded, Softmax):
 
         def put(a, new):
             many = a.shape[1] // new.shape[1]
-            wide = a.reshape(a.shape[0], many, -1, *a.shape[2:])
+            wide = a.reshape(a.shape[0], many, -1, *a.shape[2:])  # by segment
             row = jnp.arange(a.shape[0])
-            at = jnp.where(slot >= 0, slot, many)
+            at = jnp.where(slot >= 0, slot, many)  # outside: dropped
             return wide.at[row, at].set(new, mode="drop").reshape(a.shape)
 
         return tuple(after), jax.tree.map(put, old, last)

@@ -109,6 +109,7 @@ class SEA(Estimator, Attention):
         caches.check_size(size)
         b, _, h, d = q.shape
         width = v.shape[3]
+        # a convolution has the taps t - 4, t - 2 and t: four rows of history
         tail = jnp.zeros((b, 2 * h, 4, self.columns // 4), jnp.float32)
         memory = jnp.zeros((b, h, self._features(d), d + width + 1), jnp.float32)
         total = jnp.zeros((b, k.shape[2], width), jnp.float32)
@@ -146,6 +147,7 @@ class SEA(Estimator, Attention):
     def _context(self, estimate: Estimate, q, k, v, before=None, new=None):
         """The output [B,T,H,V] of rows q over all keys k, v; before [B,K',V]: the sum
         of the values before the new ones, of a stream."""
+        # without an order the authors' code scales beside a teacher only; here always
         h, scale = q.shape[2], q.shape[3] ** -0.5 if self.scale is None else self.scale
         most = estimated.most_kept(
             q.shape[1] if self.causal and before is None else k.shape[1], h,
@@ -170,6 +172,7 @@ class SEA(Estimator, Attention):
         mean = jnp.repeat(self._mean(estimate, v if new is None else new, before),
                           h // v.shape[2], 2) if self.causal else self._average(
                               estimate, v, h)
+        # gates [B,T,H,1] each, o [B,T,H,V], mean [B,T|1,H,V]
         return g[..., 1:] * g[..., :1] * o + (1 - g[..., 1:]) * mean
 
     def _mean(self, estimate: Estimate, v, before) -> jax.Array:
@@ -189,6 +192,7 @@ class SEA(Estimator, Attention):
         w = estimated.stretched(p[:, None], length, rank)[:, :, 0]  # [B,H,S]
         w = jnp.where(estimate.valid[:, None], w, 0)
         v = jnp.repeat(v.astype(jnp.float32), h // v.shape[2], 2)
+        # [B,H,S] x [B,S,H,V] -> [B,1,H,V]
         return jnp.einsum("bhs,bshv->bhv", w, v)[:, None]
 
     def distil(self, q, k, v, scores, context, *, segments=None) -> jax.Array:
@@ -206,14 +210,16 @@ class SEA(Estimator, Attention):
         rank = jnp.cumsum(valid, 1, dtype=jnp.int32) - 1
         length = estimate.length if self.causal else jnp.broadcast_to(
             valid.sum(1, dtype=jnp.int32)[:, None], valid.shape)
-        own = estimated.stretched(estimate.scores, length, rank)
+        own = estimated.stretched(estimate.scores, length, rank)  # [B,H,T,S]
         seen = jnp.broadcast_to(valid[:, None, None], (q.shape[0], 1, t, t))
         if self.causal:
             seen = seen & jnp.tril(jnp.ones((t, t), bool))[None, None]
         scale = q.shape[3] ** -0.5 if self.scale is None else self.scale
         keys = jnp.repeat(k, q.shape[2] // k.shape[2], 2)
+        # [B,T,H,D] x [B,S,H,D] -> [B,H,T,S], S = T
         dense = scale * jnp.einsum("bthd,bshd->bhts", q, keys)
         every = valid | self.count_padding
+        # the same two terms of the estimate, and of the exact logits
         both = sum(estimated.losses(s, scores, seen, valid, every, self.causal)
                    for s in (own, dense))
         o = self._context(estimate, q, k, v)

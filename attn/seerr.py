@@ -134,7 +134,7 @@ class SeerR(TokenGate, Attention):
             chosen = self._chosen(weights, after, q, now.pos[:, 0])
             # the tokens of the chosen blocks, of each key head
             few = at_slots(after.cache, of_blocks(chosen, self.block, now.pos[:, 0]))
-            few, asked = caches.of_one_type(few, asked)
+            few, asked = caches.of_one_type(few, asked)  # k [B,n block,K,D]
             segment = jnp.broadcast_to(now.segment, few.k.shape[:2])
             o = reading.read(few, segment, asked, now, LogitSpec(Causal(), self.scale),
                              implementation=self.implementation)[0]
@@ -155,7 +155,7 @@ class SeerR(TokenGate, Attention):
         found = jnp.take_along_axis(pools, done[..., None, None], 1, mode="clip")
         if self.pool_k[-1] == "avg":  # the last one, in their order
             found = found.at[..., -d:].divide(self.block)
-        gates = self._of_keys(weights, found, done * self.block)
+        gates = self._of_keys(weights, found, done * self.block)  # [B,T/block+1,K,Dg]
         done = jnp.where(whole, done, many)  # outside: dropped
         row = jnp.arange(b)[:, None]
         return pools, state.gates.at[row, done].set(gates, mode="drop")
@@ -164,13 +164,14 @@ class SeerR(TokenGate, Attention):
         """The blocks [B,K,n] that q [B,1,H,D] at pos [B] reads, the own one first."""
         # the block of the token itself [B,1,1], which is always read
         own = (pos // self.block)[:, None, None]
+        # [B,K,Dg]: one query for all heads of a group
         gate = self._of_queries(weights, q, pos[:, None], state.gates.shape[2])[:, 0]
         # [B,K,Dg] x [B,N,K,Dg] -> [B,K,N]
         s = jnp.einsum("bkd,bnkd->bkn", gate, state.gates) * self.gate_dim**-0.5
         s = jax.lax.stop_gradient(s)
         seen = jnp.arange(s.shape[2], dtype=jnp.int32)[None, None] < own
         if self.threshold is None:
-            room, least = self.budget // self.block - 1, -jnp.inf
+            room, least = self.budget // self.block - 1, -jnp.inf  # beside its own
         else:
             s = block_gate.shares(s, seen)
             room, least = self.capacity or s.shape[2], self.threshold

@@ -50,6 +50,7 @@ class Groups(Mask):
         if self.length is not None:
             return own
         seen = own | (j < self.sinks)
+        # in a decoder sinks see no later token either
         return seen & (j <= i) if self.causal_order else seen | (i < self.sinks)
 
     def _together(self, half: int, i, j):
@@ -72,6 +73,7 @@ class Groups(Mask):
             alike = alike & (a0 == a1) & (b0 == b1) & (a0 == b0)
         every = every | alike
         if self.length is not None:
+            # the first half group of shifted heads, and the end of the text
             around = (i0 < size // 2) & (j1 >= self.length - size // 2)
             return some & (j0 <= i1) | around, every & (every ^ True)
         if self.causal_order:
@@ -81,6 +83,7 @@ class Groups(Mask):
     def reach(self):
         if self.length is not None:
             return super().reach()
+        # a group begins size - 1 tokens back at most, shifted or not
         return Reach(self.size - 1, self.sinks)
 
 
@@ -135,7 +138,7 @@ class SinkLoRA(Attention):
             if tokens is None:
                 raise ValueError(
                     "SinkLoRA: group=None: expected a number of tokens for a stream")
-            size = int(tokens * self.ratio)
+            size = int(tokens * self.ratio)  # LongLoRA's group_size_ratio
             if size < 2 or size % 2:
                 raise ValueError(
                     f"SinkLoRA: a group of {size} tokens of {tokens}, ratio="

@@ -138,7 +138,7 @@ class Softmax(Attention):
             else kv_pos[:, :, heads], own if own is None else own[:, rows],
             here.kv_segment, here.head[heads],
         )
-        keys = k[:, :, heads // (q.shape[2] // k.shape[2])]
+        keys = k[:, :, heads // (q.shape[2] // k.shape[2])]  # [B,S,n,D]
         # of [B,m,n,D] and [B,S,n,D]
         s = dense.logits(q[:, rows][:, :, heads], keys, self.scale)
         s = dense.formed(s, self._spec(), few)
@@ -235,7 +235,7 @@ class Softmax(Attention):
     def _read_biased(self, cache, kv_segment, q, now, key_bias, sink=None):
         """o [B,T,H,V] and lse [B,H,T], with a bias of each key position."""
         where = Where(now.pos, cache.pos, now.segment, kv_segment)
-        bias = reading.of_slots(key_bias, cache, q.shape[2])
+        bias = reading.of_slots(key_bias, cache, q.shape[2])  # [B,H,1,C]
         # a bias does not travel with its keys: over a mesh XLA says what moves
         implementation = self.implementation if self.axis is None else "xla"
         return attend(q, cache.k, cache.v, self._spec(), where, bias=bias, sink=sink,
@@ -287,6 +287,7 @@ class Softmax(Attention):
             self._check_exchange(bias, key)
             swapped = split_axis(self.axis, self.exchange)[1]
             k, v = (spread_heads(a, q.shape[2], self.axis, swapped) for a in (k, v))
+        # q, k, v, positions, segments, heads, rows, bias, sink, key -> o
         letters = "BTHD BSKD BSKV BT BS BT BS H B " + _letters(bias) + " H . -> BTHV"
         local = functools.partial(self._local, counted)
         return over_mesh(local, letters, self.axis)(

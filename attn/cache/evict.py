@@ -62,6 +62,7 @@ def put(state: Scored, k, v, now: TokenPositions) -> Scored:
     row, head = jnp.ogrid[:k.shape[0], :slot.shape[1]]
     new = jnp.broadcast_to(now.pos, slot.shape)
     pos = pos.at[row, slot, head].set(new, mode="drop")
+    # nothing yet: what its own query gives it comes behind
     score = score.at[row, slot, head].set(0, mode="drop")
     return Scored(Cache(keys, vals, pos, now.next_pos, now.last_segment), score)
 
@@ -74,7 +75,7 @@ def drop_one(state: Scored, importance: jax.Array, budget: int) -> Scored:
     least = (importance == importance.min(1, keepdims=True)) & (pos >= 0)
     # of equal ones the one at the greatest position
     gone = jnp.argmax(jnp.where(least, pos, -1), 1)[:, None]  # [B,1,K|1]
-    many = (pos >= 0).sum(1, keepdims=True) > budget
+    many = (pos >= 0).sum(1, keepdims=True) > budget  # [B,1,K|1]
     here = jnp.arange(pos.shape[1])[None, :, None] == gone
     pos = jnp.where(here & many, -1, pos)
     return state._replace(cache=state.cache._replace(pos=pos))
@@ -191,5 +192,6 @@ class Evicting:
         both, segment = caches.concat(state.cache, k, v, now)
         o = self.read(both, segment, q, now, sink=sink)
         got = jax.lax.stop_gradient(self.watched(both, segment, q, now, sink))
+        # [B,C+T,K|1]: new slots have received nothing yet
         score = jnp.pad(state.score, [(0, 0), (0, q.shape[1]), (0, 0)])
         return Scored(caches.only_current(both, segment), score), o, got

@@ -96,6 +96,7 @@ def by_head(flat: Flat) -> Cache:
     row, own = flat.tokens.reshape(b, -1), flat.heads.reshape(b, -1)
     # [B,C K,1] == [1,1,K] -> [B,C K,K]
     pos = jnp.where(own[..., None] == _numbers(heads)[None], row[..., None], -1)
+    # [B,C,K,.] -> [B,C K,1,.] -> [B,C K,K,.]
     k, v = (jnp.broadcast_to(a.reshape(b, c * heads, 1, -1), (b, c * heads, heads,
             a.shape[3])) for a in (flat.k, flat.v))
     return Cache(k, v, pos, flat.end, flat.segment)
@@ -108,7 +109,7 @@ def keep(flat: Flat, kept: jax.Array, slots: int) -> Flat:
     pos = flat.pos.reshape(b, -1)
     # what is not kept stands behind all others
     late = jnp.where(kept.reshape(b, -1) & (pos >= 0), pos, FOREVER)
-    at = jnp.argsort(late, axis=1)[:, :slots * heads]
+    at = jnp.argsort(late, axis=1)[:, :slots * heads]  # [B,slots K] or fewer
     more = slots * heads - at.shape[1]
     there = jnp.take_along_axis(late, at, 1)
     pos = jnp.where(there < FOREVER, there, -1)
@@ -159,7 +160,7 @@ def read(
     spec = dataclasses.replace(
         spec, mask=OfHead(spec.mask, heads, q.shape[2] // heads), score=score)
     one = _one_head(flat)
-    segment = jnp.ones(one.k.shape[:2], jnp.int32)
+    segment = jnp.ones(one.k.shape[:2], jnp.int32)  # [B,C K]
     if q.shape[1] == 1:
         segment = jnp.broadcast_to(now.segment, segment.shape)
     return reading.read(one, segment, q, now, spec, **how)

@@ -55,7 +55,7 @@ class MaskOfHeads(Mask):
         return self.mask(true_head(h, self.heads), i, j)
 
     def bounds(self, i, j):
-        return self.mask.bounds(i, j)
+        return self.mask.bounds(i, j)  # they hold for every head
 
     def reach(self):
         return self.mask.reach()
@@ -237,8 +237,8 @@ class HeadGroups:
             own, o = attention.step(
                 own, q[:, :, asked], k[:, :, at], v[:, :, at], **given)
             states.append(own)
-            outs.append(o)
+            outs.append(o)  # [B,T,H',V] of this group
             order.append(asked)
         # from the order of groups to that of heads
         back = np.argsort(np.concatenate(order))
-        return Grouped(*states), jnp.concatenate(outs, 2)[:, :, back]
+        return Grouped(*states), jnp.concatenate(outs, 2)[:, :, back]  # [B,T,H,V]

@@ -48,9 +48,10 @@ class HostKeys:
     def put(self, *arrays: Any) -> int:
         """Stores copies of the arrays -> their number, 1 or more."""
         number = next(self._numbers)
+        # copies: a runtime may take back what it lends to a callback
         self._held[number] = tuple(np.array(a) for a in arrays)
         if self.rows is not None and len(self._held) > self.rows:
-            del self._held[min(self._held)]
+            del self._held[min(self._held)]  # numbers rise: the oldest
         return number
 
     def get(self, number: int) -> tuple[np.ndarray, ...]:
@@ -74,4 +75,5 @@ class HostKeys:
 
     def end(self, ticket: int) -> Any:
         """The result of `begin`, once; what it raised is raised here."""
+        # taken out, so that answers do not pile up
         return self._asked.pop(int(ticket)).result()

@@ -38,6 +38,7 @@ def build(how: Search, q, k, pos, real):
     entry = np.zeros((b, heads), np.int32)
     for row, head in np.ndindex(b, heads):
         at = np.nonzero(pos[row] >= 0)[0]
+        # [N G,D]: all heads of the group
         asked = q[row, real[row], head].reshape(-1, d).astype(np.float32)
         if not len(at) or not len(asked):
             continue
@@ -45,6 +46,7 @@ def build(how: Search, q, k, pos, real):
             k[row, at, head].astype(np.float32), asked, degree=how.degree,
             neighbours=how.neighbours, beam=how.beam)
         own = graph.links
+        # the graph numbers far keys: back to slots
         links[row, head, at] = np.where(own >= 0, at[own], -1)
         entry[row, head] = at[graph.entry]
     return links, entry
@@ -66,6 +68,7 @@ def read(how: Search, q, k, v, pos, links, entry):
             continue
         # [n,D] [D], of the n keys that were found; then [n] [n,V]
         s = scale * (k[row, at, own].astype(np.float32) @ asked)
+        # lse is of scaled logits, while the index goes by q.k as it is
         top = s.max()
         e = np.exp(s - top)
         o[row, 0, head] = e @ v[row, at, own].astype(np.float32) / e.sum()

@@ -33,7 +33,7 @@ def row_weights(
     segment indices kv_segment [B,C]; rows that see nothing are 0."""
     where = Where(now.pos, cache.pos, now.segment, kv_segment)
     here = dense.everywhere(where, q, cache.k)
-    s = dense.formed(dense.logits(q, cache.k, spec.scale), spec, here)
+    s = dense.formed(dense.logits(q, cache.k, spec.scale), spec, here)  # [B,H,T,C]
     return dense.weights(s, dense.allowed(spec.mask, here), sink)
 
 
@@ -63,6 +63,7 @@ def read(
 
     def xla():
         p = row_weights(q, cache, kv_segment, now, spec, sink)
+        # [B,T,H,V], and [B,C,K,G] -> [B,C,K]
         return dense.values(p, cache.v), by_group(p, heads).sum(3)
 
     tpu, gpu = (functools.partial(kernel, name) for name in ("tpu", "triton"))
@@ -82,6 +83,7 @@ def received(
     size = -(-t // parts // TILE) * TILE if parts > 1 else t
     total = jnp.zeros((*cache.k.shape[:2], cache.k.shape[2]), jnp.float32)
     for at in range(0, t, size):
+        # the last T slots are the piece: behind `end` these rows see nothing
         rows, end = slice(at, min(at + size, t)), slots - t + min(at + size, t)
         early = cache._replace(**{name: getattr(cache, name)[:, :end] for name in (
             "k", "v", "pos")})
@@ -118,7 +120,7 @@ def last_queries(q, now: TokenPositions, many: int = 1) -> tuple:
     where they stand, with segment 0 for what is not there."""
     mine = current(now)
     index = jnp.where(mine, jnp.arange(q.shape[1]), -1)
-    last, _ = jax.lax.top_k(index, min(many, q.shape[1]))
+    last, _ = jax.lax.top_k(index, min(many, q.shape[1]))  # the latest first
     last = last[:, ::-1]  # in order
     at = jnp.maximum(last, 0)
     pos, segment = (jnp.take_along_axis(a, at, 1) for a in (now.pos, now.segment))

@@ -19,8 +19,9 @@ def probe(h: jax.Array, real: jax.Array | None = None) -> tuple[jax.Array, jax.A
     mean = own.sum(1) / jnp.maximum(n, 1)
     gap = jnp.where(real[..., None], (h - mean[:, None]) ** 2, 0)
     s2 = gap.sum(1) / jnp.maximum(n - 1, 1)  # unbiased
+    # dev_id = (h_id - mu_d)^2 / (s2_d + mean_d(s2) / 100)
     total = s2 + s2.mean(1, keepdims=True) / 100
-    dev = (gap / jnp.where(total > 0, total, 1)[:, None]).mean(2)
+    dev = (gap / jnp.where(total > 0, total, 1)[:, None]).mean(2)  # beta [B,T]
     # of one token, or of equal ones, the mean
     even = real.astype(jnp.float32) / jnp.maximum(n, 1)
     whole = dev.sum(1, keepdims=True)
@@ -32,8 +33,8 @@ def probe(h: jax.Array, real: jax.Array | None = None) -> tuple[jax.Array, jax.A
 def represented(k: jax.Array, score: jax.Array, many: int) -> jax.Array:
     """z [...,N,H D]: the mean of the `many` keys with the greatest score, by head, of
     blocks k [...,N,H,b,D] with scores [...,N,H,b]."""
-    _, best = jax.lax.top_k(score, many)
-    z = jnp.take_along_axis(k, best[..., None], -2).mean(-2)
+    _, best = jax.lax.top_k(score, many)  # [...,N,H,many]
+    z = jnp.take_along_axis(k, best[..., None], -2).mean(-2)  # [...,N,H,D]
     return z.reshape(*z.shape[:-2], -1)
 
 
@@ -117,6 +118,7 @@ def running(state: Running | None, h: jax.Array, most: int = 1000) -> tuple:
         state = Running(mean, h.var(0, ddof=1), 1)
     else:
         c = min(state.windows, most)
+        # s2 <- (s2 (c - 1/n) + v + (u - mu)^2 / (1 + 1/c)) / (c + 1 - 1/n)
         gap = (mean - state.mean) ** 2 / (1 + 1 / c)
         var = state.var * (c - 1 / n) + h.var(0) + gap
         state = Running((state.mean * c + mean) / (c + 1), var / (c + 1 - 1 / n),

@@ -47,7 +47,7 @@ def check_bits(name: str, bits: int, group: int, word: int = 32) -> None:
 def quantise(x: jax.Array, bits: int, group: int, axis: int, word: int = 32) -> Codes:
     """x as codes, over groups of `group` entries of `axis`; rounds half to even."""
     axis = axis % x.ndim
-    wide = _grouped(x.astype(jnp.float32), group, axis)
+    wide = _grouped(x.astype(jnp.float32), group, axis)  # [...,N/group,group,...]
     low = wide.min(axis + 1, keepdims=True)
     scale = (wide.max(axis + 1, keepdims=True) - low) / (2**bits - 1)
     # what is constant has scale 0: its codes are 0, whatever they are divided by
@@ -127,6 +127,7 @@ def int4(x: jax.Array, group: int) -> Codes:
     [...,X/2]; scale and least value [...,X/group] in float16; halves round up."""
     wide = _grouped(x.astype(jnp.float32), group, x.ndim - 1)
     low = wide.min(-1, keepdims=True)
+    # 1e-8 is 0 in float16: a group of one value comes back as that value
     scale = (wide.max(-1, keepdims=True) - low) / 15 + 1e-8
     # x - low is never negative
     code = jnp.clip(jnp.floor((wide - low) / scale + 0.5), 0, 15).astype(jnp.uint8)
@@ -138,8 +139,9 @@ def int4(x: jax.Array, group: int) -> Codes:
 def from_int4(codes: Codes, group: int) -> jax.Array:
     """What codes of `int4` stand for [...,X], in float16 throughout."""
     high, low = jnp.right_shift(codes.code, 4), codes.code & jnp.uint8(15)
-    code = jnp.stack([high, low], -1)
+    code = jnp.stack([high, low], -1)  # [...,X/2,2]
     code = code.reshape(*codes.code.shape[:-1], -1, group).astype(jnp.float16)
+    # by what is stored, in float16: no exact inverse of `int4`
     x = code * codes.scale[..., None] + codes.least[..., None]
     return x.reshape(*codes.code.shape[:-1], -1)
 

@@ -95,6 +95,7 @@ def after(
     mine = (fresh.segment == newest) & (fresh.number >= 0)
     place = TokenPositions(
         fresh.number, jnp.where(mine, fresh.segment, 0), now.next_pos, now.last_segment)
+    # the region of block n is in slot n
     cache = caches.append(
         cache, fresh.k, fresh.v, place, jnp.where(mine, fresh.number, -1))
     # the tokens of the block that is not complete yet
@@ -112,6 +113,7 @@ def after(
 def empty_spans(size: int, q, k, v) -> SpansState:
     """A memory for `size` tokens."""
     b, _, h, d = q.shape
+    # floor(log2 T) + 1 spans, one for each bit of a length
     cache, high = caches.empty(k, v, size), max(size.bit_length(), 1)
     own_q, own_k, own_v = (
         jnp.zeros((b, high, h, n), jnp.float32) for n in (d, d, v.shape[3]))
@@ -136,8 +138,9 @@ def through(
         counter, o = spans.step(counter, k, v, new_q, pos, real, scale)
         return (k, v, counter), o
 
+    # [B,T,...] -> [T,B,...]
     given = tuple(jnp.moveaxis(a, 1, 0) for a in (q, k, v, now.pos, now.segment))
     carry = state.k, state.v, state.counter
     (k, v, counter), o = jax.lax.scan(token, *varying((carry, given)))
     state = SpansState(k, v, counter, now.next_pos, now.last_segment)
-    return state, jnp.moveaxis(o, 0, 1)
+    return state, jnp.moveaxis(o, 0, 1)  # [T,B,H,V] -> [B,T,H,V]

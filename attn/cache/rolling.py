@@ -90,7 +90,7 @@ class Rolling:
         # as many tokens have gone as came beyond sinks + window
         shift = jnp.maximum(end - self.budget, 0)
         # a sequence that began with this piece, of an index above 1, was not cut
-        moved = based(cache.pos, shift, self.sinks)
+        moved = based(cache.pos, shift, self.sinks)  # [B,C,1]
         moved = jnp.where(segment[..., None] > 1, cache.pos, moved)
         pos = based(now.pos[..., None], shift, self.sinks)[..., 0]
         pos = jnp.where(now.segment > 1, now.pos, pos)
@@ -111,7 +111,7 @@ def based(pos: jax.Array, shift: jax.Array, sinks: int) -> jax.Array:
 def rerotated(k: jax.Array, pos: jax.Array, rope: Any) -> jax.Array:
     """Keys k [B,C,K,D] that were rotated at pos [B,C,K|1], -1 for none, as if they had
     been at 0, 1, ... in the order in which they lie (re-rotation, as in kvpress)."""
-    slot = jnp.arange(pos.shape[1], dtype=pos.dtype)[None, :, None]
+    slot = jnp.arange(pos.shape[1], dtype=pos.dtype)[None, :, None]  # [1,C,1]
     # rotations add up: from pos by slot - pos to slot
     return rope.rotate(k, jnp.where(pos < 0, 0, slot - pos))
 

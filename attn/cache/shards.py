@@ -72,14 +72,16 @@ def slots_of(mask: Sharding, now: TokenPositions, cache: Cache) -> jax.Array:
     takes it, or it is of no use."""
     window, (slots, heads) = mask.block * mask.local, cache.k.shape[1:3]
     pos = now.pos[..., None]  # [B,T,1]
-    stays = pos >= now.next_pos[:, None, None] - window
+    stays = pos >= now.next_pos[:, None, None] - window  # [B,T,1]
     near = jnp.where(stays, pos % window, -1)
     if slots <= window:
         return jnp.broadcast_to(near, (*now.pos.shape, heads))
     number = pos // mask.block
+    # [B,T,K]: block r, r + stride, ... of the head
     mine = number % mask.stride == jnp.asarray(first_blocks(mask, heads))[None, None]
     # block r + stride m of the text is block m of the shard, behind the window
     at = window + number // mask.stride * mask.block + pos % mask.block
+    # what is of the shard stays for good, all else as long as the window has it
     return jnp.where(mine, at, near)
 
 

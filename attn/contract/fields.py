@@ -47,6 +47,7 @@ def check_fields(
         _check_type(f"{name}: {field.name}", str(field.type), value)
         if value is None or isinstance(value, bool):
             continue
+        # infinity may be allowed, a NaN never is
         if isinstance(value, numbers.Real):
             finite = math.isfinite(value) or field.name in infinite
             _refuse(finite and value == value, name, field.name, value,

@@ -69,7 +69,7 @@ def _check(attention: Any, state: Any, tokens: tuple, x: Any) -> None:
     def empty(size: int) -> Any:
         return jax.eval_shape(lambda: attention.init_state(size, q, k, v, x=x))
 
-    one, far = empty(1), empty(FAR)
+    one, far = empty(1), empty(FAR)  # of shapes alone
     if type(state) is not type(one):
         name = type(one).__name__
         article = "an" if name[0] in "AEIOU" else "a"

@@ -163,6 +163,7 @@ def by_tiles(made: Callable, rows: jax.Array, tile: int, of: Callable | None) ->
     filled = jnp.pad(rows, (0, count * tile - m), constant_values=-1)
 
     def one(own):
+        # [B,n,tile,S]
         p = jnp.where((own >= 0)[None, None, :, None], made(jnp.maximum(own, 0)), 0)
         return p if of is None else of(p)
 

@@ -40,12 +40,13 @@ def by_group(s: jax.Array, q_pos: jax.Array, kv_pos: jax.Array, size: int) -> Gr
     """The groups of a tile's logits s [B,K,G,bq,bk], -inf where hidden; q_pos
     [...,bq,1] and kv_pos [...,1,bk] broadcast against them."""
     cut = s.reshape(*s.shape[:-1], -1, size)  # [B,K,G,bq,n,size]
-    gate = cut[..., -1]
+    gate = cut[..., -1]  # [B,K,G,bq,n]
+    # of the last key no value is ever read
     text = jnp.where(jnp.arange(size) == size - 1, NEVER, cut)
     peak = text.max(-1, keepdims=True)
     e = exp_below(text, jnp.where(peak > NEVER, peak, 0))
     l = e.sum(-1, keepdims=True)
-    own = q_pos // size == kv_pos[..., ::size] // size
+    own = q_pos // size == kv_pos[..., ::size] // size  # [...,bq,n]
     # a group is its own queries' until its gate has passed: none of it is hidden there
     c = jnp.where(own, (peak + jnp.log(l))[..., 0], gate)
     return Groups(c, e / jnp.where(l > 0, l, 1), own)
@@ -64,7 +65,7 @@ def pulled(groups: Groups, share: jax.Array, p: jax.Array, dp: jax.Array,
     each = (p * dp).reshape(groups.inside.shape)
     total, part = each.sum(-1), share * delta  # [...,bq,n]
     text = each - groups.inside * jnp.where(groups.own, part, total)[..., None]
-    gate = jnp.where(groups.own, 0, total - part)[..., None]
+    gate = jnp.where(groups.own, 0, total - part)[..., None]  # [...,bq,n,1]
     last = jnp.arange(each.shape[-1]) == each.shape[-1] - 1
     return _flat(jnp.where(last, gate, text))
 

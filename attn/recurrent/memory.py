@@ -201,7 +201,7 @@ def _run(
         if passes.member.shape[0] == 1:
             return step(memory, jax.tree.map(lambda a: a[0], passes))
         memory, o = jax.lax.scan(step, memory, passes)
-        return memory, o.sum(0)
+        return memory, o.sum(0)  # [P,B,H,c,V]: each token is in one pass
 
     x = tokens, segment, passes
     memory, o = jax.lax.scan(piece, varying(first, x, anew, fixed), x)
@@ -221,6 +221,7 @@ def _pass(rule: Rule, memory: Memory, tokens: Tokens, segment, masks: Passes,
     if masks.new is not None:
         z = choose(masks.new, anew, z)
         s = None if s is None else choose(masks.new, jax.tree.map(jnp.zeros_like, s), s)
+    # gradients are taken at t', where the chunk begins (Titans, equations 16-18)
     if frozen is None:
         at = z
     else:
@@ -233,7 +234,7 @@ def _pass(rule: Rule, memory: Memory, tokens: Tokens, segment, masks: Passes,
     # Z_t; and Z and S at its end
     pairs = pair_weights(tokens, seen)
     factors = written(rule, at, fixed, tokens, pairs)
-    o = read(rule, z, s, at, fixed, factors, tokens, pairs)
+    o = read(rule, z, s, at, fixed, factors, tokens, pairs)  # [B,H,c,V]
     z, s = left(z, s, factors, tokens, pairs)
     return Memory(z, s, frozen), only(member[..., None], o)
 

@@ -66,6 +66,7 @@ def fused(rule: Rule, q, k, v, gates: Any, initial: jax.Array, chunk: int, dtype
     weights = jnp.broadcast_to(initial[None], (b, q.shape[2], d, width))
     error: Any = rule.error
     q, k, v = (a.astype(dtype) for a in (q, k, v))
+    # Z and S [B,H,D,V], o [B,T,H,V]; S_0 = 0
     after, run, o = memory(
         q, k, v, numbers_of(gates, chunk), weights, jnp.zeros_like(weights),
         factor=error.factor, backend=backend, interpret=interpreted())
@@ -80,7 +81,7 @@ def numbers_of(gates: Any, c: int) -> Numbers:
         return None if a is None else to_chunks(a[..., None], c)[..., 0]
 
     none: Any = None
-    step, keep, run, _, applied = map(cut, gates)
+    step, keep, run, _, applied = map(cut, gates)  # [N,B,H,c]; l2 has no delta
     tokens = Tokens(none, none, none, step, keep, run, None, applied)
     n, t = step.shape[0], gates.step.shape[1]
     member = (jnp.arange(n * c) < t).reshape(n, 1, c)

@@ -170,7 +170,7 @@ class MemoryAttention(nn.Module, Attention):
         segment, low = now.segment if packed else None, v.dtype
         memory, tails = None, None
         if state is not None:
-            memory, tails = state.memory, state[1:4]
+            memory, tails = state.memory, state[1:4]  # of q, k, v
         (h, d), width = q.shape[2:], v.shape[3]
         rule = self.rule(d, width)
         tails, (q, k, v) = self.short_arrays((q, k, v), tails, segment, axis)
@@ -201,7 +201,7 @@ class MemoryAttention(nn.Module, Attention):
         """Gates of each chunk's first token for all of it, and those of the chunk that
         has begun. (The mean of a chunk would tell its first tokens of later ones.)"""
         t = now.pos.shape[1]
-        begins = (now.segment > 0) & (now.pos % self.chunk == 0)
+        begins = (now.segment > 0) & (now.pos % self.chunk == 0)  # [B,T]
         # where the token's chunk begins in the row; -1: it began before
         at = jnp.where(begins, jnp.arange(t, dtype=jnp.int32)[None], -1)
         at = jax.lax.cummax(at, axis=1)[..., None]  # [B,T,1]
@@ -214,7 +214,7 @@ class MemoryAttention(nn.Module, Attention):
             # [B,T,H] at [B,T,1]
             own = jnp.take_along_axis(a, jnp.maximum(at, 0), 1)
             before = 0.0 if state is None else state.gates[name][:, None]
-            found = jnp.where(at < 0, before, own)
+            found = jnp.where(at < 0, before, own)  # [B,T,H]
             begun[name] = found[:, -1]
             return found
 

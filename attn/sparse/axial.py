@@ -24,7 +24,7 @@ from attn.exact.online import OnlineSoftmax, join, output, state_of
 from attn.masks import Causal, Full, Mask, Window
 
 OTHERS = ~Window(0, 0)  # all but its own place
-ABOVE = Causal() & OTHERS
+ABOVE = Causal() & OTHERS  # strictly: a token is in its row already
 
 
 def attend(
@@ -33,7 +33,7 @@ def attend(
 ) -> jax.Array:
     """o [B,T,H,V] of q [B,T,H,D], k [B,T,H,D], v [B,T,H,V] in rows of `length`."""
     (b, t), rows = q.shape[:2], -(-q.shape[1] // length)
-    q, k, v = (_grid(a, length) for a in (q, k, v))
+    q, k, v = (_grid(a, length) for a in (q, k, v))  # [B,R,C,H,.]
     read = functools.partial(_read, scale, implementation)
     columns, lines = _along(1), _along(2)
     # the own row up to the token, and the own column above it
@@ -54,7 +54,7 @@ def attend(
                 (a[:, :, ::-1] if flip else a) for a in
                 (far_k, far_v, jnp.broadcast_to(there[None, None], (b, rows, length))))
             state = join(state, read(columns, q, far_k, far_v, ABOVE, there))
-    o = output(state)
+    o = output(state)  # [B,R,C,H,V]
     return o.reshape(b, -1, *o.shape[3:])[:, :t]
 
 
@@ -140,8 +140,10 @@ def _read(
 def _running(read, along, axis: int, q, k, v) -> tuple[jax.Array, jax.Array]:
     """Key and value [B,R,C,H,.] of what is before each place along the axis."""
     top_q, top_k = (jax.lax.cummax(a, axis=axis) for a in (q, k))
+    # v_r: what the maximum of all queries so far finds in the keys so far
     value = output(read(along, top_q, k, v, Causal())).astype(v.dtype)
 
+    # one place on: the zeros at the first one are hidden by who reads them
     def before(a):
         widths = [(1, 0) if n == axis else (0, 0) for n in range(a.ndim)]
         return jax.lax.slice_in_dim(jnp.pad(a, widths), 0, a.shape[axis], axis=axis)

@@ -110,9 +110,10 @@ def grid(
     if packed:
         # every sequence may leave one block half empty
         blocks += min(t, max(blocks - spare, SEQUENCES)) * (-(-(lead + 1) // size))
-    at, need = jax.vmap(lambda s: _slots(s, size, lead))(segment)
+    at, need = jax.vmap(lambda s: _slots(s, size, lead))(segment)  # [B,T], [B]
     full = need > blocks
     at = jnp.where((segment > 0) & (at < blocks * size), at, blocks * size)
+    # `_put` leaves 0 where nothing is put: pos is shifted, so that this is -1
     pos, segment = (
         _put(at, blocks * size, a + shift) - shift
         for a, shift in ((pos, 1), (segment, 0)))
@@ -131,7 +132,7 @@ def _slots(segment: jax.Array, size: int, lead: int) -> tuple[jax.Array, jax.Arr
     earlier = jnp.concatenate([jnp.zeros(1, jnp.int32), start[:-1]])
     # at the first token of a sequence: the blocks of the one before it
     closed = jnp.where(begins & (time > 0), -(-(time - earlier + lead) // size), 0)
-    first = jnp.cumsum(closed)
+    first = jnp.cumsum(closed)  # the block in which its sequence begins [T]
     slot = first * size + lead + time - start
     return slot, jnp.where(real, slot // size + 1, 0).max()
 

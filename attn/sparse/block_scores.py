@@ -62,6 +62,7 @@ def by_pair(columns: jax.Array, ends: jax.Array) -> jax.Array:
     """The sum of what its column and its diagonal have, for each pair [...,n,n]."""
     n = columns.shape[-1]
     far = jnp.arange(n)[:, None] - jnp.arange(n)[None]
+    # [...,1,n] + [...,n,n]
     return columns[..., None, :] + ends[..., jnp.clip(n - 1 - far, 0, n - 1)]
 
 
@@ -77,7 +78,7 @@ def mean_keys(k: jax.Array, block: int) -> jax.Array:
     b, s, heads, d = k.shape
     n = -(-s // block)
     k = jnp.pad(k.astype(jnp.float32), ((0, 0), (0, n * block - s), (0, 0), (0, 0)))
-    sums = k.reshape(b, n, block, heads, d).sum(2)
+    sums = k.reshape(b, n, block, heads, d).sum(2)  # [B,n,K,D]
     there = jnp.minimum(s - jnp.arange(n) * block, block).astype(jnp.float32)
     return sums / there[None, :, None, None]
 
@@ -92,4 +93,5 @@ def root_divergence(a: jax.Array, b: jax.Array) -> jax.Array:
         ratio = jnp.where(some, p, 1) / jnp.where(some, m, 1)
         return (p * jnp.log(ratio)).sum(-1)
 
+    # of equals rounding may leave less than 0
     return jnp.sqrt(jnp.maximum((kl(a) + kl(b)) / 2, 0))

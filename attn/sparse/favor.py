@@ -46,6 +46,7 @@ def projected(x: jax.Array, w: jax.Array) -> tuple[jax.Array, jax.Array]:
     difference is the logarithm of a feature; w [m,D], or [H,m,D] of each head."""
     x = x.astype(jnp.float32) * x.shape[-1] ** -0.25
     # exponentiated: their absolute error counts
+    # [B,T,H,D] x [m,D] or [H,m,D] -> [B,T,H,m]
     s = jnp.einsum(
         "bthd,md->bthm" if w.ndim == 2 else "bthd,hmd->bthm", x, w,
         precision=jax.lax.Precision.HIGHEST)
@@ -61,7 +62,9 @@ def softmax_features(
     s, half = projected(x, w)
     if real is not None:
         s = jnp.where(real[..., None, None], s, -jnp.inf)
+    # a constant: but for the 1e-4 beside it, it cancels in the quotient
     top = jax.lax.stop_gradient(s.max(over, keepdims=True))
+    # where all is padding: exp(-inf - 0) = 0, and not -inf - -inf
     top = jnp.where(jnp.isfinite(top), top, 0)
     found = w.shape[0] ** -0.5 * (jnp.exp(s - half - top) + 1e-4)
     return found if real is None else jnp.where(real[..., None, None], found, 0)

@@ -32,12 +32,12 @@ class PromptGate(nn.Module):
     def _weights(self: Any, d: int, h: int, heads: int) -> tuple[Any, jax.Array]:
         """The projections of the gate: of queries, or None, and of keys."""
         double = self.double or len(self.pool_q) > 1 or self.gate_dim != d
-        init = nn.initializers.normal(0.02)
+        init = nn.initializers.normal(0.02)  # the models' initializer_range
         of = functools.partial(self.param, init_fn=init)
         of_q = None
         if double:
             of_q = of("gate_q", shape=(h, len(self.pool_q) * d, self.gate_dim))
-        of_k = of("gate_k", shape=(
+        of_k = of("gate_k", shape=(  # [K|H,c D,Dg]
             heads if double else h, len(self.pool_k) * d, self.gate_dim))
         return of_q, of_k
 
@@ -83,7 +83,7 @@ class PromptGate(nn.Module):
         now = locate(None, 1, q.shape[1])
         q, k = (jax.lax.stop_gradient(self._turned(a, now.pos)) for a in (q, k))
         p = block_gate.block_maxima(q, k, self.block, self.scale)
-        return p / p.sum(-1, keepdims=True)
+        return p / p.sum(-1, keepdims=True)  # of a causal row never 0
 
     def loss(self: Any, q, k) -> jax.Array:
         """The divergence of the gate from `target`, a number: the mean over all pairs
@@ -124,5 +124,6 @@ class PromptGate(nn.Module):
 
     def _most(self: Any, n: int) -> np.ndarray:
         """How many blocks a row of a sequence of 0, 1, ..., n blocks reads."""
+        # of n columns: so `ratio` is the share of the causal triangle
         share = 1 - math.sqrt(1 - self.ratio)
         return np.array([max(int(share * i), 1) for i in range(n + 1)], np.int32)

@@ -53,9 +53,11 @@ def pooled(
         if there is None:
             return a.max(2)
         top = jnp.where(there[..., None, None], a, -jnp.inf).max(2)
+        # of no token 0, as what -inf is multiplied with is no number
         return jnp.where(there.any(-1)[..., None, None], top, 0)
 
     # [B,n,H,D] x [B,n,j,H,D] -> [B,n,H,j]
+    # scaled once: the maximum of s q is s times that of q, as s > 0
     s = jnp.einsum("bnhd,bnjhd->bnhj", most(q), k) * scale
     p = weights(s, None if there is None else there[:, :, None])
     # [B,n,H,j] x [B,n,j,H,V] -> [B,n,H,V]
@@ -74,7 +76,7 @@ def regular(row: Tokens, block: int, scale: float) -> Regions:
 
     there = cut(jnp.ones_like(row.pos, bool))
     k, v = pooled(cut(row.q), cut(row.k), cut(row.v), scale, there)
-    number = row.pos[:, ::block] // block
+    number = row.pos[:, ::block] // block  # [B,n]
     return Regions(k, v, number, jnp.ones_like(number))
 
 
@@ -86,6 +88,7 @@ def complete(row: Tokens, block: int, scale: float, partly: bool = False) -> Reg
     end = (row.pos % block == block - 1) & (segment > 0)
     most = t // block
     if partly:
+        # a sequence's last token ends a block too, wherever it stands in it
         following = jnp.concatenate(
             [segment[:, 1:], jnp.zeros_like(segment[:, :1])], 1)
         end, most = end | ((segment > 0) & (segment != following)), t

@@ -84,6 +84,7 @@ def whole(
         return jax.vmap(lambda a, at: a[at])(segment, at).reshape(n, -1)
 
     asked = rows(q, q_at)
+    # compared by position: ranks in the lists would leak where q's and k's differ
     where = Where(
         q_at.reshape(n, -1), jnp.where(k_at < s, k_at, -1).reshape(n, -1),
         ids(segments[0], q_at), ids(segments[1], k_at),
@@ -98,13 +99,14 @@ def whole(
     if routes.alone:
         own = rows(v, q_at).astype(jnp.float32)
         o = jnp.where(state.l[..., None] > 0, o, own)
-    o = o.reshape(*q_at.shape, -1)
+    o = o.reshape(*q_at.shape, -1)  # [B,H,C,M,V]
     # what names no token is dropped
     add = jax.vmap(jax.vmap(lambda at, o: jnp.zeros((t, o.shape[-1])).at[at].add(
         o, mode="drop")))
-    flat = q_at.reshape(b, h, -1)
+    flat = q_at.reshape(b, h, -1)  # [B,H,C M]
     # the sum of what a token's clusters say, and beside it of how many
     both = jnp.concatenate([o, jnp.ones_like(o[..., :1])], -1)
+    # [B,H,C M,V+1] at [B,H,C M] -> [B,T,H,V+1]
     both = add(flat, both.reshape(b, h, -1, both.shape[-1])).swapaxes(1, 2)
     return both[..., :-1], both[..., -1]
 
@@ -124,6 +126,6 @@ def _remembered(asked, routes: Routes, b, h, clusters) -> OnlineSoftmax:
     m = jax.lax.stop_gradient(s.max(-1))
     p = exp_below(s, m[..., None])
     acc = jnp.einsum("bhcmn,hcnv->bhcmv", p, values)
-    shape = b * h * clusters, -1, 1
+    shape = b * h * clusters, -1, 1  # [B H C,M,1]
     return OnlineSoftmax(
         m.reshape(shape), p.sum(-1).reshape(shape), acc.reshape(*shape, acc.shape[-1]))

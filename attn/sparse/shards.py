@@ -60,6 +60,7 @@ class Behind(Mask):
     def __call__(self, h, i, x):
         s = self.shards
         first = -(h // s.group * s.step + s.offset) % s.stride
+        # at least `local` blocks before the query's
         return x // s.block * s.stride + first + s.local <= i // s.block
 
     def bounds(self, i, x):
@@ -110,6 +111,7 @@ def forgets(blocks: np.ndarray) -> bool:
     """Whether a cache may drop blocks: what a query block of a causal pattern [H,M,N]
     does not see behind its own, no later one does."""
     below = np.tril(np.ones(blocks.shape[1:], bool), -1)[:-1]
+    # below the diagonal: seen(m + 1, n) <= seen(m, n)
     return not (blocks[:, 1:] & ~blocks[:, :-1] & below).any()
 
 

@@ -76,7 +76,8 @@ class Combiner(Attention):
     row = TemplateRow(MASKED, "L b D + L^2 D / b, or L log L D", 2)
 
     def __post_init__(self):
-        check_fields(self, least={"block": 1})
+        # maxima of queries are scaled: below 0 they would be minima
+        check_fields(self, least={"block": 1}, above={"scale": 0})
         plans = self.plan if isinstance(self.plan, tuple) else (self.plan,)
         if not plans or not all(plan in PLANS for plan in plans):
             raise ValueError(
@@ -159,7 +160,9 @@ class Combiner(Attention):
         mask, number = (Causal(), number - 1) if self.causal else (
             ~Window(0, 0), number)
         of = None if segment is None else far.segment
-        far_k, far_v = far.k.astype(q.dtype), far.v.astype(dtype)  # [B,n,H,.]
+        # [B,n,H,.]: keys of K heads, each for the query heads of its group
+        far_k = jnp.repeat(far.k, q.shape[2] // far.k.shape[2], 2).astype(q.dtype)
+        far_v = far.v.astype(dtype)
         found = self._attend(
             q, far_k, far_v, mask, Where(number, far.number, segment, of))
         return output(join(near, found)).astype(dtype)

@@ -2,7 +2,7 @@
 
 Heads need not all read the same context. Tokens are cut into blocks; a head sees the
 `local` newest ones and of the rest every `stride`-th, beginning at a block of its own,
-so that its neighbours see the others and together they see everything:
+so that its neighbours see the others and `stride` heads together see everything:
 
     head h, block m: sees block n <= m if m - n < local or (n + h g + o) % stride = 0
 
@@ -48,7 +48,7 @@ class S2(Attention):
     the window behind the query's own, without an order (None: as `local`); all heads
     then have one pattern. Heads of a group share the shard of their key head; shards of
     key heads differ by g = max(1, stride // H) blocks, as in the authors' code, whose
-    union leaves out blocks if K g < stride: `coverage` says how many.
+    union leaves out blocks if K < stride: `coverage` says how many.
 
     Without packing and mesh the window and the shards are read apart, so that what no
     head sees costs nothing; packed rows and shards of a mesh read by the mask, with the

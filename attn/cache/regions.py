@@ -21,7 +21,7 @@ from attn.sparse.regions import Regions, Tokens, compact
 
 
 class BlocksState(NamedTuple):
-    """Of complete blocks the regions k [B,N,H,D], v [B,N,H,V] and their numbers pos
+    """Of complete blocks the regions k [B,N,K,D], v [B,N,H,V] and their numbers pos
     [B,N,1], -1 for none; the tokens of the present block own_q [B,s,H,D], own_k
     [B,s,K,D], own_v [B,s,K,V]; end [B] int32 the next token's position; segment [B]
     int32 the last token's segment, -1 before the first."""
@@ -56,7 +56,7 @@ def empty_blocks(size: int, block: int, q, k, v) -> BlocksState:
 
     n, heads = -(-size // block), k.shape[2]
     return BlocksState(
-        empty(k, n, h), empty(v, n, h), jnp.full((b, n, 1), -1, jnp.int32),
+        empty(k, n, heads), empty(v, n, h), jnp.full((b, n, 1), -1, jnp.int32),
         empty(q, block, h), empty(k, block, heads), empty(v, block, heads),
         jnp.zeros((b,), jnp.int32), jnp.full((b,), -1, jnp.int32))
 
@@ -116,7 +116,8 @@ def empty_spans(size: int, q, k, v) -> SpansState:
     # floor(log2 T) + 1 spans, one for each bit of a length
     cache, high = caches.empty(k, v, size), max(size.bit_length(), 1)
     own_q, own_k, own_v = (
-        jnp.zeros((b, high, h, n), jnp.float32) for n in (d, d, v.shape[3]))
+        jnp.zeros((b, high, *a), jnp.float32)
+        for a in ((h, d), k.shape[2:], (h, v.shape[3])))
     return SpansState(cache.k, cache.v, spans.Counter(own_q, own_k, own_v), cache.end,
                       cache.segment)
 

@@ -31,7 +31,7 @@ class Tokens(NamedTuple):
 
 
 class Regions(NamedTuple):
-    """k [B,n,H,D] and v [B,n,H,V], the number of each block in its sequence and its
+    """k [B,n,K,D] and v [B,n,H,V], the number of each block in its sequence and its
     segment [B,n], -1 and 0 where there is none."""
 
     k: jax.Array
@@ -43,11 +43,10 @@ class Regions(NamedTuple):
 def pooled(
     q, k, v, scale: float, there: jax.Array | None = None
 ) -> tuple[jax.Array, jax.Array]:
-    """k_r [B,n,H,D] and v_r [B,n,H,V], float32, of the tokens `there` [B,n,j] of q
+    """k_r [B,n,K,D] and v_r [B,n,H,V], float32, of the tokens `there` [B,n,j] of q
     [B,n,j,H,D], k [B,n,j,K,D] and v [B,n,j,K,V]; None for all."""
-    group = q.shape[3] // k.shape[3]
+    b, n, _, h, d = q.shape
     q, k, v = (a.astype(jnp.float32) for a in (q, k, v))
-    k, v = (jnp.repeat(a, group, 3) if group > 1 else a for a in (k, v))
 
     def most(a):
         if there is None:
@@ -56,12 +55,14 @@ def pooled(
         # of no token 0, as what -inf is multiplied with is no number
         return jnp.where(there.any(-1)[..., None, None], top, 0)
 
-    # [B,n,H,D] x [B,n,j,H,D] -> [B,n,H,j]
+    top = most(q).reshape(b, n, k.shape[3], -1, d)  # [B,n,K,G,D]
+    # [B,n,K,G,D] x [B,n,j,K,D] -> [B,n,K,G,j]
     # scaled once: the maximum of s q is s times that of q, as s > 0
-    s = jnp.einsum("bnhd,bnjhd->bnhj", most(q), k) * scale
-    p = weights(s, None if there is None else there[:, :, None])
-    # [B,n,H,j] x [B,n,j,H,V] -> [B,n,H,V]
-    return most(k), jnp.einsum("bnhj,bnjhv->bnhv", p, v)
+    s = jnp.einsum("bnkgd,bnjkd->bnkgj", top, k) * scale
+    p = weights(s, None if there is None else there[:, :, None, None])
+    # [B,n,K,G,j] x [B,n,j,K,V] -> [B,n,K,G,V]
+    o = jnp.einsum("bnkgj,bnjkv->bnkgv", p, v)
+    return most(k), o.reshape(b, n, h, -1)
 
 
 def regular(row: Tokens, block: int, scale: float) -> Regions:

@@ -42,17 +42,19 @@ def attend(q, k, v, pos: jax.Array, scale: float) -> jax.Array:
 
     q, k, v, pos = (fill(a) for a in (q, k, v, pos))
     qf, kf, vf = (a.astype(jnp.float32) for a in (q, k, v))
-    kf, vf = (jnp.repeat(a, group, 2) for a in (kf, vf))
-    logits = [(qf * kf).sum(-1) * scale]  # of the token itself [B,T,H]
+    own_k, own_v = (jnp.repeat(a, group, 2) for a in (kf, vf))
+    logits = [(qf * own_k).sum(-1) * scale]  # of the token itself [B,T,H]
     values = []
     for level in range(high):
         span = 2**level
         pairs = (b, size // (2 * span), 2, span)
-        # the first span of each pair is read by the second: [B,n,2,2^level,H,.]
+        # the first span of each pair is read by the second: [B,n,2,2^level,H|K,.]
         q2, k2, v2 = (a.reshape(*pairs, *a.shape[2:]) for a in (qf, kf, vf))
-        span_k, span_v = k2[:, :, 0, 0], v2[:, :, 0, 0]
+        # of one token its own value: [B,n,K,D], [B,n,H,V]
+        span_k, span_v = k2[:, :, 0, 0], jnp.repeat(v2[:, :, 0, 0], group, 2)
         if level:
             span_k, span_v = pooled(q2[:, :, 0], k2[:, :, 0], v2[:, :, 0], scale)
+        span_k = jnp.repeat(span_k, group, 2)
         # [B,n,j,H,D] x [B,n,H,D] -> [B,n,j,H]
         s = jnp.einsum("bnjhd,bnhd->bnjh", q2[:, :, 1], span_k)
         s = jnp.pad(s[:, :, None] * scale, ((0, 0),) * 2 + ((1, 0),) + ((0, 0),) * 2)
@@ -63,7 +65,7 @@ def attend(q, k, v, pos: jax.Array, scale: float) -> jax.Array:
     reads = (pos[..., None] >> jnp.arange(high)[None, None]) & 1
     reads = jnp.concatenate([jnp.ones_like(pos[..., None]), reads], -1) > 0
     p = weights(s, reads[:, :, None])
-    o = p[..., :1] * vf
+    o = p[..., :1] * own_v
     for level, span_v in enumerate(values):
         own = p[..., level + 1].reshape(b, span_v.shape[1], 2, 2**level, h)[:, :, 1]
         found = own[..., None] * span_v[:, :, None]  # [B,n,j,H,V]
@@ -95,7 +97,7 @@ def apart(pos: jax.Array, segment: jax.Array) -> tuple[jax.Array, int]:
 
 
 class Counter(NamedTuple):
-    """A stream's spans, those of the bits of its length: q [B,L,H,D], k [B,L,H,D], v
+    """A stream's spans, those of the bits of its length: q [B,L,H,D], k [B,L,K,D], v
     [B,L,H,V] float32."""
 
     q: jax.Array
@@ -111,19 +113,20 @@ def step(counter: Counter, k, v, q, pos, real, scale: float):
     """
     b, h = q.shape[:2]
     group, high = h // k.shape[2], counter.q.shape[1]
-    own_k, own_v = (
-        jnp.repeat(jnp.take_along_axis(
-            a, jnp.clip(pos, 0, a.shape[1] - 1)[:, None, None, None], 1)[:, 0],
-            group, 1).astype(jnp.float32) for a in (k, v))
+    own_k, own_v = (  # [B,K,.]
+        jnp.take_along_axis(
+            a, jnp.clip(pos, 0, a.shape[1] - 1)[:, None, None, None], 1
+        )[:, 0].astype(jnp.float32) for a in (k, v))
     q = q.astype(jnp.float32)
     bits = (pos[:, None] >> jnp.arange(high)[None]) & 1 > 0  # [B,L]
-    s = jnp.concatenate([
-        # of the token itself, and [B,H,D] x [B,L,H,D] -> [B,H,L]
-        (q * own_k).sum(-1)[..., None], jnp.einsum("bhd,blhd->bhl", q, counter.k)], -1)
+    # the token itself before the spans: [B,1+L,K,D] for each query head
+    keys = jnp.repeat(jnp.concatenate([own_k[:, None], counter.k], 1), group, 2)
+    s = jnp.einsum("bhd,blhd->bhl", q, keys)  # [B,H,1+L]
     seen = jnp.concatenate([jnp.ones_like(bits[:, :1]), bits], 1)
     p = weights(s * scale, seen[:, None])
     # [B,H,L] x [B,L,H,V] -> [B,H,V]
-    o = p[..., :1] * own_v + jnp.einsum("bhl,blhv->bhv", p[..., 1:], counter.v)
+    near = p[..., :1] * jnp.repeat(own_v, group, 1)
+    o = near + jnp.einsum("bhl,blhv->bhv", p[..., 1:], counter.v)
     # the spans of the bits that are set, from the lowest on, become one with the token
     top_q, top_k, carry = q, own_k, jnp.ones_like(real)
     rank = jnp.zeros_like(pos)

@@ -191,9 +191,10 @@ def test_a_stream_reads_pieces_of_any_length(combiner, pieces):
 def test_a_stream_of_blocks_keeps_a_region_each():
     q, k, v = inputs()
     state = jax.eval_shape(lambda: Combiner(block=64).init_state(4096, q, k, v))
-    assert state.k.shape == (B, 64, H, D) and state.own_k.shape == (B, 64, K, D)
+    assert state.k.shape == (B, 64, K, D) and state.v.shape == (B, 64, H, V)
     state = jax.eval_shape(lambda: Combiner("logsparse").init_state(4096, q, k, v))
     assert state.counter.q.shape == (B, 13, H, D)
+    assert state.counter.k.shape == (B, 13, K, D)
 
 
 def test_packed_sequences_stand_apart_at_powers_of_two():
@@ -245,6 +246,7 @@ def test_rows_above_are_read_by_column(summary):
     (lambda: Combiner("logsparse", causal=False), ValueError, "expected plan='fixed'"),
     (lambda: Combiner("axial_mixture").init_state(9, *inputs()), NotImplementedError,
      "no stream"),
+    (lambda: Combiner(scale=-1.0), ValueError, "scale=-1.0: expected above 0"),
     (lambda: RowMajor(summary="sum"), ValueError, "summary='sum'.*expected"),
 ])
 def test_wrong_fields_say_what_was_expected(make, error, message):

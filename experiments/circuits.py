@@ -74,6 +74,9 @@ from models.lm import LM
 from models.view import Rows, look, masked_heads
 
 
+EMBED_SCALE = 50.0  # vectors of tokens of standard deviation 1
+
+
 @dataclasses.dataclass(frozen=True)
 class Config:
     """The network, and how long it is looked at."""
@@ -84,7 +87,7 @@ class Config:
     heads: int = option(4, "heads H")
     width: int = option(64, "model width E")
     steps: int = option(2500, "training steps", most=STEPS)
-    batch: int = option(64, "sequences a step")
+    batch: int = option(32, "sequences a step")
     rate: float = option(3e-3, "peak learning rate", above=0)
     scarce: int = option(10, "how many times rarer colours are, to be repaired")
     trials: int = option(200, "needles")
@@ -109,8 +112,10 @@ class Config:
 
     def network(self) -> LM:
         """What is trained."""
+        # as large as what blocks add to them: with the small vectors of the default a
+        # network finds out how to copy much later
         return LM(vocab=VOCAB, width=self.width, heads=self.heads,
-                  attention=(Softmax(),) * self.layers)
+                  attention=(Softmax(),) * self.layers, embed_scale=EMBED_SCALE)
 
 
 TINY = Config(layers=2, heads=2, width=16, steps=2, batch=4, trials=4, texts=4, top=1,

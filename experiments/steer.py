@@ -60,8 +60,9 @@ from attn.softmax import Softmax
 from experiments.cli import config
 from experiments.cli.config import FREE, STEPS, option
 from experiments.data import Corpus
-from experiments.data.lookup import ASK, AT, FIND, SENTENCES, WORDS, Facts, Lookup
-from experiments.data.lookup import facts
+from experiments.data.dataset import Grown
+from experiments.data.lookup import ASK, AT, FIND, QUESTION, SENTENCES, WORDS
+from experiments.data.lookup import Copies, Facts, Lookup, facts
 from experiments.measure import seeds, told
 from experiments.measure.head_search import coarse_to_fine, one_by_one
 from experiments.measure.provenance import provenance
@@ -86,8 +87,11 @@ class Config:
     layers: int = option(3, "layers L")
     heads: int = option(4, "heads H")
     width: int = option(64, "model width E")
-    steps: int = option(2500, "training steps: few enough to leave room", most=STEPS)
-    batch: int = option(64, "sequences a step")
+    copies: int = option(700, "training steps on texts that begin again", most=STEPS)
+    short: int = option(500, "training steps on rows of 4 sentences", most=STEPS)
+    steps: int = option(
+        1200, "training steps in all: none of 12 sentences, to leave room", most=STEPS)
+    batch: int = option(16, "sequences a step")
     rate: float = option(3e-3, "peak learning rate", above=0)
     alpha: float = option(0.01, "what an unmarked token counts for")
     profiled: int = option(500, "questions that heads are chosen with")
@@ -110,16 +114,26 @@ class Config:
 
     def network(self) -> LM:
         """What is trained."""
+        # vectors of tokens as large as what blocks add to them: with the small ones of
+        # the default it finds out how to copy much later
         return LM(vocab=int(AT[-1]), width=self.width, heads=self.heads,
-                  attention=(Softmax(),) * self.layers)
+                  attention=(Softmax(),) * self.layers, embed_scale=50.0)
+
+    def data(self) -> Grown:
+        """What it is trained on: whoever cannot copy yet does not learn from facts."""
+        # rows of 4 sentences, and copies as long
+        length = 4 * (WORDS + QUESTION)
+        first = ((Copies(seed=self.seed, length=length), self.copies),
+                 (Lookup(seed=self.seed, length=length), self.short))
+        return Grown(first, Lookup(seed=self.seed))
 
     def steered(self) -> Pasta:
         """What stands in the place of its attentions in the test."""
         return Pasta(alpha=self.alpha)
 
 
-TINY = Config(layers=2, heads=2, width=16, steps=2, batch=4, profiled=8, asked=8,
-              most=1, seeds=1, quiet=True)
+TINY = Config(layers=2, heads=2, width=16, steps=3, copies=1, short=1, batch=4,
+              profiled=8, asked=8, most=1, seeds=1, quiet=True)
 
 
 def run(config_: Config) -> dict[str, Any]:
@@ -181,7 +195,7 @@ def once(config_: Config) -> dict[str, Any]:
 def of_training(config_: Config, folder: pathlib.Path) -> Task:
     """A network that is trained here, its checkpoints in the run's folder, and its
     questions."""
-    fitted = fit(config_.network(), Lookup(seed=config_.seed), plan_of(config_),
+    fitted = fit(config_.network(), config_.data(), plan_of(config_),
                  folder / "network", label="steer", quiet=config_.quiet)
     model, params = config_.network().clone(
         attention=(config_.steered(),) * config_.layers), whole(fitted.params)
@@ -233,7 +247,7 @@ def answers(model, params, tokens, form, heads=None, sentence=None) -> np.ndarra
         heads = np.zeros((len(model.attention), model.heads))
         sentence = np.zeros(len(tokens), int)
     tokens = tokens.copy()
-    tokens[:, -4] = form
+    tokens[:, -QUESTION] = form
     return np.asarray(_answers(model, params, tokens, heads, sentence))
 
 

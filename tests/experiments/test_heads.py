@@ -16,7 +16,8 @@ from experiments.data import inside
 from experiments.data.inside import Inside
 from experiments.measure import heads, patching
 from experiments.measure.patching import Receivers
-from experiments.data.lookup import SENTENCES, WORDS, facts
+from experiments.data.lookup import FIND, QUESTION, SENTENCES, WORDS, Copies, Lookup
+from experiments.data.lookup import facts
 from models.lm import LM
 from models.view import Rows, Site, look
 
@@ -220,6 +221,27 @@ def test_the_tasks_have_the_answers_that_they_say():
         assert (own[:3] == found.tokens[n, -3:]).all() and own[3] == found.answer[n]
         text = found.tokens[n, :SENTENCES * WORDS].reshape(-1, WORDS)
         assert len({tuple(s[:3]) for s in text}) == SENTENCES
+
+
+def test_what_a_network_learns_to_look_up_has_its_answers():
+    """Each sentence is asked for once; a copy is what came a period before."""
+    for sentences in (4, SENTENCES):
+        batch = Lookup(length=sentences * (WORDS + QUESTION)).batch(0, 8)
+        for tokens, targets in zip(batch["tokens"], batch["targets"]):
+            cut = sentences * WORDS
+            told = {tuple(s[:3]): s[3:] for s in tokens[:cut].reshape(-1, WORDS)}
+            asked = tokens[cut:].reshape(-1, QUESTION)
+            assert {tuple(s[1:]) for s in asked} == set(told)
+            for form, *key, answer in zip(*asked.T, targets[cut + 3::QUESTION]):
+                assert answer == told[tuple(key)][int(form == FIND)]
+            assert (targets >= 0).sum() == sentences
+    batch = Copies().batch(0, 8)
+    for tokens, targets in zip(batch["tokens"], batch["targets"]):
+        known = np.flatnonzero(targets >= 0)
+        assert (tokens[known[0]:] == tokens[:36 - known[0]]).all()
+        assert (targets[known[:-1]] == tokens[known[1:]]).all() and known[-1] == 35
+    with pytest.raises(ValueError, match="length=50: expected a multiple of 18"):
+        Lookup(length=50)
 
 
 def test_a_network_that_was_trained_is_not_trained_again(tmp_path):

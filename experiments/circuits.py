@@ -39,8 +39,28 @@ So the three best carry it, as expected (30% or less), with a uniform look a lit
 (96, 83, 32, 1, 0.5, 0). Others cost little up to five, of which the worst draw leaves
 82%; which six leave 26% was not looked into.
 
-Of the network that is trained here figures of three seeds are not shipped yet: no claim
-is made of its circuits.
+The network that is trained here, three seeds (`python -m experiments.circuits`, half an
+hour on 2 cores beside other runs), medians with the least and the greatest: 84% (80 to
+98) of a needle's tokens are right, half of the 16 heads (8 to 9) have a retrieval score
+of 0.1 or more, split-half correlation 0.983 (0.969 to 0.997), and the three best are
+induction heads (two of three with one seed). Right tokens, heads masked by zeros: the
+best 90, 78 and 39% (19 to 70) with 1, 2 and 3, others 90, 93 and 90%.
+
+                            the indirect object     coloured objects
+    right answers           100% (99 to 100)        49% (41 to 69)
+    without three movers     88% (72 to 90)         42% (35 to 46)
+    without three others     99% (98 to 99)         44% (37 to 67)
+    movers look elsewhere   100% (7 to 100)         98% (96 to 100)   of answers follow
+    nobody does               0% (0 to 0)           24% (15 to 29)    of them
+
+What movers look at is what is said, as in the paper (but for one seed of six cases);
+that a task fails without its movers, by 40 points, does not show: others take over.
+Colours, of which a third is chance, are hardly learned after these steps (95% were
+asked for), and half of the three movers and three inhibition heads of a task are the
+other's too (33 to 67%; 38% by chance): that circuits are reused is not shown by so few.
+Repair shows: a network that has seen ten times fewer colours says 41% (36 to 42), with
+its movers on the right one 93% (93 to 100), with inhibition heads on the wrong ones 45%
+(42 to 50; the paper: 50% to 94%).
 """
 
 from __future__ import annotations

@@ -3,12 +3,14 @@
 PASTA (Zhang et al., 2023, arXiv:2311.02262) biases heads towards marked tokens;
 AutoPASTA (Zhang et al., 2024, arXiv:2409.10790) lets the model mark them itself. A
 small network is trained, not to the end, to look up facts among others that contradict
-them: twelve sentences "source entity attribute value", in which each fact is told by
-two sources with different values, and a question that says whom to trust. A second form
-of question asks for the number of the sentence. Heads are searched from coarse to fine,
-all heads of a layer first and then single ones of the best layers, and one by one; then
-fresh questions are answered without steering, with the right sentence marked, the one
-that the network names, one at random, and with all heads steered.
+them: numbered sentences "attribute source entity value number", in which each fact is
+told by two sources with different values, and a question that says whom to trust. A
+second form of question asks for the number of the sentence. First it learns to copy,
+from texts that begin again, then from rows of 4 sentences; it is asked about rows of 12
+of them. Heads are searched from coarse to fine, all heads of a layer first and then
+single ones of the best layers, and one by one; then fresh questions are answered
+without steering, with the right sentence marked, the one that the network names, one at
+random, and with all heads steered.
 
     python -m experiments.steer
     python -m experiments.steer --model=small --profiled=64 --asked=200
@@ -37,8 +39,18 @@ model finds itself does not show: what it writes names the right sentence in 56%
 70), hardly more often than it is right, as it was not trained to name one. Nor is it
 worse to steer all heads.
 
-Of the network that is trained here figures of three seeds are not shipped yet: no claim
-is made of it.
+The network that is trained here, three seeds (`python -m experiments.steer`, 6 minutes
+on 2 cores beside another run), medians with the least and the greatest:
+
+    no steering       90% (87 to 92)     all heads, gold      99% (98 to 99)
+    gold              98% (97 to 99)     one by one, gold     98% (98 to 99)
+    self-found        90% (82 to 91)     of 1,000 questions 2 points either way
+    random            80% (72 to 84)
+
+So the right sentence helps and a wrong one harms, as in the paper. What the network
+names itself is the right sentence in 88% (74 to 91) and gains nothing. From coarse to
+fine finds heads as good as one by one with 10 sets tried, not 15: two thirds, where
+less than 40% was expected, of so few heads.
 """
 
 from __future__ import annotations

@@ -44,7 +44,8 @@ def graphs(stages: dict[str, dict[str, Any]], top: int, path: pathlib.Path) -> N
                 if later > n:
                     _arrow(panel, (h, n), (other, later), inner[n, h], "C1")
         panel.text(*answer, "answer", ha="center", va="bottom")
-        panel.set(title=task, xlabel="head", ylabel="layer", ylim=(-0.5, layers + 0.5))
+        panel.set(title=task, xlabel="head", ylabel="layer", ylim=(-0.5, layers + 0.5),
+                  xticks=range(heads), yticks=range(layers))
     figure.savefig(path, dpi=150)
     plt.close(figure)
 

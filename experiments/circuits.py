@@ -94,9 +94,6 @@ from models.lm import LM
 from models.view import Rows, look, masked_heads
 
 
-EMBED_SCALE = 50.0  # vectors of tokens of standard deviation 1
-
-
 @dataclasses.dataclass(frozen=True)
 class Config:
     """The network, and how long it is looked at."""
@@ -132,10 +129,9 @@ class Config:
 
     def network(self) -> LM:
         """What is trained."""
-        # as large as what blocks add to them: with the small vectors of the default a
-        # network finds out how to copy much later
         return LM(vocab=VOCAB, width=self.width, heads=self.heads,
-                  attention=(Softmax(),) * self.layers, embed_scale=EMBED_SCALE)
+                  attention=(Softmax(),) * self.layers,
+                  embed_scale=measured.EMBED_SCALE)
 
 
 TINY = Config(layers=2, heads=2, width=16, steps=2, batch=4, trials=4, texts=4, top=1,

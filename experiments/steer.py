@@ -39,7 +39,7 @@ model finds itself does not show: what it writes names the right sentence in 56%
 70), hardly more often than it is right, as it was not trained to name one. Nor is it
 worse to steer all heads.
 
-The network that is trained here, three seeds (`python -m experiments.steer`, 6 minutes
+The network that is trained here, three seeds (`python -m experiments.steer`, 8 minutes
 on 2 cores beside another run), medians with the least and the greatest:
 
     no steering       90% (87 to 92)     all heads, gold      99% (98 to 99)
@@ -78,6 +78,7 @@ from experiments.data.lookup import Copies, Facts, Lookup, facts
 from experiments.measure import seeds, told
 from experiments.measure.head_search import coarse_to_fine, one_by_one
 from experiments.measure.provenance import provenance
+from experiments.measure.heads import EMBED_SCALE
 from experiments.measure.reading import HELD_OUT, reader_of
 from experiments.sources import loaded
 from experiments.training.loop import fit
@@ -126,10 +127,8 @@ class Config:
 
     def network(self) -> LM:
         """What is trained."""
-        # vectors of tokens as large as what blocks add to them: with the small ones of
-        # the default it finds out how to copy much later
         return LM(vocab=int(AT[-1]), width=self.width, heads=self.heads,
-                  attention=(Softmax(),) * self.layers, embed_scale=50.0)
+                  attention=(Softmax(),) * self.layers, embed_scale=EMBED_SCALE)
 
     def data(self) -> Grown:
         """What it is trained on: whoever cannot copy yet does not learn from facts."""

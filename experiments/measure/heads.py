@@ -16,6 +16,10 @@ import numpy as np
 from attn import maps
 from models.view import Rows, look, masked_heads, sites
 
+# of networks trained to be looked at: tokens' vectors as large as what blocks add; with
+# the small ones of the default a network finds out how to copy much later
+EMBED_SCALE = 50.0
+
 
 def retrieval_score(
     top: np.ndarray, prompt: np.ndarray, emitted: np.ndarray, needle: tuple[int, int],

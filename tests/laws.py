@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import warnings
 from typing import Any
 
 import chex
@@ -1332,5 +1333,7 @@ def test_heads_in_the_place_of_tokens_are_warned_of(name):
         pytest.skip("its parameters are for H heads")
     if getattr(attention, "score", None) is not None:
         attention = given(attention, score=None)
-    with pytest.warns(UserWarning, match=r"swap axes 1 and 2"):
-        jax.eval_shape(attention, q, k, v)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)  # ends the trace where it is given
+        with pytest.raises(UserWarning, match=r"swap axes 1 and 2"):
+            jax.eval_shape(attention, q, k, v)

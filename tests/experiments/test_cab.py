@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 
+from attn.abc import ABC
 from attn.lara import LARA
 from attn.local import Local
 from attn.masks import Causal, Window
@@ -22,7 +23,7 @@ from experiments.data.series import Series
 from experiments.data.shapes import Shapes
 from experiments.data.speech import LASTS, Speech
 from experiments.data.summaries import Summaries
-from experiments.measure.cab import grid, index, scores, sweep
+from experiments.measure.cab import grid, index, page, scores, sweep
 from experiments.measure.cab.efficiency import efficiency_length
 from experiments.measure.cab.suite import FULL, NAMES, SMALL
 from experiments.training.cells import cell, slug
@@ -135,6 +136,33 @@ def test_the_index_of_what_is_compared():
     both = {"NS": {n: {"index": x} for n, x in zip("abc", (1, 2, 3))},
             "CC": {n: {"index": x} for n, x in zip("cab", (1, 2, 3))}}
     assert index.rank_correlations(both) == {"NS CC": pytest.approx(-0.5)}
+
+
+def test_what_each_seed_says_stands_beside_the_medians():
+    config_ = dataclasses.replace(
+        cab.TINY, attentions=(Softmax(), Local(), ABC()), tasks=("lm",),
+        patterns=("CS",), seeds=2, lengths=())
+    read = {0: (4.0, 3.0, 8.0), 1: (4.0, 6.0, 5.0)}  # perplexities by seed
+    found = [(sweep.Run(SMALL[5], "CS", one, seed), {"perplexity": x})
+             for seed, each in read.items()
+             for one, x in zip(config_.attentions, each)]
+    assert found[0][0].task.name == "lm"
+    result = sweep.compared(config_, found, {})
+    far = (4 + 4.5 + 6.5) / 3
+    sigma = np.std([4, 4.5, 6.5])
+    own = result["own"]["CS"]
+    assert own["Local()"]["index"] == pytest.approx((far - 4.5) / sigma)
+    alone = result["index_seeds"]["CS"]
+    assert list(alone) == ["Softmax()", "Local()", "ABC()"]
+    for n, seed in enumerate(read):
+        x = np.array(read[seed])
+        np.testing.assert_allclose(
+            [one[n] for one in alone.values()], (x.mean() - x) / x.std())
+    titles, rows = page.cells_of(result)
+    assert titles[1] == "CS" and rows[1][1] == "+0.46\n-1.22 to +0.93"
+    assert "0 of 2 are above exact attention (+0.93), 0 with every seed" in (
+        page.claims(result))
+    assert sweep.by_seed(config_, found[:3], []) == {}
 
 
 def test_the_length_at_which_a_line_meets_a_parabola():

@@ -15,7 +15,7 @@ from rich.table import Table
 from attn.contract.patterns import PATTERNS
 from experiments.measure.cab.index import ranked
 from experiments.measure.provenance import sentence
-from experiments.measure.report import STYLE, plt
+from experiments.measure.report import STYLE, cell, plt
 
 WORDS = {"NS": "noncausal self", "CS": "causal self", "NC": "noncausal cross",
          "CC": "causal cross"}
@@ -83,8 +83,10 @@ def drawn(result: dict[str, Any]) -> Any:
 
 
 def cells_of(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """(titles, rows) of the table: the index of each pattern, ours and with the
-    benchmark's mu and sigma, and efficiency lengths of time and of memory."""
+    """(titles, rows) of the table: the index of each pattern, ours, of several seeds
+    with the least and the greatest, and with the benchmark's mu and sigma, and
+    efficiency lengths of time and of memory."""
+    alone = result.get("index_seeds", {})
     kinds = [(which, p, found) for which in ("own", "paper") for p in PATTERNS
              if (found := ranked(result[which].get(p, {})))]
     titles = ["attention", *(p if which == "own" else f"{p} by its mu"
@@ -93,8 +95,11 @@ def cells_of(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
         titles += ["length, time", "length, memory"]
     rows = []
     for one in attentions(result):
-        row = [one, *(f"{found[one]:+.2f}" if one in found else ""
-                      for *_, found in kinds)]
+        row = [one]
+        for which, p, found in kinds:
+            each = alone.get(p, {}).get(one, ()) if which == "own" else ()
+            row.append(cell({"index": found[one], "index_seeds": each}, "index",
+                            "{:+.2f}") if one in found else "")
         for what in ("ms", "mb") if result["lengths"] else ():
             value = result["lengths"].get(one, {}).get(what)
             number = isinstance(value, (int, float))
@@ -128,11 +133,24 @@ def claims(result: dict[str, Any]) -> str:
         if exact is not None and found:
             beat = sum(one > exact for one in found.values())
             said.append(f"{pattern}: {beat} of {len(found)} are above exact "
-                        f"attention ({exact:+.2f})")
+                        f"attention ({exact:+.2f})" + _with_every_seed(result, pattern))
     for pair, value in result["correlations"].items():
-        said.append(f"ranks of {pair.replace(' ', ' and ')} correlate by {value:+.2f}")
+        each = result.get("correlations_seeds", {}).get(pair, ())
+        alone = f" (seeds: {', '.join(f'{one:+.2f}' for one in each)})" if each else ""
+        said.append(f"ranks of {pair.replace(' ', ' and ')} correlate by {value:+.2f}"
+                    + alone)
     failed = result["failed"]
     return "\n".join([*said, *(f"failed: {one}" for one in failed)])
+
+
+def _with_every_seed(result: dict[str, Any], pattern: str) -> str:
+    """How many are above exact attention whatever the seed is; "" of one seed."""
+    each = dict(result.get("index_seeds", {}).get(pattern, {}))
+    exact = each.pop("Softmax()", None)
+    if exact is None:
+        return ""
+    beat = sum(all(a > b for a, b in zip(one, exact)) for one in each.values())
+    return f", {beat} with every seed"
 
 
 def html_page(result: dict[str, Any], picture: pathlib.Path, again: str) -> str:

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from experiments.cli import config
 from experiments.measure.cab.efficiency import costs, dense, efficiency_length
-from experiments.measure.cab.index import index, rank_correlations
+from experiments.measure.cab.index import index, rank_correlations, ranked
 from experiments.measure.cab.task import Task
 from experiments.measure.shipped import duration
 from experiments.training.cells import cell, kept
@@ -128,23 +128,17 @@ def cost(attention: Any, *sizes: Any) -> dict[str, Any]:
 
 def compared(config_: Any, found: list[tuple[Run, dict]],
              spent: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """The cells as medians over seeds, both indices, rank correlations and lengths."""
+    """The cells as medians over seeds, both indices, rank correlations and lengths; of
+    several seeds the own index and the correlations of each one, too."""
     labels = [config.format_value(a) for a in config_.attentions]
-    by_key: dict[tuple[str, str, str], list[dict]] = {}
-    failed = []
-    for one, made in found:
-        label = config.format_value(one.attention)
-        if "failed" in made:
-            failed.append(f"{one.name}: {made['failed']}")
-            continue
-        by_key.setdefault((one.task.name, one.pattern, label), []).append(made)
-    cells = {key: {name: float(np.median([one[name] for one in each]))
-                   for name in each[0]} for key, each in by_key.items()}
+    failed = [f"{one.name}: {made['failed']}" for one, made in found
+              if "failed" in made]
+    failed += [f"cost {name}: {one['failed']}" for name, one in spent.items()
+               if "failed" in one]
+    cells = medians(found)
     indices = {
         which: {p: index(cells, p, labels, which) for p in config_.patterns}
         for which in ("own", "paper")}
-    failed += [f"cost {name}: {one['failed']}" for name, one in spent.items()
-               if "failed" in one]
     lengths, done = {}, {n: one for n, one in spent.items() if "failed" not in one}
     for label in labels:
         exact = done.get(f"matrix {done[label]['of']}") if label in done else None
@@ -157,4 +151,40 @@ def compared(config_: Any, found: list[tuple[Run, dict]],
             for (task, pattern, label), values in cells.items()]
     return {"rows": rows, "own": indices["own"], "paper": indices["paper"],
             "correlations": rank_correlations(indices["own"]), "lengths": lengths,
-            "costs": spent, "measured_at": list(config_.lengths), "failed": failed}
+            "costs": spent, "measured_at": list(config_.lengths), "failed": failed
+            } | by_seed(config_, found, labels)
+
+
+def medians(found: list[tuple[Run, dict]]) -> dict[tuple[str, str, str], dict]:
+    """Measures by (network, pattern, attention), the medians of those that did not
+    fail."""
+    by_key: dict[tuple[str, str, str], list[dict]] = {}
+    for one, made in found:
+        if "failed" not in made:
+            key = one.task.name, one.pattern, config.format_value(one.attention)
+            by_key.setdefault(key, []).append(made)
+    return {key: {name: float(np.median([one[name] for one in each]))
+                  for name in each[0]} for key, each in by_key.items()}
+
+
+def by_seed(config_: Any, found: list[tuple[Run, dict]],
+            labels: list[str]) -> dict[str, Any]:
+    """What each seed alone says, {} of a single one. "index_seeds": by pattern and
+    attention the indices in the order of seeds, each among the networks of its seed,
+    where all seeds have one; "correlations_seeds": by pair of patterns."""
+    seeds = sorted({one.seed for one, _ in found})
+    if len(seeds) < 2:
+        return {}
+    each = []
+    for seed in seeds:
+        cells = medians([(one, made) for one, made in found if one.seed == seed])
+        each.append({p: index(cells, p, labels) for p in config_.patterns})
+    own = {p: _all([ranked(one[p]) for one in each]) for p in config_.patterns}
+    return {"index_seeds": own,
+            "correlations_seeds": _all([rank_correlations(one) for one in each])}
+
+
+def _all(each: list[dict[str, float]]) -> dict[str, list[float]]:
+    """The values of the names that all have."""
+    return {name: [one[name] for one in each] for name in each[0]
+            if all(name in one for one in each)}

@@ -44,11 +44,11 @@ from attn.contract.segments import locate
 from attn.contract.shapes import check
 from attn.contract.varying import varying
 from attn.exact.attend import attend, with_mask
-from attn.exact.logits import Where
 from attn.exact.online import EMPTY
 from attn.parallel.sharding import devices_of
 from attn.softmax import Softmax
 from pallas_kernels.arrays import check_logits
+from pallas_kernels.logits import Where
 from pallas_kernels.tile import NEVER
 
 FIRST = ("first_detected", "token0", "none")

@@ -32,12 +32,12 @@ from attn.contract.fields import check_fields
 from attn.contract.segments import TokenPositions, locate
 from attn.contract.shapes import check
 from attn.exact.attend import attend
-from attn.exact.logits import LogitSpec, Where
 from attn.exact.online import OnlineSoftmax, join, output, state_of
 from attn.masks import BlockCausal, Causal, Mask, Window
 from attn.parallel.sharding import Axis, gather, mesh_of, over_mesh, spread_heads
 from attn.sparse import axial, regions, spans
 from attn.sparse.regions import Regions, Tokens, compact
+from pallas_kernels.logits import LogitSpec, Where
 
 FIXED, LOGSPARSE = "fixed", "logsparse"
 # the regions that a grid is read by: (vertical, horizontal)

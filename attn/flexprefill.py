@@ -20,13 +20,13 @@ from attn.contract.attention import MASKED, Attention, TemplateRow
 from attn.contract.fields import check_fields
 from attn.contract.shapes import check
 from attn.exact.dense import logits
-from attn.exact.logits import LogitSpec, Where
 from attn.masks import Causal
 from attn.parallel.query_blocks import over_rows
 from attn.parallel.sharding import Axis, devices_of
 from attn.softmax import Softmax
 from attn.sparse import block_scores as scores
 from attn.sparse import chosen_blocks
+from pallas_kernels.logits import LogitSpec, Where
 
 
 class Pattern(NamedTuple):

@@ -25,7 +25,6 @@ from attn.contract.attention import MASKED, Attention, TemplateRow
 from attn.contract.fields import check_fields
 from attn.contract.segments import TokenPositions, locate
 from attn.contract.shapes import check
-from attn.exact.logits import LogitSpec, Where
 from attn.exact.online import join, output, state_of
 from attn.masks import Causal, Mask, Sink, Window
 from attn.parallel.query_blocks import over_rows
@@ -33,6 +32,7 @@ from attn.parallel.sharding import Axis
 from attn.sparse import chosen_blocks
 from attn.sparse.block_grid import Grid, grid
 from attn.sparse.tree_search import Tree, search
+from pallas_kernels.logits import LogitSpec, Where
 
 REPRESENTATIVES = ("first", "center")
 

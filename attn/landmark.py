@@ -28,13 +28,13 @@ from attn.contract.fields import check_fields
 from attn.contract.segments import TokenPositions, locate
 from attn.contract.shapes import check
 from attn.exact import chunked
-from attn.exact.logits import Dropout, LogitSpec, Where
 from attn.masks import Causal
 from attn.parallel.sharding import Axis, gather, over_mesh, spread_heads
 from attn.positions import RoPE
 from attn.sparse.grouped_softmax import grouped
 from attn.sparse.groups import Row, compact, irregular, regular
 from attn.sparse.interleaved import interleave
+from pallas_kernels.logits import Dropout, LogitSpec, Where
 
 
 @dataclasses.dataclass(frozen=True)

@@ -23,9 +23,9 @@ from attn.contract.norm import Norm
 from attn.contract.segments import TokenPositions, locate
 from attn.contract.view import opened
 from attn.exact.attend import attend
-from attn.exact.logits import LogitSpec, Where
 from attn.layers import Layer
 from attn.masks import Causal
+from pallas_kernels.logits import LogitSpec, Where
 
 _INIT = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
 # of [C,H,D], whose inputs are the C channels of the latent

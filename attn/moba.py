@@ -26,13 +26,13 @@ from attn.contract.attention import MASKED, Attention, TemplateRow
 from attn.contract.fields import check_fields
 from attn.contract.segments import TokenPositions, locate
 from attn.contract.shapes import check
-from attn.exact.logits import LogitSpec
 from attn.masks import Causal
 from attn.parallel.query_blocks import over_rows
 from attn.parallel.sharding import Axis
 from attn.sparse import by_block
 from attn.sparse.block_gate import pooled
 from attn.sparse.block_grid import Grid, grid
+from pallas_kernels.logits import LogitSpec
 
 SCORES = 2**19  # of tokens and blocks of a row of the batch, at once
 

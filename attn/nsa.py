@@ -31,7 +31,6 @@ from attn.contract.attention import MASKED, Attention, TemplateRow
 from attn.contract.fields import check_fields
 from attn.contract.segments import TokenPositions, locate
 from attn.contract.shapes import check
-from attn.exact.logits import LogitSpec
 from attn.masks import Causal, Window
 from attn.parallel.query_blocks import over_rows
 from attn.parallel.sharding import Axis, check_groups
@@ -39,6 +38,7 @@ from attn.softmax import Softmax
 from attn.sparse import compressed_blocks
 from attn.sparse.block_grid import Grid, grid
 from attn.sparse.compressed_blocks import Choice, Compressed
+from pallas_kernels.logits import LogitSpec
 
 BRANCHES = ("compressed", "selected", "window")
 

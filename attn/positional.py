@@ -28,10 +28,10 @@ from attn.contract.fields import check_fields
 from attn.contract.segments import locate
 from attn.contract.shapes import check
 from attn.exact.attend import attend
-from attn.exact.logits import LogitSpec, Where
 from attn.masks import Causal, Full, Mask
 from attn.parallel.sharding import Axis, gather, over_mesh
 from attn.softmax import Softmax
+from pallas_kernels.logits import LogitSpec, Where
 
 ONE_HOT, SINUSOID, LEARNED = "onehot", "sinusoid", "learned"
 

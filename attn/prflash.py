@@ -20,12 +20,12 @@ from attn.contract.attention import MASKED, TemplateRow
 from attn.contract.fields import check_fields
 from attn.contract.segments import locate
 from attn.contract.shapes import check
-from attn.exact.logits import LogitSpec, Where
 from attn.masks import Causal, Mask, Reach
 from attn.parallel.query_blocks import over_rows
 from attn.softmax import Softmax
 from attn.sparse import chosen_blocks
 from attn.sparse.block_grid import grid
+from pallas_kernels.logits import LogitSpec, Where
 
 FAMILIES, DRAWS = ("harmonic", "geometric", "table"), ("bernoulli", "fixed")
 

@@ -28,12 +28,12 @@ from attn.contract.fields import check_fields
 from attn.contract.segments import locate
 from attn.contract.shapes import check
 from attn.exact.attend import attend
-from attn.exact.logits import LogitSpec, Where
 from attn.exact.online import OnlineSoftmax, join, output, state_of
 from attn.masks import Causal
 from attn.parallel.sharding import Axis, over_mesh
 from attn.positions import RoPE
 from attn.recurrent.lasp import exclusive_prefix
+from pallas_kernels.logits import LogitSpec, Where
 
 _INIT = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
 

@@ -29,10 +29,10 @@ from attn.contract.segments import locate
 from attn.contract.shapes import check
 from attn.exact.attend import attend
 from attn.exact.distances import Distances
-from attn.exact.logits import LogitSpec, Where
 from attn.masks import BlockCausal, Causal, Full, Mask
 from attn.parallel.sharding import Axis, gather, mesh_of, over_mesh, spread_heads
 from pallas_kernels.arrays import check_logits
+from pallas_kernels.logits import LogitSpec, Where
 
 
 class Relative(nn.Module, Attention):

@@ -28,13 +28,13 @@ from attn.contract.fields import check_fields
 from attn.contract.segments import TokenPositions, locate
 from attn.contract.shapes import check
 from attn.exact.attend import attend
-from attn.exact.logits import LogitSpec, Where
 from attn.exact.online import OnlineSoftmax, join, output, state_of
 from attn.masks import BlockCausal, Causal, Mask
 from attn.parallel.exchange import EXCHANGES
 from attn.parallel.sharding import Axis
 from attn.softmax import FEW, Softmax
 from attn.sparse.shards import Behind, BothWays, Sharding, compact, heads_of
+from pallas_kernels.logits import LogitSpec, Where
 
 
 @dataclasses.dataclass(frozen=True)

@@ -23,7 +23,6 @@ from attn.contract.attention import MASKED, Attention, TemplateRow
 from attn.contract.fields import check_fields
 from attn.contract.segments import locate
 from attn.contract.shapes import check
-from attn.exact.logits import LogitSpec, Where
 from attn.masks import Causal
 from attn.parallel.query_blocks import over_rows
 from attn.parallel.sharding import Axis, devices_of
@@ -32,6 +31,7 @@ from attn.softmax import Softmax
 from attn.sparse import block_gate, chosen_blocks
 from attn.sparse.block_grid import grid
 from attn.sparse.prompt_gate import PromptGate
+from pallas_kernels.logits import LogitSpec, Where
 
 
 class Seer(PromptGate, Attention):

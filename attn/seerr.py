@@ -26,13 +26,13 @@ from attn.contract.attention import MASKED, Attention, TemplateRow
 from attn.contract.fields import check_fields
 from attn.contract.segments import TokenPositions, locate
 from attn.contract.shapes import check
-from attn.exact.logits import LogitSpec
 from attn.masks import Causal
 from attn.parallel.sharding import Axis
 from attn.positions import RoPE
 from attn.softmax import Softmax
 from attn.sparse import block_gate
 from attn.sparse.token_gate import GROUPS, TokenGate
+from pallas_kernels.logits import LogitSpec
 
 
 @caches.of_cache

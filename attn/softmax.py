@@ -27,11 +27,11 @@ from attn.contract.segments import TokenPositions, align_last, locate
 from attn.contract.shapes import check
 from attn.exact import dense
 from attn.exact.attend import attend, with_mask
-from attn.exact.logits import Dropout, LogitSpec, Where
 from attn.masks import Causal, Full, Mask
 from attn.parallel.exchange import EXCHANGES, GATHER, exchanged, split_axis
 from attn.parallel.sharding import Axis, devices_of, over_mesh, spread_heads
 from pallas_kernels.arrays import check_logits
+from pallas_kernels.logits import Dropout, LogitSpec, Where
 
 FEW = 8  # queries for which a step is bound by the bytes of the cache
 

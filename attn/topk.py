@@ -28,13 +28,13 @@ from attn.contract.fields import check_fields
 from attn.contract.segments import TokenPositions, locate
 from attn.contract.shapes import check
 from attn.exact.dense import weights
-from attn.exact.logits import LogitSpec
 from attn.masks import Causal
 from attn.parallel.query_blocks import over_rows
 from attn.parallel.sharding import Axis, check_groups
 from attn.softmax import Softmax
 from attn.sparse.block_grid import grid
 from attn.sparse.block_scores import named
+from pallas_kernels.logits import LogitSpec
 
 PREFILLS = ("dense", "sparse")
 TILE = 64  # queries at once, in a sparse call

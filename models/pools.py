@@ -35,8 +35,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 from attn.cache import kv as caches, reading
 from attn.cache.rolling_slots import rolling_slots
 from attn.contract.segments import locate
-from attn.exact.attend import attend
-from attn.exact.logits import Where
+from attn.exact.attend import Where, attend
 from attn.exact.online import join, output, state_of
 from attn.softmax import Softmax
 from models.slices import OPERATOR, Graph

@@ -12,6 +12,8 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from pallas_kernels.logits import Dropout, Where
+
 FLOAT, INT, BOOL = jnp.floating, jnp.integer, jnp.bool_
 KINDS = {FLOAT: "a floating point type", INT: "integers", BOOL: "booleans"}
 
@@ -41,19 +43,21 @@ def check_arrays(sizes: dict[str, int], **given: tuple) -> None:
 
 
 def check_logits(
-    q: Any, k: Any, *, bias=None, sink=None, head=None, q_pos=None, kv_pos=None,
-    q_segment=None, kv_segment=None, keep=None, batch=None, given=None,
+    q: Any, k: Any, where: Where = Where(), *, bias=None, sink=None,
+    dropout: Dropout | None = None, given=None,
 ) -> None:
     """`check_arrays` of what exact attention of q [B,T,H,D] and k [B,S,K,D] is
     given."""
     (b, t, h, _), (s, heads) = q.shape, k.shape[1:3]
+    keep, batch = (None, None) if dropout is None else (dropout.keep, dropout.batch)
     check_arrays(
         {"B": b, "T": t, "H": h, "S": s, "K": heads},
         bias=(bias, FLOAT, "B|1 H|1 T|1 S|1"), sink=(sink, FLOAT, "H"),
-        head=(head, INT, "H"), q_pos=(q_pos, INT, "B|1 T"),
-        kv_pos=(kv_pos, INT, "B|1 S", "B|1 S K|1"), keep=(keep, BOOL, "B H T S"),
+        head=(where.head, INT, "H"), q_pos=(where.q_pos, INT, "B|1 T"),
+        kv_pos=(where.kv_pos, INT, "B|1 S", "B|1 S K|1"), keep=(keep, BOOL, "B H T S"),
         batch=(batch, INT, "B"), given=(given, FLOAT, "B H T"),
-        q_segment=(q_segment, INT, "B|1 T"), kv_segment=(kv_segment, INT, "B|1 S"),
+        q_segment=(where.q_segment, INT, "B|1 T"),
+        kv_segment=(where.kv_segment, INT, "B|1 S"),
     )
 
 

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.tile import LogitSpec
+from pallas_kernels.tile import TileSpec
 
 SKIP, FULL, MASKED = 0, 1, 2  # what a tile asks for
 FAR = 2**29
@@ -45,7 +45,7 @@ class Static(NamedTuple):
     on TPU; variant: candidates that the call asks for.
     """
 
-    form: LogitSpec
+    form: TileSpec
     tiling: Tiling
     backward: Tiling
     tiles: tuple[Any, Any]

@@ -23,11 +23,9 @@ APART = 2.0**22  # from here on a float32 beside log l keeps too little of it
 
 
 @dataclasses.dataclass(frozen=True)
-class LogitSpec:
-    """The form of a logit and who sees whom: what is static in one call.
+class TileSpec:
+    """A `LogitSpec` (`pallas_kernels/logits.py`) as tiles compute it: with a scale.
 
-    mask: a predicate on (head, query position, key position) with `bounds`; None: all
-    are visible. score: a function of the same three that is added to the logit.
     dropout: the share of weights that is set to 0. unit: what kernels have logits
     multiplied with, see `unit_of`.
     """

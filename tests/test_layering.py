@@ -21,7 +21,8 @@ BELOW = {
 # each other; what is not named comes last
 ORDER = {
     "pallas_kernels": (
-        ("__init__", "tile", "tiles", "arrays", "padding"), ("tables", "candidates"),
+        ("logits",), ("__init__", "tile", "tiles", "arrays", "padding"),
+        ("tables", "candidates"),
         ("schedule", "refusals", "machine"), ("tile_patterns",),
         ("flash", "decode", "linear", "delta", "memory", "scan"), ("blocks",),
         ("matrix",), ("tune",),

@@ -24,11 +24,11 @@ from attn.contract.segments import TokenPositions, locate
 from attn.contract.shapes import check
 from attn.exact.attend import attend
 from attn.exact.dense import few
-from attn.exact.logits import Where
 from attn.exact.online import (
     EMPTY, OnlineSoftmax, join, output, state_of, without_value
 )
 from pallas_kernels.arrays import check_logits
+from pallas_kernels.logits import Where
 
 
 class Rest(NamedTuple):

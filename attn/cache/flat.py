@@ -19,8 +19,8 @@ from attn.cache import kv as caches, reading
 from attn.cache.kv import Cache
 from attn.contract.segments import TokenPositions
 from attn.contract.varying import varying
-from attn.exact.logits import LogitSpec
 from attn.masks import FOREVER, Mask
+from pallas_kernels.logits import LogitSpec
 
 
 class Flat(NamedTuple):

@@ -18,9 +18,8 @@ from attn.contract.dispatch import interpreted, pick
 from attn.contract.segments import TokenPositions
 from attn.contract.varying import varying
 from attn.exact import dense
-from attn.exact.attend import kernel_options
-from attn.exact.logits import LogitSpec, Where
 from pallas_kernels.decode.api import decode
+from pallas_kernels.logits import LogitSpec, Where
 
 TILE = 64  # queries whose rows of weights exist at once
 PARTS = 8  # of a long prompt: each looks at what stands before its end
@@ -57,8 +56,8 @@ def read(
     def kernel(backend):
         where = Where(now.pos, cache.pos, now.segment, kv_segment)
         o, _, got = decode(
-            q, cache.k, cache.v, sink=sink, backend=backend, interpret=interpreted(),
-            statistics=True, **kernel_options(spec, where))
+            q, cache.k, cache.v, spec, where, sink=sink, statistics=True,
+            backend=backend, interpret=interpreted())
         return o, got
 
     def xla():

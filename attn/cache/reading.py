@@ -11,9 +11,8 @@ from attn.cache.kv import Cache
 from attn.contract.dispatch import interpreted, pick
 from attn.contract.segments import TokenPositions
 from attn.exact import chunked, dense
-from attn.exact.attend import kernel_options
-from attn.exact.logits import LogitSpec, Where
 from pallas_kernels.decode.api import decode
+from pallas_kernels.logits import LogitSpec, Where
 
 
 def read(
@@ -28,8 +27,8 @@ def read(
 
     def kernel(backend):
         return decode(
-            q, cache.k, cache.v, sink=sink, backend=backend, interpret=interpreted(),
-            split_lse=split_lse, **kernel_options(spec, where),
+            q, cache.k, cache.v, spec, where, sink=sink, split_lse=split_lse,
+            backend=backend, interpret=interpreted(),
         )
 
     tpu, gpu = (functools.partial(kernel, name) for name in ("tpu", "triton"))

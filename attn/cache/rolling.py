@@ -17,8 +17,8 @@ from attn.cache.rolling_slots import RollingSlots
 from attn.contract.calls import refuse_keywords
 from attn.contract.segments import locate
 from attn.contract.shapes import check
-from attn.exact.logits import Where
 from pallas_kernels.arrays import check_logits
+from pallas_kernels.logits import Where
 
 
 class Rolling:

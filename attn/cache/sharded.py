@@ -16,11 +16,11 @@ import jax.numpy as jnp
 from attn.cache import kv as caches, reading
 from attn.cache.kv import Cache
 from attn.contract.segments import TokenPositions
-from attn.exact.logits import LogitSpec
 from attn.exact.online import (
     OnlineSoftmax, join, merge, output, state_of, without_value
 )
 from attn.parallel.sharding import Axis, devices_of, mesh_of, over_mesh
+from pallas_kernels.logits import LogitSpec
 
 
 def splits(cache: Cache, axis: Axis | None) -> bool:

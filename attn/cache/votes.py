@@ -18,7 +18,7 @@ from attn.cache.policy import Policy
 from attn.contract.fields import check_fields
 from attn.contract.segments import TokenPositions
 from attn.exact.dense import allowed, formed, logits, weights
-from attn.exact.logits import Where
+from pallas_kernels.logits import Where
 
 POOLS = ("avg", "max")
 

@@ -15,9 +15,10 @@ import jax.numpy as jnp
 from attn.contract.dispatch import interpreted, pick
 from attn.exact import chunked, dense
 from attn.exact.distances import Distances
-from attn.exact.logits import Dropout, LogitSpec, Where
+from attn.masks import Full
 from pallas_kernels.arrays import BOOL, check_arrays
 from pallas_kernels.flash.api import flash
+from pallas_kernels.logits import Dropout, LogitSpec, Where
 from pallas_kernels.tile import NEVER
 
 
@@ -25,7 +26,7 @@ def attend(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    spec: LogitSpec = LogitSpec(),
+    spec: LogitSpec = LogitSpec(Full()),
     where: Where = Where(),
     *,
     bias: jax.Array | None = None,
@@ -44,13 +45,12 @@ def attend(
     the only one with forward-mode derivatives. No kernel, and no matrix, has distances.
     """
     options: dict[str, Any] = {
-        "bias": bias, "sink": sink, "given": given, "tile": tile,
+        "bias": bias, "sink": sink, "dropout": dropout, "given": given, "tile": tile,
         "split_lse": split_lse,
     }
 
     def xla():
-        return chunked.attend(
-            q, k, v, spec, where, dropout=dropout, distances=distances, **options)
+        return chunked.attend(q, k, v, spec, where, distances=distances, **options)
 
     def plain():
         if given is not None:
@@ -62,9 +62,7 @@ def attend(
 
     def kernel(backend: str) -> Callable:
         return lambda: flash(
-            q, k, v, backend=backend, interpret=interpreted(), shift=where.shift,
-            **kernel_options(spec, where), **_dropout_options(dropout), **options,
-        )
+            q, k, v, spec, where, backend=backend, interpret=interpreted(), **options)
 
     if distances is not None:
         return pick(implementation, xla=xla)
@@ -84,21 +82,3 @@ def with_mask(q, k, bias, mask) -> jax.Array | None:
     check_arrays({"B": b, "H": h, "T": t, "S": s}, mask=(mask, BOOL, form))
     # -inf beside a logit: its weight is 0
     return jnp.where(mask, 0.0 if bias is None else bias, NEVER)
-
-
-def kernel_options(spec: LogitSpec, where: Where) -> dict[str, Any]:
-    """Both as the keyword arguments of a kernel's entry function."""
-    return {
-        "mask": spec.mask, "scale": spec.scale, "softcap": spec.softcap,
-        "score": spec.score, "head": where.head, "q_pos": where.q_pos,
-        "kv_pos": where.kv_pos, "q_segment": where.q_segment,
-        "kv_segment": where.kv_segment,
-    }
-
-
-def _dropout_options(dropout: Dropout | None) -> dict[str, Any]:
-    if dropout is None:
-        return {}
-    # XLA and kernels share one hash, so that both drop the same weights
-    return {"dropout": dropout.rate, "key": dropout.key, "batch": dropout.batch,
-            "keep": dropout.keep}

@@ -20,7 +20,6 @@ Source: Dao et al., 2022, arXiv:2205.14135.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -29,11 +28,11 @@ import numpy as np
 from attn.contract.varying import varying
 from attn.exact.chunked_vjp import Constants, Plan, chunked, chunked_part
 from attn.exact.distances import Distances, check_distances, grouped as by_group
-from attn.exact.logits import Dropout, LogitSpec, Where
 from attn.masks import Full
 from pallas_kernels.arrays import check_logits
+from pallas_kernels.logits import Dropout, LogitSpec, Where
 from pallas_kernels.schedule import SKIP, Tiling, block_mask, traced_block_mask
-from pallas_kernels.tile import NEVER, LogitSpec as TileSpec, lse_of
+from pallas_kernels.tile import NEVER, TileSpec, lse_of
 
 KEYS = 512  # of a chunk of 256 queries
 FEWER = 1.5  # tiles of half of that, for one: they pay where a mask leaves so few
@@ -43,7 +42,7 @@ def attend(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    spec: LogitSpec = LogitSpec(),
+    spec: LogitSpec = LogitSpec(Full()),
     where: Where = Where(),
     *,
     bias: jax.Array | None = None,
@@ -112,12 +111,7 @@ def attend(
 
 def check_given(q, k, where: Where, bias, sink, dropout, given=None) -> None:
     """Raises ValueError for arrays that do not fit q and k; see `attend`."""
-    check_logits(
-        q, k, bias=bias, sink=sink, head=where.head, q_pos=where.q_pos,
-        kv_pos=where.kv_pos, q_segment=where.q_segment, kv_segment=where.kv_segment,
-        keep=None if dropout is None else dropout.keep,
-        batch=None if dropout is None else dropout.batch, given=given,
-    )
+    check_logits(q, k, where, bias=bias, sink=sink, dropout=dropout, given=given)
 
 
 def _plan(
@@ -169,8 +163,8 @@ def _constants(plan: Plan, where: Where, dropout: Dropout | None, sizes) -> Cons
     keep = seed = batch = None
     if dropout is not None:
         keep = _pad(_pad(_grouped(dropout.keep, heads), 3, rows), 4, columns)
-        if dropout.key is not None and dropout.rate > 0:
-            seed, batch = key_words(dropout.key), dropout.batch
+        if dropout.hashed:
+            seed, batch = dropout.words, dropout.batch
             batch = jnp.arange(b, dtype=jnp.int32) if batch is None else batch
     return Constants(
         # keys that are filled in have no position
@@ -191,11 +185,6 @@ def _busy(plan: Plan, table: np.ndarray, where: Where) -> jax.Array | None:
     # the batch takes its tiles together: one is left out if no row needs it
     i, j = np.asarray(plan.pairs, np.int32).T
     return (seen[:, i, j] != SKIP).any(0)
-
-
-def key_words(key: Any) -> jax.Array:
-    """Two words of a PRNG key [2] uint32."""
-    return jax.random.key_data(key).astype(jnp.uint32)[-2:]  # the hash takes two words
 
 
 def tile_for(t: int, s: int, group: int | None = None) -> tuple[int, int]:

@@ -23,7 +23,7 @@ from attn.exact.online import (
 )
 from pallas_kernels.schedule import Tiling
 from pallas_kernels.tile import (
-    NEVER, LogitSpec, base_and_factor, dropout_keep, sink_logit
+    NEVER, TileSpec, base_and_factor, dropout_keep, sink_logit
 )
 
 
@@ -33,7 +33,7 @@ class Plan:
     zero: the row of distance 0 in tables of distances. group: keys of a group that has
     a gate."""
 
-    form: LogitSpec
+    form: TileSpec
     tiling: Tiling
     pairs: tuple[tuple[int, int], ...]
     zero: int = 0

@@ -13,10 +13,10 @@ import numpy as np
 
 from attn.contract.dispatch import platform
 from attn.contract.shapes import check
-from attn.exact.chunked import check_given, key_words
-from attn.exact.logits import Dropout, LogitSpec, Where
+from attn.exact.chunked import check_given
 from attn.exact.online import EMPTY, OnlineSoftmax, exp_below
-from attn.masks import Mask
+from attn.masks import Full, Mask
+from pallas_kernels.logits import Dropout, LogitSpec, Where
 from pallas_kernels.tile import NEVER, dropout_keep, lse_of, sink_logit
 
 FEW = 64  # rows of queries, T H, that are few
@@ -145,7 +145,7 @@ def attend(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    spec: LogitSpec = LogitSpec(),
+    spec: LogitSpec = LogitSpec(Full()),
     where: Where = Where(),
     *,
     bias: jax.Array | None = None,
@@ -189,7 +189,7 @@ def _dropped(p: jax.Array, dropout: Dropout | None, head: jax.Array) -> jax.Arra
         rows = dropout.batch
         rows = jnp.arange(b, dtype=jnp.int32) if rows is None else rows
         keep = dropout_keep(
-            dropout.rate, key_words(dropout.key), rows[:, None, None, None],
+            dropout.rate, dropout.words, rows[:, None, None, None],
             head[None, :, None, None], jnp.arange(t)[None, None, :, None],
             jnp.arange(s)[None, None, None],
         )
@@ -200,7 +200,7 @@ def online_softmax(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    spec: LogitSpec = LogitSpec(),
+    spec: LogitSpec = LogitSpec(Full()),
     where: Where = Where(),
 ) -> OnlineSoftmax:
     """The online softmax state [B,T,H] of these keys, whose logits are one array.

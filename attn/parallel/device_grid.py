@@ -18,18 +18,19 @@ import jax.numpy as jnp
 
 from attn.contract.shapes import check
 from attn.exact.attend import attend
-from attn.exact.logits import LogitSpec, Where
 from attn.exact.online import merge, output, state_of
+from attn.masks import Full
 from attn.parallel.sharding import (
     Axis, devices_of, gather, mesh_of, names_of, spec as lies, spread_heads
 )
+from pallas_kernels.logits import LogitSpec, Where
 
 
 def grid_attention(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    spec: LogitSpec = LogitSpec(),
+    spec: LogitSpec = LogitSpec(Full()),
     where: Where = Where(),
     *,
     rows: Axis = (),

@@ -25,9 +25,9 @@ import dataclasses
 import jax
 
 from attn.exact.attend import attend
-from attn.exact.logits import LogitSpec, Where
 from attn.parallel.ring import ring
 from attn.parallel.sharding import Axis, gather, names_of
+from pallas_kernels.logits import LogitSpec, Where
 
 GATHER, SWAP = ("gather", "all_gather"), ("swap", "ulysses")  # two words for one thing
 EXCHANGES = (*GATHER, "ring", "zigzag", *SWAP)

@@ -23,7 +23,6 @@ import jax
 import jax.numpy as jnp
 
 from attn.exact.attend import attend
-from attn.exact.logits import LogitSpec, Where
 from attn.exact.online import OnlineSoftmax, join, logsumexp, output, state_of
 from attn.masks import FOREVER, Causal
 from attn.parallel.ring_loop import (
@@ -33,6 +32,7 @@ from attn.parallel.ring_schedule import (
     MANY, Pair, RingPlan, halo, last_steps, own_pair
 )
 from attn.parallel.zigzag import from_zigzag, to_zigzag
+from pallas_kernels.logits import LogitSpec, Where
 from pallas_kernels.tile import base_and_factor
 
 

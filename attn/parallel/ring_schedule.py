@@ -19,8 +19,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attn.exact.logits import LogitSpec
 from attn.masks import Full, Mask
+from pallas_kernels.logits import LogitSpec
 
 DIRECTIONS = (1, -1)  # keys come from the shards before, and from those behind
 MANY = 16  # shards; with more, steps share one program, else each has its own

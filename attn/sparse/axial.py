@@ -19,9 +19,9 @@ import jax
 import jax.numpy as jnp
 
 from attn.exact.attend import attend as exact
-from attn.exact.logits import LogitSpec, Where
 from attn.exact.online import OnlineSoftmax, join, output, state_of
 from attn.masks import Causal, Full, Mask, Window
+from pallas_kernels.logits import LogitSpec, Where
 
 OTHERS = ~Window(0, 0)  # all but its own place
 ABOVE = Causal() & OTHERS  # strictly: a token is in its row already

@@ -21,10 +21,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from attn.exact.logits import LogitSpec, Where
 from attn.exact.online import OnlineSoftmax, join, merge, output, state_of
 from attn.masks import Causal, Full
 from attn.sparse import chosen_blocks
+from pallas_kernels.logits import LogitSpec, Where
 from pallas_kernels.tile import NEVER
 
 TILE = 128  # queries of a tile, where a block has as many

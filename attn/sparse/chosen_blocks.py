@@ -15,11 +15,11 @@ import jax.numpy as jnp
 
 from attn.contract.dispatch import interpreted, pick
 from attn.contract.shapes import check
-from attn.exact.attend import kernel_options
 from attn.exact.chunked import check_given
-from attn.exact.logits import LogitSpec, Where
+from attn.masks import Full
 from attn.sparse import chosen_tiles
 from pallas_kernels.blocks import api as kernels
+from pallas_kernels.logits import LogitSpec, Where
 
 
 def gather(a: jax.Array, chosen: jax.Array, block: int) -> jax.Array:
@@ -49,7 +49,7 @@ def attend(
     k: jax.Array,
     v: jax.Array,
     chosen: jax.Array,
-    spec: LogitSpec = LogitSpec(),
+    spec: LogitSpec = LogitSpec(Full()),
     where: Where = Where(),
     *,
     block: int,
@@ -79,12 +79,9 @@ def attend(
             )
 
     def kernel(backend: str) -> Callable:
-        told = kernel_options(spec, where)
-        # the kernels of blocks have neither, and `attend` has refused them
-        told = {n: a for n, a in told.items() if n not in ("softcap", "score")}
         return lambda: kernels.blocks(
-            q, k, v, chosen, block=block, backend=backend, interpret=interpreted(),
-            **told,
+            q, k, v, chosen, spec, where, block=block, backend=backend,
+            interpret=interpreted(),
         )
 
     def xla():

@@ -22,8 +22,8 @@ import jax
 import jax.numpy as jnp
 
 from attn.contract.varying import varying
-from attn.exact.logits import LogitSpec, Where
 from attn.exact.online import EMPTY, exp_below
+from pallas_kernels.logits import LogitSpec, Where
 from pallas_kernels.tile import NEVER, base_and_factor, lse_of
 
 LOGITS = 2**19  # of the rows that are visited at once, over batch and heads

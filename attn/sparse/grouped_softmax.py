@@ -22,9 +22,9 @@ import jax
 import jax.numpy as jnp
 
 from attn.contract.varying import varying
-from attn.exact.logits import Dropout
 from attn.exact.online import exp_below
 from attn.sparse.groups import Row, reducers
+from pallas_kernels.logits import Dropout
 from pallas_kernels.tile import NEVER
 
 TILE = 128  # queries at once

@@ -15,9 +15,9 @@ import jax
 import jax.numpy as jnp
 
 from attn.exact.attend import attend
-from attn.exact.logits import LogitSpec, Where
 from attn.exact.online import OnlineSoftmax, exp_below, join, output, state_of
 from attn.masks import Causal, Full, Mask, Window
+from pallas_kernels.logits import LogitSpec, Where
 
 
 class Routes(NamedTuple):

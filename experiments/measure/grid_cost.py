@@ -18,11 +18,11 @@ from rich import box
 from rich.table import Table
 
 from attn.exact.dense import online_softmax
-from attn.exact.logits import LogitSpec, Where
 from attn.exact.online import merge, output
 from attn.masks import Causal
 from attn.parallel.device_grid import grid_attention, traffic
 from experiments.measure.collectives import collectives
+from pallas_kernels.logits import LogitSpec, Where
 
 CAUSAL = LogitSpec(Causal())
 GRIDS = {1: (1, 1), 2: (1, 2), 4: (2, 2), 8: (2, 4)}

@@ -21,9 +21,10 @@ import jax.numpy as jnp
 
 from pallas_kernels import Refused, tables
 from pallas_kernels.arrays import INT, check_arrays, check_pairs
+from pallas_kernels.logits import LogitSpec, Where
 from pallas_kernels.machine.bits import in_32_bits
 from pallas_kernels.refusals import DTYPES, WIDEST, check_device, check_elementwise
-from pallas_kernels.tile import LogitSpec, base_and_factor, lse_of, unit_of
+from pallas_kernels.tile import TileSpec, base_and_factor, lse_of, unit_of
 from pallas_kernels.tiles import FlashTriton
 
 LISTED = 2**17  # entries of the lists of one head that fit beside the scalar unit
@@ -35,7 +36,7 @@ class Static(NamedTuple):
     and of dk and dv, on GPU; vmem: bytes of fast memory that a kernel may use, on TPU.
     """
 
-    form: LogitSpec
+    form: TileSpec
     block: int
     n: int
     size: int
@@ -68,15 +69,10 @@ def blocks(
     k: jax.Array,
     v: jax.Array,
     chosen: jax.Array,
+    spec: LogitSpec = LogitSpec(None),
+    where: Where = Where(),
     *,
-    mask: Any = None,
     block: int,
-    head: jax.Array | None = None,
-    q_pos: jax.Array | None = None,
-    kv_pos: jax.Array | None = None,
-    q_segment: jax.Array | None = None,
-    kv_segment: jax.Array | None = None,
-    scale: float | None = None,
     tile: tuple[int, ...] | None = None,
     backend: str = "tpu",
     interpret: Any = False,
@@ -85,44 +81,49 @@ def blocks(
 
     q [B,T,H,D], k [B,S,K,D], v [B,S,K,V]; chosen [B,H|K,N,n] int32: key blocks of
     `block` tokens for each of N blocks of ceil(T/N) queries, -1 for none; one that is
-    named twice counts twice. The mask acts inside blocks, on positions 0, 1, ... or
-    q_pos [B,T] and kv_pos [B,S] (-1: an empty slot); q_segment and kv_segment: a token
-    sees its own segment, and segment 0 is padding. backend: "tpu" or "triton"; tile:
-    rows and keys of a tile, on GPU. Raises Refused for what the kernel does not do.
+    named twice counts twice. spec, where: see `pallas_kernels.logits`; the mask acts
+    inside blocks, positions count from 0, of queries too, kv_pos is [B|1,S], and there
+    is no softcap, score or shift. backend: "tpu" or "triton"; tile: rows and keys of a
+    tile, on GPU. Raises Refused for what the kernel does not do.
     """
     b, t, h, d = q.shape
     s, n, c = k.shape[1], chosen.shape[2], chosen.shape[1]
-    _check(q, k, v, chosen, mask, backend)
-    check_pairs(segment=(q_segment, kv_segment))
+    _check(q, k, v, chosen, spec, where, backend)
+    check_pairs(segment=(where.q_segment, where.kv_segment))
     sizes = {"B": b, "T": t, "H": h, "S": s, "K": k.shape[2]}
     check_arrays(
-        sizes, chosen=(chosen, INT, "B H|K N n"), head=(head, INT, "H"),
-        q_pos=(q_pos, INT, "B|1 T"), kv_pos=(kv_pos, INT, "B|1 S"),
-        q_segment=(q_segment, INT, "B|1 T"), kv_segment=(kv_segment, INT, "B|1 S"))
+        sizes, chosen=(chosen, INT, "B H|K N n"), head=(where.head, INT, "H"),
+        q_pos=(where.q_pos, INT, "B|1 T"), kv_pos=(where.kv_pos, INT, "B|1 S"),
+        q_segment=(where.q_segment, INT, "B|1 T"),
+        kv_segment=(where.kv_segment, INT, "B|1 S"))
     size, heads = -(-t // n), h // c
     check_device(backend, (q, k, v), interpret)
 
     def whole(a, m):
         return None if a is None else jnp.broadcast_to(a, (b, m)).astype(jnp.int32)
 
-    head = jnp.arange(h) if head is None else head
-    scale = d**-0.5 if scale is None else scale
+    head = jnp.arange(h) if where.head is None else where.head
+    scale = d**-0.5 if spec.scale is None else spec.scale
     unit = unit_of(scale, None)
     static = Static(
-        LogitSpec(mask, scale, unit=unit),
+        TileSpec(spec.mask, scale, unit=unit),
         block, n, size, t, s, heads,
         () if backend == "tpu" else _tiles(q, k, v, chosen, block, tile, backend),
         tables.vmem(tables.device_kind(), backend), backend, interpret,
     )
-    side = Side(chosen.astype(jnp.int32), head.astype(jnp.int32), whole(q_pos, t),
-                whole(kv_pos, s), whole(q_segment, t), whole(kv_segment, s))
+    side = Side(chosen.astype(jnp.int32), head.astype(jnp.int32),
+                whole(where.q_pos, t), whole(where.kv_pos, s),
+                whole(where.q_segment, t), whole(where.kv_segment, s))
     o, m, l = _blocks(static, side, q, k, v)
     m = jax.lax.stop_gradient(m) * (1 / unit)
     return o, lse_of(m, l).transpose(0, 2, 1)
 
 
-def _check(q, k, v, chosen, mask, backend) -> None:
+def _check(q, k, v, chosen, spec, where, backend) -> None:
     """Raises Refused for what the kernel does not do."""
+    if spec.softcap is not None or spec.score is not None or where.shift:
+        raise Refused("chosen blocks have logits without a softcap or a score, and "
+                      "queries without a shift")
     if not q.dtype == k.dtype == v.dtype or q.dtype not in DTYPES:
         raise Refused(f"q, k, v are {q.dtype}, {k.dtype}, {v.dtype}: one of "
                       "bfloat16, float16, float32 for all three")
@@ -134,7 +135,7 @@ def _check(q, k, v, chosen, mask, backend) -> None:
     entries = chosen[0].size // k.shape[2]
     if backend == "tpu" and entries > LISTED:
         raise Refused(f"{entries} chosen blocks a key head: at most {LISTED}")
-    check_elementwise("mask", mask)
+    check_elementwise("mask", spec.mask)
 
 
 def _tiles(q, k, v, chosen, block: int, tile, backend: str):

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import functools
 import importlib
-from typing import Any, Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,9 +27,10 @@ import numpy as np
 from pallas_kernels import Refused, candidates
 from pallas_kernels.arrays import FLOAT, INT, check_arrays, check_pairs
 from pallas_kernels.decode.plain import Keys, Rows, Static, plain
+from pallas_kernels.logits import LogitSpec, Where
 from pallas_kernels.machine.bits import in_32_bits
 from pallas_kernels.refusals import DTYPES, WIDEST, check_device, check_elementwise
-from pallas_kernels.tile import LogitSpec, base_and_factor, lse_of, unit_of
+from pallas_kernels.tile import TileSpec, base_and_factor, lse_of, unit_of
 
 F32 = jnp.float32
 
@@ -38,19 +39,12 @@ def decode(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
+    spec: LogitSpec = LogitSpec(None),
+    where: Where = Where(),
     *,
-    mask: Any = None,
-    q_pos: jax.Array | None = None,
-    kv_pos: jax.Array | None = None,
-    q_segment: jax.Array | None = None,
-    kv_segment: jax.Array | None = None,
-    head: jax.Array | None = None,
     lengths: jax.Array | None = None,
     bias: jax.Array | None = None,
     sink: jax.Array | None = None,
-    scale: float | None = None,
-    softcap: float | None = None,
-    score: Callable | None = None,
     k_scale: jax.Array | None = None,
     v_scale: jax.Array | None = None,
     bits: int = 16,
@@ -67,12 +61,13 @@ def decode(
 
     q [B,T,H,D]; k [B,S,K,D] and v [B,S,K,V], or, with `table` [B,n] int32, pages
     [P,page,K,.] of which row b has table[b] (-1: none). lengths [B] or [B,K]: how many
-    slots are filled. kv_pos [B,S,K|1] (-1: an empty slot; None: slots count from 0) and
-    q_pos [B,T] (None: the last of S); runs as in `pallas_kernels.flash`. bias [B,S,K]:
-    added to every logit of a slot. sink [H]: a logit without value. bits: 8 for int8 k
-    and v, 4 for int8 [.., width/2] that holds two numbers a byte (low half: the first
-    half of the width), with k_scale and v_scale [B,S,K] float32. statistics: also
-    returns the sum over a key head's queries of each slot's weight, [B,S,K] float32.
+    slots are filled. spec, where: see `pallas_kernels.logits`; here kv_pos may be None
+    (slots count from 0) where q_pos [B,T] is not (None: the last of S), nothing is
+    shifted, and what `where` has of keys lies beside slots. bias [B,S,K]: added to
+    every logit of a slot. sink [H]: a logit without value. bits: 8 for int8 k and v, 4
+    for int8 [.., width/2] that holds two numbers a byte (low half: the first half of
+    the width), with k_scale and v_scale [B,S,K] float32. statistics: also returns the
+    sum over a key head's queries of each slot's weight, [B,S,K] float32.
     split_lse: m and l [B,H,T] instead of lse = m + log l, as in `pallas_kernels.flash`.
     Arrays beside slots are [P,page,K] with a table. Slots without a token may hold
     anything; steps of a TPU that have such slots take longer. tile: slots a step.
@@ -84,13 +79,14 @@ def decode(
     """
     b, t, h, d = q.shape
     page, heads = k.shape[1], k.shape[2]
-    _check(q, k, v, bits, score, mask)
-    check_pairs(segment=(q_segment, kv_segment))
+    q_pos, q_segment, head = where.q_pos, where.q_segment, where.head
+    _check(q, k, v, bits, spec, where)
+    check_pairs(segment=(q_segment, where.kv_segment))
     _check_arrays(
         q, k, v, table, q_pos=(q_pos, INT, "B T"), q_segment=(q_segment, INT, "B|1 T"),
         head=(head, INT, "H"), lengths=(lengths, INT, "B", "B K|1"),
-        sink=(sink, FLOAT, "H"), kv_pos=(kv_pos, INT, "B|1 S", "B|1 S K|1"),
-        kv_segment=(kv_segment, INT, "B|1 S"), bias=(bias, FLOAT, "B|1 S K|1"),
+        sink=(sink, FLOAT, "H"), kv_pos=(where.kv_pos, INT, "B|1 S", "B|1 S K|1"),
+        kv_segment=(where.kv_segment, INT, "B|1 S"), bias=(bias, FLOAT, "B|1 S K|1"),
         k_scale=(k_scale, FLOAT, "B S K"), v_scale=(v_scale, FLOAT, "B S K"))
     check_device(backend, (q, k, v), interpret)
     slots = page if table is None else table.shape[1] * page
@@ -101,7 +97,7 @@ def decode(
     q_pos = count(t, slots - t) if q_pos is None else q_pos
     head = jnp.arange(h, dtype=jnp.int32) if head is None else head
     each = functools.partial(_each, k, backend == "tpu")
-    beside = Keys(each(kv_pos), None if q_segment is None else each(kv_segment),
+    beside = Keys(each(where.kv_pos), each(where.kv_segment),
                   each(bias), each(k_scale), each(v_scale))
 
     def per_row(a):
@@ -112,12 +108,12 @@ def decode(
         per_row((jnp.ones_like(q_pos) if q_segment is None else q_segment)[..., None]),
         per_row(jnp.zeros(h, F32) if sink is None else sink.astype(F32)),
     )
-    scale = d**-0.5 if scale is None else scale
-    unit = unit_of(scale, softcap, score, bias)
+    scale = d**-0.5 if spec.scale is None else spec.scale
+    unit = unit_of(scale, spec.softcap, spec.score, bias)
     if lengths is None:
         lengths = jnp.asarray(np.full((b, 1), slots, np.int32))  # [B,1]
     lengths = lengths[:, None] if lengths.ndim == 1 else lengths  # [B,K|1]
-    form = LogitSpec(mask, scale, softcap, score, unit=unit)
+    form = TileSpec(spec.mask, scale, spec.softcap, spec.score, unit=unit)
     static = Static(form, h, heads, t, slots, page, 1, bits, sink is not None, 0,
                     interpret, backend,
                     variant=candidates.checked(backend, "decode", variant))
@@ -140,8 +136,10 @@ def _each(k, every: bool, a):
     return jnp.broadcast_to(a, k.shape[:3] if every else (*k.shape[:2], a.shape[2]))
 
 
-def _check(q, k, v, bits, score, mask) -> None:
+def _check(q, k, v, bits, spec, where) -> None:
     """Raises Refused for what no kernel does."""
+    if where.shift:
+        raise Refused(f"shift={where.shift}: expected 0, or positions")
     if q.dtype not in DTYPES:
         raise Refused(f"q is {q.dtype}: bfloat16, float16 or float32")
     if bits not in (4, 8, 16):
@@ -151,7 +149,7 @@ def _check(q, k, v, bits, score, mask) -> None:
             raise Refused(f"{name} is {a.dtype} at bits={bits}, q is {q.dtype}")
         if a.shape[3] > WIDEST:
             raise Refused(f"{name} is {a.shape[3]} wide: at most {WIDEST}")
-    for name, f in (("mask", mask), ("score", score)):
+    for name, f in (("mask", spec.mask), ("score", spec.score)):
         check_elementwise(name, f)
 
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.tile import NEVER, LogitSpec
+from pallas_kernels.tile import NEVER, TileSpec
 
 F32 = jnp.float32
 
@@ -19,7 +19,7 @@ class Static(NamedTuple):
     GPU: a tile, `splits` asked for or 0, how many multiprocessors there are, and
     candidates that the call asks for."""
 
-    form: LogitSpec
+    form: TileSpec
     heads: int
     key_heads: int
     queries: int

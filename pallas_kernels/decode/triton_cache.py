@@ -17,14 +17,14 @@ from jax.experimental import pallas as pl
 from pallas_kernels.decode.triton_unpack import widened
 from pallas_kernels.machine.product import NT, dot
 from pallas_kernels.machine.triton import lanes, load, power
-from pallas_kernels.tile import NEVER, LogitSpec, both
+from pallas_kernels.tile import NEVER, TileSpec, both
 
 
 class Call(NamedTuple):
     """What is static. R = T * H/K `queries` read one key head: `rows` of them are a
     tile, `columns` slots another. inner: a tile of slots lies inside a page."""
 
-    form: LogitSpec
+    form: TileSpec
     queries: int
     rows: int
     columns: int

@@ -14,13 +14,14 @@ from __future__ import annotations
 
 import functools
 import importlib
-from typing import Any, Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels import Refused, candidates, tables
-from pallas_kernels.arrays import check_logits, check_pairs
+from pallas_kernels.arrays import check_logits
+from pallas_kernels.logits import Dropout, LogitSpec, Where
 from pallas_kernels.machine.bits import in_32_bits
 from pallas_kernels.padding import blank
 from pallas_kernels.refusals import (
@@ -28,7 +29,7 @@ from pallas_kernels.refusals import (
 )
 from pallas_kernels.schedule import Side, Static, Tiling
 from pallas_kernels.tile import (
-    LOG2E, LogitSpec, base_and_factor, lse_of, sink_logit, unit_of
+    LOG2E, TileSpec, base_and_factor, lse_of, sink_logit, unit_of
 )
 from pallas_kernels.tile_patterns import shrink_to_fit
 
@@ -39,23 +40,12 @@ def flash(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
+    spec: LogitSpec = LogitSpec(None),
+    where: Where = Where(),
     *,
-    mask: Any = None,
-    head: jax.Array | None = None,
-    q_pos: jax.Array | None = None,
-    kv_pos: jax.Array | None = None,
-    q_segment: jax.Array | None = None,
-    kv_segment: jax.Array | None = None,
-    scale: float | None = None,
-    softcap: float | None = None,
-    score: Callable | None = None,
     bias: jax.Array | None = None,
     sink: jax.Array | None = None,
-    keep: jax.Array | None = None,
-    dropout: float = 0.0,
-    key: jax.Array | None = None,
-    batch: jax.Array | None = None,
-    shift: int = 0,
+    dropout: Dropout | None = None,
     given: jax.Array | None = None,
     split_lse: bool = False,
     tile: tuple[int, ...] | None = None,
@@ -66,68 +56,65 @@ def flash(
     """Exact attention -> o [B,T,H,V] in v's dtype and lse [B,H,T] float32.
 
     q [B,T,H,D], k [B,S,K,D], v [B,S,K,V]; query head h reads key head h // (H/K).
-    mask: a predicate on (head, query position, key position) with `bounds`; positions
-    count from 0, aligned at the last token when T != S, unless q_pos [B,T] and kv_pos
-    [B,S] or [B,S,K] are given (-1: an empty slot). q_segment [B|1,T], kv_segment
-    [B|1,S]: a token sees its own segment, and segment 0 is padding. A logit is scale *
-    q.k, capped, plus score(h, i, j), plus bias [B|1,H|1,T|1,S|1]; sink [H] is a logit
-    without value. dropout acts when there is a `key`, or by `keep` [B,H,T,S] bool.
-    shift: how many tokens further on the queries stand, where positions count. given
-    [B,H,T]: the lse that the queries have with all of their keys, if k and v are a part
-    of those, for the part's gradients: nothing is computed, o is 0, and lse's cotangent
-    is to hold what all parts share, d(lse) - sum(d(o) o) of the whole; a number near
-    the lse will do, if both cotangents are multiplied by exp(given - lse). split_lse: m
-    and l [B,H,T] instead of lse = m + log l, which a large m leaves nothing of l; no
-    gradient flows through m, on which nothing depends. tile: queries and keys of a
-    tile. Rows that see nothing give o = 0, lse = -inf and no gradient. backend: "tpu",
-    "triton", "mosaic" (Hopper), or "blackwell" (there `tile` is of the forward pass):
-    only compiled and interpreted, never run, so nobody gets it unasked. variant: names
-    of candidates that no device has judged (`pallas_kernels/candidates.py`). interpret:
-    run on a CPU, slowly.
+    spec, where, dropout: see `pallas_kernels.logits`. bias [B|1,H|1,T|1,S|1] is added
+    to a logit; sink [H] is a logit without value. dropout acts when it has a key, or
+    by its `keep`. given [B,H,T]: the lse that the queries have with all of their keys,
+    if k and v are a part of those, for the part's gradients: nothing is computed, o is
+    0, and lse's cotangent is to hold what all parts share, d(lse) - sum(d(o) o) of the
+    whole; a number near the lse will do, if both cotangents are multiplied by
+    exp(given - lse). split_lse: m and l [B,H,T] instead of lse = m + log l, which a
+    large m leaves nothing of l; no gradient flows through m, on which nothing depends.
+    tile: queries and keys of a tile. Rows that see nothing give o = 0, lse = -inf and
+    no gradient. backend: "tpu", "triton", "mosaic" (Hopper), or "blackwell" (there
+    `tile` is of the forward pass): only compiled and interpreted, never run, so nobody
+    gets it unasked. variant: names of candidates that no device has judged
+    (`pallas_kernels/candidates.py`). interpret: run on a CPU, slowly.
 
     Raises Refused for what the kernel does not do. Sources: see the module.
     """
     b, t, h, d = q.shape
     s, width = k.shape[1], v.shape[3]
     _check(q, k, v)
-    check_pairs(pos=(q_pos, kv_pos), segment=(q_segment, kv_segment))
-    check_logits(q, k, bias=bias, sink=sink, head=head, q_pos=q_pos, kv_pos=kv_pos,
-                 keep=keep, batch=batch, given=given, q_segment=q_segment,
-                 kv_segment=kv_segment)
-    if b > 1 and q_pos is not None and kv_pos is not None:
+    counted = where.counted
+    check_logits(q, k, where, bias=bias, sink=sink, dropout=dropout, given=given)
+    q_pos, kv_pos = where.q_pos, where.kv_pos
+    if b > 1 and not counted:
         # one row of positions for the whole batch
         q_pos = jnp.broadcast_to(q_pos, (b, t))
         kv_pos = jnp.broadcast_to(kv_pos, (b, *kv_pos.shape[1:]))
-    random = dropout > 0 and key is not None
+    drop = Dropout(0.0) if dropout is None else dropout
     check_device(backend, (q, k, v), interpret)
-    q, (k, v) = *blank(q_segment, q), blank(kv_segment, k, v)
+    q, (k, v) = *blank(where.q_segment, q), blank(where.kv_segment, k, v)
     if backend in CARDS:
         check_mosaic(backend, q, v, interpret)
-        extra = {"bias": bias, "keep": keep, "key": key if random else None}
+        extra = {"bias": bias, "keep": drop.keep,
+                 "key": drop.key if drop.hashed else None}
         for name, a in extra.items():
             if a is not None:
                 raise Refused(f"{name}: not on {CARDS[backend][0]}, expected None")
-    for name, f in (("mask", mask), ("score", score)):
+    for name, f in (("mask", spec.mask), ("score", spec.score)):
         check_elementwise(name, f, backend)
     device = tables.device_kind()
-    offset = s - t + shift if q_pos is None else None  # aligned at the last token
+    offset = s - t + where.shift if counted else None  # aligned at the last token
     shape = tables.Shape(t, s, d, width, q.dtype.itemsize,
-                         bias is not None or keep is not None)
+                         bias is not None or drop.keep is not None)
 
     def pick(which):
         return tables.tile(device, which, shape, tile, backend)
 
     ahead, back = pick("flash_forward"), pick("flash_backward")
-    scale = d**-0.5 if scale is None else scale
-    unit = LOG2E if backend in CARDS else unit_of(scale, softcap, score, bias)
-    form = LogitSpec(mask, scale, softcap, score,
-                     dropout if random or keep is not None else 0.0, unit)
+    scale = d**-0.5 if spec.scale is None else spec.scale
+    unit = (LOG2E if backend in CARDS
+            else unit_of(scale, spec.softcap, spec.score, bias))
+    acts = drop.hashed or drop.keep is not None
+    form = TileSpec(spec.mask, scale, spec.softcap, spec.score,
+                    drop.rate if acts else 0.0, unit)
     tilings = [Tiling(t, s, a.block_q, a.block_kv, offset) for a in (ahead, back)]
     if backend == "tpu" and tile is None:
-        traced = q_pos is not None or q_segment is not None
+        traced = not counted or where.q_segment is not None
         tilings = [
             shrink_to_fit(
-                mask, tiling, a.block_kv_compute, max(d, width), traced, n == 1)
+                spec.mask, tiling, a.block_kv_compute, max(d, width), traced, n == 1)
             for n, (tiling, a) in enumerate(zip(tilings, (ahead, back)))
         ]
     static = Static(
@@ -137,13 +124,14 @@ def flash(
     )
     if max(*static.tiling.grid, *static.backward.grid) > 2**15:
         raise Refused(f"T={t}, S={s}: the list of tiles is too long")
-    if random and batch is None:
-        batch = jnp.arange(b, dtype=jnp.int32)
+    seed = batch = None
+    if drop.hashed:
+        seed, batch = drop.words, drop.batch
+        batch = jnp.arange(b, dtype=jnp.int32) if batch is None else batch
     side = Side(
-        jnp.arange(h, dtype=jnp.int32) if head is None else head, q_pos,
+        jnp.arange(h, dtype=jnp.int32) if where.head is None else where.head, q_pos,
         kv_pos[..., None] if kv_pos is not None and kv_pos.ndim == 2 else kv_pos,
-        q_segment, kv_segment, keep, _seed(key) if random else None,
-        batch if random else None,
+        where.q_segment, where.kv_segment, drop.keep, seed, batch,
     )
     if given is not None:
         return _part(static, side, q, k, v, bias, sink, given)
@@ -167,11 +155,6 @@ def _check(q, k, v) -> None:
 def _kernels(static: Static) -> Any:
     """The module with `forward` and `backward` of the call's backend."""
     return importlib.import_module(f"pallas_kernels.flash.{static.backend}")
-
-
-def _seed(key: Any) -> jax.Array:
-    """Two words of a PRNG key."""
-    return jax.random.key_data(key).astype(jnp.uint32)[-2:]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

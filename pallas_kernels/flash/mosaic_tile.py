@@ -15,7 +15,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.flash.mosaic_scratch import ForwardScratch, QueryScratch
 from pallas_kernels.machine.hopper import TILE, cast, drain, launch, spread, vector
 from pallas_kernels.schedule import FULL, SKIP, Side, Tiling
-from pallas_kernels.tile import LOG2E, NEVER, LogitSpec, both, sink_logit
+from pallas_kernels.tile import LOG2E, NEVER, TileSpec, both, sink_logit
 
 
 class Line(NamedTuple):
@@ -45,7 +45,7 @@ class Call(NamedTuple):
     compute, stages of the rings, how a tile lies over a warpgroup's registers, and
     candidates (`pallas_kernels/candidates.py`)."""
 
-    form: LogitSpec
+    form: TileSpec
     tiling: Tiling
     groups: int
     warpgroups: int

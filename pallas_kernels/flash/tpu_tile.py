@@ -18,7 +18,7 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels.machine.product import F32, NT, dot
 from pallas_kernels.machine.tpu import column
 from pallas_kernels.schedule import FULL, MASKED, GridOrder, Tiling
-from pallas_kernels.tile import NEVER, LogitSpec, both, dropout_keep
+from pallas_kernels.tile import NEVER, TileSpec, both, dropout_keep
 from pallas_kernels.tile_patterns import Part, TilePatterns
 
 # the bits of a word of `Scalars.plan`: what is asked of a tile, whether it opens and
@@ -70,7 +70,7 @@ class Scalars(NamedTuple):
 class Call(NamedTuple):
     """What is static: the form, the tiles, how they are taken, what else there is."""
 
-    form: LogitSpec
+    form: TileSpec
     tiling: Tiling
     patterns: TilePatterns
     groups: int

@@ -20,7 +20,7 @@ from jax.experimental.pallas import triton
 from pallas_kernels.machine.product import F32, NT, dot
 from pallas_kernels.machine.triton import block, load
 from pallas_kernels.schedule import FULL, MASKED, Tiling
-from pallas_kernels.tile import LOW, NEVER, LogitSpec, both, dropout_keep
+from pallas_kernels.tile import LOW, NEVER, TileSpec, both, dropout_keep
 
 
 class Arrays(NamedTuple):
@@ -64,7 +64,7 @@ class Line(NamedTuple):
 class Call(NamedTuple):
     """What is static: the form, the tiles, warps and stages."""
 
-    form: LogitSpec
+    form: TileSpec
     tiling: Tiling
     groups: int
     warps: int

@@ -12,6 +12,7 @@ import numpy as np
 from pallas_kernels import tables
 from pallas_kernels.blocks.api import blocks
 from pallas_kernels.decode.api import decode
+from pallas_kernels.logits import LogitSpec
 from pallas_kernels.matrix.case import (
     BF16, F32, Case, TripCounts, struct, with_gradients
 )
@@ -29,7 +30,7 @@ def chosen(target, *, backend, backward, t=8192, h=16, k=2, block=64, n=16, d=12
     at = struct(1, k, t // block, n, dtype=jnp.int32)
 
     def f(at, q, k, v):
-        return blocks(q, k, v, at, mask=Causal(), block=block, backend=backend)[0]
+        return blocks(q, k, v, at, LogitSpec(Causal()), block=block, backend=backend)[0]
 
     if not backward:
         return f, (at, *arrays), {}

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import tables
 from pallas_kernels.flash.api import flash
+from pallas_kernels.logits import LogitSpec, Where
 from pallas_kernels.matrix.case import BF16, F32, TripCounts, struct, with_gradients
 from pallas_kernels.schedule import FULL, MASKED, Tiling, block_mask
 from pallas_kernels.tile_patterns import LANES, shrink_to_fit, tile_patterns
@@ -96,9 +97,10 @@ def attention(target, *, backend, backward, t, d, h=8, k=8, v=None, mask=Causal(
 
     def f(segments, q, k, v, *more):
         options = dict(zip([n for n in given if n in extra], more))
-        if segments:
-            options |= {"q_segment": segments[0], "kv_segment": segments[0]}
-        return flash(q, k, v, mask=mask, softcap=softcap, backend=backend, **options)
+        segment = segments[0] if segments else None
+        where = Where(q_segment=segment, kv_segment=segment)
+        return flash(q, k, v, LogitSpec(mask, softcap=softcap), where,
+                     backend=backend, **options)
 
     trips = {}
     if backend == "tpu":

@@ -12,8 +12,8 @@ from attn.s2 import S2, hybrid
 from attn.softmax import Softmax
 from attn.sparse import chosen_blocks
 from attn.sparse.shards import columns, coverage, forgets
-from attn.exact.logits import LogitSpec
 from experiments.measure import cost
+from pallas_kernels.logits import LogitSpec
 from tests.compiled import attend, step
 from tests.laws import close, run, stream
 from tests.oracles.softmax import attention, oracle

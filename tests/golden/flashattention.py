@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from attn.exact.attend import attend
-from attn.exact.logits import Dropout, LogitSpec, Where
 from attn.masks import FOREVER, Causal, Full, Mask, Sink, Window
 from attn.softmax import Softmax
 from attn.sparse import chosen_blocks
+from pallas_kernels.logits import Dropout, LogitSpec, Where
 
 OPTIONS = {"layout", "softmax_scale", "causal", "causal_alignment", "window", "softcap",
            "dropout_p", "kind", "block", "sink_token_length"}

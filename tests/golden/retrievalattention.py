@@ -11,8 +11,9 @@ import numpy as np
 from attn.cache import graph_index, host_search, reading
 from attn.contract.segments import locate
 from attn.exact.attend import attend
-from attn.exact.logits import LogitSpec
+from attn.masks import Full
 from attn.retrieval import Retrieval
+from pallas_kernels.logits import LogitSpec
 
 
 def run(case: Mapping[str, Any]) -> dict[str, np.ndarray]:
@@ -35,7 +36,7 @@ def merge(case, config):
     now = locate(None, q.shape[0], 1, after.end - 1, after.segment)
     near = after.near
     own = jnp.broadcast_to(now.segment, near.k.shape[:2])
-    o, lse = reading.read(near, own, q, now, LogitSpec())
+    o, lse = reading.read(near, own, q, now, LogitSpec(Full()))
     how = host_search.Search("flat", config["topk"], 1, 1, 1, None)
     far = [np.asarray(a) for a in (
         q, after.far.k, after.far.v, after.far.pos[..., 0], after.links, after.entry)]

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from attn.exact.dense import allowed, formed, logits
-from attn.exact.logits import LogitSpec, Where
 from attn.s2 import S2
 from attn.sparse.shards import columns, forgets
+from pallas_kernels.logits import LogitSpec, Where
 
 
 def run(case: Mapping[str, Any]) -> dict[str, np.ndarray]:

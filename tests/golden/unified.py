@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from attn.exact.dense import online_softmax
-from attn.exact.logits import LogitSpec, Where
 from attn.exact.online import EMPTY, merge, output
 from attn.lineartransformer import LinearTransformer
 from attn.linformer import Linformer
@@ -17,6 +16,7 @@ from attn.masks import Causal, Full, Window
 from attn.mixers import Depthwise, FNet, LongConv, MeanPool, Static
 from attn.parallel.device_grid import grid_attention
 from attn.softmax import Softmax
+from pallas_kernels.logits import LogitSpec, Where
 
 
 def run(case: Mapping[str, Any]) -> dict[str, np.ndarray]:

@@ -1,14 +1,17 @@
-"""Softmax attention in float64, by the matrix, with all gradients; and exact attention
-with the keyword arguments that kernels have."""
+"""Softmax attention in float64, by the matrix, with all gradients; and exact attention,
+kernels too, told one thing a keyword."""
 
 import functools
 
 import numpy as np
 
 from attn.exact import attend as exact, chunked
-from attn.exact.logits import Dropout, LogitSpec, Where
 from attn.masks import Full
 from attn.sparse import chosen_blocks
+from pallas_kernels.blocks import api as blocks_api
+from pallas_kernels.decode import api as decode_api
+from pallas_kernels.flash import api as flash_api
+from pallas_kernels.logits import Dropout, LogitSpec, Where
 
 
 def oracle(q, k, v, do, *, mask=Full(), softcap=None, score=None, bias=None, sink=None,
@@ -67,11 +70,13 @@ def order(t, s):
     return np.arange(s)[None] <= np.arange(t)[:, None] + s - t
 
 
-def by_keywords(f, *args, mask=Full(), scale=None, softcap=None, score=None, head=None,
+def by_keywords(f, *args, mask=None, scale=None, softcap=None, score=None, head=None,
                 q_pos=None, kv_pos=None, q_segment=None, kv_segment=None, shift=0,
-                dropout=0.0,
-                key=None, batch=None, keep=None, **options):
-    """f(*args, spec=, where=, dropout=) of what a kernel takes one by one."""
+                dropout=0.0, key=None, batch=None, keep=None, everything=Full(),
+                **options):
+    """f(*args, spec=, where=, dropout=) of what stands in them, one by one; everything:
+    the mask where there is none."""
+    mask = everything if mask is None else mask
     if key is not None or keep is not None:
         options["dropout"] = Dropout(dropout, key, batch, keep)
     return f(*args, spec=LogitSpec(mask, scale, softcap, score),
@@ -81,3 +86,6 @@ def by_keywords(f, *args, mask=Full(), scale=None, softcap=None, score=None, hea
 chunks = functools.partial(by_keywords, chunked.attend)
 best = functools.partial(by_keywords, exact.attend)
 blocks = functools.partial(by_keywords, chosen_blocks.attend)
+flash, decode, blocks_kernel = (
+    functools.partial(by_keywords, f, everything=None)
+    for f in (flash_api.flash, decode_api.decode, blocks_api.blocks))

@@ -8,14 +8,14 @@ import pytest
 
 from attn.exact.attend import attend
 from attn.softmax import Softmax
-from pallas_kernels.blocks.api import blocks
-from pallas_kernels.decode.api import decode
+from pallas_kernels import Refused
 from pallas_kernels.delta.api import delta
-from pallas_kernels.flash.api import flash
 from pallas_kernels.linear.api import linear
 from pallas_kernels.scan.api import scan
 from tests.on_device import INTERPRET
-from tests.oracles.softmax import by_keywords, chunks
+from tests.oracles.softmax import (
+    blocks_kernel as blocks, by_keywords, chunks, decode, flash
+)
 
 B, T, H, K, D = 2, 3, 4, 2, 8
 Q, KV = jnp.zeros((B, T, H, D)), jnp.zeros((B, T, K, D))
@@ -72,6 +72,17 @@ def test_wrong_arrays_are_refused(call, name, given):
     q, k, v = (a.astype(dtype) for a in (Q, KV, KV))
     with pytest.raises(ValueError, match=f"^{name}.*(expected|go together)"):
         call(q, k, v, **given)
+
+
+@pytest.mark.parametrize("call, given, reason", [
+    *((call, {"shift": 2}, "shift") for call in (*DECODE, BLOCKS)),
+    (BLOCKS, {"softcap": 2.0}, "softcap"),
+    (BLOCKS, {"score": lambda h, i, j: i - j}, "score"),
+])
+def test_what_a_kernel_has_not_is_refused(call, given, reason):
+    """A call is told the same everywhere: nothing of it is left out in silence."""
+    with pytest.raises(Refused, match=reason):
+        call(Q, KV, KV, **given)
 
 
 # what recurrent kernels are given, H = 4 heads of K = 2 keys

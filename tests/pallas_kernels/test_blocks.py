@@ -11,10 +11,10 @@ from jax.experimental import pallas as pl
 from attn.masks import Causal, Full, Window
 from pallas_kernels import Refused, tiles
 from pallas_kernels.blocks import triton as blocks_triton
-from pallas_kernels.blocks.api import Static, blocks as attention, inverse
+from pallas_kernels.blocks.api import Static, inverse
 from experiments.measure import cost
 from tests.on_device import INTERPRET
-from tests.oracles.softmax import blocks
+from tests.oracles.softmax import blocks, blocks_kernel as attention
 from tests.pallas_kernels.test_flash import (
     BACKENDS, close, normal, once, results, twice
 )

@@ -10,13 +10,12 @@ import pytest
 from attn.masks import Causal
 from attn.recurrent.linear import naive
 from pallas_kernels.candidates import CANDIDATES
-from pallas_kernels.decode.api import decode
 from pallas_kernels.delta.api import delta
-from pallas_kernels.flash.api import flash
 from pallas_kernels.linear.api import linear
 from tests.on_device import INTERPRET
 from tests.oracles import linear as oracle
 from tests.oracles.delta_rule import H, inputs as delta_inputs
+from tests.oracles.softmax import flash, decode
 from tests.pallas_kernels.test_flash_mosaic import inputs
 
 

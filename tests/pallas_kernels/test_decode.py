@@ -14,11 +14,10 @@ from pallas_kernels import Refused
 from pallas_kernels.decode import (
     tpu as decode_tpu, triton as decode_triton, triton_unpack as widen_triton
 )
-from pallas_kernels.decode.api import decode
 from pallas_kernels.decode.plain import packed, unpacked
 from pallas_kernels.decode.triton import splits
 from tests.on_device import INTERPRET
-from tests.oracles.softmax import chunks as attend
+from tests.oracles.softmax import chunks as attend, decode
 from tests.pallas_kernels.test_flash import (
     BACKENDS, close, normal, once, results, twice
 )

@@ -19,9 +19,8 @@ from pallas_kernels.flash import (
     blackwell as flash_blackwell, mosaic as flash_mosaic, tpu as flash_tpu,
     tpu_portions as portions_tpu, triton as flash_triton
 )
-from pallas_kernels.flash.api import flash
 from tests.on_device import INTERPRET
-from tests.oracles.softmax import chunks as attend
+from tests.oracles.softmax import chunks as attend, flash
 
 B, T, S, H, K, D, V = 2, 37, 37, 4, 2, 8, 12
 TILE = (16, 16)

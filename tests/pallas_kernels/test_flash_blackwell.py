@@ -16,13 +16,12 @@ import pytest
 from attn.masks import Causal, Full, Sink, Window
 from attn.positions import ALiBi
 from pallas_kernels import tables
-from pallas_kernels.flash.api import flash
 from pallas_kernels.machine import hopper
 from pallas_kernels.machine.blackwell import COLUMNS, ROWS
 from pallas_kernels.machine.hopper import LATER
 from pallas_kernels.matrix.targets import TARGETS
 from tests.on_device import INTERPRET
-from tests.oracles.softmax import chunks as attend
+from tests.oracles.softmax import chunks as attend, flash
 from tests.pallas_kernels.test_flash import results, twice
 from tests.pallas_kernels.test_flash_mosaic import (
     RUNS, apart, everything, inputs, refused, table

@@ -17,9 +17,8 @@ from attn.masks import Causal, Full, Sink, Window
 from attn.positions import ALiBi
 from attn.softmax import Softmax
 from pallas_kernels import Refused
-from pallas_kernels.flash.api import flash
 from tests.on_device import INTERPRET
-from tests.oracles.softmax import chunks as attend
+from tests.oracles.softmax import chunks as attend, flash
 from tests.pallas_kernels.test_flash import normal, results, twice
 
 BF16, F16 = jnp.bfloat16, jnp.float16

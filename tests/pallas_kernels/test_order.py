@@ -11,9 +11,9 @@ import pytest
 from attn.masks import Causal
 from pallas_kernels import Refused
 from pallas_kernels.flash import mosaic_order
-from pallas_kernels.flash.api import flash
 from pallas_kernels.flash.mosaic_order import SECTION, Order, order
 from tests.on_device import INTERPRET
+from tests.oracles.softmax import flash
 from tests.pallas_kernels.test_flash_mosaic import SHORT, inputs
 
 CORES, CACHE = 132, 40 * 2**20  # of an H100, of whose cache other things take a fifth

@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attn.exact.logits import LogitSpec
 from attn.masks import Causal
 from attn.sparse import chosen_blocks
 from experiments.measure.device.case import (
@@ -23,6 +22,7 @@ from experiments.measure.device.right import Subject, check
 from pallas_kernels.blocks.api import blocks
 from pallas_kernels.decode.api import decode
 from pallas_kernels.decode.plain import packed, unpacked
+from pallas_kernels.logits import LogitSpec
 
 RIGHT: dict[str, dict[str, Any]] = {
     "16 bits": {}, "8 bits": {"bits": 8}, "4 bits": {"bits": 4},
@@ -165,7 +165,7 @@ def choice(t: int, k: int, block: int, many: int) -> jax.Array:
 
 def _blocks(place: Place, backend: str, block: int) -> Callable:
     def f(q, k, v, at):
-        return blocks(q, k, v, at, mask=Causal(), block=block, backend=backend,
+        return blocks(q, k, v, at, LogitSpec(Causal()), block=block, backend=backend,
                       interpret=place.interpret)
 
     return f

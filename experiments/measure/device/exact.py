@@ -10,13 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from attn.exact.chunked import attend
-from attn.exact.logits import LogitSpec, Where
 from attn.masks import Causal, Full, Window
 from attn.positions import ALiBi
 from experiments.measure.device.case import BF16, F32, Case, normal
 from experiments.measure.device.place import Place
 from experiments.measure.device.right import Subject, check
 from pallas_kernels.flash.api import flash
+from pallas_kernels.logits import LogitSpec, Where
 
 # what is proved beside: sizes and features, by name
 RIGHT: dict[str, dict[str, Any]] = {
@@ -100,21 +100,17 @@ def subject(place: Place, backend: str, t=None, d=128, h=4, k=None, v=None, s=No
         args = *args, normal(6, 1, h, t, s or t, dtype=dtype)
         names = [*names, "bias"]
     segment = segments(t) if packed else None
-    runs = {} if segment is None else {"q_segment": segment, "kv_segment": segment}
+    told = LogitSpec(**options), Where(q_segment=segment, kv_segment=segment)
 
-    def kernel(*args):
-        given: dict[str, Any] = dict(zip(names, args)) | options | runs
-        return flash(**given, backend=backend, variant=variant,
-                     interpret=place.interpret)
+    def kernel(q, k, v, *more):
+        return flash(q, k, v, *told, **dict(zip(names[3:], more)), backend=backend,
+                     variant=variant, interpret=place.interpret)
 
     def dense(*args):
         return plain(**dict(zip(names, args)), **options, segment=segment)
 
-    def xla(*args):
-        where = Where(q_segment=segment, kv_segment=segment)
-        given = dict(zip(names, args))
-        q, k, v = (given.pop(n) for n in "qkv")
-        return attend(q, k, v, LogitSpec(**options), where, **given)
+    def xla(q, k, v, *more):
+        return attend(q, k, v, *told, **dict(zip(names[3:], more)))
 
     return Subject(kernel, xla, args, len(args),
                    ("o", "lse", *(f"d{n}" for n in names)), sizes, dense)

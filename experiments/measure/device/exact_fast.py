@@ -15,6 +15,7 @@ from experiments.measure.device.exact import sized
 from experiments.measure.device.fast import OURS, Contender, race, with_gradients
 from experiments.measure.device.place import Place
 from pallas_kernels.flash.api import flash
+from pallas_kernels.logits import LogitSpec
 
 # what is timed: B, T, H, K, D, V, and of the mask what is not causal
 SPEED: dict[str, dict[str, Any]] = {
@@ -68,7 +69,7 @@ def call(place: Place, backend: str, causal=True, window=None, variant=(), **_
     mask = Causal() & Window(window) if window else Causal() if causal else None
 
     def f(q, k, v):
-        return flash(q, k, v, mask=mask, backend=backend, variant=variant,
+        return flash(q, k, v, LogitSpec(mask), backend=backend, variant=variant,
                      interpret=place.interpret)[0]
 
     return f

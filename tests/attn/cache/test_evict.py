@@ -7,11 +7,11 @@ import pytest
 
 from attn.cache import evict, kv as caches, observed
 from attn.contract.segments import locate
-from attn.exact.logits import LogitSpec
 from attn.h2o import H2O
 from attn.masks import Causal
 from attn.softmax import Softmax
 from attn.tova import TOVA
+from pallas_kernels.logits import LogitSpec
 from tests.compiled import step
 from tests.laws import close, stream
 

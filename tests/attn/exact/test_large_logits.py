@@ -10,11 +10,9 @@ import pytest
 
 from attn.exact import dense
 from attn.exact.online import join, output, state_of
-from pallas_kernels.decode.api import decode
-from pallas_kernels.flash.api import flash
 from tests import laws
 from tests.on_device import INTERPRET
-from tests.oracles.softmax import best, chunks
+from tests.oracles.softmax import best, chunks, decode, flash
 
 B, T, S, H, K, D, V = 1, 5, 21, 2, 1, 8, 4
 TILE = (4, 16)

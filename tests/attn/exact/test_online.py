@@ -7,12 +7,12 @@ import pytest
 
 from attn.exact.attend import attend
 from attn.exact.dense import online_softmax
-from attn.exact.logits import LogitSpec, Where
 from attn.exact.online import (
     EMPTY, OnlineSoftmax, empty, join, logsumexp, merge, output, state_of
 )
-from attn.masks import Causal
+from attn.masks import Causal, Full
 from attn.softmax import Softmax
+from pallas_kernels.logits import LogitSpec, Where
 from tests.laws import close, gradients, inputs
 from tests.oracles.softmax import attention, order
 
@@ -80,7 +80,7 @@ def test_the_maximum_is_subtracted_before_anything_is_summed():
     wide = lambda a, first: jnp.concatenate([jnp.full_like(a[..., :1], first), a], -1)
     q_wide, late = wide(q, 1.0), jnp.arange(16) >= 8
     k_wide = wide(k, 0.0).at[:, 8:, :, 0].set(4e3)
-    parts = [online_softmax(q_wide, k_wide[:, at], v[:, at], LogitSpec(scale=0.25))
+    parts = [online_softmax(q_wide, k_wide[:, at], v[:, at], LogitSpec(Full(), 0.25))
              for at in (slice(0, 8), slice(8, 16))]
     o = output(merge(jax.tree.map(lambda *a: jnp.stack(a), *parts)))
     scaled = np.asarray(q, np.float64) * 0.25 * q.shape[-1] ** 0.5

@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from attn.exact.logits import LogitSpec, Where
 from attn.masks import Causal, Full, Window
 from attn.parallel.device_grid import grid_attention, traffic
 from attn.softmax import Softmax
+from pallas_kernels.logits import LogitSpec, Where
 from tests.laws import TOLERANCE, close, gradients, inputs, plain
 from tests.oracles.softmax import attention, order
 

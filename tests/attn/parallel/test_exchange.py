@@ -10,13 +10,13 @@ import pytest
 
 from attn.contract import dispatch
 from attn.exact.attend import attend
-from attn.exact.logits import LogitSpec, Where
 from attn.masks import Causal, Full, Sink, Window
 from attn.parallel import ring_schedule
 from attn.parallel.zigzag import from_zigzag, to_zigzag
 from attn.positions import ALiBi
 from attn.softmax import Softmax
 from experiments.measure.collectives import collectives
+from pallas_kernels.logits import LogitSpec, Where
 from tests.laws import close
 
 B, T, H, K, D, V = 1, 48, 8, 4, 4, 6

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from attn.exact.dense import logits, values, weights
-from attn.exact.logits import LogitSpec, Where
 from attn.masks import Causal, Full
 from attn.sparse import chosen_blocks
 from experiments.measure import cost
+from pallas_kernels.logits import LogitSpec, Where
 from tests.laws import close, gradients
 
 B, T, H, K, D, V, BLOCK = 2, 22, 4, 2, 8, 12, 4
@@ -108,7 +108,7 @@ def test_wrong_calls(chosen, block, message):
 
 
 @pytest.mark.parametrize("spec", [
-    LogitSpec(softcap=2.0), LogitSpec(score=lambda h, i, j: i - j),
+    LogitSpec(Full(), softcap=2.0), LogitSpec(Full(), score=lambda h, i, j: i - j),
 ])
 def test_forms_of_a_logit_that_blocks_do_not_have_are_refused(spec):
     with pytest.raises(NotImplementedError, match="without one"):

@@ -1,4 +1,4 @@
-"""Logits: what one call of exact attention is told, beside its arrays.
+"""Logits: what one call of exact attention is told, beside q, k and v.
 
 `LogitSpec` is the form of a logit and who sees whom, `Where` the positions and segments
 of the tokens, and `Dropout` which weights are left out.
@@ -11,8 +11,7 @@ import functools
 from typing import Any, Callable, NamedTuple
 
 import jax
-
-from attn.masks import Full, Mask
+import jax.numpy as jnp
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,10 +19,12 @@ class LogitSpec:
     """The form of a logit: scale * q.k, then softcap * tanh(s / softcap), then plus
     score(h, i, j), then the mask. Static: it is known before anything is traced.
 
-    scale: None for D^-0.5. score: a function of head and positions, as `ALiBi`.
+    mask: a predicate on (head, query position, key position) with `bounds`, as those of
+    `attn.masks`; None, which kernels alone take: all are visible. scale: None for
+    D^-0.5. score: a function of the same three, as `ALiBi`.
     """
 
-    mask: Mask = Full()
+    mask: Any
     scale: float | None = None
     softcap: float | None = None
     score: Callable | None = None
@@ -79,3 +80,13 @@ class Dropout(NamedTuple):
     key: Any = None
     batch: Any = None
     keep: Any = None
+
+    @property
+    def hashed(self) -> bool:
+        """Whether the hash chooses, and anything is left out."""
+        return self.rate > 0 and self.key is not None
+
+    @property
+    def words(self) -> jax.Array:
+        """What the hash takes of the key [2] uint32."""
+        return jax.random.key_data(self.key).astype(jnp.uint32)[-2:]

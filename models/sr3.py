@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from attn.contract.angles import sinusoids
+from models.convolution import Conv
 from models.feed import INIT
 from models.places import Places
 from models.seq2seq import mixer
@@ -42,13 +43,13 @@ class Residual(nn.Module):
     def __call__(self, x, level):
         """x [B,h,w,C], level [B,E] -> [B,h,w,width]."""
         y = nn.swish(nn.GroupNorm(4, name="norm_0")(x))
-        y = nn.Conv(self.width, (3, 3), name="conv_0")(y)
+        y = Conv(self.width, (3, 3), name="conv_0")(y)
         shift = nn.Dense(self.width, kernel_init=INIT, name="level")(nn.swish(level))
         y = nn.swish(nn.GroupNorm(4, name="norm_1")(y + shift[:, None, None]))
-        y = nn.Conv(self.width, (3, 3), name="conv_1",
-                    kernel_init=nn.initializers.zeros)(y)
+        y = Conv(self.width, (3, 3), name="conv_1",
+                 kernel_init=nn.initializers.zeros)(y)
         if x.shape[-1] != self.width:
-            x = nn.Conv(self.width, (1, 1), name="skip")(x)
+            x = Conv(self.width, (1, 1), name="skip")(x)
         return x + y
 
 
@@ -87,18 +88,18 @@ class SR3(nn.Module):
         at = jnp.round(1000 * jnp.sqrt(level)).astype(jnp.int32)
         level = nn.Dense(2 * w, kernel_init=INIT, name="level_0")(sinusoids(at, 2 * w))
         level = nn.Dense(2 * w, kernel_init=INIT, name="level_1")(nn.swish(level))
-        x = nn.Conv(w, (3, 3), name="first")(jnp.concatenate([noisy, given], -1))
+        x = Conv(w, (3, 3), name="first")(jnp.concatenate([noisy, given], -1))
         top = x = Residual(w, name="down_0")(x, level)
-        x = nn.Conv(2 * w, (3, 3), (2, 2), name="halve")(x)
+        x = Conv(2 * w, (3, 3), (2, 2), name="halve")(x)
         x = Residual(2 * w, name="middle_0")(x, level)
         x = Pixels(self.places, self.heads, name="pixels_0")(x)
         x = Residual(2 * w, name="middle_1")(x, level)
         x = Pixels(self.places, self.heads, name="pixels_1")(x)
         x = jnp.repeat(jnp.repeat(x, 2, 1), 2, 2)
-        x = nn.Conv(w, (3, 3), name="double")(x)
+        x = Conv(w, (3, 3), name="double")(x)
         x = Residual(w, name="up_0")(jnp.concatenate([x, top], -1), level)
         x = nn.swish(nn.GroupNorm(4, name="norm")(x))
-        return nn.Conv(c, (3, 3), name="last", kernel_init=nn.initializers.zeros)(x)
+        return Conv(c, (3, 3), name="last", kernel_init=nn.initializers.zeros)(x)
 
 
 def sample(model: SR3, params: Any, given: jax.Array, key: jax.Array,

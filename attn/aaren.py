@@ -60,7 +60,7 @@ class Aaren(nn.Module, Attention):
 
     scale: float | None = None
     causal: bool = True
-    chunk: int = 64
+    chunk: int = 16
     axis: Axis | None = None
     implementation: str | None = None
     needs_query = False

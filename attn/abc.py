@@ -60,7 +60,7 @@ class ABC(nn.Module, Attention):
     landmarks: int = 16
     causal: bool = True
     scale: float | None = None
-    chunk: int = 64
+    chunk: int = 16
     axis: Axis | None = None
     implementation: str | None = None
     row = TemplateRow(LOW, "L c D", 1)

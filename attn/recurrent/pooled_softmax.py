@@ -20,7 +20,7 @@ def pooled_softmax(
     q_segment: jax.Array,
     kv_segment: jax.Array,
     *,
-    chunk: int = 64,
+    chunk: int = 16,
     axis: Axis | None = None,
     implementation: str | None = None,
 ) -> jax.Array:

@@ -125,7 +125,7 @@ def prefix_softmax(
     *,
     state: OnlineSoftmax | None = None,
     segment: jax.Array | None = None,
-    chunk: int = 64,
+    chunk: int = 16,
     axis: Axis | None = None,
     dtype: Any = jnp.float32,
     implementation: str | None = None,

@@ -148,21 +148,25 @@ def test_what_each_seed_says_stands_beside_the_medians():
              for one, x in zip(config_.attentions, each)]
     assert found[0][0].task.name == "lm"
     result = sweep.compared(config_, found, {})
-    far = (4 + 4.5 + 6.5) / 3
-    sigma = np.std([4, 4.5, 6.5])
-    own = result["own"]["CS"]
-    assert own["Local()"]["index"] == pytest.approx((far - 4.5) / sigma)
     alone = result["index_seeds"]["CS"]
     assert list(alone) == ["Softmax()", "Local()", "ABC()"]
     for n, seed in enumerate(read):
         x = np.array(read[seed])
         np.testing.assert_allclose(
             [one[n] for one in alone.values()], (x.mean() - x) / x.std())
+    for name, own in result["own"]["CS"].items():
+        assert own["index"] == own["LM"] == pytest.approx(np.mean(alone[name]))
+    assert [row["perplexity"] for row in result["rows"]] == [4, 4.5, 6.5]
     titles, rows = page.cells_of(result)
-    assert titles[1] == "CS" and rows[1][1] == "+0.46\n-1.22 to +0.93"
-    assert "0 of 2 are above exact attention (+0.93), 0 with every seed" in (
+    assert titles[1] == "CS" and rows[1][1] == "-0.15\n-1.22 to +0.93"
+    assert "0 of 2 are above exact attention (+0.84), 0 with every seed" in (
         page.claims(result))
-    assert sweep.by_seed(config_, found[:3], []) == {}
+    one = sweep.compared(config_, found[:3], {})
+    assert "index_seeds" not in one and one["own"]["CS"]["Local()"]["index"] == (
+        pytest.approx(alone["Local()"][0]))
+    # a seed that lacks a network has no say in its index
+    assert sweep.middle([{"a": {"LM": 1.0, "index": None}}, {}]) == {
+        "a": {"LM": 1.0, "index": None}}
 
 
 def test_the_length_at_which_a_line_meets_a_parabola():

@@ -112,7 +112,8 @@ def show(result: dict[str, Any], console: Console) -> None:
     """Prints the table, and what patterns have to do with each other."""
     titles, rows = cells_of(result)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True,
-                  caption="index: of the tasks that all have; length: whether and from "
+                  caption="index: of the tasks that all have, of several seeds the median, "
+                  "under it the least and the greatest; length: whether and from "
                   "how many tokens on a layer costs less than exact attention as one "
                   "matrix, empty: not measured, or no line fits")
     table.add_column(titles[0], overflow="fold", min_width=18)
@@ -173,7 +174,8 @@ def html_page(result: dict[str, Any], picture: pathlib.Path, again: str) -> str:
 <p>{html.escape(words)}. {html.escape(result["left_out"])}
 {html.escape(sentence(result))}.</p>
 <div class="wide">{_table(titles, rows)}</div>
-<p>Index: deviations from the mean of what is compared, three attentions or more, and
+<p>Index: deviations from the mean of what is compared, three attentions or more, of
+several seeds the median, the least and the greatest, each among its own networks; and
 "by its mu" with the benchmark's constants, which are of its own data and networks; the
 mean of the tasks that all attentions of the pattern have, empty where there is none.
 Length: whether and from how many tokens on a layer costs less than exact attention as

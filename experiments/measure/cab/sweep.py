@@ -13,7 +13,9 @@ from rich.console import Console
 
 from experiments.cli import config
 from experiments.measure.cab.efficiency import costs, dense, efficiency_length
-from experiments.measure.cab.index import index, rank_correlations, ranked
+from experiments.measure.cab.index import (
+    Indices, index, rank_correlations, ranked
+)
 from experiments.measure.cab.task import Task
 from experiments.measure.shipped import duration
 from experiments.training.cells import cell, kept
@@ -128,17 +130,23 @@ def cost(attention: Any, *sizes: Any) -> dict[str, Any]:
 
 def compared(config_: Any, found: list[tuple[Run, dict]],
              spent: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """The cells as medians over seeds, both indices, rank correlations and lengths; of
-    several seeds the own index and the correlations of each one, too."""
+    """Cells and both indices as medians over seeds, rank correlations, lengths. An index
+    is among the networks of its seed; of several seeds "index_seeds", by pattern and
+    attention, has the own one of each, where all have one, and "correlations_seeds", by
+    pair of patterns, each correlation."""
     labels = [config.format_value(a) for a in config_.attentions]
     failed = [f"{one.name}: {made['failed']}" for one, made in found
               if "failed" in made]
     failed += [f"cost {name}: {one['failed']}" for name, one in spent.items()
                if "failed" in one]
     cells = medians(found)
-    indices = {
-        which: {p: index(cells, p, labels, which) for p in config_.patterns}
-        for which in ("own", "paper")}
+    seeds = sorted({one.seed for one, _ in found})
+    alone = [medians([(one, made) for one, made in found if one.seed == seed])
+             for seed in seeds]
+    each = {which: [{p: index(one, p, labels, which) for p in config_.patterns}
+                    for one in alone] for which in ("own", "paper")}
+    indices = {which: {p: middle([one[p] for one in many]) for p in config_.patterns}
+               for which, many in each.items()}
     lengths, done = {}, {n: one for n, one in spent.items() if "failed" not in one}
     for label in labels:
         exact = done.get(f"matrix {done[label]['of']}") if label in done else None
@@ -149,10 +157,14 @@ def compared(config_: Any, found: list[tuple[Run, dict]],
                 for what in ("ms", "mb")}
     rows = [{"task": task, "pattern": pattern, "attention": label} | values
             for (task, pattern, label), values in cells.items()]
-    return {"rows": rows, "own": indices["own"], "paper": indices["paper"],
-            "correlations": rank_correlations(indices["own"]), "lengths": lengths,
-            "costs": spent, "measured_at": list(config_.lengths), "failed": failed
-            } | by_seed(config_, found, labels)
+    result = {"rows": rows, "own": indices["own"], "paper": indices["paper"],
+              "correlations": rank_correlations(indices["own"]), "lengths": lengths,
+              "costs": spent, "measured_at": list(config_.lengths), "failed": failed}
+    if len(seeds) > 1:
+        result["index_seeds"] = {
+            p: _all([ranked(one[p]) for one in each["own"]]) for p in config_.patterns}
+        result["correlations_seeds"] = _all(list(map(rank_correlations, each["own"])))
+    return result
 
 
 def medians(found: list[tuple[Run, dict]]) -> dict[tuple[str, str, str], dict]:
@@ -167,21 +179,16 @@ def medians(found: list[tuple[Run, dict]]) -> dict[tuple[str, str, str], dict]:
                   for name in each[0]} for key, each in by_key.items()}
 
 
-def by_seed(config_: Any, found: list[tuple[Run, dict]],
-            labels: list[str]) -> dict[str, Any]:
-    """What each seed alone says, {} of a single one. "index_seeds": by pattern and
-    attention the indices in the order of seeds, each among the networks of its seed,
-    where all seeds have one; "correlations_seeds": by pair of patterns."""
-    seeds = sorted({one.seed for one, _ in found})
-    if len(seeds) < 2:
-        return {}
-    each = []
-    for seed in seeds:
-        cells = medians([(one, made) for one, made in found if one.seed == seed])
-        each.append({p: index(cells, p, labels) for p in config_.patterns})
-    own = {p: _all([ranked(one[p]) for one in each]) for p in config_.patterns}
-    return {"index_seeds": own,
-            "correlations_seeds": _all([rank_correlations(one) for one in each])}
+def middle(each: list[Indices]) -> Indices:
+    """The medians over the seeds that have a number; None where none has."""
+    found: Indices = {}
+    for name in dict.fromkeys(name for one in each for name in one):
+        rows = [one[name] for one in each if name in one]
+        found[name] = {}
+        for task in dict.fromkeys(task for row in rows for task in row):
+            numbers = [n for row in rows if (n := row.get(task)) is not None]
+            found[name][task] = float(np.median(numbers)) if numbers else None
+    return found
 
 
 def _all(each: list[dict[str, float]]) -> dict[str, list[float]]:

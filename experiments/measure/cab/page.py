@@ -97,9 +97,13 @@ def cells_of(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     for one in attentions(result):
         row = [one]
         for which, p, found in kinds:
+            if one not in found:
+                row.append("")
+                continue
             each = alone.get(p, {}).get(one, ()) if which == "own" else ()
-            row.append(cell({"index": found[one], "index_seeds": each}, "index",
-                            "{:+.2f}") if one in found else "")
+            numbers = {"index": _rounded(found[one]),
+                       "index_seeds": [_rounded(n) for n in each]}
+            row.append(cell(numbers, "index", "{:+.2f}"))
         for what in ("ms", "mb") if result["lengths"] else ():
             value = result["lengths"].get(one, {}).get(what)
             number = isinstance(value, (int, float))
@@ -108,14 +112,19 @@ def cells_of(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     return titles, rows
 
 
+def _rounded(number: float) -> float:
+    """To two places, and no -0.0."""
+    return round(number, 2) + 0.0
+
+
 def show(result: dict[str, Any], console: Console) -> None:
     """Prints the table, and what patterns have to do with each other."""
     titles, rows = cells_of(result)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True,
-                  caption="index: of the tasks that all have, of several seeds the median, "
-                  "under it the least and the greatest; length: whether and from "
-                  "how many tokens on a layer costs less than exact attention as one "
-                  "matrix, empty: not measured, or no line fits")
+                  caption="index: of the tasks that all have, of several seeds the "
+                  "median, under it the least and the greatest; length: whether and "
+                  "from how many tokens on a layer costs less than exact attention as "
+                  "one matrix, empty: not measured, or no line fits")
     table.add_column(titles[0], overflow="fold", min_width=18)
     for title in titles[1:]:
         table.add_column(title.replace(" ", "\n"), justify="right")

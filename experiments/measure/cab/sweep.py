@@ -130,10 +130,11 @@ def cost(attention: Any, *sizes: Any) -> dict[str, Any]:
 
 def compared(config_: Any, found: list[tuple[Run, dict]],
              spent: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Cells and both indices as medians over seeds, rank correlations, lengths. An index
-    is among the networks of its seed; of several seeds "index_seeds", by pattern and
-    attention, has the own one of each, where all have one, and "correlations_seeds", by
-    pair of patterns, each correlation."""
+    """Cells and both indices as medians over seeds, rank correlations and lengths.
+    An index is among the networks of its seed; of several seeds "index_seeds", by
+    pattern and attention, has the own one of each, where all have one, and
+    "correlations_seeds", by pair of patterns, each correlation.
+    """
     labels = [config.format_value(a) for a in config_.attentions]
     failed = [f"{one.name}: {made['failed']}" for one, made in found
               if "failed" in made]

@@ -75,7 +75,9 @@ def drawn(result: dict[str, Any]) -> Any:
     for n, (pattern, name) in enumerate(where[:-1]):
         if where[n + 1][0] != pattern:
             axes.axvline(n + 0.5, color="black", lw=1)
-    figure.suptitle("deviations from the mean of what is compared\n"
+    many = len(result.get("seeds", ()))
+    medians = f", medians of {many} seeds" if many > 1 else ""
+    figure.suptitle(f"deviations from the mean of what is compared{medians}\n"
                     "grey: it has not this pattern, or was not run,\n"
                     "or with fewer than two others", fontsize=9)
     figure.colorbar(shown, label="better is positive", extend="both")

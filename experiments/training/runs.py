@@ -125,8 +125,11 @@ def _differs(record: dict, command: str, settings: Settings | None) -> str:
             if now < was:
                 return f"{name}={was} there, {now} here is less"
             if now > was:
-                say(f"{name}={was} becomes {now}: what was planned over {was} "
-                    "(warm-up, decay of the rate) is planned over them all from here")
+                more = (
+                    f"what was planned over {was} (warm-up, decay of the rate) is "
+                    "planned over them all from here" if name == "steps"
+                    else "what is there is kept")
+                say(f"{name}={was} becomes {now}: {more}")
         elif was != now:
             return f"{name} is {was} there, {now} here"
     return ""

@@ -423,7 +423,7 @@ def test_a_board_that_does_not_fit_is_refused(given, words):
         leaderboard.Config(**given)
 
 
-def test_a_board_of_one_seed_may_get_more(tmp_path, monkeypatch):
+def test_a_board_of_one_seed_may_get_more(tmp_path, monkeypatch, capsys):
     config_ = dataclasses.replace(
         leaderboard.TINY, attentions=leaderboard.TINY.attentions[:1],
         folder=str(tmp_path / "board"))
@@ -434,6 +434,7 @@ def test_a_board_of_one_seed_may_get_more(tmp_path, monkeypatch):
         leaderboard.recall, "trained", lambda task: trained.append(task) or was(task))
     leaderboard.run(dataclasses.replace(config_, seeds=2))
     assert [one.seed for one in trained] == [1]
+    assert "seeds=1 becomes 2: what is there is kept" in capsys.readouterr().err
     made = json.loads((tmp_path / "board" / "leaderboard.json").read_text())
     assert made["rows"][0]["recall_seeds"][0] == first and made["seeds"] == [0, 1]
     # what is not to be begun leaves a row out

@@ -22,7 +22,6 @@ import jax.numpy as jnp
 
 from attn.essa import Essa
 from attn.layers import MultiHead
-from models import convolution
 
 # uniform within 1/sqrt(fan in), weights and biases, as the authors' framework does
 _INIT = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
@@ -61,7 +60,7 @@ class Conv(nn.Module):
         def bias(key, shape, dtype=jnp.float32):
             return jax.random.uniform(key, shape, dtype, -(fan**-0.5), fan**-0.5)
 
-        return convolution.Conv(
+        return nn.Conv(
             self.width, (self.size, self.size), padding="SAME", dtype=self.dtype,
             kernel_init=_INIT, bias_init=bias, name="conv",
         )(x)

@@ -4,7 +4,8 @@ small one.
 A U-Net is told the small image, made large, the noisy one, and how noisy it is, and
 says which noise was added; attention over all pixels stands where the image is a half
 as large on each side. Sampling goes from noise to image, by the steps of DDPM (Ho et
-al., 2020) arXiv:2006.11239.
+al., 2020) arXiv:2006.11239, which are a loop, and so convolutions are those for loops
+(`models/convolution.py`).
 """
 
 from __future__ import annotations

@@ -209,6 +209,9 @@ def run(config_: Config) -> dict[str, Any]:
         refused += missing(config_, runs, [one for one, _ in found], spent)
         result = provenance(command, which) | {"left_out": left_out(config_, refused)}
         result |= sweep.compared(config_, found, spent)
+        networks = {one.name: made for one, made in found}  # exact attention's once
+        result |= {"networks": len(networks), "training_seconds": sum(
+            made["seconds"] for made in networks.values())}
         text = json.dumps(result, indent=1) + "\n"
         write_whole(folder / "cab.json", text)
         page.heat_map(result, folder / "cab.png")
@@ -266,7 +269,9 @@ def numbers(result: dict[str, Any]) -> dict[str, Any]:
         for what, value in both.items():
             if value is not None:
                 found[f"efficiency length, {what}, {label}"] = value
-    return found | {"trainings": len(result["rows"]), "failed": len(result["failed"])}
+    return found | {"trainings": len(result["rows"]), "failed": len(result["failed"]),
+                    "networks": result["networks"],
+                    "seconds of training": result["training_seconds"]}
 
 
 if __name__ == "__main__":

@@ -184,7 +184,7 @@ def _dropped(p: jax.Array, dropout: Dropout | None, head: jax.Array) -> jax.Arra
     if dropout is None:
         return p
     keep = dropout.keep
-    if keep is None and dropout.key is not None and dropout.rate > 0:
+    if keep is None and dropout.hashed:
         b, _, t, s = p.shape
         rows = dropout.batch
         rows = jnp.arange(b, dtype=jnp.int32) if rows is None else rows

@@ -205,3 +205,9 @@ def test_a_bias_has_no_place_in_a_stream():
     other = dataclasses.replace(Softmax(), mask=Causal()).init_state(T, q, q, q)
     with pytest.raises(ValueError, match="the state holds"):
         Softmax().step(other, q, k, v)
+
+
+def test_a_call_goes_on_behind_the_warning_of_heads_in_the_place_of_tokens():
+    q = jax.ShapeDtypeStruct((1, 3, 8, 4), jnp.float32)
+    with pytest.warns(UserWarning, match="swap axes 1 and 2"):
+        assert jax.eval_shape(Softmax(), q, q, q).shape == q.shape

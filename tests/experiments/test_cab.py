@@ -247,6 +247,7 @@ def test_a_sweep_goes_on_where_it_was(tmp_path, monkeypatch):
     record = tmp_path / "cab.json"
     early = cab.run(dataclasses.replace(config_, minutes=0.0, record=str(record)))
     assert len(made) == 2 and early["trainings"] == 2  # exact, twice
+    assert early["networks"] == 1 and early["seconds of training"] > 0
     said = json.loads(record.read_text())["left_out"]
     assert "Of 3 networks 1 were trained" in said
     assert "Costs of 2 of 2 layers were not measured" in said

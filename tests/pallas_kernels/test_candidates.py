@@ -15,7 +15,7 @@ from pallas_kernels.linear.api import linear
 from tests.on_device import INTERPRET
 from tests.oracles import linear as oracle
 from tests.oracles.delta_rule import H, inputs as delta_inputs
-from tests.oracles.softmax import flash, decode
+from tests.oracles.softmax import decode, flash
 from tests.pallas_kernels.test_flash_mosaic import inputs
 
 
